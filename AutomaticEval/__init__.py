@@ -1,0 +1,47 @@
+"""Run language models on prompts and benchmarks, and capture their activations in the very pass that answered.
+
+Names are imported when they are first used, so that `import AutomaticEval` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from AutomaticEval.capture.generation import generate_inference as generate_inference
+    from AutomaticEval.capture.generation import (
+        generate_inference_with_activations as generate_inference_with_activations,
+    )
+    from AutomaticEval.evaluation.extraction import extract_answer as extract_answer
+    from AutomaticEval.evaluation.questions import answer_benchmark_question as answer_benchmark_question
+    from AutomaticEval.evaluation.questions import (
+        answer_benchmark_question_with_activations as answer_benchmark_question_with_activations,
+    )
+    from AutomaticEval.models.loading import load_model as load_model
+    from AutomaticEval.store.reader import load_activations as load_activations
+    from AutomaticEval.store.reader import open_run as open_run
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "generate_inference": "capture.generation",
+    "generate_inference_with_activations": "capture.generation",
+    "extract_answer": "evaluation.extraction",
+    "answer_benchmark_question": "evaluation.questions",
+    "answer_benchmark_question_with_activations": "evaluation.questions",
+    "load_model": "models.loading",
+    "load_activations": "store.reader",
+    "open_run": "store.reader",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'AutomaticEval' has no attribute {name!r}")
+    return getattr(import_module(f"AutomaticEval.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

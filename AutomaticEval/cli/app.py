@@ -1,0 +1,25 @@
+"""The app: `main.py` without a subcommand runs a benchmark; generate, show and sites are subcommands."""
+
+from __future__ import annotations
+
+import typer
+
+from AutomaticEval.cli import benchmark, generate, show, sites
+from AutomaticEval.cli.options import SPELLINGS
+
+app = typer.Typer(
+    context_settings=SPELLINGS,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run language models on benchmarks and prompts, and keep their activations from the pass that answered.",
+)
+app.callback(invoke_without_command=True)(benchmark.benchmark)
+app.command("generate")(generate.generate)
+app.command("show")(show.show)
+app.command("sites")(sites.sites)
+
+
+def main() -> None:
+    """The entry point of `main.py` and of the `automatic-eval` script."""
+    app()

@@ -1,0 +1,82 @@
+"""`main.py generate "…"`: one prompt, one response, and on request its activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from AutomaticEval.cli import options
+from AutomaticEval.cli.options import one_line_errors
+
+
+@one_line_errors
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    model: options.Model = "demo",
+    save_path: Annotated[
+        Path | None, typer.Option("--save_path", help="Capture, and write the activations to this HDF5 file.")
+    ] = None,
+    capture_activations: Annotated[
+        bool, typer.Option("--capture_activations", help="Capture into a new file in --activation_save_dir.")
+    ] = False,
+    activation_save_dir: options.SaveDir = Path("activations"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --save_path.")] = False,
+    layers: options.Layers = None,
+    sites: options.Sites = None,
+    positions: Annotated[
+        str, typer.Option("--positions", help="all, prompt, response, scored, last, or a slice.")
+    ] = "all",
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="The most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top_p")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top_k", help="0: no limit.")] = 0,
+    seed: options.Seed = None,
+    system_prompt: Annotated[str | None, typer.Option("--system_prompt")] = None,
+    no_chat_template: Annotated[
+        bool, typer.Option("--no_chat_template", help="Do not use the model's chat template.")
+    ] = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    load_in_8bit: options.LoadIn8Bit = False,
+    load_in_4bit: options.LoadIn4Bit = False,
+    revision: options.Revision = None,
+) -> None:
+    """Answer one prompt; with --save_path or --capture_activations, keep its activations."""
+    from AutomaticEval.selection import Selection
+
+    Selection.parse(sites, layers, positions)  # refused before anything heavy is imported
+    options.quiet_libraries()
+    from AutomaticEval.capture.generation import AskOptions, generate_inference, generate_inference_with_activations
+    from AutomaticEval.store.writer import file_stem, size_text
+
+    asked: AskOptions = {
+        "sites": sites,
+        "positions": positions,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "system_prompt": system_prompt,
+        "apply_chat_template": not no_chat_template,
+        "dtype": dtype,
+        "device": device,
+        "device_map": device_map,
+        "load_in_8bit": load_in_8bit,
+        "load_in_4bit": load_in_4bit,
+        "revision": revision,
+        "overwrite": overwrite,
+    }
+    if save_path is None and capture_activations:
+        save_path = activation_save_dir / f"{file_stem('generation', prompt)}.h5"
+    if save_path is None:
+        typer.echo(generate_inference(prompt, model, **asked))
+        return
+    response, kept = generate_inference_with_activations(prompt, model, save_path, layers, **asked)
+    typer.echo(response)
+    file = Path(kept["path"])
+    typer.echo(f"Activations: {file} ({size_text(file.stat().st_size)}, {len(kept['token_ids'])} positions)", err=True)
+    typer.echo(f"Load them:   from AutomaticEval import load_activations; load_activations({str(file)!r})", err=True)

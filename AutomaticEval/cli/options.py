@@ -1,0 +1,65 @@
+"""What every command shares: the options with their help, and errors in one line.
+
+Options are declared with underscores; `SPELLINGS` makes `--capture-activations` mean the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from AutomaticEval.errors import AutomaticEvalError
+
+SPELLINGS = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["--help", "-h"]}
+
+Model = Annotated[str, typer.Option("--model", help="Hub name, folder, or demo (bundled).")]
+Layers = Annotated[str | None, typer.Option("--layers", help="Such as 0-2,-1. Default: all.", metavar="LAYERS")]
+Sites = Annotated[str | None, typer.Option("--sites", help="Such as embed,resid_post,mlp_out,z.", metavar="SITES")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of everything drawn at random.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto (cuda, mps, cpu) or a torch device.")]
+DeviceMap = Annotated[str | None, typer.Option("--device_map", help='"auto" spreads a large model.')]
+LoadIn8Bit = Annotated[bool, typer.Option("--load_in_8bit", help="LLM.int8 through bitsandbytes.")]
+LoadIn4Bit = Annotated[bool, typer.Option("--load_in_4bit", help="NF4 through bitsandbytes.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
+SaveDir = Annotated[Path, typer.Option("--activation_save_dir", help="Where activations go.")]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Print our own errors in one line and exit with their code; any other goes through in full."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except AutomaticEvalError as error:
+            typer.echo(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(error.exit_code) from None
+
+    return run
+
+
+def quiet_libraries() -> None:
+    """Keep the warnings of the libraries off the screen; ours and their progress bars stay."""
+    import logging
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    for name in ("lm_eval", "lm-eval", "huggingface_hub", "datasets", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def console() -> Any:
+    """Where tables are printed; wide enough for them when the output is not a terminal."""
+    from rich.console import Console
+
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=140)

@@ -1,0 +1,153 @@
+"""Every exception of this project.
+
+    AutomaticEvalError                  the base; the command line prints it in one line and exits with 2
+    ├── SelectionError                  what was asked to be kept cannot be named
+    │   ├── UnknownSite
+    │   ├── UnknownLayer
+    │   └── UnknownPositions
+    ├── PromptError                     the question itself
+    │   ├── EmptyPrompt
+    │   └── PromptTooLong
+    ├── ModelError                      the model cannot be had, or cannot be captured
+    │   ├── ModelUnavailable
+    │   ├── DeviceUnavailable
+    │   ├── UnsupportedModel
+    │   └── SiteUnavailable
+    ├── BenchmarkError                  the benchmark cannot be had, or cannot be captured
+    │   ├── UnknownBenchmark
+    │   └── BenchmarkUnavailable
+    ├── StoreError                      files and folders
+    │   ├── PathExists
+    │   ├── FolderNotWritable
+    │   ├── DiskFull
+    │   ├── UnreadableFile
+    │   │   ├── NotActivations
+    │   │   ├── TruncatedFile
+    │   │   └── NewerFormat
+    │   ├── RefusedPickle
+    │   └── ManySamples
+    └── CaptureError                    what the hooks saw is not what was expected; nothing is stored
+
+Messages name the thing, what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AutomaticEvalError(Exception):
+    """The base of every error this project raises on purpose."""
+
+    exit_code = 2
+
+
+class SelectionError(AutomaticEvalError, ValueError):
+    """What was asked to be kept cannot be named."""
+
+
+class UnknownSite(SelectionError):
+    """No site has this name."""
+
+
+class UnknownLayer(SelectionError):
+    """The model has no such layer, or the layers cannot be read."""
+
+
+class UnknownPositions(SelectionError):
+    """The positions cannot be read."""
+
+
+class PromptError(AutomaticEvalError, ValueError):
+    """The question itself cannot be asked."""
+
+
+class EmptyPrompt(PromptError):
+    """There is nothing in the prompt."""
+
+
+class PromptTooLong(PromptError):
+    """The prompt does not fit into the model's context."""
+
+
+class ModelError(AutomaticEvalError):
+    """The model cannot be had, or cannot be captured."""
+
+
+class ModelUnavailable(ModelError):
+    """The model is missing, gated, or out of reach without a network."""
+
+
+class DeviceUnavailable(ModelError):
+    """The device asked for is not there."""
+
+
+class UnsupportedModel(ModelError):
+    """The model's shape is not one that can be captured truly."""
+
+
+class SiteUnavailable(ModelError):
+    """This model has no such site, or the site failed its check."""
+
+
+class BenchmarkError(AutomaticEvalError):
+    """The benchmark cannot be had, or cannot be captured."""
+
+
+class UnknownBenchmark(BenchmarkError):
+    """lm-eval knows no task of this name."""
+
+
+class BenchmarkUnavailable(BenchmarkError):
+    """The task is known, but its data cannot be had."""
+
+
+class StoreError(AutomaticEvalError):
+    """A file or folder cannot be written or read."""
+
+
+class PathExists(StoreError):
+    """The file is there already, and nothing is overwritten unasked."""
+
+
+class FolderNotWritable(StoreError):
+    """The folder cannot be made or written."""
+
+
+class DiskFull(StoreError):
+    """The disk has less room than is needed."""
+
+
+class UnreadableFile(StoreError):
+    """The file cannot be read."""
+
+
+class NotActivations(UnreadableFile):
+    """The file is not HDF5, or was not written by this project."""
+
+
+class TruncatedFile(UnreadableFile):
+    """The file was cut short or damaged."""
+
+
+class NewerFormat(UnreadableFile):
+    """The file was written by a newer version."""
+
+
+class RefusedPickle(StoreError):
+    """The file is a pickle that could run code; it is never unpickled."""
+
+
+class ManySamples(StoreError):
+    """The path holds several samples where one was asked for."""
+
+
+class CaptureError(AutomaticEvalError):
+    """What the hooks saw is not what was expected; nothing was stored."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'x' or 'y'?", or nothing when no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f" Did you mean {' or '.join(repr(match) for match in near)}?" if near else ""

@@ -1,0 +1,113 @@
+"""The answer in what a model wrote: RULES in order, the last match of the first that gives an answer.
+
+Model output is messier than any list: a new habit is a new line in RULES and a row in
+`tests/test_extraction.py`. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_END = r"(?=\.\s|\.?\s*$|\n|$)"
+"""An answer in a sentence goes to the sentence's end: 3.5 is not two sentences."""
+
+
+class Rule(NamedTuple):
+    """A habit of answering; the pattern's group 1 is the answer."""
+
+    habit: str
+    pattern: re.Pattern[str]
+
+
+def _rule(habit: str, pattern: str) -> Rule:
+    return Rule(habit, re.compile(pattern, re.IGNORECASE | re.MULTILINE))
+
+
+RULES = (
+    _rule("FINAL ANSWER: B", r"final\s+answer[\s*_`]*(?:is)?[\s*_`]*[:：=][\s*_`]*([^\n]+)"),
+    _rule("the final answer is B.", rf"final\s+answer\s+(?:is|would\s+be)\s+(?!not\b)([^\n]+?){_END}"),
+    _rule(r"\boxed{C}", r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"),
+    _rule("#### 42", r"^\s*####\s*([^\n]+)"),
+    _rule(
+        "The answer is D.",
+        r"\b(?:answer|option|choice)\b[\s*_`]*(?:is|would\s+be|must\s+be|should\s+be)(?:\s*[:：])?[\s*_`]+"
+        rf"(?!not\b|<)((?:option|choice)?\s*[^\n]+?){_END}",
+    ),
+    _rule("Answer: D", r"^[\s*_`#>]*(?:correct\s+|best\s+|right\s+)?answer[\s*_`]*[:：][\s*_`]*([^\n]+)"),
+    _rule("D is correct", r"(?:\boption\s+|\bchoice\s+|\()?\b([A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b"),
+)
+_LONE_LETTER = re.compile(r"[\s*_`(\[\"']*([A-Z])[\s*_`)\].:\"']*")
+_LETTER_FIRST = re.compile(r"(?:option\s+|choice\s+)?[(\[]?([A-Za-z])(?:[)\].:,]|\s*[-–—]\s|\s*$)", re.IGNORECASE)
+_BARE_CAPITAL = re.compile(r"(?:option\s+|choice\s+)?[(\[]?([B-Z])\b")
+_PLACEHOLDER = re.compile(r"^[<\[{(]\s*(?:letter|answer|your answer|x)\s*[>\]})]?\W*$", re.IGNORECASE)
+
+
+def extract_answer(text: str, choices: Sequence[str] | None = None) -> str | None:
+    """The answer that a response gives, or None when it gives none (unfinished, or no habit that is known).
+
+    With choices, the letter of one of them: "A" for the first. Without, the answer's text, unadorned.
+    """
+    said = re.split(r"</think(?:ing)?>", text)[-1]  # thinking is not answering
+    if re.search(r"<think(?:ing)?>", said):
+        return None
+    for rule in RULES:
+        for found in reversed(rule.pattern.findall(said)):
+            answer = _unadorned(found)
+            if answer and not _PLACEHOLDER.match(answer):
+                settled = answer if choices is None else letter_of(answer, choices)
+                if settled is not None:
+                    return settled
+    return _last_line(said, choices)
+
+
+def letter_of(answer: str, choices: Sequence[str]) -> str | None:
+    """The letter of the choice that an answer names, by letter or by text; None when it names none."""
+    letters = LETTERS[: len(choices)]
+    texts = [_plain(choice) for choice in choices]
+    if _plain(answer) in texts:
+        return letters[texts.index(_plain(answer))]
+    for pattern in (_LETTER_FIRST, _BARE_CAPITAL):
+        match = pattern.match(answer)
+        if match and match.group(1).upper() in letters:
+            return match.group(1).upper()
+    named = [letter for letter, choice in zip(letters, texts, strict=True) if _names(_plain(answer), choice)]
+    return named[0] if len(named) == 1 else None
+
+
+def _last_line(said: str, choices: Sequence[str] | None) -> str | None:
+    """A lone letter, or a choice and nothing else, on the last line."""
+    lines = [line for line in said.strip().splitlines() if line.strip()]
+    if not lines:
+        return None
+    match = _LONE_LETTER.fullmatch(lines[-1].strip())
+    if match and (choices is None or match.group(1) in LETTERS[: len(choices)]):
+        return match.group(1)
+    if choices is None:
+        return None
+    line = _unadorned(lines[-1])
+    lettered = re.fullmatch(r"\(?([A-Z])[).:]\s+(.+)", line)
+    if lettered and lettered.group(1) in LETTERS[: len(choices)]:
+        return lettered.group(1)
+    texts = [_plain(choice) for choice in choices]
+    return LETTERS[texts.index(_plain(line))] if texts.count(_plain(line)) == 1 else None
+
+
+def _unadorned(answer: str) -> str:
+    """An answer without markdown, LaTeX, quotes and the full stop at its end."""
+    answer = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", answer)
+    answer = re.sub(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", answer)
+    answer = re.sub(r"\*\*|__|`|\\[()\[\]]|<\|[^|>]*\|>|</?\w+>", "", answer)
+    answer = answer.strip().strip("*_$\"'“”‘’ ").rstrip(" .,;!*_")
+    lone = re.fullmatch(r"[(\[]([A-Za-z0-9]+)[)\]]", answer)
+    return lone.group(1) if lone else answer
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", _unadorned(text)).casefold()
+
+
+def _names(answer: str, choice: str) -> bool:
+    return bool(choice) and re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", answer) is not None

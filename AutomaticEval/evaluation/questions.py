@@ -1,0 +1,144 @@
+"""Ask one question of a model, extract its answer, and keep what happened inside.
+
+For evaluation loops that people already have. Benchmarks through lm-eval are in `run.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Unpack, overload
+
+from AutomaticEval.capture.generation import Asked, AskOptions, Request, ask, check_prompt
+from AutomaticEval.errors import PromptError
+from AutomaticEval.evaluation.extraction import LETTERS, extract_answer
+from AutomaticEval.models.loading import load_model
+from AutomaticEval.sites import LayersLike
+from AutomaticEval.store.format import Sample
+from AutomaticEval.store.writer import file_stem, prepare_folder, write_named
+
+TEMPLATE = (
+    "Question: {question}\n"
+    "{choices}"
+    'Reason step by step, then finish with one line of the form "FINAL ANSWER: {form}".\n'
+    "Answer:"
+)
+"""How a question is put. A template of your own must contain {question}; {choices} are the lettered lines."""
+
+
+def write_question(question: str, choices: Sequence[str] | None = None, template: str = TEMPLATE) -> str:
+    """The prompt that puts a question, with its choices as lettered lines. Raises PromptError, EmptyPrompt."""
+    check_prompt(question)
+    if choices is not None and not 2 <= len(choices) <= len(LETTERS):
+        raise PromptError(f"{len(choices)} choices; give 2 to {len(LETTERS)}, or none for an open question.")
+    if "{question}" not in template:
+        raise PromptError("the template has no {question} in it; the question would not be asked.")
+    lettered = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, choices or (), strict=False))
+    try:
+        return template.format(question=question, choices=lettered, form="<letter>" if choices else "<answer>")
+    except (KeyError, IndexError, ValueError) as failure:
+        raise PromptError(
+            f"the template cannot be filled ({failure}); it may hold {{question}}, {{choices}} and {{form}}, and other "
+            "braces doubled."
+        ) from failure
+
+
+def answer_benchmark_question_with_activations(
+    question: str,
+    model: Any,
+    save_activations: bool = True,
+    activation_save_dir: str | Path = "activations",
+    *,
+    choices: Sequence[str] | None = None,
+    template: str = TEMPLATE,
+    layers_to_capture: LayersLike = None,
+    **options: Unpack[AskOptions],
+) -> tuple[str, str | None, dict[str, Any]]:
+    """A model's answer to a question, and the activations of the pass that produced it.
+
+    save_activations: write `benchmark_activations_<time>_<question>.h5` into activation_save_dir.
+    choices: written as lettered lines; the answer is then a letter. template: how the question is put.
+    options: see `capture.generation.AskOptions`.
+    Returns (full_response, extracted_answer, activation_data); the answer is None when the response gives none.
+    activation_data is that of `generate_inference_with_activations`, with `question`, `choices` and
+    `extracted_answer`. Raises SelectionError, PromptError, ModelError, StoreError, CaptureError.
+    """
+    folder = Path(activation_save_dir).expanduser() if save_activations else None
+    request = Request.parse(write_question(question, choices, template), model, layers_to_capture, options)
+    if folder is not None:
+        prepare_folder(folder)
+    loaded = load_model(model, tokenizer=request.tokenizer, options=request.load)
+    asked = ask(loaded, request, capture=True, folder=folder)
+    answer = extract_answer(asked.text, choices)
+    asked = _with_question(asked, question, choices, answer)
+    assert asked.sample is not None
+    file = None
+    if folder is not None:
+        file = write_named(
+            folder, file_stem("benchmark_activations", question), asked.sample, asked.model, asked.settings
+        )
+    return asked.text, answer, asked.activation_data(file)
+
+
+@overload
+def answer_benchmark_question(
+    question: str,
+    model: Any,
+    *,
+    capture_activations: Literal[False] = False,
+    choices: Sequence[str] | None = None,
+    template: str = TEMPLATE,
+    **options: Unpack[AskOptions],
+) -> tuple[str, str | None]: ...
+@overload
+def answer_benchmark_question(
+    question: str,
+    model: Any,
+    *,
+    capture_activations: Literal[True],
+    save_activations: bool = True,
+    activation_save_dir: str | Path = "activations",
+    choices: Sequence[str] | None = None,
+    template: str = TEMPLATE,
+    layers_to_capture: LayersLike = None,
+    **options: Unpack[AskOptions],
+) -> tuple[str, str | None, dict[str, Any]]: ...
+def answer_benchmark_question(
+    question: str,
+    model: Any,
+    *,
+    capture_activations: bool = False,
+    save_activations: bool = True,
+    activation_save_dir: str | Path = "activations",
+    choices: Sequence[str] | None = None,
+    template: str = TEMPLATE,
+    layers_to_capture: LayersLike = None,
+    **options: Unpack[AskOptions],
+) -> tuple[str, str | None] | tuple[str, str | None, dict[str, Any]]:
+    """(full_response, extracted_answer); with capture_activations, what
+    `answer_benchmark_question_with_activations` returns. The text is the same with and without capture.
+    """
+    if capture_activations:
+        return answer_benchmark_question_with_activations(
+            question,
+            model,
+            save_activations,
+            activation_save_dir,
+            choices=choices,
+            template=template,
+            layers_to_capture=layers_to_capture,
+            **options,
+        )
+    request = Request.parse(write_question(question, choices, template), model, layers_to_capture, options)
+    loaded = load_model(model, tokenizer=request.tokenizer, options=request.load)
+    text = ask(loaded, request, capture=False).text
+    return text, extract_answer(text, choices)
+
+
+def _with_question(asked: Asked, question: str, choices: Sequence[str] | None, answer: str | None) -> Asked:
+    sample = asked.sample
+    assert sample is not None
+    added = {"question": question, "extracted_answer": answer, "choices": None if choices is None else list(choices)}
+    kept = Sample({**sample.fields, **added}, sample.input_ids, sample.generated_ids, sample.rows, sample.where)
+    return replace(asked, sample=kept)

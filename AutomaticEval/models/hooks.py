@@ -1,0 +1,148 @@
+"""`capturing`: read chosen sites of a model while it runs, whoever runs it.
+
+Hooks are installed on entry and removed, by handle, on every exit. What is kept is cut on the device at
+once, then copied to the CPU. Which columns a forward fed is known from the token ids that reached the
+embedding, never from counting calls: chunked prefill and deferred stops change the count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from AutomaticEval.errors import CaptureError
+from AutomaticEval.models.layout import Tap, input_of, tensor_of
+
+
+class Kept(NamedTuple):
+    """Which (batch row, column) pairs of one forward are kept. Both are [n_kept], int64, on any device."""
+
+    rows: Tensor
+    columns: Tensor
+
+
+Keep = Callable[[int, int], Kept | None]
+"""keep(first column, number of columns) -> what to keep of that forward; None for nothing."""
+
+
+class Recording:
+    """What `capturing` saw: for every kept (batch row, column) pair, one row a key. Read it after the with."""
+
+    def __init__(self, keys: list[str], keep: Keep) -> None:
+        self._keep = keep
+        self._fed: list[Tensor] = []
+        self._kept: list[Kept] = []
+        self._current: Kept | None = None
+        self._n_columns = 0
+        self._first = 0
+        self._fired = dict.fromkeys(keys, 0)
+        self._pieces: dict[str, list[Tensor]] = {key: [] for key in keys}
+        self._rows: dict[str, Tensor] = {}
+        self._where: dict[tuple[int, int], int] = {}
+        self._devices: set[torch.device] = set()
+
+    @property
+    def n_forwards(self) -> int:
+        return len(self._fed)
+
+    def feed(self, ids: Tensor) -> None:
+        """A forward begins with these token ids [batch, columns]."""
+        if ids.dim() != 2:
+            raise CaptureError(f"the embedding was given ids of shape {tuple(ids.shape)}; expected [batch, columns].")
+        self._first += self._n_columns
+        self._fed.append(ids.detach())
+        self._n_columns = ids.shape[1]
+        kept = self._keep(self._first, self._n_columns)
+        self._current = None if kept is None or not len(kept.rows) else Kept(*(t.to(ids.device) for t in kept))
+        if self._current is not None:
+            self._kept.append(self._current)
+
+    def read(self, key: str, tap: Tap, value: Tensor) -> None:
+        """A site's value [batch, columns, width] in the current forward: keep what is wanted of it."""
+        self._fired[key] += 1
+        if self._fired[key] != self.n_forwards:
+            raise CaptureError(f"the hook of {key} fired {self._fired[key]} times in {self.n_forwards} forwards.")
+        if value.dim() == 2:  # some blocks flatten batch and columns
+            value = value.view(-1, self._n_columns, value.shape[-1])
+        if not self._pieces[key]:
+            self._pieces[key].append(tap.take(value.detach()[:0, 0]).to("cpu"))  # [0, width]: when nothing is kept
+        if self._current is None:
+            return
+        rows, columns = (index.to(value.device) for index in self._current)
+        columns = columns - self._first
+        lacking = self._n_columns - value.shape[1]  # logits are computed for the last columns only
+        if lacking and int(columns.min()) < lacking:
+            raise CaptureError(
+                f"{key} was not computed at {int((columns < lacking).sum())} of the positions asked for: a model that "
+                'generates computes no logits over the prompt but its last token. Use positions="scored".'
+            )
+        cut = tap.take(value.detach()[rows, columns - lacking])  # [n_kept, width]
+        if cut.device.type == "cuda":
+            self._devices.add(cut.device)
+        self._pieces[key].append(cut.to("cpu", non_blocking=cut.device.type == "cuda"))
+
+    def close(self) -> None:
+        """The last forward is over: check that every hook saw every forward, and join the pieces."""
+        for key, fired in self._fired.items():
+            if fired != self.n_forwards:
+                raise CaptureError(f"the hook of {key} fired {fired} times in {self.n_forwards} forwards.")
+        for device in self._devices:
+            torch.cuda.synchronize(device)  # the copies to pinned memory have arrived
+        self._rows = {key: torch.cat(pieces) for key, pieces in self._pieces.items() if pieces}
+        self._pieces.clear()
+        pairs = [(kept.rows.tolist(), kept.columns.tolist()) for kept in self._kept]
+        every = [pair for rows, columns in pairs for pair in zip(rows, columns, strict=True)]
+        self._where = {pair: number for number, pair in enumerate(every)}
+
+    def fed(self, row: int) -> list[int]:
+        """The token ids that the model was given in one batch row, column after column."""
+        return torch.cat([ids[row].cpu() for ids in self._fed]).tolist() if self._fed else []
+
+    def take(self, row: int, columns: Iterable[int]) -> dict[str, Tensor]:
+        """Key -> [n_columns, width] of one batch row, on the CPU, in the model's dtype."""
+        try:
+            index = torch.tensor([self._where[row, column] for column in columns], dtype=torch.long)
+        except KeyError as absent:
+            raise CaptureError(
+                f"batch row {row}: column {absent.args[0][1]} was asked for but never computed."
+            ) from None
+        return {key: rows[index] for key, rows in self._rows.items()}
+
+
+@contextmanager
+def capturing(model: nn.Module, taps: Mapping[str, Tap], embedding: str, keep: Keep) -> Iterator[Recording]:
+    """Record taps of a model in every forward inside the with.
+
+    taps: key -> place, from `Layout.pick`. embedding: `Layout.embedding`. keep: what to keep of a forward.
+    Raises CaptureError when a hook does not fire exactly once a forward.
+    """
+    recording = Recording(list(taps), keep)
+    with ExitStack() as hooks:
+
+        def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            recording.feed(input_of(args, kwargs))
+
+        handle = model.get_submodule(embedding).register_forward_pre_hook(feed, with_kwargs=True)
+        hooks.callback(handle.remove)
+        for key, tap in taps.items():
+            hooks.callback(_install(model.get_submodule(tap.module), key, tap, recording))
+        yield recording
+    recording.close()
+
+
+def _install(module: nn.Module, key: str, tap: Tap, recording: Recording) -> Callable[[], None]:
+    """Hook one tap; returns what removes it."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recording.read(key, tap, input_of(args, kwargs))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        recording.read(key, tap, tensor_of(output))
+
+    if tap.end == "input":
+        return module.register_forward_pre_hook(before, with_kwargs=True).remove
+    return module.register_forward_hook(after).remove

@@ -1,0 +1,132 @@
+"""What to keep: sites x layers x positions.
+
+Positions are derived from the sequence alone: P prompt tokens and R response tokens give P + R - 1
+positions, because the last token is never fed to the model. Knows nothing of models or files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from AutomaticEval.errors import UnknownPositions
+from AutomaticEval.sites import DEFAULT_KINDS, LayersLike, Site, expand, parse_kinds, parse_layers
+
+PARTS = ("all", "prompt", "response", "scored")
+_GRAMMAR = re.compile(r"(?:(all|prompt|response|scored)(?:\[([-\d:]+)\])?|\[?([-\d:]+)\]?)")
+_HOW = "write all, prompt, response, scored or last, or a slice: -4:, ::2, prompt[-1:], response[:8]"
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A slice of a part of the sequence."""
+
+    part: str = "all"
+    """all; prompt; response (the response tokens that were fed); scored (whose logits gave the response)."""
+
+    start: int | None = None
+    stop: int | None = None
+    step: int | None = None
+
+    @classmethod
+    def parse(cls, positions: str | slice | Positions) -> Positions:
+        """Positions from `all`, `prompt[-1:]`, `-4:`, `last`, or a slice object. Raises UnknownPositions."""
+        if isinstance(positions, Positions):
+            return positions
+        if isinstance(positions, slice):
+            return cls._checked("all", positions.start, positions.stop, positions.step, repr(positions))
+        if positions == "last":
+            return cls("all", -1)
+        match = _GRAMMAR.fullmatch(str(positions).replace(" ", ""))
+        if match is None:
+            raise UnknownPositions(f"no positions {positions!r}; {_HOW}.")
+        part, inner, bare = match.groups()
+        fields = (inner or bare or ":").split(":")
+        try:
+            numbers = [int(field) if field else None for field in fields]
+        except ValueError:
+            raise UnknownPositions(f"no positions {positions!r}; {_HOW}.") from None
+        if len(numbers) == 1:  # a single index: one position
+            (index,) = numbers
+            assert index is not None
+            numbers = [index, None if index == -1 else index + 1]
+        if len(numbers) > 3:
+            raise UnknownPositions(f"no positions {positions!r}; {_HOW}.")
+        start, stop, step = (*numbers, None)[:3]
+        return cls._checked(part or "all", start, stop, step, str(positions))
+
+    @classmethod
+    def _checked(cls, part: str, start: int | None, stop: int | None, step: int | None, given: str) -> Positions:
+        if step is not None and step < 1:
+            raise UnknownPositions(f"the positions {given} step by {step}; the step must be 1 or more.")
+        return cls(part, start, stop, step)
+
+    def __str__(self) -> str:
+        if (self.start, self.stop, self.step) == (None, None, None):
+            return self.part
+        if self == Positions("all", -1):
+            return "last"
+        step = "" if self.step is None else f":{self.step}"
+        bounds = ":".join("" if bound is None else str(bound) for bound in (self.start, self.stop)) + step
+        return f"{self.part}[{bounds}]"
+
+    def resolve(self, n_prompt: int, n_response: int) -> range:
+        """The positions kept of a sequence of n_prompt + n_response tokens, ascending."""
+        end = n_prompt + n_response - 1
+        whole = {
+            "all": range(end),
+            "prompt": range(n_prompt),
+            "response": range(n_prompt, end),
+            "scored": range(n_prompt - 1, end),
+        }[self.part]
+        return whole[self.start : self.stop : self.step]
+
+    def window(self, n_prompt: int) -> tuple[int, int | None]:
+        """Half-open bounds that hold every kept position, however long the response becomes.
+
+        Used to cut on the device while the response is still being generated. None: no upper bound.
+        """
+        if self.part == "prompt":
+            kept = self.resolve(n_prompt, 1)
+            return (kept[0], kept[-1] + 1) if kept else (0, 0)
+        base = {"all": 0, "response": n_prompt, "scored": n_prompt - 1}[self.part]
+        low = base + self.start if self.start is not None and self.start >= 0 else base
+        return low, base + self.stop if self.stop is not None and self.stop >= 0 else None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to keep of every sequence."""
+
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    """Kinds of sites, names from `AutomaticEval.sites`."""
+
+    layers: tuple[tuple[int, int], ...] | None = None
+    """Inclusive (first, last) pairs; None for all layers."""
+
+    positions: Positions = Positions()
+
+    @classmethod
+    def parse(
+        cls,
+        sites: str | Iterable[str] | None = None,
+        layers: LayersLike = None,
+        positions: str | slice | Positions = "all",
+    ) -> Selection:
+        """A selection from what people type. Raises UnknownSite, UnknownLayer, UnknownPositions."""
+        return cls(parse_kinds(sites), parse_layers(layers), Positions.parse(positions))
+
+    def sites(self, n_layers: int) -> tuple[Site, ...]:
+        """The sites kept in a model of n_layers. Raises UnknownLayer."""
+        return expand(self.kinds, self.layers_text(), n_layers)
+
+    def layers_text(self) -> str:
+        """The layers as people type them: `0-2,-1`, or `all`."""
+        if self.layers is None:
+            return "all"
+        return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in self.layers)
+
+    def as_dict(self) -> dict[str, str]:
+        """For files: sites, layers and positions as people type them."""
+        return {"sites": ",".join(self.kinds), "layers": self.layers_text(), "positions": str(self.positions)}

@@ -1,0 +1,230 @@
+"""The file contract: names, dtypes and versions, as `docs/format.md` says. Owns how each value is encoded.
+
+Knows nothing of models, of runs, or of when a file is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from AutomaticEval.errors import CaptureError
+
+SHARD_FORMAT = "automatic-eval/activations"
+RUN_FORMAT = "automatic-eval/run"
+VERSION = (1, 0)
+TEXT = h5py.string_dtype()
+
+COLUMNS = {
+    "prompt": "text",
+    "response": "text",
+    "timestamp": "text",
+    "n_prompt_tokens": "int",
+    "batch_rows": "int",
+    "batch_columns": "int",
+    "task": "text",
+    "doc_id": "int",
+    "choice": "int",
+    "repeat": "int",
+    "n_truncated": "int",
+    "question": "text",
+    "extracted_answer": "json",
+    "choices": "json",
+    "logprob": "float",
+    "is_greedy": "bool",
+    "correct": "bool",
+    "target": "json",
+    "prediction": "json",
+    "metrics": "json",
+    "prompt_hash": "text",
+    "shard": "int",
+    "index": "int",
+}
+"""Column -> type. What is not here is not written."""
+
+_NUMPY: dict[str, np.dtype[Any]] = {"int": np.dtype("<i8"), "float": np.dtype("<f8"), "bool": np.dtype("i1")}
+_DTYPES = {
+    torch.float64: h5py.h5t.IEEE_F64LE,
+    torch.float32: h5py.h5t.IEEE_F32LE,
+    torch.float16: h5py.h5t.IEEE_F16LE,
+}
+_BITS: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
+    8: (np.dtype("<u8"), torch.int64),
+    4: (np.dtype("<u4"), torch.int32),
+    2: (np.dtype("<u2"), torch.int16),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of one sequence that are stored together. Several samples may point into the same Rows."""
+
+    token_ids: Sequence[int]
+    tokens: Sequence[str]
+    """The tokens' strings, aligned with token_ids."""
+
+    positions: Sequence[int]
+    activations: Mapping[str, Tensor]
+    """Key -> [n_rows, width], on the CPU."""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.activations.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One prompt (or context) with one response (or continuation), and where its rows are."""
+
+    fields: Mapping[str, Any]
+    """Columns of COLUMNS: prompt, response, timestamp, …"""
+
+    input_ids: Sequence[int]
+    generated_ids: Sequence[int]
+    rows: Rows
+    where: Sequence[int]
+    """Indices into rows, ascending by position."""
+
+    def __post_init__(self) -> None:
+        """Refuse rows that are not this sample's tokens."""
+        sequence = [*self.input_ids, *self.generated_ids]
+        for index in self.where:
+            position, found = self.rows.positions[index], self.rows.token_ids[index]
+            if position >= len(sequence) - 1 or sequence[position] != found:
+                raise CaptureError(
+                    f"a row of token {found} at position {position} does not belong to its sample of "
+                    f"{len(sequence)} tokens (prompt {self.fields.get('prompt', '')[:40]!r})."
+                )
+
+    def activation_data(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The dict that the drop-in functions return and `load_activations` gives back."""
+        index = torch.tensor(list(self.where), dtype=torch.long)
+        return assemble(
+            model,
+            settings,
+            self.fields,
+            self.input_ids,
+            self.generated_ids,
+            [self.rows.token_ids[i] for i in self.where],
+            [self.rows.positions[i] for i in self.where],
+            [self.rows.tokens[i] for i in self.where],
+            {key: tensor[index] for key, tensor in self.rows.activations.items()},
+        )
+
+
+def assemble(
+    model: str,
+    settings: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    input_ids: Sequence[int],
+    generated_ids: Sequence[int],
+    token_ids: Sequence[int],
+    positions: Sequence[int],
+    tokens: Sequence[str],
+    activations: dict[str, Tensor],
+) -> dict[str, Any]:
+    """One sample as a dict, the same whether it comes from a model or from a file."""
+    rest = {
+        name: value for name, value in fields.items() if name not in ("batch_rows", "batch_columns", "shard", "index")
+    }
+    shape = [fields["batch_rows"], fields["batch_columns"]]
+    return {
+        **rest,
+        "model": model,
+        "input_ids": torch.tensor(list(input_ids), dtype=torch.long)[None],  # [1, P]
+        "generated_ids": torch.tensor(list(generated_ids), dtype=torch.long),  # [R]
+        "token_ids": torch.tensor(list(token_ids), dtype=torch.long),  # [n_positions]
+        "positions": torch.tensor(list(positions), dtype=torch.long),  # [n_positions]
+        "tokens": list(tokens),
+        "activations": activations,
+        "settings": {**settings, "batch_shape": shape},
+    }
+
+
+@dataclass
+class Ragged:
+    """Lists of different lengths as one flat list and n + 1 offsets."""
+
+    offset: list[int] = field(default_factory=lambda: [0])
+    values: list[int] = field(default_factory=list)
+
+    def add(self, items: Iterable[int]) -> None:
+        self.values.extend(items)
+        self.offset.append(len(self.values))
+
+
+def hdf5_type(dtype: torch.dtype) -> h5py.h5t.TypeID:
+    """The HDF5 type of an activation dtype; bfloat16 is HDF5's own, which h5py has no name for."""
+    if dtype in _DTYPES:
+        return _DTYPES[dtype]
+    if dtype != torch.bfloat16:
+        raise CaptureError(f"activations of dtype {dtype} cannot be stored; expected a floating dtype.")
+    made = h5py.h5t.IEEE_F32LE.copy()
+    made.set_fields(15, 7, 8, 0, 7)  # sign, exponent at and of, mantissa at and of
+    made.set_size(2)
+    made.set_ebias(127)
+    return made
+
+
+def bits(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The raw bits of a contiguous tensor, as unsigned integers that share its memory."""
+    numpy_type, torch_type = _BITS[tensor.element_size()]
+    return tensor.contiguous().view(torch_type).numpy().view(numpy_type)
+
+
+def from_bits(raw: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
+    """The tensor whose raw bits these are, sharing their memory."""
+    signed = raw.view(np.dtype(f"<i{raw.dtype.itemsize}"))
+    return torch.from_numpy(signed).view(dtype)
+
+
+def bits_type(dtype: torch.dtype) -> np.dtype[Any]:
+    """The unsigned integer type as wide as a dtype."""
+    return _BITS[torch.empty((), dtype=dtype).element_size()][0]
+
+
+def encode_column(name: str, values: Sequence[Any]) -> tuple[np.ndarray[Any, Any] | list[str], str]:
+    """A column's values as they are written, and its `encoding` attribute."""
+    kind = COLUMNS[name]
+    if kind == "json":
+        return [json.dumps(value, default=str) for value in values], "json"
+    if kind == "text":
+        return encode_text(["" if value is None else value for value in values])
+    none = {"int": -1, "float": float("nan"), "bool": -1}[kind]
+    return np.array([none if value is None else value for value in values], dtype=_NUMPY[kind]), kind
+
+
+def encode_text(values: Sequence[str]) -> tuple[list[str], str]:
+    """Strings as they are written: as they are, or as JSON when HDF5 cannot hold one of them."""
+    if all("\0" not in value and _is_utf8(value) for value in values):
+        return list(values), "utf-8"
+    return [json.dumps(value) for value in values], "json"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def decode_column(dataset: h5py.Dataset, at: Any = ()) -> list[Any]:
+    """A column's values, whole or at a slice, with None where none was written."""
+    encoding, raw = dataset.attrs["encoding"], dataset[at]
+    if encoding in ("utf-8", "json"):
+        texts = [value.decode("utf-8") if isinstance(value, bytes) else value for value in np.atleast_1d(raw)]
+        return [json.loads(text) for text in texts] if encoding == "json" else texts
+    values = np.atleast_1d(raw).tolist()
+    if encoding == "float":
+        return [None if value != value else value for value in values]
+    if encoding == "bool":
+        return [None if value < 0 else bool(value) for value in values]
+    return [None if value == -1 else value for value in values]

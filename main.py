@@ -1,0 +1,5 @@
+"""The command line, from a clone: `python main.py --help`."""
+
+from AutomaticEval.cli.app import main
+
+main()
