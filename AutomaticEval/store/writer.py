@@ -30,7 +30,7 @@ from AutomaticEval.store.format import Ragged, Rows, Sample
 SHARD_BYTES = 256 * 2**20
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 def hdf5_path(path: str | Path) -> Path:
@@ -143,14 +143,15 @@ def _named_failures(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals, also those that HDF5 wraps, into ours."""
     try:
         yield
-    except OSError as failure:
-        code = failure.errno or next((c for c in (*_FULL, *_DENIED) if f"errno = {c}," in str(failure)), None)
+    except (OSError, RuntimeError) as failure:  # HDF5 raises RuntimeError when it cannot close a file on a full disk
+        said = next((c for c in (*_FULL, *_DENIED) if f"errno = {c}," in str(failure)), None)
+        code = getattr(failure, "errno", None) or said
+        if code is None:
+            raise
         if code in _FULL:
             raise DiskFull(f"the disk is full: {path} was not written, and nothing of it was left behind.") from failure
-        if code in _DENIED or isinstance(failure, FileExistsError):
-            raise FolderNotWritable(
-                f"{path} cannot be written ({os.strerror(code or 0)}); choose another folder."
-            ) from failure
+        if code in _DENIED:
+            raise FolderNotWritable(f"{path} cannot be written ({os.strerror(code)}); choose another.") from failure
         raise StoreError(f"{path} cannot be written: {failure}") from failure
 
 

@@ -1,0 +1,148 @@
+"""Small models built from their configs, and an independent way to read them: raw hooks on one unpadded row."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+)
+
+from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
+
+ROOT = Path(__file__).parent.parent
+REAL = ROOT.parent / "shared" / "real"
+STORIES = REAL / "models" / "stories260K"
+
+needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"put the real models and data into {REAL} to run this")
+
+VOCABULARY = 400
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    ),
+    "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128),
+    "gpt_neox": lambda: GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    ),
+    "gpt_neo": lambda: GPTNeoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_layers=4,
+        num_heads=4,
+        intermediate_size=64,
+        attention_types=[[["global", "local"], 2]],
+        window_size=128,
+        max_position_embeddings=128,
+    ),
+}
+BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "gpt_neo": "transformer.h"}
+FINAL_NORM = {
+    "llama": "model.norm",
+    "gpt2": "transformer.ln_f",
+    "gpt_neox": "gpt_neox.final_layer_norm",
+    "gpt_neo": "transformer.ln_f",
+}
+
+
+def build(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model, its weights scaled up so that layers differ and greedy text is not one token repeated."""
+    torch.manual_seed(0)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(DEMO_FOLDER)
+
+
+@pytest.fixture(scope="session", params=list(CONFIGS))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny(family: str, tokenizer: Any) -> LoadedModel:
+    return LoadedModel(build(CONFIGS[family]()), tokenizer, family)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tokenizer: Any) -> LoadedModel:
+    return LoadedModel(build(CONFIGS["llama"]()), tokenizer, "llama")
+
+
+@pytest.fixture(scope="session")
+def demo() -> LoadedModel:
+    from AutomaticEval.models.loading import load_model
+
+    return load_model("demo")
+
+
+def raw_residuals(model: Any, family: str, ids: Sequence[int]) -> dict[str, Tensor]:
+    """embeddings and layer_i of one unpadded row in one forward without a cache, by hooks of the test's own."""
+    found: dict[str, Tensor] = {}
+    blocks = model.get_submodule(BLOCKS[family])
+    handles = []
+
+    def output(key: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, out: Any) -> None:
+            found[key] = (out[0] if isinstance(out, tuple) else out)[0].clone()
+
+        return hook
+
+    def entering(module: Any, args: Any, kwargs: Any) -> None:
+        found["embeddings"] = (args[0] if args else kwargs["hidden_states"])[0].clone()
+
+    handles.append(blocks[0].register_forward_pre_hook(entering, with_kwargs=True))
+    handles += [block.register_forward_hook(output(f"layer_{i}")) for i, block in enumerate(blocks)]
+    try:
+        with torch.no_grad():
+            model(torch.tensor([list(ids)]), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def n_hooks(model: Any) -> int:
+    """All hooks on all modules."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.fixture
+def same_hooks_after() -> Iterator[Callable[[Any], None]]:
+    """watch(model): the test fails when it leaves more or fewer hooks than it found."""
+    watched: list[tuple[Any, int]] = []
+    yield lambda model: watched.append((model, n_hooks(model)))
+    for model, before in watched:
+        assert n_hooks(model) == before

@@ -1,0 +1,200 @@
+"""Sites mean what their names say, on every family, by identities; what does not hold is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import build
+from torch import Tensor
+
+from AutomaticEval.capture.generation import Sampling, respond
+from AutomaticEval.errors import SiteUnavailable, UnsupportedModel
+from AutomaticEval.models.layout import find_layout
+from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.selection import Selection
+
+BASE = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_LIKE = {**BASE, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
+OPT = {**BASE, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
+FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
+    # name: (config class, config, kinds that the family lacks)
+    "llama": ("LlamaConfig", LLAMA_LIKE, set()),
+    "gpt2": ("GPT2Config", {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4}, set()),
+    "gpt_neox": ("GPTNeoXConfig", {**BASE, "intermediate_size": 64}, {"resid_mid"}),
+    "gpt_neox_sequential": ("GPTNeoXConfig", {**BASE, "intermediate_size": 64, "use_parallel_residual": False}, set()),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {
+            "vocab_size": 400,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "intermediate_size": 64,
+            "attention_types": [[["global", "local"], 1]],
+        },
+        set(),
+    ),
+    "gptj": (
+        "GPTJConfig",
+        {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+        {"resid_mid"},
+    ),
+    "opt": ("OPTConfig", OPT, set()),
+    "bloom": ("BloomConfig", {"vocab_size": 400, "hidden_size": 32, "n_layer": 2, "n_head": 4}, set()),
+    "falcon": ("FalconConfig", BASE, {"resid_mid"}),
+    "phi": ("PhiConfig", {**BASE, "intermediate_size": 64}, {"resid_mid"}),
+    "phi3": ("Phi3Config", {**LLAMA_LIKE, "pad_token_id": 0}, set()),
+    "qwen2": ("Qwen2Config", LLAMA_LIKE, set()),
+    "qwen3": ("Qwen3Config", {**LLAMA_LIKE, "head_dim": 16}, set()),
+    "gemma2": ("Gemma2Config", {**LLAMA_LIKE, "head_dim": 16}, set()),
+    "gemma3": ("Gemma3TextConfig", {**LLAMA_LIKE, "head_dim": 16}, set()),
+    "olmo2": ("Olmo2Config", LLAMA_LIKE, set()),
+    "granite": ("GraniteConfig", {**LLAMA_LIKE, "residual_multiplier": 0.3}, set()),
+    "mistral": ("MistralConfig", LLAMA_LIKE, set()),
+    "mixtral": ("MixtralConfig", {**LLAMA_LIKE, "num_local_experts": 4}, {"mlp_post"}),
+    "gpt_bigcode": ("GPTBigCodeConfig", {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4}, set()),
+}
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def any_family(request: pytest.FixtureRequest, tokenizer: Any) -> tuple[str, LoadedModel]:
+    config_class, config, _ = FAMILIES[request.param]
+    return request.param, LoadedModel(build(getattr(transformers, config_class)(**config)), tokenizer, request.param)
+
+
+def capture(loaded: LoadedModel, sites: str) -> dict[str, Tensor]:
+    (response,) = respond(loaded, [[5, 17, 99, 3, 250, 41]], Sampling(max_new_tokens=3), Selection.parse(sites))
+    assert response.sample is not None
+    return dict(response.sample.activation_data("m", {})["activations"])
+
+
+def test_lacks_what_the_family_lacks_and_nothing_else(any_family: tuple[str, LoadedModel]) -> None:
+    name, loaded = any_family
+    assert set(find_layout(loaded.model).missing) == FAMILIES[name][2]
+
+
+def test_stream_plus_branches_is_the_next_stream(any_family: tuple[str, LoadedModel]) -> None:
+    _, loaded = any_family
+    kept = capture(loaded, "resid_pre,attn_out,mlp_out,resid_post")
+    for layer in range(loaded.layout.n_layers):
+        total = kept[f"layer_{layer}.resid_pre"] + kept[f"layer_{layer}.attn_out"] + kept[f"layer_{layer}.mlp_out"]
+        torch.testing.assert_close(total, kept[f"layer_{layer}"], atol=1e-5, rtol=1e-5)
+        if layer:
+            assert torch.equal(kept[f"layer_{layer}.resid_pre"], kept[f"layer_{layer - 1}"])
+
+
+def test_resid_mid_is_the_stream_plus_attention(any_family: tuple[str, LoadedModel]) -> None:
+    name, loaded = any_family
+    if "resid_mid" in FAMILIES[name][2]:
+        with pytest.raises(SiteUnavailable, match="parallel"):
+            capture(loaded, "resid_mid")
+        return
+    kept = capture(loaded, "resid_pre,attn_out,resid_mid")
+    for layer in range(loaded.layout.n_layers):
+        expected = kept[f"layer_{layer}.resid_pre"] + kept[f"layer_{layer}.attn_out"]
+        torch.testing.assert_close(kept[f"layer_{layer}.resid_mid"], expected, atol=1e-5, rtol=1e-5)
+
+
+OUT_PROJECTION = {
+    "llama": lambda m, layer: m.model.layers[layer].self_attn.o_proj,
+    "gpt2": lambda m, layer: m.transformer.h[layer].attn.c_proj,
+    "gpt_neox": lambda m, layer: m.gpt_neox.layers[layer].attention.dense,
+    "gpt_neo": lambda m, layer: m.transformer.h[layer].attn.attention.out_proj,
+    "qwen3": lambda m, layer: m.model.layers[layer].self_attn.o_proj,
+}
+
+
+@pytest.mark.parametrize("any_family", list(OUT_PROJECTION), indirect=True)
+def test_heads_of_z_add_up_to_attention(any_family: tuple[str, LoadedModel]) -> None:
+    """Each head's slice through its own part of the output projection; their sum and the bias is attn_out."""
+    name, loaded = any_family
+    kept, layout = capture(loaded, "z,attn_out"), loaded.layout
+    for layer in range(layout.n_layers):
+        projection = OUT_PROJECTION[name](loaded.model, layer)
+        weight = projection.weight if name == "gpt2" else projection.weight.T  # [n_heads * d_head, d_model]
+        z = kept[f"layer_{layer}.z"].view(-1, layout.n_heads, layout.d_head)
+        heads = torch.einsum("phd,hdm->pm", z, weight.view(layout.n_heads, layout.d_head, -1))
+        bias = 0 if projection.bias is None else projection.bias
+        torch.testing.assert_close((heads + bias).detach(), kept[f"layer_{layer}.attn_out"], atol=1e-5, rtol=1e-5)
+
+
+def test_values_equal_the_cache(any_family: tuple[str, LoadedModel]) -> None:
+    """q, k and v are cut out of the projections by one rule; v is what the KV cache holds."""
+    _, loaded = any_family
+    kept, layout = capture(loaded, "q,k,v"), loaded.layout
+    with torch.no_grad():
+        cache = loaded.model(torch.tensor([[5, 17, 99, 3, 250, 41]]), use_cache=True).past_key_values
+    for layer in range(layout.n_layers):
+        cached = cache.layers[layer].values[0].transpose(0, 1).flatten(1)  # [pos, n_kv_heads * d_head]
+        torch.testing.assert_close(kept[f"layer_{layer}.v"][:6], cached, atol=1e-5, rtol=1e-5)
+        assert kept[f"layer_{layer}.q"].shape[1] == layout.n_heads * layout.d_head
+        assert kept[f"layer_{layer}.k"].shape[1] == layout.n_kv_heads * layout.d_head
+
+
+def test_widths_are_those_of_the_rows(any_family: tuple[str, LoadedModel]) -> None:
+    _, loaded = any_family
+    layout = loaded.layout
+    kinds = ",".join(
+        kind for kind in ("embed", "q", "k", "v", "z", "mlp_post", "final_norm") if kind not in layout.missing
+    )
+    kept = capture(loaded, kinds)
+    assert {site.key: width for site, width in layout.widths.items() if site.key in kept} == {
+        key: rows.shape[1] for key, rows in kept.items()
+    }
+
+
+def test_branch_that_is_changed_after_the_module_is_refused(tokenizer: Any) -> None:
+    """A block that doubles its MLP's output: the module's output is not what is added, and is not stored as that."""
+    model = build(transformers.LlamaConfig(**LLAMA_LIKE))
+    block = type(model.model.layers[0])
+
+    class Doubling(block):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(hidden_states, *args, **kwargs)
+            return out + 2 * (out - hidden_states)
+
+    for layer in model.model.layers:
+        layer.__class__ = Doubling
+    loaded = LoadedModel(model, tokenizer, "doubling")
+    for site in ("mlp_out", "attn_out", "resid_mid"):
+        with pytest.raises(SiteUnavailable, match="does not hold"):
+            capture(loaded, site)
+    assert set(capture(loaded, "resid_post")) == {"layer_0", "layer_1"}
+
+
+def test_training_mode_and_encoder_decoders_are_refused() -> None:
+    model = build(transformers.LlamaConfig(**LLAMA_LIKE))
+    with pytest.raises(UnsupportedModel, match="eval"):
+        find_layout(model.train())
+    t5 = transformers.T5Config(vocab_size=100, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)
+    with pytest.raises(UnsupportedModel, match="encoder-decoder"):
+        find_layout(transformers.AutoModelForSeq2SeqLM.from_config(t5).eval())
+
+
+def test_compiled_model_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="compiled"):
+        find_layout(torch.compile(build(transformers.LlamaConfig(**LLAMA_LIKE))))
+
+
+def test_state_space_model_gives_its_residual_stream(tokenizer: Any) -> None:
+    model = build(transformers.MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2))
+    loaded = LoadedModel(model, tokenizer, "mamba")
+    assert set(capture(loaded, "embed,resid_post")) == {"embeddings", "layer_0", "layer_1"}
+    with pytest.raises(SiteUnavailable, match="no attention module"):
+        capture(loaded, "z")
+
+
+def test_finding_the_layout_leaves_no_hook_and_no_change(
+    any_family: tuple[str, LoadedModel], same_hooks_after: Callable[[Any], None]
+) -> None:
+    name, _ = any_family
+    config_class, config, _ = FAMILIES[name]
+    model = build(getattr(transformers, config_class)(**config))
+    same_hooks_after(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    find_layout(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
