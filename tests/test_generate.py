@@ -102,7 +102,9 @@ def test_seed_decides_the_sample_and_leaves_the_callers_random_state(tiny_llama:
     assert ask(data["settings"]["seed"])[0] == text  # a drawn seed is told
 
 
-def test_greedy_does_not_read_the_checkpoints_sampling(tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_does_not_read_the_checkpoints_sampling(
+    tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: dict[str, Any] = {"tokenizer": tiny_llama.tokenizer, "max_new_tokens": 12}
     plain = generate_inference("Tell me.", tiny_llama.model, **given)
     for name, value in (("do_sample", True), ("temperature", 9.0), ("top_k", 3)):
@@ -233,7 +235,7 @@ def test_site_the_model_lacks_leaves_no_hook_and_no_file(
 
     model = build(CONFIGS["gpt_neox"]())
     same_hooks_after(model)
-    with pytest.raises(SiteUnavailable, match="resid_mid.*parallel"):
+    with pytest.raises(SiteUnavailable, match=r"resid_mid.*parallel"):
         generate_inference_with_activations("Hi", model, tmp_path / "x.h5", tokenizer=tokenizer, sites="resid_mid")
     assert os.listdir(tmp_path) == []
 

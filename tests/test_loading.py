@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def hub_failure(kind: str) -> Exception:
     from huggingface_hub import errors
 
     class Response:
-        headers: dict[str, str] = {}
+        headers: typing.ClassVar[dict[str, str]] = {}
         request = None
         status_code = 403
         text = ""
@@ -130,7 +131,7 @@ def test_offline_name_says_both_ways_out(monkeypatch: pytest.MonkeyPatch) -> Non
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelUnavailable, match="connect once.*local folder"):
+    with pytest.raises(ModelUnavailable, match=r"connect once.*local folder"):
         load_model("somebody/not-downloaded")
 
 
@@ -190,7 +191,9 @@ def test_quantised_model_is_captured_on_every_site(bits: str, family: str, tmp_p
         total = kept[f"layer_{layer}.resid_pre"] + kept[f"layer_{layer}.attn_out"] + kept[f"layer_{layer}.mlp_out"]
         torch.testing.assert_close(total, kept[f"layer_{layer}"], atol=1e-4, rtol=1e-4)
     assert torch.equal(load_activations(tmp_path / "x.h5")["activations"]["layer_2"], kept["layer_2"])
-    loaded = load_model(str(tmp_path / "model"), options=LoadOptions(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit"))
+    loaded = load_model(
+        str(tmp_path / "model"), options=LoadOptions(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit")
+    )
     assert any("bit" in type(module).__name__ for module in loaded.model.modules())
     from AutomaticEval import generate_inference
 

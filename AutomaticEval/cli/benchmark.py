@@ -54,9 +54,7 @@ def benchmark(
     """
     if context.invoked_subcommand is not None:
         return
-    from AutomaticEval.selection import Selection
-
-    selection = Selection.parse(sites, layers, positions) if capture_activations else None
+    selection = options.chosen(sites, layers, positions, captures=capture_activations, how="--capture_activations")
     typer.echo("Loading …", err=True)
     options.quiet_libraries()
     from AutomaticEval.evaluation.run import Benchmark, run_benchmark

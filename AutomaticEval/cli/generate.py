@@ -45,9 +45,8 @@ def generate(
     revision: options.Revision = None,
 ) -> None:
     """Answer one prompt; with --save_path or --capture_activations, keep its activations."""
-    from AutomaticEval.selection import Selection
-
-    Selection.parse(sites, layers, positions)  # refused before anything heavy is imported
+    captures = capture_activations or save_path is not None
+    options.chosen(sites, layers, positions, captures=captures, how="--save_path or --capture_activations")
     options.quiet_libraries()
     from AutomaticEval.capture.generation import AskOptions, generate_inference, generate_inference_with_activations
     from AutomaticEval.store.writer import file_stem, size_text

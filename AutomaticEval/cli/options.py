@@ -8,11 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
 from AutomaticEval.errors import AutomaticEvalError
+
+if TYPE_CHECKING:
+    from AutomaticEval.selection import Selection
 
 SPELLINGS = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["--help", "-h"]}
 
@@ -44,6 +47,16 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(error.exit_code) from None
 
     return run
+
+
+def chosen(sites: str | None, layers: str | None, positions: str, *, captures: bool, how: str) -> Selection | None:
+    """What to keep, or None when nothing is captured. Raises SelectionError when a choice would be ignored."""
+    from AutomaticEval.errors import SelectionError
+    from AutomaticEval.selection import Selection
+
+    if not captures and not (sites is None and layers is None):
+        raise SelectionError(f"--sites or --layers were given, but nothing is captured; add {how}.")
+    return Selection.parse(sites, layers, positions) if captures else None
 
 
 def quiet_libraries() -> None:

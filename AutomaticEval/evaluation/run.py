@@ -338,7 +338,7 @@ def _response(record: Mapping[str, Any], arguments: Sequence[Any], response: Any
             raise CaptureError(
                 f"{record['task']} document {record['doc_id']}: captured {record['response']!r}, logged {response!r}."
             )
-        return {}
+        return {"logprob": None, "is_greedy": None}
     if record["response"] != arguments[1]:
         raise CaptureError(f"{record['task']} document {record['doc_id']}: the captured choice is not the logged one.")
     logprob, is_greedy = response

@@ -1,0 +1,133 @@
+"""The house: modules import from lower floors only, and each heavy library has one owner."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "AutomaticEval"
+FLOORS = {
+    "errors": 0,
+    "sites": 0,
+    "selection": 0,
+    "demo.world": 0,
+    "models.layout": 1,
+    "store.format": 1,
+    "models.hooks": 2,
+    "models.loading": 2,
+    "store.writer": 2,
+    "store.reader": 2,
+    "capture.generation": 3,
+    "evaluation.extraction": 3,
+    "evaluation.tasks.demo.data": 3,
+    "evaluation.lm": 4,
+    "evaluation.questions": 4,
+    "evaluation.run": 5,
+    "demo.train": 5,
+    "cli": 6,
+}
+OWNERS = {
+    "h5py": ("store",),
+    "lm_eval": ("evaluation",),
+    "typer": ("cli",),
+    "rich": ("cli",),
+    "matplotlib": ("report",),
+    "bitsandbytes": ("models.loading",),
+    "datasets": ("evaluation",),
+    "pandas": ("store",),
+}
+WITHIN_A_FLOOR = {
+    ("selection", "sites"),
+    ("sites", "errors"),
+    ("selection", "errors"),
+    ("store.reader", "store.writer"),
+}
+
+
+def modules() -> dict[str, Path]:
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def floor(name: str) -> int:
+    known = [FLOORS[part] for part in (name, name.split(".")[0]) if part in FLOORS]
+    assert known, f"{name} has no floor: add it to FLOORS"
+    return known[0]
+
+
+def test_modules_import_from_lower_floors_only() -> None:
+    known = modules()
+    for name, path in known.items():
+        for imported in imports(path):
+            other = imported.removeprefix("AutomaticEval.")
+            if imported.startswith("AutomaticEval.") and other in known and floor(name) < 6:
+                lower = floor(other) < floor(name) or (name, other) in WITHIN_A_FLOOR
+                assert lower, f"{name} (floor {floor(name)}) imports {other} (floor {floor(other)})"
+
+
+def test_each_heavy_library_has_one_owner() -> None:
+    for name, path in modules().items():
+        for imported in imports(path):
+            owners = OWNERS.get(imported.split(".")[0])
+            assert owners is None or name.startswith(owners), f"{name} imports {imported}, which {owners} own"
+
+
+def test_utils_is_a_door_without_code() -> None:
+    tree = ast.parse((ROOT / "utils" / "__init__.py").read_text())
+    assert {type(node) for node in tree.body} == {ast.Expr, ast.ImportFrom, ast.Assign}
+    assert [path.name for path in (ROOT / "utils").glob("*.py")] == ["__init__.py"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(ROOT),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return zipfile.ZipFile(built).namelist()
+
+
+def test_wheel_holds_the_package_alone_and_all_it_needs(wheel: list[str]) -> None:
+    tops = {name.split("/")[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"AutomaticEval"}
+    for needed in (
+        "py.typed",
+        "demo/model/model.safetensors",
+        "demo/model/tokenizer.json",
+        "evaluation/tasks/demo/demo.yaml",
+        "evaluation/tasks/demo/data.py",
+        "evaluation/tasks/demo/facts_test.jsonl",
+    ):
+        assert f"AutomaticEval/{needed}" in wheel
+
+
+def test_demo_model_is_small() -> None:
+    assert sum(path.stat().st_size for path in (PACKAGE / "demo" / "model").iterdir()) <= 6 * 2**20

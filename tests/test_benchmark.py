@@ -1,0 +1,443 @@
+"""Benchmark runs: lm-eval's own scores, every request captured once and keyed, proven by recomputing the scores."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONFIGS, ROOT, STORIES, build, needs_real, raw_residuals
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from AutomaticEval import open_run
+from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, CaptureError, DiskFull, UnknownBenchmark
+from AutomaticEval.evaluation import lm as lm_module
+from AutomaticEval.evaluation import run as run_module
+from AutomaticEval.evaluation.run import BUNDLED, Benchmark, Outcome, run_benchmark
+from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.selection import Selection
+
+SCORED = Selection.parse(positions="scored")
+ALL = Selection.parse()
+
+
+def plain(loaded: LoadedModel, benchmark: Benchmark, samples: dict[str, list[int]] | None = None) -> dict[str, Any]:
+    """lm-eval by itself: nothing of ours but the task files."""
+    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=benchmark.batch_size)
+    results = simple_evaluate(
+        model=lm,
+        tasks=list(benchmark.names),
+        task_manager=TaskManager(include_path=[str(BUNDLED), *benchmark.include_path], include_defaults=False),
+        num_fewshot=benchmark.num_fewshot,
+        limit=benchmark.limit,
+        samples=samples,
+    )
+    assert results is not None
+    return dict(results)
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str, sort_keys=True))
+
+
+def assert_scores_are_plain(loaded: LoadedModel, benchmark: Benchmark, outcome: Outcome, **kwargs: Any) -> None:
+    expected = plain(loaded, benchmark, **kwargs)
+    assert as_json(outcome.results["results"]) == as_json(expected["results"])
+    assert as_json(outcome.samples) == as_json(expected["samples"])
+
+
+def recompute(loaded: LoadedModel, sample: dict[str, Any]) -> torch.Tensor:
+    """Log-probabilities at a sample's stored rows, from its stored last layer alone: norm, head, log-softmax."""
+    last = f"layer_{loaded.layout.n_layers - 1}"
+    rows = sample["activations"][last][-len(sample["generated_ids"]) :]
+    base = loaded.model.base_model
+    norm = next(getattr(base, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(base, name))
+    with torch.no_grad():
+        return loaded.model.get_output_embeddings()(norm(rows)).log_softmax(-1)
+
+
+def assert_rows_reproduce_scores(loaded: LoadedModel, folder: Path | None) -> None:
+    assert folder is not None
+    run = open_run(folder)
+    for sample in run:
+        logprobs, answer = recompute(loaded, sample), sample["generated_ids"]
+        assert len(logprobs) == len(answer)
+        greedy = logprobs.argmax(-1)
+        if sample["logprob"] is None:
+            assert torch.equal(greedy, answer), sample["doc_id"]
+        else:
+            total = logprobs.gather(1, answer[:, None]).sum().item()
+            assert total == pytest.approx(sample["logprob"], abs=1e-4, rel=1e-5)
+            assert bool(torch.equal(greedy, answer)) == sample["is_greedy"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, "auto"])
+@pytest.mark.parametrize("selection", [SCORED, ALL], ids=["scored", "all"])
+def test_demo_scores_equal_plain_lm_eval_and_rows_reproduce_them(
+    demo: LoadedModel, tmp_path: Path, batch_size: Any, selection: Selection, same_hooks_after: Callable[[Any], None]
+) -> None:
+    same_hooks_after(demo.model)
+    benchmark = Benchmark(("demo",), batch_size=batch_size, limit=24)
+    outcome = run_benchmark(demo, benchmark, selection, save_dir=tmp_path)
+    assert_scores_are_plain(demo, benchmark, outcome)
+    assert_rows_reproduce_scores(demo, outcome.folder)
+
+
+@pytest.mark.parametrize("num_fewshot", [0, 3])
+def test_every_family_and_fewshot(tiny: LoadedModel, tmp_path: Path, num_fewshot: int) -> None:
+    """The tiny models' context is 128 tokens: with examples the prompts are cut on the left."""
+    benchmark = Benchmark(("demo",), batch_size=5, limit=12, num_fewshot=num_fewshot)
+    outcome = run_benchmark(tiny, benchmark, SCORED, save_dir=tmp_path)
+    assert_scores_are_plain(tiny, benchmark, outcome)
+    assert_rows_reproduce_scores(tiny, outcome.folder)
+
+
+def test_truncated_prompts_are_captured_as_they_were_fed(tiny_llama: LoadedModel, tmp_path: Path) -> None:
+    benchmark = Benchmark(("demo_facts",), batch_size=4, limit=6, num_fewshot=6)
+    outcome = run_benchmark(tiny_llama, benchmark, ALL, save_dir=tmp_path)
+    assert_scores_are_plain(tiny_llama, benchmark, outcome)
+    run = open_run(outcome.folder or "")
+    assert max(sample["n_truncated"] for sample in run) > 0
+    for sample in run:
+        assert len(sample["input_ids"][0]) + len(sample["generated_ids"]) - 1 <= 128
+        raw = raw_residuals(tiny_llama.model, "llama", sample["token_ids"].tolist())
+        for key, rows in sample["activations"].items():
+            torch.testing.assert_close(rows, raw[key], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_a_whole_run_equal_raw_hooks_on_single_rows(demo: LoadedModel, tmp_path: Path) -> None:
+    outcome = run_benchmark(demo, Benchmark(("demo",), limit=10, batch_size=7), ALL, save_dir=tmp_path)
+    for sample in open_run(outcome.folder or ""):
+        sequence = [*sample["input_ids"][0].tolist(), *sample["generated_ids"].tolist()]
+        assert sample["token_ids"].tolist() == sequence[:-1]
+        raw = raw_residuals(demo.model, "llama", sequence[:-1])
+        for key, rows in sample["activations"].items():
+            torch.testing.assert_close(rows, raw[key], atol=2e-5, rtol=2e-5)  # other batch shapes round otherwise
+
+
+def test_every_request_is_there_once_with_its_own_text(demo: LoadedModel, tmp_path: Path) -> None:
+    outcome = run_benchmark(demo, Benchmark(("demo",), limit=20), SCORED, save_dir=tmp_path)
+    table = open_run(outcome.folder or "").table()
+    assert not table.duplicated(["task", "doc_id", "choice", "repeat"]).any()
+    assert table.groupby("task").size().to_dict() == {"demo_arithmetic": 20, "demo_facts": 80}
+    docs = [json.loads(line) for line in (BUNDLED / "facts_test.jsonl").read_text().splitlines()]
+    for row in table[table.task == "demo_facts"].itertuples():
+        doc = docs[row.doc_id]
+        assert doc["question"] in row.prompt
+        assert row.response == f" {doc['choices'][row.choice]}"
+        assert row.target == doc["answer"]
+        assert row.correct == (row.prediction == doc["answer"])
+        assert row.metrics == {"none": {"acc": float(row.correct)}}
+    best = table[table.task == "demo_facts"].groupby("doc_id")["logprob"].idxmax()
+    assert (table.loc[best, "choice"] == table.loc[best, "prediction"]).all()
+
+
+def test_demo_model_is_right_where_it_has_read_and_above_chance(demo: LoadedModel) -> None:
+    outcome = run_benchmark(demo, Benchmark(("demo",), batch_size=16))
+    for task in ("facts", "arithmetic"):
+        docs = [json.loads(line) for line in (BUNDLED / f"{task}_test.jsonl").read_text().splitlines()]
+        logged = outcome.samples[f"demo_{task}"]
+        metric = "acc" if task == "facts" else "exact_match"
+        right = {seen: [s[metric] for s in logged if docs[s["doc_id"]]["seen"] == seen] for seen in (True, False)}
+        assert sum(right[True]) / len(right[True]) > 0.9
+        assert 0 < sum(right[False]) < len(right[False])
+    scores = {score.task: score for score in outcome.scores}
+    assert scores["demo_facts"].value > (scores["demo_facts"].chance or 1) + 0.3
+    assert scores["demo_facts"].chance == 0.25
+    assert (scores["all questions"].answered, scores["all questions"].total) == (180, 180)
+    assert outcome.folder is None
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_num_trials_draws_over_the_whole_benchmark(demo: LoadedModel, tmp_path: Path, seed: int | None) -> None:
+    benchmark = Benchmark(("demo",), num_trials=7, seed=seed)
+    outcome = run_benchmark(demo, benchmark, SCORED, save_dir=tmp_path)
+    asked = {(task, entry["doc_id"]) for task, logged in outcome.samples.items() for entry in logged}
+    assert len(asked) == 7
+    assert sum(score.answered for score in outcome.scores if score.metric != "correct") == 7
+    table = open_run(outcome.folder or "").table()
+    assert set(zip(table.task, table.doc_id, strict=True)) == asked
+    again = run_benchmark(demo, benchmark)
+    assert {(task, entry["doc_id"]) for task, logged in again.samples.items() for entry in logged} == asked
+    docs = [json.loads(line) for line in (BUNDLED / "facts_test.jsonl").read_text().splitlines()]
+    for row in table[table.task == "demo_facts"].itertuples():  # lm-eval counts within the selection
+        assert docs[row.doc_id]["question"] in row.prompt
+
+
+def test_draws_differ_with_the_seed_and_stop_at_the_whole(demo: LoadedModel) -> None:
+    totals = {"a": 5, "b": 300}
+    draws = [run_module._draw(Benchmark(("x",), num_trials=10, seed=seed), totals) for seed in range(5)]
+    assert len({json.dumps(draw) for draw in draws}) == 5
+    assert all(draw is not None and sum(map(len, draw.values())) == 10 for draw in draws)
+    whole = run_module._draw(Benchmark(("x",), num_trials=1000), totals)
+    assert whole == {"a": list(range(5)), "b": list(range(300))}
+
+
+def test_tasks_without_a_drawn_question_do_not_run(demo: LoadedModel) -> None:
+    """lm-eval runs a task in full when its list of samples is empty or absent."""
+    outcome = run_benchmark(demo, Benchmark(("demo",), num_trials=1))
+    assert sum(len(logged) for logged in outcome.samples.values()) == 1
+
+
+DUPLICATES = """
+task: twice
+custom_dataset: !function data.twice
+output_type: multiple_choice
+test_split: test
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+REPEATS = """
+task: often
+custom_dataset: !function data.twice
+output_type: generate_until
+test_split: test
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: "{{choices[answer]}}"
+repeats: 3
+generation_kwargs: {until: ["\\n", "a"], do_sample: true, temperature: 1.0, max_gen_toks: 12}
+filter_list:
+  - {name: first, filter: [{function: take_first}]}
+  - {name: upper, filter: [{function: uppercase}, {function: take_first}]}
+metric_list:
+  - metric: exact_match
+"""
+DATA = """
+from datasets import Dataset, DatasetDict
+def twice(**unused):
+    docs = [
+        {"question": "What is red?", "choices": ["red", "redder", "a", "b"], "answer": 0},
+        {"question": "What is the capital of Jorostan?", "choices": ["Peloton", "Isoraford", "x"], "answer": 0},
+        {"question": "What is red?", "choices": ["red", "redder", "a", "b"], "answer": 0},
+    ]
+    return DatasetDict({"test": Dataset.from_list(docs)})
+"""
+
+
+@pytest.fixture
+def own_tasks(tmp_path: Path) -> str:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "twice.yaml").write_text(DUPLICATES)
+    (folder / "often.yaml").write_text(REPEATS)
+    (folder / "data.py").write_text(DATA)
+    return str(folder)
+
+
+def test_duplicate_documents_keep_a_sample_each_and_share_rows(
+    demo: LoadedModel, tmp_path: Path, own_tasks: str
+) -> None:
+    benchmark = Benchmark(("twice",), include_path=(own_tasks,))
+    outcome = run_benchmark(demo, benchmark, SCORED, save_dir=tmp_path / "out")
+    assert_scores_are_plain(demo, benchmark, outcome)
+    assert_rows_reproduce_scores(demo, outcome.folder)
+    run = open_run(outcome.folder or "")
+    assert run.table().groupby("doc_id").size().to_dict() == {0: 4, 1: 3, 2: 4}
+    for choice in range(4):
+        assert torch.equal(run[choice]["activations"]["layer_0"], run[7 + choice]["activations"]["layer_0"])
+    import h5py
+
+    with h5py.File((outcome.folder or Path()) / "shard-00000.h5") as shard:
+        stored = len(shard["rows/token_id"])
+        pointed = int((shard["segments/stop"][()] - shard["segments/start"][()]).sum())
+    assert stored < pointed
+
+
+def test_sampled_repeats_and_stop_strings_are_keyed_and_cut(demo: LoadedModel, tmp_path: Path, own_tasks: str) -> None:
+    benchmark = Benchmark(("often",), include_path=(own_tasks,))
+    outcome = run_benchmark(demo, benchmark, ALL, save_dir=tmp_path / "out")
+    assert_scores_are_plain(demo, benchmark, outcome)
+    run = open_run(outcome.folder or "")
+    assert run.table().groupby(["doc_id", "repeat"]).size().to_dict() == {(d, r): 1 for d in range(3) for r in range(3)}
+    lengths = set()
+    for sample in run:
+        text = demo.tokenizer.decode(sample["generated_ids"], skip_special_tokens=True)
+        before_last = demo.tokenizer.decode(sample["generated_ids"][:-1], skip_special_tokens=True)
+        assert not any(stop in before_last for stop in ("\n", "a"))
+        assert sample["response"] == text.split("\n")[0].split("a")[0]
+        assert set(sample["metrics"]) == {"first", "upper"}
+        raw = raw_residuals(demo.model, "llama", sample["token_ids"].tolist())
+        torch.testing.assert_close(sample["activations"]["layer_3"], raw["layer_3"], atol=2e-5, rtol=2e-5)
+        lengths.add(len(sample["generated_ids"]))
+    assert len(lengths) > 1
+
+
+def test_lm_evals_own_files_are_written_and_hold_its_scores(demo: LoadedModel, tmp_path: Path) -> None:
+    outcome = run_benchmark(demo, Benchmark(("demo",), limit=3), SCORED, save_dir=tmp_path)
+    assert outcome.results_file is not None
+    assert outcome.folder in outcome.results_file.parents
+    written = json.loads(outcome.results_file.read_text())
+    assert written["results"] == as_json(outcome.results["results"])
+    lines = [path.read_text().splitlines() for path in outcome.results_file.parent.glob("samples_*.jsonl")]
+    assert sorted(map(len, lines)) == [3, 3]
+    elsewhere = run_benchmark(demo, Benchmark(("demo_facts",), limit=2), output_path=tmp_path / "results")
+    assert elsewhere.results_file is not None
+    assert tmp_path / "results" in elsewhere.results_file.parents
+
+
+def test_forecast_is_never_less_than_what_is_written(demo: LoadedModel, tmp_path: Path) -> None:
+    for selection in (SCORED, ALL):
+        for benchmark in (Benchmark(("demo",), num_trials=20), Benchmark(("demo",), limit=9, num_fewshot=2)):
+            found = run_module.load_tasks(benchmark)
+            expected = run_module.forecast(demo, benchmark, found, selection)
+            outcome = run_benchmark(demo, benchmark, selection, save_dir=tmp_path)
+            rows = sum(
+                len(sample["token_ids"])
+                for sample in open_run(outcome.folder or "")
+                if sample["task"] == "demo_arithmetic"
+            )
+            assert rows * 5 * 128 * 4 <= expected
+            assert outcome.size_bytes <= expected + 2**20  # tables and text beside the rows
+
+
+def test_disk_without_room_is_refused_before_the_first_forward(
+    demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(run_module, "simple_evaluate", lambda **k: pytest.fail("it ran"))
+    with pytest.raises(DiskFull) as raised:
+        run_benchmark(demo, Benchmark(("demo",)), SCORED, save_dir=tmp_path)
+    assert raised.value.exit_code == 2
+    assert os.listdir(tmp_path) == []
+
+
+def test_disk_that_fills_up_in_a_run_keeps_the_sealed_shards(
+    demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_hooks_after: Callable[[Any], None]
+) -> None:
+    same_hooks_after(demo.model)
+    from AutomaticEval.store import writer
+
+    real, written = writer.write_shard, []
+
+    def full_after_two(path: Path, *args: Any, **kwargs: Any) -> None:
+        if len(written) == 2:
+            raise DiskFull("the disk is full")
+        real(path, *args, **kwargs)
+        written.append(path)
+
+    monkeypatch.setattr(writer, "write_shard", full_after_two)
+    monkeypatch.setattr(writer.RunWriter.__init__, "__defaults__", (20_000,))
+    with pytest.raises(DiskFull) as raised:
+        run_benchmark(demo, Benchmark(("demo",)), SCORED, save_dir=tmp_path)
+    assert raised.value.exit_code == 1
+    (folder,) = tmp_path.iterdir()
+    run = open_run(folder)
+    assert not run.finished
+    assert len(run) == sum(1 for _ in run) > 0
+    assert sorted(path.name for path in folder.iterdir()) == ["shard-00000.h5", "shard-00001.h5"]
+
+
+def test_failure_in_a_run_seals_what_was_captured(
+    demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_hooks_after: Callable[[Any], None]
+) -> None:
+    from lm_eval.models import huggingface
+
+    same_hooks_after(demo.model)
+    stock, calls = huggingface.Collator, []
+    real = HFLM._model_call
+
+    def fails_third(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(HFLM, "_model_call", fails_third)
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark(demo, Benchmark(("demo_facts",), batch_size=8), SCORED, save_dir=tmp_path)
+    assert huggingface.Collator is stock
+    (folder,) = tmp_path.iterdir()
+    assert len(open_run(folder)) >= 16
+
+
+def test_change_inside_lm_eval_fails_loudly(demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches in another order than announced: the tokens of the row are not the expected ones."""
+    announce = lm_module.CapturingHFLM._announce
+    monkeypatch.setattr(lm_module.CapturingHFLM, "_announce", lambda self, rows: announce(self, rows[::-1]))
+    with pytest.raises(CaptureError, match="fed"):
+        run_benchmark(demo, Benchmark(("demo_facts",), limit=6), SCORED, save_dir=tmp_path)
+
+
+def test_sample_joined_to_another_request_is_refused(demo: LoadedModel, tmp_path: Path) -> None:
+    outcome = run_benchmark(demo, Benchmark(("demo",), limit=4), SCORED, save_dir=tmp_path)
+    run = open_run(outcome.folder or "")
+    records = run.table().to_dict("records")
+    assert len(run_module.join(records, outcome.samples)) == len(records)
+    with pytest.raises(CaptureError, match="no activations"):
+        run_module.join(records[1:], outcome.samples)
+    with pytest.raises(CaptureError, match="captured for"):
+        run_module.join([*records, records[0]], outcome.samples)
+    with pytest.raises(CaptureError, match="no logged request"):
+        run_module.join([*records, {**records[0], "doc_id": 77}], outcome.samples)
+    for column, says in (("prompt", "prompt"), ("response", "captured|choice")):
+        wrong = copy.deepcopy(records)
+        for record in wrong:
+            record[column] += "!"
+        with pytest.raises(CaptureError, match=says):
+            run_module.join(wrong, outcome.samples)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({"names": ("dem",)}, UnknownBenchmark, "demo"),
+        ({"names": ("demo",), "num_trials": 3, "limit": 2}, BenchmarkError, "choose one"),
+        ({"names": ("demo",), "num_trials": 0}, BenchmarkError, "at least 1"),
+        ({"names": ("demo",), "limit": 0}, BenchmarkError, "above 0"),
+        ({"names": ("demo",), "batch_size": "many"}, BenchmarkError, "auto"),
+    ],
+)
+def test_wrong_benchmarks_are_refused(given: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        run_module.load_tasks(Benchmark(**given))
+
+
+def test_benchmark_without_its_data_says_both_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True, raising=False)
+    with pytest.raises(BenchmarkUnavailable, match=r"connect once.*--include_path"):
+        run_module.load_tasks(Benchmark(("arc_easy",)))
+
+
+def test_bfloat16_run_keeps_bfloat16_and_plain_scores(tokenizer: Any, tmp_path: Path) -> None:
+    loaded = LoadedModel(build(CONFIGS["gpt2"](), torch.bfloat16), tokenizer, "bf16")
+    benchmark = Benchmark(("demo",), limit=8)
+    outcome = run_benchmark(loaded, benchmark, SCORED, save_dir=tmp_path)
+    assert_scores_are_plain(loaded, benchmark, outcome)
+    assert open_run(outcome.folder or "").activations("layer_2").dtype == torch.bfloat16
+
+
+@needs_real
+@pytest.mark.parametrize("task", ["local_mmlu_astronomy", "local_gsm8k"])
+def test_real_tasks_on_a_real_model(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # the task files name their data relative to the project
+    loaded = load_model(STORIES)
+    tasks = str(ROOT.parent / "shared" / "real" / "lm_eval_tasks")
+    benchmark = Benchmark((task,), include_path=(tasks,), limit=4, num_fewshot=2, batch_size=4)
+    outcome = run_benchmark(loaded, benchmark, SCORED, save_dir=tmp_path)
+    assert_scores_are_plain(loaded, benchmark, outcome)
+    assert_rows_reproduce_scores(loaded, outcome.folder)
+
+
+@needs_real
+def test_group_of_57_tasks_with_5_trials_answers_5_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    tasks = str(ROOT.parent / "shared" / "real" / "lm_eval_tasks")
+    benchmark = Benchmark(("local_mmlu",), include_path=(tasks,), num_trials=5)
+    outcome = run_benchmark(load_model(STORIES), benchmark, SCORED, save_dir=tmp_path)
+    (overall,) = (score for score in outcome.scores if score.metric == "correct")
+    assert (overall.answered, overall.total) == (5, 14042)
+    assert len(open_run(outcome.folder or "")) == 20

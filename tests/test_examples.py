@@ -1,0 +1,20 @@
+"""Every example runs as it is, and is short."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+EXPECTED = {"01_capture.py": "response: 42", "02_benchmark_loop.py": "accuracy: 9 of 12"}
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_example_runs(example: Path, tmp_path: Path) -> None:
+    assert len(example.read_text().splitlines()) < 40
+    done = subprocess.run([sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert EXPECTED[example.name] in done.stdout
