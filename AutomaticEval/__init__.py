@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from AutomaticEval.capture.generation import generate_inference as generate_inference
-    from AutomaticEval.capture.generation import (
+    from AutomaticEval.capture.asking import generate_inference as generate_inference
+    from AutomaticEval.capture.asking import (
         generate_inference_with_activations as generate_inference_with_activations,
     )
     from AutomaticEval.evaluation.extraction import extract_answer as extract_answer
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "generate_inference": "capture.generation",
-    "generate_inference_with_activations": "capture.generation",
+    "generate_inference": "capture.asking",
+    "generate_inference_with_activations": "capture.asking",
     "extract_answer": "evaluation.extraction",
     "answer_benchmark_question": "evaluation.questions",
     "answer_benchmark_question_with_activations": "evaluation.questions",

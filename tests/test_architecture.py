@@ -26,11 +26,14 @@ FLOORS = {
     "capture.generation": 3,
     "evaluation.extraction": 3,
     "evaluation.tasks.demo.data": 3,
+    "capture.asking": 4,
+    "evaluation.benchmark": 4,
+    "evaluation.join": 4,
     "evaluation.lm": 4,
-    "evaluation.questions": 4,
+    "evaluation.questions": 5,
     "evaluation.run": 5,
-    "demo.train": 5,
-    "cli": 6,
+    "demo.train": 6,
+    "cli": 7,
 }
 OWNERS = {
     "h5py": ("store",),
@@ -77,7 +80,7 @@ def test_modules_import_from_lower_floors_only() -> None:
     for name, path in known.items():
         for imported in imports(path):
             other = imported.removeprefix("AutomaticEval.")
-            if imported.startswith("AutomaticEval.") and other in known and floor(name) < 6:
+            if imported.startswith("AutomaticEval.") and other in known and floor(name) < 7:
                 lower = floor(other) < floor(name) or (name, other) in WITHIN_A_FLOOR
                 assert lower, f"{name} (floor {floor(name)}) imports {other} (floor {floor(other)})"
 

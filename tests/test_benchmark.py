@@ -18,9 +18,12 @@ from lm_eval.tasks import TaskManager
 
 from AutomaticEval import open_run
 from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, CaptureError, DiskFull, UnknownBenchmark
+from AutomaticEval.evaluation import benchmark as benchmark_module
 from AutomaticEval.evaluation import lm as lm_module
 from AutomaticEval.evaluation import run as run_module
-from AutomaticEval.evaluation.run import BUNDLED, Benchmark, Outcome, run_benchmark
+from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
+from AutomaticEval.evaluation.join import join
+from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Selection
 
@@ -173,10 +176,10 @@ def test_num_trials_draws_over_the_whole_benchmark(demo: LoadedModel, tmp_path: 
 
 def test_draws_differ_with_the_seed_and_stop_at_the_whole(demo: LoadedModel) -> None:
     totals = {"a": 5, "b": 300}
-    draws = [run_module._draw(Benchmark(("x",), num_trials=10, seed=seed), totals) for seed in range(5)]
+    draws = [benchmark_module._draw(Benchmark(("x",), num_trials=10, seed=seed), totals) for seed in range(5)]
     assert len({json.dumps(draw) for draw in draws}) == 5
     assert all(draw is not None and sum(map(len, draw.values())) == 10 for draw in draws)
-    whole = run_module._draw(Benchmark(("x",), num_trials=1000), totals)
+    whole = benchmark_module._draw(Benchmark(("x",), num_trials=1000), totals)
     assert whole == {"a": list(range(5)), "b": list(range(300))}
 
 
@@ -197,6 +200,7 @@ doc_to_target: answer
 metric_list:
   - metric: acc
   - metric: acc_norm
+  - metric: acc_mutual_info
 """
 REPEATS = """
 task: often
@@ -243,9 +247,13 @@ def test_duplicate_documents_keep_a_sample_each_and_share_rows(
     assert_scores_are_plain(demo, benchmark, outcome)
     assert_rows_reproduce_scores(demo, outcome.folder)
     run = open_run(outcome.folder or "")
-    assert run.table().groupby("doc_id").size().to_dict() == {0: 4, 1: 3, 2: 4}
-    for choice in range(4):
-        assert torch.equal(run[choice]["activations"]["layer_0"], run[7 + choice]["activations"]["layer_0"])
+    table = run.table()
+    assert table.groupby("doc_id").size().to_dict() == {0: 8, 1: 6, 2: 8}  # acc_mutual_info scores each choice twice
+    for choice in range(8):
+        assert torch.equal(run[choice]["activations"]["layer_0"], run[14 + choice]["activations"]["layer_0"])
+    for _, doc in table.groupby("doc_id"):
+        asked = doc[doc.prompt != ""]
+        assert set(doc.prediction) == {asked.loc[asked.logprob.idxmax(), "choice"]}
     import h5py
 
     with h5py.File((outcome.folder or Path()) / "shard-00000.h5") as shard:
@@ -289,8 +297,8 @@ def test_lm_evals_own_files_are_written_and_hold_its_scores(demo: LoadedModel, t
 def test_forecast_is_never_less_than_what_is_written(demo: LoadedModel, tmp_path: Path) -> None:
     for selection in (SCORED, ALL):
         for benchmark in (Benchmark(("demo",), num_trials=20), Benchmark(("demo",), limit=9, num_fewshot=2)):
-            found = run_module.load_tasks(benchmark)
-            expected = run_module.forecast(demo, benchmark, found, selection)
+            found = load_tasks(benchmark)
+            expected = benchmark_module.forecast(demo, benchmark, found, selection)
             outcome = run_benchmark(demo, benchmark, selection, save_dir=tmp_path)
             rows = sum(
                 len(sample["token_ids"])
@@ -373,19 +381,19 @@ def test_sample_joined_to_another_request_is_refused(demo: LoadedModel, tmp_path
     outcome = run_benchmark(demo, Benchmark(("demo",), limit=4), SCORED, save_dir=tmp_path)
     run = open_run(outcome.folder or "")
     records = run.table().to_dict("records")
-    assert len(run_module.join(records, outcome.samples)) == len(records)
+    assert len(join(records, outcome.samples)) == len(records)
     with pytest.raises(CaptureError, match="no activations"):
-        run_module.join(records[1:], outcome.samples)
+        join(records[1:], outcome.samples)
     with pytest.raises(CaptureError, match="captured for"):
-        run_module.join([*records, records[0]], outcome.samples)
+        join([*records, records[0]], outcome.samples)
     with pytest.raises(CaptureError, match="no logged request"):
-        run_module.join([*records, {**records[0], "doc_id": 77}], outcome.samples)
+        join([*records, {**records[0], "doc_id": 77}], outcome.samples)
     for column, says in (("prompt", "prompt"), ("response", "captured|choice")):
         wrong = copy.deepcopy(records)
         for record in wrong:
             record[column] += "!"
         with pytest.raises(CaptureError, match=says):
-            run_module.join(wrong, outcome.samples)
+            join(wrong, outcome.samples)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +408,7 @@ def test_sample_joined_to_another_request_is_refused(demo: LoadedModel, tmp_path
 )
 def test_wrong_benchmarks_are_refused(given: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        run_module.load_tasks(Benchmark(**given))
+        load_tasks(Benchmark(**given))
 
 
 def test_benchmark_without_its_data_says_both_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,7 +417,7 @@ def test_benchmark_without_its_data_says_both_ways_out(monkeypatch: pytest.Monke
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True, raising=False)
     with pytest.raises(BenchmarkUnavailable, match=r"connect once.*--include_path"):
-        run_module.load_tasks(Benchmark(("arc_easy",)))
+        load_tasks(Benchmark(("arc_easy",)))
 
 
 def test_bfloat16_run_keeps_bfloat16_and_plain_scores(tokenizer: Any, tmp_path: Path) -> None:

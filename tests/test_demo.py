@@ -9,7 +9,7 @@ import pytest
 
 from AutomaticEval.demo import train
 from AutomaticEval.demo.world import facts, larger_sums, sums
-from AutomaticEval.evaluation.run import BUNDLED
+from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark
 
 
 def test_what_is_held_out_is_in_no_training_text() -> None:
@@ -33,7 +33,7 @@ def test_shipped_benchmark_and_tokenizer_are_the_scripts(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_shipped_model_is_what_the_script_trains() -> None:
     """Ten minutes. The scores, not the bits: other processors round otherwise."""
-    from AutomaticEval.evaluation.run import Benchmark, run_benchmark
+    from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import LoadedModel
 
     tokenizer = train.train_tokenizer()

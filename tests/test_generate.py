@@ -17,7 +17,7 @@ from test_store import assert_same_data
 import AutomaticEval
 import utils
 from AutomaticEval import generate_inference, generate_inference_with_activations, load_activations
-from AutomaticEval.capture import generation
+from AutomaticEval.capture import asking
 from AutomaticEval.errors import (
     DiskFull,
     EmptyPrompt,
@@ -141,7 +141,7 @@ def test_existing_file_is_refused_before_the_model_runs(tmp_path: Path, monkeypa
     file = tmp_path / "x.h5"
     generate_inference_with_activations(PROMPT, "demo", file, max_new_tokens=2)
     with monkeypatch.context() as patched:
-        patched.setattr(generation, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+        patched.setattr(asking, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
         with pytest.raises(PathExists, match="overwrite=True"):
             generate_inference_with_activations("Other", "demo", file)
         with pytest.raises(PathExists, match="folder"):
@@ -193,7 +193,7 @@ def test_layers_choose_the_keys(layers: Any, keys: list[str]) -> None:
 def test_wrong_wishes_are_refused_before_the_weights_load(
     given: dict[str, Any], error: type[Exception], says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(generation, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(asking, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(error, match=says):
         generate_inference_with_activations(PROMPT, "demo", tmp_path / "x.h5", **given)
     assert os.listdir(tmp_path) == []
@@ -242,7 +242,7 @@ def test_site_the_model_lacks_leaves_no_hook_and_no_file(
 
 def test_disk_without_room_is_refused_before_generating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    monkeypatch.setattr(generation, "respond", lambda *a, **k: pytest.fail("the model ran"))
+    monkeypatch.setattr(asking, "respond", lambda *a, **k: pytest.fail("the model ran"))
     with pytest.raises(DiskFull, match="free"):
         generate_inference_with_activations(PROMPT, "demo", tmp_path / "x.h5")
     assert os.listdir(tmp_path) == []

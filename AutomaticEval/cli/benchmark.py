@@ -11,7 +11,8 @@ from AutomaticEval.cli import options
 from AutomaticEval.cli.options import one_line_errors
 
 if TYPE_CHECKING:
-    from AutomaticEval.evaluation.run import Outcome, Score
+    from AutomaticEval.evaluation.join import Score
+    from AutomaticEval.evaluation.run import Outcome
 
 
 @one_line_errors
@@ -57,7 +58,8 @@ def benchmark(
     selection = options.chosen(sites, layers, positions, captures=capture_activations, how="--capture_activations")
     typer.echo("Loading …", err=True)
     options.quiet_libraries()
-    from AutomaticEval.evaluation.run import Benchmark, run_benchmark
+    from AutomaticEval.evaluation.benchmark import Benchmark
+    from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import LoadOptions, load_model, n_layers_of
 
     asked = Benchmark(

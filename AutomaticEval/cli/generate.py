@@ -48,7 +48,7 @@ def generate(
     captures = capture_activations or save_path is not None
     options.chosen(sites, layers, positions, captures=captures, how="--save_path or --capture_activations")
     options.quiet_libraries()
-    from AutomaticEval.capture.generation import AskOptions, generate_inference, generate_inference_with_activations
+    from AutomaticEval.capture.asking import AskOptions, generate_inference, generate_inference_with_activations
     from AutomaticEval.store.writer import file_stem, size_text
 
     asked: AskOptions = {

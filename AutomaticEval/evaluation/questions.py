@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
-from AutomaticEval.capture.generation import Asked, AskOptions, Request, ask, check_prompt
+from AutomaticEval.capture.asking import Asked, AskOptions, Request, ask, check_prompt
 from AutomaticEval.errors import PromptError
 from AutomaticEval.evaluation.extraction import LETTERS, extract_answer
 from AutomaticEval.models.loading import load_model
@@ -59,7 +59,7 @@ def answer_benchmark_question_with_activations(
 
     save_activations: write `benchmark_activations_<time>_<question>.h5` into activation_save_dir.
     choices: written as lettered lines; the answer is then a letter. template: how the question is put.
-    options: see `capture.generation.AskOptions`.
+    options: see `capture.asking.AskOptions`.
     Returns (full_response, extracted_answer, activation_data); the answer is None when the response gives none.
     activation_data is that of `generate_inference_with_activations`, with `question`, `choices` and
     `extracted_answer`. Raises SelectionError, PromptError, ModelError, StoreError, CaptureError.

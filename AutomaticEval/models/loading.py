@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from AutomaticEval import __version__
 from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable, UnsupportedModel
 from AutomaticEval.models.layout import Layout, find_layout
 
@@ -90,7 +91,11 @@ class LoadedModel:
             if getattr(model, "is_loaded_in_4bit", False)
             else str(method),
             "revision": getattr(model.config, "_commit_hash", None),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {
+                "AutomaticEval": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
         }
 
 

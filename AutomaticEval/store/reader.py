@@ -159,7 +159,7 @@ class Shard:
             fields = {
                 name: contract.decode_column(file["samples"][name], slice(index, index + 1))[0] for name in self.columns
             }
-            rows = _row_indices(file, index)
+            rows = _Segments(file).rows(index)
             token_ids, positions = (_read_ints(file[f"rows/{name}"], rows) for name in ("token_id", "position"))
             prompt, response = (_ragged(file, name, index) for name in ("input_ids", "generated_ids"))
             if [(prompt + response)[position] for position in positions] != token_ids:
@@ -173,9 +173,10 @@ class Shard:
     def rows_at(self, key: str, indices: Sequence[int], place: int) -> Tensor:
         """Row number `place` (negative from the end) of each sample: [n, width]."""
         with self._reading() as file:
+            segments = _Segments(file)
             chosen = []
             for index in indices:
-                rows = _row_indices(file, index)
+                rows = segments.rows(index)
                 if not -len(rows) <= place < len(rows):
                     raise StoreError(f"{self.path}: sample {index} has {len(rows)} rows, no row {place}.")
                 chosen.append(int(rows[place]))
@@ -280,11 +281,16 @@ def _records(file: h5py.File, columns: Sequence[str]) -> list[dict[str, Any]]:
     return [dict(zip(decoded, values, strict=True)) for values in zip(*decoded.values(), strict=True)]
 
 
-def _row_indices(file: h5py.File, index: int) -> np.ndarray[Any, Any]:
-    first, last = file["segments/offset"][index : index + 2]
-    starts, stops = file["segments/start"][first:last], file["segments/stop"][first:last]
-    ranges = [np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)]
-    return np.concatenate(ranges) if ranges else np.arange(0)
+class _Segments:
+    """Which rows each sample of a file has."""
+
+    def __init__(self, file: h5py.File) -> None:
+        self._offset, self._start, self._stop = (file[f"segments/{name}"][()] for name in ("offset", "start", "stop"))
+
+    def rows(self, index: int) -> np.ndarray[Any, Any]:
+        mine = range(self._offset[index], self._offset[index + 1])
+        ranges = [np.arange(self._start[segment], self._stop[segment]) for segment in mine]
+        return np.concatenate(ranges) if ranges else np.arange(0)
 
 
 def _ragged(file: h5py.File, name: str, index: int) -> list[int]:

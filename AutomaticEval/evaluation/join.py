@@ -1,0 +1,131 @@
+"""What lm-eval said of each question, joined to what was captured of it, and the lines of the results table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from AutomaticEval.errors import CaptureError
+
+
+class Score(NamedTuple):
+    """One line of the results."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    chance: float | None
+    answered: int
+    total: int
+
+
+def join(
+    records: Sequence[Mapping[str, Any]], samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Each captured sample with what lm-eval logged for its request, in the order of (task, doc, choice, repeat).
+
+    Raises CaptureError when a request was captured twice or not at all, or when its text is not what was logged.
+    """
+    captured = {(r["task"], r["doc_id"], r["choice"], r["repeat"]): r for r in records}
+    if len(captured) != len(records):
+        raise CaptureError(f"{len(records)} samples were captured for {len(captured)} requests.")
+    joined = []
+    for task, logged in samples.items():
+        for doc_id in sorted({entry["doc_id"] for entry in logged}):
+            entries = [entry for entry in logged if entry["doc_id"] == doc_id]
+            verdict = _verdict(entries)
+            for choice, repeats in enumerate(entries[0]["resps"]):
+                for repeat, response in enumerate(repeats):
+                    record = captured.pop((task, doc_id, choice, repeat), None)
+                    if record is None:
+                        raise CaptureError(
+                            f"no activations for {task} document {doc_id} choice {choice} repeat {repeat}."
+                        )
+                    joined.append({**record, **verdict, **_response(record, entries[0]["arguments"][choice], response)})
+    if captured:
+        raise CaptureError(f"{len(captured)} captured samples have no logged request, first {next(iter(captured))}.")
+    return joined
+
+
+def _response(record: Mapping[str, Any], arguments: Sequence[Any], response: Any) -> dict[str, Any]:
+    """The score of one request, after checking that the captured text is the logged one."""
+    if record["prompt"] != arguments[0]:
+        raise CaptureError(f"{record['task']} document {record['doc_id']}: the captured prompt is not the logged one.")
+    if isinstance(response, str):
+        if response != record["response"]:
+            raise CaptureError(
+                f"{record['task']} document {record['doc_id']}: captured {record['response']!r}, logged {response!r}."
+            )
+        return {"logprob": None, "is_greedy": None}
+    if record["response"] != arguments[1]:
+        raise CaptureError(f"{record['task']} document {record['doc_id']}: the captured choice is not the logged one.")
+    logprob, is_greedy = response
+    return {"logprob": float(logprob), "is_greedy": bool(is_greedy)}
+
+
+def _verdict(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What lm-eval said of one document, over all its filters; `correct` is the first filter's first metric."""
+    metrics = {entry["filter"]: {name: entry[name] for name in entry["metrics"]} for entry in entries}
+    first = entries[0]
+    main = first[first["metrics"][0]] if first["metrics"] else None
+    return {
+        "target": first["target"],
+        "prediction": _prediction(first),
+        "metrics": metrics,
+        "correct": bool(main) if isinstance(main, int | float) and main in (0, 1) else None,
+        "prompt_hash": first["prompt_hash"],
+    }
+
+
+def _prediction(entry: Mapping[str, Any]) -> Any:
+    """The index of the likeliest choice, or the filtered answer; None when a single continuation was scored."""
+    answers = entry["filtered_resps"]
+    if entry["arguments"] and isinstance(entry["arguments"][0][1], dict):
+        return answers[0]
+    choices = _choices(entry)
+    return max(choices, key=lambda choice: answers[choice][0]) if len(choices) > 1 else None
+
+
+def _choices(entry: Mapping[str, Any]) -> list[int]:
+    """The requests that score a choice; acc_mutual_info also scores each choice without a context."""
+    contexts = [arguments[0] for arguments in entry["arguments"]]
+    return [number for number, context in enumerate(contexts) if context or not contexts[0]]
+
+
+def scores_of(
+    results: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]], totals: Mapping[str, int]
+) -> list[Score]:
+    scores = []
+    for task, logged in samples.items():
+        answered = len({entry["doc_id"] for entry in logged})
+        for name, value in results["results"][task].items():
+            metric, _, filtered = name.partition(",")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = results["results"][task].get(f"{metric}_stderr,{filtered}")
+            shown = metric if filtered == "none" else f"{metric} ({filtered})"
+            error = stderr if isinstance(stderr, float) else None
+            scores.append(Score(task, shown, float(value), error, _chance(metric, logged), answered, totals[task]))
+    if len(samples) > 1:
+        scores.append(_overall(samples, totals))
+    return scores
+
+
+def _chance(metric: str, logged: Sequence[Mapping[str, Any]]) -> float | None:
+    """Accuracy of guessing among the choices."""
+    n_choices = [len(_choices(entry)) for entry in logged]
+    if not metric.startswith("acc") or min(n_choices, default=0) < 2:
+        return None
+    return sum(1 / n for n in n_choices) / len(n_choices)
+
+
+def _overall(samples: Mapping[str, Sequence[Mapping[str, Any]]], totals: Mapping[str, int]) -> Score:
+    """The share of all questions that were answered right, whatever their task."""
+    verdicts = []
+    for logged in samples.values():
+        first = logged[0]["filter"]
+        verdicts += [_verdict([entry])["correct"] for entry in logged if entry["filter"] == first]
+    known = [verdict for verdict in verdicts if verdict is not None]
+    share = sum(known) / len(known) if known else float("nan")
+    return Score("all questions", "correct", share, None, None, len(verdicts), sum(totals.values()))
