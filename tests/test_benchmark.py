@@ -377,6 +377,13 @@ def test_change_inside_lm_eval_fails_loudly(demo: LoadedModel, tmp_path: Path, m
         run_benchmark(demo, Benchmark(("demo_facts",), limit=6), SCORED, save_dir=tmp_path)
 
 
+def test_beam_search_in_a_task_is_refused(demo: LoadedModel, tmp_path: Path, own_tasks: str) -> None:
+    task = REPEATS.replace("do_sample: true, temperature: 1.0", "num_beams: 2").replace("often", "beams")
+    (Path(own_tasks) / "beams.yaml").write_text(task)
+    with pytest.raises(CaptureError, match="Beam search"):
+        run_benchmark(demo, Benchmark(("beams",), include_path=(own_tasks,)), SCORED, save_dir=tmp_path / "out")
+
+
 def test_sample_joined_to_another_request_is_refused(demo: LoadedModel, tmp_path: Path) -> None:
     outcome = run_benchmark(demo, Benchmark(("demo",), limit=4), SCORED, save_dir=tmp_path)
     run = open_run(outcome.folder or "")

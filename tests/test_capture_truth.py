@@ -167,7 +167,7 @@ def test_beam_search_is_refused(tiny_llama: LoadedModel, monkeypatch: pytest.Mon
         return {**kwargs(self), "num_beams": 3}
 
     monkeypatch.setattr(Sampling, "kwargs", beams)
-    with pytest.raises(CaptureError, match="beam"):
+    with pytest.raises(CaptureError, match="Beam search"):
         respond(tiny_llama, [PROMPTS[0]], Sampling(max_new_tokens=8), ALL)
 
 

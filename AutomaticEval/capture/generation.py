@@ -5,8 +5,8 @@ Knows nothing of prompts as people write them (`asking.py`), nor of benchmarks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -46,7 +46,14 @@ class Sampling:
 
     def kwargs(self) -> dict[str, Any]:
         """For transformers' generate. What the checkpoint's own generation config says of sampling does not count."""
-        chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "num_beams": 1, "use_cache": True}
+        chosen: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "use_cache": True,
+            "return_dict_in_generate": False,
+            "disable_compile": True,  # hooks that are added after compilation are ignored
+        }
         if self.temperature == 0:
             return {**chosen, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return {**chosen, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -85,62 +92,56 @@ def respond(
     width = max(map(len, prompts))
     pads = [width - len(ids) for ids in prompts]
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    ids = torch.tensor(
-        [[filler] * pad + list(row) for pad, row in zip(pads, prompts, strict=True)], device=model.device
-    )
-    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=model.device)
-    kwargs = sampling.kwargs() | {"pad_token_id": filler, "disable_compile": True}
+    ids = [[filler] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
+    mask = [[0] * pad + [1] * (width - pad) for pad in pads]
     recorder: Any = nullcontext()
     if selection is not None:
         layout = loaded.layout
         taps = layout.pick(selection.sites(layout.n_layers))
-        recorder = capturing(model, taps, layout.embedding, keep_of(selection.positions, prompts, pads))
+        recorder = capturing(model, taps, layout.embedding, keep_of(selection.positions, prompts, pads), len(prompts))
     with torch.no_grad(), _seeded(sampling), recorder as recording:
-        sequences: Tensor = model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # [batch, width + longest]
-    made = []
+        sequences: Tensor = model.generate(  # [batch, width + longest response]
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            pad_token_id=filler,
+            **sampling.kwargs(),
+        )
+    responses = []
     for row, prompt in enumerate(prompts):
         generated = until_end(sequences[row, width:].tolist(), model.generation_config.eos_token_id)
         text = tokenizer.decode(generated, skip_special_tokens=True)
         sample = None
         if selection is not None:
-            rows = sequence_rows(
-                recording,
-                row,
-                pads[row],
-                [*prompt, *generated],
-                selection.positions.resolve(len(prompt), len(generated)),
-                tokenizer,
-            )
-            columns = {
-                "prompt": texts[row] if texts else tokenizer.decode(prompt),
-                "response": text,
-                "timestamp": datetime.now().astimezone().isoformat(),
-                "n_prompt_tokens": len(prompt),
-                "batch_rows": len(prompts),
-                "batch_columns": width,
-            }
+            kept = selection.positions.resolve(len(prompt), len(generated))
+            rows = sequence_rows(recording, row, pads[row], [*prompt, *generated], kept, tokenizer)
+            asked = texts[row] if texts else tokenizer.decode(prompt)
+            columns = sample_columns(asked, text, len(prompt), (len(prompts), width))
             sample = Sample(columns, list(prompt), generated, rows, range(len(rows.positions)))
-        made.append(Response(text, sample))
-    return made
+        responses.append(Response(text, sample))
+    return responses
 
 
-def _seeded(sampling: Sampling) -> Any:
-    """Seeds torch for the sampling and gives the caller's random state back afterwards."""
+@contextmanager
+def _seeded(sampling: Sampling) -> Iterator[None]:
+    """Seeds torch for the sampling, and gives the caller's random state back afterwards."""
     if sampling.seed is None or sampling.temperature == 0:
-        return nullcontext()
-    return _Seed(sampling.seed)
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(sampling.seed)
+        yield
 
 
-class _Seed:
-    def __init__(self, seed: int) -> None:
-        self._seed, self._fork = seed, torch.random.fork_rng()
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *failure: Any) -> None:
-        self._fork.__exit__(*failure)
+def sample_columns(prompt: str, response: str, n_prompt_tokens: int, batch: Sequence[int]) -> dict[str, Any]:
+    """The columns that every sample has. batch: rows and columns of the batch it was computed in."""
+    return {
+        "prompt": prompt,
+        "response": response,
+        "timestamp": datetime.now().astimezone().isoformat(),
+        "n_prompt_tokens": n_prompt_tokens,
+        "batch_rows": batch[0],
+        "batch_columns": batch[1],
+    }
 
 
 def keep_of(positions: Positions, prompts: Sequence[Sequence[int]], pads: Sequence[int]) -> Keep:

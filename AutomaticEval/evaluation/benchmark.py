@@ -166,7 +166,9 @@ def _rows_of(lm: HFLM, task: Task, doc: Any, num_fewshot: int | None, positions:
             prompt = lm.tok_encode(request.args[0])[-(lm.max_length - new) :]
             kept[()] = set(positions.resolve(len(prompt), new))
         else:
-            context, continuation = lm._encode_pair(request.args[0] or "?", request.args[1])  # without context: one token
+            context, continuation = lm._encode_pair(
+                request.args[0] or "?", request.args[1]
+            )  # without context: one token
             whole = (context + continuation)[-(lm.max_length + 1) :]
             own_positions = positions.resolve(len(whole) - len(continuation), len(continuation))
             kept.setdefault(tuple(whole[:-1]), set()).update(own_positions)  # one row serves equal inputs

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, postprocess_generated_text
 from torch import Tensor
 
-from AutomaticEval.capture.generation import keep_of, sequence_rows, until_end
+from AutomaticEval.capture.generation import keep_of, sample_columns, sequence_rows, until_end
 from AutomaticEval.errors import BenchmarkError, CaptureError
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel
@@ -170,7 +169,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             return probed
         rows = [self._scored_row(indices) for indices in self._take_announced(len(inps))]
         keep = _keep_rows([self._kept(members) for _, members, _ in rows])
-        with capturing(self.model, self._taps, self._layout.embedding, keep) as recording:
+        with capturing(self.model, self._taps, self._layout.embedding, keep, len(rows)) as recording:
             out: Tensor = super()._model_call(inps, attn_mask, labels)
         samples = []
         for number, (tokens, members, n_truncated) in enumerate(rows):
@@ -206,7 +205,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         pads = [int(row.numel() - row.sum()) for row in kwargs["attention_mask"]]
         prompts = [row[pad:].tolist() for row, pad in zip(context, pads, strict=True)]
         keep = keep_of(self._positions, prompts, pads)
-        with capturing(self.model, self._taps, self._layout.embedding, keep) as recording:
+        with capturing(self.model, self._taps, self._layout.embedding, keep, len(prompts)) as recording:
             out: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
         samples = []
         for number, (prompt, (index,)) in enumerate(zip(prompts, announced, strict=True)):
@@ -253,12 +252,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
     ) -> Sample:
         kept = set(self._positions.resolve(len(input_ids), len(generated_ids)))
         fields = {
-            "prompt": member.prompt,
-            "response": member.response,
-            "timestamp": datetime.now().astimezone().isoformat(),
-            "n_prompt_tokens": len(input_ids),
-            "batch_rows": batch[0],
-            "batch_columns": batch[1],
+            **sample_columns(member.prompt, member.response, len(input_ids), batch),
             **member.key._asdict(),
             **extra,
         }

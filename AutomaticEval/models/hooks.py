@@ -32,8 +32,8 @@ Keep = Callable[[int, int], Kept | None]
 class Recording:
     """What `capturing` saw: for every kept (batch row, column) pair, one row a key. Read it after the with."""
 
-    def __init__(self, keys: list[str], keep: Keep) -> None:
-        self._keep = keep
+    def __init__(self, keys: list[str], keep: Keep, n_rows: int) -> None:
+        self._keep, self._n_rows = keep, n_rows
         self._fed: list[Tensor] = []
         self._kept: list[Kept] = []
         self._current: Kept | None = None
@@ -51,8 +51,11 @@ class Recording:
 
     def feed(self, ids: Tensor) -> None:
         """A forward begins with these token ids [batch, columns]."""
-        if ids.dim() != 2:
-            raise CaptureError(f"the embedding was given ids of shape {tuple(ids.shape)}; expected [batch, columns].")
+        if ids.dim() != 2 or len(ids) != self._n_rows:
+            raise CaptureError(
+                f"the embedding was given ids of shape {tuple(ids.shape)}; expected [{self._n_rows}, columns]. Beam search, "
+                "assisted decoding and several sequences a prompt cannot be captured."
+            )
         self._first += self._n_columns
         self._fed.append(ids.detach())
         self._n_columns = ids.shape[1]
@@ -114,13 +117,16 @@ class Recording:
 
 
 @contextmanager
-def capturing(model: nn.Module, taps: Mapping[str, Tap], embedding: str, keep: Keep) -> Iterator[Recording]:
+def capturing(
+    model: nn.Module, taps: Mapping[str, Tap], embedding: str, keep: Keep, n_rows: int
+) -> Iterator[Recording]:
     """Record taps of a model in every forward inside the with.
 
     taps: key -> place, from `Layout.pick`. embedding: `Layout.embedding`. keep: what to keep of a forward.
-    Raises CaptureError when a hook does not fire exactly once a forward.
+    n_rows: the rows of the batch, which every forward must have.
+    Raises CaptureError when a forward has other rows, or a hook does not fire exactly once a forward.
     """
-    recording = Recording(list(taps), keep)
+    recording = Recording(list(taps), keep, n_rows)
     with ExitStack() as hooks:
 
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
