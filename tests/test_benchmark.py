@@ -165,6 +165,7 @@ def test_num_trials_draws_over_the_whole_benchmark(demo: LoadedModel, tmp_path: 
     asked = {(task, entry["doc_id"]) for task, logged in outcome.samples.items() for entry in logged}
     assert len(asked) == 7
     assert sum(score.answered for score in outcome.scores if score.metric != "correct") == 7
+    assert (outcome.scores[-1].answered, outcome.scores[-1].total) == (7, 180)
     table = open_run(outcome.folder or "").table()
     assert set(zip(table.task, table.doc_id, strict=True)) == asked
     again = run_benchmark(demo, benchmark)
@@ -455,4 +456,6 @@ def test_group_of_57_tasks_with_5_trials_answers_5_questions(tmp_path: Path, mon
     outcome = run_benchmark(load_model(STORIES), benchmark, SCORED, save_dir=tmp_path)
     (overall,) = (score for score in outcome.scores if score.metric == "correct")
     assert (overall.answered, overall.total) == (5, 14042)
+    (group,) = (score for score in outcome.scores if score.task == "local_mmlu")
+    assert (group.value, group.answered, group.total) == (overall.value, 5, 14042)
     assert len(open_run(outcome.folder or "")) == 20

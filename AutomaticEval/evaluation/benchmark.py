@@ -71,6 +71,10 @@ class LoadedTasks:
     """Task -> its drawn documents, sorted; None: all of them."""
 
     totals: dict[str, int]
+    """Task or group -> the number of its documents, drawn or not."""
+
+    n_questions: int
+    """Documents of the whole benchmark."""
 
 
 def load_tasks(benchmark: Benchmark) -> LoadedTasks:
@@ -95,10 +99,13 @@ def load_tasks(benchmark: Benchmark) -> LoadedTasks:
     top: list[Task | Group] = [*found["groups"].values(), *found["tasks"].values()]
     top = [item for item in top if id(item) not in children]
     drawn = _draw(benchmark, totals)
+    in_groups = {
+        name: sum(totals[task.task_name] for task in group.get_all_tasks()) for name, group in found["groups"].items()
+    }
     if drawn is not None:
         top = [kept for kept in (_prune(item, drawn) for item in top) if kept is not None]
     tasks = {name: task for name, task in found["tasks"].items() if drawn is None or name in drawn}
-    return LoadedTasks(top, tasks, drawn, totals)
+    return LoadedTasks(top, tasks, drawn, {**totals, **in_groups}, sum(totals.values()))
 
 
 def _draw(benchmark: Benchmark, totals: Mapping[str, int]) -> dict[str, list[int]] | None:

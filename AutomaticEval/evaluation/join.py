@@ -94,22 +94,44 @@ def _choices(entry: Mapping[str, Any]) -> list[int]:
 
 
 def scores_of(
-    results: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]], totals: Mapping[str, int]
+    results: Mapping[str, Any],
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    totals: Mapping[str, int],
+    n_questions: int,
 ) -> list[Score]:
+    """The lines of the results table: every metric of each task and group, and all questions together.
+
+    totals: task or group -> its number of documents. n_questions: those of the whole benchmark.
+    """
+    answered = {task: len({entry["doc_id"] for entry in logged}) for task, logged in samples.items()}
     scores = []
     for task, logged in samples.items():
-        answered = len({entry["doc_id"] for entry in logged})
-        for name, value in results["results"][task].items():
-            metric, _, filtered = name.partition(",")
-            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            stderr = results["results"][task].get(f"{metric}_stderr,{filtered}")
-            shown = metric if filtered == "none" else f"{metric} ({filtered})"
-            error = stderr if isinstance(stderr, float) else None
-            scores.append(Score(task, shown, float(value), error, _chance(metric, logged), answered, totals[task]))
-    if len(samples) > 1:
-        scores.append(_overall(samples, totals))
+        for metric, value, stderr in _metrics(results["results"][task]):
+            scores.append(Score(task, metric, value, stderr, _chance(metric, logged), answered[task], totals[task]))
+    for group, values in results.get("groups", {}).items():
+        asked = sum(answered[task] for task in _leaves(group, results["group_subtasks"]))
+        for metric, value, stderr in _metrics(values):
+            scores.append(Score(group, metric, value, stderr, None, asked, totals[group]))
+    if len(totals) > 1:
+        scores.append(_overall(samples, n_questions))
     return scores
+
+
+def _metrics(values: Mapping[str, Any]) -> list[tuple[str, float, float | None]]:
+    """(metric, value, standard error) of lm-eval's "acc,none": 0.5, "acc_stderr,none": 0.1, …"""
+    found = []
+    for name, value in values.items():
+        metric, _, filtered = name.partition(",")
+        if filtered and not metric.endswith("_stderr") and isinstance(value, int | float):
+            stderr = values.get(f"{metric}_stderr,{filtered}")
+            shown = metric if filtered == "none" else f"{metric} ({filtered})"
+            found.append((shown, float(value), stderr if isinstance(stderr, float) else None))
+    return found
+
+
+def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
+    """The tasks below a group, however deep."""
+    return [leaf for child in subtasks[name] for leaf in _leaves(child, subtasks)] if name in subtasks else [name]
 
 
 def _chance(metric: str, logged: Sequence[Mapping[str, Any]]) -> float | None:
@@ -120,7 +142,7 @@ def _chance(metric: str, logged: Sequence[Mapping[str, Any]]) -> float | None:
     return sum(1 / n for n in n_choices) / len(n_choices)
 
 
-def _overall(samples: Mapping[str, Sequence[Mapping[str, Any]]], totals: Mapping[str, int]) -> Score:
+def _overall(samples: Mapping[str, Sequence[Mapping[str, Any]]], n_questions: int) -> Score:
     """The share of all questions that were answered right, whatever their task."""
     verdicts = []
     for logged in samples.values():
@@ -128,4 +150,4 @@ def _overall(samples: Mapping[str, Sequence[Mapping[str, Any]]], totals: Mapping
         verdicts += [_verdict([entry])["correct"] for entry in logged if entry["filter"] == first]
     known = [verdict for verdict in verdicts if verdict is not None]
     share = sum(known) / len(known) if known else float("nan")
-    return Score("all questions", "correct", share, None, None, len(verdicts), sum(totals.values()))
+    return Score("all questions", "correct", share, None, None, len(verdicts), n_questions)

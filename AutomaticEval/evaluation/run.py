@@ -123,7 +123,7 @@ def _evaluate(lm: HFLM, loaded: LoadedModel, benchmark: Benchmark, found: Loaded
     )
     assert results is not None  # rank 0
     samples = results.pop("samples")
-    return Outcome(scores_of(results, samples, found.totals), results, samples)
+    return Outcome(scores_of(results, samples, found.totals, found.n_questions), results, samples)
 
 
 def _settings(loaded: LoadedModel, benchmark: Benchmark, selection: Selection) -> dict[str, Any]:
