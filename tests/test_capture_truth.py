@@ -171,6 +171,24 @@ def test_beam_search_is_refused(tiny_llama: LoadedModel, monkeypatch: pytest.Mon
         respond(tiny_llama, [PROMPTS[0]], Sampling(max_new_tokens=8), ALL)
 
 
+@pytest.mark.parametrize("positions", ["all", "::2"])
+def test_rows_are_copies_of_what_the_model_changes_in_place(tiny_llama: LoadedModel, positions: str) -> None:
+    seen: list[torch.Tensor] = []
+
+    def spoil(module: Any, args: Any) -> None:
+        seen.append(args[0][0].clone())
+        args[0].add_(1)
+
+    handle = tiny_llama.model.model.layers[1].input_layernorm.register_forward_pre_hook(spoil)
+    try:
+        chosen = Selection.parse("resid_post", 0, positions)
+        (response,) = respond(tiny_llama, [PROMPTS[0]], Sampling(max_new_tokens=4), chosen)
+    finally:
+        handle.remove()
+    step = 2 if positions == "::2" else 1
+    assert torch.equal(rows_of(response)["layer_0"], torch.cat(seen)[::step])
+
+
 def test_bfloat16_rows_stay_bfloat16(tiny_llama: LoadedModel) -> None:
     from conftest import CONFIGS, build
 

@@ -37,6 +37,7 @@ class Recording:
         self._fed: list[Tensor] = []
         self._kept: list[Kept] = []
         self._current: Kept | None = None
+        self._keeps_all = False
         self._n_columns = 0
         self._first = 0
         self._fired = dict.fromkeys(keys, 0)
@@ -49,11 +50,12 @@ class Recording:
     def n_forwards(self) -> int:
         return len(self._fed)
 
-    def feed(self, ids: Tensor) -> None:
+    def feed(self, ids: Tensor | None) -> None:
         """A forward begins with these token ids [batch, columns]."""
-        if ids.dim() != 2 or len(ids) != self._n_rows:
+        if ids is None or ids.dim() != 2 or len(ids) != self._n_rows:
+            found = None if ids is None else tuple(ids.shape)
             raise CaptureError(
-                f"the embedding was given ids of shape {tuple(ids.shape)}; expected [{self._n_rows}, columns]. Beam search, "
+                f"the embedding was given ids of shape {found}; expected [{self._n_rows}, columns]. Beam search, "
                 "assisted decoding and several sequences a prompt cannot be captured."
             )
         self._first += self._n_columns
@@ -61,11 +63,22 @@ class Recording:
         self._n_columns = ids.shape[1]
         kept = self._keep(self._first, self._n_columns)
         self._current = None if kept is None or not len(kept.rows) else Kept(*(t.to(ids.device) for t in kept))
+        self._keeps_all = self._current is not None and self._is_whole(self._current)
         if self._current is not None:
             self._kept.append(self._current)
 
-    def read(self, key: str, tap: Tap, value: Tensor) -> None:
+    def _is_whole(self, kept: Kept) -> bool:
+        """Whether every position of the forward is kept, row after row."""
+        n_positions = self._n_rows * self._n_columns
+        if len(kept.rows) != n_positions:
+            return False
+        place = kept.rows * self._n_columns + kept.columns - self._first
+        return torch.equal(place, torch.arange(n_positions, device=place.device))
+
+    def read(self, key: str, tap: Tap, value: Tensor | None) -> None:
         """A site's value [batch, columns, width] in the current forward: keep what is wanted of it."""
+        if value is None:
+            raise CaptureError(f"the module of {key} ({tap.module}) gave no tensor.")
         self._fired[key] += 1
         if self._fired[key] != self.n_forwards:
             raise CaptureError(f"the hook of {key} fired {self._fired[key]} times in {self.n_forwards} forwards.")
@@ -75,18 +88,24 @@ class Recording:
             self._pieces[key].append(tap.take(value.detach()[:0, 0]).to("cpu"))  # [0, width]: when nothing is kept
         if self._current is None:
             return
-        rows, columns = (index.to(value.device) for index in self._current)
-        columns = columns - self._first
-        lacking = self._n_columns - value.shape[1]  # logits are computed for the last columns only
-        if lacking and int(columns.min()) < lacking:
-            raise CaptureError(
-                f"{key} was not computed at {int((columns < lacking).sum())} of the positions asked for: a model that "
-                'generates computes no logits over the prompt but its last token. Use positions="scored".'
-            )
-        cut = tap.take(value.detach()[rows, columns - lacking])  # [n_kept, width]
+        cut = tap.take(self._cut(key, value.detach(), self._current))  # [n_kept, width]
         if cut.device.type == "cuda":
             self._devices.add(cut.device)
         self._pieces[key].append(cut.to("cpu", non_blocking=cut.device.type == "cuda"))
+
+    def _cut(self, key: str, value: Tensor, kept: Kept) -> Tensor:
+        """A copy of the kept rows of a value [batch, columns, width]: the model may change the value in place."""
+        lacking = self._n_columns - value.shape[1]  # logits are computed for the last columns only
+        if self._keeps_all and not lacking:
+            return value.flatten(0, 1).clone()
+        rows, columns = (index.to(value.device) for index in kept)
+        columns = columns - self._first - lacking
+        if lacking and int(columns.min()) < 0:
+            raise CaptureError(
+                f"{key} was not computed at {int((columns < 0).sum())} of the positions asked for: a model that "
+                'generates computes no logits over the prompt but its last token. Use positions="scored".'
+            )
+        return value[rows, columns]
 
     def close(self) -> None:
         """The last forward is over: check that every hook saw every forward, and join the pieces."""

@@ -80,19 +80,18 @@ class Layout:
         return chosen
 
 
-def tensor_of(value: Any) -> Tensor:
-    """The activation in what a module was given or returned: a tensor, a tuple's first, or the logits."""
-    if isinstance(value, Tensor):
-        return value
-    found: Tensor = value.logits if hasattr(value, "logits") else value[0]
-    return found
+def tensor_of(value: Any) -> Tensor | None:
+    """The activation in what a module was given or returned: the logits, a tensor, or a tuple's first; else None."""
+    if hasattr(value, "logits"):
+        value = value.logits
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) else None
 
 
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The activation that a module is called with, positionally or by name."""
-    if args:
-        return tensor_of(args[0])
-    return tensor_of(kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values())))
+    return tensor_of(args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
@@ -128,11 +127,19 @@ class _Probe:
         self.outputs: dict[str, Tensor] = {}
         handles = []
 
-        def read(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                if args or kwargs:
-                    self.inputs[name] = input_of(args, kwargs).detach().clone()
-                self.outputs[name] = tensor_of(output).detach().clone()
+        def before(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                value = input_of(args, kwargs)
+                if value is not None:
+                    self.inputs[name] = value.detach().clone()
+
+            return hook
+
+        def after(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                value = tensor_of(output)
+                if value is not None:
+                    self.outputs[name] = value.detach().clone()
 
             return hook
 
@@ -140,7 +147,8 @@ class _Probe:
         ids = torch.arange(1, PROBE_LENGTH + 1, device=embedding.weight.device)[None] % embedding.num_embeddings
         try:
             for name, module in modules.items():
-                handles.append(module.register_forward_hook(read(name), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+                handles.append(module.register_forward_hook(after(name)))
             with torch.no_grad():
                 out = model(input_ids=ids, use_cache=True)
         finally:
