@@ -93,14 +93,16 @@ def parse_layers(layers: LayersLike) -> tuple[tuple[int, int], ...] | None:
 
     Raises UnknownLayer for what is not a layer.
     """
-    if layers is None or layers == "all":
+    if layers is None or (isinstance(layers, str) and layers == "all"):
         return None
+    if hasattr(layers, "tolist"):  # numpy and torch
+        layers = layers.tolist()
     if isinstance(layers, str):
         items: Sequence[object] = layers.split(",")
-    elif isinstance(layers, int | range):
-        items = [layers]
+    elif isinstance(layers, Iterable) and not isinstance(layers, range):
+        items = [item.tolist() if hasattr(item, "tolist") else item for item in layers]
     else:
-        items = list(layers)
+        items = [layers]
     pairs = [pair for item in items for pair in _parse_item(item)]
     if not pairs:
         raise UnknownLayer(f"no layers in {layers!r}; write for example 0-2,-1, or leave it out for all.")

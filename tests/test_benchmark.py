@@ -17,8 +17,16 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from AutomaticEval import open_run
-from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, CaptureError, DiskFull, UnknownBenchmark
+from AutomaticEval.errors import (
+    BenchmarkError,
+    BenchmarkUnavailable,
+    CaptureError,
+    DiskFull,
+    SelectionError,
+    UnknownBenchmark,
+)
 from AutomaticEval.evaluation import benchmark as benchmark_module
+from AutomaticEval.evaluation import join as join_module
 from AutomaticEval.evaluation import lm as lm_module
 from AutomaticEval.evaluation import run as run_module
 from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
@@ -385,6 +393,51 @@ def test_beam_search_in_a_task_is_refused(demo: LoadedModel, tmp_path: Path, own
         run_benchmark(demo, Benchmark(("beams",), include_path=(own_tasks,)), SCORED, save_dir=tmp_path / "out")
 
 
+def test_scores_outlive_a_join_that_fails(demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise CaptureError("they do not match")
+
+    monkeypatch.setattr(run_module, "join", fail)
+    with pytest.raises(CaptureError, match="do not match"):
+        run_benchmark(demo, Benchmark(("demo",), limit=3), SCORED, save_dir=tmp_path)
+    assert list(tmp_path.rglob("results_*.json"))
+    assert list(tmp_path.rglob("shard-00000.h5"))
+
+
+def test_task_whose_requests_cannot_be_told_apart_is_refused_before(
+    demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As squadv2 does: two requests of a document with the same index."""
+    from lm_eval.api.task import ConfigurableTask
+
+    construct = ConfigurableTask.construct_requests
+
+    def twice(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return [construct(self, *args, **kwargs)] * 2
+
+    monkeypatch.setattr(ConfigurableTask, "construct_requests", twice)
+    monkeypatch.setattr(run_module, "simple_evaluate", lambda **k: pytest.fail("it ran"))
+    with pytest.raises(BenchmarkError, match="told apart"):
+        run_benchmark(demo, Benchmark(("demo_arithmetic",)), SCORED, save_dir=tmp_path)
+
+
+def entry(doc_id: int, **metrics: Any) -> dict[str, Any]:
+    answers = [(-1.0, False), (-2.0, True)]
+    shared = {"filter": "none", "target": 0, "prompt_hash": "h", "arguments": [("q", " a"), ("q", " b")]}
+    return {**shared, "doc_id": doc_id, "filtered_resps": answers, "metrics": list(metrics), **metrics}
+
+
+def test_correct_is_the_first_metric_that_says_right_or_wrong() -> None:
+    assert join_module._main_metric([entry(0, ppl=3.2, acc=1.0), entry(1, ppl=1.0, acc=0.0)]) == "acc"
+    assert join_module._main_metric([entry(0, f1=1.0), entry(1, f1=0.5)]) is None
+    assert join_module._main_metric([entry(0)]) is None
+    fractions = {"squad": [entry(0, f1=1.0), entry(1, f1=0.5)], "quiz": [entry(0, acc=1.0), entry(1, acc=0.0)]}
+    overall = join_module._overall(fractions, 10)
+    assert (overall.value, overall.answered, overall.total) == (0.5, 2, 10)
+    assert join_module._verdict([entry(0, acc=1.0)], "acc")["prediction"] == 0
+    assert join_module._verdict([entry(0, acc_norm=0.0)], "acc_norm")["prediction"] is None
+
+
 def test_sample_joined_to_another_request_is_refused(demo: LoadedModel, tmp_path: Path) -> None:
     outcome = run_benchmark(demo, Benchmark(("demo",), limit=4), SCORED, save_dir=tmp_path)
     run = open_run(outcome.folder or "")
@@ -404,14 +457,32 @@ def test_sample_joined_to_another_request_is_refused(demo: LoadedModel, tmp_path
             join(wrong, outcome.samples)
 
 
+def test_positions_that_keep_nothing_are_refused(demo: LoadedModel, tmp_path: Path, own_tasks: str) -> None:
+    letters = DUPLICATES.replace("twice\n", "letters\n", 1).replace('"{{choices}}"', '["A", "B"]')
+    (Path(own_tasks) / "letters.yaml").write_text(letters)
+    with pytest.raises(SelectionError, match="keep nothing"):
+        run_benchmark(
+            demo,
+            Benchmark(("letters",), include_path=(own_tasks,)),
+            Selection.parse(positions="response"),
+            save_dir=tmp_path / "out",
+        )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("given", "error", "says"),
     [
         ({"names": ("dem",)}, UnknownBenchmark, "demo"),
         ({"names": ("demo",), "num_trials": 3, "limit": 2}, BenchmarkError, "choose one"),
+        ({"names": ()}, BenchmarkError, "no benchmark"),
+        ({"names": ("demo", "demo_facts")}, BenchmarkError, "once"),
+        ({"names": ("demo",), "seed": -1}, BenchmarkError, "seed"),
+        ({"names": ("demo",), "batch_size": "²"}, BenchmarkError, "auto"),
         ({"names": ("demo",), "num_trials": 0}, BenchmarkError, "at least 1"),
         ({"names": ("demo",), "limit": 0}, BenchmarkError, "above 0"),
         ({"names": ("demo",), "batch_size": "many"}, BenchmarkError, "auto"),
+        ({"names": ("demo",), "include_path": ("/no/such/folder",)}, BenchmarkError, "no folder"),
     ],
 )
 def test_wrong_benchmarks_are_refused(given: dict[str, Any], error: type[Exception], says: str) -> None:
@@ -424,7 +495,7 @@ def test_benchmark_without_its_data_says_both_ways_out(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True, raising=False)
-    with pytest.raises(BenchmarkUnavailable, match=r"connect once.*--include_path"):
+    with pytest.raises(BenchmarkUnavailable, match=r"connection once.*--include_path"):
         load_tasks(Benchmark(("arc_easy",)))
 
 

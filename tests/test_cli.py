@@ -89,6 +89,38 @@ def test_generate_prints_the_response_and_saves_on_request(tmp_path: Path) -> No
     assert named.name.startswith("generation_")
 
 
+STOPPED = """
+import os, signal, sys
+from lm_eval.models.huggingface import HFLM
+from AutomaticEval.cli.app import main
+forward, calls = HFLM._model_call, []
+def count(self, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == 6:
+        os.kill(os.getpid(), getattr(signal, sys.argv.pop()))
+    return forward(self, *args, **kwargs)
+HFLM._model_call = count
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_run_that_is_told_to_stop_keeps_what_it_captured(tmp_path: Path, name: str) -> None:
+    command = [sys.executable, "-c", STOPPED, "--capture_activations", "--benchmark", "demo_facts", name]
+    script = STOPPED.replace("from lm_eval", "stop = sys.argv.pop()\nsys.argv[0] = 'main.py'\nfrom lm_eval", 1)
+    command[2] = script.replace("sys.argv.pop()))", "stop))")
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode in (130, 143), done.stderr
+    assert "cut short" in done.stderr
+    (folder,) = (tmp_path / "activations").iterdir()
+    run = open_run(folder)
+    assert not run.finished
+    assert len(run) >= 32
+    assert os.listdir(folder) == ["shard-00000.h5"]
+
+
 def test_sites_lists_widths_and_reasons(tmp_path: Path) -> None:
     done = main("sites", cwd=tmp_path)
     assert "layer_0.mlp_post … layer_3.mlp_post" in done.stdout
@@ -114,6 +146,7 @@ BAD = [
     (["generate", "a" * 3000], "PromptTooLong", "512"),
     (["generate", "Hi", "--layers", "0"], "SelectionError", "--capture_activations"),
     (["--layers", "0"], "SelectionError", "--capture_activations"),
+    (["--positions", "all"], "SelectionError", "--capture_activations"),
     (["generate", "Hi", "--save_path", "x.h5", "--layers", "9"], "UnknownLayer", "4 layers"),
     (["generate", "Hi", "--save_path", "x.h5", "--sites", "resid_past"], "UnknownSite", "resid_post"),
     (["generate", "Hi", "--save_path", "x.h5", "--positions", "somewhere"], "UnknownPositions", "somewhere"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import needs_real, raw_residuals
@@ -161,6 +163,10 @@ def test_existing_file_is_refused_before_the_model_runs(tmp_path: Path, monkeypa
         ("0-1,-1", ["layer_0", "layer_1", "layer_3"]),
         ([range(2), "3"], ["layer_0", "layer_1", "layer_3"]),
         (None, ["layer_0", "layer_1", "layer_2", "layer_3"]),
+        (np.int64(2), ["layer_2"]),
+        (np.arange(2), ["layer_0", "layer_1"]),
+        ([np.int64(1)], ["layer_1"]),
+        (torch.tensor([0, -1]), ["layer_0", "layer_3"]),
     ],
 )
 def test_layers_choose_the_keys(layers: Any, keys: list[str]) -> None:
@@ -183,7 +189,15 @@ def test_layers_choose_the_keys(layers: Any, keys: list[str]) -> None:
         ({"layers_to_capture": [True]}, UnknownLayer, "True"),
         ({"layers_to_capture": []}, UnknownLayer, "no layers"),
         ({"layers_to_capture": "3-1"}, UnknownLayer, "backwards"),
+        ({"layers_to_capture": slice(0, 2)}, UnknownLayer, "slice"),
+        ({"layers_to_capture": 1.5}, UnknownLayer, "1.5"),
         ({"max_new_tokens": 0}, PromptError, "at least 1"),
+        ({"max_new_tokens": 2.5}, PromptError, "whole number"),
+        ({"max_new_tokens": "5"}, PromptError, "whole number"),
+        ({"top_p": 2}, PromptError, "at most 1"),
+        ({"top_p": 0}, PromptError, "above 0"),
+        ({"top_k": -1}, PromptError, "0 .no limit. or more"),
+        ({"seed": "x"}, PromptError, "seed"),
         ({"temperature": -1.0}, PromptError, "temperature"),
         ({"dtype": "float33"}, ModelError, "float33"),
         ({"load_in_8bit": True, "load_in_4bit": True}, ModelError, "choose one"),
@@ -284,6 +298,34 @@ def test_chat_template_is_used_with_one_bos(tiny_llama: LoadedModel) -> None:
     assert tokenizer.decode(raw["input_ids"][0]) == "Hi"
 
 
+def test_template_that_writes_bos_and_tokenizer_that_adds_it_give_one(tiny_llama: LoadedModel) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = with_template(tiny_llama, TEMPLATE)
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    assert tokenizer("Hi")["input_ids"][0] == tokenizer.bos_token_id
+    for chat in (True, False):
+        for prompt in ("Hi", f"{bos}Hi") if not chat else ("Hi",):
+            _, data = generate_inference_with_activations(
+                prompt, tiny_llama.model, tokenizer=tokenizer, apply_chat_template=chat, max_new_tokens=2
+            )
+            assert data["input_ids"][0].tolist().count(tokenizer.bos_token_id) == 1
+
+
+def test_checkpoints_own_generation_config_is_in_the_settings(
+    tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_llama.model.generation_config, "repetition_penalty", 7.0)
+    monkeypatch.setattr(tiny_llama.model.generation_config, "stop_strings", ["zzz"])
+    _, data = generate_inference_with_activations(
+        "Tell me.", tiny_llama.model, tokenizer=tiny_llama.tokenizer, max_new_tokens=4
+    )
+    assert data["settings"]["generation_config"]["repetition_penalty"] == 7.0
+
+
 def test_template_without_system_role_says_so(tiny_llama: LoadedModel) -> None:
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
     with pytest.raises(PromptError, match="no system role"):
@@ -299,6 +341,46 @@ def test_tokenizer_that_adds_bos_adds_one() -> None:
     for prompt in ("Once upon a time", "<s>Once upon a time"):
         _, data = generate_inference_with_activations(prompt, str(STORIES), max_new_tokens=2)
         assert data["input_ids"][0].tolist().count(1) == 1
+
+
+def test_threads_that_share_a_model_take_turns(tiny_llama: LoadedModel) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    given: dict[str, Any] = {"tokenizer": tiny_llama.tokenizer, "max_new_tokens": 5}
+    another = copy.deepcopy(tiny_llama.model)  # raw hooks of the test must not see the other threads
+
+    def ask(number: int) -> str:
+        if number % 3 == 0:
+            return generate_inference(f"Tell me {number}.", tiny_llama.model, **given)
+        text, data = generate_inference_with_activations(f"Tell me {number}.", tiny_llama.model, **given)
+        raw = raw_residuals(another, "llama", data["token_ids"].tolist())
+        torch.testing.assert_close(data["activations"]["layer_2"], raw["layer_2"], atol=1e-5, rtol=1e-5)
+        return text
+
+    with ThreadPoolExecutor(4) as pool:
+        texts = list(pool.map(ask, range(24)))
+    assert texts == [generate_inference(f"Tell me {number}.", tiny_llama.model, **given) for number in range(24)]
+
+
+def test_dtype_may_be_torchs_and_tokenizer_a_name() -> None:
+    _, data = generate_inference_with_activations(
+        PROMPT, "demo", dtype=torch.bfloat16, device=torch.device("cpu"), tokenizer="demo", max_new_tokens=2
+    )
+    assert data["activations"]["layer_0"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "bfloat16"}, {"device": "cuda"}, {"load_in_8bit": True}, {"revision": "x"}, {"device_map": "auto"}],
+)
+def test_load_options_with_a_loaded_model_are_refused(tiny_llama: LoadedModel, options: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=f"{next(iter(options))}.*loaded already"):
+        generate_inference("Hi", tiny_llama.model, tokenizer=tiny_llama.tokenizer, **options)
+
+
+def test_prompt_that_is_no_text_is_refused() -> None:
+    with pytest.raises(PromptError, match="not text"):
+        generate_inference("\ud800", "demo")
 
 
 def test_two_threads_capture_their_own_rows(tokenizer: Any) -> None:

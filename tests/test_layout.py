@@ -16,6 +16,7 @@ from AutomaticEval.errors import SiteUnavailable, UnsupportedModel
 from AutomaticEval.models.layout import find_layout
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
+from AutomaticEval.sites import Site
 
 BASE = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = {**BASE, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -166,10 +167,128 @@ def test_branch_that_is_changed_after_the_module_is_refused(tokenizer: Any) -> N
     assert set(capture(loaded, "resid_post")) == {"layer_0", "layer_1"}
 
 
+PROJECTIONS: dict[str, Any] = {  # what each family computes q and k with, by its own names
+    "llama": lambda m, layer, x: (m.model.layers[layer].self_attn.q_proj(x), m.model.layers[layer].self_attn.k_proj(x)),
+    "gpt2": lambda m, layer, x: m.transformer.h[layer].attn.c_attn(x).split(32, -1)[:2],
+    "gpt_neox": lambda m, layer, x: tuple(
+        m.gpt_neox.layers[layer].attention.query_key_value(x).view(-1, 4, 3, 8)[:, :, i].flatten(1) for i in range(2)
+    ),
+}
+NORMS = {
+    "llama": lambda m, layer: m.model.layers[layer].input_layernorm,
+    "gpt2": lambda m, layer: m.transformer.h[layer].ln_1,
+    "gpt_neox": lambda m, layer: m.gpt_neox.layers[layer].input_layernorm,
+}
+DOWN = {
+    "llama": lambda m, layer: m.model.layers[layer].mlp.down_proj,
+    "gpt2": lambda m, layer: m.transformer.h[layer].mlp.c_proj,
+    "gpt_neox": lambda m, layer: m.gpt_neox.layers[layer].mlp.dense_4h_to_h,
+    "gpt_neo": lambda m, layer: m.transformer.h[layer].mlp.c_proj,
+    "opt": lambda m, layer: m.model.decoder.layers[layer].fc2,
+}
+
+
+@pytest.mark.parametrize("any_family", list(PROJECTIONS), indirect=True)
+def test_q_and_k_are_recomputed_from_the_stream(any_family: tuple[str, LoadedModel]) -> None:
+    name, loaded = any_family
+    kept = capture(loaded, "resid_pre,q,k")
+    for layer in range(loaded.layout.n_layers):
+        with torch.no_grad():
+            normed = NORMS[name](loaded.model, layer)(kept[f"layer_{layer}.resid_pre"])
+            q, k = PROJECTIONS[name](loaded.model, layer, normed)
+        torch.testing.assert_close(kept[f"layer_{layer}.q"], q, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(kept[f"layer_{layer}.k"], k, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("any_family", list(DOWN), indirect=True)
+def test_mlp_post_through_the_down_projection_is_mlp_out(any_family: tuple[str, LoadedModel]) -> None:
+    name, loaded = any_family
+    kept = capture(loaded, "mlp_post,mlp_out")
+    for layer in range(loaded.layout.n_layers):
+        with torch.no_grad():
+            out = DOWN[name](loaded.model, layer)(kept[f"layer_{layer}.mlp_post"])
+        torch.testing.assert_close(kept[f"layer_{layer}.mlp_out"], out, atol=1e-5, rtol=1e-5)
+        assert kept[f"layer_{layer}.mlp_post"].shape[1] in (64, 128)
+
+
+@pytest.mark.parametrize("factor", [1, 30, 300, 1000, 3000])
+@pytest.mark.parametrize("name", ["granite", "gemma2"])
+def test_branches_lost_in_rounding_are_refused_and_never_mistaken(name: str, factor: float) -> None:
+    """bfloat16, and a stream far larger than what is added: the raw and the true branch look alike by the sum alone."""
+    config_class, config, _ = FAMILIES[name]
+    model = build(getattr(transformers, config_class)(**config), torch.bfloat16)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(factor)
+    layout = find_layout(model)
+    for layer in range(layout.n_layers):
+        for kind, right in (("attn_out", "post_attention_layernorm"), ("mlp_out", "post_feedforward_layernorm")):
+            tap = layout.taps.get(Site(kind, layer))
+            if tap is not None and name == "granite":
+                assert tap.scale == 0.3
+            elif tap is not None:
+                assert tap.module.endswith(right)
+    if factor == 1:
+        assert not layout.missing
+    if factor == 3000:
+        assert "rounding" in layout.missing["attn_out"]
+
+
+def test_edit_between_blocks_is_seen_as_the_next_block_sees_it(tokenizer: Any) -> None:
+    loaded = LoadedModel(build(transformers.LlamaConfig(**LLAMA_LIKE)), tokenizer, "llama")
+    plain = capture(loaded, "resid_post")
+    handle = loaded.model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] + 5, *args[1:]))
+    try:
+        edited = capture(loaded, "resid_post")
+    finally:
+        handle.remove()
+    torch.testing.assert_close(edited["layer_0"][:6], plain["layer_0"][:6] + 5)  # the prompt; the response changes
+
+
+def test_layout_found_under_somebodys_hook_is_not_remembered(tokenizer: Any) -> None:
+    model = build(transformers.LlamaConfig(**LLAMA_LIKE))
+    handle = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, out: out * 3)
+    handle_two = model.model.layers[1].register_forward_hook(lambda module, args, out: out + 7)
+    assert "attn_out" in find_layout(model).missing
+    handle.remove()
+    handle_two.remove()
+    assert not find_layout(model).missing
+
+
+def test_block_that_runs_twice_in_a_forward_is_refused(tokenizer: Any) -> None:
+    from AutomaticEval.errors import CaptureError
+
+    model = build(transformers.LlamaConfig(**LLAMA_LIKE))
+    loaded = LoadedModel(model, tokenizer, "twice")
+    assert loaded.layout.n_layers == 2
+    forward = model.model.layers[1].self_attn.o_proj.forward
+    model.model.layers[0].self_attn.o_proj.forward = lambda x: (
+        model.model.layers[1].self_attn.o_proj(x) * 0 + forward(x)
+    )
+    with pytest.raises(CaptureError, match="fired"):
+        capture(loaded, "z")
+
+
+def test_norm_that_is_used_twice_is_not_taken_for_the_final_one(tokenizer: Any) -> None:
+    model = build(transformers.NanoChatConfig(**LLAMA_LIKE))
+    loaded = LoadedModel(model, tokenizer, "nanochat")
+    assert set(capture(loaded, "embed,resid_post")) == {"embeddings", "layer_0", "layer_1"}
+
+
+def test_list_of_other_blocks_of_the_same_length_is_passed_over(tokenizer: Any) -> None:
+    model = build(transformers.LlamaConfig(**LLAMA_LIKE))
+    tower = torch.nn.Module()
+    tower.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
+    model.visual = tower.eval()
+    assert find_layout(model).taps[Site("resid_pre", 0)].module == "model.layers.0"
+
+
 def test_training_mode_and_encoder_decoders_are_refused() -> None:
     model = build(transformers.LlamaConfig(**LLAMA_LIKE))
     with pytest.raises(UnsupportedModel, match="eval"):
         find_layout(model.train())
+    model.eval().model.layers[1].train()
+    with pytest.raises(UnsupportedModel, match="eval"):
+        find_layout(model)
     t5 = transformers.T5Config(vocab_size=100, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)
     with pytest.raises(UnsupportedModel, match="encoder-decoder"):
         find_layout(transformers.AutoModelForSeq2SeqLM.from_config(t5).eval())

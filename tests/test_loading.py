@@ -200,6 +200,23 @@ def test_quantised_model_is_captured_on_every_site(bits: str, family: str, tmp_p
     assert generate_inference("Tell me.", str(tmp_path / "model"), **given) == response
 
 
+def test_folder_without_a_tokenizer_takes_the_one_that_is_given(tmp_path: Path, tokenizer: Any) -> None:
+    build(CONFIGS["llama"]()).save_pretrained(tmp_path)
+    assert load_model(tmp_path, tokenizer=tokenizer).tokenizer is tokenizer
+    with pytest.raises(ModelUnavailable):
+        load_model(tmp_path)
+
+
+def test_checkpoint_that_lacks_weights_is_refused(folders: list[Path]) -> None:
+    """transformers fills what is missing with random numbers and only warns."""
+    import json
+
+    config = folders[0] / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 6}))
+    with pytest.raises(ModelUnavailable, match=r"lacks 18 .*layers\.4"):
+        load_model(folders[0])
+
+
 def test_loaded_model_passes_through() -> None:
     loaded = LoadedModel(build(CONFIGS["llama"]()), object(), "x")
     assert load_model(loaded) is loaded

@@ -100,6 +100,9 @@ def test_question_is_written_with_lettered_choices() -> None:
         ({"question": " "}, EmptyPrompt, "empty"),
         ({"question": "Who?", "choices": ["one"]}, PromptError, "2 to 26"),
         ({"question": "Who?", "choices": ["x"] * 27}, PromptError, "2 to 26"),
+        ({"question": "Who?", "choices": "abc"}, PromptError, "list of texts"),
+        ({"question": "Who?", "choices": {"A": "x", "B": "y"}}, PromptError, "list of texts"),
+        ({"question": "Who?", "save_activations": ["x", "y"]}, PromptError, "choices="),
         ({"question": "Who?", "template": "nothing"}, PromptError, "{question}"),
         ({"question": "Who?", "template": "{question} {other}"}, PromptError, "other"),
         ({"question": "Who?", "template": "{question} {"}, PromptError, "braces"),
@@ -117,3 +120,13 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FolderNotWritable):
         answer_benchmark_question_with_activations("Who?", "demo", activation_save_dir=tmp_path / "file")
+
+
+def test_choices_may_be_numbers_and_arrays(tmp_path: Path) -> None:
+    import numpy as np
+
+    for choices in ([1, 2], np.array(["a", "b"]), ("a", "b")):
+        _, _, data = answer_benchmark_question_with_activations(
+            "Who?", "demo", True, tmp_path, choices=choices, max_new_tokens=2
+        )
+        assert load_activations(data["path"])["choices"] == [str(choice) for choice in choices]

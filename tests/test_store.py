@@ -306,7 +306,7 @@ def test_files_that_are_not_ours_are_named(tmp_path: Path) -> None:
         load_activations(tmp_path / "other.h5")
     with pytest.raises(StoreError, match="no file"):
         load_activations(tmp_path / "absent.h5")
-    with pytest.raises(StoreError, match="no run"):
+    with pytest.raises(StoreError, match="no file or run"):
         open_run(tmp_path / "absent")
     (tmp_path / "folder").mkdir()
     with pytest.raises(NotActivations, match="not a run"):
@@ -323,6 +323,16 @@ def test_newer_major_version_is_refused_and_newer_minor_is_read(tmp_path: Path) 
         else:
             with pytest.raises(NewerFormat, match="pgrade"):
                 load_activations(tmp_path / "one.h5")
+
+
+def test_newer_minor_version_with_more_columns_is_read(tmp_path: Path) -> None:
+    write_shard(tmp_path / "one.h5", [make_sample()], "m", SETTINGS)
+    with h5py.File(tmp_path / "one.h5", "r+") as file:
+        file.attrs["format_version"] = "1.9"
+        file["samples/colour"] = ["red"]
+        file["samples/colour"].attrs["encoding"] = "utf-8"
+        file["rows/weight"] = [1.0]
+    assert load_activations(tmp_path / "one.h5")["colour"] == "red"
 
 
 def test_truncated_file_is_named_at_every_length(tmp_path: Path) -> None:
@@ -350,6 +360,75 @@ def test_segments_outside_the_rows_are_refused(tmp_path: Path) -> None:
         file["segments/stop"][0] = 10**12
     with pytest.raises(TruncatedFile, match="outside"):
         load_activations(tmp_path / "one.h5")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rows/position", 10**6),
+        ("rows/position", -1),
+        ("segments/start", 5),
+        ("segments/stop", 0),
+        ("rows/token_id", -7),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, name: str, value: int) -> None:
+    write_shard(tmp_path / "one.h5", [make_sample()], "m", SETTINGS)
+    with h5py.File(tmp_path / "one.h5", "r+") as file:
+        file[name][0] = value
+        file["segments/start"][0] = file["segments/start"][0]
+        if name == "segments/stop":
+            file["segments/start"][0] = 3
+    if name == "segments/start":  # fewer rows than were written, each still its token's
+        assert load_activations(tmp_path / "one.h5")["positions"].tolist() == [5]
+        return
+    with pytest.raises(TruncatedFile):
+        load_activations(tmp_path / "one.h5")
+
+
+def test_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "one.h5", [make_sample()], "m", SETTINGS)
+    with h5py.File(tmp_path / "one.h5", "r+") as file:
+        file["activations/layer_0"].attrs["dtype"] = "float33"
+    with pytest.raises(TruncatedFile, match="float33"):
+        load_activations(tmp_path / "one.h5")
+
+
+def test_rows_of_different_kinds_are_not_written_into_one_file(tmp_path: Path) -> None:
+    for other in (make_sample(torch.bfloat16), make_sample(width=4)):
+        with pytest.raises(CaptureError, match="one file"):
+            write_shard(tmp_path / "x.h5", [make_sample(), other], "m", SETTINGS)
+    assert os.listdir(tmp_path) == []
+
+
+def test_file_system_that_cannot_sync_folders_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def no_folders(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}"):  # noqa: PTH112
+            raise OSError(22, "Invalid argument")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", no_folders)
+    write_shard(tmp_path / "x.h5", [make_sample()], "m", SETTINGS)
+    assert load_activations(tmp_path / "x.h5")["prompt"] == "What?"
+
+
+def test_shard_of_another_run_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "one", 9, shard_bytes=600)
+    write_run(tmp_path / "two", 9, shard_bytes=600)
+    (tmp_path / "two" / "shard-00001.h5").replace(tmp_path / "one" / "shard-00001.h5")
+    with pytest.raises(StoreError, match="another run"):
+        open_run(tmp_path / "one")
+
+
+def test_old_shard_is_sealed_whatever_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = RunWriter(tmp_path / "run", "m", SETTINGS)
+    made.add([make_sample()])
+    assert not list((tmp_path / "run").glob("*.h5"))
+    monkeypatch.setattr(writer, "SHARD_SECONDS", 0)
+    made.add([make_sample(seed=1)])
+    assert len(open_run(tmp_path / "run")) == 2
 
 
 def test_many_samples_name_open_run(tmp_path: Path) -> None:

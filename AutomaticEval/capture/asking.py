@@ -21,7 +21,7 @@ class AskOptions(TypedDict, total=False):
     """The keyword options of every drop-in function."""
 
     tokenizer: Any
-    """With a loaded model: its tokenizer."""
+    """With a loaded model: its tokenizer. With a name: another one, or the name of one."""
     sites: str | Iterable[str] | None
     """Kinds of sites: "resid_post,mlp_out". Default embed and resid_post."""
     positions: str | slice | Positions
@@ -83,7 +83,11 @@ def _take(given: dict[str, Any], kind: type) -> dict[str, Any]:
 def check_prompt(prompt: object) -> None:
     """Raises EmptyPrompt, PromptError."""
     if not isinstance(prompt, str):
-        raise PromptError(f"a prompt is a string; found {type(prompt).__name__}.")
+        raise PromptError(f"a prompt is one string; found {type(prompt).__name__}.")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as failure:
+        raise PromptError(f"the prompt is not text that a tokenizer can read: {failure}.") from None
     if not prompt.strip():
         raise EmptyPrompt("the prompt is empty; give it some text.")
 
@@ -187,6 +191,7 @@ def ask(loaded: LoadedModel, request: Request, *, capture: bool, folder: Path | 
         **loaded.numbers(),
         **request.selection.as_dict(),
         **asdict(sampling),
+        "generation_config": loaded.model.generation_config.to_diff_dict(),
         "system_prompt": request.system_prompt,
         "chat_template": request.apply_chat_template and bool(loaded.tokenizer.chat_template),
     }

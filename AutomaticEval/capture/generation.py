@@ -5,6 +5,7 @@ Knows nothing of prompts as people write them (`asking.py`), nor of benchmarks.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from AutomaticEval.errors import CaptureError, PromptError
 from AutomaticEval.models.hooks import Keep, Kept, Recording, capturing
+from AutomaticEval.models.layout import alone_with, input_device
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.store.format import Rows, Sample
@@ -39,13 +41,24 @@ class Sampling:
     """Of the sampling. None draws one; the one used is in the settings."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise PromptError(f"max_new_tokens is {self.max_new_tokens}; at least 1 is needed.")
-        if self.temperature < 0:
-            raise PromptError(f"temperature is {self.temperature}; 0 is greedy, higher is more random.")
+        for name, wanted, holds in (
+            (
+                "max_new_tokens",
+                "a whole number, at least 1",
+                _is_whole(self.max_new_tokens) and self.max_new_tokens >= 1,
+            ),
+            ("temperature", "0 (greedy) or more", _is_number(self.temperature) and self.temperature >= 0),
+            ("top_p", "above 0 and at most 1", _is_number(self.top_p) and 0 < self.top_p <= 1),
+            ("top_k", "a whole number, 0 (no limit) or more", _is_whole(self.top_k) and self.top_k >= 0),
+            ("seed", "a whole number, or None", self.seed is None or _is_whole(self.seed)),
+        ):
+            if not holds:
+                raise PromptError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
 
     def kwargs(self) -> dict[str, Any]:
-        """For transformers' generate. What the checkpoint's own generation config says of sampling does not count."""
+        """For transformers' generate. They come before the checkpoint's own generation config, of which the rest
+        (a repetition penalty, say) counts and is in the settings.
+        """
         chosen: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "num_beams": 1,
@@ -56,7 +69,16 @@ class Sampling:
         }
         if self.temperature == 0:
             return {**chosen, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {**chosen, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        shape = {"temperature": float(self.temperature), "top_p": float(self.top_p), "top_k": int(self.top_k)}
+        return {**chosen, "do_sample": True, **shape}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 class Response(NamedTuple):
@@ -99,11 +121,12 @@ def respond(
         layout = loaded.layout
         taps = layout.pick(selection.sites(layout.n_layers))
         recorder = capturing(model, taps, layout.embedding, keep_of(selection.positions, prompts, pads), len(prompts))
-    with torch.no_grad(), _seeded(sampling), recorder as recording:
+    with torch.no_grad(), alone_with(model), _seeded(sampling), recorder as recording:
         sequences: Tensor = model.generate(  # [batch, width + longest response]
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
+            input_ids=torch.tensor(ids, device=input_device(model)),
+            attention_mask=torch.tensor(mask, device=input_device(model)),
             pad_token_id=filler,
+            tokenizer=tokenizer if model.generation_config.stop_strings else None,
             **sampling.kwargs(),
         )
     responses = []

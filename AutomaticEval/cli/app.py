@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
 import typer
 
 from AutomaticEval.cli import benchmark, generate, show, sites
@@ -22,4 +25,10 @@ app.command("sites")(sites.sites)
 
 def main() -> None:
     """The entry point of `main.py` and of the `automatic-eval` script."""
+    signal.signal(signal.SIGTERM, _stop)
     app()
+
+
+def _stop(*signal_and_frame: object) -> None:
+    """SIGTERM (a batch system's time is up) ends like an exception, so that what was captured is sealed."""
+    sys.exit(143)

@@ -31,8 +31,8 @@ def benchmark(
     layers: options.Layers = None,
     sites: options.Sites = None,
     positions: Annotated[
-        str, typer.Option("--positions", help="scored, all, prompt, response, last, or a slice.")
-    ] = "scored",
+        str | None, typer.Option("--positions", help="scored (default), all, prompt, response, last, or a slice.")
+    ] = None,
     activation_save_dir: options.SaveDir = Path("activations"),
     output_path: Annotated[
         Path | None, typer.Option("--output_path", help="Folder for lm-eval's own results and samples files.")
@@ -55,7 +55,8 @@ def benchmark(
     """
     if context.invoked_subcommand is not None:
         return
-    selection = options.chosen(sites, layers, positions, captures=capture_activations, how="--capture_activations")
+    captures = capture_activations
+    selection = options.chosen(sites, layers, positions, "scored", captures=captures, how="--capture_activations")
     typer.echo("Loading …", err=True)
     options.quiet_libraries()
     from AutomaticEval.evaluation.benchmark import Benchmark
@@ -68,7 +69,7 @@ def benchmark(
         limit=limit,
         num_fewshot=num_fewshot,
         seed=seed,
-        batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
+        batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
         include_path=tuple(map(str, include_path or ())),
     )
     load = LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit, revision)

@@ -49,14 +49,16 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def chosen(sites: str | None, layers: str | None, positions: str, *, captures: bool, how: str) -> Selection | None:
+def chosen(
+    sites: str | None, layers: str | None, positions: str | None, default: str, *, captures: bool, how: str
+) -> Selection | None:
     """What to keep, or None when nothing is captured. Raises SelectionError when a choice would be ignored."""
     from AutomaticEval.errors import SelectionError
     from AutomaticEval.selection import Selection
 
-    if not captures and not (sites is None and layers is None):
-        raise SelectionError(f"--sites or --layers were given, but nothing is captured; add {how}.")
-    return Selection.parse(sites, layers, positions) if captures else None
+    if not captures and (sites, layers, positions) != (None, None, None):
+        raise SelectionError(f"--sites, --layers or --positions were given, but nothing is captured; add {how}.")
+    return Selection.parse(sites, layers, positions or default) if captures else None
 
 
 def quiet_libraries() -> None:

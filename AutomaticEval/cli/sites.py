@@ -20,6 +20,7 @@ def sites(
 ) -> None:
     """List the sites of a model that can be captured."""
     options.quiet_libraries()
+    from rich.markup import escape
     from rich.table import Table
 
     from AutomaticEval.models.loading import LoadOptions, load_model
@@ -35,7 +36,7 @@ def sites(
         else:
             last = Site(kind, layout.n_layers - 1).key if kind in PER_LAYER else ""
             keys = found[0].key + (f" … {last}" if last and last != found[0].key else "")
-            table.add_row(kind, str(layout.widths[found[0]]), keys, meaning)
+            table.add_row(kind, str(layout.widths[found[0]]), keys, escape(meaning))
     typer.echo(
         f"{model}: {layout.n_layers} layers, {layout.n_heads} heads of {layout.d_head}, d_model {layout.d_model}"
     )

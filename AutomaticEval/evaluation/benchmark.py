@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from AutomaticEval.capture.generation import bytes_per_row
-from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, UnknownBenchmark, did_you_mean
+from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, SelectionError, UnknownBenchmark, did_you_mean
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions, Selection
 
@@ -57,7 +57,16 @@ class Benchmark:
             raise BenchmarkError(f"--num_trials is {self.num_trials}; at least 1 is needed.")
         if self.limit is not None and self.limit <= 0:
             raise BenchmarkError(f"--limit is {self.limit}; it must be above 0.")
-        if not (self.batch_size == "auto" or (str(self.batch_size).isdigit() and int(self.batch_size) > 0)):
+        for folder in self.include_path:
+            if not Path(folder).is_dir():
+                raise BenchmarkError(
+                    f"--include_path {folder} is no folder; give the folder that holds your YAML files."
+                )
+        if not self.names:
+            raise BenchmarkError("no benchmark was named; write for example demo or mmlu,gsm8k.")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise BenchmarkError(f"--seed is {self.seed}; it must be from 0 to {2**32 - 1}.")
+        if not (self.batch_size == "auto" or (str(self.batch_size).isdecimal() and int(self.batch_size) > 0)):
             raise BenchmarkError(f"--batch_size is {self.batch_size!r}; write a number or auto.")
 
 
@@ -88,12 +97,12 @@ def load_tasks(benchmark: Benchmark) -> LoadedTasks:
                 "--include_path adds a folder with YAML files of your own."
             )
     try:
-        found = manager.load(list(benchmark.names))
+        found = _load(manager, benchmark.names)
         totals = {name: len(task.eval_docs) for name, task in found["tasks"].items()}
     except (ConnectionError, FileNotFoundError, OSError) as failure:
         raise BenchmarkUnavailable(
-            f"the data of {', '.join(benchmark.names)} cannot be had ({str(failure).splitlines()[0]}); connect once to "
-            "download them, or use a task on local files with --include_path."
+            f"the data of {', '.join(benchmark.names)} cannot be had ({next(iter(str(failure).splitlines()), type(failure).__name__)}). Files named in a "
+            "task start at the current folder; data of the hub need a connection once; --include_path adds tasks on local files."
         ) from failure
     children = {id(task) for group in found["groups"].values() for task in group}
     top: list[Task | Group] = [*found["groups"].values(), *found["tasks"].values()]
@@ -106,6 +115,15 @@ def load_tasks(benchmark: Benchmark) -> LoadedTasks:
         top = [kept for kept in (_prune(item, drawn) for item in top) if kept is not None]
     tasks = {name: task for name, task in found["tasks"].items() if drawn is None or name in drawn}
     return LoadedTasks(top, tasks, drawn, {**totals, **in_groups}, sum(totals.values()))
+
+
+def _load(manager: TaskManager, names: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        return dict(manager.load(list(names)))
+    except ValueError as failure:
+        if "Duplicate task" not in str(failure):
+            raise
+        raise BenchmarkError(f"{', '.join(names)}: {failure}; name each task once.") from failure
 
 
 def _draw(benchmark: Benchmark, totals: Mapping[str, int]) -> dict[str, list[int]] | None:
@@ -149,6 +167,11 @@ def forecast(loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, sele
         trial = docs[:FORECAST_DOCS]
         rows = [_rows_of(lm, task, doc, benchmark.num_fewshot, selection.positions) for doc in trial]
         total += sum(rows) / len(rows) * len(docs) * task.config.repeats
+    if total == 0:
+        raise SelectionError(
+            f"positions={selection.positions} keep nothing of {', '.join(benchmark.names)}: choices of one token are never "
+            "fed to the model. Use scored (the positions that scored them), prompt or all."
+        )
     return round(total * row)
 
 
@@ -167,7 +190,13 @@ def _rows_of(lm: HFLM, task: Task, doc: Any, num_fewshot: int | None, positions:
     shots = own or 0 if num_fewshot is None or own == 0 else num_fewshot
     made = task.construct_requests(doc=doc, ctx=task.fewshot_context(doc, shots), metadata=(None, 0, 1))
     kept: dict[tuple[int, ...], set[int]] = {}
-    for request in made if isinstance(made, list) else [made]:
+    requests = made if isinstance(made, list) else [made]
+    if len({request.idx for request in requests}) < len(requests):
+        raise BenchmarkError(
+            f"the task {task.config.task!r} asks several requests of one document under the same index, so that they cannot "
+            "be told apart; run it without --capture_activations."
+        )
+    for request in requests:
         if request.request_type == "generate_until":
             new = request.args[1].get("max_gen_toks", lm.max_gen_toks)
             prompt = lm.tok_encode(request.args[0])[-(lm.max_length - new) :]

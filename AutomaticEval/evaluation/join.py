@@ -32,9 +32,9 @@ def join(
         raise CaptureError(f"{len(records)} samples were captured for {len(captured)} requests.")
     joined = []
     for task, logged in samples.items():
-        for doc_id in sorted({entry["doc_id"] for entry in logged}):
-            entries = [entry for entry in logged if entry["doc_id"] == doc_id]
-            verdict = _verdict(entries)
+        main = _main_metric(logged)
+        for doc_id, entries in sorted(_by_document(logged).items()):
+            verdict = _verdict(entries, main)
             for choice, repeats in enumerate(entries[0]["resps"]):
                 for repeat, response in enumerate(repeats):
                     record = captured.pop((task, doc_id, choice, repeat), None)
@@ -64,27 +64,48 @@ def _response(record: Mapping[str, Any], arguments: Sequence[Any], response: Any
     return {"logprob": float(logprob), "is_greedy": bool(is_greedy)}
 
 
-def _verdict(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What lm-eval said of one document, over all its filters; `correct` is the first filter's first metric."""
-    metrics = {entry["filter"]: {name: entry[name] for name in entry["metrics"]} for entry in entries}
+def _by_document(logged: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
+    """doc_id -> its entries, one a filter."""
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for entry in logged:
+        found.setdefault(entry["doc_id"], []).append(entry)
+    return found
+
+
+def _main_metric(logged: Sequence[Mapping[str, Any]]) -> str | None:
+    """The first metric of a task that says right or wrong: 0 or 1 for each of its documents; None when none does."""
+    names = logged[0]["metrics"] if logged else []
+    return next((name for name in names if all(_is_verdict(entry.get(name)) for entry in logged)), None)
+
+
+def _is_verdict(value: Any) -> bool:
+    return isinstance(value, int | float) and value in (0, 1)
+
+
+def _verdict(entries: Sequence[Mapping[str, Any]], main: str | None) -> dict[str, Any]:
+    """What lm-eval said of one document, over all its filters; `correct` is the main metric after the first filter."""
     first = entries[0]
-    main = first[first["metrics"][0]] if first["metrics"] else None
     return {
         "target": first["target"],
-        "prediction": _prediction(first),
-        "metrics": metrics,
-        "correct": bool(main) if isinstance(main, int | float) and main in (0, 1) else None,
+        "prediction": _prediction(first, main),
+        "metrics": {entry["filter"]: {name: entry[name] for name in entry["metrics"]} for entry in entries},
+        "correct": None if main is None else bool(first[main]),
         "prompt_hash": first["prompt_hash"],
     }
 
 
-def _prediction(entry: Mapping[str, Any]) -> Any:
-    """The index of the likeliest choice, or the filtered answer; None when a single continuation was scored."""
+def _prediction(entry: Mapping[str, Any], main: str | None) -> Any:
+    """The filtered answer, or the index of the likeliest choice.
+
+    None for a single scored continuation, and where `correct` does not follow the likeliest choice (acc_norm).
+    """
     answers = entry["filtered_resps"]
     if entry["arguments"] and isinstance(entry["arguments"][0][1], dict):
         return answers[0]
     choices = _choices(entry)
-    return max(choices, key=lambda choice: answers[choice][0]) if len(choices) > 1 else None
+    if len(choices) < 2 or main not in (None, "acc"):
+        return None
+    return max(choices, key=lambda choice: answers[choice][0])
 
 
 def _choices(entry: Mapping[str, Any]) -> list[int]:
@@ -143,11 +164,11 @@ def _chance(metric: str, logged: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _overall(samples: Mapping[str, Sequence[Mapping[str, Any]]], n_questions: int) -> Score:
-    """The share of all questions that were answered right, whatever their task."""
+    """The share of right answers among all questions that have a verdict, whatever their task."""
     verdicts = []
     for logged in samples.values():
-        first = logged[0]["filter"]
-        verdicts += [_verdict([entry])["correct"] for entry in logged if entry["filter"] == first]
-    known = [verdict for verdict in verdicts if verdict is not None]
-    share = sum(known) / len(known) if known else float("nan")
+        main = _main_metric(logged)
+        if main is not None:
+            verdicts += [bool(entries[0][main]) for entries in _by_document(logged).values()]
+    share = sum(verdicts) / len(verdicts) if verdicts else float("nan")
     return Score("all questions", "correct", share, None, None, len(verdicts), n_questions)

@@ -5,7 +5,7 @@ For evaluation loops that people already have. Benchmarks through lm-eval are in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
@@ -30,6 +30,8 @@ TEMPLATE = (
 def write_question(question: str, choices: Sequence[str] | None = None, template: str = TEMPLATE) -> str:
     """The prompt that puts a question, with its choices as lettered lines. Raises PromptError, EmptyPrompt."""
     check_prompt(question)
+    if isinstance(choices, str | Mapping):
+        raise PromptError(f"choices are a list of texts; found {type(choices).__name__}.")
     if choices is not None and not 2 <= len(choices) <= len(LETTERS):
         raise PromptError(f"{len(choices)} choices; give 2 to {len(LETTERS)}, or none for an open question.")
     if "{question}" not in template:
@@ -50,7 +52,7 @@ def answer_benchmark_question_with_activations(
     save_activations: bool = True,
     activation_save_dir: str | Path = "activations",
     *,
-    choices: Sequence[str] | None = None,
+    choices: Sequence[Any] | None = None,
     template: str = TEMPLATE,
     layers_to_capture: LayersLike = None,
     **options: Unpack[AskOptions],
@@ -64,6 +66,12 @@ def answer_benchmark_question_with_activations(
     activation_data is that of `generate_inference_with_activations`, with `question`, `choices` and
     `extracted_answer`. Raises SelectionError, PromptError, ModelError, StoreError, CaptureError.
     """
+    if not isinstance(save_activations, bool):
+        raise PromptError(
+            f"save_activations is True or False; found {save_activations!r}. Folder and choices: "
+            "activation_save_dir=, choices=."
+        )
+    choices = _texts(choices)
     folder = Path(activation_save_dir).expanduser() if save_activations else None
     request = Request.parse(write_question(question, choices, template), model, layers_to_capture, options)
     if folder is not None:
@@ -87,7 +95,7 @@ def answer_benchmark_question(
     model: Any,
     *,
     capture_activations: Literal[False] = False,
-    choices: Sequence[str] | None = None,
+    choices: Sequence[Any] | None = None,
     template: str = TEMPLATE,
     **options: Unpack[AskOptions],
 ) -> tuple[str, str | None]: ...
@@ -99,7 +107,7 @@ def answer_benchmark_question(
     capture_activations: Literal[True],
     save_activations: bool = True,
     activation_save_dir: str | Path = "activations",
-    choices: Sequence[str] | None = None,
+    choices: Sequence[Any] | None = None,
     template: str = TEMPLATE,
     layers_to_capture: LayersLike = None,
     **options: Unpack[AskOptions],
@@ -111,7 +119,7 @@ def answer_benchmark_question(
     capture_activations: bool = False,
     save_activations: bool = True,
     activation_save_dir: str | Path = "activations",
-    choices: Sequence[str] | None = None,
+    choices: Sequence[Any] | None = None,
     template: str = TEMPLATE,
     layers_to_capture: LayersLike = None,
     **options: Unpack[AskOptions],
@@ -130,10 +138,18 @@ def answer_benchmark_question(
             layers_to_capture=layers_to_capture,
             **options,
         )
+    choices = _texts(choices)
     request = Request.parse(write_question(question, choices, template), model, layers_to_capture, options)
     loaded = load_model(model, tokenizer=request.tokenizer, options=request.load)
     text = ask(loaded, request, capture=False).text
     return text, extract_answer(text, choices)
+
+
+def _texts(choices: Sequence[Any] | None) -> Sequence[str] | None:
+    """The choices as texts: numbers and arrays are people's choices too."""
+    if choices is None or isinstance(choices, str | Mapping):
+        return choices  # write_question refuses what is no list
+    return [str(choice) for choice in choices]
 
 
 def _with_question(asked: Asked, question: str, choices: Sequence[str] | None, answer: str | None) -> Asked:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -65,14 +66,12 @@ def run_benchmark(
     found = load_tasks(benchmark)
     if output_path is not None:
         prepare_folder(output_path)
-    if selection is None:
-        lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=benchmark.batch_size)
-        outcome = _evaluate(lm, loaded, benchmark, found)
-    else:
-        outcome = _captured(loaded, benchmark, found, selection, save_dir, announce)
-    target = output_path or outcome.folder
-    if target is not None:
-        outcome.results_file = _save_results(outcome, loaded, benchmark, target)
+    if selection is not None:
+        return _captured(loaded, benchmark, found, selection, save_dir, output_path, announce)
+    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=benchmark.batch_size)
+    outcome = _evaluate(lm, loaded, benchmark, found)
+    if output_path is not None:
+        outcome.results_file = _save_results(outcome, loaded, output_path)
     return outcome
 
 
@@ -82,6 +81,7 @@ def _captured(
     found: LoadedTasks,
     selection: Selection,
     save_dir: Path,
+    output_path: Path | None,
     announce: Callable[[str], None],
 ) -> Outcome:
     refuse_rolling(found)
@@ -93,13 +93,18 @@ def _captured(
     lm = CapturingHFLM(loaded, selection, writer.add, doc_ids=found.drawn, batch_size=benchmark.batch_size)
     try:
         outcome = _evaluate(lm, loaded, benchmark, found)
+        outcome.results_file = _save_results(
+            outcome, loaded, output_path or folder
+        )  # first: scores outlive a failed join
         writer.seal()
         writer.finish(join(writer.records, outcome.samples))
     except DiskFull as full:
         full.exit_code = 1  # the run had begun
         raise
     except BaseException:
-        writer.seal()  # what was captured so far is kept
+        with suppress(StoreError):  # what was captured so far is kept, and the first failure is the one that is told
+            writer.seal()
+        announce(f"The run was cut short; {len(writer.records)} samples captured until then are in {folder}")
         raise
     outcome.folder, outcome.n_samples, outcome.size_bytes = folder, len(writer.records), writer.size_bytes
     return outcome
@@ -112,7 +117,7 @@ def _evaluate(lm: HFLM, loaded: LoadedModel, benchmark: Benchmark, found: Loaded
         seeds = dict.fromkeys(names, benchmark.seed)
     results = simple_evaluate(
         model=lm,
-        model_args={"pretrained": loaded.name},
+        model_args={"pretrained": _short(loaded.name)},
         tasks=list(found.top),
         task_manager=TaskManager(include_defaults=False),
         num_fewshot=benchmark.num_fewshot,
@@ -148,12 +153,17 @@ def _run_folder(save_dir: Path, benchmark: Benchmark, model: str) -> Path:
             return folder
 
 
-def _save_results(outcome: Outcome, loaded: LoadedModel, benchmark: Benchmark, folder: Path) -> Path:
+def _short(model: str) -> str:
+    """How lm-eval names its folder: a hub name as it is, a folder by its last name."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _save_results(outcome: Outcome, loaded: LoadedModel, folder: Path) -> Path:
     """lm-eval's own `results_*.json` and `samples_*.jsonl`. lm-eval only warns when it cannot write; this raises."""
     tracker = EvaluationTracker(output_path=str(folder))
     tracker.general_config_tracker.log_experiment_args(
         model_source="hf",
-        model_args=f"pretrained={loaded.name}",
+        model_args=f"pretrained={_short(loaded.name)}",
         system_instruction=None,
         chat_template=None,
         fewshot_as_multiturn=False,

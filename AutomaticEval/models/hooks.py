@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.models.layout import Tap, input_of, tensor_of
+from AutomaticEval.models.layout import Tap, alone_with, input_of, tensor_of
 
 
 class Kept(NamedTuple):
@@ -147,6 +147,7 @@ def capturing(
     """
     recording = Recording(list(taps), keep, n_rows)
     with ExitStack() as hooks:
+        hooks.enter_context(alone_with(model))
 
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             recording.feed(input_of(args, kwargs))

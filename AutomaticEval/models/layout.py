@@ -6,10 +6,12 @@ one small forward, so that a site that does not mean what its name says is refus
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +97,20 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_making_locks = threading.Lock()
+
+
+def alone_with(model: nn.Module) -> threading.RLock:
+    """The lock of a model: hooks see every forward, so that only one thread may run it at a time."""
+    with _making_locks:
+        return _locks.setdefault(model, threading.RLock())
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go: beside the embedding, or to the CPU when the embedding is offloaded."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def find_layout(model: nn.Module) -> Layout:
@@ -104,16 +120,21 @@ def find_layout(model: nn.Module) -> Layout:
     whose blocks are not found.
     """
     _refuse(model)
-    if model not in _known:
-        _known[model] = _Finder(model).layout()
-    return _known[model]
+    with alone_with(model):
+        if model in _known:
+            return _known[model]
+        others = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+        found = _Finder(model).layout()
+        if not (found.missing and others):  # what others' hooks change now may hold again without them
+            _known[model] = found
+        return found
 
 
 def _refuse(model: nn.Module) -> None:
     name = type(model).__name__
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise UnsupportedModel(f"{name} is compiled: hooks do not fire reliably. Pass the model before torch.compile.")
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise UnsupportedModel(f"{name} is in training mode: dropout changes every value. Call model.eval() first.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders are captured.")
@@ -125,6 +146,7 @@ class _Probe:
     def __init__(self, model: Any, modules: Mapping[str, nn.Module]) -> None:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
+        self.n_fired: Counter[str] = Counter()
         handles = []
 
         def before(name: str) -> Callable[..., None]:
@@ -137,6 +159,7 @@ class _Probe:
 
         def after(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                self.n_fired[name] += 1
                 value = tensor_of(output)
                 if value is not None:
                     self.outputs[name] = value.detach().clone()
@@ -144,7 +167,7 @@ class _Probe:
             return hook
 
         embedding = model.get_input_embeddings()
-        ids = torch.arange(1, PROBE_LENGTH + 1, device=embedding.weight.device)[None] % embedding.num_embeddings
+        ids = torch.arange(1, PROBE_LENGTH + 1, device=input_device(model))[None] % embedding.num_embeddings
         try:
             for name, module in modules.items():
                 handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
@@ -172,6 +195,14 @@ def _same(found: Tensor, *terms: Tensor) -> bool:
     return close.double().mean().item() > 0.99
 
 
+class _Branch(NamedTuple):
+    """A candidate for what the two branches of a block add: paths below the block, and a multiplier."""
+
+    attn: str
+    mlp: str
+    scale: float
+
+
 class _Finder:
     """Finds the parts of one model and checks each against an identity."""
 
@@ -194,12 +225,14 @@ class _Finder:
         first = self.names[id(self.blocks[0])]
         self.taps[Site("embed")] = Tap(first, "input")
         self.taps[Site("logits")] = Tap("", "output")
-        if norm is None:
-            self.missing["final_norm"] = "no norm follows the last block"
+        if norm is None or self.probe.n_fired[norm] != 1:
+            self.missing["final_norm"] = "no norm that is used once follows the last block"
         else:
             self.taps[Site("final_norm")] = Tap(norm, "output")
-        for layer, block in enumerate(self.blocks):
+        for layer in range(len(self.blocks)):
             self._find_residual(layer, norm)
+        self._find_branches()
+        for layer, block in enumerate(self.blocks):
             self._find_attention(layer, block)
             self._find_mlp(layer, block)
             self._find_resid_mid(layer, block)
@@ -215,7 +248,7 @@ class _Finder:
             for name, module in self.model.named_modules()
             if isinstance(module, nn.ModuleList)
             and len(module) == n_layers
-            and not name.startswith(("visual", "vision"))
+            and not any(part.startswith(("visual", "vision", "audio")) for part in name.split("."))
         ]
         if not lists:
             raise UnsupportedModel(
@@ -247,11 +280,13 @@ class _Finder:
         here = self.names[id(self.blocks[layer])]
         last = layer == len(self.blocks) - 1
         after = norm if last else self.names[id(self.blocks[layer + 1])]
+        if after is not None and self.probe.n_fired.get(after, 0) != 1:
+            after = None  # a norm that is used in several places does not say where the stream is
         tap = Tap(here, "output") if after is None else Tap(after, "input")
         if not _same(self._value(tap), self.probe.outputs[here]):
             raise UnsupportedModel(
-                f"{type(self.model).__name__}: what {after} receives is not what block {layer} returns, "
-                "so the residual stream cannot be named."
+                f"{type(self.model).__name__}: what {after} receives is not what block {layer} returns (or it is NaN), so "
+                "the residual stream cannot be named. If a hook of yours edits the stream, run once without it first."
             )
         self.taps[Site("resid_pre", layer)] = Tap(here, "input")
         self.taps[Site("resid_post", layer)] = tap
@@ -266,38 +301,62 @@ class _Finder:
     def _children(self, block: str, names: Iterable[str]) -> list[str]:
         return [f"{block}.{name}" for name in names if f"{block}.{name}" in self.probe.outputs]
 
-    def _branches(self, layer: int) -> Iterator[tuple[Tap, Tap]]:
-        """Candidates for (attn_out, mlp_out), the plainest first."""
+    def _branches(self, layer: int) -> list[_Branch]:
+        """Candidates for what attention and the MLP add, the plainest first, as paths below the block."""
         block = self.names[id(self.blocks[layer])]
         attention, mlp = self._children(block, ATTENTION), self._children(block, MLP)
         attn = [*attention, *self._children(block, POST_ATTENTION_NORM)]
         attn += [path for parent in attention for path in self._named(parent, OUT_PROJECTION)]
         down = [path for parent in mlp or [block] for path in self._named(parent, DOWN_PROJECTION)]
         branch = [*mlp, *self._children(block, POST_MLP_NORM), *down]
-        for scale in dict.fromkeys((1.0, float(getattr(self.config, "residual_multiplier", None) or 1.0))):
-            for one in attn:
-                for other in branch:
-                    yield Tap(one, "output", scale), Tap(other, "output", scale)
+        scale = float(getattr(self.config, "residual_multiplier", None) or 1.0)
+        below = len(block) + 1
+        return [_Branch(one[below:], other[below:], scale) for one in attn for other in branch]
 
-    def _branch(self, layer: int) -> tuple[Tap, Tap] | None:
-        before = self._value(self.taps[Site("resid_pre", layer)])
-        after = self._value(self.taps[Site("resid_post", layer)])
-        shape = before.shape
-        for attn, mlp in self._branches(layer):
-            terms = (self._value(attn), self._value(mlp))
-            if all(t.numel() == before.numel() for t in terms) and _same(
-                after, before, *(term.reshape(shape) for term in terms)
-            ):
-                return attn, mlp
-        return None
+    def _find_branches(self) -> None:
+        """One choice for all blocks that are built alike: the one that the identity holds for best."""
+        alike: dict[tuple[_Branch, ...], list[int]] = {}
+        for layer in range(len(self.blocks)):
+            alike.setdefault(tuple(self._branches(layer)), []).append(layer)
+        for candidates, layers in alike.items():
+            errors = {branch: self._error(branch, layers) for branch in candidates}
+            best = min(errors, key=lambda branch: errors[branch], default=None)
+            if best is None or errors[best] > 0.25:
+                for kind in ("attn_out", "mlp_out"):
+                    self.missing[kind] = (
+                        f"resid_pre + attn_out + mlp_out = resid_post does not hold in block {layers[0]}, or is lost in the "
+                        f"rounding of {str(self.model.dtype).removeprefix('torch.')}"
+                    )
+                continue
+            for layer in layers:
+                attn, mlp = self._branch_taps(best, layer)
+                self.taps[Site("attn_out", layer)], self.taps[Site("mlp_out", layer)] = attn, mlp
+
+    def _branch_taps(self, branch: _Branch, layer: int) -> tuple[Tap, Tap]:
+        block = self.names[id(self.blocks[layer])]
+        return (
+            Tap(f"{block}.{branch.attn}", "output", branch.scale),
+            Tap(f"{block}.{branch.mlp}", "output", branch.scale),
+        )
+
+    def _error(self, branch: _Branch, layers: list[int]) -> float:
+        """Mean error of the identity over layers, in units of what is added; infinite where it does not hold at all."""
+        wrong = added = 0.0
+        for layer in layers:
+            before = self._value(self.taps[Site("resid_pre", layer)])
+            after = self._value(self.taps[Site("resid_post", layer)])
+            terms = [self._value(tap) for tap in self._branch_taps(branch, layer)]
+            if any(term.numel() != before.numel() for term in terms):
+                return float("inf")
+            terms = [term.reshape(before.shape).to(after.device) for term in terms]
+            if not _same(after, before, *terms):
+                return float("inf")
+            total = sum(term.double() for term in terms)
+            wrong += (after.double() - before.double().to(after.device) - total).abs().mean().item()
+            added += sum(term.double().abs().mean().item() for term in terms)
+        return wrong / added if added else float("inf")
 
     def _find_attention(self, layer: int, block: nn.Module) -> None:
-        found = self._branch(layer)
-        if found is None:
-            for kind in ("attn_out", "mlp_out"):
-                self.missing[kind] = f"resid_pre + attn_out + mlp_out = resid_post does not hold in block {layer}"
-        else:
-            self.taps[Site("attn_out", layer)], self.taps[Site("mlp_out", layer)] = found
         path = self.names[id(block)]
         attention = next(iter(self._children(path, ATTENTION)), None)
         if attention is None:

@@ -7,6 +7,7 @@ Quantisation lives here and nowhere else.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class LoadOptions:
     """How a model is loaded."""
 
     dtype: str = "auto"
-    """auto (the checkpoint's own), float32, bfloat16 or float16."""
+    """auto (the checkpoint's own), float32, bfloat16 or float16; a torch dtype is taken by its name."""
 
     device: str = "auto"
     """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""
@@ -49,6 +50,8 @@ class LoadOptions:
     """Branch, tag or commit on the hub."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        object.__setattr__(self, "device", str(self.device))
         if self.load_in_8bit and self.load_in_4bit:
             raise ModelError("load_in_8bit and load_in_4bit were both asked for; choose one.")
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
@@ -99,7 +102,8 @@ class LoadedModel:
         }
 
 
-_loaded: OrderedDict[tuple[Any, ...], LoadedModel] = OrderedDict()
+_loaded: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+_loading = threading.Lock()
 
 
 def load_model(model: Any, *, tokenizer: Any = None, options: LoadOptions = LoadOptions()) -> LoadedModel:
@@ -108,19 +112,27 @@ def load_model(model: Any, *, tokenizer: Any = None, options: LoadOptions = Load
     At most MAX_LOADED stay in memory, the least recently used goes first.
     Raises ModelUnavailable, DeviceUnavailable, UnsupportedModel.
     """
-    if isinstance(model, LoadedModel):
-        return model
     if not isinstance(model, str | Path):
-        return _from_instance(model, tokenizer)
+        ignored = [name for name, value in asdict(options).items() if value != getattr(LoadOptions, name)]
+        if ignored:
+            raise ModelError(
+                f"{', '.join(ignored)} were given with a model that is loaded already; load it that way, or pass its name."
+            )
+        return model if isinstance(model, LoadedModel) else _from_instance(model, tokenizer)
+    if isinstance(tokenizer, str | Path):
+        folder = _source(tokenizer)
+        tokenizer = _reading(str(tokenizer), lambda: AutoTokenizer.from_pretrained(folder))
     source = _source(model)
     key = (source, _state(source), *asdict(options).values())
-    if key not in _loaded:
-        while len(_loaded) >= MAX_LOADED:
-            _loaded.popitem(last=False)
-        _loaded[key] = _load(str(model), source, options)
-    _loaded.move_to_end(key)
-    found = _loaded[key]
-    return found if tokenizer is None else LoadedModel(found.model, tokenizer, found.name)
+    with _loading:
+        if key not in _loaded:
+            while len(_loaded) >= MAX_LOADED:
+                _loaded.popitem(last=False)
+            _loaded[key] = _load(str(model), source, options)
+        _loaded.move_to_end(key)
+        found = _loaded[key]
+    own = tokenizer or _tokenizer(str(model), source, options)
+    return LoadedModel(found, own, str(model))
 
 
 def n_layers_of(model: Any, options: LoadOptions = LoadOptions()) -> int:
@@ -156,7 +168,8 @@ def _source(model: str | Path) -> str:
     """What from_pretrained is given: a folder's absolute path, or a hub name."""
     if str(model) == DEMO:
         return str(DEMO_FOLDER)
-    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(model)
 
 
 def _state(source: str) -> tuple[tuple[str, int, int], ...]:
@@ -177,7 +190,11 @@ def _from_instance(model: Any, tokenizer: Any) -> LoadedModel:
     return LoadedModel(model, tokenizer, getattr(model, "name_or_path", "") or type(model).__name__)
 
 
-def _load(name: str, source: str, options: LoadOptions) -> LoadedModel:
+def _tokenizer(name: str, source: str, options: LoadOptions) -> Any:
+    return _reading(name, lambda: AutoTokenizer.from_pretrained(source, revision=options.revision))
+
+
+def _load(name: str, source: str, options: LoadOptions) -> Any:
     kwargs: dict[str, Any] = {"dtype": options.dtype, "revision": options.revision}
     device = None if options.device_map else pick_device(options.device)
     if options.load_in_8bit or options.load_in_4bit:
@@ -187,15 +204,20 @@ def _load(name: str, source: str, options: LoadOptions) -> LoadedModel:
         )
     kwargs["device_map"] = options.device_map or {"": device}
 
-    def load() -> tuple[Any, Any]:
+    def load() -> Any:
         config = AutoConfig.from_pretrained(source, revision=options.revision)
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders are captured.")
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=options.revision)
-        return AutoModelForCausalLM.from_pretrained(source, **kwargs).eval(), tokenizer
+        loaded, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
+        lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+        if lacking:  # transformers would fill them with random numbers
+            raise ModelUnavailable(
+                f"the checkpoint of {name!r} lacks {len(lacking)} of the model's weights (first {lacking[0]}): its config and "
+                "its weights do not belong together."
+            )
+        return loaded.eval()
 
-    loaded, tokenizer = _reading(name, load)
-    return LoadedModel(loaded, tokenizer, name)
+    return _reading(name, load)
 
 
 def _reading(name: str, load: Any) -> Any:
@@ -219,17 +241,21 @@ def _why(name: str, failure: BaseException) -> str:
             "and run again."
         )
     if Path(name).is_dir():
-        return f"the folder {name!r} holds no model that transformers can load: {str(failure).splitlines()[0]}"
+        return f"the folder {name!r} holds no model that transformers can load: {_first_line(failure)}"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return f"no folder {name!r}; give a folder with config.json and weights, or a hub name such as gpt2."
     if kinds & {"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"}:
         return f"the hub has no model {name!r} (or it is private: `hf auth login`); check the name and revision."
     if (
         kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError"}
-        or "connect" in text
+        or "couldn't connect" in text
     ):
         return (
             f"the model {name!r} is not in the local cache and the hub cannot be reached; connect once to download it, "
             "or give a local folder. The bundled model is called demo."
         )
-    return f"the model {name!r} cannot be loaded: {str(failure).splitlines()[0]}"
+    return f"the model {name!r} cannot be loaded: {_first_line(failure)}"
+
+
+def _first_line(failure: BaseException) -> str:
+    return next(iter(str(failure).splitlines()), type(failure).__name__)

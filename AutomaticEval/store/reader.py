@@ -78,7 +78,7 @@ def _naming(path: Path, inside: str = "") -> Iterator[None]:
     """Failures inside carry the file and the place in it."""
     try:
         yield
-    except (OSError, KeyError, ValueError, RuntimeError) as failure:
+    except (OSError, LookupError, ValueError, RuntimeError, AttributeError, TypeError, MemoryError) as failure:
         place = f" at {inside}" if inside else ""
         raise TruncatedFile(
             f"{path} cannot be read{place} ({failure}): it is damaged; capture it again or restore a copy."
@@ -128,7 +128,8 @@ class Shard:
         with self._reading() as file:
             self.model = str(file.attrs["model"])
             self.settings: dict[str, Any] = json.loads(file.attrs["settings"])
-            self.columns = sorted(file["samples"], key=list(contract.COLUMNS).index)
+            known = list(contract.COLUMNS)  # a newer minor version may have more
+            self.columns = sorted(file["samples"], key=lambda name: known.index(name) if name in known else len(known))
             self.n_samples = len(file["segments/offset"]) - 1
             self.keys = sorted(file["activations"], key=key_order)
             self._check_shapes(file)
@@ -144,8 +145,8 @@ class Shard:
             if file["activations"][key].ndim != 2 or len(file["activations"][key]) != n_rows:
                 shape = file["activations"][key].shape
                 raise ValueError(f"/activations/{key} has shape {shape}, expected [{n_rows}, width]")
-        stop = file["segments/stop"][()]
-        if len(stop) and (stop.max() > n_rows or file["segments/start"][()].min() < 0):
+        start, stop = file["segments/start"][()], file["segments/stop"][()]
+        if len(stop) and (stop.max() > n_rows or start.min() < 0 or (start > stop).any()):
             raise ValueError(f"/segments point outside the {n_rows} rows")
 
     def records(self) -> list[dict[str, Any]]:
@@ -162,7 +163,8 @@ class Shard:
             rows = _Segments(file).rows(index)
             token_ids, positions = (_read_ints(file[f"rows/{name}"], rows) for name in ("token_id", "position"))
             prompt, response = (_ragged(file, name, index) for name in ("input_ids", "generated_ids"))
-            if [(prompt + response)[position] for position in positions] != token_ids:
+            fed = dict(enumerate((prompt + response)[:-1]))
+            if [fed.get(position) for position in positions] != token_ids:
                 raise ValueError(f"the rows of sample {index} are not its tokens")
             activations = {key: _read_rows(file["activations"][key], rows) for key in self.keys}
             tokens = _strings(file, token_ids)
@@ -188,20 +190,25 @@ class Run(Sequence[dict[str, Any]]):
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
-            raise StoreError(f"no run folder {path}.")
+            raise StoreError(f"no file or run folder {path}.")
         self.path = path
         self.finished = (path / "run.h5").exists()
         """Whether the run was evaluated to its end; without that, samples have no scores."""
+        self._run_id: str | None = None
         folder, names = (path, self._shard_names()) if path.is_dir() else (path.parent, [path.name])
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise StoreError(f"{path}: the shard {missing[0]} is missing; restore it from a copy, or run again.")
         self._shards = [Shard(folder / name) for name in names]
+        for shard in self._shards:
+            if self._run_id is not None and shard.settings.get("run_id") != self._run_id:
+                raise StoreError(f"{shard.path} is of another run; restore this run's own shard from a copy.")
         self._records = self._all_records()
 
     def _shard_names(self) -> list[str]:
         if self.finished:
             with _open(self.path / "run.h5", contract.RUN_FORMAT) as file, _naming(self.path / "run.h5"):
+                self._run_id = json.loads(file.attrs["settings"]).get("run_id")
                 return contract.decode_column(file["shards/name"])
         names = sorted(path.name for path in self.path.glob("shard-*.h5"))
         if not names:

@@ -11,9 +11,10 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ import h5py
 import numpy as np
 import torch
 
-from AutomaticEval.errors import DiskFull, FolderNotWritable, PathExists, StoreError
+from AutomaticEval.errors import CaptureError, DiskFull, FolderNotWritable, PathExists, StoreError
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.format import Ragged, Rows, Sample
 
 SHARD_BYTES = 256 * 2**20
+SHARD_SECONDS = 300
+"""A shard is sealed at this size or age, so that a process that is killed loses minutes at most."""
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG)
@@ -51,7 +54,9 @@ def prepare_file(path: Path, *, overwrite: bool = False) -> None:
     if path.is_dir():
         raise PathExists(f"{path} is a folder; give the name of a file in it.")
     if path.exists() and not overwrite:
-        raise PathExists(f"{path} exists and is not overwritten; choose another name or pass overwrite=True.")
+        raise PathExists(
+            f"{path} exists and is not overwritten; choose another name or pass overwrite=True (--overwrite)."
+        )
     prepare_folder(path.parent)
 
 
@@ -110,7 +115,8 @@ def _new_file(path: Path, *, overwrite: bool = False) -> Iterator[h5py.File]:
                 yield file
             _sync(partial)
             _publish(partial, path, overwrite=overwrite)
-            _sync(path.parent)
+            with suppress(OSError):  # some file systems cannot; the file itself is on the disk
+                _sync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -164,7 +170,11 @@ def _write_attributes(file: h5py.File, kind: str, model: str, settings: Mapping[
 
 
 def _write_rows(file: h5py.File, blocks: Sequence[Rows]) -> dict[int, int]:
-    """All rows, block after block. Returns the first row of each block, by its id."""
+    """All rows, block after block. Returns the first row of each block, by its id. Raises CaptureError."""
+    shapes = [{key: (rows.dtype, rows.shape[1:]) for key, rows in block.activations.items()} for block in blocks]
+    lengths = [{len(block.positions), len(block.token_ids), *map(len, block.activations.values())} for block in blocks]
+    if any(shape != shapes[0] for shape in shapes) or any(len(length) > 1 for length in lengths):
+        raise CaptureError("rows of different sites, dtypes, widths or lengths cannot be stored in one file.")
     first_row, n_rows = {}, 0
     for block in blocks:
         first_row[id(block)] = n_rows
@@ -266,7 +276,8 @@ class RunWriter:
         self.folder = folder
         self.size_bytes = 0
         """Size of the sealed shards on disk."""
-        self._model, self._settings, self._shard_bytes = model, dict(settings), shard_bytes
+        self._model, self._settings, self._shard_bytes = model, {**settings, "run_id": uuid4().hex}, shard_bytes
+        self._since = time.monotonic()
         self._gathered: list[Sample] = []
         self._blocks: dict[int, int] = {}
         self._records: list[dict[str, Any]] = []
@@ -282,7 +293,7 @@ class RunWriter:
         """Take samples that may share rows. Raises DiskFull when a shard cannot be sealed."""
         self._gathered.extend(samples)
         self._blocks.update((id(sample.rows), sample.rows.size_bytes) for sample in samples)
-        if sum(self._blocks.values()) >= self._shard_bytes:
+        if sum(self._blocks.values()) >= self._shard_bytes or time.monotonic() - self._since > SHARD_SECONDS:
             self.seal()
 
     def seal(self) -> None:
@@ -295,7 +306,7 @@ class RunWriter:
             self._records.append({**sample.fields, "shard": len(self._shards), "index": index})
         self._shards.append(path.name)
         self.size_bytes += path.stat().st_size
-        self._gathered, self._blocks = [], {}
+        self._gathered, self._blocks, self._since = [], {}, time.monotonic()
 
     def finish(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Write `run.h5`: these records, one a sample, with what the evaluation said of each."""
