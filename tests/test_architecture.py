@@ -17,23 +17,25 @@ FLOORS = {
     "sites": 0,
     "selection": 0,
     "demo.world": 0,
-    "models.layout": 1,
+    "models.taps": 1,
     "store.format": 1,
-    "models.hooks": 2,
-    "models.loading": 2,
+    "models.probe": 2,
     "store.writer": 2,
-    "store.reader": 2,
-    "capture.generation": 3,
-    "evaluation.extraction": 3,
-    "evaluation.tasks.demo.data": 3,
-    "capture.asking": 4,
-    "evaluation.benchmark": 4,
-    "evaluation.join": 4,
-    "evaluation.lm": 4,
-    "evaluation.questions": 5,
-    "evaluation.run": 5,
-    "demo.train": 6,
-    "cli": 7,
+    "models.layout": 3,
+    "store.reader": 3,
+    "models.hooks": 4,
+    "models.loading": 4,
+    "capture.generation": 5,
+    "evaluation.extraction": 5,
+    "evaluation.tasks.demo.data": 5,
+    "capture.asking": 6,
+    "evaluation.benchmark": 6,
+    "evaluation.join": 6,
+    "evaluation.lm": 6,
+    "evaluation.questions": 7,
+    "evaluation.run": 7,
+    "demo.train": 8,
+    "cli": 9,
 }
 OWNERS = {
     "h5py": ("store",),
@@ -45,12 +47,7 @@ OWNERS = {
     "datasets": ("evaluation",),
     "pandas": ("store",),
 }
-WITHIN_A_FLOOR = {
-    ("selection", "sites"),
-    ("sites", "errors"),
-    ("selection", "errors"),
-    ("store.reader", "store.writer"),
-}
+WITHIN_A_FLOOR = {("selection", "sites"), ("sites", "errors"), ("selection", "errors")}
 
 
 def modules() -> dict[str, Path]:
@@ -80,7 +77,7 @@ def test_modules_import_from_lower_floors_only() -> None:
     for name, path in known.items():
         for imported in imports(path):
             other = imported.removeprefix("AutomaticEval.")
-            if imported.startswith("AutomaticEval.") and other in known and floor(name) < 7:
+            if imported.startswith("AutomaticEval.") and other in known and floor(name) < 9:
                 lower = floor(other) < floor(name) or (name, other) in WITHIN_A_FLOOR
                 assert lower, f"{name} (floor {floor(name)}) imports {other} (floor {floor(other)})"
 

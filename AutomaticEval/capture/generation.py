@@ -17,8 +17,8 @@ from torch import Tensor
 
 from AutomaticEval.errors import CaptureError, PromptError
 from AutomaticEval.models.hooks import Keep, Kept, Recording, capturing
-from AutomaticEval.models.layout import alone_with, input_device
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.taps import alone_with, input_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.store.format import Rows, Sample
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.models.layout import Tap, alone_with, input_of, tensor_of
+from AutomaticEval.models.taps import Tap, alone_with, input_of, tensor_of
 
 
 class Kept(NamedTuple):

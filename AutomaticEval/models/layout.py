@@ -6,18 +6,18 @@ one small forward, so that a site that does not mean what its name says is refus
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from AutomaticEval.errors import SiteUnavailable, UnsupportedModel
-from AutomaticEval.sites import KINDS, Site
+from AutomaticEval.errors import UnsupportedModel
+from AutomaticEval.models.probe import Probe, is_sum
+from AutomaticEval.models.taps import Layout, Tap, alone_with
+from AutomaticEval.sites import Site
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "temporal_block")
 MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
@@ -28,89 +28,9 @@ POST_MLP_NORM = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_feedf
 FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm")
 QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
 FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
-PROBE_LENGTH = 6
-
-
-@dataclass(frozen=True)
-class Tap:
-    """One place to read: a module's input or output, and what to take of it."""
-
-    module: str
-    """Dotted path in the model; "" is the model itself, whose output is its logits."""
-
-    end: Literal["input", "output"]
-
-    scale: float = 1.0
-    """What the model multiplies the value by before it uses it (Granite's residual multiplier)."""
-
-    columns: tuple[int, ...] | None = None
-    """Features to take, for projections that hold several sites; None for all."""
-
-    def take(self, value: Tensor) -> Tensor:
-        """value: [..., width of the module]. Returns [..., width of the site]."""
-        if self.columns is not None:
-            value = value[..., torch.tensor(self.columns, device=value.device)]
-        return value if self.scale == 1.0 else value * self.scale
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The verified places of every site of one model."""
-
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    embedding: str
-    """Dotted path of the token embedding: its input is the token ids that are fed."""
-
-    taps: Mapping[Site, Tap]
-    widths: Mapping[Site, int]
-    missing: Mapping[str, str] = field(default_factory=dict)
-    """Kinds that this model lacks somewhere, and why."""
-
-    def pick(self, sites: Iterable[Site]) -> dict[str, Tap]:
-        """Key -> tap. Raises SiteUnavailable, with the reason, for a site that this model lacks."""
-        chosen = {}
-        for site in sites:
-            if site not in self.taps:
-                have = ", ".join(kind for kind in KINDS if kind not in self.missing)
-                reason = self.missing.get(site.kind, "it was not found in the module tree")
-                raise SiteUnavailable(f"this model has no {site.kind!r} at {site.key}: {reason}. It has: {have}.")
-            chosen[site.key] = self.taps[site]
-        return chosen
-
-
-def tensor_of(value: Any) -> Tensor | None:
-    """The activation in what a module was given or returned: the logits, a tensor, or a tuple's first; else None."""
-    if hasattr(value, "logits"):
-        value = value.logits
-    if isinstance(value, tuple | list) and value:
-        value = value[0]
-    return value if isinstance(value, Tensor) else None
-
-
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The activation that a module is called with, positionally or by name."""
-    return tensor_of(args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_making_locks = threading.Lock()
-
-
-def alone_with(model: nn.Module) -> threading.RLock:
-    """The lock of a model: hooks see every forward, so that only one thread may run it at a time."""
-    with _making_locks:
-        return _locks.setdefault(model, threading.RLock())
-
-
-def input_device(model: Any) -> torch.device:
-    """Where token ids go: beside the embedding, or to the CPU when the embedding is offloaded."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def find_layout(model: nn.Module) -> Layout:
@@ -140,61 +60,6 @@ def _refuse(model: nn.Module) -> None:
         raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders are captured.")
 
 
-class _Probe:
-    """The inputs and outputs of every module of interest in one forward over PROBE_LENGTH tokens."""
-
-    def __init__(self, model: Any, modules: Mapping[str, nn.Module]) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self.n_fired: Counter[str] = Counter()
-        handles = []
-
-        def before(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                value = input_of(args, kwargs)
-                if value is not None:
-                    self.inputs[name] = value.detach().clone()
-
-            return hook
-
-        def after(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                self.n_fired[name] += 1
-                value = tensor_of(output)
-                if value is not None:
-                    self.outputs[name] = value.detach().clone()
-
-            return hook
-
-        embedding = model.get_input_embeddings()
-        ids = torch.arange(1, PROBE_LENGTH + 1, device=input_device(model))[None] % embedding.num_embeddings
-        try:
-            for name, module in modules.items():
-                handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-                handles.append(module.register_forward_hook(after(name)))
-            with torch.no_grad():
-                out = model(input_ids=ids, use_cache=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        layers = getattr(getattr(out, "past_key_values", None), "layers", [])
-        self.values = [getattr(layer, "values", None) for layer in layers]  # each [1, n_kv_heads, pos, d_head]
-
-
-def _same(found: Tensor, *terms: Tensor) -> bool:
-    """Whether found is the sum of the terms, but for rounding in their dtype."""
-    terms = tuple(term.to(found.device) for term in terms)
-    if any(term.shape != found.shape for term in terms):
-        return False
-    total, size = torch.zeros_like(found, dtype=torch.float64), torch.zeros_like(found, dtype=torch.float64)
-    for term in terms:
-        total += term.double()
-        size += term.double().abs()
-    slack = 8 * torch.finfo(found.dtype).eps * size + 1e-12
-    close = (found.double() - total).abs() <= slack
-    return close.double().mean().item() > 0.99
-
-
 class _Branch(NamedTuple):
     """A candidate for what the two branches of a block add: paths below the block, and a multiplier."""
 
@@ -219,7 +84,7 @@ class _Finder:
 
     def layout(self) -> Layout:
         norm = self._final_norm()
-        self.probe = _Probe(self.model, self._modules_to_probe(norm))
+        self.probe = Probe(self.model, self._modules_to_probe(norm))
         cached = [value for value in self.probe.values if value is not None]
         self.n_kv_heads = cached[0].shape[1] if cached else self.n_heads
         first = self.names[id(self.blocks[0])]
@@ -283,7 +148,7 @@ class _Finder:
         if after is not None and self.probe.n_fired.get(after, 0) != 1:
             after = None  # a norm that is used in several places does not say where the stream is
         tap = Tap(here, "output") if after is None else Tap(after, "input")
-        if not _same(self._value(tap), self.probe.outputs[here]):
+        if not is_sum(self._value(tap), self.probe.outputs[here]):
             raise UnsupportedModel(
                 f"{type(self.model).__name__}: what {after} receives is not what block {layer} returns (or it is NaN), so "
                 "the residual stream cannot be named. If a hook of yours edits the stream, run once without it first."
@@ -349,7 +214,7 @@ class _Finder:
             if any(term.numel() != before.numel() for term in terms):
                 return float("inf")
             terms = [term.reshape(before.shape).to(after.device) for term in terms]
-            if not _same(after, before, *terms):
+            if not is_sum(after, before, *terms):
                 return float("inf")
             total = sum(term.double() for term in terms)
             wrong += (after.double() - before.double().to(after.device) - total).abs().mean().item()
@@ -372,7 +237,7 @@ class _Finder:
             out = self.probe.outputs[path]
             ends = [self.probe.outputs[attention], *([self.probe.outputs[added.module]] if added else [])]
             width = self.probe.inputs[path].shape[-1]
-            if width == self.n_heads * self.d_head and any(_same(out, end) for end in ends):
+            if width == self.n_heads * self.d_head and any(is_sum(out, end) for end in ends):
                 self.taps[Site("z", layer)] = Tap(path, "input")
                 return
         self.missing["z"] = f"no output projection of {self.n_heads} heads was found in {attention}"
@@ -385,7 +250,7 @@ class _Finder:
             return
         expected = cached.transpose(1, 2).flatten(2)  # [1, pos, n_kv_heads * d_head]
         for taps in self._qkv_candidates(attention):
-            if _same(self._value(taps[2]), expected):
+            if is_sum(self._value(taps[2]), expected):
                 for kind, tap in zip("qkv", taps, strict=True):
                     self.taps[Site(kind, layer)] = tap
                 return
@@ -412,7 +277,7 @@ class _Finder:
         for parent in self._children(path, MLP) or [path]:
             ends = [self.probe.outputs[name] for name in (parent, added.module if added else parent)]
             for down in self._named(parent, DOWN_PROJECTION):
-                if any(_same(self.probe.outputs[down], end) for end in ends):
+                if any(is_sum(self.probe.outputs[down], end) for end in ends):
                     self.taps[Site("mlp_post", layer)] = Tap(down, "input")
                     return
         self.missing["mlp_post"] = (
@@ -433,7 +298,7 @@ class _Finder:
                 continue
             value = value.reshape(before.shape)
             moved = (value - before).double().abs().mean() > 0.5 * added.double().abs().mean()  # not resid_pre itself
-            if moved and _same(value, before, added):
+            if moved and is_sum(value, before, added):
                 self.taps[Site("resid_mid", layer)] = Tap(f"{path}.{name}", "input")
                 return
         self.missing["resid_mid"] = f"nothing in block {layer} receives resid_pre + attn_out (parallel block)"

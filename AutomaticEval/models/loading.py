@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from AutomaticEval import __version__
 from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable, UnsupportedModel
-from AutomaticEval.models.layout import Layout, find_layout
+from AutomaticEval.models.layout import find_layout
+from AutomaticEval.models.taps import Layout
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
