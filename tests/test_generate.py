@@ -118,10 +118,18 @@ def test_greedy_does_not_read_the_checkpoints_sampling(
 def test_saved_file_gives_the_returned_dict(tmp_path: Path, dtype: str) -> None:
     file = tmp_path / "new" / "folders" / "x.h5"
     _, data = generate_inference_with_activations(
-        PROMPT, "demo", file, sites="embed,resid_post,z,mlp_post,final_norm", dtype=dtype, max_new_tokens=6
+        PROMPT,
+        "demo",
+        file,
+        sites="embed,resid_post,z,mlp_post,final_norm",
+        dtype=dtype,
+        max_new_tokens=np.int64(6),
+        temperature=np.float32(0.5),
+        seed=np.int64(3),
     )
     assert {rows.dtype for rows in data["activations"].values()} == {getattr(torch, dtype)}
     assert_same_data(load_activations(file), data)
+    assert (data["settings"]["seed"], data["settings"]["temperature"]) == (3, 0.5)
     assert os.listdir(file.parent) == ["x.h5"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
@@ -151,7 +152,7 @@ def generate_inference(
     """
     if capture_activations:
         return generate_inference_with_activations(prompt, model, save_path, layers_to_capture, **options)
-    if save_path is not None:
+    if save_path is not None:  # who names a file wants it
         raise SelectionError("save_path was given, but nothing is captured; pass capture_activations=True.")
     request = Request.parse(prompt, model, layers_to_capture, options)
     loaded = load_model(model, tokenizer=request.tokenizer, options=request.load)
@@ -195,6 +196,7 @@ def ask(loaded: LoadedModel, request: Request, *, capture: bool, folder: Path | 
         "system_prompt": request.system_prompt,
         "chat_template": request.apply_chat_template and bool(loaded.tokenizer.chat_template),
     }
+    settings = json.loads(json.dumps(settings, default=str))  # as the file will give them back
     return Asked(response.text, response.sample, loaded.name, settings)
 
 

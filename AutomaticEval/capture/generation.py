@@ -54,6 +54,10 @@ class Sampling:
         ):
             if not holds:
                 raise PromptError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+        plain = {"max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "seed": int}
+        for name, kind in plain.items():  # numpy's numbers are not Python's
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else kind(value))
 
     def kwargs(self) -> dict[str, Any]:
         """For transformers' generate. They come before the checkpoint's own generation config, of which the rest
@@ -69,8 +73,7 @@ class Sampling:
         }
         if self.temperature == 0:
             return {**chosen, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        shape = {"temperature": float(self.temperature), "top_p": float(self.top_p), "top_k": int(self.top_k)}
-        return {**chosen, "do_sample": True, **shape}
+        return {**chosen, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 
 
 def _is_whole(value: object) -> bool:

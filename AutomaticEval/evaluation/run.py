@@ -93,9 +93,8 @@ def _captured(
     lm = CapturingHFLM(loaded, selection, writer.add, doc_ids=found.drawn, batch_size=benchmark.batch_size)
     try:
         outcome = _evaluate(lm, loaded, benchmark, found)
-        outcome.results_file = _save_results(
-            outcome, loaded, output_path or folder
-        )  # first: scores outlive a failed join
+        # before the join, so that the scores outlive one that fails
+        outcome.results_file = _save_results(outcome, loaded, output_path or folder)
         writer.seal()
         writer.finish(join(writer.records, outcome.samples))
     except DiskFull as full:
