@@ -147,6 +147,11 @@ class CaptureError(AutomaticEvalError):
     """What the hooks saw is not what was expected; nothing was stored."""
 
 
+def first_line(failure: BaseException) -> str:
+    """What another library's error says, in one line; its kind when it says nothing."""
+    return next(iter(str(failure).splitlines()), type(failure).__name__)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ " Did you mean 'x' or 'y'?", or nothing when no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=3)

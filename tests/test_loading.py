@@ -35,6 +35,7 @@ def test_a_model_stays_loaded_and_the_least_recently_used_goes_first(folders: li
     first = load_model(one)
     second = load_model(two)
     assert load_model(one).model is first.model
+    assert load_model(one).tokenizer is first.tokenizer
     load_model(three)  # two was used least recently
     assert load_model(one).model is first.model
     assert load_model(two).model is not second.model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from AutomaticEval.capture.generation import bytes_per_row
-from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, SelectionError, UnknownBenchmark, did_you_mean
+from AutomaticEval.errors import (
+    BenchmarkError,
+    BenchmarkUnavailable,
+    SelectionError,
+    UnknownBenchmark,
+    did_you_mean,
+    first_line,
+)
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions, Selection
 
@@ -99,10 +106,10 @@ def load_tasks(benchmark: Benchmark) -> LoadedTasks:
     try:
         found = _load(manager, benchmark.names)
         totals = {name: len(task.eval_docs) for name, task in found["tasks"].items()}
-    except (ConnectionError, FileNotFoundError, OSError) as failure:
+    except OSError as failure:
         raise BenchmarkUnavailable(
-            f"the data of {', '.join(benchmark.names)} cannot be had ({next(iter(str(failure).splitlines()), type(failure).__name__)}). Files named in a "
-            "task start at the current folder; data of the hub need a connection once; --include_path adds tasks on local files."
+            f"the data of {', '.join(benchmark.names)} cannot be had ({first_line(failure)}). Files named in a task "
+            "start at the current folder; data of the hub need a connection once; --include_path adds tasks on local files."
         ) from failure
     children = {id(task) for group in found["groups"].values() for task in group}
     top: list[Task | Group] = [*found["groups"].values(), *found["tasks"].values()]
@@ -163,10 +170,11 @@ def forecast(loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, sele
     lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
     total = 0.0
     for name, task in found.tasks.items():
-        docs = _documents(task, found, benchmark, name)
-        trial = docs[:FORECAST_DOCS]
+        docs = task.eval_docs
+        asked = _asked(len(docs), benchmark, found.drawn, name)
+        trial = [docs[index] for index in asked[:FORECAST_DOCS]]
         rows = [_rows_of(lm, task, doc, benchmark.num_fewshot, selection.positions) for doc in trial]
-        total += sum(rows) / len(rows) * len(docs) * task.config.repeats
+        total += sum(rows) / len(rows) * len(asked) * task.config.repeats
     if total == 0:
         raise SelectionError(
             f"positions={selection.positions} keep nothing of {', '.join(benchmark.names)}: choices of one token are never "
@@ -175,13 +183,13 @@ def forecast(loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, sele
     return round(total * row)
 
 
-def _documents(task: Task, found: LoadedTasks, benchmark: Benchmark, name: str) -> list[Any]:
-    docs = list(task.eval_docs)
-    if found.drawn is not None:
-        return [docs[index] for index in found.drawn[name]]
+def _asked(n_docs: int, benchmark: Benchmark, drawn: Mapping[str, list[int]] | None, task: str) -> Sequence[int]:
+    """The documents of a task that are asked: the drawn ones, the first so many, or all."""
+    if drawn is not None:
+        return drawn[task]
     if benchmark.limit is None:
-        return docs
-    return docs[: math.ceil(len(docs) * benchmark.limit) if benchmark.limit < 1 else int(benchmark.limit)]
+        return range(n_docs)
+    return range(n_docs)[: math.ceil(n_docs * benchmark.limit) if benchmark.limit < 1 else int(benchmark.limit)]
 
 
 def _rows_of(lm: HFLM, task: Task, doc: Any, num_fewshot: int | None, positions: Positions) -> int:
@@ -202,9 +210,8 @@ def _rows_of(lm: HFLM, task: Task, doc: Any, num_fewshot: int | None, positions:
             prompt = lm.tok_encode(request.args[0])[-(lm.max_length - new) :]
             kept[()] = set(positions.resolve(len(prompt), new))
         else:
-            context, continuation = lm._encode_pair(
-                request.args[0] or "?", request.args[1]
-            )  # without context: one token
+            # without a context lm-eval feeds one token in its place; "?" stands for it here
+            context, continuation = lm._encode_pair(request.args[0] or "?", request.args[1])
             whole = (context + continuation)[-(lm.max_length + 1) :]
             own_positions = positions.resolve(len(whole) - len(continuation), len(continuation))
             kept.setdefault(tuple(whole[:-1]), set()).update(own_positions)  # one row serves equal inputs

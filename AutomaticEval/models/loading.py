@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from AutomaticEval import __version__
-from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable, UnsupportedModel
+from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable, UnsupportedModel, first_line
 from AutomaticEval.models.layout import find_layout
 from AutomaticEval.models.taps import Layout
 
@@ -103,7 +103,15 @@ class LoadedModel:
         }
 
 
-_loaded: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+@dataclass
+class _Entry:
+    """What stays loaded: a model and, once a call needed it, its own tokenizer."""
+
+    model: Any
+    tokenizer: Any = None
+
+
+_loaded: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
 _loading = threading.Lock()
 
 
@@ -129,11 +137,12 @@ def load_model(model: Any, *, tokenizer: Any = None, options: LoadOptions = Load
         if key not in _loaded:
             while len(_loaded) >= MAX_LOADED:
                 _loaded.popitem(last=False)
-            _loaded[key] = _load(str(model), source, options)
+            _loaded[key] = _Entry(_load(str(model), source, options))
         _loaded.move_to_end(key)
-        found = _loaded[key]
-    own = tokenizer or _tokenizer(str(model), source, options)
-    return LoadedModel(found, own, str(model))
+        entry = _loaded[key]
+        if tokenizer is None and entry.tokenizer is None:
+            entry.tokenizer = _tokenizer(str(model), source, options)
+    return LoadedModel(entry.model, entry.tokenizer if tokenizer is None else tokenizer, str(model))
 
 
 def n_layers_of(model: Any, options: LoadOptions = LoadOptions()) -> int:
@@ -242,7 +251,7 @@ def _why(name: str, failure: BaseException) -> str:
             "and run again."
         )
     if Path(name).is_dir():
-        return f"the folder {name!r} holds no model that transformers can load: {_first_line(failure)}"
+        return f"the folder {name!r} holds no model that transformers can load: {first_line(failure)}"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return f"no folder {name!r}; give a folder with config.json and weights, or a hub name such as gpt2."
     if kinds & {"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"}:
@@ -255,8 +264,4 @@ def _why(name: str, failure: BaseException) -> str:
             f"the model {name!r} is not in the local cache and the hub cannot be reached; connect once to download it, "
             "or give a local folder. The bundled model is called demo."
         )
-    return f"the model {name!r} cannot be loaded: {_first_line(failure)}"
-
-
-def _first_line(failure: BaseException) -> str:
-    return next(iter(str(failure).splitlines()), type(failure).__name__)
+    return f"the model {name!r} cannot be loaded: {first_line(failure)}"

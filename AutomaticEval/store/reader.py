@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import h5py
 import numpy as np
@@ -74,14 +74,13 @@ def _load_torch(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _naming(path: Path, inside: str = "") -> Iterator[None]:
-    """Failures inside carry the file and the place in it."""
+def _naming(path: Path) -> Iterator[None]:
+    """Failures inside carry the file."""
     try:
         yield
     except (OSError, LookupError, ValueError, RuntimeError, AttributeError, TypeError, MemoryError) as failure:
-        place = f" at {inside}" if inside else ""
         raise TruncatedFile(
-            f"{path} cannot be read{place} ({failure}): it is damaged; capture it again or restore a copy."
+            f"{path} cannot be read ({failure}): it is damaged; capture it again or restore a copy."
         ) from failure
 
 
@@ -185,6 +184,14 @@ class Shard:
             return _read_rows(file["activations"][key], np.array(chosen))
 
 
+class _Index(NamedTuple):
+    """What `run.h5` says."""
+
+    run_id: str | None
+    shards: list[str]
+    records: list[dict[str, Any]]
+
+
 class Run(Sequence[dict[str, Any]]):
     """A run as a sequence of samples; each is read when it is asked for."""
 
@@ -194,31 +201,33 @@ class Run(Sequence[dict[str, Any]]):
         self.path = path
         self.finished = (path / "run.h5").exists()
         """Whether the run was evaluated to its end; without that, samples have no scores."""
-        self._run_id: str | None = None
-        folder, names = (path, self._shard_names()) if path.is_dir() else (path.parent, [path.name])
+        index = self._read_index() if self.finished else None
+        folder = path if path.is_dir() else path.parent
+        names = index.shards if index else self._found_shards()
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise StoreError(f"{path}: the shard {missing[0]} is missing; restore it from a copy, or run again.")
         self._shards = [Shard(folder / name) for name in names]
         for shard in self._shards:
-            if self._run_id is not None and shard.settings.get("run_id") != self._run_id:
+            if index is not None and shard.settings.get("run_id") != index.run_id:
                 raise StoreError(f"{shard.path} is of another run; restore this run's own shard from a copy.")
-        self._records = self._all_records()
+        self._records = index.records if index else self._shards_records()
 
-    def _shard_names(self) -> list[str]:
-        if self.finished:
-            with _open(self.path / "run.h5", contract.RUN_FORMAT) as file, _naming(self.path / "run.h5"):
-                self._run_id = json.loads(file.attrs["settings"]).get("run_id")
-                return contract.decode_column(file["shards/name"])
+    def _read_index(self) -> _Index:
+        with _open(self.path / "run.h5", contract.RUN_FORMAT) as file, _naming(self.path / "run.h5"):
+            run_id = json.loads(file.attrs["settings"]).get("run_id")
+            return _Index(run_id, contract.decode_column(file["shards/name"]), _records(file, list(file["samples"])))
+
+    def _found_shards(self) -> list[str]:
+        """The shards of a run without an index, or the one file."""
+        if not self.path.is_dir():
+            return [self.path.name]
         names = sorted(path.name for path in self.path.glob("shard-*.h5"))
         if not names:
             raise NotActivations(f"{self.path} is not a run: it holds neither run.h5 nor shard-*.h5.")
         return names
 
-    def _all_records(self) -> list[dict[str, Any]]:
-        if self.finished:
-            with _open(self.path / "run.h5", contract.RUN_FORMAT) as file, _naming(self.path / "run.h5"):
-                return _records(file, list(file["samples"]))
+    def _shards_records(self) -> list[dict[str, Any]]:
         return [
             {**record, "shard": number, "index": index}
             for number, shard in enumerate(self._shards)
