@@ -19,10 +19,14 @@
     ├── StoreError                      files and folders
     │   ├── PathExists
     │   ├── FolderNotWritable
+    │   ├── FolderInUse
+    │   ├── OtherSettings
     │   ├── DiskFull
     │   ├── UnreadableFile
     │   │   ├── NotActivations
     │   │   ├── TruncatedFile
+    │   │   ├── DamagedFile
+    │   │   ├── MissingFilter
     │   │   └── NewerFormat
     │   ├── RefusedPickle
     │   └── ManySamples
@@ -115,6 +119,14 @@ class FolderNotWritable(StoreError):
     """The folder cannot be made or written."""
 
 
+class FolderInUse(StoreError):
+    """Another process is writing into the folder."""
+
+
+class OtherSettings(StoreError):
+    """Runs that should be one were made with different settings."""
+
+
 class DiskFull(StoreError):
     """The disk has less room than is needed."""
 
@@ -129,6 +141,16 @@ class NotActivations(UnreadableFile):
 
 class TruncatedFile(UnreadableFile):
     """The file was cut short or damaged."""
+
+
+class DamagedFile(UnreadableFile):
+    """What is in the file is not what its checksums say."""
+
+    exit_code = 1
+
+
+class MissingFilter(UnreadableFile):
+    """The file is compressed with what is not installed."""
 
 
 class NewerFormat(UnreadableFile):

@@ -30,9 +30,11 @@ from AutomaticEval.errors import (
     StoreError,
     TruncatedFile,
 )
-from AutomaticEval.store import writer
-from AutomaticEval.store.format import Rows, Sample
-from AutomaticEval.store.writer import RunWriter, ensure_space, file_stem, hdf5_path, write_named, write_shard
+from AutomaticEval.store import files, sealing, writer
+from AutomaticEval.store.files import ensure_space, file_stem, hdf5_path
+from AutomaticEval.store.format import Part, Rows, Sample
+from AutomaticEval.store.sealing import write_named, write_shard
+from AutomaticEval.store.writer import RunWriter
 
 SETTINGS = {"dtype": "float32", "attention": "sdpa"}
 
@@ -63,7 +65,7 @@ def make_sample(
         "batch_columns": n_prompt,
         **fields,
     }
-    return Sample(columns, ids[:n_prompt], ids[n_prompt:], rows, range(n_rows))
+    return Sample(columns, ids[:n_prompt], ids[n_prompt:], [Part(rows, range(n_rows))])
 
 
 def same(one: Any, other: Any) -> bool:
@@ -97,7 +99,7 @@ def test_every_bfloat16_pattern_survives_and_plain_h5py_reads_its_value(tmp_path
     n_rows = len(every)
     rows = Rows([1] * n_rows, ["x"] * n_rows, list(range(n_rows)), {"layer_0": every})
     fields = make_sample().fields
-    write_shard(tmp_path / "all.h5", [Sample(fields, [1] * n_rows, [1], rows, range(n_rows))], "m", SETTINGS)
+    write_shard(tmp_path / "all.h5", [Sample(fields, [1] * n_rows, [1], [Part(rows, range(n_rows))])], "m", SETTINGS)
     assert same(load_activations(tmp_path / "all.h5")["activations"]["layer_0"], every)
     with h5py.File(tmp_path / "all.h5") as file:
         assert file["activations/layer_0"].dtype == np.float32  # h5py's nearest type for HDF5's bfloat16
@@ -119,16 +121,16 @@ def test_plain_h5py_finds_what_the_format_says(tmp_path: Path) -> None:
     write_shard(tmp_path / "one.h5", [sample], "my/model", SETTINGS)
     with h5py.File(tmp_path / "one.h5") as file:
         assert file.attrs["format"] == "automatic-eval/activations"
-        assert file.attrs["format_version"] == "1.0"
+        assert file.attrs["format_version"] == "1.1"
         assert file.attrs["model"] == "my/model"
         assert json.loads(file.attrs["settings"]) == SETTINGS
         assert file["samples/prompt"].asstr()[0] == "What?"
         np.testing.assert_array_equal(file["input_ids/values"][()], sample.input_ids)
-        np.testing.assert_array_equal(file["rows/token_id"][()], sample.rows.token_ids)
-        np.testing.assert_array_equal(file["rows/position"][()], sample.rows.positions)
+        np.testing.assert_array_equal(file["rows/token_id"][()], sample.parts[0].rows.token_ids)
+        np.testing.assert_array_equal(file["rows/position"][()], sample.parts[0].rows.positions)
         start, stop = file["segments/start"][0], file["segments/stop"][0]
         np.testing.assert_array_equal(
-            file["activations/layer_0"][start:stop], sample.rows.activations["layer_0"].numpy()
+            file["activations/layer_0"][start:stop], sample.parts[0].rows.activations["layer_0"].numpy()
         )
         assert file["activations/layer_0"].chunks is None
 
@@ -136,24 +138,27 @@ def test_plain_h5py_finds_what_the_format_says(tmp_path: Path) -> None:
 def test_samples_that_share_rows_store_them_once(tmp_path: Path) -> None:
     first = make_sample()
     other = Sample(
-        {**first.fields, "response": "This."}, first.input_ids, [*first.generated_ids[:-1], 9], first.rows, [0, 2, 3, 5]
+        {**first.fields, "response": "This."},
+        first.input_ids,
+        [*first.generated_ids[:-1], 9],
+        [Part(first.parts[0].rows, [0, 2, 3, 5])],
     )
-    writer_ = RunWriter(tmp_path / "run", "m", SETTINGS)
-    writer_.add([first, other])
-    writer_.finish([{**record} for record in writer_.records] if writer_.seal() is None else [])
+    with RunWriter(tmp_path / "run", "m", SETTINGS) as made:
+        made.add([first, other])
+        made.finish()
     with h5py.File(tmp_path / "run" / "shard-00000.h5") as file:
-        assert file["activations/layer_0"].shape[0] == len(first.rows.positions)
+        assert file["activations/layer_0"].shape[0] == len(first.parts[0].rows.positions)
     run = open_run(tmp_path / "run")
     assert len(run) == 2
-    assert same(run[1]["activations"]["layer_0"], first.rows.activations["layer_0"][[0, 2, 3, 5]])
+    assert same(run[1]["activations"]["layer_0"], first.parts[0].rows.activations["layer_0"][[0, 2, 3, 5]])
     assert run[1]["positions"].tolist() == [0, 2, 3, 5]
 
 
 def test_sample_without_rows_is_stored_and_read(tmp_path: Path) -> None:
     full = make_sample()
-    rows = Rows([], [], [], {key: tensor[:0] for key, tensor in full.rows.activations.items()})
+    rows = Rows([], [], [], {key: tensor[:0] for key, tensor in full.parts[0].rows.activations.items()})
     write_shard(
-        tmp_path / "none.h5", [Sample(full.fields, full.input_ids, full.generated_ids, rows, [])], "m", SETTINGS
+        tmp_path / "none.h5", [Sample(full.fields, full.input_ids, full.generated_ids, [Part(rows, [])])], "m", SETTINGS
     )
     assert load_activations(tmp_path / "none.h5")["activations"]["layer_0"].shape == (0, 8)
 
@@ -161,9 +166,9 @@ def test_sample_without_rows_is_stored_and_read(tmp_path: Path) -> None:
 def test_rows_that_are_not_the_samples_tokens_are_refused() -> None:
     sample = make_sample()
     with pytest.raises(CaptureError, match="does not belong"):
-        Sample(sample.fields, [1, 1, 1, 1], sample.generated_ids, sample.rows, sample.where)
+        Sample(sample.fields, [1, 1, 1, 1], sample.generated_ids, sample.parts)
     with pytest.raises(CaptureError, match="does not belong"):  # the last token is never fed
-        Sample(sample.fields, sample.input_ids, sample.generated_ids[:-1], sample.rows, sample.where)
+        Sample(sample.fields, sample.input_ids, sample.generated_ids[:-1], sample.parts)
 
 
 def test_rows_that_were_changed_in_the_file_are_refused(tmp_path: Path) -> None:
@@ -188,13 +193,13 @@ def test_existing_file_is_never_replaced_unasked(tmp_path: Path) -> None:
 def test_name_taken_between_check_and_naming_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync = writer._sync
+    sync = files._sync
 
     def another_process_is_quicker(path: Path) -> None:
         (tmp_path / "a.h5").write_text("theirs")
         sync(path)
 
-    monkeypatch.setattr(writer, "_sync", another_process_is_quicker)
+    monkeypatch.setattr(files, "_sync", another_process_is_quicker)
     with pytest.raises(PathExists):
         write_shard(tmp_path / "a.h5", [make_sample()], "m", SETTINGS)
     assert (tmp_path / "a.h5").read_text() == "theirs"
@@ -216,7 +221,7 @@ def test_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     def fail(*args: Any) -> None:
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(writer, "_write_vocabulary", fail)
+    monkeypatch.setattr(sealing, "_write_table", fail)
     with pytest.raises(RuntimeError):
         write_shard(tmp_path / "a.h5", [make_sample()], "m", SETTINGS)
     assert os.listdir(tmp_path) == []
@@ -228,7 +233,7 @@ from pathlib import Path
 sys.path[:0] = ["tests"]
 from test_store import SETTINGS, make_sample
 from AutomaticEval.errors import DiskFull
-from AutomaticEval.store.writer import write_shard
+from AutomaticEval.store.sealing import write_shard
 sample = make_sample(n_prompt=200, width=512)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 try:
@@ -258,9 +263,9 @@ def test_too_little_room_is_refused_before(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FolderNotWritable, match="file"):
-        writer.prepare_folder(tmp_path / "file" / "folder")
+        files.prepare_folder(tmp_path / "file" / "folder")
     with pytest.raises(FolderNotWritable):
-        writer.prepare_folder(Path("/proc/nowhere"))
+        files.prepare_folder(Path("/proc/nowhere"))
 
 
 def test_pickle_names_are_written_as_hdf5_with_a_warning(tmp_path: Path) -> None:
@@ -419,7 +424,7 @@ def test_shard_of_another_run_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "two", 9, shard_bytes=600)
     (tmp_path / "two" / "shard-00001.h5").replace(tmp_path / "one" / "shard-00001.h5")
     with pytest.raises(StoreError, match="another run"):
-        open_run(tmp_path / "one")
+        list(open_run(tmp_path / "one"))
 
 
 def test_old_shard_is_sealed_whatever_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,6 +433,7 @@ def test_old_shard_is_sealed_whatever_its_size(tmp_path: Path, monkeypatch: pyte
     assert not list((tmp_path / "run").glob("*.h5"))
     monkeypatch.setattr(writer, "SHARD_SECONDS", 0)
     made.add([make_sample(seed=1)])
+    made.close()
     assert len(open_run(tmp_path / "run")) == 2
 
 
@@ -442,11 +448,10 @@ def test_many_samples_name_open_run(tmp_path: Path) -> None:
 
 def write_run(folder: Path, n_samples: int, shard_bytes: int) -> list[Sample]:
     samples = [make_sample(torch.bfloat16, n_prompt=3 + i % 4, seed=i, task="t", doc_id=i) for i in range(n_samples)]
-    made = RunWriter(folder, "m", SETTINGS, shard_bytes)
-    for sample in samples:
-        made.add([sample])
-    made.seal()
-    made.finish([{**record, "correct": record["doc_id"] % 2 == 0} for record in reversed(made.records)])
+    with RunWriter(folder, "m", SETTINGS, shard_bytes=shard_bytes) as made:
+        for sample in samples:
+            made.add([sample])
+        made.finish([{**record, "correct": record["doc_id"] % 2 == 0} for record in reversed(made.records())])
     return samples
 
 
@@ -457,12 +462,12 @@ def test_run_over_many_shards_reads_every_sample_in_the_order_of_its_table(tmp_p
     assert run.finished
     assert run.table()["doc_id"].tolist() == list(range(22, -1, -1))
     for record, sample in zip(run, reversed(samples), strict=True):
-        assert same(record["activations"], dict(sample.rows.activations))
+        assert same(record["activations"], dict(sample.parts[0].rows.activations))
         assert record["correct"] == (record["doc_id"] % 2 == 0)
     last = run.activations("layer_0")
-    assert same(last, torch.stack([sample.rows.activations["layer_0"][-1] for sample in reversed(samples)]))
+    assert same(last, torch.stack([sample.parts[0].rows.activations["layer_0"][-1] for sample in reversed(samples)]))
     second = run.activations("layer_0", position=1)
-    assert same(second, torch.stack([sample.rows.activations["layer_0"][1] for sample in reversed(samples)]))
+    assert same(second, torch.stack([sample.parts[0].rows.activations["layer_0"][1] for sample in reversed(samples)]))
     assert [one["doc_id"] for one in run[2:5]] == [20, 19, 18]
     assert run[-1]["doc_id"] == 0
     with pytest.raises(IndexError):

@@ -14,8 +14,9 @@ from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, Select
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, n_layers_of
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
+from AutomaticEval.store.files import ensure_space, hdf5_path, prepare_file
 from AutomaticEval.store.format import Sample
-from AutomaticEval.store.writer import ensure_space, hdf5_path, prepare_file, write_shard
+from AutomaticEval.store.sealing import write_shard
 
 
 class AskOptions(TypedDict, total=False):

@@ -20,7 +20,7 @@ from AutomaticEval.models.hooks import Keep, Kept, Recording, capturing
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.taps import alone_with, input_device
 from AutomaticEval.selection import Positions, Selection
-from AutomaticEval.store.format import Rows, Sample
+from AutomaticEval.store.format import Part, Rows, Sample
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def respond(
             rows = sequence_rows(recording, row, pads[row], [*prompt, *generated], kept, tokenizer)
             asked = texts[row] if texts else tokenizer.decode(prompt)
             columns = sample_columns(asked, text, len(prompt), (len(prompts), width))
-            sample = Sample(columns, list(prompt), generated, rows, range(len(rows.positions)))
+            sample = Sample(columns, list(prompt), generated, [Part(rows, range(len(rows.positions)))])
         responses.append(Response(text, sample))
     return responses
 

@@ -96,7 +96,7 @@ def _print(outcome: Outcome, title: str) -> None:
         table.add_row(*_row(score))
     options.console().print(table)
     if outcome.folder is not None:
-        from AutomaticEval.store.writer import size_text
+        from AutomaticEval.store.files import size_text
 
         typer.echo(f"Activations: {outcome.folder} ({outcome.n_samples} samples, {size_text(outcome.size_bytes)})")
         typer.echo(f"Load them:   from AutomaticEval import open_run; run = open_run({str(outcome.folder)!r})")

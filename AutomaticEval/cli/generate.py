@@ -49,7 +49,7 @@ def generate(
     options.chosen(sites, layers, positions, "all", captures=captures, how="--save_path or --capture_activations")
     options.quiet_libraries()
     from AutomaticEval.capture.asking import AskOptions, generate_inference, generate_inference_with_activations
-    from AutomaticEval.store.writer import file_stem, size_text
+    from AutomaticEval.store.files import file_stem, size_text
 
     asked: AskOptions = {
         "sites": sites,

@@ -23,8 +23,8 @@ def show(
 ) -> None:
     """Print what is in a file: prompt, response, settings, shapes, and statistics of each layer."""
     from AutomaticEval.errors import StoreError
+    from AutomaticEval.store.files import PICKLE_SUFFIXES
     from AutomaticEval.store.reader import load_activations, open_run
-    from AutomaticEval.store.writer import PICKLE_SUFFIXES
 
     if path.suffix.lower() in PICKLE_SUFFIXES:
         _show_sample(load_activations(path))

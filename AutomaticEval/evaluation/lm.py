@@ -24,7 +24,7 @@ from AutomaticEval.errors import BenchmarkError, CaptureError
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.format import Rows, Sample
+from AutomaticEval.store.format import Part, Rows, Sample
 
 Sink = Callable[[list[Sample]], None]
 """Takes the samples of one batch; they may share rows."""
@@ -257,7 +257,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             **extra,
         }
         where = [index for index, position in enumerate(rows.positions) if position in kept]
-        return Sample(fields, input_ids, generated_ids, rows, where)
+        return Sample(fields, input_ids, generated_ids, [Part(rows, where)])
 
 
 def _keep_rows(positions: Sequence[Sequence[int]]) -> Callable[[int, int], Kept]:

@@ -15,8 +15,9 @@ from AutomaticEval.errors import PromptError
 from AutomaticEval.evaluation.extraction import LETTERS, extract_answer
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.sites import LayersLike
+from AutomaticEval.store.files import file_stem, prepare_folder
 from AutomaticEval.store.format import Sample
-from AutomaticEval.store.writer import file_stem, prepare_folder, write_named
+from AutomaticEval.store.sealing import write_named
 
 TEMPLATE = (
     "Question: {question}\n"
@@ -156,5 +157,5 @@ def _with_question(asked: Asked, question: str, choices: Sequence[str] | None, a
     sample = asked.sample
     assert sample is not None
     added = {"question": question, "extracted_answer": answer, "choices": None if choices is None else list(choices)}
-    kept = Sample({**sample.fields, **added}, sample.input_ids, sample.generated_ids, sample.rows, sample.where)
+    kept = Sample({**sample.fields, **added}, sample.input_ids, sample.generated_ids, sample.parts)
     return replace(asked, sample=kept)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +25,8 @@ from AutomaticEval.evaluation.join import Score, join, scores_of
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.writer import RunWriter, ensure_space, prepare_folder, size_text
+from AutomaticEval.store.files import ensure_space, prepare_folder, size_text
+from AutomaticEval.store.writer import RunWriter, shard_bytes_for
 
 
 @dataclass
@@ -55,11 +55,13 @@ def run_benchmark(
     *,
     save_dir: Path = Path("activations"),
     output_path: Path | None = None,
+    compression: str | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Evaluate a model on a benchmark; with a selection, capture it into a run folder in save_dir.
 
     output_path: folder for lm-eval's own results and samples files; None puts them into the run folder.
+    compression: zstd, lz4 or gzip for the activations on the disk; None writes them as they are.
     Raises BenchmarkError, DiskFull before the first forward; CaptureError, StoreError during the run, whose
     sealed shards then stay readable.
     """
@@ -67,7 +69,7 @@ def run_benchmark(
     if output_path is not None:
         prepare_folder(output_path)
     if selection is not None:
-        return _captured(loaded, benchmark, found, selection, save_dir, output_path, announce)
+        return _captured(loaded, benchmark, found, selection, save_dir, output_path, compression, announce)
     lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=benchmark.batch_size)
     outcome = _evaluate(lm, loaded, benchmark, found)
     if output_path is not None:
@@ -82,6 +84,7 @@ def _captured(
     selection: Selection,
     save_dir: Path,
     output_path: Path | None,
+    compression: str | None,
     announce: Callable[[str], None],
 ) -> Outcome:
     refuse_rolling(found)
@@ -89,23 +92,23 @@ def _captured(
     announce(f"Activations: at most {size_text(size)} expected in {save_dir}")
     ensure_space(save_dir, size)
     folder = _run_folder(save_dir, benchmark, loaded.name)
-    writer = RunWriter(folder, loaded.name, _settings(loaded, benchmark, selection))
-    lm = CapturingHFLM(loaded, selection, writer.add, doc_ids=found.drawn, batch_size=benchmark.batch_size)
+    settings = _settings(loaded, benchmark, selection)
     try:
-        outcome = _evaluate(lm, loaded, benchmark, found)
-        # before the join, so that the scores outlive one that fails
-        outcome.results_file = _save_results(outcome, loaded, output_path or folder)
-        writer.seal()
-        writer.finish(join(writer.records, outcome.samples))
+        with RunWriter(
+            folder, loaded.name, settings, shard_bytes=shard_bytes_for(size), compression=compression
+        ) as writer:
+            lm = CapturingHFLM(loaded, selection, writer.add, doc_ids=found.drawn, batch_size=benchmark.batch_size)
+            outcome = _evaluate(lm, loaded, benchmark, found)
+            # before the join, so that the scores outlive one that fails
+            outcome.results_file = _save_results(outcome, loaded, output_path or folder)
+            writer.finish(join(writer.records(), outcome.samples))
     except DiskFull as full:
         full.exit_code = 1  # the run had begun
         raise
     except BaseException:
-        with suppress(StoreError):  # what was captured so far is kept, and the first failure is the one that is told
-            writer.seal()
-        announce(f"The run was cut short; {len(writer.records)} samples captured until then are in {folder}")
+        announce(f"The run was cut short; {writer.n_samples} samples captured until then are in {folder}")
         raise
-    outcome.folder, outcome.n_samples, outcome.size_bytes = folder, len(writer.records), writer.size_bytes
+    outcome.folder, outcome.n_samples, outcome.size_bytes = folder, writer.n_samples, writer.size_bytes
     return outcome
 
 

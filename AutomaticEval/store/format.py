@@ -6,9 +6,9 @@ Knows nothing of models, of runs, or of when a file is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -19,7 +19,7 @@ from AutomaticEval.errors import CaptureError
 
 SHARD_FORMAT = "automatic-eval/activations"
 RUN_FORMAT = "automatic-eval/run"
-VERSION = (1, 0)
+VERSION = (1, 1)
 TEXT = h5py.string_dtype()
 
 COLUMNS = {
@@ -54,11 +54,13 @@ _DTYPES = {
     torch.float64: h5py.h5t.IEEE_F64LE,
     torch.float32: h5py.h5t.IEEE_F32LE,
     torch.float16: h5py.h5t.IEEE_F16LE,
+    torch.int8: h5py.h5t.STD_I8LE,
 }
 _BITS: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
     8: (np.dtype("<u8"), torch.int64),
     4: (np.dtype("<u4"), torch.int32),
     2: (np.dtype("<u2"), torch.int16),
+    1: (np.dtype("i1"), torch.int8),
 }
 
 
@@ -79,6 +81,14 @@ class Rows:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.activations.values())
 
 
+class Part(NamedTuple):
+    """Some of the rows that are stored together."""
+
+    rows: Rows
+    where: Sequence[int]
+    """Indices into rows, ascending by position."""
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One prompt (or context) with one response (or continuation), and where its rows are."""
@@ -88,34 +98,38 @@ class Sample:
 
     input_ids: Sequence[int]
     generated_ids: Sequence[int]
-    rows: Rows
-    where: Sequence[int]
-    """Indices into rows, ascending by position."""
+    parts: Sequence[Part]
+    """Its rows, one part after the other: a prefix that many samples share, then its own."""
 
     def __post_init__(self) -> None:
         """Refuse rows that are not this sample's tokens."""
         sequence = [*self.input_ids, *self.generated_ids]
-        for index in self.where:
-            position, found = self.rows.positions[index], self.rows.token_ids[index]
-            if position >= len(sequence) - 1 or sequence[position] != found:
-                raise CaptureError(
-                    f"a row of token {found} at position {position} does not belong to its sample of "
-                    f"{len(sequence)} tokens (prompt {self.fields.get('prompt', '')[:40]!r})."
-                )
+        for rows, where in self.parts:
+            for index in where:
+                position, found = rows.positions[index], rows.token_ids[index]
+                if position >= len(sequence) - 1 or sequence[position] != found:
+                    raise CaptureError(
+                        f"a row of token {found} at position {position} does not belong to its sample of "
+                        f"{len(sequence)} tokens (prompt {self.fields.get('prompt', '')[:40]!r})."
+                    )
 
     def activation_data(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The dict that the drop-in functions return and `load_activations` gives back."""
-        index = torch.tensor(list(self.where), dtype=torch.long)
+        picked: dict[str, list[Tensor]] = {}
+        for rows, where in self.parts:
+            index = torch.tensor(list(where), dtype=torch.long)
+            for key, tensor in rows.activations.items():
+                picked.setdefault(key, []).append(tensor[index])
         return assemble(
             model,
             settings,
             self.fields,
             self.input_ids,
             self.generated_ids,
-            [self.rows.token_ids[i] for i in self.where],
-            [self.rows.positions[i] for i in self.where],
-            [self.rows.tokens[i] for i in self.where],
-            {key: tensor[index] for key, tensor in self.rows.activations.items()},
+            [rows.token_ids[i] for rows, where in self.parts for i in where],
+            [rows.positions[i] for rows, where in self.parts for i in where],
+            [rows.tokens[i] for rows, where in self.parts for i in where],
+            {key: torch.cat(tensors) for key, tensors in picked.items()},
         )
 
 
@@ -148,18 +162,6 @@ def assemble(
     }
 
 
-@dataclass
-class Ragged:
-    """Lists of different lengths as one flat list and n + 1 offsets."""
-
-    offset: list[int] = field(default_factory=lambda: [0])
-    values: list[int] = field(default_factory=list)
-
-    def add(self, items: Iterable[int]) -> None:
-        self.values.extend(items)
-        self.offset.append(len(self.values))
-
-
 def hdf5_type(dtype: torch.dtype) -> h5py.h5t.TypeID:
     """The HDF5 type of an activation dtype; bfloat16 is HDF5's own, which h5py has no name for."""
     if dtype in _DTYPES:
@@ -183,6 +185,11 @@ def from_bits(raw: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
     """The tensor whose raw bits these are, sharing their memory."""
     signed = raw.view(np.dtype(f"<i{raw.dtype.itemsize}"))
     return torch.from_numpy(signed).view(dtype)
+
+
+def raw_bytes(array: np.ndarray[Any, Any]) -> memoryview:
+    """The bytes of a contiguous array, sharing its memory."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def bits_type(dtype: torch.dtype) -> np.dtype[Any]:
@@ -217,8 +224,10 @@ def _is_utf8(text: str) -> bool:
 
 
 def decode_column(dataset: h5py.Dataset, at: Any = ()) -> list[Any]:
-    """A column's values, whole or at a slice, with None where none was written."""
+    """A column's values, whole or at a slice, with None where none was written. Raises ValueError."""
     encoding, raw = dataset.attrs["encoding"], dataset[at]
+    if encoding not in ("utf-8", "json", "int", "float", "bool"):
+        raise ValueError(f"{dataset.name} has the encoding {encoding!r}")
     if encoding in ("utf-8", "json"):
         texts = [value.decode("utf-8") if isinstance(value, bytes) else value for value in np.atleast_1d(raw)]
         return [json.loads(text) for text in texts] if encoding == "json" else texts

@@ -1,60 +1,60 @@
-"""Reads files and runs back: `load_activations` for one sample, `open_run` for many, lazily.
-
-Every file is checked before it is believed; errors carry the path in the file. Never unpickles.
-"""
+"""Reads files and runs back: `load_activations` for one sample, `open_run` for many, lazily. Never unpickles."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
-import h5py
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from AutomaticEval.errors import ManySamples, NewerFormat, NotActivations, RefusedPickle, StoreError, TruncatedFile
-from AutomaticEval.sites import key_order
+from AutomaticEval.errors import ManySamples, NotActivations, RefusedPickle, StoreError, TruncatedFile, did_you_mean
+from AutomaticEval.selection import Positions
+from AutomaticEval.store import contents
 from AutomaticEval.store import format as contract
-from AutomaticEval.store.writer import PICKLE_SUFFIXES
+from AutomaticEval.store.contents import Array, Contents, indices_of, records_of
+from AutomaticEval.store.files import PICKLE_SUFFIXES
+from AutomaticEval.store.rows import Kind, Rows, RowsDataset, ShardedRows
+from AutomaticEval.store.shard import FileColumns, Shard, naming
+from AutomaticEval.store.writer import living, shard_names
 
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+INDEX = "run.h5"
+_BOOKKEEPING = ("shard", "index", "batch_rows", "batch_columns")
 
 
-def load_activations(path: str | Path) -> dict[str, Any]:
-    """The sample in a file, as the drop-in functions returned it, bit for bit.
+def load_activations(path: str | Path, sample: int | None = None) -> dict[str, Any]:
+    """One sample of a file or run folder; of a file with one sample, as the drop-in functions returned it, bit for bit.
 
-    path: a file with one sample, a run folder with one, or the old pickle name of a file written as `.h5`.
+    path: a file, a run folder, or the old pickle name of a file written as `.h5`. sample: which one, from 0; needed
+    where there are several.
     Returns prompt, response, model, timestamp, input_ids [1, P], generated_ids [R], token_ids, positions and
     tokens (aligned with the rows), n_prompt_tokens, settings, and activations: key -> [n_positions, width].
-    Raises UnreadableFile (NotActivations, TruncatedFile, NewerFormat), RefusedPickle, ManySamples.
+    Raises UnreadableFile (NotActivations, TruncatedFile, NewerFormat), RefusedPickle, ManySamples, StoreError.
     """
     given = Path(path).expanduser()
     if given.suffix.lower() in PICKLE_SUFFIXES:
         if not given.with_suffix(".h5").exists():
             return _load_torch(given)
         given = given.with_suffix(".h5")
-    if given.is_dir():
-        run = open_run(given)
-        return run[_only(given, len(run))]
-    shard = Shard(given)
-    return {**shard.sample(_only(given, shard.n_samples)), "path": str(given.resolve())}
+    run = open_run(given)
+    if sample is None and len(run) != 1:
+        raise ManySamples(
+            f"{given} holds {len(run)} samples, not one; say which (sample=0), or read it with open_run({str(given)!r})."
+        )
+    number = sample or 0
+    if not -len(run) <= number < len(run):
+        raise StoreError(f"{given} has no sample {number}; it holds {len(run)}, from 0.")
+    found = run[number]
+    return found if given.is_dir() else {**found, "path": str(given.resolve())}
 
 
 def open_run(path: str | Path) -> Run:
     """The samples of a run folder (or of one file) as a lazy sequence. Raises UnreadableFile, StoreError."""
     return Run(Path(path).expanduser())
-
-
-def _only(path: Path, n_samples: int) -> int:
-    if n_samples != 1:
-        raise ManySamples(f"{path} holds {n_samples} samples, not one; read it with open_run({str(path)!r})[i].")
-    return 0
 
 
 def _load_torch(path: Path) -> dict[str, Any]:
@@ -73,169 +73,28 @@ def _load_torch(path: Path) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Failures inside carry the file."""
-    try:
-        yield
-    except (OSError, LookupError, ValueError, RuntimeError, AttributeError, TypeError, MemoryError) as failure:
-        raise TruncatedFile(
-            f"{path} cannot be read ({failure}): it is damaged; capture it again or restore a copy."
-        ) from failure
-
-
-def _open(path: Path, kind: str) -> h5py.File:
-    """Open a file of ours, or say what it is instead."""
-    if not path.exists():
-        raise StoreError(f"no file {path}.")
-    with path.open("rb") as raw:
-        head = raw.read(len(_SIGNATURE))
-    if head != _SIGNATURE:
-        empty = "it is empty" if not head else f"it begins with {head[:8]!r}"
-        raise NotActivations(f"{path} is not an HDF5 file ({empty}); activations are saved as .h5.")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as failure:
-        raise TruncatedFile(
-            f"{path} was cut short or damaged ({failure}); capture it again or restore a copy."
-        ) from failure
-    try:
-        _check_version(path, file, kind)
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def _check_version(path: Path, file: h5py.File, kind: str) -> None:
-    found = file.attrs.get("format")
-    if found != kind:
-        raise NotActivations(f"{path} is HDF5, but not ours: its format attribute is {found!r}, expected {kind!r}.")
-    version = str(file.attrs.get("format_version"))
-    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) > contract.VERSION[0]:
-        ours = ".".join(map(str, contract.VERSION))
-        raise NewerFormat(
-            f"{path} has format version {version}; this version reads up to {ours}. Upgrade AutomaticEval."
-        )
-
-
-class Shard:
-    """One file. It is opened for each read, and never held open."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with self._reading() as file:
-            self.model = str(file.attrs["model"])
-            self.settings: dict[str, Any] = json.loads(file.attrs["settings"])
-            known = list(contract.COLUMNS)  # a newer minor version may have more
-            self.columns = sorted(file["samples"], key=lambda name: known.index(name) if name in known else len(known))
-            self.n_samples = len(file["segments/offset"]) - 1
-            self.keys = sorted(file["activations"], key=key_order)
-            self._check_shapes(file)
-
-    @contextmanager
-    def _reading(self) -> Iterator[h5py.File]:
-        with _open(self.path, contract.SHARD_FORMAT) as file, _naming(self.path):
-            yield file
-
-    def _check_shapes(self, file: h5py.File) -> None:
-        n_rows = len(file["rows/token_id"])
-        for key in self.keys:
-            if file["activations"][key].ndim != 2 or len(file["activations"][key]) != n_rows:
-                shape = file["activations"][key].shape
-                raise ValueError(f"/activations/{key} has shape {shape}, expected [{n_rows}, width]")
-        start, stop = file["segments/start"][()], file["segments/stop"][()]
-        if len(stop) and (stop.max() > n_rows or start.min() < 0 or (start > stop).any()):
-            raise ValueError(f"/segments point outside the {n_rows} rows")
-
-    def records(self) -> list[dict[str, Any]]:
-        """The columns of every sample."""
-        with self._reading() as file:
-            return _records(file, self.columns)
-
-    def sample(self, index: int) -> dict[str, Any]:
-        """One sample, as `load_activations` gives it."""
-        with self._reading() as file:
-            fields = {
-                name: contract.decode_column(file["samples"][name], slice(index, index + 1))[0] for name in self.columns
-            }
-            rows = _Segments(file).rows(index)
-            token_ids, positions = (_read_ints(file[f"rows/{name}"], rows) for name in ("token_id", "position"))
-            prompt, response = (_ragged(file, name, index) for name in ("input_ids", "generated_ids"))
-            fed = dict(enumerate((prompt + response)[:-1]))
-            if [fed.get(position) for position in positions] != token_ids:
-                raise ValueError(f"the rows of sample {index} are not its tokens")
-            activations = {key: _read_rows(file["activations"][key], rows) for key in self.keys}
-            tokens = _strings(file, token_ids)
-        return contract.assemble(
-            self.model, self.settings, fields, prompt, response, token_ids, positions, tokens, activations
-        )
-
-    def rows_at(self, key: str, indices: Sequence[int], place: int) -> Tensor:
-        """Row number `place` (negative from the end) of each sample: [n, width]."""
-        with self._reading() as file:
-            segments = _Segments(file)
-            chosen = []
-            for index in indices:
-                rows = segments.rows(index)
-                if not -len(rows) <= place < len(rows):
-                    raise StoreError(f"{self.path}: sample {index} has {len(rows)} rows, no row {place}.")
-                chosen.append(int(rows[place]))
-            return _read_rows(file["activations"][key], np.array(chosen))
-
-
-class _Index(NamedTuple):
-    """What `run.h5` says."""
-
-    run_id: str | None
-    shards: list[str]
-    records: list[dict[str, Any]]
-
-
 class Run(Sequence[dict[str, Any]]):
-    """A run as a sequence of samples; each is read when it is asked for."""
+    """A run as a sequence of samples; each is read when it is asked for. `where` gives some of them."""
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
             raise StoreError(f"no file or run folder {path}.")
         self.path = path
-        self.finished = (path / "run.h5").exists()
+        index = Shard(path / INDEX, contract.RUN_FORMAT) if path.is_dir() and (path / INDEX).exists() else None
+        self.finished = index is not None and index.attributes.get("state", "finished") == "finished"
         """Whether the run was evaluated to its end; without that, samples have no scores."""
-        index = self._read_index() if self.finished else None
-        folder = path if path.is_dir() else path.parent
-        names = index.shards if index else self._found_shards()
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            raise StoreError(f"{path}: the shard {missing[0]} is missing; restore it from a copy, or run again.")
-        self._shards = [Shard(folder / name) for name in names]
-        for shard in self._shards:
-            if index is not None and shard.settings.get("run_id") != index.run_id:
-                raise StoreError(f"{shard.path} is of another run; restore this run's own shard from a copy.")
-        self._records = index.records if index else self._shards_records()
-
-    def _read_index(self) -> _Index:
-        with _open(self.path / "run.h5", contract.RUN_FORMAT) as file, _naming(self.path / "run.h5"):
-            run_id = json.loads(file.attrs["settings"]).get("run_id")
-            return _Index(run_id, contract.decode_column(file["shards/name"]), _records(file, list(file["samples"])))
-
-    def _found_shards(self) -> list[str]:
-        """The shards of a run without an index, or the one file."""
-        if not self.path.is_dir():
-            return [self.path.name]
-        names = sorted(path.name for path in self.path.glob("shard-*.h5"))
-        if not names:
-            raise NotActivations(f"{self.path} is not a run: it holds neither run.h5 nor shard-*.h5.")
-        return names
-
-    def _shards_records(self) -> list[dict[str, Any]]:
-        return [
-            {**record, "shard": number, "index": index}
-            for number, shard in enumerate(self._shards)
-            for index, record in enumerate(shard.records())
-        ]
+        if path.is_file():
+            alone = Shard(path)
+            self._store, self._contents = _stored([alone]), alone.contents()
+        elif index is not None and index.has_rows:
+            self._store = _listed(path, index)
+            self._contents = index.contents()
+        else:
+            self._store, self._contents = _gathered(path, index)
+        self._order = np.arange(self._contents.n_samples)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._order)
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -245,107 +104,236 @@ class Run(Sequence[dict[str, Any]]):
         """Sample number index, with its activations, task, doc and correctness; or a list for a slice."""
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        record = self._records[index]
-        sample = self._shards[record["shard"]].sample(record["index"])
-        return {**sample, **{name: value for name, value in record.items() if name not in _BOOKKEEPING}}
+        number = int(self._order[index])
+        ranges, held = self._contents.segments.item(number), self._contents
+        token_ids, positions = (
+            [int(v) for a, b in ranges for v in ints[a:b]] for ints in (held.token_ids, held.positions)
+        )
+        prompt, response = held.input_ids.item(number).tolist(), held.generated_ids.item(number).tolist()
+        fed = dict(enumerate((prompt + response)[:-1]))
+        with naming(self.path):
+            if [fed.get(position) for position in positions] != token_ids:
+                raise ValueError(f"the rows of sample {number} are not its tokens")
+            strings = held.strings()
+            tokens = [strings[token] for token in token_ids]
+        return contract.assemble(
+            held.model,
+            held.settings,
+            held.columns.record(number),
+            prompt,
+            response,
+            token_ids,
+            positions,
+            tokens,
+            {key: self._store.read(key, ranges) for key in self.keys},
+        )
 
-    @cached_property
+    def read(self, index: int, key: str) -> Tensor:
+        """One site of one sample: [n_positions, width]. Reads no more than those bytes."""
+        self._check_key(key)
+        return self._store.read(key, self._contents.segments.item(int(self._order[index])))
+
+    @property
     def keys(self) -> list[str]:
         """The activations that every sample has: embeddings, layer_0, …"""
-        return self._shards[0].keys if self._shards else []
+        return self._store.keys
+
+    @property
+    def model(self) -> str:
+        """The model's name, as it was given."""
+        return self._contents.model
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decided the numbers: dtype, attention kernel, library versions, selection."""
-        return self._shards[0].settings if self._shards else {}
+        return dict(self._contents.settings)
+
+    @property
+    def contents(self) -> Contents:
+        """All that it holds, for what is made of it: merge, prune, export."""
+        stored = {key: self._store.activation(key) for key in self.keys}
+        whole = contents.Contents(**{**vars(self._contents), "activations": stored})
+        return whole if len(self) == whole.n_samples else contents.reordered(whole, self._order)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The files that hold the rows, each checked when it is first used."""
+        return self._store.shards
+
+    def records(self) -> list[dict[str, Any]]:
+        """The columns of every sample, with batch shapes and places in the shards."""
+        every = records_of(self._contents.columns)
+        return [every[number] for number in self._order.tolist()]
 
     def table(self) -> pd.DataFrame:
         """One row a sample: task, doc_id, choice, prompt, response, logprob, correct, metrics, …"""
-        kept = [{name: value for name, value in record.items() if name not in _BOOKKEEPING} for record in self._records]
-        return pd.DataFrame(kept)
+        names = [name for name in self._contents.columns.names if name not in _BOOKKEEPING]
+        return pd.DataFrame({name: self.column(name) for name in names})
+
+    def column(self, name: str) -> list[Any]:
+        """One column of the table. Raises StoreError for one that there is not."""
+        names = self._contents.columns.names
+        if name not in names:
+            raise StoreError(
+                f"{self.path} has no column {name!r}.{did_you_mean(name, names)} It has {', '.join(names)}."
+            )
+        whole = self._contents.columns.whole(name)
+        return [whole[number] for number in self._order.tolist()]
+
+    def where(self, **wanted: Any) -> Run:
+        """The samples whose columns have these values: `run.where(correct=True, task="mmlu_anatomy")`.
+
+        A list, tuple or set gives several values; a function is asked for each value. Raises StoreError for a column
+        that there is not.
+        """
+        kept = np.ones(len(self), dtype=bool)
+        for name, value in wanted.items():
+            kept &= np.array([_matches(found, value) for found in self.column(name)], dtype=bool)
+        return self._some(self._order[kept])
+
+    def _some(self, order: Array) -> Run:
+        some = copy.copy(self)
+        some._order = order
+        return some
 
     def activations(self, key: str, position: str | int = "last") -> Tensor:
         """One row of every sample: [n_samples, width], in the order of `table`.
 
-        key: one of `keys`. position: "last", "first", or a number among the sample's stored rows.
+        key: one of `keys`. position: "last" or "first" of the sample's stored rows, a number among them, or one
+        position of the sequence: "prompt[-1]", "response[0]".
         Raises StoreError for an unknown key or a sample without that row.
         """
-        if key not in self.keys:
-            raise StoreError(f"{self.path} holds no {key!r}; it has {', '.join(self.keys)}.")
+        self._check_key(key)
+        return self._store.take(key, self._rows_at(position))
+
+    def rows(self, key: str) -> Rows:
+        """All rows of these samples, each once, as an array-like [n_rows, width] on the disk."""
+        self._check_key(key)
+        distinct = np.unique(indices_of(self._contents.segments.take(self._order).values))
+        return self._rows(key, distinct)
+
+    def _rows(self, key: str, numbers: Array) -> Rows:
+        return Rows(self._store, key, numbers, self._contents.token_ids, self._contents.positions)
+
+    def dataset(self, key: str, position: str | int | None = None, label: str | None = None) -> RowsDataset:
+        """A torch Dataset for a DataLoader, also with workers.
+
+        Without position: each item is one row [width], each row once. With a position, as for `activations`: one item
+        a sample. label: a column; items are then (row, the sample's value). Raises StoreError.
+        """
+        if label is not None and position is None:
+            raise StoreError(f'rows are shared by samples and have no {label!r}; choose one a sample: position="last".')
+        if position is None:
+            return RowsDataset(self.rows(key), None)
+        self._check_key(key)
+        labels = None if label is None else self.column(label)
+        if labels is not None and None in labels:
+            raise StoreError(f"sample {labels.index(None)} has no {label!r}; leave it out with where.")
+        return RowsDataset(self._rows(key, self._rows_at(position)), labels)
+
+    def _rows_at(self, position: str | int) -> Array:
         places: dict[str | int, int] = {"last": -1, "first": 0}
         place = places.get(position, position)
-        if not isinstance(place, int):
-            raise StoreError(f'no position {position!r}; write "last", "first" or a number.')
-        parts: list[Tensor | None] = [None] * len(self)
-        for number, shard in enumerate(self._shards):
-            mine = [i for i, record in enumerate(self._records) if record["shard"] == number]
-            rows = shard.rows_at(key, [self._records[i]["index"] for i in mine], place)
-            for i, row in zip(mine, rows, strict=True):
-                parts[i] = row
-        return torch.stack([part for part in parts if part is not None])
+        if isinstance(place, int):
+            return np.array([self._stored_row(number, place) for number in self._order.tolist()], dtype=np.int64)
+        parsed = Positions.parse(place)
+        return np.array([self._row_of(number, parsed) for number in self._order.tolist()], dtype=np.int64)
+
+    def _stored_row(self, number: int, place: int) -> int:
+        rows = indices_of(self._contents.segments.item(number))
+        if not -len(rows) <= place < len(rows):
+            raise StoreError(f"{self.path}: sample {number} has {len(rows)} rows, no row {place}.")
+        return int(rows[place])
+
+    def _row_of(self, number: int, positions: Positions) -> int:
+        """The row of the one position of a sample's sequence that is asked for."""
+        held = self._contents
+        wanted = positions.resolve(len(held.input_ids.item(number)), len(held.generated_ids.item(number)))
+        if len(wanted) != 1:
+            raise StoreError(f'{positions} are {len(wanted)} positions of sample {number}; ask for one: "prompt[-1]".')
+        rows = indices_of(held.segments.item(number))
+        found = rows[held.positions[rows] == wanted[0]]
+        if len(found) != 1:
+            raise StoreError(f"{self.path}: position {wanted[0]} ({positions}) of sample {number} was not stored.")
+        return int(found[0])
+
+    def _check_key(self, key: str) -> None:
+        if key not in self.keys:
+            raise StoreError(
+                f"{self.path} holds no {key!r}.{did_you_mean(key, self.keys)} It has {', '.join(self.keys)}."
+            )
 
     def __repr__(self) -> str:
-        ending = "" if self.finished else ", not finished"
+        ending = "" if self.finished or self.path.is_file() else ", not finished"
         return f"<Run {self.path}: {len(self)} samples, {len(self.keys)} sites{ending}>"
 
 
-_BOOKKEEPING = ("shard", "index", "batch_rows", "batch_columns")
+def _matches(found: Any, wanted: Any) -> bool:
+    if callable(wanted):
+        return bool(wanted(found))
+    return found in wanted if isinstance(wanted, list | tuple | set | frozenset) else found == wanted
 
 
-def _records(file: h5py.File, columns: Sequence[str]) -> list[dict[str, Any]]:
-    decoded = {name: contract.decode_column(file["samples"][name]) for name in columns}
-    return [dict(zip(decoded, values, strict=True)) for values in zip(*decoded.values(), strict=True)]
+def _stored(shards: Sequence[Shard]) -> ShardedRows:
+    """The rows of shards that are open already."""
+    first = np.cumsum([0, *(shard.n_rows for shard in shards)])
+    kinds = {key: Kind(shards[0].dtypes[key], shards[0].extents[key].shape[1]) for key in shards[0].keys}
+    return ShardedRows(kinds, first, lambda number: shards[number])
 
 
-class _Segments:
-    """Which rows each sample of a file has."""
-
-    def __init__(self, file: h5py.File) -> None:
-        self._offset, self._start, self._stop = (file[f"segments/{name}"][()] for name in ("offset", "start", "stop"))
-
-    def rows(self, index: int) -> np.ndarray[Any, Any]:
-        mine = range(self._offset[index], self._offset[index + 1])
-        ranges = [np.arange(self._start[segment], self._stop[segment]) for segment in mine]
-        return np.concatenate(ranges) if ranges else np.arange(0)
-
-
-def _ragged(file: h5py.File, name: str, index: int) -> list[int]:
-    first, last = file[f"{name}/offset"][index : index + 2]
-    values: list[int] = file[f"{name}/values"][first:last].tolist()
-    return values
-
-
-def _runs_of(rows: np.ndarray[Any, Any]) -> Iterator[tuple[int, int]]:
-    """Row indices, in any order, as the half-open ranges in which they follow one another."""
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    for part in np.split(rows, breaks):
-        if len(part):
-            yield int(part[0]), int(part[-1]) + 1
+def _listed(folder: Path, index: Shard) -> ShardedRows:
+    """The rows of the shards that `run.h5` lists, each of which must be there, as large as it was."""
+    with index.reading() as file:
+        names = contract.decode_column(file["shards/name"])
+        sizes, n_rows = file["shards/size_bytes"][()].tolist(), file["shards/n_rows"][()].tolist()
+        if not len(names) == len(sizes) == len(n_rows) or sum(n_rows) != index.n_rows or min(n_rows, default=0) < 0:
+            raise ValueError("/shards does not add up to the rows")
+    _check_there(folder, names)
+    for name, size in zip(names, sizes, strict=True):
+        found = (folder / name).stat().st_size
+        if found != size:
+            raise TruncatedFile(
+                f"{folder / name} has {found} bytes, not {size}: it is damaged; restore it from a copy."
+            )
+    kinds = {key: Kind(index.dtypes[key], index.extents[key].shape[1]) for key in index.keys}
+    run_id = index.settings.get("run_id")
+    return ShardedRows(kinds, np.cumsum([0, *n_rows]), lambda number: _of_run(folder / names[number], run_id))
 
 
-def _read_ints(dataset: h5py.Dataset, rows: np.ndarray[Any, Any]) -> list[int]:
-    return [value for start, stop in _runs_of(rows) for value in dataset[start:stop].tolist()]
+def _gathered(folder: Path, index: Shard | None) -> tuple[ShardedRows, Contents]:
+    """A run without `run.h5`, or with one of version 1.0, which has the sample table alone."""
+    names = living(folder, shard_names(folder))
+    if index is not None:
+        with index.reading() as file:
+            names = contract.decode_column(file["shards/name"])
+    if not names:
+        raise NotActivations(f"{folder} is not a run: it holds neither {INDEX} nor shard-*.h5.")
+    _check_there(folder, names)
+    run_id = None if index is None else index.settings.get("run_id")
+    shards = [Shard(folder / name) if index is None else _of_run(folder / name, run_id) for name in names]
+    first = np.cumsum([0, *(shard.n_samples for shard in shards)])
+    held = contents.joined([shard.contents() for shard in shards])
+    records = [
+        {**record, "shard": number, "index": at}
+        for number, shard in enumerate(shards)
+        for at, record in enumerate(records_of(shard.contents().columns))
+    ]
+    if index is not None:
+        records = records_of(FileColumns(index))
+    order = np.array([first[record["shard"]] + record["index"] for record in records], dtype=np.int64)
+    return _stored(shards), contents.reordered(held, order, contents.Listed.of(records))
 
 
-def _read_rows(dataset: h5py.Dataset, rows: np.ndarray[Any, Any]) -> Tensor:
-    """Rows of an activation dataset, as raw bits: HDF5's conversion of bfloat16 is 200 times slower."""
-    dtype = getattr(torch, str(dataset.attrs["dtype"]))
-    width = dataset.shape[1]
-    raw = np.empty((len(rows), width), dtype=contract.bits_type(dtype))
-    space, stored = dataset.id.get_space(), dataset.id.get_type()
-    if stored != contract.hdf5_type(dtype):
-        raise ValueError(f"{dataset.name} is not of the type that its dtype attribute {dtype} says")
-    at = 0
-    for start, stop in _runs_of(rows):
-        space.select_hyperslab((start, 0), (stop - start, width))
-        part = raw[at : at + stop - start]
-        dataset.id.read(h5py.h5s.create_simple(part.shape), space, part, mtype=stored)
-        at += stop - start
-    return contract.from_bits(raw, dtype)
+def _check_there(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if Path(name).name != name:
+            raise StoreError(f"{folder / INDEX} names the shard {name!r}, which is not in its folder.")
+        if not (folder / name).exists():
+            raise StoreError(f"{folder}: the shard {name} is missing; restore it from a copy, or run again.")
 
 
-def _strings(file: h5py.File, token_ids: Sequence[int]) -> list[str]:
-    known = dict(
-        zip(file["vocabulary/token_id"][()].tolist(), contract.decode_column(file["vocabulary/token"]), strict=True)
-    )
-    return [known[token] for token in token_ids]
+def _of_run(path: Path, run_id: Any) -> Shard:
+    shard = Shard(path)
+    if shard.settings.get("run_id") != run_id:
+        raise StoreError(f"{path} is of another run; restore this run's own shard from a copy.")
+    return shard

@@ -1,0 +1,370 @@
+"""What one file holds, column by column: made of samples in memory, or read from files, joined, cut and reordered.
+
+Activations come piece by piece and are never gathered. Knows nothing of HDF5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from AutomaticEval.errors import CaptureError
+from AutomaticEval.store import eight_bits
+from AutomaticEval.store.format import Rows, Sample, bits, bits_type, from_bits
+
+Array = np.ndarray[Any, Any]
+
+
+class Ragged(NamedTuple):
+    """Lists of different lengths, one after the other: item i is values[offset[i]:offset[i + 1]]."""
+
+    offset: Array
+    values: Any
+    """An array, or what is sliced like one."""
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[Any]], shape: tuple[int, ...] = ()) -> Ragged:
+        """shape: of each element."""
+        offset = np.cumsum([0, *map(len, lists)], dtype=np.int64)
+        values = np.array([value for items in lists for value in items], dtype=np.int64).reshape(-1, *shape)
+        return cls(offset, values)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Ragged]) -> Ragged:
+        ends = np.cumsum([0, *(part.offset[-1] for part in parts)], dtype=np.int64)
+        offsets = [part.offset[:-1] + end for part, end in zip(parts, ends, strict=False)]
+        return cls(np.concatenate([*offsets, ends[-1:]]), np.concatenate([part.values[:] for part in parts]))
+
+    def item(self, index: int) -> Array:
+        found: Array = self.values[int(self.offset[index]) : int(self.offset[index + 1])]
+        return found
+
+    def take(self, order: Array) -> Ragged:
+        """The items in another order, or some of them."""
+        lengths = np.diff(self.offset)[order]
+        offset = np.cumsum([0, *lengths], dtype=np.int64)
+        starts = np.repeat(self.offset[:-1][order] - offset[:-1], lengths)
+        return Ragged(offset, self.values[:][starts + np.arange(offset[-1])])
+
+
+def ranges_of(indices: Iterable[int]) -> list[tuple[int, int]]:
+    """Indices as the half-open ranges in which they follow one another: [3, 4, 7] -> [(3, 5), (7, 8)]."""
+    array = np.fromiter(indices, dtype=np.int64)
+    if not len(array):
+        return []
+    breaks = np.flatnonzero(np.diff(array) != 1) + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(array, breaks)]
+
+
+def indices_of(ranges: Array) -> Array:
+    """ranges: [n, 2], half-open. Returns every index, one range after the other."""
+    return np.concatenate([np.arange(start, stop) for start, stop in ranges]) if len(ranges) else np.arange(0)
+
+
+class Columns(Protocol):
+    """The sample table."""
+
+    @property
+    def names(self) -> list[str]: ...
+    def whole(self, name: str) -> list[Any]:
+        """A column's value for every sample, None where there is none."""
+
+    def record(self, index: int) -> dict[str, Any]:
+        """One sample's values."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A sample table in memory."""
+
+    columns: Mapping[str, list[Any]]
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]]) -> Listed:
+        names = dict.fromkeys(name for record in records for name in record)
+        return cls({name: [record.get(name) for record in records] for name in names})
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.columns)
+
+    def whole(self, name: str) -> list[Any]:
+        return self.columns[name]
+
+    def record(self, index: int) -> dict[str, Any]:
+        return {name: values[index] for name, values in self.columns.items()}
+
+
+def records_of(columns: Columns) -> list[dict[str, Any]]:
+    """The table, one dict a sample."""
+    whole = {name: columns.whole(name) for name in columns.names}
+    return [dict(zip(whole, values, strict=True)) for values in zip(*whole.values(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The rows of one site."""
+
+    dtype: torch.dtype
+    """As they are stored; int8 has scales."""
+
+    width: int
+    pieces: Callable[[], Iterator[Array]]
+    """Raw bits, [n, width] each, all rows in order."""
+
+    scales: Callable[[], Iterator[Array]] | None = None
+    """For int8: float32, [n, width] each, one line a block."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """One file's worth of samples with their rows."""
+
+    model: str
+    settings: Mapping[str, Any]
+    token_ids: Any
+    """[n_rows], an array or what is sliced like one; so are the next two."""
+
+    positions: Any
+    blocks: Any
+    """Each row's line in the scales; None without int8 activations."""
+
+    segments: Ragged
+    """[n_segments, 2]: each sample's half-open ranges of rows."""
+
+    input_ids: Ragged
+    generated_ids: Ragged
+    strings: Callable[[], Mapping[int, str]]
+    """The token strings of every id that a row has."""
+
+    columns: Columns
+    activations: Mapping[str, Activation]
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.segments.offset) - 1
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.token_ids)
+
+
+def of_samples(
+    samples: Sequence[Sample], model: str, settings: Mapping[str, Any], *, in_8_bits: bool = False
+) -> Contents:
+    """Samples in memory; rows that several of them share are there once. Raises CaptureError."""
+    blocks = list({id(part.rows): part.rows for sample in samples for part in sample.parts}.values())
+    _check_alike(blocks)
+    ends = np.cumsum([0, *(len(rows.positions) for rows in blocks)])
+    first = {id(rows): int(end) for rows, end in zip(blocks, ends, strict=False)}
+    places = [[first[id(rows)] + index for rows, where in sample.parts for index in where] for sample in samples]
+    strings: dict[int, str] = {}
+    for rows in blocks:
+        strings.update(zip(rows.token_ids, rows.tokens, strict=True))
+    keys = blocks[0].activations if blocks else ()
+    return Contents(
+        model,
+        settings,
+        np.array([token for rows in blocks for token in rows.token_ids], dtype=np.int32),
+        np.array([position for rows in blocks for position in rows.positions], dtype=np.int32),
+        np.arange(ends[-1], dtype=np.int32) // eight_bits.BLOCK_ROWS if in_8_bits else None,
+        Ragged.of([ranges_of(rows) for rows in places], (2,)),
+        Ragged.of([sample.input_ids for sample in samples]),
+        Ragged.of([sample.generated_ids for sample in samples]),
+        lambda: strings,
+        Listed.of([sample.fields for sample in samples]),
+        {key: _in_memory([rows.activations[key] for rows in blocks], in_8_bits=in_8_bits) for key in keys},
+    )
+
+
+def _check_alike(blocks: Sequence[Rows]) -> None:
+    shapes = [{key: (rows.dtype, rows.shape[1:]) for key, rows in block.activations.items()} for block in blocks]
+    lengths = [{len(block.positions), len(block.token_ids), *map(len, block.activations.values())} for block in blocks]
+    if any(shape != shapes[0] for shape in shapes) or any(len(length) > 1 for length in lengths):
+        raise CaptureError("rows of different sites, dtypes, widths or lengths cannot be stored in one file.")
+
+
+def _in_memory(tensors: Sequence[torch.Tensor], *, in_8_bits: bool) -> Activation:
+    dtype, width = tensors[0].dtype, tensors[0].shape[1]
+    if not in_8_bits:
+        return Activation(dtype, width, lambda: map(bits, tensors))
+
+    def blocks() -> Iterator[Array]:
+        return rechunked((tensor.float().numpy() for tensor in tensors), eight_bits.BLOCK_ROWS)
+
+    return Activation(
+        torch.int8,
+        width,
+        lambda: map(eight_bits.quantized, blocks()),
+        lambda: map(eight_bits.scales_of, blocks()),
+    )
+
+
+def rechunked(pieces: Iterable[Array], n_rows: int) -> Iterator[Array]:
+    """The same rows in pieces of n_rows, but for the last; large pieces are cut without a copy."""
+    waiting: list[Array] = []
+    n_waiting = 0
+    for piece in pieces:
+        at = 0
+        while n_waiting + len(piece) - at >= n_rows:
+            stop = at + n_rows - n_waiting
+            part = piece[at:stop]
+            yield np.concatenate([*waiting, part]) if waiting else part
+            waiting, n_waiting, at = [], 0, stop
+        if at < len(piece):
+            waiting.append(piece[at:])
+            n_waiting += len(piece) - at
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+def joined(parts: Sequence[Contents], settings: Mapping[str, Any] | None = None) -> Contents:
+    """The samples of all parts, one part after the other; they must have the same sites. Raises CaptureError."""
+    kinds = [{key: (each.dtype, each.width) for key, each in part.activations.items()} for part in parts]
+    if any(kind != kinds[0] for kind in kinds):
+        raise CaptureError("activations of different sites, dtypes or widths cannot be joined.")
+    starts = np.cumsum([0, *(part.n_rows for part in parts)])
+    segments = [
+        part.segments._replace(values=part.segments.values[:] + start)
+        for part, start in zip(parts, starts, strict=False)
+    ]
+    names = dict.fromkeys(name for part in parts for name in part.columns.names)
+    columns = {
+        name: [
+            value
+            for part in parts
+            for value in (part.columns.whole(name) if name in part.columns.names else [None] * part.n_samples)
+        ]
+        for name in names
+    }
+    return Contents(
+        parts[0].model,
+        parts[0].settings if settings is None else settings,
+        np.concatenate([part.token_ids[:] for part in parts]),
+        np.concatenate([part.positions[:] for part in parts]),
+        _joined_blocks(parts),
+        Ragged.joined(segments),
+        Ragged.joined([part.input_ids for part in parts]),
+        Ragged.joined([part.generated_ids for part in parts]),
+        lambda: {token: text for part in parts for token, text in part.strings().items()},
+        Listed(columns),
+        {key: _joined_activation([part.activations[key] for part in parts]) for key in parts[0].activations},
+    )
+
+
+def _joined_activation(each: Sequence[Activation]) -> Activation:
+    def pieces() -> Iterator[Array]:
+        for one in each:
+            yield from one.pieces()
+
+    def scales() -> Iterator[Array]:
+        for one in each:
+            assert one.scales is not None
+            yield from one.scales()
+
+    first = each[0]
+    return Activation(first.dtype, first.width, pieces, None if first.scales is None else scales)
+
+
+def _joined_blocks(parts: Sequence[Contents]) -> Array | None:
+    if all(part.blocks is None for part in parts):
+        return None
+    found, at = [], 0
+    for part in parts:
+        blocks = part.blocks[:]
+        found.append(blocks + np.int32(at))
+        scaled = next(each.scales for each in part.activations.values() if each.scales is not None)
+        at += sum(map(len, scaled()))
+    return np.concatenate(found)
+
+
+def reordered(contents: Contents, order: Array, columns: Columns | None = None) -> Contents:
+    """The samples in another order, or some of them; all rows stay. columns: other columns, in the new order."""
+    old = contents.columns
+    taken = columns or Listed({name: [old.whole(name)[i] for i in order.tolist()] for name in old.names})
+    return replace(
+        contents,
+        segments=contents.segments.take(order),
+        input_ids=contents.input_ids.take(order),
+        generated_ids=contents.generated_ids.take(order),
+        columns=taken,
+    )
+
+
+def cut(contents: Contents, kept: Sequence[Array], keys: Sequence[str]) -> Contents:
+    """Only some sites, and of each sample only some rows; rows that no sample keeps are gone.
+
+    kept: for each sample the rows (numbers in contents) that it keeps, in order. keys: the sites.
+    """
+    wanted = np.zeros(contents.n_rows, dtype=bool)
+    for rows in kept:
+        wanted[rows] = True
+    renumbered = np.cumsum(wanted) - 1
+    token_ids = contents.token_ids[:][wanted]
+    alive = set(token_ids.tolist())
+    return replace(
+        contents,
+        token_ids=token_ids,
+        positions=contents.positions[:][wanted],
+        blocks=None if contents.blocks is None else contents.blocks[:][wanted],
+        segments=Ragged.of([ranges_of(renumbered[rows]) for rows in kept], (2,)),
+        strings=lambda: {token: text for token, text in contents.strings().items() if token in alive},
+        activations={key: _cut_activation(contents.activations[key], wanted) for key in keys},
+    )
+
+
+def _cut_activation(activation: Activation, wanted: Array) -> Activation:
+    def pieces() -> Iterator[Array]:
+        at = 0
+        for piece in activation.pieces():
+            yield piece[wanted[at : at + len(piece)]]
+            at += len(piece)
+
+    return replace(activation, pieces=pieces)
+
+
+def converted(contents: Contents, dtype: torch.dtype) -> Contents:
+    """The activations in another floating dtype. Raises CaptureError when one does not fit into it."""
+    changed = {key: _converted(key, each, contents.blocks, dtype) for key, each in contents.activations.items()}
+    return replace(contents, blocks=None, activations=changed)
+
+
+def _converted(key: str, activation: Activation, blocks: Any, dtype: torch.dtype) -> Activation:
+    def pieces() -> Iterator[Array]:
+        scales = None if activation.scales is None else np.concatenate(list(activation.scales()))
+        at = 0
+        for piece in activation.pieces():
+            lines = None if scales is None else scales[blocks[at : at + len(piece)]]
+            yield bits(narrowed(key, floats(piece, activation.dtype, lines), dtype))
+            at += len(piece)
+
+    return activation if activation.dtype == dtype else Activation(dtype, activation.width, pieces)
+
+
+def floats(raw: Array, dtype: torch.dtype, scales: Array | None) -> torch.Tensor:
+    """Raw bits [n, width] as the numbers that they stand for. scales: each row's, for int8, which gives float32."""
+    if dtype == torch.int8:
+        assert scales is not None
+        return torch.from_numpy(eight_bits.restored(raw, scales))
+    return from_bits(np.ascontiguousarray(raw, dtype=bits_type(dtype)), dtype)
+
+
+def narrowed(key: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """values in another dtype. Raises CaptureError when a finite value becomes infinite."""
+    found = values.to(dtype)
+    check_narrowed(key, values, found)
+    return found
+
+
+def check_narrowed(key: str, before: torch.Tensor, after: torch.Tensor) -> None:
+    """Raises CaptureError when a value that was finite became infinite."""
+    lost = after.isinf() & before.isfinite()
+    if lost.any():
+        raise CaptureError(
+            f"{key} holds {float(before[lost].abs().max()):.4g}, which {str(after.dtype).removeprefix('torch.')} cannot "
+            "hold; store it as bfloat16 or float32."
+        )

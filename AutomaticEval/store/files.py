@@ -1,0 +1,172 @@
+"""Files that appear whole or not at all, folders that can be written, and the operating system's refusals by name.
+
+Knows nothing of what is in a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from uuid import uuid4
+
+import h5py
+
+from AutomaticEval.errors import DiskFull, FolderNotWritable, PathExists, StoreError
+
+PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG)
+
+
+def hdf5_path(path: str | Path) -> Path:
+    """Where a save path is written: itself, or `.h5` beside a pickle's name, with a warning that says so."""
+    given = Path(path).expanduser()
+    if given.suffix.lower() not in PICKLE_SUFFIXES:
+        return given
+    written = given.with_suffix(".h5")
+    warnings.warn(f"files are HDF5: {given} is written as {written}", UserWarning, stacklevel=3)
+    return written
+
+
+def prepare_file(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse, before any work, a file that could not be written afterwards; make its folder.
+
+    Raises PathExists, FolderNotWritable.
+    """
+    if path.is_dir():
+        raise PathExists(f"{path} is a folder; give the name of a file in it.")
+    if path.exists() and not overwrite:
+        raise PathExists(
+            f"{path} exists and is not overwritten; choose another name or pass overwrite=True (--overwrite)."
+        )
+    prepare_folder(path.parent)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a folder and check that it can be written. Raises FolderNotWritable, DiskFull."""
+    with named_failures(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".{uuid4().hex}.partial"
+        trial.touch()
+        trial.unlink()
+
+
+def ensure_space(folder: Path, size_bytes: int) -> None:
+    """Raises DiskFull when the disk that holds folder has less than size_bytes free."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < size_bytes:
+        raise DiskFull(
+            f"{folder}: {size_text(size_bytes)} are needed and {size_text(free)} are free; choose another folder, fewer "
+            "--layers or --sites, or --positions scored."
+        )
+
+
+def size_text(size_bytes: float) -> str:
+    """1536 -> '1.5 KB', in powers of 1024."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} TB"
+
+
+def file_stem(prefix: str, text: str, now: datetime | None = None) -> str:
+    """`<prefix>_20240915_143022_123456_What_is_the_capital_of`: time to the microsecond, first words of the text."""
+    name = "_".join(re.findall(r"\w+", text)[:5])
+    while len(name.encode("utf-8", "replace")) > 60:  # names are limited in bytes; a Chinese character is three
+        name = name[:-1]
+    return f"{prefix}_{now or datetime.now():%Y%m%d_%H%M%S_%f}_{name.strip('_') or 'question'}"
+
+
+@contextmanager
+def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary path to write to; what is there when the with ends is synced and gets its name.
+
+    Raises PathExists, FolderNotWritable, DiskFull, and then leaves nothing behind.
+    """
+    partial = path.parent / f".{path.name[:80]}.{uuid4().hex}.partial"
+    with named_failures(path):
+        try:
+            yield partial
+            _sync(partial)
+            _publish(partial, path, overwrite=overwrite)
+            with suppress(OSError):  # some file systems cannot; the file itself is on the disk
+                _sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_hdf5(path: Path, *, overwrite: bool = False) -> Iterator[h5py.File]:
+    """An HDF5 file that gets its name only when it is complete and on the disk."""
+    with new_file(path, overwrite=overwrite) as partial, h5py.File(partial, "w", libver=("earliest", "v110")) as file:
+        yield file
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it gets its name when the with ends, and is removed when it fails.
+
+    Raises PathExists, FolderNotWritable, DiskFull.
+    """
+    if path.exists():
+        raise PathExists(f"{path} exists and is not overwritten; choose another name.")
+    prepare_folder(path.parent)
+    partial = path.parent / f".{path.name[:80]}.{uuid4().hex}.partial"
+    with named_failures(path):
+        try:
+            partial.mkdir()
+            yield partial
+            if path.exists():  # taken by another process just now; renaming would replace an empty folder
+                raise PathExists(f"{path} exists and is not overwritten; choose another name.")
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, path: Path, *, overwrite: bool) -> None:
+    """Name a finished file. A hard link fails when the name is taken, also by another process just now."""
+    if overwrite:
+        partial.replace(path)
+        return
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise PathExists(f"{path} exists and is not overwritten; choose another name.") from None
+    except OSError:  # file systems without hard links
+        if path.exists():
+            raise PathExists(f"{path} exists and is not overwritten; choose another name.") from None
+        partial.rename(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def named_failures(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals, also those that HDF5 wraps, into ours."""
+    try:
+        yield
+    except (OSError, RuntimeError) as failure:  # HDF5 raises RuntimeError when it cannot close a file on a full disk
+        said = next((c for c in (*_FULL, *_DENIED) if f"errno = {c}," in str(failure)), None)
+        code = getattr(failure, "errno", None) or said
+        if code is None:
+            raise
+        if code in _FULL:
+            raise DiskFull(f"the disk is full: {path} was not written, and nothing of it was left behind.") from failure
+        if code in _DENIED:
+            raise FolderNotWritable(f"{path} cannot be written ({os.strerror(code)}); choose another.") from failure
+        raise StoreError(f"{path} cannot be written: {failure}") from failure

@@ -1,0 +1,240 @@
+"""Writes one file whole: a shard, or the `run.h5` that shows all shards of a run as one. Knows not when."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import torch
+
+from AutomaticEval.errors import PathExists, SelectionError
+from AutomaticEval.store import checksums, contents, eight_bits
+from AutomaticEval.store import format as contract
+from AutomaticEval.store.contents import Activation, Array, Columns, Contents
+from AutomaticEval.store.files import new_hdf5
+from AutomaticEval.store.format import Sample
+from AutomaticEval.store.shard import load_filters
+
+COMPRESSIONS = ("zstd", "lz4", "gzip")
+_PIECE_BYTES = 8 * 2**20
+_CHUNK_BYTES = 512 * 2**10
+"""Below the 1 MiB that older HDF5 libraries keep in memory for each dataset."""
+
+
+class Source(NamedTuple):
+    """A shard that `run.h5` shows."""
+
+    name: str
+    n_rows: int
+    size_bytes: int
+
+
+def check_compression(compression: str | None) -> None:
+    """Raises SelectionError for an unknown one, MissingFilter when its library is not installed."""
+    if compression is not None and compression not in COMPRESSIONS:
+        raise SelectionError(f"no compression {compression!r}; write {', '.join(COMPRESSIONS)}, or leave it out.")
+    if compression in ("zstd", "lz4"):
+        load_filters("--compression", compression)
+
+
+def write_shard(
+    path: Path, samples: Sequence[Sample], model: str, settings: Mapping[str, Any], *, overwrite: bool = False
+) -> None:
+    """Write samples into one file, whole or not at all.
+
+    Raises PathExists, FolderNotWritable, DiskFull.
+    """
+    write_file(path, contents.of_samples(samples, model, settings), overwrite=overwrite)
+
+
+def write_named(folder: Path, stem: str, sample: Sample, model: str, settings: Mapping[str, Any]) -> Path:
+    """Write one sample as `stem.h5`, or `stem_2.h5`, … when the name is taken. Returns the path."""
+    for number in itertools.count(1):
+        path = folder / (f"{stem}.h5" if number == 1 else f"{stem}_{number}.h5")
+        if path.exists():
+            continue
+        try:
+            write_shard(path, [sample], model, settings)
+        except PathExists:  # taken by another process just now
+            continue
+        return path
+    raise AssertionError("unreachable")
+
+
+def write_file(
+    path: Path,
+    held: Contents,
+    *,
+    overwrite: bool = False,
+    compression: str | None = None,
+    replaces: Sequence[str] = (),
+) -> None:
+    """Write a shard, whole or not at all. replaces: the shards that it takes the place of.
+
+    Raises PathExists, FolderNotWritable, DiskFull, CaptureError.
+    """
+    with new_hdf5(path, overwrite=overwrite) as file:
+        more = {"replaces": json.dumps(list(replaces))} if replaces else {}
+        _write_attributes(file, contract.SHARD_FORMAT, held, more)
+        for key, activation in held.activations.items():
+            _write_activation(file, key, activation, held.n_rows, compression)
+        _write_table(file, held)
+
+
+def write_run(path: Path, held: Contents, sources: Sequence[Source], *, finished: bool) -> None:
+    """Write `run.h5` over shards in its folder; the rows of held are those of the sources, one after the other."""
+    with new_hdf5(path, overwrite=True) as file:
+        _write_attributes(file, contract.RUN_FORMAT, held, {"state": "finished" if finished else "unfinished"})
+        for key, activation in held.activations.items():
+            _write_virtual(file, key, activation, sources)
+        _write_table(file, held)
+        _write_text(file, "shards/name", [source.name for source in sources])
+        for name in ("n_rows", "size_bytes"):
+            _write_ints(file, f"shards/{name}", np.array([getattr(source, name) for source in sources]), "<i8")
+
+
+def _write_attributes(file: h5py.File, kind: str, held: Contents, more: Mapping[str, str]) -> None:
+    attributes = {
+        "format": kind,
+        "format_version": ".".join(map(str, contract.VERSION)),
+        "model": held.model,
+        "created": datetime.now().astimezone().isoformat(),
+        "settings": json.dumps(held.settings, default=str),
+        **more,
+    }
+    file.attrs.update({**attributes, checksums.OF_ATTRIBUTES: checksums.of_attributes(attributes)})
+
+
+def _write_table(file: h5py.File, held: Contents) -> None:
+    """Everything but the activations."""
+    _write_ints(file, "rows/token_id", held.token_ids, "<i4")
+    _write_ints(file, "rows/position", held.positions, "<i4")
+    if held.blocks is not None:
+        _write_ints(file, "rows/block", held.blocks, "<i4")
+        for key, activation in held.activations.items():
+            assert activation.scales is not None
+            _write_ints(file, f"scales/{key}", _together(activation.scales(), activation.width), "<f4")
+    for name in ("segments", "input_ids", "generated_ids"):
+        _write_ints(file, f"{name}/offset", getattr(held, name).offset, "<i8")
+    ranges = held.segments.values[:].reshape(-1, 2)
+    _write_ints(file, "segments/start", ranges[:, 0], "<i8")
+    _write_ints(file, "segments/stop", ranges[:, 1], "<i8")
+    _write_ints(file, "input_ids/values", held.input_ids.values, "<i4")
+    _write_ints(file, "generated_ids/values", held.generated_ids.values, "<i4")
+    strings = held.strings()
+    _write_ints(file, "vocabulary/token_id", np.array(sorted(strings)), "<i4")
+    _write_text(file, "vocabulary/token", [strings[token] for token in sorted(strings)])
+    _write_columns(file, held.columns)
+
+
+def _together(pieces: Iterator[Array], width: int) -> Array:
+    found = list(pieces)
+    return np.concatenate(found) if found else np.empty((0, width), np.float32)
+
+
+def _write_activation(file: h5py.File, key: str, activation: Activation, n_rows: int, compression: str | None) -> None:
+    """One dataset, written piece after piece as raw bits, its checksum on the way."""
+    stored = contract.hdf5_type(activation.dtype)
+    dataset = _create(file, f"activations/{key}", stored, (n_rows, activation.width), compression)
+    hashed = checksums.Running()
+    row_bytes = max(1, activation.width * stored.get_size())
+    # whole chunks, and whole blocks of scales, so that neither is written twice
+    step = -(-max(1, _PIECE_BYTES // row_bytes) // eight_bits.BLOCK_ROWS) * eight_bits.BLOCK_ROWS
+    space, at = dataset.id.get_space(), 0
+    for piece in contents.rechunked(activation.pieces(), step):
+        values = np.ascontiguousarray(piece)
+        space.select_hyperslab((at, 0), values.shape)
+        dataset.id.write(h5py.h5s.create_simple(values.shape), space, values, mtype=stored)
+        hashed.add(values)
+        at += len(values)
+    assert at == n_rows, f"{key}: {at} rows came, expected {n_rows}"
+    dataset.attrs["dtype"] = str(activation.dtype).removeprefix("torch.")
+    dataset.attrs[checksums.NAME] = hashed.hexdigest()
+
+
+def _create(
+    file: h5py.File, name: str, stored: h5py.h5t.TypeID, shape: tuple[int, int], compression: str | None
+) -> h5py.Dataset:
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    if all(shape):  # HDF5 refuses contiguous data without rows
+        settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        if compression is None:
+            settings.set_layout(h5py.h5d.CONTIGUOUS)
+            settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        else:
+            _compress(settings, shape, stored.get_size(), compression)
+    group, _, own = name.rpartition("/")
+    space = h5py.h5s.create_simple(shape)
+    return h5py.Dataset(h5py.h5d.create(file.require_group(group).id, own.encode(), stored, space, dcpl=settings))
+
+
+def _compress(settings: Any, shape: tuple[int, int], item_bytes: int, compression: str) -> None:
+    rows = max(1, _CHUNK_BYTES // (shape[1] * item_bytes))
+    rows = 2 ** (min(rows, eight_bits.BLOCK_ROWS).bit_length() - 1)  # divides the pieces that are written
+    settings.set_chunk((min(rows, shape[0]), shape[1]))
+    if item_bytes > 1:
+        settings.set_shuffle()
+    if compression == "gzip":
+        settings.set_deflate(1)
+        return
+    plugin = load_filters("--compression", compression)
+    chosen = plugin.Zstd(clevel=1) if compression == "zstd" else plugin.LZ4()
+    settings.set_filter(chosen["compression"], h5py.h5z.FLAG_MANDATORY, chosen["compression_opts"])
+
+
+def _write_virtual(file: h5py.File, key: str, activation: Activation, sources: Sequence[Source]) -> None:
+    """A dataset that shows the rows of all sources. Where a source is missing, HDF5 gives NaN (or -128), never zeros."""
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    empty = np.array(-128, np.int8) if activation.dtype == torch.int8 else np.array(np.nan, np.float32)
+    settings.set_fill_value(empty)
+    n_rows = sum(source.n_rows for source in sources)
+    at = 0
+    for source in sources:
+        if source.n_rows:
+            space = h5py.h5s.create_simple((n_rows, activation.width))
+            space.select_hyperslab((at, 0), (source.n_rows, activation.width))
+            theirs = h5py.h5s.create_simple((source.n_rows, activation.width))
+            settings.set_virtual(space, source.name.encode(), f"/activations/{key}".encode(), theirs)
+            at += source.n_rows
+    stored, space = contract.hdf5_type(activation.dtype), h5py.h5s.create_simple((n_rows, activation.width))
+    group = file.require_group("activations")
+    made = h5py.h5d.create(group.id, key.encode(), stored, space, dcpl=settings)
+    h5py.Dataset(made).attrs["dtype"] = str(activation.dtype).removeprefix("torch.")
+
+
+def _write_ints(file: h5py.File, name: str, values: Any, dtype: str) -> None:
+    whole = np.ascontiguousarray(values[:], dtype=dtype)
+    dataset = file.create_dataset(name, data=whole, track_times=False)
+    dataset.attrs[checksums.NAME] = checksums.of_numbers([whole])
+
+
+def _write_text(file: h5py.File, name: str, values: Sequence[str]) -> None:
+    texts, encoding = contract.encode_text(values)
+    _write_strings(file, name, texts, encoding)
+
+
+def _write_strings(file: h5py.File, name: str, texts: Sequence[str], encoding: str) -> None:
+    dataset = file.create_dataset(name, data=texts, dtype=contract.TEXT, shape=(len(texts),), track_times=False)
+    dataset.attrs["encoding"] = encoding
+    dataset.attrs[checksums.NAME] = checksums.of_text(texts)
+
+
+def _write_columns(file: h5py.File, columns: Columns) -> None:
+    """`/samples`: one dataset a column of the format; a newer version's others are left out."""
+    group = file.require_group("samples")
+    for name in contract.COLUMNS:
+        if name not in columns.names:
+            continue
+        values, encoding = contract.encode_column(name, columns.whole(name))
+        if encoding in ("utf-8", "json"):
+            _write_strings(group, name, list(values), encoding)
+            continue
+        dataset = group.create_dataset(name, data=values, track_times=False)
+        dataset.attrs["encoding"] = encoding
+        dataset.attrs[checksums.NAME] = checksums.of_numbers([np.asarray(values)])
