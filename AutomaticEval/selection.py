@@ -1,4 +1,4 @@
-"""What to keep: sites x layers x positions.
+"""What to keep: sites x layers x positions, and in how many bits.
 
 Positions are derived from the sequence alone: P prompt tokens and R response tokens give P + R - 1
 positions, because the last token is never fed to the model. Knows nothing of models or files.
@@ -10,9 +10,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from AutomaticEval.errors import UnknownPositions
+from AutomaticEval.errors import SelectionError, UnknownPositions
 from AutomaticEval.sites import DEFAULT_KINDS, LayersLike, Site, expand, parse_kinds, parse_layers
 
+STORE_DTYPES = ("float16", "bfloat16", "int8")
+"""Narrower numbers to store; int8 with a scale for each channel and block of rows, in runs only."""
 PARTS = ("all", "prompt", "response", "scored")
 _GRAMMAR = re.compile(r"(?:(all|prompt|response|scored)(?:\[([-\d:]+)\])?|\[?([-\d:]+)\]?)")
 _HOW = "write all, prompt, response, scored or last, or a slice: -4:, ::2, prompt[-1:], response[:8]"
@@ -106,6 +108,14 @@ class Selection:
     """Inclusive (first, last) pairs; None for all layers."""
 
     positions: Positions = Positions()
+    store_dtype: str | None = None
+    """Of STORE_DTYPES; None keeps the model's own."""
+
+    def __post_init__(self) -> None:
+        if self.store_dtype is not None and self.store_dtype not in STORE_DTYPES:
+            raise SelectionError(
+                f"no store_dtype {self.store_dtype!r}; write {', '.join(STORE_DTYPES)}, or leave it out for the model's own."
+            )
 
     @classmethod
     def parse(
@@ -113,13 +123,20 @@ class Selection:
         sites: str | Iterable[str] | None = None,
         layers: LayersLike = None,
         positions: str | slice | Positions = "all",
+        store_dtype: str | None = None,
     ) -> Selection:
-        """A selection from what people type. Raises UnknownSite, UnknownLayer, UnknownPositions."""
-        return cls(parse_kinds(sites), parse_layers(layers), Positions.parse(positions))
+        """A selection from what people type. Raises UnknownSite, UnknownLayer, UnknownPositions, SelectionError."""
+        dtype = None if store_dtype is None else str(store_dtype).removeprefix("torch.")
+        return cls(parse_kinds(sites), parse_layers(layers), Positions.parse(positions), dtype)
 
     def sites(self, n_layers: int) -> tuple[Site, ...]:
         """The sites kept in a model of n_layers. Raises UnknownLayer."""
         return expand(self.kinds, self.layers_text(), n_layers)
+
+    @property
+    def copied_as(self) -> str | None:
+        """The dtype in which rows leave the model; int8 needs many rows together, and is made when they are written."""
+        return None if self.store_dtype == "int8" else self.store_dtype
 
     def layers_text(self) -> str:
         """The layers as people type them: `0-2,-1`, or `all`."""
@@ -128,5 +145,6 @@ class Selection:
         return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in self.layers)
 
     def as_dict(self) -> dict[str, str]:
-        """For files: sites, layers and positions as people type them."""
-        return {"sites": ",".join(self.kinds), "layers": self.layers_text(), "positions": str(self.positions)}
+        """For files: sites, layers, positions and store_dtype as people type them."""
+        chosen = {"sites": ",".join(self.kinds), "layers": self.layers_text(), "positions": str(self.positions)}
+        return chosen if self.store_dtype is None else {**chosen, "store_dtype": self.store_dtype}

@@ -22,6 +22,7 @@ FLOORS = {
     "store.checksums": 2,
     "store.eight_bits": 1,
     "store.files": 1,
+    "models.staging": 1,
     "models.probe": 2,
     "store.contents": 2,
     "models.layout": 3,

@@ -335,7 +335,7 @@ def test_disk_that_fills_up_in_a_run_keeps_the_sealed_shards(
     same_hooks_after(demo.model)
     from AutomaticEval.store import writer
 
-    real, written = writer.write_shard, []
+    real, written = writer.write_file, []
 
     def full_after_two(path: Path, *args: Any, **kwargs: Any) -> None:
         if len(written) == 2:
@@ -343,8 +343,8 @@ def test_disk_that_fills_up_in_a_run_keeps_the_sealed_shards(
         real(path, *args, **kwargs)
         written.append(path)
 
-    monkeypatch.setattr(writer, "write_shard", full_after_two)
-    monkeypatch.setattr(writer.RunWriter.__init__, "__defaults__", (20_000,))
+    monkeypatch.setattr(writer, "write_file", full_after_two)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
     with pytest.raises(DiskFull) as raised:
         run_benchmark(demo, Benchmark(("demo",)), SCORED, save_dir=tmp_path)
     assert raised.value.exit_code == 1
@@ -352,7 +352,7 @@ def test_disk_that_fills_up_in_a_run_keeps_the_sealed_shards(
     run = open_run(folder)
     assert not run.finished
     assert len(run) == sum(1 for _ in run) > 0
-    assert sorted(path.name for path in folder.iterdir()) == ["shard-00000.h5", "shard-00001.h5"]
+    assert sorted(path.name for path in folder.glob("*")) == [".lock", "shard-00000.h5", "shard-00001.h5"]
 
 
 def test_failure_in_a_run_seals_what_was_captured(

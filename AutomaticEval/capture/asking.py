@@ -28,6 +28,8 @@ class AskOptions(TypedDict, total=False):
     """Kinds of sites: "resid_post,mlp_out". Default embed and resid_post."""
     positions: str | slice | Positions
     """all (default), prompt, response, scored, last, or a slice such as prompt[-1:]."""
+    store_dtype: str | None
+    """float16 or bfloat16: narrower numbers than the model's own."""
     max_new_tokens: int
     temperature: float
     top_p: float
@@ -63,7 +65,11 @@ class Request:
     def parse(cls, prompt: str, model: Any, layers: LayersLike, options: AskOptions) -> Request:
         """Raises SelectionError, PromptError, ModelError; TypeError for an option there is not."""
         given: dict[str, Any] = dict(options)
-        selection = Selection.parse(given.pop("sites", None), layers, given.pop("positions", "all"))
+        selection = Selection.parse(
+            given.pop("sites", None), layers, given.pop("positions", "all"), given.pop("store_dtype", None)
+        )
+        if selection.store_dtype == "int8":
+            raise SelectionError("store_dtype int8 needs the rows of many samples together; use float16 or bfloat16.")
         check_prompt(prompt)
         load = LoadOptions(**_take(given, LoadOptions))
         sampling = Sampling(**_take(given, Sampling))
@@ -191,6 +197,7 @@ def ask(loaded: LoadedModel, request: Request, *, capture: bool, folder: Path | 
     (response,) = respond(loaded, [ids], sampling, request.selection if capture else None, [request.prompt])
     settings = {
         **loaded.numbers(),
+        **({"shape": loaded.shape} if capture else {}),
         **request.selection.as_dict(),
         **asdict(sampling),
         "generation_config": loaded.model.generation_config.to_diff_dict(),

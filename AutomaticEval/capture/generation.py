@@ -97,8 +97,14 @@ def bytes_per_row(loaded: LoadedModel, selection: Selection) -> int:
     layout = loaded.layout
     sites = selection.sites(layout.n_layers)
     layout.pick(sites)
-    itemsize: int = torch.empty((), dtype=loaded.model.dtype).element_size()
+    stored = loaded.model.dtype if selection.store_dtype is None else getattr(torch, selection.store_dtype)
+    itemsize: int = torch.empty((), dtype=stored).element_size()
     return sum(layout.widths[site] for site in sites) * itemsize
+
+
+def dtype_of(selection: Selection) -> torch.dtype | None:
+    """What rows are narrowed to when they are copied out of the model; None leaves them."""
+    return None if selection.copied_as is None else getattr(torch, selection.copied_as)
 
 
 def respond(
@@ -123,7 +129,8 @@ def respond(
     if selection is not None:
         layout = loaded.layout
         taps = layout.pick(selection.sites(layout.n_layers))
-        recorder = capturing(model, taps, layout.embedding, keep_of(selection.positions, prompts, pads), len(prompts))
+        keep = keep_of(selection.positions, prompts, pads)
+        recorder = capturing(model, taps, layout.embedding, keep, len(prompts), dtype_of(selection))
     with torch.no_grad(), alone_with(model), _seeded(sampling), recorder as recording:
         sequences: Tensor = model.generate(  # [batch, width + longest response]
             input_ids=torch.tensor(ids, device=input_device(model)),

@@ -1,4 +1,4 @@
-"""The app: `main.py` without a subcommand runs a benchmark; generate, show and sites are subcommands."""
+"""The app: `main.py` without a subcommand runs a benchmark; everything else is a subcommand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from AutomaticEval.cli import benchmark, generate, show, sites
+from AutomaticEval.cli import benchmark, files, generate, show, sites
 from AutomaticEval.cli.options import SPELLINGS
 
 app = typer.Typer(
@@ -21,6 +21,10 @@ app.callback(invoke_without_command=True)(benchmark.benchmark)
 app.command("generate")(generate.generate)
 app.command("show")(show.show)
 app.command("sites")(sites.sites)
+app.command("verify")(files.verify)
+app.command("merge")(files.merge)
+app.command("prune")(files.prune)
+app.command("index")(files.index)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import typer
 
 from AutomaticEval.cli import options
 from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.errors import SelectionError
 
 if TYPE_CHECKING:
     from AutomaticEval.evaluation.join import Score
@@ -33,6 +34,8 @@ def benchmark(
     positions: Annotated[
         str | None, typer.Option("--positions", help="scored (default), all, prompt, response, last, or a slice.")
     ] = None,
+    store_dtype: options.StoreDtype = None,
+    compression: options.Compression = None,
     activation_save_dir: options.SaveDir = Path("activations"),
     output_path: Annotated[
         Path | None, typer.Option("--output_path", help="Folder for lm-eval's own results and samples files.")
@@ -56,13 +59,18 @@ def benchmark(
     if context.invoked_subcommand is not None:
         return
     captures = capture_activations
-    selection = options.chosen(sites, layers, positions, "scored", captures=captures, how="--capture_activations")
+    how = "--capture_activations"
+    selection = options.chosen(sites, layers, positions, store_dtype, "scored", captures=captures, how=how)
+    if compression is not None and not captures:
+        raise SelectionError("--compression was given, but nothing is captured; add --capture_activations.")
     typer.echo("Loading …", err=True)
     options.quiet_libraries()
     from AutomaticEval.evaluation.benchmark import Benchmark
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import LoadOptions, load_model, n_layers_of
+    from AutomaticEval.store.sealing import check_compression
 
+    check_compression(compression)
     asked = Benchmark(
         names=tuple(name.strip() for name in benchmark.split(",") if name.strip()),
         num_trials=num_trials,
@@ -81,6 +89,7 @@ def benchmark(
         selection,
         save_dir=activation_save_dir,
         output_path=output_path,
+        compression=compression,
         announce=lambda line: typer.echo(line, err=True),
     )
     _print(outcome, f"{benchmark} on {model}")

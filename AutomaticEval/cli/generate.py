@@ -28,6 +28,7 @@ def generate(
     positions: Annotated[
         str | None, typer.Option("--positions", help="all (default), prompt, response, scored, last, or a slice.")
     ] = None,
+    store_dtype: options.StoreDtype = None,
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="The most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top_p")] = 1.0,
@@ -46,7 +47,8 @@ def generate(
 ) -> None:
     """Answer one prompt; with --save_path or --capture_activations, keep its activations."""
     captures = capture_activations or save_path is not None
-    options.chosen(sites, layers, positions, "all", captures=captures, how="--save_path or --capture_activations")
+    how = "--save_path or --capture_activations"
+    options.chosen(sites, layers, positions, store_dtype, "all", captures=captures, how=how)
     options.quiet_libraries()
     from AutomaticEval.capture.asking import AskOptions, generate_inference, generate_inference_with_activations
     from AutomaticEval.store.files import file_stem, size_text
@@ -54,6 +56,7 @@ def generate(
     asked: AskOptions = {
         "sites": sites,
         "positions": positions or "all",
+        "store_dtype": store_dtype,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,

@@ -6,7 +6,8 @@ Options are declared with underscores; `SPELLINGS` makes `--capture-activations`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -22,6 +23,10 @@ SPELLINGS = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_
 Model = Annotated[str, typer.Option("--model", help="Hub name, folder, or demo (bundled).")]
 Layers = Annotated[str | None, typer.Option("--layers", help="Such as 0-2,-1. Default: all.", metavar="LAYERS")]
 Sites = Annotated[str | None, typer.Option("--sites", help="Such as embed,resid_post,mlp_out,z.", metavar="SITES")]
+StoreDtype = Annotated[
+    str | None, typer.Option("--store_dtype", help="Store narrower numbers: float16, bfloat16, or int8 (runs only).")
+]
+Compression = Annotated[str | None, typer.Option("--compression", help="zstd, lz4 or gzip on the disk; default: none.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything drawn at random.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto (cuda, mps, cpu) or a torch device.")]
@@ -50,15 +55,24 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def chosen(
-    sites: str | None, layers: str | None, positions: str | None, default: str, *, captures: bool, how: str
+    sites: str | None,
+    layers: str | None,
+    positions: str | None,
+    store_dtype: str | None,
+    default: str,
+    *,
+    captures: bool,
+    how: str,
 ) -> Selection | None:
     """What to keep, or None when nothing is captured. Raises SelectionError when a choice would be ignored."""
     from AutomaticEval.errors import SelectionError
     from AutomaticEval.selection import Selection
 
-    if not captures and (sites, layers, positions) != (None, None, None):
-        raise SelectionError(f"--sites, --layers or --positions were given, but nothing is captured; add {how}.")
-    return Selection.parse(sites, layers, positions or default) if captures else None
+    if not captures and any(given is not None for given in (sites, layers, positions, store_dtype)):
+        raise SelectionError(
+            f"--sites, --layers, --positions or --store_dtype were given, but nothing is captured; add {how}."
+        )
+    return Selection.parse(sites, layers, positions or default, store_dtype) if captures else None
 
 
 def quiet_libraries() -> None:
@@ -70,6 +84,20 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     for name in ("lm_eval", "lm-eval", "huggingface_hub", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def progress(what: str, total: Callable[[], int]) -> Iterator[Callable[[int], None]]:
+    """A bar on the error stream over a number of bytes; gives what tells it how many more are done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        with suppress(AutomaticEvalError):  # the work itself says what is wrong
+            bar.update(task, total=total())
+        yield lambda n_bytes: bar.advance(task, n_bytes)
 
 
 def console() -> Any:

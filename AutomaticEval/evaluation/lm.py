@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, postprocess_generated_text
 from torch import Tensor
 
-from AutomaticEval.capture.generation import keep_of, sample_columns, sequence_rows, until_end
+from AutomaticEval.capture.generation import dtype_of, keep_of, sample_columns, sequence_rows, until_end
 from AutomaticEval.errors import BenchmarkError, CaptureError
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel
@@ -95,7 +95,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
     ) -> None:
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)
         self._sink, self._positions, self._doc_ids = sink, selection.positions, doc_ids or {}
-        self._layout = loaded.layout
+        self._layout, self._dtype = loaded.layout, dtype_of(selection)
         self._taps = self._layout.pick(selection.sites(self._layout.n_layers))
         self._requests: list[Instance] | None = None
         self._keys: list[RequestKey] = []
@@ -169,7 +169,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             return probed
         rows = [self._scored_row(indices) for indices in self._take_announced(len(inps))]
         keep = _keep_rows([self._kept(members) for _, members, _ in rows])
-        with capturing(self.model, self._taps, self._layout.embedding, keep, len(rows)) as recording:
+        with capturing(self.model, self._taps, self._layout.embedding, keep, len(rows), self._dtype) as recording:
             out: Tensor = super()._model_call(inps, attn_mask, labels)
         samples = []
         for number, (tokens, members, n_truncated) in enumerate(rows):
@@ -205,7 +205,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         pads = [int(row.numel() - row.sum()) for row in kwargs["attention_mask"]]
         prompts = [row[pad:].tolist() for row, pad in zip(context, pads, strict=True)]
         keep = keep_of(self._positions, prompts, pads)
-        with capturing(self.model, self._taps, self._layout.embedding, keep, len(prompts)) as recording:
+        with capturing(self.model, self._taps, self._layout.embedding, keep, len(prompts), self._dtype) as recording:
             out: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
         samples = []
         for number, (prompt, (index,)) in enumerate(zip(prompts, announced, strict=True)):

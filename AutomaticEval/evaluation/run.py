@@ -136,7 +136,13 @@ def _evaluate(lm: HFLM, loaded: LoadedModel, benchmark: Benchmark, found: Loaded
 def _settings(loaded: LoadedModel, benchmark: Benchmark, selection: Selection) -> dict[str, Any]:
     numbers = loaded.numbers()
     versions = {**numbers["versions"], "lm_eval": lm_eval.__version__}
-    return {**numbers, "versions": versions, **selection.as_dict(), "benchmark": asdict(benchmark)}
+    return {
+        **numbers,
+        "shape": loaded.shape,
+        "versions": versions,
+        **selection.as_dict(),
+        "benchmark": asdict(benchmark),
+    }
 
 
 def _run_folder(save_dir: Path, benchmark: Benchmark, model: str) -> Path:

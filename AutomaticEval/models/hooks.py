@@ -1,7 +1,7 @@
 """`capturing`: read chosen sites of a model while it runs, whoever runs it.
 
 Hooks are installed on entry and removed, by handle, on every exit. What is kept is cut on the device at
-once, then copied to the CPU. Which columns a forward fed is known from the token ids that reached the
+once, then copied to the CPU (from a GPU by `staging.py`). Which columns a forward fed is known from the token ids that reached the
 embedding, never from counting calls: chunked prefill and deferred stops change the count.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.models.staging import Staging
 from AutomaticEval.models.taps import Tap, alone_with, input_of, tensor_of
 
 
@@ -32,8 +33,8 @@ Keep = Callable[[int, int], Kept | None]
 class Recording:
     """What `capturing` saw: for every kept (batch row, column) pair, one row a key. Read it after the with."""
 
-    def __init__(self, keys: list[str], keep: Keep, n_rows: int) -> None:
-        self._keep, self._n_rows = keep, n_rows
+    def __init__(self, keys: list[str], keep: Keep, n_rows: int, dtype: torch.dtype | None = None) -> None:
+        self._keep, self._n_rows, self._dtype = keep, n_rows, dtype
         self._fed: list[Tensor] = []
         self._kept: list[Kept] = []
         self._current: Kept | None = None
@@ -44,7 +45,8 @@ class Recording:
         self._pieces: dict[str, list[Tensor]] = {key: [] for key in keys}
         self._rows: dict[str, Tensor] = {}
         self._where: dict[tuple[int, int], int] = {}
-        self._devices: set[torch.device] = set()
+        self._cuts: dict[torch.device, dict[str, Tensor]] = {}
+        self._staging: dict[torch.device, Staging] = {}
 
     @property
     def n_forwards(self) -> int:
@@ -58,6 +60,7 @@ class Recording:
                 f"the embedding was given ids of shape {found}; expected [{self._n_rows}, columns]. Beam search, "
                 "assisted decoding and several sequences a prompt cannot be captured."
             )
+        self._send()
         self._first += self._n_columns
         self._fed.append(ids.detach())
         self._n_columns = ids.shape[1]
@@ -84,14 +87,31 @@ class Recording:
             raise CaptureError(f"the hook of {key} fired {self._fired[key]} times in {self.n_forwards} forwards.")
         if value.dim() == 2:  # some blocks flatten batch and columns
             value = value.view(-1, self._n_columns, value.shape[-1])
-        if not self._pieces[key]:
-            self._pieces[key].append(tap.take(value.detach()[:0, 0]).to("cpu"))  # [0, width]: when nothing is kept
+        if self._fired[key] == 1:
+            self._arrived(
+                key, self._narrowed(tap.take(value.detach()[:0, 0])).cpu()
+            )  # [0, width]: when nothing is kept
         if self._current is None:
             return
-        cut = tap.take(self._cut(key, value.detach(), self._current))  # [n_kept, width]
+        cut = self._narrowed(tap.take(self._cut(key, value.detach(), self._current)))  # [n_kept, width]
         if cut.device.type == "cuda":
-            self._devices.add(cut.device)
-        self._pieces[key].append(cut.to("cpu", non_blocking=cut.device.type == "cuda"))
+            self._cuts.setdefault(cut.device, {})[key] = cut
+        else:
+            self._arrived(key, cut.cpu())
+
+    def _narrowed(self, rows: Tensor) -> Tensor:
+        return rows if self._dtype is None else rows.to(self._dtype)
+
+    def _arrived(self, key: str, rows: Tensor) -> None:
+        self._pieces[key].append(rows)
+
+    def _send(self) -> None:
+        """A forward is over: what was cut of it on a GPU goes to the CPU in one transfer."""
+        for device, cuts in self._cuts.items():
+            if device not in self._staging:
+                self._staging[device] = Staging(device, self._arrived)
+            self._staging[device].send(cuts)
+        self._cuts = {}
 
     def _cut(self, key: str, value: Tensor, kept: Kept) -> Tensor:
         """A copy of the kept rows of a value [batch, columns, width]: the model may change the value in place."""
@@ -112,13 +132,25 @@ class Recording:
         for key, fired in self._fired.items():
             if fired != self.n_forwards:
                 raise CaptureError(f"the hook of {key} fired {fired} times in {self.n_forwards} forwards.")
-        for device in self._devices:
-            torch.cuda.synchronize(device)  # the copies to pinned memory have arrived
-        self._rows = {key: torch.cat(pieces) for key, pieces in self._pieces.items() if pieces}
-        self._pieces.clear()
+        self._send()
+        for staging in self._staging.values():
+            staging.finish()
+        for key in list(self._pieces):
+            pieces = self._pieces.pop(key)
+            if pieces:
+                self._rows[key] = torch.cat(pieces)
+        if self._dtype == torch.float16:
+            self._check_range()
         pairs = [(kept.rows.tolist(), kept.columns.tolist()) for kept in self._kept]
         every = [pair for rows, columns in pairs for pair in zip(rows, columns, strict=True)]
         self._where = {pair: number for number, pair in enumerate(every)}
+
+    def _check_range(self) -> None:
+        for key, rows in self._rows.items():
+            if rows.isinf().any():
+                raise CaptureError(
+                    f"{key} holds values that float16 cannot hold (65504 at most); store it as bfloat16."
+                )
 
     def fed(self, row: int) -> list[int]:
         """The token ids that the model was given in one batch row, column after column."""
@@ -137,15 +169,21 @@ class Recording:
 
 @contextmanager
 def capturing(
-    model: nn.Module, taps: Mapping[str, Tap], embedding: str, keep: Keep, n_rows: int
+    model: nn.Module,
+    taps: Mapping[str, Tap],
+    embedding: str,
+    keep: Keep,
+    n_rows: int,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[Recording]:
     """Record taps of a model in every forward inside the with.
 
     taps: key -> place, from `Layout.pick`. embedding: `Layout.embedding`. keep: what to keep of a forward.
-    n_rows: the rows of the batch, which every forward must have.
-    Raises CaptureError when a forward has other rows, or a hook does not fire exactly once a forward.
+    n_rows: the rows of the batch, which every forward must have. dtype: to narrow what is kept to; None leaves it.
+    Raises CaptureError when a forward has other rows, a hook does not fire exactly once a forward, or a value does
+    not fit into float16.
     """
-    recording = Recording(list(taps), keep, n_rows)
+    recording = Recording(list(taps), keep, n_rows, dtype)
     with ExitStack() as hooks:
         hooks.enter_context(alone_with(model))
 

@@ -25,6 +25,7 @@ from AutomaticEval.models.taps import Layout
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
 MAX_LOADED = 2
+SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head")
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
 
@@ -78,6 +79,11 @@ class LoadedModel:
         config = self.model.config.get_text_config()
         found = (getattr(config, name, None) for name in _CONTEXT_FIELDS)
         return next((int(number) for number in found if number), None)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """n_layers, d_model and the heads, for files: q, k, v and z are split into heads by them."""
+        return {name: getattr(self.layout, name) for name in SHAPE}
 
     def numbers(self) -> dict[str, Any]:
         """The settings of the model that decide its numbers, for files."""

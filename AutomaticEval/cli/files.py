@@ -1,0 +1,89 @@
+"""`main.py verify`, `merge`, `prune` and `index`: what is done to files and runs afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from AutomaticEval.cli import options
+from AutomaticEval.cli.options import one_line_errors
+
+File = Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The new .h5 file; an existing one is refused.")]
+
+
+@one_line_errors
+def verify(path: File) -> None:
+    """Compute every checksum again, and compare every row with its token. Exits with 1 when anything is wrong."""
+    from AutomaticEval.store.maintenance import size_of
+    from AutomaticEval.store.maintenance import verify as check
+
+    with options.progress("Verifying", lambda: size_of(path)) as advance:
+        problems = check(path, advance)
+    for problem in problems:
+        typer.echo(f"DamagedFile: {problem}", err=True)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{path}: all checksums are right, and every row is its token's")
+
+
+@one_line_errors
+def merge(
+    paths: Annotated[list[Path], typer.Argument(help="Run folders or files.", metavar="RUN…")],
+    output: Output,
+    compression: options.Compression = None,
+) -> None:
+    """Make one file of a run, or of several of the same model and selection."""
+    from AutomaticEval.store.maintenance import merge as join
+    from AutomaticEval.store.maintenance import size_of
+
+    with options.progress("Merging", lambda: sum(map(size_of, paths))) as advance:
+        join(paths, output, compression=compression, advance=advance)
+    _written(output)
+
+
+@one_line_errors
+def prune(
+    path: File,
+    output: Output,
+    sites: options.Sites = None,
+    layers: options.Layers = None,
+    positions: Annotated[
+        str | None, typer.Option("--positions", help="all, prompt, response, scored, last, or a slice.")
+    ] = None,
+    compression: options.Compression = None,
+) -> None:
+    """Copy only some sites, layers or positions into a smaller file."""
+    from AutomaticEval.errors import SelectionError
+    from AutomaticEval.store.maintenance import prune as cut
+    from AutomaticEval.store.maintenance import size_of
+
+    if (sites, layers, positions) == (None, None, None):
+        raise SelectionError("nothing to drop; say what to keep with --sites, --layers or --positions.")
+    with options.progress("Pruning", lambda: size_of(path)) as advance:
+        cut(
+            path,
+            output,
+            sites=sites,
+            layers=layers,
+            positions=positions,
+            compression=compression,
+            advance=advance,
+        )
+    _written(output)
+
+
+@one_line_errors
+def index(path: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]) -> None:
+    """Write a run's run.h5 again from its shards, also when the run was cut short."""
+    from AutomaticEval.store.maintenance import rebuild_index
+
+    _written(rebuild_index(path))
+
+
+def _written(path: Path) -> None:
+    from AutomaticEval.store.files import size_text
+
+    typer.echo(f"Written: {path} ({size_text(path.stat().st_size)})")

@@ -1,0 +1,307 @@
+"""What is done to files and runs afterwards: verify, merge, prune, convert, and `run.h5` built again.
+
+Nothing is changed in place but `run.h5`; what is made is a new file, whole or not at all. Rows pass through a few megabytes at a
+time, whatever the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from AutomaticEval.errors import AutomaticEvalError, OtherSettings, SelectionError, StoreError
+from AutomaticEval.selection import Positions
+from AutomaticEval.sites import KINDS, LayersLike, expand, parse_kinds, parse_layers
+from AutomaticEval.store import checksums, contents
+from AutomaticEval.store import format as contract
+from AutomaticEval.store.contents import Activation, Array, Contents, indices_of
+from AutomaticEval.store.files import ensure_space, prepare_file
+from AutomaticEval.store.reader import INDEX, Run, open_run
+from AutomaticEval.store.sealing import Source, check_compression, write_file
+from AutomaticEval.store.shard import Extent, Shard
+from AutomaticEval.store.writer import locked, shard_names, write_index
+
+Advance = Callable[[int], None]
+"""Told, as the work goes on, how many bytes of activations were done."""
+SAME = ("dtype", "store_dtype", "quantization", "revision", "sites", "layers", "positions", "shape")
+"""The settings that runs must share to be joined: the model and the selection."""
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def _ignore(n_bytes: int) -> None: ...
+
+
+def size_of(path: Path) -> int:
+    """Bytes of activations in a file or run: what `advance` adds up to."""
+    run = open_run(path)
+    return sum(_bytes(extent) for shard in run.shards for extent in shard.extents.values())
+
+
+def _bytes(extent: Extent) -> int:
+    return extent.shape[0] * extent.row_bytes
+
+
+def verify(path: Path, advance: Advance = _ignore) -> list[str]:
+    """What is wrong with a file or run, one line each, with the file and the dataset; empty when all is well.
+
+    Every checksum is computed again, every sample's rows are compared with its tokens, and of a run every shard must be
+    there and be its own. Raises StoreError when there is no such path.
+    """
+    if path.is_file():
+        return _verify_file(path, contract.SHARD_FORMAT, advance)
+    problems: list[str] = []
+    if (path / INDEX).exists():
+        problems += _verify_file(path / INDEX, contract.RUN_FORMAT, advance)
+    for name in shard_names(path):
+        problems += _verify_file(path / name, contract.SHARD_FORMAT, advance)
+    if problems:
+        return problems
+    try:
+        run = open_run(path)
+        problems += _verify_places(run)
+    except AutomaticEvalError as failure:
+        problems.append(str(failure))
+    return problems
+
+
+def _verify_file(path: Path, kind: str, advance: Advance) -> list[str]:
+    try:
+        shard = Shard(path, kind)
+        problems = list(_wrong_checksums(shard, advance))
+        if shard.has_rows:
+            problems += _strangers(shard)
+        return [f"{path}: {problem}" for problem in problems]
+    except AutomaticEvalError as failure:
+        return [str(failure)]
+
+
+def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:
+    """Datasets whose elements are not what their checksums say."""
+    if _version(shard) < (1, 1):  # had none
+        return
+    if checksums.of_attributes(shard.attributes) != shard.attributes.get(checksums.OF_ATTRIBUTES):
+        yield "the root attributes are not what their checksum says"
+    for name, found in _computed(shard, advance):
+        with shard.reading() as file:
+            expected = file[name].attrs.get(checksums.NAME)
+        if found != expected:
+            yield f"/{name} is not what its checksum says (found {found}, expected {expected})"
+
+
+def _version(shard: Shard) -> tuple[int, ...]:
+    return tuple(int(part) for part in shard.attributes["format_version"].split("."))
+
+
+def _computed(shard: Shard, advance: Advance) -> Iterator[tuple[str, str]]:
+    """(dataset, its checksum computed again)."""
+    scales = {f"scales/{key}": extent for key, extent in shard.scales.items()}
+    for name, extent in {**shard.numbers, **scales}.items():
+        yield name, checksums.of_numbers(shard.pieces(extent))
+    for extent in shard.extents.values() if shard.kind == contract.SHARD_FORMAT else ():
+        yield extent.name, checksums.of_numbers(_counted(shard.pieces(extent), advance))
+    with shard.reading() as file:
+        rest = [f"samples/{name}" for name in shard.column_names if name in contract.COLUMNS] + ["vocabulary/token"]
+        rest += [f"shards/{name}" for name in file["shards"]] if "shards" in file else []
+        for name in rest:
+            yield name, _of_column(file[name])
+
+
+def _of_column(dataset: h5py.Dataset) -> str:
+    values = dataset[()]
+    if h5py.check_string_dtype(dataset.dtype) is not None:
+        return checksums.of_text(values.tolist())
+    return checksums.of_numbers([np.ascontiguousarray(values)])
+
+
+def _counted(pieces: Iterator[Array], advance: Advance) -> Iterator[Array]:
+    for piece in pieces:
+        yield piece
+        advance(piece.nbytes)
+
+
+def _strangers(shard: Shard) -> list[str]:
+    """Samples with a row that is not their token's."""
+    held = shard.contents()
+    token_ids, positions = held.token_ids[:], held.positions[:]
+    for number in range(held.n_samples):
+        rows = indices_of(held.segments.item(number))
+        sequence = np.concatenate([held.input_ids.item(number), held.generated_ids.item(number)])[:-1]
+        places = positions[rows]
+        inside = np.all((places >= 0) & (places < len(sequence)))
+        if not inside or np.any(sequence[places] != token_ids[rows]):
+            return [f"the rows of sample {number} are not its tokens"]
+    return []
+
+
+def _verify_places(run: Run) -> list[str]:
+    """Samples of `run.h5` that are not those of the shards it names."""
+    shards = run.shards  # each is checked to be of this run, with its rows
+    firsts = np.cumsum([0, *(shard.n_rows for shard in shards)])
+    whole = [shard.contents() for shard in shards]
+    held = run.contents
+    for number, (shard, index) in enumerate(zip(run.column("shard"), run.column("index"), strict=True)):
+        if not (0 <= (shard or 0) < len(shards) and 0 <= (index or 0) < whole[shard or 0].n_samples):
+            return [f"{run.path / INDEX}: sample {number} is in no shard"]
+        theirs = whole[shard or 0]
+        if not np.array_equal(held.segments.item(number), theirs.segments.item(index or 0) + firsts[shard or 0]):
+            return [
+                f"{run.path / INDEX}: sample {number} has not the rows of sample {index} of {shards[shard].path.name}"
+            ]
+    return []
+
+
+def rebuild_index(folder: Path) -> Path:
+    """Write `run.h5` again from the shards that are there; what an earlier one said of the samples is kept.
+
+    Returns its path. Raises FolderInUse, StoreError, UnreadableFile.
+    """
+    if not folder.is_dir():
+        raise StoreError(f"{folder} is not a run folder.")
+    lock = locked(folder)
+    try:
+        run = open_run(folder)
+        sources = [Source(shard.path.name, shard.n_rows, shard.size_bytes) for shard in run.shards]
+        write_index(folder, sources, run.records(), finished=run.finished)
+    finally:
+        lock.release()
+    return folder / INDEX
+
+
+def merge(
+    paths: Sequence[Path], destination: Path, *, compression: str | None = None, advance: Advance = _ignore
+) -> Path:
+    """One file that holds all samples of one or more runs of the same model and selection.
+
+    Raises OtherSettings when they are not, StoreError when two hold the same request, PathExists.
+    """
+    runs = [open_run(path) for path in paths]
+    _check_joinable(runs)
+    held = _alone(contents.joined([run.contents for run in runs], _joined_settings(runs)))
+    return _write(destination, held, compression, advance)
+
+
+def _check_joinable(runs: Sequence[Run]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        differing = [name for name in SAME if run.settings.get(name) != first.settings.get(name)]
+        if run.model != first.model or differing:
+            named = ", ".join(f"{n} {first.settings.get(n)!r} and {run.settings.get(n)!r}" for n in differing)
+            raise OtherSettings(
+                f"{first.path} and {run.path} are not of the same model and selection: "
+                f"{named or f'{first.model} and {run.model}'}."
+            )
+    seen: dict[tuple[Any, ...], Path] = {}
+    for run in runs:
+        for record in run.records() if len(runs) > 1 else ():
+            key = tuple(record.get(name) for name in ("task", "doc_id", "choice", "repeat"))
+            if None not in key[:2] and seen.setdefault(key, run.path) != run.path:
+                raise StoreError(f"{seen[key]} and {run.path} both hold {key[0]} document {key[1]}; leave one out.")
+
+
+def _joined_settings(runs: Sequence[Run]) -> dict[str, Any]:
+    """What all runs say; where they differ, under `merged` what each says."""
+    every = [run.settings for run in runs]
+    same = {name: value for name, value in every[0].items() if all(one.get(name) == value for one in every)}
+    if len(runs) == 1:
+        return same
+    return {**same, "merged": [{name: one[name] for name in one if name not in same} for one in every]}
+
+
+def _alone(held: Contents) -> Contents:
+    """Without the columns that say where in a run a sample is."""
+    names = [name for name in held.columns.names if name not in ("shard", "index")]
+    return replace(held, columns=contents.Listed({name: held.columns.whole(name) for name in names}))
+
+
+def prune(
+    path: Path,
+    destination: Path,
+    *,
+    sites: str | None = None,
+    layers: LayersLike = None,
+    positions: str | None = None,
+    compression: str | None = None,
+    advance: Advance = _ignore,
+) -> Path:
+    """A smaller copy in one file: only some sites, layers or positions.
+
+    sites, layers, positions: as for a capture; None keeps what there is.
+    Raises SelectionError when nothing of it was stored, PathExists.
+    """
+    run = open_run(path)
+    held = _alone(run.contents)
+    keys = _kept_keys(run, sites, layers)
+    wanted = None if positions is None else Positions.parse(positions)
+    kept = [_kept_rows(held, number, wanted) for number in range(held.n_samples)]
+    chosen = {"sites": sites, "layers": None if layers is None else str(layers), "positions": wanted and str(wanted)}
+    now = {name: value for name, value in chosen.items() if value is not None}
+    before = {name: run.settings.get(name) for name in now}
+    settings = {**run.settings, **now, "pruned_from": before}
+    return _write(destination, replace(contents.cut(held, kept, keys), settings=settings), compression, advance)
+
+
+def _kept_keys(run: Run, sites: str | None, layers: LayersLike) -> list[str]:
+    found = [int(key.partition(".")[0].removeprefix("layer_")) for key in run.keys if key.startswith("layer_")]
+    n_layers = run.settings.get("shape", {}).get("n_layers", max(found, default=-1) + 1)
+    pairs = parse_layers(layers)
+    every = set() if sites is None else set(parse_kinds(sites))
+    named = (
+        {site.key for site in expand(every or KINDS, layers if pairs else None, n_layers)}
+        if n_layers
+        else set(run.keys)
+    )
+    kept = [key for key in run.keys if key in named]
+    if not kept:
+        raise SelectionError(f"{run.path} holds none of these sites and layers; it has {', '.join(run.keys)}.")
+    return kept
+
+
+def _kept_rows(held: Contents, number: int, wanted: Positions | None) -> Array:
+    rows = indices_of(held.segments.item(number))
+    if wanted is None:
+        return rows
+    places = wanted.resolve(len(held.input_ids.item(number)), len(held.generated_ids.item(number)))
+    kept: Array = rows[np.isin(held.positions[rows] if len(rows) else rows, list(places))]
+    return kept
+
+
+def convert(
+    path: Path,
+    destination: Path,
+    *,
+    dtype: str | None = None,
+    compression: str | None = None,
+    advance: Advance = _ignore,
+) -> Path:
+    """One file with the same samples in another dtype: float32 for viewers that cannot show bfloat16.
+
+    Raises SelectionError for an unknown dtype, CaptureError when a value does not fit into it, PathExists.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise SelectionError(f"no dtype {dtype!r} to convert to; write {', '.join(FLOATS)}.")
+    run = open_run(path)
+    held = _alone(run.contents)
+    if dtype is not None:
+        changed = contents.converted(held, getattr(torch, dtype))
+        held = replace(changed, settings={**run.settings, "store_dtype": dtype})
+    return _write(destination, held, compression, advance)
+
+
+def _write(destination: Path, held: Contents, compression: str | None, advance: Advance) -> Path:
+    check_compression(compression)
+    prepare_file(destination)
+    row_bytes = sum(each.width * each.dtype.itemsize for each in held.activations.values())
+    ensure_space(destination.parent, 0 if compression else held.n_rows * row_bytes)
+    told = {key: replace(each, pieces=_telling(each, advance)) for key, each in held.activations.items()}
+    write_file(destination, replace(held, activations=told), compression=compression)
+    return destination
+
+
+def _telling(activation: Activation, advance: Advance) -> Callable[[], Iterator[Array]]:
+    return lambda: _counted(activation.pieces(), advance)

@@ -1,0 +1,192 @@
+"""What the store's benchmarks share: samples made up in memory, clocks that alternate, and small tables.
+
+Ratios are taken within a round, the two sides one after the other in the same process, so that a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from AutomaticEval.store.format import Part, Rows, Sample, bits
+from AutomaticEval.store.writer import RunWriter
+
+MB = 1e6
+VOCABULARY = 5000
+BATCH = 8
+WORDS = "what is the river called that runs through a city where some people still speak of their old king ".split()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Samples of a run, bf16, every position of every layer."""
+
+    n_samples: int
+    n_tokens: int
+    """On average; prompt and response together."""
+
+    n_layers: int
+    width: int
+
+    @property
+    def keys(self) -> list[str]:
+        return ["embeddings", *(f"layer_{layer}" for layer in range(self.n_layers - 1))]
+
+    def sample(self, number: int) -> Sample:
+        """One sample, its tensors in memory of their own."""
+        generator = torch.Generator().manual_seed(number)
+        spread = self.n_tokens // 4
+        n_rows = self.n_tokens + (number * 7919 % (2 * spread + 1) - spread)
+        ids = torch.randint(VOCABULARY, (n_rows + 1,), generator=generator).tolist()
+        rows = Rows(
+            ids[:-1],
+            [f"Ġt{token}" for token in ids[:-1]],
+            list(range(n_rows)),
+            {key: noise(n_rows, self.width, number + layer) for layer, key in enumerate(self.keys)},
+        )
+        n_prompt = n_rows * 4 // 5
+        return Sample(columns(number, n_prompt), ids[:n_prompt], ids[n_prompt:], [Part(rows, range(n_rows))])
+
+    def samples(self) -> list[Sample]:
+        return [self.sample(number) for number in range(self.n_samples)]
+
+
+FULL = Workload(n_samples=100, n_tokens=210, n_layers=25, width=896)
+SMALL = Workload(n_samples=3000, n_tokens=11, n_layers=13, width=768)
+
+
+@cache
+def _normal() -> torch.Tensor:
+    return torch.randn(2**23, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def noise(n_rows: int, width: int, seed: int) -> torch.Tensor:
+    """[n_rows, width], bfloat16, in memory of its own. No two seeds below a million give the same page."""
+    start = seed * 7919 % (2**23 - n_rows * width)
+    return _normal()[start : start + n_rows * width].clone().view(n_rows, width)
+
+
+def columns(number: int, n_prompt: int) -> dict[str, Any]:
+    """What a benchmark run says of a sample before it is scored."""
+    return {
+        "prompt": " ".join(WORDS[(number + i * i) % len(WORDS)] for i in range(64)),  # about 300 characters
+        "response": " ".join(WORDS[(number * 3 + i) % len(WORDS)] for i in range(4)),
+        "timestamp": "2026-09-15T14:30:22+00:00",
+        "n_prompt_tokens": n_prompt,
+        "batch_rows": BATCH,
+        "batch_columns": n_prompt,
+        "task": f"mmlu_{number * 57 // 100_000}",
+        "doc_id": number // 4,
+        "choice": number % 4,
+        "repeat": 0,
+        "n_truncated": 0,
+    }
+
+
+def scored(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with what the evaluation says of it."""
+    right = record["doc_id"] % 3 == 0
+    return {
+        **record,
+        "logprob": -1.5 - record["choice"],
+        "is_greedy": record["choice"] == 0,
+        "correct": right,
+        "target": 2,
+        "prediction": 2 if right else 1,
+        "metrics": {"none": {"acc": float(right), "acc_norm": float(right)}},
+        "prompt_hash": f"{record['doc_id']:064x}",
+    }
+
+
+def rows_bytes(samples: Sequence[Sample]) -> int:
+    return sum(part.rows.size_bytes for sample in samples for part in sample.parts)
+
+
+def write(folder: Path, samples: Sequence[Sample], **options: Any) -> None:
+    """A run of them, as an evaluation writes it: batch after batch, then `run.h5`."""
+    with RunWriter(folder, "m", {"dtype": "bfloat16"}, **options) as writer:
+        for start in range(0, len(samples), BATCH):
+            writer.add(samples[start : start + BATCH])
+        writer.finish()
+
+
+def bits_of(samples: Sequence[Sample]) -> np.ndarray:
+    """The very bytes that a run of them holds, key after key, in one array."""
+    rows = [part.rows for sample in samples for part in sample.parts]
+    return np.concatenate([bits(each.activations[key]).reshape(-1) for key in rows[0].activations for each in rows])
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def fresh(parent: Path) -> Iterator[Path]:
+    """A new folder, gone afterwards; what was deleted is settled, so that the next clock does not pay for it."""
+    made = Path(tempfile.mkdtemp(dir=parent))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made)
+        os.sync()
+
+
+def seconds_in(parent: Path, work: Callable[[Path], object]) -> float:
+    """Of work in a new folder."""
+    with fresh(parent) as folder:
+        return seconds(lambda: work(folder / "run"))
+
+
+Clock = Callable[[], float]
+
+
+def alternating(ours: Clock, theirs: Clock, rounds: int) -> list[tuple[float, float]]:
+    """(ours, theirs) in seconds, round by round, each first in turn; after one warm-up."""
+    ours(), theirs()
+    found = []
+    for number in range(rounds):
+        if number % 2:
+            b, a = theirs(), ours()
+        else:
+            a, b = ours(), theirs()
+        found.append((a, b))
+    return found
+
+
+def show_ratio(name: str, n_bytes: int, pairs: Sequence[tuple[float, float]], base: str) -> None:
+    """Throughput of ours as a part of theirs: median, and from the worst to the best round."""
+    ratios = sorted(theirs / ours for ours, theirs in pairs)
+    best = min(theirs for _, theirs in pairs) / min(ours for ours, _ in pairs)
+    ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+    print(
+        f"{name:34} {statistics.median(ratios):5.2f} of {base} ({ratios[0]:.2f}..{ratios[-1]:.2f}; best of each "
+        f"{best:.2f})   {n_bytes / MB / ours:5.0f} and {n_bytes / MB / theirs:5.0f} MB/s"
+    )
+
+
+def show(name: str, value: float, unit: str, spread: Sequence[float] = ()) -> None:
+    around = f" ({min(spread):.3g}..{max(spread):.3g})" if spread else ""
+    print(f"{name:34} {value:.4g} {unit}{around}")
+
+
+def times(work: Callable[[], object], rounds: int) -> list[float]:
+    work()  # warm-up
+    return [seconds(work) for _ in range(rounds)]

@@ -1,0 +1,2 @@
+def compression(rounds, folder): pass
+def eight_bits(rounds, folder): pass

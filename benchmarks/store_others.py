@@ -1,0 +1,1 @@
+def others(rounds, folder): pass

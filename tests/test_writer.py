@@ -1,0 +1,291 @@
+"""A run that is written: by a thread that never drops or grows, by one process at a time, whole after any crash."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_store import SETTINGS, make_sample, same
+
+from AutomaticEval import open_run
+from AutomaticEval.errors import DiskFull, FolderInUse, OtherSettings, StoreError
+from AutomaticEval.store import writer
+from AutomaticEval.store.writer import RunWriter, shard_bytes_for, shard_names
+
+TINY = 1_000
+"""Bytes of a shard, so that nearly every sample is sealed by itself."""
+
+
+def numbered(number: int, **fields: Any) -> Any:
+    return make_sample(seed=number, task="t", doc_id=number, **fields)
+
+
+class Gate:
+    """Stands in for the disk: each shard waits until it is let through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.waiting, self.samples_waiting = threading.Event(), threading.Event(), 0
+        self._real = writer.write_file
+        monkeypatch.setattr(writer, "write_file", self._write)
+
+    def _write(self, path: Path, held: Any, **options: Any) -> None:
+        self.waiting.set()
+        assert self.open.wait(30)
+        self._real(path, held, **options)
+
+
+def test_the_model_does_not_wait_for_one_slow_shard_and_waits_for_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:
+        made.add([numbered(0)])  # handed to the thread
+        assert gate.waiting.wait(10)
+        blocked = threading.Thread(target=made.add, args=([numbered(1)],))
+        blocked.start()
+        blocked.join(0.3)
+        assert blocked.is_alive()  # one being written, one ready: the producer is held back, nothing is dropped
+        gate.open.set()
+        blocked.join(10)
+        assert not blocked.is_alive()
+        made.finish()
+    assert [sample["doc_id"] for sample in open_run(tmp_path)] == [0, 1]
+
+
+def test_failure_in_the_thread_reaches_the_caller_at_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, written = writer.write_file, []
+
+    def fails_second(path: Path, *args: Any, **options: Any) -> None:
+        written.append(path.name)
+        if len(written) == 2:
+            raise DiskFull("the disk is full")
+        real(path, *args, **options)
+
+    monkeypatch.setattr(writer, "write_file", fails_second)
+    with pytest.raises(DiskFull), RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:  # noqa: PT012
+        made.add([numbered(0)])
+        made.add([numbered(1)])
+        assert made._sealing is not None
+        while not made._sealing.done():
+            time.sleep(0.01)
+        made.add([numbered(2)])
+        raise AssertionError("the failure was not told")
+    assert [sample["doc_id"] for sample in open_run(tmp_path)] == [0]
+    assert threading.active_count() == 1 or not any("sealing" in t.name for t in threading.enumerate())
+
+
+def test_leaving_by_an_exception_seals_what_was_gathered(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), RunWriter(tmp_path, "m", SETTINGS) as made:  # noqa: PT012
+        made.add([numbered(0)])
+        raise ZeroDivisionError
+    assert len(open_run(tmp_path)) == 1
+
+
+def test_shards_grow_with_the_forecast_and_stay_few() -> None:
+    assert shard_bytes_for(0) == shard_bytes_for(2**34) == 256 * 2**20
+    assert shard_bytes_for(2**39) == 2 * 2**30
+    assert 2**39 / shard_bytes_for(2**39) <= 256
+    assert shard_bytes_for(2**50) == 4 * 2**30  # as far as memory allows
+
+
+def test_small_shards_are_merged_when_the_run_closes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "SHARD_SECONDS", 0)  # each sample is sealed by its age
+    with RunWriter(tmp_path, "m", SETTINGS) as made:
+        for number in range(12):
+            made.add([numbered(number)])
+        assert len(shard_names(tmp_path)) >= 11
+        made.finish()
+    assert shard_names(tmp_path) == ["shard-00012.h5"]
+    run = open_run(tmp_path)
+    for number, sample in enumerate(run):
+        assert sample["doc_id"] == number
+        assert same(sample["activations"], dict(numbered(number).parts[0].rows.activations))
+
+
+def test_killed_between_merging_and_deleting_no_sample_is_there_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "SHARD_SECONDS", 0)
+    monkeypatch.setattr(writer, "write_index", killed)
+    with pytest.raises(KeyboardInterrupt), RunWriter(tmp_path, "m", SETTINGS) as made:  # noqa: PT012
+        for number in range(5):
+            made.add([numbered(number)])
+        made.finish()
+    assert len(shard_names(tmp_path)) == 6  # five, and the one that replaces them
+    assert [sample["doc_id"] for sample in open_run(tmp_path)] == list(range(5))
+    monkeypatch.undo()
+    with RunWriter(tmp_path, "m", SETTINGS, resume=True) as resumed:
+        assert [record["doc_id"] for record in resumed.records()] == list(range(5))
+        resumed.add([numbered(5)])
+        resumed.finish()
+    assert [sample["doc_id"] for sample in open_run(tmp_path)] == list(range(6))
+    assert len(shard_names(tmp_path)) == 1
+
+
+def test_resume_goes_on_cleans_up_and_keeps_the_run_id(tmp_path: Path) -> None:
+    with RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:
+        made.add([numbered(0)])
+    left = tmp_path / ".shard-00001.h5.0123.partial"
+    left.write_bytes(b"half a shard")
+    before = open_run(tmp_path).settings["run_id"]
+    with RunWriter(tmp_path, "m", SETTINGS, resume=True) as resumed:
+        assert not left.exists()
+        assert resumed.n_samples == 1
+        resumed.add([numbered(1)])
+        resumed.finish()
+    run = open_run(tmp_path)
+    assert run.finished
+    assert run.settings["run_id"] == before
+    assert [sample["doc_id"] for sample in run] == [0, 1]
+
+
+def test_run_is_neither_written_into_nor_resumed_with_other_settings(tmp_path: Path) -> None:
+    with RunWriter(tmp_path, "m", SETTINGS) as made:
+        made.add([numbered(0)])
+    with pytest.raises(StoreError, match="holds a run"):
+        RunWriter(tmp_path, "m", SETTINGS)
+    with pytest.raises(OtherSettings, match="dtype was 'float32' and is 'bfloat16'"):
+        RunWriter(tmp_path, "m", {**SETTINGS, "dtype": "bfloat16"}, resume=True)
+    with pytest.raises(OtherSettings, match="model was 'm' and is 'other'"):
+        RunWriter(tmp_path, "other", SETTINGS, resume=True)
+    RunWriter(tmp_path, "m", SETTINGS, resume=True).close()  # what was refused left no lock behind
+
+
+HOLDS_THE_FOLDER = """
+import sys, time
+from pathlib import Path
+from AutomaticEval.store.writer import RunWriter
+with RunWriter(Path(sys.argv[1]), "m", {}) as made:
+    print("holding", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDS_THE_FOLDER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holding\n"
+        for resume in (False, True):
+            with pytest.raises(FolderInUse, match="another process is writing"):
+                RunWriter(tmp_path, "m", {}, resume=resume)
+        holder.kill()
+    RunWriter(tmp_path, "m", {}).close()
+
+
+def test_run_h5_shows_all_shards_as_one_file_to_plain_h5py(tmp_path: Path) -> None:
+    samples = [make_sample(torch.bfloat16, seed=n, task="t", doc_id=n) for n in range(9)]
+    with RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:
+        made._shard_bytes = 1  # none is merged
+        for sample in samples:
+            made.add([sample])
+        made.finish([{**record, "correct": True} for record in reversed(made.records())])
+    assert len(shard_names(tmp_path)) == 9
+    with h5py.File(tmp_path / "run.h5") as file:
+        for number, sample in enumerate(reversed(samples)):
+            (start,), (stop,) = (
+                file[f"segments/{end}"][file["segments/offset"][number] : file["segments/offset"][number + 1]]
+                for end in ("start", "stop")
+            )
+            for key, rows in sample.parts[0].rows.activations.items():
+                np.testing.assert_array_equal(file[f"activations/{key}"][start:stop], rows.float().numpy())
+            np.testing.assert_array_equal(file["rows/token_id"][start:stop], sample.parts[0].rows.token_ids)
+            assert file["samples/doc_id"][number] == 8 - number
+        assert file.attrs["state"] == "finished"
+    (tmp_path / "shard-00004.h5").unlink()
+    with h5py.File(tmp_path / "run.h5") as file:  # never zeros
+        rows = file["activations/layer_0"][()]
+        assert np.isnan(rows).all(axis=1).sum() == len(samples[4].parts[0].rows.positions)
+        assert not (rows == 0).all(axis=1).any()
+    with pytest.raises(StoreError, match=r"shard-00004\.h5 is missing"):
+        open_run(tmp_path)
+
+
+def test_run_of_ten_times_the_samples_is_not_held_in_memory(tmp_path: Path) -> None:
+    with RunWriter(tmp_path, "m", SETTINGS, shard_bytes=TINY) as made:
+        for number in range(50):
+            made.add([numbered(number)])
+            assert len(made._gathered) <= 3  # what was sealed is let go
+        made.finish()
+    assert len(open_run(tmp_path)) == 50
+
+
+FULL_DISK = """
+import sys, threading, time
+from pathlib import Path
+from AutomaticEval.store import writer
+writer.SHARD_BYTES = 20_000
+folder = Path.cwd() / "activations"
+def fill():
+    while not list(folder.glob("*/shard-00002.h5")):
+        time.sleep(0.005)
+    with open("filler", "wb") as file:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+threading.Thread(target=fill, daemon=True).start()
+threading.excepthook = lambda args: None
+from AutomaticEval.cli.app import main
+sys.argv = ["main.py", "--capture_activations", "--benchmark", "demo_facts", "--output_path", sys.argv[1]]
+main()
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("run as root, who may mount a small disk, to run this")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_disk_that_fills_up_ends_the_run_with_one_line_and_all_sealed_shards(small_disk: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "out")],
+        cwd=small_disk,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("DiskFull: the disk is full") == 1
+    assert "Traceback" not in done.stderr
+    (folder,) = (small_disk / "activations").iterdir()
+    assert not list(folder.glob(".*.partial"))
+    run = open_run(folder)
+    assert not run.finished
+    assert len(run) == sum(1 for _ in run) > 0
+    assert len(shard_names(folder)) >= 3
+
+
+@pytest.mark.parametrize("n_kills", [25, pytest.param(200, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_nothing_sealed_is_lost_or_unreadable(tmp_path: Path, n_kills: int) -> None:
+    """See `tests/kills.py`, which says what is compared after each kill and at the end."""
+    done = subprocess.run(
+        [sys.executable, "tests/kills.py", str(tmp_path), str(n_kills), "1"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{n_kills} kills over" in done.stdout
