@@ -26,7 +26,8 @@ from AutomaticEval.store.writer import RunWriter
 MB = 1e6
 VOCABULARY = 5000
 BATCH = 8
-WORDS = "what is the river called that runs through a city where some people still speak of their old king ".split()
+TEXT = "what is the river called that runs through a city where some people still speak of their old king"
+WORDS = TEXT.split()
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,14 @@ def bits_of(samples: Sequence[Sample]) -> np.ndarray:
     return np.concatenate([bits(each.activations[key]).reshape(-1) for key in rows[0].activations for each in rows])
 
 
+def sync_all(folder: Path) -> None:
+    """fsync every file of a folder."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -152,6 +161,7 @@ def fresh(parent: Path) -> Iterator[Path]:
 def seconds_in(parent: Path, work: Callable[[Path], object]) -> float:
     """Of work in a new folder."""
     with fresh(parent) as folder:
+        np.ones(2**31, np.uint8)  # a virtual machine may have given its free pages back: fetching them is nobody's work
         return seconds(lambda: work(folder / "run"))
 
 

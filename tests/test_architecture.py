@@ -21,7 +21,8 @@ FLOORS = {
     "store.format": 1,
     "store.checksums": 2,
     "store.eight_bits": 1,
-    "store.files": 1,
+    "store.files": 2,
+    "store.trailer": 1,
     "models.staging": 1,
     "models.probe": 2,
     "store.contents": 2,
@@ -54,7 +55,7 @@ OWNERS = {
     "rich": ("cli",),
     "matplotlib": ("report",),
     "bitsandbytes": ("models.loading",),
-    "datasets": ("evaluation",),
+    "datasets": ("evaluation", "store.export"),
     "pandas": ("store",),
 }
 WITHIN_A_FLOOR = {("selection", "sites"), ("sites", "errors"), ("selection", "errors")}

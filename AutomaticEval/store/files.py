@@ -19,6 +19,7 @@ from uuid import uuid4
 import h5py
 
 from AutomaticEval.errors import DiskFull, FolderNotWritable, PathExists, StoreError
+from AutomaticEval.store.trailer import arrays_of, write_trailer
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -107,8 +108,11 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def new_hdf5(path: Path, *, overwrite: bool = False) -> Iterator[h5py.File]:
     """An HDF5 file that gets its name only when it is complete and on the disk."""
-    with new_file(path, overwrite=overwrite) as partial, h5py.File(partial, "w", libver=("earliest", "v110")) as file:
-        yield file
+    with new_file(path, overwrite=overwrite) as partial:
+        with h5py.File(partial, "w", libver=("earliest", "v110")) as file:
+            yield file
+            arrays = arrays_of(file)
+        write_trailer(partial, arrays)
 
 
 @contextmanager

@@ -162,6 +162,14 @@ def assemble(
     }
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of an activation dataset by its `dtype` attribute. Raises ValueError for one that there is not."""
+    found = {str(dtype).removeprefix("torch."): dtype for dtype in (*_DTYPES, torch.bfloat16)}.get(name)
+    if found is None:
+        raise ValueError(f"no dtype {name!r}")
+    return found
+
+
 def hdf5_type(dtype: torch.dtype) -> h5py.h5t.TypeID:
     """The HDF5 type of an activation dtype; bfloat16 is HDF5's own, which h5py has no name for."""
     if dtype in _DTYPES:

@@ -18,7 +18,7 @@ import torch
 from AutomaticEval.errors import AutomaticEvalError, OtherSettings, SelectionError, StoreError
 from AutomaticEval.selection import Positions
 from AutomaticEval.sites import KINDS, LayersLike, expand, parse_kinds, parse_layers
-from AutomaticEval.store import checksums, contents
+from AutomaticEval.store import checksums, contents, trailer
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.contents import Activation, Array, Contents, indices_of
 from AutomaticEval.store.files import ensure_space, prepare_file
@@ -53,6 +53,8 @@ def verify(path: Path, advance: Advance = _ignore) -> list[str]:
     Every checksum is computed again, every sample's rows are compared with its tokens, and of a run every shard must be
     there and be its own. Raises StoreError when there is no such path.
     """
+    if not path.exists():
+        raise StoreError(f"no file or run folder {path}.")
     if path.is_file():
         return _verify_file(path, contract.SHARD_FORMAT, advance)
     problems: list[str] = []
@@ -71,14 +73,30 @@ def verify(path: Path, advance: Advance = _ignore) -> list[str]:
 
 
 def _verify_file(path: Path, kind: str, advance: Advance) -> list[str]:
+    has_trailer = path.is_file() and trailer.is_there(path)
+    if has_trailer and not trailer.is_right(path):  # HDF5 could loop for ever over it
+        return [f"{path}: HDF5's structures, the text or the trailer are not what the trailer's checksum says"]
     try:
         shard = Shard(path, kind)
+        _follow(shard)
         problems = list(_wrong_checksums(shard, advance))
         if shard.has_rows:
             problems += _strangers(shard)
+        if not has_trailer and _version(shard) >= (1, 1):
+            problems.append("its trailer is missing: it was changed or cut short")
         return [f"{path}: {problem}" for problem in problems]
     except AutomaticEvalError as failure:
         return [str(failure)]
+
+
+def _follow(shard: Shard) -> None:
+    """Raises TruncatedFile when HDF5's own structures cannot be followed to every object and attribute."""
+
+    def look(name: str, item: Any) -> None:
+        dict(item.attrs)
+
+    with shard.reading() as file:
+        file.visititems(look)
 
 
 def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:

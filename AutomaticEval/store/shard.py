@@ -224,7 +224,7 @@ class Shard:
         dataset = _dataset(file, name)
         if dataset.ndim != 2 or len(dataset) != self.n_rows:
             raise ValueError(f"/{name} has shape {dataset.shape}, expected [{self.n_rows}, width]")
-        dtype = getattr(torch, str(dataset.attrs["dtype"]))
+        dtype = contract.dtype_named(str(dataset.attrs["dtype"]))
         if dataset.id.get_type() != contract.hdf5_type(dtype):
             raise ValueError(f"/{name} is not of the type that its dtype attribute {dtype} says")
         if dtype == torch.int8 and self.scales[key].shape[1:] != dataset.shape[1:]:

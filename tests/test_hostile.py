@@ -1,0 +1,266 @@
+"""Files that were damaged or made to harm: each is refused by name, without a crash and without allocating what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_store import SETTINGS, make_sample, write_run
+
+from AutomaticEval import load_activations, open_run
+from AutomaticEval.errors import AutomaticEvalError, StoreError, TruncatedFile
+from AutomaticEval.store.maintenance import verify
+from AutomaticEval.store.sealing import write_shard
+from AutomaticEval.store.shard import Shard
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    write_shard(tmp_path / "one.h5", [make_sample(), make_sample(seed=1)], "m", SETTINGS)
+    return tmp_path / "one.h5"
+
+
+def replaced(file: h5py.File, name: str, **made: Any) -> None:
+    """A dataset with the same attributes, made otherwise."""
+    attributes = dict(file[name].attrs)
+    del file[name]
+    file.create_dataset(name, **made).attrs.update(attributes)
+
+
+def elsewhere(file: h5py.File) -> None:
+    del file["activations/layer_0"]
+    file["activations/layer_0"] = h5py.ExternalLink("/etc/passwd", "/x")
+
+
+def soft(file: h5py.File) -> None:
+    del file["activations/layer_0"]
+    file["activations/layer_0"] = h5py.SoftLink("/activations/embeddings")
+
+
+def soft_group(file: h5py.File) -> None:
+    file.move("samples", "other")
+    file["samples"] = h5py.SoftLink("/other")
+
+
+def external_storage(file: h5py.File) -> None:
+    shape = file["activations/layer_0"].shape
+    replaced(file, "activations/layer_0", shape=shape, dtype="<f4", external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])
+
+
+def virtual(file: h5py.File) -> None:
+    shape = file["activations/layer_0"].shape
+    layout = h5py.VirtualLayout(shape, "<f4")
+    layout[:] = h5py.VirtualSource("/etc/passwd", "x", shape)
+    del file["activations/layer_0"]
+    file.create_virtual_dataset("activations/layer_0", layout)
+    file["activations/layer_0"].attrs["dtype"] = "float32"
+
+
+HUGE = 2**40
+HARMS: dict[str, Callable[[h5py.File], Any]] = {
+    "external link": elsewhere,
+    "soft link": soft,
+    "soft group": soft_group,
+    "external storage": external_storage,
+    "virtual": virtual,
+    "huge rows": lambda f: [replaced(f, "rows/token_id", shape=(HUGE,), dtype="<i4")],
+    "huge activations": lambda f: [replaced(f, "activations/layer_0", shape=(12, HUGE), dtype="<f4")],
+    "huge and chunked": lambda f: replaced(f, "activations/layer_0", shape=(12, HUGE), dtype="<f4", chunks=(1, 1024)),
+    "huge chunks": lambda f: replaced(f, "activations/layer_0", shape=(12, 2**26), dtype="<f4", chunks=(1, 2**26)),
+    "huge column": lambda f: replaced(f, "samples/prompt", shape=(HUGE,), dtype=h5py.string_dtype(), chunks=(2**20,)),
+    "huge vocabulary": lambda f: replaced(f, "vocabulary/token", shape=(HUGE,), dtype=h5py.string_dtype()),
+    "wrong shape": lambda f: replaced(f, "activations/layer_0", data=np.zeros((3, 8), "<f4")),
+    "three dimensions": lambda f: replaced(f, "activations/layer_0", data=np.zeros((12, 8, 1), "<f4")),
+    "wrong type": lambda f: replaced(f, "activations/layer_0", data=np.zeros((12, 8), "<f8")),
+    "text for numbers": lambda f: replaced(f, "rows/token_id", data=["x"] * 12),
+    "dangling segment": lambda f: f["segments/stop"].__setitem__(0, 10**6),
+    "negative segment": lambda f: f["segments/start"].__setitem__(0, -5),
+    "offsets that fall": lambda f: f["segments/offset"].__setitem__(1, 9),
+    "offsets that overflow": lambda f: f["input_ids/offset"].__setitem__(2, 2**62),
+    "short column": lambda f: replaced(f, "samples/n_prompt_tokens", data=np.zeros(1, "<i8")),
+    "group for a dataset": lambda f: [f.__delitem__("rows/position"), f.create_group("rows/position")],
+    "settings that are not JSON": lambda f: f.attrs.__setitem__("settings", "{"),
+    "dtype that is a function": lambda f: f["activations/layer_0"].attrs.__setitem__("dtype", "load"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_harmful_file_is_refused_by_name(file: Path, harm: str) -> None:
+    with h5py.File(file, "r+") as opened:
+        HARMS[harm](opened)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(TruncatedFile, match=r"one\.h5"):
+        load_activations(file, sample=0)
+    assert verify(file), "verify found nothing wrong"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+
+
+def index_names(name: str) -> Callable[[Path], None]:
+    def harm(folder: Path) -> None:
+        with h5py.File(folder / "run.h5", "r+") as file:
+            file["shards/name"][1] = name
+
+    return harm
+
+
+def moved_rows(folder: Path) -> None:
+    with h5py.File(folder / "run.h5", "r+") as file:
+        file["segments/start"][0], file["segments/stop"][0] = 0, 1
+
+
+def more_rows(folder: Path) -> None:
+    with h5py.File(folder / "run.h5", "r+") as file:
+        file["shards/n_rows"][0] += 1
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        index_names("../other/shard-00001.h5"),
+        index_names("/etc/passwd"),
+        index_names("absent.h5"),
+        moved_rows,
+        more_rows,
+    ],
+)
+def test_harmful_index_is_refused_by_name(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    for name in ("run", "other"):
+        write_run(tmp_path / name, 9, shard_bytes=600)
+    harm(tmp_path / "run")
+    assert verify(tmp_path / "run")
+    with pytest.raises(AutomaticEvalError, match=r"run|shard"):
+        list(open_run(tmp_path / "run"))
+
+
+def test_truncated_shard_of_a_run_is_named_at_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    shard = tmp_path / "run" / "shard-00001.h5"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(TruncatedFile, match=r"shard-00001\.h5"):
+        open_run(tmp_path / "run")
+    assert any("shard-00001.h5" in problem for problem in verify(tmp_path / "run"))
+
+
+def test_any_flipped_bit_in_a_data_block_is_found_and_named(tmp_path: Path) -> None:
+    """Every byte of every dataset is flipped in turn; one bit each."""
+    write_shard(tmp_path / "one.h5", [make_sample(width=4)], "m", SETTINGS)
+    whole = (tmp_path / "one.h5").read_bytes()
+    blocks: list[tuple[str, int, int]] = []
+    with h5py.File(tmp_path / "one.h5") as opened:
+
+        def note(name: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset):
+                blocks.append((name, item.id.get_offset(), item.id.get_storage_size()))
+
+        opened.visititems(note)
+    assert len(blocks) > 15
+    flipped = tmp_path / "flipped.h5"
+    for name, offset, size in blocks:
+        for at in range(offset, offset + size, max(1, size // 16)):
+            damaged = bytearray(whole)
+            damaged[at] ^= 1 << (at % 8)
+            flipped.write_bytes(damaged)
+            problems = verify(flipped)
+            assert problems, f"byte {at - offset} of {name}"
+            assert str(flipped) in problems[0]
+            if name.startswith("activations/"):
+                assert any(f"/{name} is not what its checksum says" in problem for problem in problems)
+
+
+FLIPS = """
+import random, sys
+from pathlib import Path
+import h5py
+from AutomaticEval.store.maintenance import verify
+from AutomaticEval import open_run
+from AutomaticEval.errors import AutomaticEvalError
+
+def everything(path):
+    found = {}
+    with h5py.File(path) as file:
+        found.update({("/", name): str(value) for name, value in file.attrs.items()})
+        def note(name, item):
+            if isinstance(item, h5py.Dataset):
+                found[name] = (item.shape, str(item.dtype), item[()].tobytes() if item.dtype != object else item[()].tolist())
+        file.visititems(note)
+    return found
+
+folder, seed, n = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+whole, moments = (folder / "one.h5").read_bytes(), random.Random(seed)
+same, refused, silent = everything(folder / "one.h5"), 0, []
+for number in range(n):
+    at = moments.randrange(8 * len(whole))
+    damaged = bytearray(whole)
+    damaged[at // 8] ^= 1 << at % 8
+    flipped = folder / "flipped.h5"
+    flipped.write_bytes(damaged)
+    print(at, end=" ", flush=True, file=sys.stderr)
+    if verify(flipped):
+        refused += 1
+        continue
+    try:
+        list(open_run(flipped))
+    except AutomaticEvalError:
+        silent.append(at)
+        continue
+    if everything(flipped) != same:
+        silent.append(at)
+print(refused, len(silent), silent[:10])
+"""
+
+
+def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """Anywhere in the file, HDF5's own structures included, in a process of its own: none crashes it."""
+    write_shard(tmp_path / "one.h5", [make_sample(width=4)], "m", SETTINGS)
+    done = subprocess.run(
+        [sys.executable, "-c", FLIPS, str(tmp_path), "1", "400"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused, silent, where = done.stdout.split(maxsplit=2)
+    assert int(refused) > 50
+    assert int(silent) == 0, where
+
+
+def test_missing_checksum_is_found(file: Path) -> None:
+    with h5py.File(file, "r+") as opened:
+        del opened["activations/layer_0"].attrs["xxh3_64"]
+    assert "/activations/layer_0 is not what its checksum says" in verify(file)[0]
+
+
+def test_changed_settings_are_found(file: Path) -> None:
+    with h5py.File(file, "r+") as opened:
+        opened.attrs["settings"] = json.dumps({**SETTINGS, "dtype": "float16"})
+    assert "root attributes" in verify(file)[0]
+
+
+def test_folder_that_can_only_be_read_is_read(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    for path in (tmp_path / "run").iterdir():
+        path.chmod(0o444)
+    (tmp_path / "run").chmod(0o555)
+    try:
+        assert len(list(open_run(tmp_path / "run"))) == 9
+        assert verify(tmp_path / "run") == []
+    finally:
+        (tmp_path / "run").chmod(0o755)
+
+
+def test_verify_of_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no file"):
+        Shard(tmp_path / "absent.h5")
+    with pytest.raises(StoreError):
+        verify(tmp_path / "absent")
