@@ -44,9 +44,13 @@ FLOORS = {
     "evaluation.questions": 7,
     "evaluation.run": 7,
     "store.maintenance": 7,
-    "store.export": 8,
+    "store.lens": 2,
+    "store.hub": 2,
+    "store.outgoing": 7,
+    "store.arrow": 8,
+    "store.export": 9,
     "demo.train": 8,
-    "cli": 9,
+    "cli": 10,
 }
 OWNERS = {
     "h5py": ("store",),
@@ -55,7 +59,9 @@ OWNERS = {
     "rich": ("cli",),
     "matplotlib": ("report",),
     "bitsandbytes": ("models.loading",),
-    "datasets": ("evaluation", "store.export"),
+    "datasets": ("evaluation", "store.arrow"),
+    "pyarrow": ("store.arrow",),
+    "huggingface_hub": ("store.hub", "models.loading"),
     "pandas": ("store",),
 }
 WITHIN_A_FLOOR = {("selection", "sites"), ("sites", "errors"), ("selection", "errors")}

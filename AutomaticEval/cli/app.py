@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from AutomaticEval.cli import benchmark, files, generate, show, sites
+from AutomaticEval.cli import benchmark, export, files, generate, show, sites
 from AutomaticEval.cli.options import SPELLINGS
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("show")(show.show)
 app.command("sites")(sites.sites)
 app.command("verify")(files.verify)
 app.command("merge")(files.merge)
+app.command("export")(export.export)
 app.command("prune")(files.prune)
 app.command("index")(files.index)
 

@@ -356,15 +356,12 @@ def floats(raw: Array, dtype: torch.dtype, scales: Array | None) -> torch.Tensor
 def narrowed(key: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """values in another dtype. Raises CaptureError when a finite value becomes infinite."""
     found = values.to(dtype)
-    check_narrowed(key, values, found)
-    return found
-
-
-def check_narrowed(key: str, before: torch.Tensor, after: torch.Tensor) -> None:
-    """Raises CaptureError when a value that was finite became infinite."""
-    lost = after.isinf() & before.isfinite()
+    if torch.promote_types(values.dtype, dtype) == dtype:  # it holds them all
+        return found
+    lost = found.isinf() & values.isfinite()
     if lost.any():
         raise CaptureError(
-            f"{key} holds {float(before[lost].abs().max()):.4g}, which {str(after.dtype).removeprefix('torch.')} cannot "
-            "hold; store it as bfloat16 or float32."
+            f"{key} holds {float(values[lost].abs().max()):.4g}, which {str(dtype).removeprefix('torch.')} cannot hold; "
+            "store it as bfloat16 or float32."
         )
+    return found

@@ -1,0 +1,89 @@
+"""`main.py export RUN --to safetensors --output FOLDER`: activations for other tools, and up to the Hub."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from AutomaticEval.cli import options
+from AutomaticEval.cli.options import one_line_errors
+
+HDF5 = "hdf5"
+READING = {
+    "safetensors": "from safetensors.torch import load_file; tensors = load_file({first!r})",
+    "npz": "import numpy; arrays = numpy.load({first!r})",
+    "arrow": "import datasets; rows = datasets.load_from_disk({output!r}).with_format('torch')",
+    "transformer_lens": "from safetensors.torch import load_file; cache = load_file({first!r})",
+    HDF5: "from AutomaticEval import open_run; run = open_run({output!r})",
+}
+"""Format -> one line of Python."""
+
+
+@one_line_errors
+def export(
+    path: Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder; for hdf5, a new file.")],
+    to: Annotated[
+        str, typer.Option("--to", help="safetensors, npz, arrow, transformer_lens or hdf5.", metavar="FORMAT")
+    ] = "safetensors",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16. Default: as stored.")
+    ] = None,
+    compression: options.Compression = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push_to_hub", help="Upload it, too, as a private data set.", metavar="REPO")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the data set on the hub a public one.")] = False,
+) -> None:
+    """Write activations for other tools: safetensors, numpy, Hugging Face datasets, TransformerLens."""
+    from AutomaticEval.errors import SelectionError
+    from AutomaticEval.store import export as store
+    from AutomaticEval.store import hub
+    from AutomaticEval.store.reader import open_run
+
+    store.check_format(to, dtype, [*store.FORMATS, HDF5])
+    if compression is not None and to != HDF5:
+        raise SelectionError(f"--compression was given, but {to} is not compressed; use --to hdf5, or leave it out.")
+    if public and push_to_hub is None:
+        raise SelectionError("--public was given, but nothing is uploaded; add --push_to_hub user/name.")
+    output, n_samples = output.expanduser(), len(open_run(path))
+    if push_to_hub is not None:
+        hub.create_repository(push_to_hub, private=not public)  # before any work: it may be refused
+    _write(path, output, to, dtype, compression, n_samples)
+    typer.echo(f"{n_samples} samples of {path} are in {output} ({_size(output)}).")
+    if push_to_hub is not None:
+        typer.echo(f"Uploaded: {hub.push_to_hub(output, push_to_hub, private=not public)}")
+    typer.echo(f"Read it: {READING[to].format(output=str(output), first=str(_first(output)))}")
+
+
+def _write(path: Path, output: Path, to: str, dtype: str | None, compression: str | None, n_samples: int) -> None:
+    """Show a bar meanwhile: of bytes for one HDF5 file, of samples for the others."""
+    if to == HDF5:
+        from AutomaticEval.store.maintenance import convert, size_of
+
+        with options.progress("Exporting", lambda: size_of(path)) as advance:
+            convert(path, output, dtype=dtype, compression=compression, advance=advance)
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from AutomaticEval.store.export import export as to_folder
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        told = partial(bar.advance, bar.add_task("Exporting", total=n_samples))
+        to_folder(path, output, to, dtype=dtype, advance=told)
+
+
+def _first(output: Path) -> Path:
+    """The first file of activations in it."""
+    return next(iter(sorted(output.glob("s*-00000.*"))), output)
+
+
+def _size(output: Path) -> str:
+    from AutomaticEval.store.files import size_text
+
+    files = output.iterdir() if output.is_dir() else [output]
+    return size_text(sum(file.stat().st_size for file in files))

@@ -1,0 +1,137 @@
+"""A Hugging Face dataset of a run: one row a sample, read back with `datasets.load_from_disk`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from AutomaticEval.errors import StoreError
+from AutomaticEval.store.contents import Contents
+from AutomaticEval.store.format import COLUMNS
+from AutomaticEval.store.outgoing import Advance, column_names, records, sample
+from AutomaticEval.store.reader import Run
+
+_BATCH_BYTES = 64 * 2**20
+_BATCH_SAMPLES = 1000
+_ARROW_FILE_BYTES = 512 * 2**20
+_MAX_NUMBERS = 2**31 - _BATCH_BYTES
+"""Arrow counts the numbers of a list in 32 bits, over a whole batch."""
+
+
+def check_unicode(held: Contents) -> None:
+    """Raises StoreError for text that is not Unicode, which Arrow cannot hold."""
+    for name in column_names(held):
+        for number, value in enumerate(held.columns.whole(name) if COLUMNS.get(name) == "text" else ()):
+            try:
+                (value or "").encode("utf-8")
+            except UnicodeEncodeError:
+                raise StoreError(
+                    f"{name} of sample {number} has a lone surrogate, which Arrow cannot hold; export to safetensors."
+                ) from None
+
+
+def write_arrow(run: Run, folder: Path, dtypes: Mapping[str, torch.dtype], advance: Advance) -> None:
+    """A folder for datasets.load_from_disk; written here, because save_to_disk writes everything twice."""
+    import datasets
+    import pyarrow as pa
+
+    features, written = _features(run.contents, dtypes), 0
+    names: list[str] = []
+    with ExitStack() as opened:
+        for batch in _batches(run, dtypes):
+            if not names or written >= _ARROW_FILE_BYTES:
+                opened.close()
+                names.append(f"data-{len(names):05d}.arrow")
+                file = opened.enter_context((folder / names[-1]).open("wb"))
+                writer, written = opened.enter_context(pa.ipc.new_stream(file, features.arrow_schema)), 0
+            table = _arrow_table(batch, features)
+            writer.write_table(table)
+            written += table.nbytes
+            advance(len(batch))
+    datasets.DatasetInfo(features=features).write_to_directory(str(folder))
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": uuid4().hex[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
+
+
+def _features(held: Contents, dtypes: Mapping[str, torch.dtype]) -> Any:
+    """The type of each column, said and not guessed: None and JSON of many shapes are in them."""
+    from datasets import Array2D, Features, Sequence, Value
+
+    kinds = {"text": "string", "json": "string", "int": "int64", "float": "float64", "bool": "bool"}
+    ids = ("input_ids", "generated_ids", "token_ids", "positions")
+    return Features(
+        {
+            **{name: Value(kinds[COLUMNS.get(name, "json")]) for name in column_names(held)},
+            **{name: Sequence(Value("int32")) for name in ids},
+            "tokens": Sequence(Value("string")),
+            **{
+                key: Array2D((None, each.width), str(dtypes[key]).removeprefix("torch."))
+                for key, each in held.activations.items()
+            },
+        }
+    )
+
+
+def _batches(run: Run, dtypes: Mapping[str, torch.dtype]) -> Iterator[list[dict[str, Any]]]:
+    """Samples, flat as their rows will be, some megabytes at a time."""
+    batch: list[dict[str, Any]] = []
+    size_bytes = 0
+    for number, record in enumerate(records(run)):
+        found = sample(run, number, dtypes)
+        for key, tensor in found["activations"].items():
+            if tensor.numel() > _MAX_NUMBERS:
+                raise StoreError(
+                    f"{key} of sample {number} has {tensor.numel()} numbers; Arrow holds at most {_MAX_NUMBERS} in a list. "
+                    "Export to safetensors."
+                )
+            size_bytes += tensor.numel() * tensor.element_size()
+        picked = {name: found[name].tolist() for name in ("token_ids", "positions")}
+        batch.append({**_plain(record), **picked, "tokens": found["tokens"], **found["activations"]})
+        if size_bytes >= _BATCH_BYTES or len(batch) == _BATCH_SAMPLES:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of JSON as their text; what Arrow has a type for stays."""
+    kinds = {**dict.fromkeys(("input_ids", "generated_ids"), "int"), **COLUMNS}
+    return {
+        name: json.dumps(value) if value is not None and kinds.get(name, "json") == "json" else value
+        for name, value in record.items()
+    }
+
+
+def _arrow_table(batch: Sequence[Mapping[str, Any]], features: Any) -> Any:
+    import pyarrow as pa
+
+    schema, arrays = features.arrow_schema, []
+    for name in features:
+        values, kind = [row[name] for row in batch], schema.field(name).type
+        if not isinstance(values[0], Tensor):
+            arrays.append(pa.array(values, kind))
+            continue
+        width = values[0].shape[1]
+        n_rows = np.cumsum([0, *map(len, values)])
+        rows = pa.array(np.arange(n_rows[-1] + 1, dtype=np.int32) * np.int32(width))
+        numbers = pa.array(torch.cat(values).reshape(-1).numpy())
+        lists = pa.ListArray.from_arrays(pa.array(n_rows, pa.int32()), pa.ListArray.from_arrays(rows, numbers))
+        arrays.append(pa.ExtensionArray.from_storage(kind, lists))
+    return pa.Table.from_arrays(arrays, schema=schema)

@@ -1,0 +1,60 @@
+"""Up to the Hugging Face Hub: a folder or file as a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from AutomaticEval.errors import StoreError, first_line
+
+
+def push_to_hub(folder: Path, repo_id: str, *, private: bool = True) -> str:
+    """Upload a folder (or a file) as a data set of the Hugging Face Hub. Returns its address.
+
+    repo_id: "user/name", which is made when it is not there; private is for one that is made. A call that was
+    interrupted goes on where it stopped when it is repeated.
+    Raises StoreError.
+    """
+    from huggingface_hub import HfApi
+
+    if not folder.exists():
+        raise StoreError(f"no folder {folder}; export to it first.")
+    url = create_repository(repo_id, private=private)
+    with _named_failures(repo_id):
+        if folder.is_dir():
+            HfApi().upload_folder(
+                repo_id=repo_id, folder_path=folder, repo_type="dataset", ignore_patterns=[".lock", "*.partial"]
+            )
+        else:
+            HfApi().upload_file(repo_id=repo_id, path_or_fileobj=folder, path_in_repo=folder.name, repo_type="dataset")
+    return url
+
+
+def create_repository(repo_id: str, *, private: bool = True) -> str:
+    """Make a data set on the Hub unless it is there, which tells whether it can be written. Raises StoreError."""
+    from huggingface_hub import HfApi
+
+    with _named_failures(repo_id):
+        return str(HfApi().create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True))
+
+
+@contextmanager
+def _named_failures(repo_id: str) -> Iterator[None]:
+    """The Hub's refusals in one line that says what to do."""
+    from huggingface_hub import errors
+
+    web: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, web) as failure:
+        status = getattr(getattr(failure, "response", None), "status_code", None)
+        if isinstance(failure, errors.OfflineModeIsEnabled):
+            what = "HF_HUB_OFFLINE is set; unset it"
+        elif isinstance(failure, errors.HFValidationError):
+            what = "write it as user/name"
+        elif status in (401, 403, 404) or isinstance(failure, errors.LocalTokenNotFoundError):
+            what = "log in with `hf auth login`, with a token that may write there"
+        else:
+            what = "check the connection, and run it again: what was uploaded is kept"
+        raise StoreError(f"{repo_id} cannot be written on the hub ({first_line(failure)}): {what}.") from failure
