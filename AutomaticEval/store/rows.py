@@ -150,7 +150,9 @@ class Rows:
             return self._store.take(self._key, self._numbers[[int(at)]])[0]
         if isinstance(at, Tensor):
             at = at.numpy()
-        numbers = self._numbers[at if isinstance(at, slice) else np.asarray(at)]
+        if not isinstance(at, slice):
+            at = np.asarray(at) if len(at) else np.arange(0)
+        numbers = self._numbers[at]
         if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1 and np.all(np.diff(numbers) == 1):
             return self._store.read(self._key, [(int(numbers[0]), int(numbers[-1]) + 1)])
         return self._store.take(self._key, numbers)

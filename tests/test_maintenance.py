@@ -1,0 +1,257 @@
+"""Merge, prune, convert, index and old versions: the same samples, bit for bit, in files that read like any other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_store import SETTINGS, make_sample, same, write_run
+
+from AutomaticEval import load_activations, open_run
+from AutomaticEval.errors import OtherSettings, PathExists, SelectionError, StoreError
+from AutomaticEval.store.maintenance import convert, merge, prune, rebuild_index, verify
+from AutomaticEval.store.writer import RunWriter, shard_names
+
+DATA = ROOT / "tests" / "data"
+
+
+def assert_same_samples(one: Path, other: Path) -> None:
+    first, second = open_run(one), open_run(other)
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        for name in {*a, *b} - {"settings"}:
+            assert same(a[name], b[name]), name
+
+
+def test_merged_run_holds_the_same_samples_in_one_file(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 23, shard_bytes=600)
+    seen: list[int] = []
+    merged = merge([tmp_path / "run"], tmp_path / "merged.h5", advance=seen.append)
+    assert_same_samples(tmp_path / "run", merged)
+    assert verify(merged) == []
+    assert sum(seen) == sum(2 * 8 * 2 * len(sample["positions"]) for sample in open_run(merged))
+    with h5py.File(merged) as file:
+        assert not file["activations/layer_0"].is_virtual
+        assert "shard" not in file["samples"]
+    with pytest.raises(PathExists):
+        merge([tmp_path / "run"], tmp_path / "merged.h5")
+
+
+def run_of(folder: Path, numbers: range, settings: dict[str, Any] = SETTINGS) -> Path:
+    with RunWriter(folder, "m", settings) as made:
+        for number in numbers:
+            made.add([make_sample(seed=number, task="t", doc_id=number, choice=0, repeat=0)])
+        made.finish()
+    return folder
+
+
+def test_runs_of_the_same_model_and_selection_are_joined(tmp_path: Path) -> None:
+    parts = [run_of(tmp_path / "a", range(5), {**SETTINGS, "seed": 1}), run_of(tmp_path / "b", range(5, 8))]
+    run = open_run(merge(parts, tmp_path / "all.h5"))
+    assert [sample["doc_id"] for sample in run] == list(range(8))
+    for number, sample in enumerate(run):
+        assert same(sample["activations"], dict(make_sample(seed=number).parts[0].rows.activations))
+    assert run.settings["dtype"] == "float32"
+    assert [each.get("seed") for each in run.settings["merged"]] == [1, None]
+
+
+def test_runs_that_differ_or_overlap_are_not_joined(tmp_path: Path) -> None:
+    one = run_of(tmp_path / "a", range(3))
+    with pytest.raises(OtherSettings, match="layers"):
+        merge([one, run_of(tmp_path / "b", range(3, 5), {**SETTINGS, "layers": "0"})], tmp_path / "x.h5")
+    with pytest.raises(StoreError, match="both hold t document 2"):
+        merge([one, run_of(tmp_path / "c", range(2, 5))], tmp_path / "x.h5")
+    assert not (tmp_path / "x.h5").exists()
+
+
+def test_pruned_copy_keeps_what_was_asked_and_is_smaller(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 23, shard_bytes=600)
+    pruned = prune(tmp_path / "run", tmp_path / "small.h5", sites="resid_post", positions="last")
+    assert verify(pruned) == []
+    run = open_run(pruned)
+    assert run.keys == ["layer_0"]
+    assert run.settings["positions"] == "last"
+    for sample, whole in zip(run, open_run(tmp_path / "run"), strict=True):
+        assert same(sample["activations"], {"layer_0": whole["activations"]["layer_0"][-1:]})
+        assert sample["tokens"] == whole["tokens"][-1:]
+        assert sample["correct"] == whole["correct"]
+    assert len(run.rows("layer_0")) == 23
+
+
+def test_pruning_to_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 3, shard_bytes=600)
+    with pytest.raises(SelectionError, match="none of these"):
+        prune(tmp_path / "run", tmp_path / "x.h5", sites="mlp_out")
+    with pytest.raises(SelectionError, match="no layer 7"):
+        prune(tmp_path / "run", tmp_path / "x.h5", layers="7")
+    assert not (tmp_path / "x.h5").exists()
+
+
+def test_rows_shared_by_samples_stay_shared_when_pruned(tmp_path: Path) -> None:
+    pruned = prune(DATA / "format-1.0" / "run", tmp_path / "x.h5", positions="all")
+    with h5py.File(pruned) as file:
+        assert file["activations/layer_0"].shape[0] == 18  # three questions of six rows, each with two samples
+        assert file["segments/start"].shape[0] == 3 + 3 * 2  # the second has rows 1, 2 and 5
+
+
+def test_float32_copy_shows_bfloat16_to_any_viewer(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 5, shard_bytes=600)
+    wide = convert(tmp_path / "run", tmp_path / "wide.h5", dtype="float32")
+    with h5py.File(wide) as file:
+        assert file["activations/layer_0"].id.get_type().equal(h5py.h5t.IEEE_F32LE)
+    for sample, whole in zip(open_run(wide), open_run(tmp_path / "run"), strict=True):
+        assert same(sample["activations"]["layer_0"], whole["activations"]["layer_0"].float())
+
+
+def test_index_is_rebuilt_on_demand(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    before = [sample["correct"] for sample in open_run(tmp_path / "run")]
+    rebuild_index(tmp_path / "run")  # what the evaluation said stays
+    assert [sample["correct"] for sample in open_run(tmp_path / "run")] == before
+    assert open_run(tmp_path / "run").finished
+    (tmp_path / "run" / "run.h5").unlink()
+    rebuild_index(tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    assert not run.finished
+    assert [sample["doc_id"] for sample in run] == list(range(9))
+    with h5py.File(tmp_path / "run" / "run.h5") as file:
+        assert file.attrs["state"] == "unfinished"
+        assert file["activations/layer_0"].shape[0] == len(run.rows("layer_0"))
+    assert verify(tmp_path / "run") == []
+
+
+def plain(value: Any) -> Any:
+    """As tests/data/*/expected.json has it."""
+    if isinstance(value, torch.Tensor):
+        whole = {torch.bfloat16: torch.int16, torch.float32: torch.int32}.get(value.dtype, value.dtype)
+        return {"dtype": str(value.dtype), "values": value.view(whole).tolist()}
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items() if name != "path"}
+    return value
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_files_of_every_version_are_read_for_ever(version: str) -> None:
+    folder = DATA / f"format-{version}"
+    expected = json.loads((folder / "expected.json").read_text())
+    assert len(expected) >= 2
+    for name, samples in expected.items():
+        run = open_run(folder / name)
+        assert [plain(sample) for sample in run] == samples
+        assert verify(folder / name) == []
+        table = run.table()
+        assert table["response"].tolist() == [sample["response"] for sample in samples]
+        stacked = run.activations(run.keys[-1])
+        assert same(stacked, torch.stack([sample["activations"][run.keys[-1]][-1] for sample in run]))
+
+
+def test_the_version_that_is_written_has_its_file_among_them() -> None:
+    from AutomaticEval.store.format import VERSION
+
+    newest = sorted(tuple(map(int, path.name[7:].split("."))) for path in DATA.glob("format-*"))[-1]
+    assert newest == VERSION
+
+
+def test_sample_is_chosen_by_number(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    assert load_activations(tmp_path / "run", sample=2)["doc_id"] == 6
+    assert load_activations(tmp_path / "run", -1)["doc_id"] == 0
+    with pytest.raises(StoreError, match="no sample 9; it holds 9"):
+        load_activations(tmp_path / "run", sample=9)
+
+
+def test_where_gives_the_samples_that_match(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 23, shard_bytes=600)
+    run = open_run(tmp_path / "run")
+    right = run.where(correct=True, task="t")
+    assert [sample["doc_id"] for sample in right] == list(range(22, -1, -2))
+    assert right.table()["doc_id"].tolist() == right.column("doc_id")
+    assert [sample["doc_id"] for sample in right.where(doc_id=[4, 6, 7])] == [6, 4]
+    assert len(right.where(doc_id=lambda number: number > 18)) == 2
+    assert same(right.activations("layer_0"), run.activations("layer_0")[::2])
+    assert len(right.rows("layer_0")) == sum(len(sample["positions"]) for sample in right)
+    assert len(run.where(task="none")) == 0
+    with pytest.raises(StoreError, match="Did you mean 'correct'"):
+        run.where(corect=True)
+
+
+def test_rows_are_an_array_on_the_disk(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 23, shard_bytes=600)
+    run = open_run(tmp_path / "run")
+    rows = run.rows("layer_0")
+    whole = torch.cat([sample["activations"]["layer_0"] for sample in reversed(list(run))])
+    assert rows.shape == tuple(whole.shape)
+    assert len(shard_names(tmp_path / "run")) > 3
+    assert same(rows[:], whole)
+    for at in ([5, 2, 90, 5], slice(3, 60), slice(50, 2, -7), torch.tensor([7]), np.arange(40) % 3 == 0, []):
+        if isinstance(at, np.ndarray):
+            at = np.flatnonzero(at)
+        assert same(
+            rows[at],
+            whole[list(range(len(whole))[at]) if isinstance(at, slice) else torch.as_tensor(at, dtype=torch.long)],
+        )
+    assert same(rows[-1], whole[-1])
+    np.testing.assert_array_equal(np.asarray(rows), whole.float().numpy())
+    tokens = [token for sample in reversed(list(run)) for token in sample["token_ids"].tolist()]
+    assert rows.token_ids.tolist() == tokens
+    with pytest.raises(IndexError):
+        rows[len(whole)]
+
+
+def test_one_position_of_the_sequence_is_found_by_name(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    run = open_run(tmp_path / "run")
+    for position, place in (
+        ("prompt[-1]", lambda s: s["n_prompt_tokens"] - 1),
+        ("response[0]", lambda s: s["n_prompt_tokens"]),
+    ):
+        expected = torch.stack([s["activations"]["layer_0"][s["positions"].tolist().index(place(s))] for s in run])
+        assert same(run.activations("layer_0", position), expected)
+    with pytest.raises(StoreError, match="ask for one"):
+        run.activations("layer_0", "prompt")
+    pruned = open_run(prune(tmp_path / "run", tmp_path / "last.h5", positions="last"))
+    with pytest.raises(StoreError, match="was not stored"):
+        pruned.activations("layer_0", "prompt[0]")
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_dataset_feeds_a_data_loader(tmp_path: Path, n_workers: int) -> None:
+    write_run(tmp_path / "run", 23, shard_bytes=600)
+    run = open_run(tmp_path / "run")
+    rows = run.rows("layer_0")[:]
+    torch.manual_seed(0)
+    loader = torch.utils.data.DataLoader(run.dataset("layer_0"), batch_size=16, shuffle=True, num_workers=n_workers)
+    seen = torch.cat(list(loader))
+    assert len(seen) == len(rows)
+    assert sorted(seen.float().sum(1).tolist()) == sorted(rows.float().sum(1).tolist())
+    labelled = torch.utils.data.DataLoader(
+        run.dataset("layer_0", position="last", label="correct"), batch_size=5, num_workers=n_workers
+    )
+    x, y = zip(*labelled, strict=True)
+    assert same(torch.cat(x), run.activations("layer_0"))
+    assert torch.cat(y).tolist() == run.column("correct")
+    with pytest.raises(StoreError, match="choose one a sample"):
+        run.dataset("layer_0", label="correct")
+
+
+def test_one_site_of_one_sample_reads_only_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    run = open_run(tmp_path / "run")
+    run.read(0, "layer_0")  # its shard is open now
+    real, read = os.preadv, []
+
+    def counted(handle: int, buffers: Any, offset: int) -> int:
+        read.append(sum(len(each) for each in buffers))
+        return real(handle, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    rows = run.read(0, "layer_0")
+    assert sum(read) == rows.numel() * rows.element_size()
