@@ -1,42 +1,41 @@
-"""Open a run, choose samples, and train a probe from the disk: does a layer's last row say whether the choice is the right one?
+"""Open a run, choose samples, and train a probe from the disk: does a layer know what kind of thing is asked for?"""
 
-python examples/03_read_a_run.py [RUN_FOLDER]
-"""
-
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
-from AutomaticEval import open_run
+from AutomaticEval import load_model, open_run
+from AutomaticEval.evaluation.benchmark import Benchmark
+from AutomaticEval.evaluation.run import run_benchmark
+from AutomaticEval.selection import Selection
 
-if len(sys.argv) > 1:
-    folder = Path(sys.argv[1])
-else:  # what `python main.py --capture_activations --benchmark demo_facts` does
-    from AutomaticEval.evaluation.benchmark import Benchmark
-    from AutomaticEval.evaluation.run import run_benchmark
-    from AutomaticEval.models.loading import load_model
-    from AutomaticEval.selection import Selection
+KINDS = ("animal", "capital", "colour", "drink")
 
-    outcome = run_benchmark(
-        load_model("demo"), Benchmark(("demo_facts",)), Selection.parse(), save_dir=Path(tempfile.mkdtemp())
+
+def kinds(prompts: list[str]) -> torch.Tensor:
+    return torch.tensor([next(n for n, kind in enumerate(KINDS) if kind in prompt) for prompt in prompts])
+
+
+asked = (load_model("demo"), Benchmark(("demo_facts",)), Selection.parse(positions="scored"))
+run = open_run(run_benchmark(*asked, save_dir=Path(tempfile.mkdtemp())).folder)  # as main.py does
+table = run.table()
+run = run.where(table.choice == table.prediction)  # one sample a question: the choice that the model took
+train, test = run.where(doc_id=lambda n: n % 2 == 0), run.where(doc_id=lambda n: n % 2 == 1)
+
+for layer in run.keys:  # at the last token of the prompt, which is the same for all questions
+    torch.manual_seed(0)
+    probe = torch.nn.Linear(run.rows(layer).shape[1], len(KINDS))
+    optimizer = torch.optim.Adam(probe.parameters(), lr=0.01)
+    batches = DataLoader(train.dataset(layer, position="prompt[-1]", label="prompt"), batch_size=15)
+    for rows, prompts in 30 * list(batches):
+        (
+            optimizer.zero_grad(),
+            torch.nn.functional.cross_entropy(probe(rows), kinds(prompts)).backward(),
+            optimizer.step(),
+        )
+    found = probe(test.activations(layer, position="prompt[-1]")).argmax(1)
+    print(
+        f"{layer}: the kind is found for {(found == kinds(test.column('prompt'))).sum()} of {len(test)} other questions"
     )
-    folder = outcome.folder
-
-run = open_run(folder)
-print(run, "\n", run.table()[["doc_id", "choice", "response", "logprob", "correct"]].head(4))
-train, test = (
-    run.where(doc_id=lambda number, odd=odd: number % 2 == odd) for odd in (0, 1)
-)  # by question, never by choice
-
-torch.manual_seed(0)
-probe = torch.nn.Linear(run.rows("layer_2").shape[1], 1)
-optimizer = torch.optim.Adam(probe.parameters(), lr=0.01, weight_decay=1e-3)
-for _ in range(20):
-    for x, right in DataLoader(train.dataset("layer_2", position="last", label="correct"), batch_size=32, shuffle=True):
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(probe(x.float())[:, 0], right.float())
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-found = probe(test.activations("layer_2", position="last").float())[:, 0] > 0
-print(f"questions that were not trained on: {(found == torch.tensor(test.column('correct'))).float().mean():.2f} right")

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-EXPECTED = {"01_capture.py": "response: 42", "02_benchmark_loop.py": "accuracy: 9 of 12"}
+EXPECTED = {
+    "01_capture.py": "response: 42",
+    "02_benchmark_loop.py": "accuracy: 9 of 12",
+    "03_read_a_run.py": "layer_1: the kind is found for 45 of 45",
+}
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)

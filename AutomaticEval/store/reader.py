@@ -180,13 +180,18 @@ class Run(Sequence[dict[str, Any]]):
         whole = self._contents.columns.whole(name)
         return [whole[number] for number in self._order.tolist()]
 
-    def where(self, **wanted: Any) -> Run:
+    def where(self, mask: Any = None, **wanted: Any) -> Run:
         """The samples whose columns have these values: `run.where(correct=True, task="mmlu_anatomy")`.
 
-        A list, tuple or set gives several values; a function is asked for each value. Raises StoreError for a column
-        that there is not.
+        A list, tuple or set gives several values; a function is asked for each value. mask: a truth value for each
+        sample, for what one column does not say: `run.where(table.choice == table.prediction)`.
+        Raises StoreError for a column that there is not, or a mask of another length.
         """
-        kept = np.ones(len(self), dtype=bool)
+        kept = np.ones(len(self), dtype=bool) if mask is None else np.array(mask, dtype=bool)
+        if kept.shape != (len(self),):
+            raise StoreError(
+                f"the mask has shape {kept.shape}; expected one truth value for each of {len(self)} samples."
+            )
         for name, value in wanted.items():
             kept &= np.array([_matches(found, value) for found in self.column(name)], dtype=bool)
         return self._some(self._order[kept])
