@@ -20,8 +20,7 @@ def kinds(prompts: list[str]) -> torch.Tensor:
 
 asked = (load_model("demo"), Benchmark(("demo_facts",)), Selection.parse(positions="scored"))
 run = open_run(run_benchmark(*asked, save_dir=Path(tempfile.mkdtemp())).folder)  # as main.py does
-table = run.table()
-run = run.where(table.choice == table.prediction)  # one sample a question: the choice that the model took
+run = run.where(run.table().eval("choice == prediction"))  # one sample a question: the choice that the model took
 train, test = run.where(doc_id=lambda n: n % 2 == 0), run.where(doc_id=lambda n: n % 2 == 1)
 
 for layer in run.keys:  # at the last token of the prompt, which is the same for all questions
@@ -30,12 +29,9 @@ for layer in run.keys:  # at the last token of the prompt, which is the same for
     optimizer = torch.optim.Adam(probe.parameters(), lr=0.01)
     batches = DataLoader(train.dataset(layer, position="prompt[-1]", label="prompt"), batch_size=15)
     for rows, prompts in 30 * list(batches):
-        (
-            optimizer.zero_grad(),
-            torch.nn.functional.cross_entropy(probe(rows), kinds(prompts)).backward(),
-            optimizer.step(),
-        )
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(probe(rows), kinds(prompts)).backward()
+        optimizer.step()
     found = probe(test.activations(layer, position="prompt[-1]")).argmax(1)
-    print(
-        f"{layer}: the kind is found for {(found == kinds(test.column('prompt'))).sum()} of {len(test)} other questions"
-    )
+    right = (found == kinds(test.column("prompt"))).sum()
+    print(f"{layer}: the kind is found for {right} of {len(test)} other questions")
