@@ -356,12 +356,14 @@ def test_threads_that_share_a_model_take_turns(tiny_llama: LoadedModel) -> None:
 
     given: dict[str, Any] = {"tokenizer": tiny_llama.tokenizer, "max_new_tokens": 5}
     another = copy.deepcopy(tiny_llama.model)  # raw hooks of the test must not see the other threads
+    alone = threading.Lock()  # nor one another
 
     def ask(number: int) -> str:
         if number % 3 == 0:
             return generate_inference(f"Tell me {number}.", tiny_llama.model, **given)
         text, data = generate_inference_with_activations(f"Tell me {number}.", tiny_llama.model, **given)
-        raw = raw_residuals(another, "llama", data["token_ids"].tolist())
+        with alone:
+            raw = raw_residuals(another, "llama", data["token_ids"].tolist())
         torch.testing.assert_close(data["activations"]["layer_2"], raw["layer_2"], atol=1e-5, rtol=1e-5)
         return text
 

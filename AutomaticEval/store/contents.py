@@ -5,6 +5,7 @@ Activations come piece by piece and are never gathered. Knows nothing of HDF5.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +18,7 @@ from AutomaticEval.store import eight_bits
 from AutomaticEval.store.format import Rows, Sample, bits, bits_type, from_bits
 
 Array = np.ndarray[Any, Any]
+_PIECE_BYTES = 256 * 2**10
 
 
 class Ragged(NamedTuple):
@@ -30,7 +32,7 @@ class Ragged(NamedTuple):
     def of(cls, lists: Sequence[Sequence[Any]], shape: tuple[int, ...] = ()) -> Ragged:
         """shape: of each element."""
         offset = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-        values = np.array([value for items in lists for value in items], dtype=np.int64).reshape(-1, *shape)
+        values = np.array(list(itertools.chain.from_iterable(lists)), dtype=np.int64).reshape(-1, *shape)
         return cls(offset, values)
 
     @classmethod
@@ -62,7 +64,11 @@ def ranges_of(indices: Iterable[int]) -> list[tuple[int, int]]:
 
 def indices_of(ranges: Array) -> Array:
     """ranges: [n, 2], half-open. Returns every index, one range after the other."""
-    return np.concatenate([np.arange(start, stop) for start, stop in ranges]) if len(ranges) else np.arange(0)
+    if len(ranges) == 1:  # most samples
+        return np.arange(*ranges[0])
+    lengths = ranges[:, 1] - ranges[:, 0]
+    ends = np.cumsum(lengths)
+    return np.repeat(ranges[:, 1] - ends, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 class Columns(Protocol):
@@ -161,7 +167,7 @@ def of_samples(
     _check_alike(blocks)
     ends = np.cumsum([0, *(len(rows.positions) for rows in blocks)])
     first = {id(rows): int(end) for rows, end in zip(blocks, ends, strict=False)}
-    places = [[first[id(rows)] + index for rows, where in sample.parts for index in where] for sample in samples]
+    places = [[np.asarray(where, np.int64) + first[id(rows)] for rows, where in sample.parts] for sample in samples]
     strings: dict[int, str] = {}
     for rows in blocks:
         strings.update(zip(rows.token_ids, rows.tokens, strict=True))
@@ -169,10 +175,10 @@ def of_samples(
     return Contents(
         model,
         settings,
-        np.array([token for rows in blocks for token in rows.token_ids], dtype=np.int32),
-        np.array([position for rows in blocks for position in rows.positions], dtype=np.int32),
+        _flat([rows.token_ids for rows in blocks]),
+        _flat([rows.positions for rows in blocks]),
         np.arange(ends[-1], dtype=np.int32) // eight_bits.BLOCK_ROWS if in_8_bits else None,
-        Ragged.of([ranges_of(rows) for rows in places], (2,)),
+        _segments(places),
         Ragged.of([sample.input_ids for sample in samples]),
         Ragged.of([sample.generated_ids for sample in samples]),
         lambda: strings,
@@ -181,17 +187,45 @@ def of_samples(
     )
 
 
+def _flat(lists: Sequence[Sequence[int]]) -> Array:
+    return np.fromiter(itertools.chain.from_iterable(lists), np.int32, sum(map(len, lists)))
+
+
+def _segments(places: Sequence[Sequence[Array]]) -> Ragged:
+    """places: for each sample the numbers of its rows, part by part."""
+    lengths = [sum(map(len, parts)) for parts in places]
+    numbers = np.concatenate([np.arange(0), *(part for parts in places for part in parts)])
+    owner = np.repeat(np.arange(len(places)), lengths)
+    begins = np.ones(len(numbers), dtype=bool)
+    begins[1:] = (np.diff(numbers) != 1) | (np.diff(owner) != 0)
+    at = np.flatnonzero(begins)
+    ranges = (
+        np.column_stack([numbers[at], numbers[[*at[1:] - 1, len(numbers) - 1]] + 1])
+        if len(at)
+        else np.empty((0, 2), np.int64)
+    )
+    return Ragged(np.searchsorted(owner[at], np.arange(len(places) + 1)), ranges)
+
+
 def _check_alike(blocks: Sequence[Rows]) -> None:
-    shapes = [{key: (rows.dtype, rows.shape[1:]) for key, rows in block.activations.items()} for block in blocks]
-    lengths = [{len(block.positions), len(block.token_ids), *map(len, block.activations.values())} for block in blocks]
-    if any(shape != shapes[0] for shape in shapes) or any(len(length) > 1 for length in lengths):
-        raise CaptureError("rows of different sites, dtypes, widths or lengths cannot be stored in one file.")
+    kinds = {key: (tensor.dtype, tensor.shape[1]) for key, tensor in blocks[0].activations.items()} if blocks else {}
+    for block in blocks:
+        n_rows = len(block.positions)
+        if (
+            len(block.token_ids) != n_rows
+            or block.activations.keys() != kinds.keys()
+            or any(
+                (rows.dtype, rows.shape[1]) != kinds[key] or rows.shape[0] != n_rows
+                for key, rows in block.activations.items()
+            )
+        ):
+            raise CaptureError("rows of different sites, dtypes, widths or lengths cannot be stored in one file.")
 
 
 def _in_memory(tensors: Sequence[torch.Tensor], *, in_8_bits: bool) -> Activation:
     dtype, width = tensors[0].dtype, tensors[0].shape[1]
     if not in_8_bits:
-        return Activation(dtype, width, lambda: map(bits, tensors))
+        return Activation(dtype, width, lambda: gathered(map(bits, tensors)))
 
     def blocks() -> Iterator[Array]:
         return rechunked((tensor.float().numpy() for tensor in tensors), eight_bits.BLOCK_ROWS)
@@ -202,6 +236,20 @@ def _in_memory(tensors: Sequence[torch.Tensor], *, in_8_bits: bool) -> Activatio
         lambda: map(eight_bits.quantized, blocks()),
         lambda: map(eight_bits.scales_of, blocks()),
     )
+
+
+def gathered(pieces: Iterable[Array]) -> Iterator[Array]:
+    """The same rows; thousands of small pieces as fewer of _PIECE_BYTES, which the processor's cache still holds."""
+    waiting: list[Array] = []
+    n_bytes = 0
+    for piece in pieces:
+        waiting.append(piece)
+        n_bytes += piece.nbytes
+        if n_bytes >= _PIECE_BYTES:
+            yield np.concatenate(waiting) if len(waiting) > 1 else piece
+            waiting, n_bytes = [], 0
+    if waiting:
+        yield np.concatenate(waiting)
 
 
 def rechunked(pieces: Iterable[Array], n_rows: int) -> Iterator[Array]:
@@ -232,15 +280,6 @@ def joined(parts: Sequence[Contents], settings: Mapping[str, Any] | None = None)
         part.segments._replace(values=part.segments.values[:] + start)
         for part, start in zip(parts, starts, strict=False)
     ]
-    names = dict.fromkeys(name for part in parts for name in part.columns.names)
-    columns = {
-        name: [
-            value
-            for part in parts
-            for value in (part.columns.whole(name) if name in part.columns.names else [None] * part.n_samples)
-        ]
-        for name in names
-    }
     return Contents(
         parts[0].model,
         parts[0].settings if settings is None else settings,
@@ -251,9 +290,19 @@ def joined(parts: Sequence[Contents], settings: Mapping[str, Any] | None = None)
         Ragged.joined([part.input_ids for part in parts]),
         Ragged.joined([part.generated_ids for part in parts]),
         lambda: {token: text for part in parts for token, text in part.strings().items()},
-        Listed(columns),
+        joined_columns(parts),
         {key: _joined_activation([part.activations[key] for part in parts]) for key in parts[0].activations},
     )
+
+
+def joined_columns(parts: Sequence[Contents]) -> Listed:
+    """One sample table, one part after the other; None where a part lacks a column."""
+    names = dict.fromkeys(name for part in parts for name in part.columns.names)
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    for part in parts:
+        for name, values in found.items():
+            values += part.columns.whole(name) if name in part.columns.names else [None] * part.n_samples
+    return Listed(found)
 
 
 def _joined_activation(each: Sequence[Activation]) -> Activation:

@@ -185,7 +185,7 @@ def rebuild_index(folder: Path) -> Path:
     try:
         run = open_run(folder)
         sources = [Source(shard.path.name, shard.n_rows, shard.size_bytes) for shard in run.shards]
-        write_index(folder, sources, run.records(), finished=run.finished)
+        write_index(folder, sources, run.shards, contents.Listed.of(run.records()), finished=run.finished)
     finally:
         lock.release()
     return folder / INDEX

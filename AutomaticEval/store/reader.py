@@ -20,7 +20,7 @@ from AutomaticEval.store.contents import Array, Contents, indices_of, records_of
 from AutomaticEval.store.files import PICKLE_SUFFIXES
 from AutomaticEval.store.rows import Kind, Rows, RowsDataset, ShardedRows
 from AutomaticEval.store.shard import FileColumns, Shard, naming
-from AutomaticEval.store.writer import living, shard_names
+from AutomaticEval.store.writer import living, order_of, placed, shard_names
 
 INDEX = "run.h5"
 _BOOKKEEPING = ("shard", "index", "batch_rows", "batch_columns")
@@ -214,8 +214,8 @@ class Run(Sequence[dict[str, Any]]):
     def rows(self, key: str) -> Rows:
         """All rows of these samples, each once, as an array-like [n_rows, width] on the disk."""
         self._check_key(key)
-        distinct = np.unique(indices_of(self._contents.segments.take(self._order).values))
-        return self._rows(key, distinct)
+        numbers = indices_of(self._contents.segments.take(self._order).values)
+        return self._rows(key, numbers if np.all(numbers[1:] > numbers[:-1]) else np.unique(numbers))
 
     def _rows(self, key: str, numbers: Array) -> Rows:
         return Rows(self._store, key, numbers, self._contents.token_ids, self._contents.positions)
@@ -316,17 +316,10 @@ def _gathered(folder: Path, index: Shard | None) -> tuple[ShardedRows, Contents]
     _check_there(folder, names)
     run_id = None if index is None else index.settings.get("run_id")
     shards = [Shard(folder / name) if index is None else _of_run(folder / name, run_id) for name in names]
-    first = np.cumsum([0, *(shard.n_samples for shard in shards)])
-    held = contents.joined([shard.contents() for shard in shards])
-    records = [
-        {**record, "shard": number, "index": at}
-        for number, shard in enumerate(shards)
-        for at, record in enumerate(records_of(shard.contents().columns))
-    ]
-    if index is not None:
-        records = records_of(FileColumns(index))
-    order = np.array([first[record["shard"]] + record["index"] for record in records], dtype=np.int64)
-    return _stored(shards), contents.reordered(held, order, contents.Listed.of(records))
+    parts = [shard.contents() for shard in shards]
+    columns = placed(parts) if index is None else FileColumns(index)
+    held = contents.reordered(contents.joined(parts), order_of(parts, columns), columns)
+    return _stored(shards), held
 
 
 def _check_there(folder: Path, names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from AutomaticEval.errors import AutomaticEvalError, FolderInUse, OtherSettings, StoreError
 from AutomaticEval.store import contents
-from AutomaticEval.store.contents import Contents, Listed
+from AutomaticEval.store.contents import Array, Columns, Contents, Listed
 from AutomaticEval.store.files import named_failures, prepare_folder
 from AutomaticEval.store.format import Sample
 from AutomaticEval.store.sealing import Source, check_compression, write_file, write_run
@@ -71,6 +72,7 @@ class RunWriter:
         self._blocks: dict[int, int] = {}
         self._since = time.monotonic()
         self._sealed: list[Source] = []
+        self._opened: dict[str, Shard] = {}
         self._next = 0
         self._n_samples = 0
         prepare_folder(folder)
@@ -178,16 +180,18 @@ class RunWriter:
 
     def records(self) -> list[dict[str, Any]]:
         """The columns of every sealed sample, with its shard and index. Seals what is gathered; merges small shards."""
+        return contents.records_of(self._table())
+
+    def _table(self) -> Listed:
         self.flush()
         self._merge_small()
-        return [
-            {**record, "shard": number, "index": index}
-            for number, shard in enumerate(self._shards())
-            for index, record in enumerate(contents.records_of(shard.contents().columns))
-        ]
+        return placed([shard.contents() for shard in self._shards()])
 
     def _shards(self) -> list[Shard]:
-        return [Shard(self.folder / source.name) for source in self._sealed]
+        for source in self._sealed:
+            if source.name not in self._opened:
+                self._opened[source.name] = Shard(self.folder / source.name)
+        return [self._opened[source.name] for source in self._sealed]
 
     def _merge_small(self) -> None:
         """Write neighbours that fit into one shard as one; the old ones stay until `run.h5` is there."""
@@ -203,8 +207,8 @@ class RunWriter:
 
     def finish(self, records: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Write `run.h5`: these records, one a sample, with what the evaluation said of each; None: as `records()`."""
-        rows = self.records() if records is None else records
-        write_index(self.folder, self._sealed, rows, finished=True)
+        columns = self._table() if records is None else Listed.of(records)
+        write_index(self.folder, self._sealed, self._shards(), columns, finished=True)
         kept = {source.name for source in self._sealed}
         for name in shard_names(self.folder):
             if name not in kept:  # merged into another one
@@ -263,15 +267,27 @@ def _groups(sources: Sequence[Source], size_bytes: int) -> list[list[Source]]:
     return groups
 
 
+def placed(parts: Sequence[Contents]) -> Listed:
+    """The sample table over several shards, with each sample's shard and index."""
+    columns = dict(contents.joined_columns(parts).columns)
+    columns["shard"] = [number for number, part in enumerate(parts) for _ in range(part.n_samples)]
+    columns["index"] = [index for part in parts for index in range(part.n_samples)]
+    return Listed(columns)
+
+
 def write_index(
-    folder: Path, sources: Sequence[Source], records: Sequence[Mapping[str, Any]], *, finished: bool
+    folder: Path, sources: Sequence[Source], shards: Sequence[Shard], columns: Columns, *, finished: bool
 ) -> None:
-    """Write `run.h5` over shards. records: the columns of each sample, in the order wanted, with its shard and index."""
-    shards = [Shard(folder / source.name) for source in sources]
+    """Write `run.h5` over shards. columns: of each sample, in the order wanted, with its shard and index."""
     if not shards:
         raise StoreError(f"{folder} holds no shard: nothing was captured.")
-    first = np.cumsum([0, *(shard.n_samples for shard in shards)])
-    order = np.array([first[record["shard"]] + record["index"] for record in records], dtype=np.int64)
-    everything = contents.joined([shard.contents() for shard in shards], shards[0].settings)
-    held = contents.reordered(everything, order, Listed.of(records))
+    parts = [replace(shard.contents(), columns=Listed({})) for shard in shards]  # the table has the columns
+    held = contents.reordered(contents.joined(parts, shards[0].settings), order_of(parts, columns), columns)
     write_run(folder / "run.h5", held, sources, finished=finished)
+
+
+def order_of(parts: Sequence[Contents], columns: Columns) -> Array:
+    """The number of each line of a table among the samples of all parts, by its shard and index."""
+    first = np.cumsum([0, *(part.n_samples for part in parts)])
+    found: Array = first[columns.whole("shard")] + np.array(columns.whole("index"), dtype=np.int64)
+    return found
