@@ -20,6 +20,8 @@ FLOORS = {
     "models.taps": 1,
     "store.format": 1,
     "store.checksums": 2,
+    "store.ragged": 1,
+    "store.extents": 2,
     "store.eight_bits": 1,
     "store.files": 2,
     "store.trailer": 1,

@@ -19,7 +19,7 @@ from AutomaticEval.evaluation.benchmark import Benchmark
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
-from AutomaticEval.store import eight_bits, shard
+from AutomaticEval.store import eight_bits, extents
 from AutomaticEval.store.format import Part, Rows, Sample
 from AutomaticEval.store.maintenance import convert, merge, prune, verify
 from AutomaticEval.store.writer import RunWriter
@@ -244,7 +244,7 @@ def without_hdf5plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "hdf5plugin", None)
-    monkeypatch.setattr(shard.h5py.h5z, "filter_avail", lambda code: False)
+    monkeypatch.setattr(extents.h5py.h5z, "filter_avail", lambda code: False)
     return
 
 
@@ -261,6 +261,6 @@ def test_compressed_file_without_the_plugin_names_it(tmp_path: Path, monkeypatch
     import sys
 
     monkeypatch.setitem(sys.modules, "hdf5plugin", None)
-    monkeypatch.setattr(shard.h5py.h5z, "filter_avail", lambda code: False)
+    monkeypatch.setattr(extents.h5py.h5z, "filter_avail", lambda code: False)
     with pytest.raises(MissingFilter, match="zstd compression needs hdf5plugin"):
         open_run(folder).read(0, "layer_0")

@@ -6,9 +6,9 @@ Activations come piece by piece and are never gathered. Knows nothing of HDF5.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,60 +16,7 @@ import torch
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.store import eight_bits
 from AutomaticEval.store.format import Rows, Sample, bits, bits_type, from_bits
-
-Array = np.ndarray[Any, Any]
-_PIECE_BYTES = 2**20
-"""Small enough for the processor's cache, large enough that the pages on the disk are read back at full speed."""
-
-
-class Ragged(NamedTuple):
-    """Lists of different lengths, one after the other: item i is values[offset[i]:offset[i + 1]]."""
-
-    offset: Array
-    values: Any
-    """An array, or what is sliced like one."""
-
-    @classmethod
-    def of(cls, lists: Sequence[Sequence[Any]], shape: tuple[int, ...] = ()) -> Ragged:
-        """shape: of each element."""
-        offset = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-        values = np.array(list(itertools.chain.from_iterable(lists)), dtype=np.int64).reshape(-1, *shape)
-        return cls(offset, values)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Ragged]) -> Ragged:
-        ends = np.cumsum([0, *(part.offset[-1] for part in parts)], dtype=np.int64)
-        offsets = [part.offset[:-1] + end for part, end in zip(parts, ends, strict=False)]
-        return cls(np.concatenate([*offsets, ends[-1:]]), np.concatenate([part.values[:] for part in parts]))
-
-    def item(self, index: int) -> Array:
-        found: Array = self.values[int(self.offset[index]) : int(self.offset[index + 1])]
-        return found
-
-    def take(self, order: Array) -> Ragged:
-        """The items in another order, or some of them."""
-        lengths = np.diff(self.offset)[order]
-        offset = np.cumsum([0, *lengths], dtype=np.int64)
-        starts = np.repeat(self.offset[:-1][order] - offset[:-1], lengths)
-        return Ragged(offset, self.values[:][starts + np.arange(offset[-1])])
-
-
-def ranges_of(indices: Iterable[int]) -> list[tuple[int, int]]:
-    """Indices as the half-open ranges in which they follow one another: [3, 4, 7] -> [(3, 5), (7, 8)]."""
-    array = np.fromiter(indices, dtype=np.int64)
-    if not len(array):
-        return []
-    breaks = np.flatnonzero(np.diff(array) != 1) + 1
-    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(array, breaks)]
-
-
-def indices_of(ranges: Array) -> Array:
-    """ranges: [n, 2], half-open. Returns every index, one range after the other."""
-    if len(ranges) == 1:  # most samples
-        return np.arange(*ranges[0])
-    lengths = ranges[:, 1] - ranges[:, 0]
-    ends = np.cumsum(lengths)
-    return np.repeat(ranges[:, 1] - ends, lengths) + np.arange(ends[-1] if len(ends) else 0)
+from AutomaticEval.store.ragged import Array, Ragged, gathered, ranges_of, rechunked
 
 
 class Columns(Protocol):
@@ -237,38 +184,6 @@ def _in_memory(tensors: Sequence[torch.Tensor], *, in_8_bits: bool) -> Activatio
         lambda: map(eight_bits.quantized, blocks()),
         lambda: map(eight_bits.scales_of, blocks()),
     )
-
-
-def gathered(pieces: Iterable[Array]) -> Iterator[Array]:
-    """The same rows; thousands of small pieces as fewer of _PIECE_BYTES."""
-    waiting: list[Array] = []
-    n_bytes = 0
-    for piece in pieces:
-        waiting.append(piece)
-        n_bytes += piece.nbytes
-        if n_bytes >= _PIECE_BYTES:
-            yield np.concatenate(waiting) if len(waiting) > 1 else piece
-            waiting, n_bytes = [], 0
-    if waiting:
-        yield np.concatenate(waiting)
-
-
-def rechunked(pieces: Iterable[Array], n_rows: int) -> Iterator[Array]:
-    """The same rows in pieces of n_rows, but for the last; large pieces are cut without a copy."""
-    waiting: list[Array] = []
-    n_waiting = 0
-    for piece in pieces:
-        at = 0
-        while n_waiting + len(piece) - at >= n_rows:
-            stop = at + n_rows - n_waiting
-            part = piece[at:stop]
-            yield np.concatenate([*waiting, part]) if waiting else part
-            waiting, n_waiting, at = [], 0, stop
-        if at < len(piece):
-            waiting.append(piece[at:])
-            n_waiting += len(piece) - at
-    if waiting:
-        yield np.concatenate(waiting)
 
 
 def joined(parts: Sequence[Contents], settings: Mapping[str, Any] | None = None) -> Contents:

@@ -19,10 +19,10 @@ import torch
 
 from AutomaticEval.errors import SelectionError, did_you_mean
 from AutomaticEval.store import arrow, contents, lens
-from AutomaticEval.store.contents import Array
 from AutomaticEval.store.files import ensure_space, new_folder
 from AutomaticEval.store.format import bits, raw_bytes
 from AutomaticEval.store.outgoing import Advance, records, sample
+from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.reader import Run, open_run
 from AutomaticEval.store.shard import Shard
 

@@ -20,11 +20,13 @@ from AutomaticEval.selection import Positions
 from AutomaticEval.sites import KINDS, LayersLike, expand, parse_kinds, parse_layers
 from AutomaticEval.store import checksums, contents, trailer
 from AutomaticEval.store import format as contract
-from AutomaticEval.store.contents import Activation, Array, Contents, indices_of
+from AutomaticEval.store.contents import Activation, Contents
+from AutomaticEval.store.extents import Extent
 from AutomaticEval.store.files import ensure_space, prepare_file
+from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reader import INDEX, Run, open_run
 from AutomaticEval.store.sealing import Source, check_compression, write_file
-from AutomaticEval.store.shard import Extent, Shard
+from AutomaticEval.store.shard import Shard
 from AutomaticEval.store.writer import locked, shard_names, write_index
 
 Advance = Callable[[int], None]

@@ -16,10 +16,12 @@ from AutomaticEval.errors import ManySamples, NotActivations, RefusedPickle, Sto
 from AutomaticEval.selection import Positions
 from AutomaticEval.store import contents
 from AutomaticEval.store import format as contract
-from AutomaticEval.store.contents import Array, Contents, indices_of, records_of
+from AutomaticEval.store.contents import Contents, records_of
+from AutomaticEval.store.extents import naming
 from AutomaticEval.store.files import PICKLE_SUFFIXES
+from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.rows import Kind, Rows, RowsDataset, ShardedRows
-from AutomaticEval.store.shard import FileColumns, Shard, naming
+from AutomaticEval.store.shard import FileColumns, Shard
 from AutomaticEval.store.writer import living, order_of, placed, shard_names
 
 INDEX = "run.h5"

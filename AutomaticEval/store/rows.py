@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.store.contents import Activation, Array, ranges_of
+from AutomaticEval.store.contents import Activation
 from AutomaticEval.store.format import bits_type, from_bits
+from AutomaticEval.store.ragged import Array, ranges_of
 from AutomaticEval.store.shard import Shard
 
 

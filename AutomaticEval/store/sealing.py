@@ -17,10 +17,11 @@ import torch
 from AutomaticEval.errors import PathExists, SelectionError
 from AutomaticEval.store import checksums, contents, eight_bits
 from AutomaticEval.store import format as contract
-from AutomaticEval.store.contents import Activation, Array, Columns, Contents
+from AutomaticEval.store.contents import Activation, Columns, Contents
+from AutomaticEval.store.extents import load_filters
 from AutomaticEval.store.files import new_hdf5
 from AutomaticEval.store.format import Sample
-from AutomaticEval.store.shard import load_filters
+from AutomaticEval.store.ragged import Array, rechunked
 
 COMPRESSIONS = ("zstd", "lz4", "gzip")
 _PIECE_BYTES = 8 * 2**20
@@ -149,7 +150,7 @@ def _write_activation(file: h5py.File, key: str, activation: Activation, n_rows:
     step = -(-max(1, _PIECE_BYTES // row_bytes) // eight_bits.BLOCK_ROWS) * eight_bits.BLOCK_ROWS
     space, at, started = dataset.id.get_space(), 0, 0
     whole = compression is not None or activation.dtype == torch.int8
-    for piece in contents.rechunked(activation.pieces(), step) if whole else activation.pieces():
+    for piece in rechunked(activation.pieces(), step) if whole else activation.pieces():
         values = np.ascontiguousarray(piece)
         space.select_hyperslab((at, 0), values.shape)
         dataset.id.write(h5py.h5s.create_simple(values.shape), space, values, mtype=stored)

@@ -22,9 +22,10 @@ from filelock import FileLock, Timeout
 
 from AutomaticEval.errors import AutomaticEvalError, FolderInUse, OtherSettings, StoreError
 from AutomaticEval.store import contents
-from AutomaticEval.store.contents import Array, Columns, Contents, Listed
+from AutomaticEval.store.contents import Columns, Contents, Listed
 from AutomaticEval.store.files import named_failures, prepare_folder
 from AutomaticEval.store.format import Sample
+from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.sealing import Source, check_compression, write_file, write_run
 from AutomaticEval.store.shard import Shard
 
