@@ -29,12 +29,14 @@ from AutomaticEval.store.reader import open_run
 from AutomaticEval.store.writer import RunWriter
 
 N_BATCHES, BATCH = 24, 4
-SHARD_BYTES = 1_000_000
+SHARD_BYTES = 4_000_000
 SETTINGS = {"dtype": "float32"}
 
 
 def capture(loaded: LoadedModel, folder: Path) -> None:
     """Ask every prompt that is not on the disk yet."""
+    if (folder / "run.h5").exists():  # killed after the last step
+        return
     with RunWriter(folder, "demo", SETTINGS, shard_bytes=SHARD_BYTES, resume=True) as made:
         done = {record["doc_id"] for record in made.records()}
         for batch in range(N_BATCHES):

@@ -337,11 +337,11 @@ def test_disk_that_fills_up_in_a_run_keeps_the_sealed_shards(
 
     real, written = writer.write_file, []
 
-    def full_after_two(path: Path, *args: Any, **kwargs: Any) -> None:
+    def full_after_two(path: Path, *args: Any, **kwargs: Any) -> str:
         if len(written) == 2:
             raise DiskFull("the disk is full")
-        real(path, *args, **kwargs)
         written.append(path)
+        return real(path, *args, **kwargs)
 
     monkeypatch.setattr(writer, "write_file", full_after_two)
     monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)

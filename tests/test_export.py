@@ -198,7 +198,7 @@ def test_shared_rows_and_samples_without_rows_are_whole(tmp_path: Path, to: str)
     first = make_sample(task="t", doc_id=0, choice=0)
     shared = [Part(first.parts[0].rows, [0, 2, 3, 5])]
     other = Sample({**first.fields, "choice": 1}, first.input_ids, [*first.generated_ids[:-1], 9], shared)
-    none = Sample({**first.fields, "choice": 2}, first.input_ids, first.generated_ids, [])
+    none = Sample({**first.fields, "choice": 2}, first.input_ids, first.generated_ids, [Part(first.parts[0].rows, [])])
     with RunWriter(tmp_path / "run", "m", SETTINGS) as made:
         made.add([first, other, none])
         made.finish()

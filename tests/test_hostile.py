@@ -259,6 +259,61 @@ def test_folder_that_can_only_be_read_is_read(tmp_path: Path) -> None:
         (tmp_path / "run").chmod(0o755)
 
 
+def test_shards_that_swapped_their_names_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    one, other = (tmp_path / "run" / f"shard-0000{number}.h5" for number in (0, 4))
+    one.rename(tmp_path / "x")
+    other.rename(one)
+    (tmp_path / "x").rename(other)
+    assert any("another shard" in problem or "bytes, not" in problem for problem in verify(tmp_path / "run"))
+    with pytest.raises(StoreError, match=r"another shard|bytes, not"):
+        list(open_run(tmp_path / "run"))
+
+
+def test_file_that_was_replaced_while_it_was_open_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "one.h5", [make_sample()], "m", SETTINGS)
+    run = open_run(tmp_path / "one.h5")
+    dataset = run.dataset("layer_0")
+    assert len(dataset[0]) == 8
+    write_shard(tmp_path / "one.h5", [make_sample(seed=1)], "m", SETTINGS, overwrite=True)
+    for read in (lambda: dataset[0], lambda: run.rows("layer_0")[:], lambda: run.read(0, "layer_0")):
+        with pytest.raises(StoreError, match="open it again"):
+            read()
+
+
+def test_shard_of_another_unfinished_run_is_refused(tmp_path: Path) -> None:
+    for name in ("run", "other"):
+        write_run(tmp_path / name, 9, shard_bytes=600)
+        (tmp_path / name / "run.h5").unlink()
+    (tmp_path / "other" / "shard-00001.h5").rename(tmp_path / "run" / "shard-00077.h5")
+    with pytest.raises(StoreError, match="another run"):
+        open_run(tmp_path / "run")
+
+
+def test_verify_on_the_command_line_says_what_is_wrong_and_ends(tmp_path: Path) -> None:
+    """One bit in HDF5's own structures, over which HDF5 itself may loop for ever."""
+    write_shard(tmp_path / "one.h5", [make_sample(width=4)], "m", SETTINGS)
+    whole = (tmp_path / "one.h5").read_bytes()
+    for at in (24393, 26122, 24585):
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        (tmp_path / "bad.h5").write_bytes(damaged)
+        for command in ("verify", "show"):
+            done = subprocess.run(
+                [sys.executable, str(ROOT / "main.py"), command, str(tmp_path / "bad.h5")],
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert done.returncode == 1, done.stderr
+            assert "bad.h5" in done.stderr
+            assert "Traceback" not in done.stderr
+    whole_again = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "verify", str(tmp_path / "one.h5")], timeout=60
+    )
+    assert whole_again.returncode == 0
+
+
 def test_verify_of_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no file"):
         Shard(tmp_path / "absent.h5")

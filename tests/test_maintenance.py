@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,41 @@ def test_one_position_of_the_sequence_is_found_by_name(tmp_path: Path) -> None:
     pruned = open_run(prune(tmp_path / "run", tmp_path / "last.h5", positions="last"))
     with pytest.raises(StoreError, match="was not stored"):
         pruned.activations("layer_0", "prompt[0]")
+
+
+def test_where_takes_what_people_have(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    run = open_run(tmp_path / "run")
+    for wanted in ([0, 1], (0, 1), {0, 1}, range(2), np.array([0, 1]), torch.tensor([0, 1]), iter([0, 1])):
+        assert run.where(doc_id=wanted).column("doc_id") == [1, 0]
+
+
+def test_rows_are_numbered_by_one_list(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    rows = open_run(tmp_path / "run").rows("layer_0")
+    assert same(rows[torch.tensor(3)], rows[3])
+    assert same(rows[np.int64(3)], rows[3])
+    with pytest.raises(IndexError, match=r"shape \(3, 1\)"):
+        rows[torch.tensor([[5], [3], [7]])]
+
+
+def test_run_is_not_merged_with_itself_or_into_its_own_folder(tmp_path: Path) -> None:
+    one = run_of(tmp_path / "a", range(3))
+    with pytest.raises(StoreError, match="both hold"):
+        merge([one, one], tmp_path / "x.h5")
+    with pytest.raises(StoreError, match="inside a run folder"):
+        merge([one], one / "shard-00009.h5")
+
+
+def test_dataset_goes_to_workers_that_are_not_forked(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    run = open_run(tmp_path / "run")
+    again = pickle.loads(pickle.dumps(run))
+    assert same(again.activations("layer_0"), run.activations("layer_0"))
+    loader = torch.utils.data.DataLoader(
+        run.dataset("layer_0"), batch_size=16, num_workers=1, multiprocessing_context="spawn"
+    )
+    assert same(torch.cat(list(loader)), run.rows("layer_0")[:])
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -337,6 +336,9 @@ def test_newer_minor_version_with_more_columns_is_read(tmp_path: Path) -> None:
         file["samples/colour"] = ["red"]
         file["samples/colour"].attrs["encoding"] = "utf-8"
         file["rows/weight"] = [1.0]
+        file["samples/shape"] = [[1, 2]]
+        file["samples/kind"] = ["x"]
+        file["samples/kind"].attrs["encoding"] = "runes"
     assert load_activations(tmp_path / "one.h5")["colour"] == "red"
 
 
@@ -519,5 +521,25 @@ def test_names_are_good_and_distinct(tmp_path: Path) -> None:
         assert all(load_activations(path)["prompt"] == "What?" for path in written)
 
 
-def test_size_limit_of_this_process_is_untouched() -> None:
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+def test_values_that_a_column_cannot_hold_are_refused_not_changed(tmp_path: Path) -> None:
+    good = make_sample()
+    for changed in ({"correct": 0.7}, {"is_greedy": "yes"}):
+        with pytest.raises(CaptureError, match="neither true nor false"):
+            write_shard(tmp_path / "x.h5", [make_sample(**changed)], "m", SETTINGS)
+    with pytest.raises(CaptureError, match="cannot hold"):
+        write_shard(
+            tmp_path / "x.h5",
+            [Sample(good.fields, good.input_ids, [*good.generated_ids[:-1], 2**32 + 5], good.parts)],
+            "m",
+            SETTINGS,
+        )
+    for where in ([-1], [10**6]):
+        with pytest.raises((CaptureError, IndexError)):
+            Sample(good.fields, good.input_ids, good.generated_ids, [Part(good.parts[0].rows, where)])
+    with pytest.raises(CaptureError, match="needs the rows"):
+        Sample(good.fields, good.input_ids, good.generated_ids, [])
+    assert os.listdir(tmp_path) == []
+    numbers = make_sample(prediction=np.int64(2), metrics={"a": np.float32(0.5)})
+    write_shard(tmp_path / "x.h5", [numbers], "m", SETTINGS)
+    assert load_activations(tmp_path / "x.h5")["prediction"] == 2
+    assert load_activations(tmp_path / "x.h5")["metrics"] == {"a": 0.5}

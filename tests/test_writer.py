@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,8 +19,9 @@ from conftest import ROOT
 from test_store import SETTINGS, make_sample, same
 
 from AutomaticEval import open_run
-from AutomaticEval.errors import DiskFull, FolderInUse, OtherSettings, StoreError
+from AutomaticEval.errors import CaptureError, DiskFull, FolderInUse, OtherSettings, StoreError
 from AutomaticEval.store import writer
+from AutomaticEval.store.maintenance import rebuild_index
 from AutomaticEval.store.writer import RunWriter, shard_bytes_for, shard_names
 
 TINY = 1_000
@@ -38,10 +40,10 @@ class Gate:
         self._real = writer.write_file
         monkeypatch.setattr(writer, "write_file", self._write)
 
-    def _write(self, path: Path, held: Any, **options: Any) -> None:
+    def _write(self, path: Path, held: Any, **options: Any) -> str:
         self.waiting.set()
         assert self.open.wait(30)
-        self._real(path, held, **options)
+        return self._real(path, held, **options)
 
 
 def test_the_model_does_not_wait_for_one_slow_shard_and_waits_for_a_second(
@@ -67,11 +69,11 @@ def test_failure_in_the_thread_reaches_the_caller_at_the_next_step(
 ) -> None:
     real, written = writer.write_file, []
 
-    def fails_second(path: Path, *args: Any, **options: Any) -> None:
+    def fails_second(path: Path, *args: Any, **options: Any) -> str:
         written.append(path.name)
         if len(written) == 2:
             raise DiskFull("the disk is full")
-        real(path, *args, **options)
+        return real(path, *args, **options)
 
     monkeypatch.setattr(writer, "write_file", fails_second)
     with pytest.raises(DiskFull), RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:  # noqa: PT012
@@ -216,19 +218,122 @@ def test_run_h5_shows_all_shards_as_one_file_to_plain_h5py(tmp_path: Path) -> No
         open_run(tmp_path)
 
 
-def test_run_of_ten_times_the_samples_is_not_held_in_memory(tmp_path: Path) -> None:
-    with RunWriter(tmp_path, "m", SETTINGS, shard_bytes=TINY) as made:
-        for number in range(50):
-            made.add([numbered(number)])
-            assert len(made._gathered) <= 3  # what was sealed is let go
+def test_records_that_are_out_of_date_are_refused_and_nothing_is_deleted(tmp_path: Path) -> None:
+    with RunWriter(tmp_path, "m", SETTINGS) as made:
+        made.add([numbered(0)])
+        early = made.records()
+        made.add([numbered(1)])
+        with pytest.raises(StoreError, match="1 records for"):
+            made.finish(early)
         made.finish()
-    assert len(open_run(tmp_path)) == 50
+        with pytest.raises(StoreError, match="finished already"):
+            made.finish()
+    assert [sample["doc_id"] for sample in open_run(tmp_path)] == [0, 1]
+    with pytest.raises(StoreError, match="was closed"):
+        made.add([numbered(2)])
+
+
+def test_interrupt_while_waiting_for_the_disk_forgets_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:
+        made.add([numbered(0)])
+        real = made._sealing.exception  # type: ignore[union-attr]
+        monkeypatch.setattr(made._sealing, "exception", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            made.add([numbered(1)])
+        monkeypatch.setattr(made._sealing, "exception", real)
+        gate.open.set()
+        made.finish()
+    assert [sample["doc_id"] for sample in open_run(tmp_path)] == [0, 1]
+
+
+def test_finished_run_is_not_resumed_and_keeps_its_scores(tmp_path: Path) -> None:
+    with RunWriter(tmp_path, "m", SETTINGS) as made:
+        made.add([numbered(0)])
+        made.finish([{**record, "correct": True} for record in made.records()])
+    with pytest.raises(StoreError, match="is finished"):
+        RunWriter(tmp_path, "m", SETTINGS, resume=True)
+    assert open_run(tmp_path)[0]["correct"] is True
+
+
+def test_index_of_an_unfinished_run_does_not_hide_what_is_added_later(tmp_path: Path) -> None:
+    with RunWriter(tmp_path, "m", SETTINGS) as made:
+        made.add([numbered(0)])
+    rebuild_index(tmp_path)
+    with RunWriter(tmp_path, "m", SETTINGS, resume=True) as resumed:
+        resumed.add([numbered(1)])
+    assert [sample["doc_id"] for sample in open_run(tmp_path)] == [0, 1]
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, {**SETTINGS, "store_dtype": "int8"}])
+def test_rows_that_do_not_fit_are_refused_alone(tmp_path: Path, settings: dict[str, Any]) -> None:
+    bad = numbered(1)
+    bad.parts[0].rows.activations["layer_0"][0, 0] = float("nan")  # type: ignore[index]
+    with RunWriter(tmp_path, "m", settings) as made:
+        made.add([numbered(0)])
+        with pytest.raises(CaptureError, match="sites, dtypes or widths"):
+            made.add([numbered(2, width=4)])
+        if "store_dtype" in settings:
+            with pytest.raises(CaptureError, match="layer_0 holds values that are infinite or not a number"):
+                made.add([bad])
+        made.add([numbered(3)])
+        made.finish()
+    assert [sample["doc_id"] for sample in open_run(tmp_path)] == [0, 3]
+
+
+def test_threads_that_add_lose_nothing(tmp_path: Path) -> None:
+    with RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:
+        threads = [
+            threading.Thread(
+                target=lambda first: [made.add([numbered(n)]) for n in range(first, first + 20)], args=(n,)
+            )
+            for n in (0, 20, 40)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        made.finish()
+    assert sorted(sample["doc_id"] for sample in open_run(tmp_path)) == list(range(60))
+
+
+def test_run_finishes_where_there_is_no_room_to_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "SHARD_SECONDS", 0)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 50_000))  # type: ignore[attr-defined]
+    with RunWriter(tmp_path, "m", SETTINGS) as made:
+        for number in range(6):
+            made.add([numbered(number)])
+        made.finish()
+    assert len(shard_names(tmp_path)) == 6
+    assert len(open_run(tmp_path)) == 6
+
+
+def test_prompts_without_rows_count_as_memory_too(tmp_path: Path) -> None:
+    with RunWriter(tmp_path, "m", SETTINGS, shard_bytes=100_000) as made:
+        for number in range(40):
+            made.add([numbered(number, prompt="x" * 10_000)])
+        assert len(shard_names(tmp_path)) >= 2
+
+
+def test_folder_that_was_given_is_kept_when_the_process_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    with RunWriter(Path("run"), "m", SETTINGS) as made:
+        made.add([numbered(0)])
+        monkeypatch.chdir(tmp_path / "b")
+        made.finish()
+    monkeypatch.chdir(tmp_path / "a")
+    run = open_run("run")
+    monkeypatch.chdir(tmp_path / "b")
+    assert run[0]["doc_id"] == 0
 
 
 FULL_DISK = """
 import sys, threading, time
 from pathlib import Path
 from AutomaticEval.store import writer
+from AutomaticEval.store.maintenance import rebuild_index
 writer.SHARD_BYTES = 20_000
 folder = Path.cwd() / "activations"
 def fill():

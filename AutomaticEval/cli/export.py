@@ -72,7 +72,8 @@ def _write(path: Path, output: Path, to: str, dtype: str | None, compression: st
 
     from AutomaticEval.store.export import export as to_folder
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         told = partial(bar.advance, bar.add_task("Exporting", total=n_samples))
         to_folder(path, output, to, dtype=dtype, advance=told)
 

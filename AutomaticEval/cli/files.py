@@ -17,10 +17,10 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The new .h5 file; 
 @one_line_errors
 def verify(path: File) -> None:
     """Compute every checksum again, and compare every row with its token. Exits with 1 when anything is wrong."""
-    from AutomaticEval.store.maintenance import size_of
+    from AutomaticEval.store.maintenance import files_of
     from AutomaticEval.store.maintenance import verify as check
 
-    with options.progress("Verifying", lambda: size_of(path)) as advance:
+    with options.progress("Verifying", lambda: files_of(path)) as advance:
         problems = check(path, advance)
     for problem in problems:
         typer.echo(f"DamagedFile: {problem}", err=True)

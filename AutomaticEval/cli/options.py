@@ -93,7 +93,8 @@ def progress(what: str, total: Callable[[], int]) -> Iterator[Callable[[int], No
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         with suppress(AutomaticEvalError):  # the work itself says what is wrong
             bar.update(task, total=total())

@@ -24,7 +24,8 @@ def scales_of(block: Array) -> Array:
     largest = np.abs(block).max(axis=0, keepdims=True, initial=0).astype(np.float32)
     if not np.isfinite(largest).all():
         raise CaptureError("activations that are infinite or not a number cannot be stored as int8; use bfloat16.")
-    return np.where(largest > 0, largest / np.float32(127), np.float32(1))
+    scales: Array = largest / np.float32(127)
+    return np.where(scales > 0, scales, np.float32(1))  # of the smallest numbers there are, a part may be zero
 
 
 def quantized(block: Array) -> Array:

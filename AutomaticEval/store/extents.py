@@ -7,6 +7,7 @@ bear out: links that lead elsewhere and sizes larger than the file are refused.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -17,13 +18,15 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from AutomaticEval.errors import MissingFilter, TruncatedFile
+from AutomaticEval.errors import MissingFilter, StoreError, TruncatedFile
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.ragged import Array, ranges_of
 
 _MAX_CHUNK_BYTES = 16 * 2**20
 _TEXT_BYTES = 16
 """Of a variable-length value in its dataset: length, address and index of the heap that holds it."""
+_REFUSED = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EMFILE, errno.ENFILE, errno.ESTALE)
+_DAMAGED = "{} cannot be read ({}): it is damaged; capture it again or restore a copy."
 _FILTERS = {32015: "zstd", 32004: "lz4"}
 
 
@@ -34,6 +37,8 @@ class Extent(NamedTuple):
     offset: int | None
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    stamp: tuple[int, ...]
+    """Of the file when it was opened: another file of the same name is not read in its place."""
 
     @property
     def row_bytes(self) -> int:
@@ -57,6 +62,10 @@ class FileArray:
         return read_ranges(self._path, self._extent, ranges_of(at))
 
 
+def stamp_of(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def read_ranges(
     path: Path, extent: Extent, ranges: Array | Sequence[tuple[int, int]], out: Array | None = None
 ) -> Array:
@@ -75,6 +84,8 @@ def _read_contiguous(path: Path, extent: Extent, ranges: Array | Sequence[tuple[
     assert extent.offset is not None
     handle = os.open(path, os.O_RDONLY)
     try:
+        if stamp_of(os.fstat(handle)) != extent.stamp:
+            raise StoreError(f"{path} was replaced or changed since it was opened; open it again.")
         view, filled = contract.raw_bytes(out), 0
         for start, stop in np.asarray(ranges).tolist():
             at, end = extent.offset + start * extent.row_bytes, filled + (stop - start) * extent.row_bytes
@@ -124,10 +135,12 @@ def naming(path: Path) -> Iterator[None]:
     """Failures inside carry the file."""
     try:
         yield
-    except (OSError, LookupError, ValueError, RuntimeError, AttributeError, TypeError, MemoryError) as failure:
-        raise TruncatedFile(
-            f"{path} cannot be read ({failure}): it is damaged; capture it again or restore a copy."
-        ) from failure
+    except OSError as failure:
+        if failure.errno in _REFUSED:
+            raise StoreError(f"{path} cannot be opened: {os.strerror(failure.errno)}.") from failure
+        raise TruncatedFile(_DAMAGED.format(path, failure)) from failure
+    except (LookupError, ValueError, RuntimeError, AttributeError, TypeError, MemoryError) as failure:
+        raise TruncatedFile(_DAMAGED.format(path, failure)) from failure
 
 
 def group_of(file: h5py.File, name: str) -> h5py.Group:
@@ -148,24 +161,24 @@ def dataset_of(file: h5py.File, name: str) -> h5py.Dataset:
     return dataset
 
 
-def extent_of(file: h5py.File, name: str, size: int, dtype: Any, *, chunks: bool = False) -> Extent:
+def extent_of(file: h5py.File, name: str, status: os.stat_result, dtype: Any, *, chunks: bool = False) -> Extent:
     """Where a dataset's numbers lie. Raises ValueError when they are not all in the file, as wide as expected."""
     dataset = dataset_of(file, name)
-    expected = np.dtype(dtype)
+    expected, size, stamp = np.dtype(dtype), status.st_size, stamp_of(status)
     if dataset.id.get_type().get_size() != expected.itemsize or (
         expected.kind in "if" and not _alike(dataset, expected)
     ):
         raise ValueError(f"/{name} is {dataset.dtype}, expected {expected}")
     n_bytes = math.prod(dataset.shape) * expected.itemsize
     if not n_bytes:
-        return Extent(name, 0, dataset.shape, expected)
+        return Extent(name, 0, dataset.shape, expected, stamp)
     if dataset.chunks is not None and chunks:
         _check_chunks(dataset, name, expected.itemsize)
-        return Extent(name, None, dataset.shape, expected)
+        return Extent(name, None, dataset.shape, expected, stamp)
     offset = dataset.id.get_offset()
     if offset is None or dataset.is_virtual or dataset.id.get_storage_size() != n_bytes or offset + n_bytes > size:
         raise ValueError(f"/{name} says {n_bytes} bytes, which are not in the file of {size}")
-    return Extent(name, int(offset), dataset.shape, expected)
+    return Extent(name, int(offset), dataset.shape, expected, stamp)
 
 
 def _alike(dataset: h5py.Dataset, expected: np.dtype[Any]) -> bool:
@@ -189,5 +202,7 @@ def check_column(file: h5py.File, name: str, n_values: int, size: int) -> None:
         raise ValueError(f"/{name} has shape {dataset.shape}, expected [{n_values}]")
     is_text = h5py.check_string_dtype(dataset.dtype) is not None
     n_bytes = n_values * (_TEXT_BYTES if is_text else dataset.id.get_type().get_size())
+    if "encoding" not in dataset.attrs or dataset.attrs["encoding"] not in contract.ENCODINGS:
+        raise ValueError(f"/{name} has the encoding {dataset.attrs.get('encoding')!r}")
     if n_bytes and (dataset.chunks is not None or dataset.id.get_storage_size() != n_bytes or n_bytes > size):
         raise ValueError(f"/{name} says {n_bytes} bytes, which are not in the file of {size}")

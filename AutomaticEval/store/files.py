@@ -36,7 +36,7 @@ def hdf5_path(path: str | Path) -> Path:
     return written
 
 
-def prepare_file(path: Path, *, overwrite: bool = False) -> None:
+def prepare_file(path: Path, *, overwrite: bool = False, offer_overwrite: bool = True) -> None:
     """Refuse, before any work, a file that could not be written afterwards; make its folder.
 
     Raises PathExists, FolderNotWritable.
@@ -44,9 +44,8 @@ def prepare_file(path: Path, *, overwrite: bool = False) -> None:
     if path.is_dir():
         raise PathExists(f"{path} is a folder; give the name of a file in it.")
     if path.exists() and not overwrite:
-        raise PathExists(
-            f"{path} exists and is not overwritten; choose another name or pass overwrite=True (--overwrite)."
-        )
+        offered = " or pass overwrite=True (--overwrite)" if offer_overwrite else ""
+        raise PathExists(f"{path} exists and is not overwritten; choose another name{offered}.")
     prepare_folder(path.parent)
 
 
@@ -93,7 +92,7 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises PathExists, FolderNotWritable, DiskFull, and then leaves nothing behind.
     """
-    partial = path.parent / f".{path.name[:80]}.{uuid4().hex}.partial"
+    partial = _partial(path)
     with named_failures(path):
         try:
             yield partial
@@ -124,7 +123,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         raise PathExists(f"{path} exists and is not overwritten; choose another name.")
     prepare_folder(path.parent)
-    partial = path.parent / f".{path.name[:80]}.{uuid4().hex}.partial"
+    partial = _partial(path)
     with named_failures(path):
         try:
             partial.mkdir()
@@ -134,6 +133,12 @@ def new_folder(path: Path) -> Iterator[Path]:
             partial.rename(path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    """A hidden name beside it; names are limited in bytes."""
+    short = path.name.encode("utf-8", "replace")[:80].decode("utf-8", "ignore")
+    return path.parent / f".{short}.{uuid4().hex}.partial"
 
 
 def _publish(partial: Path, path: Path, *, overwrite: bool) -> None:

@@ -49,6 +49,7 @@ COLUMNS = {
 }
 """Column -> type. What is not here is not written."""
 
+ENCODINGS = ("utf-8", "json", "int", "float", "bool")
 _NUMPY: dict[str, np.dtype[Any]] = {"int": np.dtype("<i8"), "float": np.dtype("<f8"), "bool": np.dtype("i1")}
 _DTYPES = {
     torch.float64: h5py.h5t.IEEE_F64LE,
@@ -78,7 +79,8 @@ class Rows:
 
     @property
     def size_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.activations.values())
+        """In memory, with about what Python takes for each row's token, string and position."""
+        return 150 * len(self.positions) + sum(each.numel() * each.element_size() for each in self.activations.values())
 
 
 class Part(NamedTuple):
@@ -103,15 +105,23 @@ class Sample:
 
     def __post_init__(self) -> None:
         """Refuse rows that are not this sample's tokens."""
+        if not self.parts:
+            raise CaptureError("a sample needs the rows it points into, of which it may keep none.")
         sequence = [*self.input_ids, *self.generated_ids]
         for rows, where in self.parts:
             for index in where:
                 position, found = rows.positions[index], rows.token_ids[index]
-                if position >= len(sequence) - 1 or sequence[position] != found:
+                if index < 0 or not 0 <= position < len(sequence) - 1 or sequence[position] != found:
                     raise CaptureError(
                         f"a row of token {found} at position {position} does not belong to its sample of "
                         f"{len(sequence)} tokens (prompt {self.fields.get('prompt', '')[:40]!r})."
                     )
+
+    @property
+    def size_bytes(self) -> int:
+        """About what it takes in memory beside its rows: Python's numbers and text."""
+        n_ids = len(self.input_ids) + len(self.generated_ids)
+        return 36 * n_ids + sum(len(value) for value in self.fields.values() if isinstance(value, str)) + 2048
 
     def activation_data(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The dict that the drop-in functions return and `load_activations` gives back."""
@@ -209,11 +219,20 @@ def encode_column(name: str, values: Sequence[Any]) -> tuple[np.ndarray[Any, Any
     """A column's values as they are written, and its `encoding` attribute."""
     kind = COLUMNS[name]
     if kind == "json":
-        return [json.dumps(value, default=str) for value in values], "json"
+        return [json.dumps(value, default=plain) for value in values], "json"
     if kind == "text":
         return encode_text(["" if value is None else value for value in values])
+    if kind == "bool" and any(value not in (None, False, True) for value in values):
+        raise CaptureError(
+            f"the column {name} holds {next(v for v in values if v not in (None, False, True))!r}, which is neither true nor false."
+        )
     none = {"int": -1, "float": float("nan"), "bool": -1}[kind]
     return np.array([none if value is None else value for value in values], dtype=_NUMPY[kind]), kind
+
+
+def plain(value: Any) -> Any:
+    """For JSON: a number of numpy or torch as Python's, anything else that it has no type for as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def encode_text(values: Sequence[str]) -> tuple[list[str], str]:
@@ -234,7 +253,7 @@ def _is_utf8(text: str) -> bool:
 def decode_column(dataset: h5py.Dataset, at: Any = ()) -> list[Any]:
     """A column's values, whole or at a slice, with None where none was written. Raises ValueError."""
     encoding, raw = dataset.attrs["encoding"], dataset[at]
-    if encoding not in ("utf-8", "json", "int", "float", "bool"):
+    if encoding not in ENCODINGS:
         raise ValueError(f"{dataset.name} has the encoding {encoding!r}")
     if encoding in ("utf-8", "json"):
         texts = [value.decode("utf-8") if isinstance(value, bytes) else value for value in np.atleast_1d(raw)]

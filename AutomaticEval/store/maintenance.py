@@ -15,7 +15,14 @@ import h5py
 import numpy as np
 import torch
 
-from AutomaticEval.errors import AutomaticEvalError, OtherSettings, SelectionError, StoreError
+from AutomaticEval.errors import (
+    AutomaticEvalError,
+    MissingFilter,
+    NewerFormat,
+    OtherSettings,
+    SelectionError,
+    StoreError,
+)
 from AutomaticEval.selection import Positions
 from AutomaticEval.sites import KINDS, LayersLike, expand, parse_kinds, parse_layers
 from AutomaticEval.store import checksums, contents, trailer
@@ -24,10 +31,10 @@ from AutomaticEval.store.contents import Activation, Contents
 from AutomaticEval.store.extents import Extent
 from AutomaticEval.store.files import ensure_space, prepare_file
 from AutomaticEval.store.ragged import Array, indices_of
-from AutomaticEval.store.reader import INDEX, Run, open_run
-from AutomaticEval.store.sealing import Source, check_compression, write_file
+from AutomaticEval.store.reader import Run, open_run
+from AutomaticEval.store.sealing import check_compression, write_file
 from AutomaticEval.store.shard import Shard
-from AutomaticEval.store.writer import locked, shard_names, write_index
+from AutomaticEval.store.writer import INDEX, delete_replaced, locked, shard_names, source_of, write_index
 
 Advance = Callable[[int], None]
 """Told, as the work goes on, how many bytes of activations were done."""
@@ -47,6 +54,13 @@ def size_of(path: Path) -> int:
 
 def _bytes(extent: Extent) -> int:
     return extent.shape[0] * extent.row_bytes
+
+
+def files_of(path: Path) -> int:
+    """Bytes of a file, or of the HDF5 files of a run folder, without opening any."""
+    return sum(
+        file.stat().st_size for file in (path.glob("*.h5") if path.is_dir() else [path] if path.exists() else [])
+    )
 
 
 def verify(path: Path, advance: Advance = _ignore) -> list[str]:
@@ -75,18 +89,17 @@ def verify(path: Path, advance: Advance = _ignore) -> list[str]:
 
 
 def _verify_file(path: Path, kind: str, advance: Advance) -> list[str]:
-    has_trailer = path.is_file() and trailer.is_there(path)
-    if has_trailer and not trailer.is_right(path):  # HDF5 could loop for ever over it
-        return [f"{path}: HDF5's structures, the text or the trailer are not what the trailer's checksum says"]
     try:
         shard = Shard(path, kind)
         _follow(shard)
         problems = list(_wrong_checksums(shard, advance))
         if shard.has_rows:
             problems += _strangers(shard)
-        if not has_trailer and _version(shard) >= (1, 1):
+        if not trailer.is_there(path) and _version(shard) >= (1, 1):
             problems.append("its trailer is missing: it was changed or cut short")
         return [f"{path}: {problem}" for problem in problems]
+    except (MissingFilter, NewerFormat):  # it may be whole: it cannot be told here
+        raise
     except AutomaticEvalError as failure:
         return [str(failure)]
 
@@ -183,11 +196,13 @@ def rebuild_index(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise StoreError(f"{folder} is not a run folder.")
+    open_run(folder)  # before a lock is left in what is no run
     lock = locked(folder)
     try:
         run = open_run(folder)
-        sources = [Source(shard.path.name, shard.n_rows, shard.size_bytes) for shard in run.shards]
+        sources = [source_of(shard) for shard in run.shards]
         write_index(folder, sources, run.shards, contents.Listed.of(run.records()), finished=run.finished)
+        delete_replaced(folder)
     finally:
         lock.release()
     return folder / INDEX
@@ -216,12 +231,13 @@ def _check_joinable(runs: Sequence[Run]) -> None:
                 f"{first.path} and {run.path} are not of the same model and selection: "
                 f"{named or f'{first.model} and {run.model}'}."
             )
-    seen: dict[tuple[Any, ...], Path] = {}
-    for run in runs:
+    seen: dict[tuple[Any, ...], int] = {}
+    for number, run in enumerate(runs):
         for record in run.records() if len(runs) > 1 else ():
             key = tuple(record.get(name) for name in ("task", "doc_id", "choice", "repeat"))
-            if None not in key[:2] and seen.setdefault(key, run.path) != run.path:
-                raise StoreError(f"{seen[key]} and {run.path} both hold {key[0]} document {key[1]}; leave one out.")
+            if None not in key[:2] and seen.setdefault(key, number) != number:
+                other = runs[seen[key]].path
+                raise StoreError(f"{other} and {run.path} both hold {key[0]} document {key[1]}; leave one out.")
 
 
 def _joined_settings(runs: Sequence[Run]) -> dict[str, Any]:
@@ -315,7 +331,10 @@ def convert(
 
 def _write(destination: Path, held: Contents, compression: str | None, advance: Advance) -> Path:
     check_compression(compression)
-    prepare_file(destination)
+    destination = destination.expanduser()
+    if (destination.parent / INDEX).exists() or shard_names(destination.parent):
+        raise StoreError(f"{destination} would be inside a run folder; choose another folder.")
+    prepare_file(destination, offer_overwrite=False)
     row_bytes = sum(each.width * each.dtype.itemsize for each in held.activations.values())
     ensure_space(destination.parent, 0 if compression else held.n_rows * row_bytes)
     told = {key: replace(each, pieces=_telling(each, advance)) for key, each in held.activations.items()}

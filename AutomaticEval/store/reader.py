@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,15 +17,15 @@ from AutomaticEval.errors import ManySamples, NotActivations, RefusedPickle, Sto
 from AutomaticEval.selection import Positions
 from AutomaticEval.store import contents
 from AutomaticEval.store import format as contract
+from AutomaticEval.store.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.contents import Contents, records_of
 from AutomaticEval.store.extents import naming
 from AutomaticEval.store.files import PICKLE_SUFFIXES
 from AutomaticEval.store.ragged import Array, indices_of
-from AutomaticEval.store.rows import Kind, Rows, RowsDataset, ShardedRows
+from AutomaticEval.store.rows import Kind, RowArray, RowsDataset, ShardedRows
 from AutomaticEval.store.shard import FileColumns, Shard
-from AutomaticEval.store.writer import living, order_of, placed, shard_names
+from AutomaticEval.store.writer import INDEX, living, order_of, placed, shard_names
 
-INDEX = "run.h5"
 _BOOKKEEPING = ("shard", "index", "batch_rows", "batch_columns")
 
 
@@ -56,7 +57,7 @@ def load_activations(path: str | Path, sample: int | None = None) -> dict[str, A
 
 def open_run(path: str | Path) -> Run:
     """The samples of a run folder (or of one file) as a lazy sequence. Raises UnreadableFile, StoreError."""
-    return Run(Path(path).expanduser())
+    return Run(Path(path).expanduser().absolute())
 
 
 def _load_torch(path: Path) -> dict[str, Any]:
@@ -195,6 +196,8 @@ class Run(Sequence[dict[str, Any]]):
                 f"the mask has shape {kept.shape}; expected one truth value for each of {len(self)} samples."
             )
         for name, value in wanted.items():
+            if isinstance(value, Iterator):
+                value = list(value)
             kept &= np.array([_matches(found, value) for found in self.column(name)], dtype=bool)
         return self._some(self._order[kept])
 
@@ -213,14 +216,14 @@ class Run(Sequence[dict[str, Any]]):
         self._check_key(key)
         return self._store.take(key, self._rows_at(position))
 
-    def rows(self, key: str) -> Rows:
+    def rows(self, key: str) -> RowArray:
         """All rows of these samples, each once, as an array-like [n_rows, width] on the disk."""
         self._check_key(key)
         numbers = indices_of(self._contents.segments.take(self._order).values)
         return self._rows(key, numbers if np.all(numbers[1:] > numbers[:-1]) else np.unique(numbers))
 
-    def _rows(self, key: str, numbers: Array) -> Rows:
-        return Rows(self._store, key, numbers, self._contents.token_ids, self._contents.positions)
+    def _rows(self, key: str, numbers: Array) -> RowArray:
+        return RowArray(self._store, key, numbers, self._contents.token_ids, self._contents.positions)
 
     def dataset(self, key: str, position: str | int | None = None, label: str | None = None) -> RowsDataset:
         """A torch Dataset for a DataLoader, also with workers.
@@ -278,22 +281,30 @@ class Run(Sequence[dict[str, Any]]):
 def _matches(found: Any, wanted: Any) -> bool:
     if callable(wanted):
         return bool(wanted(found))
-    return found in wanted if isinstance(wanted, list | tuple | set | frozenset) else found == wanted
+    if hasattr(wanted, "tolist"):  # numpy, torch and pandas
+        wanted = wanted.tolist()
+    several = isinstance(wanted, Iterable) and not isinstance(wanted, str | dict)
+    return found in wanted if several else bool(found == wanted)
 
 
 def _stored(shards: Sequence[Shard]) -> ShardedRows:
     """The rows of shards that are open already."""
     first = np.cumsum([0, *(shard.n_rows for shard in shards)])
     kinds = {key: Kind(shards[0].dtypes[key], shards[0].extents[key].shape[1]) for key in shards[0].keys}
-    return ShardedRows(kinds, first, lambda number: shards[number])
+    return ShardedRows(kinds, first, list(shards).__getitem__)
 
 
 def _listed(folder: Path, index: Shard) -> ShardedRows:
     """The rows of the shards that `run.h5` lists, each of which must be there, as large as it was."""
     with index.reading() as file:
         names = contract.decode_column(file["shards/name"])
+        stamps = contract.decode_column(file[f"shards/{OF_ATTRIBUTES}"])
         sizes, n_rows = file["shards/size_bytes"][()].tolist(), file["shards/n_rows"][()].tolist()
-        if not len(names) == len(sizes) == len(n_rows) or sum(n_rows) != index.n_rows or min(n_rows, default=0) < 0:
+        if (
+            not len(names) == len(stamps) == len(sizes) == len(n_rows)
+            or sum(n_rows) != index.n_rows
+            or min(n_rows, default=0) < 0
+        ):
             raise ValueError("/shards does not add up to the rows")
     _check_there(folder, names)
     for name, size in zip(names, sizes, strict=True):
@@ -303,8 +314,15 @@ def _listed(folder: Path, index: Shard) -> ShardedRows:
                 f"{folder / name} has {found} bytes, not {size}: it is damaged; restore it from a copy."
             )
     kinds = {key: Kind(index.dtypes[key], index.extents[key].shape[1]) for key in index.keys}
-    run_id = index.settings.get("run_id")
-    return ShardedRows(kinds, np.cumsum([0, *n_rows]), lambda number: _of_run(folder / names[number], run_id))
+    return ShardedRows(kinds, np.cumsum([0, *n_rows]), partial(_numbered, folder, names, stamps))
+
+
+def _numbered(folder: Path, names: Sequence[str], stamps: Sequence[str], number: int) -> Shard:
+    """One of the shards that `run.h5` lists, which must be the very one that it was made of."""
+    shard = Shard(folder / names[number])
+    if shard.attributes.get(OF_ATTRIBUTES) != stamps[number]:
+        raise StoreError(f"{shard.path} is of another run, or another shard; restore this run's own from a copy.")
+    return shard
 
 
 def _gathered(folder: Path, index: Shard | None) -> tuple[ShardedRows, Contents]:
@@ -316,8 +334,8 @@ def _gathered(folder: Path, index: Shard | None) -> tuple[ShardedRows, Contents]
     if not names:
         raise NotActivations(f"{folder} is not a run: it holds neither {INDEX} nor shard-*.h5.")
     _check_there(folder, names)
-    run_id = None if index is None else index.settings.get("run_id")
-    shards = [Shard(folder / name) if index is None else _of_run(folder / name, run_id) for name in names]
+    run_id = (index or Shard(folder / names[0])).settings.get("run_id")
+    shards = [_of_run(folder / name, run_id) for name in names]
     parts = [shard.contents() for shard in shards]
     columns = placed(parts) if index is None else FileColumns(index)
     held = contents.reordered(contents.joined(parts), order_of(parts, columns), columns)

@@ -113,7 +113,7 @@ class ShardedRows:
             yield from shard.pieces(getattr(shard, which)[key])
 
 
-class Rows:
+class RowArray:
     """Rows of one site as an array-like [n_rows, width]: `rows[3]`, `rows[10:20]`, `rows[[5, 2]]`, `len(rows)`.
 
     What is asked for is read from the disk, as a torch tensor in its own dtype.
@@ -147,12 +147,13 @@ class Rows:
         return len(self._numbers)
 
     def __getitem__(self, at: int | slice | Sequence[int] | Array | Tensor) -> Tensor:
-        if isinstance(at, int | np.integer):
-            return self._store.take(self._key, self._numbers[[int(at)]])[0]
-        if isinstance(at, Tensor):
-            at = at.numpy()
         if not isinstance(at, slice):
-            at = np.asarray(at) if len(at) else np.arange(0)
+            at = np.asarray(at)
+            if at.ndim == 0:
+                return self._store.take(self._key, self._numbers[[int(at)]])[0]
+            if at.ndim > 1:
+                raise IndexError(f"rows are numbered by one list; found indices of shape {at.shape}.")
+            at = at if at.size else np.arange(0)
         numbers = self._numbers[at]
         if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1 and np.all(np.diff(numbers) == 1):
             return self._store.read(self._key, [(int(numbers[0]), int(numbers[-1]) + 1)])
@@ -171,7 +172,7 @@ class Rows:
 class RowsDataset(Dataset[Any]):
     """Rows as a torch Dataset, with labels or without. It holds no open file, so that workers may share it."""
 
-    def __init__(self, rows: Rows, labels: Sequence[Any] | None) -> None:
+    def __init__(self, rows: RowArray, labels: Sequence[Any] | None) -> None:
         self.rows, self.labels = rows, labels
 
     def __len__(self) -> int:

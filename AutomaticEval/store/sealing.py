@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import torch
 
-from AutomaticEval.errors import PathExists, SelectionError
+from AutomaticEval.errors import CaptureError, PathExists, SelectionError
 from AutomaticEval.store import checksums, contents, eight_bits
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.contents import Activation, Columns, Contents
@@ -35,6 +35,8 @@ class Source(NamedTuple):
     name: str
     n_rows: int
     size_bytes: int
+    stamp: str
+    """The checksum of its root attributes, by which no other shard is taken for it."""
 
 
 def check_compression(compression: str | None) -> None:
@@ -76,17 +78,20 @@ def write_file(
     overwrite: bool = False,
     compression: str | None = None,
     replaces: Sequence[str] = (),
-) -> None:
-    """Write a shard, whole or not at all. replaces: the shards that it takes the place of.
+) -> str:
+    """Write a shard, whole or not at all. replaces: the shards that it takes the place of. Returns its stamp.
 
     Raises PathExists, FolderNotWritable, DiskFull, CaptureError.
     """
+    if not held.activations:
+        raise CaptureError(f"{path}: no sample has activations; nothing is written.")
     with new_hdf5(path, overwrite=overwrite) as file:
         more = {"replaces": json.dumps(list(replaces))} if replaces else {}
-        _write_attributes(file, contract.SHARD_FORMAT, held, more)
+        stamp = _write_attributes(file, contract.SHARD_FORMAT, held, more)
         for key, activation in held.activations.items():
             _write_activation(file, key, activation, held.n_rows, compression)
         _write_table(file, held)
+    return stamp
 
 
 def write_run(path: Path, held: Contents, sources: Sequence[Source], *, finished: bool) -> None:
@@ -97,11 +102,12 @@ def write_run(path: Path, held: Contents, sources: Sequence[Source], *, finished
             _write_virtual(file, key, activation, sources)
         _write_table(file, held)
         _write_text(file, "shards/name", [source.name for source in sources])
+        _write_text(file, f"shards/{checksums.OF_ATTRIBUTES}", [source.stamp for source in sources])
         for name in ("n_rows", "size_bytes"):
             _write_ints(file, f"shards/{name}", np.array([getattr(source, name) for source in sources]), "<i8")
 
 
-def _write_attributes(file: h5py.File, kind: str, held: Contents, more: Mapping[str, str]) -> None:
+def _write_attributes(file: h5py.File, kind: str, held: Contents, more: Mapping[str, str]) -> str:
     attributes = {
         "format": kind,
         "format_version": ".".join(map(str, contract.VERSION)),
@@ -110,7 +116,9 @@ def _write_attributes(file: h5py.File, kind: str, held: Contents, more: Mapping[
         "settings": json.dumps(held.settings, default=str),
         **more,
     }
-    file.attrs.update({**attributes, checksums.OF_ATTRIBUTES: checksums.of_attributes(attributes)})
+    stamp = checksums.of_attributes(attributes)
+    file.attrs.update({**attributes, checksums.OF_ATTRIBUTES: stamp})
+    return stamp
 
 
 def _write_table(file: h5py.File, held: Contents) -> None:
@@ -222,7 +230,10 @@ def _write_virtual(file: h5py.File, key: str, activation: Activation, sources: S
 
 
 def _write_ints(file: h5py.File, name: str, values: Any, dtype: str) -> None:
-    whole = np.ascontiguousarray(values[:], dtype=dtype)
+    given = np.asarray(values[:])
+    whole = np.ascontiguousarray(given, dtype=dtype)
+    if given.dtype.kind in "iu" and not np.array_equal(given, whole):
+        raise CaptureError(f"/{name} holds numbers that {dtype} cannot hold: {given.min()} to {given.max()}.")
     dataset = file.create_dataset(name, data=whole, track_times=False)
     dataset.attrs[checksums.NAME] = checksums.of_numbers([whole])
 

@@ -16,9 +16,9 @@ import h5py
 import numpy as np
 import torch
 
-from AutomaticEval.errors import NewerFormat, NotActivations, StoreError, TruncatedFile
+from AutomaticEval.errors import DamagedFile, NewerFormat, NotActivations, StoreError, TruncatedFile
 from AutomaticEval.sites import key_order
-from AutomaticEval.store import eight_bits
+from AutomaticEval.store import eight_bits, trailer
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.contents import Activation, Contents
 from AutomaticEval.store.extents import (
@@ -79,11 +79,16 @@ class Shard:
 
     def __init__(self, path: Path, kind: str = contract.SHARD_FORMAT) -> None:
         self.path, self.kind = path, kind
+        if path.is_file() and trailer.is_there(path) and not trailer.is_right(path):  # HDF5 could loop for ever over it
+            raise DamagedFile(
+                f"{path}: HDF5's structures, the text or the trailer are not what the trailer's checksum says; restore a copy."
+            )
         with self.reading() as file:
             self.attributes = {name: str(value) for name, value in file.attrs.items()}
             self.model = self.attributes["model"]
             self.settings: dict[str, Any] = json.loads(self.attributes["settings"])
-            self.size_bytes = path.stat().st_size
+            self._status = path.stat()
+            self.size_bytes = self._status.st_size
             known = list(contract.COLUMNS)  # a newer minor version may have more
             self.column_names = sorted(
                 group_of(file, "samples"), key=lambda name: known.index(name) if name in known else len(known)
@@ -99,15 +104,15 @@ class Shard:
             yield file
 
     def _read_structure(self, file: h5py.File) -> None:
-        size = self.size_bytes
+        status = self._status
         self.keys = sorted(group_of(file, "activations"), key=key_order)
         self.numbers = {
-            name: extent_of(file, name, size, "<i8" if name.endswith(("offset", "start", "stop")) else "<i4")
+            name: extent_of(file, name, status, "<i8" if name.endswith(("offset", "start", "stop")) else "<i4")
             for name in _number_names(file)
         }
         self.n_rows = self.numbers["rows/token_id"].shape[0]
         self.scales = {
-            key: extent_of(file, f"scales/{key}", size, "<f4")
+            key: extent_of(file, f"scales/{key}", status, "<f4")
             for key in (group_of(file, "scales") if "scales" in file else ())
         }
         self.dtypes: dict[str, torch.dtype] = {}
@@ -115,9 +120,14 @@ class Shard:
         for key in self.keys:
             self.dtypes[key], self.extents[key] = self._activation(file, key)
         self._check_numbers()
-        for name in self.column_names:
-            check_column(file, f"samples/{name}", self.n_samples, size)
-        check_column(file, "vocabulary/token", self.numbers["vocabulary/token_id"].shape[0], size)
+        for name in list(self.column_names):
+            try:
+                check_column(file, f"samples/{name}", self.n_samples, status.st_size)
+            except ValueError:
+                if name in contract.COLUMNS:
+                    raise
+                self.column_names.remove(name)  # a newer minor version's, of a kind that is not known here
+        check_column(file, "vocabulary/token", self.numbers["vocabulary/token_id"].shape[0], status.st_size)
 
     def _activation(self, file: h5py.File, key: str) -> tuple[torch.dtype, Extent]:
         name = f"activations/{key}"
@@ -130,8 +140,8 @@ class Shard:
         if dtype == torch.int8 and self.scales[key].shape[1:] != dataset.shape[1:]:
             raise ValueError(f"/scales/{key} has not the width of /{name}")
         if self.kind == contract.RUN_FORMAT:
-            return dtype, Extent(name, None, dataset.shape, contract.bits_type(dtype))
-        return dtype, extent_of(file, name, self.size_bytes, contract.bits_type(dtype), chunks=True)
+            return dtype, Extent(name, None, dataset.shape, contract.bits_type(dtype), ())
+        return dtype, extent_of(file, name, self._status, contract.bits_type(dtype), chunks=True)
 
     def _check_numbers(self) -> None:
         lists = {name.removesuffix("/offset") for name in self.numbers if name.endswith("/offset")}
@@ -180,6 +190,9 @@ class Shard:
         with self.reading() as file:
             return dict(zip(ids, contract.decode_column(file["vocabulary/token"]), strict=True))
 
+    def vocabulary(self) -> dict[int, str]:
+        return self.strings
+
     def contents(self) -> Contents:
         """What it holds; numbers and columns are read when they are used."""
         segments, input_ids, generated_ids = (
@@ -195,7 +208,7 @@ class Shard:
             segments,
             input_ids,
             generated_ids,
-            lambda: self.strings,
+            self.vocabulary,
             FileColumns(self),
             {} if self.kind == contract.RUN_FORMAT else {key: self._stored(key) for key in self.keys},
         )

@@ -7,6 +7,8 @@ name is whole, and a writer that resumes goes on from there. Knows nothing of wh
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,20 +20,25 @@ from typing import Any, Self
 from uuid import uuid4
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 
-from AutomaticEval.errors import AutomaticEvalError, FolderInUse, OtherSettings, StoreError
+from AutomaticEval.errors import AutomaticEvalError, CaptureError, FolderInUse, OtherSettings, StoreError
 from AutomaticEval.store import contents
+from AutomaticEval.store.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.contents import Columns, Contents, Listed
 from AutomaticEval.store.files import named_failures, prepare_folder
-from AutomaticEval.store.format import Sample
+from AutomaticEval.store.format import RUN_FORMAT, Sample
 from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.sealing import Source, check_compression, write_file, write_run
 from AutomaticEval.store.shard import Shard
 
+INDEX = "run.h5"
 SHARD_BYTES = 256 * 2**20
 MAX_SHARD_BYTES = 4 * 2**30
 MAX_SHARDS = 256
+SMALL = 1 / 8
+"""The part of a shard's size up to which it is merged with its neighbours when the run closes."""
 SHARD_SECONDS = 300
 """A shard is sealed at this age, so that a process that is killed loses minutes at most."""
 
@@ -66,11 +73,14 @@ class RunWriter:
         resume: bool = False,
     ) -> None:
         check_compression(compression)
-        self.folder = folder
+        self.folder = folder = folder.expanduser().absolute()
         self._model, self._shard_bytes, self._compression = model, shard_bytes, compression
         self._settings = json.loads(json.dumps({**settings, "run_id": uuid4().hex}, default=str))
+        self._kinds: dict[str, tuple[torch.dtype, int]] | None = None
+        self._mutex = threading.RLock()
         self._gathered: list[Sample] = []
-        self._blocks: dict[int, int] = {}
+        self._blocks: set[int] = set()
+        self._n_bytes = 0
         self._since = time.monotonic()
         self._sealed: list[Source] = []
         self._opened: dict[str, Shard] = {}
@@ -84,21 +94,26 @@ class RunWriter:
             self._lock.release()
             raise
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sealing")
-        self._sealing: Future[Source] | None = None
+        self._sealing: Future[tuple[Source, int]] | None = None
 
     def _begin(self, *, resume: bool) -> None:
         found = shard_names(self.folder)
-        if not resume and (found or (self.folder / "run.h5").exists()):
+        if not resume and (found or (self.folder / INDEX).exists()):
             raise StoreError(f"{self.folder} holds a run; choose another folder, or resume it.")
         for left in self.folder.glob(".*.partial"):
             left.unlink()
         self._next = max((int(name[6:-3]) + 1 for name in found), default=0)
         shards = [Shard(self.folder / name) for name in living(self.folder, found)]
+        if is_finished(self.folder):
+            raise StoreError(f"{self.folder} is finished, there is nothing to resume; read it with open_run.")
+        (self.folder / INDEX).unlink(missing_ok=True)  # it was built over the shards of the unfinished run
+        if shards:
+            self._settings["run_id"] = shards[0].settings.get("run_id")
         for shard in shards:
-            self._settings["run_id"] = shard.settings.get("run_id")
             _check_same(shard, self._model, self._settings)
-            self._sealed.append(Source(shard.path.name, shard.n_rows, shard.size_bytes))
+            self._sealed.append(source_of(shard))
             self._n_samples += shard.n_samples
+            self._kinds = {key: (shard.dtypes[key], shard.extents[key].shape[1]) for key in shard.keys}
 
     def __enter__(self) -> Self:
         return self
@@ -123,7 +138,7 @@ class RunWriter:
 
     @property
     def n_samples(self) -> int:
-        """Samples that are sealed or being sealed."""
+        """Samples that are on the disk."""
         return self._n_samples
 
     @property
@@ -134,50 +149,87 @@ class RunWriter:
     def add(self, samples: Sequence[Sample]) -> None:
         """Take samples, which may share rows; those of one call are in one shard.
 
-        Waits when the shard before is still being written. Raises what stopped the writing: DiskFull, StoreError.
+        Waits when the shard before is still being written. Raises what stopped the writing: DiskFull, StoreError;
+        CaptureError for rows that are not like those before, of which then none is taken.
         """
-        if self._sealing is not None and self._sealing.done():
-            self._settle()
-        self._gathered.extend(samples)
-        self._blocks.update((id(part.rows), part.rows.size_bytes) for sample in samples for part in sample.parts)
-        if sum(self._blocks.values()) >= self._shard_bytes or time.monotonic() - self._since > SHARD_SECONDS:
-            self.seal()
+        with self._mutex:
+            self._check_open()
+            if self._sealing is not None and self._sealing.done():
+                self._settle()
+            self._check_kinds(samples)
+            self._gathered.extend(samples)
+            for sample in samples:
+                self._n_bytes += sample.size_bytes
+                for part in sample.parts:
+                    if id(part.rows) not in self._blocks:
+                        self._blocks.add(id(part.rows))
+                        self._n_bytes += part.rows.size_bytes
+            if self._n_bytes >= self._shard_bytes or time.monotonic() - self._since > SHARD_SECONDS:
+                self.seal()
+
+    def _check_open(self) -> None:
+        if not self._lock.is_locked:
+            raise StoreError(f"the writer of {self.folder} was closed; nothing more can be added.")
+
+    def _check_kinds(self, samples: Sequence[Sample]) -> None:
+        """Raises CaptureError for what could not be sealed together with the rest."""
+        in_8_bits = self._settings.get("store_dtype") == "int8"
+        for rows in {id(part.rows): part.rows for sample in samples for part in sample.parts}.values():
+            found = {
+                key: (torch.int8 if in_8_bits else each.dtype, each.shape[1]) for key, each in rows.activations.items()
+            }
+            self._kinds = self._kinds or found
+            if found != self._kinds:
+                raise CaptureError(
+                    "these rows have not the sites, dtypes or widths of the run's others; none was taken."
+                )
+            for key, each in rows.activations.items() if in_8_bits else ():
+                if not each.isfinite().all():
+                    raise CaptureError(
+                        f"{key} holds values that are infinite or not a number, which int8 cannot hold; use bfloat16."
+                    )
 
     def seal(self) -> None:
         """Have what is gathered written as the next shard."""
-        if not self._gathered:
-            return
-        self._settle()
-        samples, self._gathered, self._blocks, self._since = self._gathered, [], {}, time.monotonic()
-        self._n_samples += len(samples)
-        self._sealing = self._thread.submit(self._write, self._take_name(), samples)
+        with self._mutex:
+            if not self._gathered:
+                return
+            self._settle()
+            self._sealing = self._thread.submit(self._write, self._take_name(), self._gathered)
+            self._gathered, self._blocks, self._n_bytes, self._since = [], set(), 0, time.monotonic()
 
     def flush(self) -> None:
         """Seal what is gathered, and return when it is on the disk."""
-        self._settle()
-        self.seal()
-        self._settle()
+        with self._mutex:
+            self._settle()
+            self.seal()
+            self._settle()
 
     def _settle(self) -> None:
-        """Wait for the shard that is being written."""
+        """Wait for the shard that is being written. A shard that failed is told once."""
+        if self._sealing is None:
+            return
+        failure = self._sealing.exception()  # waits; Ctrl-C meanwhile must not forget it
         sealing, self._sealing = self._sealing, None
-        if sealing is not None:
-            self._sealed.append(sealing.result())
+        if failure is not None:
+            raise failure
+        source, n_samples = sealing.result()
+        self._sealed.append(source)
+        self._n_samples += n_samples
 
     def _take_name(self) -> str:
         self._next += 1
         return f"shard-{self._next - 1:05d}.h5"
 
-    def _write(self, name: str, samples: Sequence[Sample]) -> Source:
+    def _write(self, name: str, samples: Sequence[Sample]) -> tuple[Source, int]:
         in_8_bits = self._settings.get("store_dtype") == "int8"
-        return self._write_contents(
-            name, contents.of_samples(samples, self._model, self._settings, in_8_bits=in_8_bits)
-        )
+        held = contents.of_samples(samples, self._model, self._settings, in_8_bits=in_8_bits)
+        return self._write_contents(name, held), len(samples)
 
     def _write_contents(self, name: str, held: Contents, replaces: Sequence[str] = ()) -> Source:
         path = self.folder / name
-        write_file(path, held, compression=self._compression, replaces=replaces)
-        return Source(name, held.n_rows, path.stat().st_size)
+        stamp = write_file(path, held, compression=self._compression, replaces=replaces)
+        return Source(name, held.n_rows, path.stat().st_size, stamp)
 
     def records(self) -> list[dict[str, Any]]:
         """The columns of every sealed sample, with its shard and index. Seals what is gathered; merges small shards."""
@@ -197,7 +249,7 @@ class RunWriter:
     def _merge_small(self) -> None:
         """Write neighbours that fit into one shard as one; the old ones stay until `run.h5` is there."""
         merged = []
-        for group in _groups(self._sealed, self._shard_bytes):
+        for group in _groups(self._sealed, self._shard_bytes, shutil.disk_usage(self.folder).free):
             if len(group) == 1:
                 merged += group
                 continue
@@ -208,12 +260,18 @@ class RunWriter:
 
     def finish(self, records: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Write `run.h5`: these records, one a sample, with what the evaluation said of each; None: as `records()`."""
-        columns = self._table() if records is None else Listed.of(records)
-        write_index(self.folder, self._sealed, self._shards(), columns, finished=True)
-        kept = {source.name for source in self._sealed}
-        for name in shard_names(self.folder):
-            if name not in kept:  # merged into another one
-                (self.folder / name).unlink()
+        with self._mutex:
+            self._check_open()
+            if is_finished(self.folder):
+                raise StoreError(f"{self.folder} is finished already.")
+            columns = self._table() if records is None else Listed.of(records)
+            n_records = len(columns.whole("shard")) if columns.names else 0
+            if self._gathered or self._sealing is not None or n_records != self._n_samples:
+                raise StoreError(
+                    f"{n_records} records for {self._n_samples} sealed samples; ask records() after the last add."
+                )
+            write_index(self.folder, self._sealed, self._shards(), columns, finished=True)
+            delete_replaced(self.folder)
 
 
 def locked(folder: Path) -> FileLock:
@@ -257,14 +315,38 @@ def living(folder: Path, names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in replaced]
 
 
-def _groups(sources: Sequence[Source], size_bytes: int) -> list[list[Source]]:
-    """Neighbours that together are no larger than a shard."""
+def delete_replaced(folder: Path) -> None:
+    """Delete the shards that another one replaces; older ones first, so that a kill leaves none without its heir."""
+    names = shard_names(folder)
+    alive = set(living(folder, names))
+    for name in names:
+        if name not in alive:
+            (folder / name).unlink()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run was evaluated to its end."""
+    if not (folder / INDEX).exists():
+        return False
+    return Shard(folder / INDEX, RUN_FORMAT).attributes.get("state", "finished") == "finished"
+
+
+def source_of(shard: Shard) -> Source:
+    return Source(shard.path.name, shard.n_rows, shard.size_bytes, shard.attributes.get(OF_ATTRIBUTES, ""))
+
+
+def _groups(sources: Sequence[Source], shard_bytes: int, free_bytes: int) -> list[list[Source]]:
+    """Small neighbours that together are no larger than a shard, and for which the disk has room beside the old ones."""
     groups: list[list[Source]] = []
+    is_open = False
     for source in sources:
-        if groups and sum(each.size_bytes for each in groups[-1]) + source.size_bytes <= size_bytes:
+        is_small = source.size_bytes <= shard_bytes * SMALL
+        room = min(shard_bytes, free_bytes / 4)
+        if is_open and is_small and sum(each.size_bytes for each in groups[-1]) + source.size_bytes <= room:
             groups[-1].append(source)
         else:
             groups.append([source])
+        is_open = is_small
     return groups
 
 
@@ -284,7 +366,7 @@ def write_index(
         raise StoreError(f"{folder} holds no shard: nothing was captured.")
     parts = [replace(shard.contents(), columns=Listed({})) for shard in shards]  # the table has the columns
     held = contents.reordered(contents.joined(parts, shards[0].settings), order_of(parts, columns), columns)
-    write_run(folder / "run.h5", held, sources, finished=finished)
+    write_run(folder / INDEX, held, sources, finished=finished)
 
 
 def order_of(parts: Sequence[Contents], columns: Columns) -> Array:
