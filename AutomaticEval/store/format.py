@@ -79,8 +79,12 @@ class Rows:
 
     @property
     def size_bytes(self) -> int:
-        """In memory, with about what Python takes for each row's token, string and position."""
-        return 150 * len(self.positions) + sum(each.numel() * each.element_size() for each in self.activations.values())
+        return sum(each.numel() * each.element_size() for each in self.activations.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """With about what Python takes for each row's token, string and position."""
+        return self.size_bytes + 150 * len(self.positions)
 
 
 class Part(NamedTuple):
@@ -118,8 +122,8 @@ class Sample:
                     )
 
     @property
-    def size_bytes(self) -> int:
-        """About what it takes in memory beside its rows: Python's numbers and text."""
+    def memory_bytes(self) -> int:
+        """About what it takes beside its rows: Python's numbers and text."""
         n_ids = len(self.input_ids) + len(self.generated_ids)
         return 36 * n_ids + sum(len(value) for value in self.fields.values() if isinstance(value, str)) + 2048
 

@@ -50,8 +50,8 @@ def ranges_of(indices: Iterable[int]) -> list[tuple[int, int]]:
     array = np.fromiter(indices, dtype=np.int64)
     if not len(array):
         return []
-    breaks = np.flatnonzero(np.diff(array) != 1) + 1
-    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(array, breaks)]
+    edges = np.concatenate(([0], np.flatnonzero(np.diff(array) != 1) + 1, [len(array)]))
+    return list(zip(array[edges[:-1]].tolist(), (array[edges[1:] - 1] + 1).tolist(), strict=True))
 
 
 def indices_of(ranges: Array) -> Array:

@@ -63,6 +63,9 @@ class ShardedRows:
 
     def read(self, key: str, ranges: Array | Sequence[tuple[int, int]]) -> Tensor:
         """Rows of a site, one half-open range after the other: [n, width]."""
+        return from_bits(self._read_bits(key, ranges), self.kinds[key].read_as)
+
+    def _read_bits(self, key: str, ranges: Array | Sequence[tuple[int, int]]) -> Array:
         kind = self.kinds[key]
         wanted = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
         n_rows = int((wanted[:, 1] - wanted[:, 0]).sum())
@@ -72,7 +75,7 @@ class ShardedRows:
             n_here = int((local[:, 1] - local[:, 0]).sum())
             self._shard(number).read_into(key, local, out[at : at + n_here])
             at += n_here
-        return from_bits(out, kind.read_as)
+        return out
 
     def _split(self, ranges: Array) -> Iterator[tuple[int, Array]]:
         """(shard, its own ranges), where one follows the other in the same shard together."""
@@ -97,10 +100,10 @@ class ShardedRows:
     def take(self, key: str, rows: Array) -> Tensor:
         """Rows of a site by their numbers, in any order: [n, width]. The files are read in their own order."""
         distinct, inverse = np.unique(rows, return_inverse=True)
-        found = self.read(key, ranges_of(distinct))
-        if len(distinct) == len(rows) and np.all(inverse == np.arange(len(rows))):
-            return found
-        return found[torch.from_numpy(inverse.reshape(-1))]
+        found = self._read_bits(key, ranges_of(distinct))
+        if len(distinct) != len(rows) or np.any(inverse != np.arange(len(rows))):
+            found = found[inverse]  # by numpy: torch would wake all its threads for a few rows
+        return from_bits(found, self.kinds[key].read_as)
 
     def activation(self, key: str) -> Activation:
         """All rows of a site as they are stored."""

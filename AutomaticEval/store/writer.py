@@ -159,11 +159,11 @@ class RunWriter:
             self._check_kinds(samples)
             self._gathered.extend(samples)
             for sample in samples:
-                self._n_bytes += sample.size_bytes
+                self._n_bytes += sample.memory_bytes
                 for part in sample.parts:
                     if id(part.rows) not in self._blocks:
                         self._blocks.add(id(part.rows))
-                        self._n_bytes += part.rows.size_bytes
+                        self._n_bytes += part.rows.memory_bytes
             if self._n_bytes >= self._shard_bytes or time.monotonic() - self._since > SHARD_SECONDS:
                 self.seal()
 
