@@ -153,6 +153,32 @@ def test_samples_that_share_rows_store_them_once(tmp_path: Path) -> None:
     assert run[1]["positions"].tolist() == [0, 2, 3, 5]
 
 
+@pytest.mark.parametrize("shard_bytes", [1, 3_000, 10**6])
+def test_prefix_that_many_samples_share_is_stored_once_a_shard(tmp_path: Path, shard_bytes: int) -> None:
+    """Few-shot examples: one prefix for all questions, and each question's rows for its two choices."""
+    prefix = make_sample(n_prompt=20, n_response=1).parts[0].rows
+    samples: list[Sample] = []
+    for number in range(8):
+        own = make_sample(seed=100 + number, n_prompt=3, n_response=1)
+        rows = own.parts[0].rows
+        later = Rows(rows.token_ids, rows.tokens, [20 + place for place in rows.positions], rows.activations)
+        ids = [*prefix.token_ids, *own.input_ids]
+        for choice in range(2):
+            fields = {**own.fields, "doc_id": number, "choice": choice, "n_prompt_tokens": len(ids)}
+            samples.append(Sample(fields, ids, [7 + choice], [Part(prefix, range(20)), Part(later, range(3))]))
+    with RunWriter(tmp_path / "run", "m", SETTINGS, shard_bytes=shard_bytes) as made:
+        for number in range(0, len(samples), 2):
+            made.add(samples[number : number + 2])
+        made.finish()
+    run = open_run(tmp_path / "run")
+    assert len(run.rows("layer_0")) == len(run.shards) * 20 + 8 * 3
+    for found, sample in zip(run, samples, strict=True):
+        assert same(found["activations"], sample.activation_data("m", SETTINGS)["activations"])
+        assert found["positions"].tolist() == list(range(23))
+    for shard in run.shards:  # each can be read alone
+        assert all(len(found["positions"]) == 23 for found in open_run(shard.path))
+
+
 def test_sample_without_rows_is_stored_and_read(tmp_path: Path) -> None:
     full = make_sample()
     rows = Rows([], [], [], {key: tensor[:0] for key, tensor in full.parts[0].rows.activations.items()})

@@ -93,10 +93,10 @@ def _captured(
     ensure_space(save_dir, size)
     folder = _run_folder(save_dir, benchmark, loaded.name)
     settings = _settings(loaded, benchmark, selection)
+    gathered = size * loaded.model.dtype.itemsize if selection.store_dtype == "int8" else size  # narrowed when sealed
+    writer = RunWriter(folder, loaded.name, settings, shard_bytes=shard_bytes_for(gathered), compression=compression)
     try:
-        with RunWriter(
-            folder, loaded.name, settings, shard_bytes=shard_bytes_for(size), compression=compression
-        ) as writer:
+        with writer:
             lm = CapturingHFLM(loaded, selection, writer.add, doc_ids=found.drawn, batch_size=benchmark.batch_size)
             outcome = _evaluate(lm, loaded, benchmark, found)
             # before the join, so that the scores outlive one that fails
