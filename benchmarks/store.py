@@ -51,8 +51,8 @@ from AutomaticEval.store.format import Part, Rows, Sample, bits
 from AutomaticEval.store.sealing import write_file
 from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
 
-MEMORY = Workload(n_samples=160, n_tokens=110, n_layers=13, width=768)  # 350 MB
-MEMORY_SMALL = Workload(n_samples=1600, n_tokens=11, n_layers=13, width=768)
+MEMORY = Workload(n_samples=320, n_tokens=110, n_layers=13, width=768)  # 700 MB
+MEMORY_SMALL = Workload(n_samples=3200, n_tokens=11, n_layers=13, width=768)
 MEMORY_SHARD_BYTES = 64 * 2**20
 
 
@@ -184,7 +184,7 @@ def opening(rounds: int, folder: Path) -> None:
 def write_many(folder: Path, n_samples: int) -> None:
     draw = np.random.default_rng(0)
     n_tokens, n_kept, width = 60, 4, 16
-    with RunWriter(folder, "m", {"dtype": "bfloat16"}, shard_bytes=2**20) as writer:
+    with RunWriter(folder, "m", {"dtype": "bfloat16"}, shard_bytes=2**24) as writer:
         for start in range(0, n_samples, BATCH):
             batch = []
             for number in range(start, start + BATCH):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from conftest import ROOT
 from test_store import SETTINGS, make_sample, same, write_run
 
 from AutomaticEval import load_activations, open_run
-from AutomaticEval.errors import OtherSettings, PathExists, SelectionError, StoreError
+from AutomaticEval.errors import DamagedFile, OtherSettings, PathExists, SelectionError, StoreError
+from AutomaticEval.store.export import export
 from AutomaticEval.store.maintenance import convert, merge, prune, rebuild_index, verify
 from AutomaticEval.store.writer import RunWriter, shard_names
 
@@ -295,3 +297,58 @@ def test_one_site_of_one_sample_reads_only_its_bytes(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "preadv", counted)
     rows = run.read(0, "layer_0")
     assert sum(read) == rows.numel() * rows.element_size()
+
+
+def test_damage_is_not_copied_and_given_new_checksums(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    shard = tmp_path / "run" / "shard-00001.h5"
+    with h5py.File(shard) as file:
+        offset = file["activations/layer_0"].id.get_offset()
+    damaged = bytearray(shard.read_bytes())
+    damaged[offset + 3] ^= 16
+    shard.write_bytes(damaged)
+    for copy in (
+        lambda to: merge([tmp_path / "run"], to),
+        lambda to: prune(tmp_path / "run", to, layers="0"),
+        lambda to: convert(tmp_path / "run", to, dtype="float32"),
+        lambda to: export(tmp_path / "run", to, "safetensors"),
+        lambda to: rebuild_index(tmp_path / "run"),
+    ):
+        with pytest.raises(DamagedFile, match=r"shard-00001\.h5: /activations/layer_0"):
+            copy(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_flipped_verdict_in_the_index_is_not_made_valid(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    index = tmp_path / "run" / "run.h5"
+    with h5py.File(index) as file:
+        offset = file["samples/correct"].id.get_offset()
+    damaged = bytearray(index.read_bytes())
+    damaged[offset] ^= 1
+    index.write_bytes(damaged)
+    with pytest.raises(DamagedFile, match=r"/samples/correct .* delete that"):
+        rebuild_index(tmp_path / "run")
+
+
+def test_shard_that_is_no_part_of_the_run_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    shutil.copy(tmp_path / "run" / "shard-00001.h5", tmp_path / "run" / "shard-00077.h5")
+    assert verify(tmp_path / "run") == [f"{tmp_path / 'run' / 'shard-00077.h5'}: it is there and no part of the run"]
+
+
+def test_index_of_a_run_opens_the_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    assert len(open_run(tmp_path / "run" / "run.h5")) == 9
+    assert verify(tmp_path / "run" / "run.h5") == []
+
+
+def test_copies_say_what_they_were_made_of(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "positions": "scored", "layers": "all"}
+    one = run_of(tmp_path / "run", range(3), settings)
+    assert open_run(prune(one, tmp_path / "all.h5", positions="all")).settings["positions"] == "scored"
+    last = prune(one, tmp_path / "last.h5", positions="last")
+    assert open_run(last).settings["positions"] == "last of scored"
+    again = open_run(prune(last, tmp_path / "again.h5", layers="0")).settings
+    assert again["pruned_from"] == [{"positions": "scored"}, {"layers": "all"}]
+    assert open_run(convert(one, tmp_path / "half.h5", dtype="bfloat16")).settings["converted_from"] == "float32"

@@ -30,7 +30,11 @@ def export(
         str, typer.Option("--to", help="safetensors, npz, arrow, transformer_lens or hdf5.", metavar="FORMAT")
     ] = "safetensors",
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16. Default: as stored.")
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="float32, float16 or bfloat16. Default: as stored, or float32 where the format has no bfloat16 or int8.",
+        ),
     ] = None,
     compression: options.Compression = None,
     push_to_hub: Annotated[

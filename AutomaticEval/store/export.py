@@ -21,6 +21,7 @@ from AutomaticEval.errors import SelectionError, did_you_mean
 from AutomaticEval.store import arrow, contents, lens
 from AutomaticEval.store.files import ensure_space, new_folder
 from AutomaticEval.store.format import bits, raw_bytes
+from AutomaticEval.store.maintenance import check
 from AutomaticEval.store.outgoing import Advance, records, sample
 from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.reader import Run, open_run
@@ -61,6 +62,7 @@ def export(path: Path, destination: Path, to: str, *, dtype: str | None = None, 
     large for dtype.
     """
     check_format(to, dtype)
+    check(path)
     run, destination = open_run(path), destination.expanduser()
     held = run.contents
     if to == "transformer_lens":

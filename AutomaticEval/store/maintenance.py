@@ -17,8 +17,10 @@ import torch
 
 from AutomaticEval.errors import (
     AutomaticEvalError,
+    DamagedFile,
     MissingFilter,
     NewerFormat,
+    NotActivations,
     OtherSettings,
     SelectionError,
     StoreError,
@@ -34,7 +36,7 @@ from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reader import Run, open_run
 from AutomaticEval.store.sealing import check_compression, write_file
 from AutomaticEval.store.shard import Shard
-from AutomaticEval.store.writer import INDEX, delete_replaced, locked, shard_names, source_of, write_index
+from AutomaticEval.store.writer import INDEX, delete_replaced, living, locked, shard_names, source_of, write_index
 
 Advance = Callable[[int], None]
 """Told, as the work goes on, how many bytes of activations were done."""
@@ -71,6 +73,8 @@ def verify(path: Path, advance: Advance = _ignore) -> list[str]:
     """
     if not path.exists():
         raise StoreError(f"no file or run folder {path}.")
+    if path.is_file() and path.name == INDEX:
+        path = path.parent
     if path.is_file():
         return _verify_file(path, contract.SHARD_FORMAT, advance)
     problems: list[str] = []
@@ -83,9 +87,22 @@ def verify(path: Path, advance: Advance = _ignore) -> list[str]:
     try:
         run = open_run(path)
         problems += _verify_places(run)
+        listed = {shard.path.name for shard in run.shards}
+        strays = [name for name in living(path, shard_names(path)) if name not in listed]
+        problems += [f"{path / name}: it is there and no part of the run" for name in strays]
+    except NotActivations:
+        raise
     except AutomaticEvalError as failure:
         problems.append(str(failure))
     return problems
+
+
+def check(path: Path) -> None:
+    """Raises DamagedFile when anything is wrong: a copy gets checksums of its own, which would hide it."""
+    problems = verify(path)
+    if problems:
+        rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise DamagedFile(f"{problems[0]}{rest}. Nothing was copied from it; restore it from a copy.")
 
 
 def _verify_file(path: Path, kind: str, advance: Advance) -> list[str]:
@@ -98,7 +115,7 @@ def _verify_file(path: Path, kind: str, advance: Advance) -> list[str]:
         if not trailer.is_there(path) and _version(shard) >= (1, 1):
             problems.append("its trailer is missing: it was changed or cut short")
         return [f"{path}: {problem}" for problem in problems]
-    except (MissingFilter, NewerFormat):  # it may be whole: it cannot be told here
+    except (MissingFilter, NewerFormat, NotActivations):  # not damaged: it cannot be told here, or is something else
         raise
     except AutomaticEvalError as failure:
         return [str(failure)]
@@ -197,6 +214,12 @@ def rebuild_index(folder: Path) -> Path:
     if not folder.is_dir():
         raise StoreError(f"{folder} is not a run folder.")
     open_run(folder)  # before a lock is left in what is no run
+    try:
+        check(folder)
+    except DamagedFile as damaged:
+        raise DamagedFile(
+            f"{damaged} If it is {INDEX} alone, delete that: the run is then read without its scores."
+        ) from None
     lock = locked(folder)
     try:
         run = open_run(folder)
@@ -215,6 +238,8 @@ def merge(
 
     Raises OtherSettings when they are not, StoreError when two hold the same request, PathExists.
     """
+    for path in paths:
+        check(path)
     runs = [open_run(path) for path in paths]
     _check_joinable(runs)
     held = _alone(contents.joined([run.contents for run in runs], _joined_settings(runs)))
@@ -270,15 +295,18 @@ def prune(
     sites, layers, positions: as for a capture; None keeps what there is.
     Raises SelectionError when nothing of it was stored, PathExists.
     """
+    check(path)
     run = open_run(path)
     held = _alone(run.contents)
     keys = _kept_keys(run, sites, layers)
-    wanted = None if positions is None else Positions.parse(positions)
+    wanted = None if positions in (None, "all") else Positions.parse(str(positions))
     kept = [_kept_rows(held, number, wanted) for number in range(held.n_samples)]
     chosen = {"sites": sites, "layers": None if layers is None else str(layers), "positions": wanted and str(wanted)}
     now = {name: value for name, value in chosen.items() if value is not None}
     before = {name: run.settings.get(name) for name in now}
-    settings = {**run.settings, **now, "pruned_from": before}
+    if before.get("positions") not in (None, "all", now.get("positions")):  # of what was stored, not of everything
+        now["positions"] = f"{now['positions']} of {before['positions']}"
+    settings = {**run.settings, **now, "pruned_from": [*run.settings.get("pruned_from", []), before]}
     return _write(destination, replace(contents.cut(held, kept, keys), settings=settings), compression, advance)
 
 
@@ -321,11 +349,13 @@ def convert(
     """
     if dtype is not None and dtype not in FLOATS:
         raise SelectionError(f"no dtype {dtype!r} to convert to; write {', '.join(FLOATS)}.")
+    check(path)
     run = open_run(path)
     held = _alone(run.contents)
     if dtype is not None:
         changed = contents.converted(held, getattr(torch, dtype))
-        held = replace(changed, settings={**run.settings, "store_dtype": dtype})
+        before = run.settings.get("store_dtype") or run.settings.get("dtype")
+        held = replace(changed, settings={**run.settings, "store_dtype": dtype, "converted_from": before})
     return _write(destination, held, compression, advance)
 
 

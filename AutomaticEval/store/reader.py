@@ -57,7 +57,8 @@ def load_activations(path: str | Path, sample: int | None = None) -> dict[str, A
 
 def open_run(path: str | Path) -> Run:
     """The samples of a run folder (or of one file) as a lazy sequence. Raises UnreadableFile, StoreError."""
-    return Run(Path(path).expanduser().absolute())
+    given = Path(path).expanduser().absolute()
+    return Run(given.parent if given.name == INDEX and given.is_file() else given)
 
 
 def _load_torch(path: Path) -> dict[str, Any]:
@@ -242,6 +243,8 @@ class Run(Sequence[dict[str, Any]]):
         return RowsDataset(self._rows(key, self._rows_at(position)), labels)
 
     def _rows_at(self, position: str | int) -> Array:
+        if not isinstance(position, str | int):
+            raise StoreError(f'position is {position!r}; write one: "last", "first", a number, "prompt[-1]".')
         places: dict[str | int, int] = {"last": -1, "first": 0}
         place = places.get(position, position)
         if isinstance(place, int):
@@ -259,6 +262,11 @@ class Run(Sequence[dict[str, Any]]):
         """The row of the one position of a sample's sequence that is asked for."""
         held = self._contents
         wanted = positions.resolve(len(held.input_ids.item(number)), len(held.generated_ids.item(number)))
+        if not wanted:
+            raise StoreError(
+                f"sample {number} has no position {positions}: the last token of a response is never fed. Leave such "
+                'samples out with where, or ask for one that each has: "prompt[-1]".'
+            )
         if len(wanted) != 1:
             raise StoreError(f'{positions} are {len(wanted)} positions of sample {number}; ask for one: "prompt[-1]".')
         rows = indices_of(held.segments.item(number))
