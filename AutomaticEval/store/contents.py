@@ -53,6 +53,11 @@ class Listed:
         return {name: values[index] for name, values in self.columns.items()}
 
 
+def listed(columns: Columns) -> Listed:
+    """A table read into memory."""
+    return Listed({name: columns.whole(name) for name in columns.names})
+
+
 def records_of(columns: Columns) -> list[dict[str, Any]]:
     """The table, one dict a sample."""
     whole = {name: columns.whole(name) for name in columns.names}

@@ -24,7 +24,7 @@ from AutomaticEval.store.files import PICKLE_SUFFIXES
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.rows import Kind, RowArray, RowsDataset, ShardedRows
 from AutomaticEval.store.shard import FileColumns, Shard
-from AutomaticEval.store.writer import INDEX, living, order_of, placed, shard_names
+from AutomaticEval.store.writer import INDEX, Placed, living, order_of, shard_names
 
 _BOOKKEEPING = ("shard", "index", "batch_rows", "batch_columns")
 
@@ -345,7 +345,7 @@ def _gathered(folder: Path, index: Shard | None) -> tuple[ShardedRows, Contents]
     run_id = (index or Shard(folder / names[0])).settings.get("run_id")
     shards = [_of_run(folder / name, run_id) for name in names]
     parts = [shard.contents() for shard in shards]
-    columns = placed(parts) if index is None else FileColumns(index)
+    columns: contents.Columns = contents.listed(Placed(shards)) if index is None else FileColumns(index)
     held = contents.reordered(contents.joined(parts), order_of(parts, columns), columns)
     return _stored(shards), held
 

@@ -190,6 +190,13 @@ class Shard:
         with self.reading() as file:
             return dict(zip(ids, contract.decode_column(file["vocabulary/token"]), strict=True))
 
+    def column(self, name: str) -> list[Any]:
+        """A column's value for every sample, None where there is none."""
+        if name not in self.column_names:
+            return [None] * self.n_samples
+        with self.reading() as file:
+            return contract.decode_column(file[f"samples/{name}"])
+
     def vocabulary(self) -> dict[int, str]:
         return self.strings
 
@@ -238,8 +245,7 @@ class FileColumns:
 
     def whole(self, name: str) -> list[Any]:
         if name not in self._whole:
-            with self._shard.reading() as file:
-                self._whole[name] = contract.decode_column(file[f"samples/{name}"])
+            self._whole[name] = self._shard.column(name)
         return self._whole[name]
 
     def record(self, index: int) -> dict[str, Any]:

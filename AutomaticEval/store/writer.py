@@ -235,10 +235,10 @@ class RunWriter:
         """The columns of every sealed sample, with its shard and index. Seals what is gathered; merges small shards."""
         return contents.records_of(self._table())
 
-    def _table(self) -> Listed:
+    def _table(self) -> Placed:
         self.flush()
         self._merge_small()
-        return placed([shard.contents() for shard in self._shards()])
+        return Placed(self._shards())
 
     def _shards(self) -> list[Shard]:
         for source in self._sealed:
@@ -264,14 +264,15 @@ class RunWriter:
             self._check_open()
             if is_finished(self.folder):
                 raise StoreError(f"{self.folder} is finished already.")
-            columns = self._table() if records is None else Listed.of(records)
+            columns: Columns = self._table() if records is None else Listed.of(records)
             n_records = len(columns.whole("shard")) if columns.names else 0
             if self._gathered or self._sealing is not None or n_records != self._n_samples:
                 raise StoreError(
                     f"{n_records} records for {self._n_samples} sealed samples; ask records() after the last add."
                 )
             write_index(self.folder, self._sealed, self._shards(), columns, finished=True)
-            delete_replaced(self.folder)
+            if len(shard_names(self.folder)) > len(self._sealed):  # some were merged
+                delete_replaced(self.folder)
 
 
 def locked(folder: Path) -> FileLock:
@@ -350,12 +351,25 @@ def _groups(sources: Sequence[Source], shard_bytes: int, free_bytes: int) -> lis
     return groups
 
 
-def placed(parts: Sequence[Contents]) -> Listed:
-    """The sample table over several shards, with each sample's shard and index."""
-    columns = dict(contents.joined_columns(parts).columns)
-    columns["shard"] = [number for number, part in enumerate(parts) for _ in range(part.n_samples)]
-    columns["index"] = [index for part in parts for index in range(part.n_samples)]
-    return Listed(columns)
+class Placed:
+    """The sample table over several shards, with each sample's shard and index; a column is read when it is asked for."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+
+    @property
+    def names(self) -> list[str]:
+        return [*dict.fromkeys(name for shard in self._shards for name in shard.column_names), "shard", "index"]
+
+    def whole(self, name: str) -> list[Any]:
+        if name == "shard":
+            return [number for number, shard in enumerate(self._shards) for _ in range(shard.n_samples)]
+        if name == "index":
+            return [index for shard in self._shards for index in range(shard.n_samples)]
+        return [value for shard in self._shards for value in shard.column(name)]
+
+    def record(self, index: int) -> dict[str, Any]:
+        return {name: self.whole(name)[index] for name in self.names}
 
 
 def write_index(
