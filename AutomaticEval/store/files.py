@@ -5,6 +5,7 @@ Knows nothing of what is in a file.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -22,6 +23,9 @@ from AutomaticEval.errors import DiskFull, FolderNotWritable, PathExists, StoreE
 from AutomaticEval.store.trailer import arrays_of, write_trailer
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt")
+_LIBVER = ("earliest", "v110")
+_KEEP_SIZE = 1
+"""FALLOC_FL_KEEP_SIZE of Linux."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -105,13 +109,20 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def new_hdf5(path: Path, *, overwrite: bool = False) -> Iterator[h5py.File]:
-    """An HDF5 file that gets its name only when it is complete and on the disk."""
+def new_hdf5(path: Path, size_bytes: int, *, overwrite: bool = False) -> Iterator[h5py.File]:
+    """An HDF5 file that gets its name only when it is complete and on the disk.
+
+    size_bytes: at least what it will hold, which is reserved first: HDF5 crashes the process at its exit when the disk
+    fills up while it writes.
+    """
     with new_file(path, overwrite=overwrite) as partial:
-        with h5py.File(partial, "w", libver=("earliest", "v110")) as file:
+        partial.write_bytes(_empty_hdf5())
+        _reserve(partial, size_bytes)
+        with h5py.File(partial, "r+", libver=_LIBVER) as file:
             yield file
             arrays = arrays_of(file)
         write_trailer(partial, arrays)
+        os.truncate(partial, partial.stat().st_size)  # gives back what was reserved beyond
 
 
 @contextmanager
@@ -133,6 +144,26 @@ def new_folder(path: Path) -> Iterator[Path]:
             partial.rename(path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _empty_hdf5() -> bytes:
+    with h5py.File("empty", "w", driver="core", backing_store=False, libver=_LIBVER) as file:
+        file.flush()
+        return bytes(file.id.get_file_image())
+
+
+def _reserve(path: Path, size_bytes: int) -> None:
+    """Have the disk set bytes aside for a file, whose size stays. Raises OSError when there is no room.
+
+    Where the system or the file system cannot, nothing is reserved.
+    """
+    allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if allocate is None:
+        return
+    with path.open("r+b") as file:
+        failed = allocate(file.fileno(), _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size_bytes))
+    if failed and ctypes.get_errno() in _FULL:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _partial(path: Path) -> Path:

@@ -85,7 +85,8 @@ def write_file(
     """
     if not held.activations:
         raise CaptureError(f"{path}: no sample has activations; nothing is written.")
-    with new_hdf5(path, overwrite=overwrite) as file:
+    rows_bytes = held.n_rows * sum(each.width * each.dtype.itemsize for each in held.activations.values())
+    with new_hdf5(path, rows_bytes + _table_bytes(held), overwrite=overwrite) as file:
         more = {"replaces": json.dumps(list(replaces))} if replaces else {}
         stamp = _write_attributes(file, contract.SHARD_FORMAT, held, more)
         for key, activation in held.activations.items():
@@ -96,7 +97,7 @@ def write_file(
 
 def write_run(path: Path, held: Contents, sources: Sequence[Source], *, finished: bool) -> None:
     """Write `run.h5` over shards in its folder; the rows of held are those of the sources, one after the other."""
-    with new_hdf5(path, overwrite=True) as file:
+    with new_hdf5(path, _table_bytes(held) + 4096 * len(sources), overwrite=True) as file:
         _write_attributes(file, contract.RUN_FORMAT, held, {"state": "finished" if finished else "unfinished"})
         for key, activation in held.activations.items():
             _write_virtual(file, key, activation, sources)
@@ -105,6 +106,24 @@ def write_run(path: Path, held: Contents, sources: Sequence[Source], *, finished
         _write_text(file, f"shards/{checksums.OF_ATTRIBUTES}", [source.stamp for source in sources])
         for name in ("n_rows", "size_bytes"):
             _write_ints(file, f"shards/{name}", np.array([getattr(source, name) for source in sources]), "<i8")
+
+
+def _table_bytes(held: Contents) -> int:
+    """More than everything but the activations takes in a file."""
+    names = [name for name in held.columns.names if name in contract.COLUMNS]
+    text = sum(
+        len(value.encode("utf-8", "replace")) if isinstance(value, str) else 64 if value is None else len(str(value))
+        for name in names
+        if contract.COLUMNS[name] in ("text", "json")
+        for value in held.columns.whole(name)
+    )
+    ids = len(held.input_ids.values) + len(held.generated_ids.values) + 2 * len(held.segments.values)
+    scales = 0 if held.blocks is None else int(np.max(held.blocks[:], initial=-1)) + 1
+    widths = sum(each.width for each in held.activations.values())
+    strings = held.strings()
+    numbers = 12 * held.n_rows + 8 * ids + 4 * scales * widths
+    texts = 2 * text + 64 * len(names) * held.n_samples + sum(64 + 4 * len(each) for each in strings.values())
+    return 2**18 + 4096 * len(held.activations) + len(json.dumps(held.settings, default=str)) + numbers + texts
 
 
 def _write_attributes(file: h5py.File, kind: str, held: Contents, more: Mapping[str, str]) -> str:
