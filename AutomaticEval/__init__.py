@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from AutomaticEval.capture.asking import (
         generate_inference_with_activations as generate_inference_with_activations,
     )
+    from AutomaticEval.evaluation.evaluating import evaluate_with_activations as evaluate_with_activations
     from AutomaticEval.evaluation.extraction import extract_answer as extract_answer
+    from AutomaticEval.evaluation.hf_activations import HFActivations as HFActivations
     from AutomaticEval.evaluation.questions import answer_benchmark_question as answer_benchmark_question
     from AutomaticEval.evaluation.questions import (
         answer_benchmark_question_with_activations as answer_benchmark_question_with_activations,
@@ -27,7 +29,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "generate_inference": "capture.asking",
     "generate_inference_with_activations": "capture.asking",
+    "evaluate_with_activations": "evaluation.evaluating",
     "extract_answer": "evaluation.extraction",
+    "HFActivations": "evaluation.hf_activations",
     "answer_benchmark_question": "evaluation.questions",
     "answer_benchmark_question_with_activations": "evaluation.questions",
     "load_model": "models.loading",

@@ -1,15 +1,11 @@
 """Open a run, choose samples, and train a probe from the disk: does a layer know what kind of thing is asked for?"""
 
 import tempfile
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
-from AutomaticEval import load_model, open_run
-from AutomaticEval.evaluation.benchmark import Benchmark
-from AutomaticEval.evaluation.run import run_benchmark
-from AutomaticEval.selection import Selection
+from AutomaticEval import evaluate_with_activations, open_run
 
 KINDS = ("animal", "capital", "colour", "drink")
 
@@ -18,8 +14,7 @@ def kinds(prompts: list[str]) -> torch.Tensor:
     return torch.tensor([next(n for n, kind in enumerate(KINDS) if kind in prompt) for prompt in prompts])
 
 
-asked = (load_model("demo"), Benchmark(("demo_facts",)), Selection.parse(positions="scored"))
-run = open_run(run_benchmark(*asked, save_dir=Path(tempfile.mkdtemp())).folder)  # as main.py does
+run = open_run(evaluate_with_activations("demo", "demo_facts", activation_save_dir=tempfile.mkdtemp()).folder)
 run = run.where(run.table().eval("choice == prediction"))  # one sample a question: the choice that the model took
 train, test = run.where(doc_id=lambda n: n % 2 == 0), run.where(doc_id=lambda n: n % 2 == 1)
 

@@ -39,12 +39,22 @@ FLOORS = {
     "evaluation.tasks.demo.data": 5,
     "store.writer": 5,
     "capture.asking": 6,
+    "evaluation.collating": 5,
+    "evaluation.harness": 5,
+    "evaluation.local_files": 5,
+    "evaluation.ranks": 5,
+    "evaluation.resuming": 5,
     "evaluation.benchmark": 6,
-    "evaluation.join": 6,
-    "evaluation.lm": 6,
+    "evaluation.calls": 6,
+    "evaluation.repeats": 6,
+    "evaluation.join": 7,
+    "evaluation.lm": 7,
+    "evaluation.folder": 8,
     "store.reader": 6,
     "evaluation.questions": 7,
-    "evaluation.run": 7,
+    "evaluation.run": 9,
+    "evaluation.hf_activations": 9,
+    "evaluation.evaluating": 10,
     "store.maintenance": 7,
     "store.lens": 2,
     "store.hub": 2,
@@ -52,7 +62,7 @@ FLOORS = {
     "store.arrow": 8,
     "store.export": 9,
     "demo.train": 8,
-    "cli": 10,
+    "cli": 11,
 }
 OWNERS = {
     "h5py": ("store",),
@@ -96,7 +106,7 @@ def test_modules_import_from_lower_floors_only() -> None:
     for name, path in known.items():
         for imported in imports(path):
             other = imported.removeprefix("AutomaticEval.")
-            if imported.startswith("AutomaticEval.") and other in known and floor(name) < 9:
+            if imported.startswith("AutomaticEval.") and other in known and floor(name) < 11:
                 lower = floor(other) < floor(name) or (name, other) in WITHIN_A_FLOOR
                 assert lower, f"{name} (floor {floor(name)}) imports {other} (floor {floor(other)})"
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from AutomaticEval import generate_inference_with_activations, load_activations, open_run
 from AutomaticEval.errors import CaptureError, MissingFilter, SelectionError
 from AutomaticEval.evaluation.benchmark import Benchmark
+from AutomaticEval.evaluation.folder import Keeping
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
@@ -182,8 +183,10 @@ def test_narrowed_capture_is_the_whole_one_rounded_and_says_so(demo: LoadedModel
 
 def test_int8_benchmark_run_has_the_scores_and_a_quarter_of_the_rows(demo: LoadedModel, tmp_path: Path) -> None:
     asked = Benchmark(("demo_facts",), limit=20)
-    whole = run_benchmark(demo, asked, Selection.parse(positions="all"), save_dir=tmp_path / "a")
-    small = run_benchmark(demo, asked, Selection.parse(positions="all", store_dtype="int8"), save_dir=tmp_path / "b")
+    whole = run_benchmark(demo, asked, Selection.parse(positions="all"), keeping=Keeping(tmp_path / "a"))
+    small = run_benchmark(
+        demo, asked, Selection.parse(positions="all", store_dtype="int8"), keeping=Keeping(tmp_path / "b")
+    )
     assert whole.results["results"] == small.results["results"]
     assert whole.folder is not None
     assert small.folder is not None

@@ -3,6 +3,7 @@
 from AutomaticEval import (
     answer_benchmark_question,
     answer_benchmark_question_with_activations,
+    evaluate_with_activations,
     generate_inference,
     generate_inference_with_activations,
     load_activations,
@@ -12,6 +13,7 @@ from AutomaticEval import (
 __all__ = [
     "answer_benchmark_question",
     "answer_benchmark_question_with_activations",
+    "evaluate_with_activations",
     "generate_inference",
     "generate_inference_with_activations",
     "load_activations",

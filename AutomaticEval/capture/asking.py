@@ -40,7 +40,7 @@ class AskOptions(TypedDict, total=False):
     """True (default): the model's own chat template, when it has one."""
     dtype: str
     device: str
-    device_map: str | None
+    device_map: str | dict[str, Any] | None
     load_in_8bit: bool
     load_in_4bit: bool
     revision: str | None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from AutomaticEval.cli import options
 from AutomaticEval.cli.options import one_line_errors
-from AutomaticEval.errors import SelectionError
+from AutomaticEval.errors import BenchmarkError, SelectionError
 
 if TYPE_CHECKING:
     from AutomaticEval.evaluation.join import Score
@@ -19,31 +19,30 @@ if TYPE_CHECKING:
 @one_line_errors
 def benchmark(
     context: typer.Context,
-    capture_activations: Annotated[
-        bool, typer.Option("--capture_activations", help="Keep the activations of every question.")
-    ] = False,
-    benchmark: Annotated[str, typer.Option("--benchmark", help="lm-eval tasks or groups, comma-separated.")] = "demo",
+    capture_activations: options.CaptureActivations = False,
+    benchmark: options.Benchmarks = "demo",
     model: options.Model = "demo",
-    num_trials: Annotated[
-        int | None, typer.Option("--num_trials", help="Questions, drawn over the whole benchmark.")
-    ] = None,
-    num_fewshot: Annotated[int | None, typer.Option("--num_fewshot", help="Examples before each question.")] = None,
-    limit: Annotated[float | None, typer.Option("--limit", help="First so many documents of each task.")] = None,
+    num_trials: options.NumTrials = None,
+    num_fewshot: options.NumFewshot = None,
+    limit: options.Limit = None,
     layers: options.Layers = None,
     sites: options.Sites = None,
-    positions: Annotated[
-        str | None, typer.Option("--positions", help="scored (default), all, prompt, response, last, or a slice.")
-    ] = None,
+    positions: options.Positions = None,
     store_dtype: options.StoreDtype = None,
     compression: options.Compression = None,
     activation_save_dir: options.SaveDir = Path("activations"),
-    output_path: Annotated[
-        Path | None, typer.Option("--output_path", help="Folder for lm-eval's own results and samples files.")
-    ] = None,
-    include_path: Annotated[
-        list[Path] | None, typer.Option("--include_path", help="Folder with task YAML files of your own.")
-    ] = None,
-    batch_size: Annotated[str, typer.Option("--batch_size", help="A number, or auto.")] = "8",
+    resume: options.Resume = None,
+    output_path: options.OutputPath = None,
+    include_path: options.IncludePath = None,
+    benchmark_data: options.BenchmarkData = None,
+    apply_chat_template: options.ApplyChatTemplate = False,
+    system_instruction: options.SystemInstruction = None,
+    gen_kwargs: options.GenKwargs = None,
+    repeats: options.Repeats = None,
+    predict_only: options.PredictOnly = False,
+    confirm_run_unsafe_code: options.UnsafeCode = False,
+    batch_size: options.BatchSize = "8",
+    scoring: options.Scoring = "stock",
     seed: options.Seed = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -51,6 +50,8 @@ def benchmark(
     load_in_8bit: options.LoadIn8Bit = False,
     load_in_4bit: options.LoadIn4Bit = False,
     revision: options.Revision = None,
+    use_cache: options.UseCache = None,
+    cache_requests: options.CacheRequests = None,
 ) -> None:
     """Run language models on benchmarks and prompts, and keep their activations from the pass that answered.
 
@@ -61,16 +62,27 @@ def benchmark(
     captures = capture_activations
     how = "--capture_activations"
     selection = options.chosen(sites, layers, positions, store_dtype, "scored", captures=captures, how=how)
-    if compression is not None and not captures:
-        raise SelectionError("--compression was given, but nothing is captured; add --capture_activations.")
-    typer.echo("Loading …", err=True)
+    for name, given in (("--compression", compression), ("--resume", resume)):
+        if given is not None and not captures:
+            raise SelectionError(f"{name} was given, but nothing is captured; add --capture_activations.")
     options.quiet_libraries()
-    from AutomaticEval.evaluation.benchmark import Benchmark
+    from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark
+    from AutomaticEval.evaluation.folder import Keeping
+    from AutomaticEval.evaluation.ranks import join_ranks, local_device
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import LoadOptions, load_model, n_layers_of
     from AutomaticEval.store.sealing import check_compression
 
+    for name, given in (("use_cache", use_cache), ("cache_requests", cache_requests)):
+        if given is not None:
+            raise BenchmarkError(f"--{name}: {WHY_NOT[name]}")
+    if scoring != "stock":
+        raise BenchmarkError(f"--scoring {scoring}: there is only stock, lm-eval's own batches.")
+    ranks = join_ranks()
+    say = _say if ranks.is_first else _say_nothing
+    say("Loading …")
     check_compression(compression)
+    keeping = Keeping(activation_save_dir, resume, compression)
     asked = Benchmark(
         names=tuple(name.strip() for name in benchmark.split(",") if name.strip()),
         num_trials=num_trials,
@@ -79,20 +91,30 @@ def benchmark(
         seed=seed,
         batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
         include_path=tuple(map(str, include_path or ())),
+        local_files=None if benchmark_data is None else str(benchmark_data),
+        apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
+        gen_kwargs=gen_kwargs,
+        repeats=repeats,
+        predict_only=predict_only,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
     )
+    device = local_device() if device == "auto" else device
     load = LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit, revision)
     if selection is not None:
         selection.sites(n_layers_of(model, load))  # a wrong layer is refused before the weights load
-    outcome = run_benchmark(
-        load_model(model, options=load),
-        asked,
-        selection,
-        save_dir=activation_save_dir,
-        output_path=output_path,
-        compression=compression,
-        announce=lambda line: typer.echo(line, err=True),
-    )
-    _print(outcome, f"{benchmark} on {model}")
+    loaded = load_model(model, options=load)
+    outcome = run_benchmark(loaded, asked, selection, keeping=keeping, output_path=output_path, announce=say)
+    if ranks.is_first:
+        _print(outcome, f"{benchmark} on {model}")
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _say_nothing(line: str) -> None:
+    """What the first process says is said for all."""
 
 
 def _print(outcome: Outcome, title: str) -> None:

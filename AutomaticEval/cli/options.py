@@ -20,6 +20,43 @@ if TYPE_CHECKING:
 
 SPELLINGS = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["--help", "-h"]}
 
+CaptureActivations = Annotated[
+    bool, typer.Option("--capture_activations", help="Keep the activations of every question.")
+]
+Benchmarks = Annotated[str, typer.Option("--benchmark", help="lm-eval tasks or groups, comma-separated.")]
+NumTrials = Annotated[int | None, typer.Option("--num_trials", help="Questions, drawn over the whole benchmark.")]
+NumFewshot = Annotated[int | None, typer.Option("--num_fewshot", help="Examples before each question.")]
+Limit = Annotated[float | None, typer.Option("--limit", help="First so many documents of each task.")]
+Positions = Annotated[
+    str | None, typer.Option("--positions", help="scored (default), all, prompt, response, last, or a slice.")
+]
+OutputPath = Annotated[
+    Path | None, typer.Option("--output_path", help="Folder for lm-eval's own results and samples files.")
+]
+IncludePath = Annotated[
+    list[Path] | None, typer.Option("--include_path", help="Folder with task YAML files of your own.")
+]
+BenchmarkData = Annotated[
+    Path | None, typer.Option("--benchmark_data", help="Folder with the tasks' data; no network is needed.")
+]
+Resume = Annotated[
+    Path | None, typer.Option("--resume", help="Run folder that was cut short: go on, with the same other options.")
+]
+ApplyChatTemplate = Annotated[bool, typer.Option("--apply_chat_template", help="The tokenizer's own chat template.")]
+SystemInstruction = Annotated[str | None, typer.Option("--system_instruction", help="What each prompt begins with.")]
+GenKwargs = Annotated[
+    str | None, typer.Option("--gen_kwargs", help="Such as do_sample=true,temperature=0.7,max_gen_toks=64.")
+]
+Repeats = Annotated[int | None, typer.Option("--repeats", help="Answers to each question; sampling only.")]
+PredictOnly = Annotated[bool, typer.Option("--predict_only", help="Answers without scores.")]
+UnsafeCode = Annotated[
+    bool, typer.Option("--confirm_run_unsafe_code", help="Run tasks that execute what the model wrote.")
+]
+BatchSize = Annotated[str, typer.Option("--batch_size", help="A number, or auto.")]
+Scoring = Annotated[str, typer.Option("--scoring", help="stock: lm-eval's own batches.")]
+UseCache = Annotated[str | None, typer.Option("--use_cache", hidden=True)]
+CacheRequests = Annotated[str | None, typer.Option("--cache_requests", hidden=True)]
+
 Model = Annotated[str, typer.Option("--model", help="Hub name, folder, or demo (bundled).")]
 Layers = Annotated[str | None, typer.Option("--layers", help="Such as 0-2,-1. Default: all.", metavar="LAYERS")]
 Sites = Annotated[str | None, typer.Option("--sites", help="Such as embed,resid_post,mlp_out,z.", metavar="SITES")]

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.api.group import Group
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, simple_parse_args_string
 
 from AutomaticEval.capture.generation import bytes_per_row
 from AutomaticEval.errors import (
@@ -23,11 +25,21 @@ from AutomaticEval.errors import (
     did_you_mean,
     first_line,
 )
+from AutomaticEval.evaluation.harness import quick_templates, task_manager
+from AutomaticEval.evaluation.local_files import local_files, missing
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions, Selection
 
 BUNDLED = Path(__file__).parent / "tasks" / "demo"
 BUNDLED_NAMES = ("demo", "demo_facts", "demo_arithmetic")
+OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
+WHY_NOT = {
+    "use_cache": "answers that come from lm-eval's cache have no forward, and so no activations; leave it out. A run that was "
+    "cut short goes on with --resume.",
+    "cache_requests": "lm-eval keeps requests under a key that leaves out the task's settings and the questions drawn, and so "
+    "may ask the wrong ones; leave it out.",
+}
+"""lm-eval's options that would break the link between a request and its forward."""
 FORECAST_DOCS = 16
 """Documents of each task that the forecast of the size is made from."""
 
@@ -57,6 +69,27 @@ class Benchmark:
     include_path: tuple[str, ...] = ()
     """Folders with task YAML files of your own."""
 
+    local_files: str | None = None
+    """A folder with the tasks' data; None takes them from where the tasks say."""
+
+    apply_chat_template: bool | str = False
+    """True: the tokenizer's own; a name: that one of several."""
+
+    system_instruction: str | None = None
+    """What the prompt begins with."""
+
+    gen_kwargs: str | None = None
+    """lm-eval's: such as do_sample=true,temperature=0.7."""
+
+    repeats: int | None = None
+    """How often each question is answered, by sampling; None leaves it to the task."""
+
+    predict_only: bool = False
+    """Answers without scores."""
+
+    confirm_run_unsafe_code: bool = False
+    """Run tasks that execute what the model wrote."""
+
     def __post_init__(self) -> None:
         if self.num_trials is not None and self.limit is not None:
             raise BenchmarkError("--num_trials and --limit were both given; choose one.")
@@ -69,6 +102,14 @@ class Benchmark:
                 raise BenchmarkError(
                     f"--include_path {folder} is no folder; give the folder that holds your YAML files."
                 )
+        if self.local_files is not None and not Path(self.local_files).is_dir():
+            raise BenchmarkError(
+                f"--benchmark_data {self.local_files} is no folder; give the folder that holds the files."
+            )
+        if self.repeats is not None and self.repeats < 1:
+            raise BenchmarkError(f"--repeats is {self.repeats}; at least 1 is needed.")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise BenchmarkError(f"--num_fewshot is {self.num_fewshot}; at least 0 is needed.")
         if not self.names:
             raise BenchmarkError("no benchmark was named; write for example demo or mmlu,gsm8k.")
         if self.seed is not None and not 0 <= self.seed < 2**32:
@@ -96,7 +137,7 @@ class LoadedTasks:
 def load_tasks(benchmark: Benchmark) -> LoadedTasks:
     """The benchmark's tasks, with the questions drawn. Raises UnknownBenchmark, BenchmarkUnavailable."""
     bundled = all(name in BUNDLED_NAMES for name in benchmark.names) and not benchmark.include_path
-    manager = TaskManager(include_path=[str(BUNDLED), *benchmark.include_path], include_defaults=not bundled)
+    manager = task_manager([str(BUNDLED), *benchmark.include_path], include_defaults=not bundled)
     for name in benchmark.names:
         if name not in manager.all_tasks:
             raise UnknownBenchmark(
@@ -104,13 +145,13 @@ def load_tasks(benchmark: Benchmark) -> LoadedTasks:
                 "--include_path adds a folder with YAML files of your own."
             )
     try:
-        found = _load(manager, benchmark.names)
-        totals = {name: len(task.eval_docs) for name, task in found["tasks"].items()}
+        with quick_templates(), local_files(benchmark.local_files):
+            found = _load(manager, benchmark.names)
+            totals = {name: len(task.eval_docs) for name, task in found["tasks"].items()}
     except OSError as failure:
-        raise BenchmarkUnavailable(
-            f"the data of {', '.join(benchmark.names)} cannot be had ({first_line(failure)}). Files named in a task "
-            "start at the current folder; data of the hub need a connection once; --include_path adds tasks on local files."
-        ) from failure
+        raise BenchmarkUnavailable(_unavailable(benchmark, failure)) from failure
+    for name, task in found["tasks"].items():
+        _prepare(name, task, benchmark)
     children = {id(task) for group in found["groups"].values() for task in group}
     top: list[Task | Group] = [*found["groups"].values(), *found["tasks"].values()]
     top = [item for item in top if id(item) not in children]
@@ -131,6 +172,53 @@ def _load(manager: TaskManager, names: tuple[str, ...]) -> dict[str, Any]:
         if "Duplicate task" not in str(failure):
             raise
         raise BenchmarkError(f"{', '.join(names)}: {failure}; name each task once.") from failure
+
+
+def _unavailable(benchmark: Benchmark, failure: OSError) -> str:
+    return (
+        f"the data of {', '.join(benchmark.names)} cannot be had ({first_line(failure)}). Two ways out: connect once, so that "
+        "the hub client keeps a copy, or give the folder that holds the files with --benchmark_data. (Files named in a task of "
+        "your own start at the current folder.)"
+    )
+
+
+def _prepare(name: str, task: Task, benchmark: Benchmark) -> None:
+    """Refuse a task that cannot be run; set what it is asked with."""
+    if task.OUTPUT_TYPE not in OUTPUT_TYPES or getattr(task, "MULTIMODAL", False):
+        raise BenchmarkError(
+            f"the task {name!r} ({task.OUTPUT_TYPE}) is none that a text model answers in one pass; tasks of the types "
+            f"{', '.join(OUTPUT_TYPES)} are."
+        )
+    if getattr(task, "UNSAFE_CODE", False) and not benchmark.confirm_run_unsafe_code:
+        raise BenchmarkError(
+            f"the task {name!r} runs code that the model wrote; where that is safe, add --confirm_run_unsafe_code."
+        )
+    shots = _shots(task, benchmark)
+    if benchmark.local_files is not None and shots and len(list(task.fewshot_docs() or ())) < shots:
+        split = task.fewshot_cfg.split or task.config.training_split or task.config.validation_split
+        raise BenchmarkUnavailable(
+            f"{shots} examples are needed. {missing(Path(benchmark.local_files), task, split)} Or ask with --num_fewshot 0."
+        )
+    generates = task.OUTPUT_TYPE == "generate_until"
+    if generates and benchmark.gen_kwargs is not None:
+        given = simple_parse_args_string(benchmark.gen_kwargs)
+        task.set_config(key="generation_kwargs", value=given, update=True)
+    how = (task.config.generation_kwargs or {}) if generates else {}
+    if benchmark.repeats is not None:
+        if not how.get("do_sample"):
+            raise BenchmarkError(
+                f"--repeats would give the same answer again: the task {name!r} does not sample; of tasks that generate, add "
+                "--gen_kwargs do_sample=true,temperature=0.7, or leave --repeats out."
+            )
+        task.set_config(key="repeats", value=benchmark.repeats)
+    if how.get("do_sample") and not how.get("temperature"):
+        raise BenchmarkError(f"the task {name!r} samples without a temperature; add --gen_kwargs temperature=0.7.")
+
+
+def _shots(task: Task, benchmark: Benchmark) -> int:
+    """Examples before each question: a task that says 0 is never given any."""
+    own = task.config.num_fewshot
+    return int(own or 0) if benchmark.num_fewshot is None or own == 0 else benchmark.num_fewshot
 
 
 def _draw(benchmark: Benchmark, totals: Mapping[str, int]) -> dict[str, list[int]] | None:
@@ -155,15 +243,6 @@ def _prune(item: Task | Group, drawn: Mapping[str, list[int]]) -> Task | Group |
     return item if len(item) else None
 
 
-def refuse_rolling(found: LoadedTasks) -> None:
-    for name, task in found.tasks.items():
-        if task.OUTPUT_TYPE == "loglikelihood_rolling":
-            raise BenchmarkError(
-                f"the task {name!r} scores whole texts (loglikelihood_rolling), which is not captured; run it without "
-                "--capture_activations."
-            )
-
-
 def forecast(loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, selection: Selection) -> int:
     """The most bytes that the run is expected to write, from the first FORECAST_DOCS documents of each task."""
     row = bytes_per_row(loaded, selection)
@@ -173,7 +252,9 @@ def forecast(loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, sele
         docs = task.eval_docs
         asked = _asked(len(docs), benchmark, found.drawn, name)
         trial = [docs[index] for index in asked[:FORECAST_DOCS]]
-        rows = [_rows_of(lm, task, doc, benchmark.num_fewshot, selection.positions) for doc in trial]
+        task.set_fewshot_seed(benchmark.seed or 0)  # which is set again when the run begins
+        with quick_templates():
+            rows = [_rows_of(lm, task, doc, benchmark, selection.positions) for doc in trial]
         total += sum(rows) / len(rows) * len(asked) * task.config.repeats
     if total == 0:
         raise SelectionError(
@@ -192,13 +273,28 @@ def _asked(n_docs: int, benchmark: Benchmark, drawn: Mapping[str, list[int]] | N
     return range(n_docs)[: math.ceil(n_docs * benchmark.limit) if benchmark.limit < 1 else int(benchmark.limit)]
 
 
-def _rows_of(lm: HFLM, task: Task, doc: Any, num_fewshot: int | None, positions: Positions) -> int:
+def _requests_of(lm: HFLM, task: Task, doc: Any, benchmark: Benchmark) -> list[Instance]:
+    """The requests that lm-eval will make of one document."""
+    chat = {
+        "apply_chat_template": bool(benchmark.apply_chat_template),
+        "chat_template": lm.apply_chat_template if benchmark.apply_chat_template else None,
+    }
+    context = task.fewshot_context(
+        doc,
+        num_fewshot=_shots(task, benchmark),
+        system_instruction=benchmark.system_instruction,
+        fewshot_as_multiturn=True,
+        gen_prefix=task.doc_to_prefix(doc),
+        **chat,
+    )
+    made = task.construct_requests(doc=doc, ctx=context, metadata=(None, 0, 1), **chat)
+    return made if isinstance(made, list) else [made]
+
+
+def _rows_of(lm: HFLM, task: Task, doc: Any, benchmark: Benchmark, positions: Positions) -> int:
     """The rows that one document will give, at most."""
-    own = task.config.num_fewshot
-    shots = own or 0 if num_fewshot is None or own == 0 else num_fewshot
-    made = task.construct_requests(doc=doc, ctx=task.fewshot_context(doc, shots), metadata=(None, 0, 1))
-    kept: dict[tuple[int, ...], set[int]] = {}
-    requests = made if isinstance(made, list) else [made]
+    requests = _requests_of(lm, task, doc, benchmark)
+    kept: dict[tuple[int, ...], set[Any]] = {}
     if len({request.idx for request in requests}) < len(requests):
         raise BenchmarkError(
             f"the task {task.config.task!r} asks several requests of one document under the same index, so that they cannot "
@@ -209,6 +305,12 @@ def _rows_of(lm: HFLM, task: Task, doc: Any, num_fewshot: int | None, positions:
             new = request.args[1].get("max_gen_toks", lm.max_gen_toks)
             prompt = lm.tok_encode(request.args[0])[-(lm.max_length - new) :]
             kept[()] = set(positions.resolve(len(prompt), new))
+        elif request.request_type == "loglikelihood_rolling":
+            windows = get_rolling_token_windows(
+                lm.tok_encode(request.args[0]), prefix_token=0, max_seq_len=lm.max_length, context_len=1
+            )
+            for number, (_, window) in enumerate(windows):
+                kept[(number,)] = {(number, position) for position in positions.resolve(1, len(window))}
         else:
             # without a context lm-eval feeds one token in its place; "?" stands for it here
             context, continuation = lm._encode_pair(request.args[0] or "?", request.args[1])

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.evaluation.repeats import Verdicts
+from AutomaticEval.evaluation.resuming import RequestKey, key_of
 
 
 class Score(NamedTuple):
@@ -21,13 +23,16 @@ class Score(NamedTuple):
 
 
 def join(
-    records: Sequence[Mapping[str, Any]], samples: Mapping[str, Sequence[Mapping[str, Any]]]
+    records: Sequence[Mapping[str, Any]],
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    repeats: Verdicts | None = None,
 ) -> list[dict[str, Any]]:
-    """Each captured sample with what lm-eval logged for its request, in the order of (task, doc, choice, repeat).
+    """Each captured sample with what lm-eval logged for its request, in the order of (task, doc, choice, repeat, window).
 
+    repeats: of answers that are several to one question, what each is worth by itself.
     Raises CaptureError when a request was captured twice or not at all, or when its text is not what was logged.
     """
-    captured = {(r["task"], r["doc_id"], r["choice"], r["repeat"]): r for r in records}
+    captured = {key_of(record): dict(record) for record in records}
     if len(captured) != len(records):
         raise CaptureError(f"{len(records)} samples were captured for {len(captured)} requests.")
     joined = []
@@ -35,33 +40,52 @@ def join(
         main = _main_metric(logged)
         for doc_id, entries in sorted(_by_document(logged).items()):
             verdict = _verdict(entries, main)
-            for choice, repeats in enumerate(entries[0]["resps"]):
-                for repeat, response in enumerate(repeats):
-                    record = captured.pop((task, doc_id, choice, repeat), None)
-                    if record is None:
-                        raise CaptureError(
-                            f"no activations for {task} document {doc_id} choice {choice} repeat {repeat}."
-                        )
-                    joined.append({**record, **verdict, **_response(record, entries[0]["arguments"][choice], response)})
+            for choice, responses in enumerate(entries[0]["resps"]):
+                for repeat, response in enumerate(responses):
+                    key = RequestKey(task, doc_id, choice, repeat)
+                    own = _windows(captured, key)
+                    _check(own, key, entries[0]["arguments"][choice], response)
+                    alone = _verdict_of_repeat(verdict, (repeats or {}).get(key), main)
+                    joined += [{"logprob": None, "is_greedy": None, **record, **alone} for record in own]
     if captured:
         raise CaptureError(f"{len(captured)} captured samples have no logged request, first {next(iter(captured))}.")
     return joined
 
 
-def _response(record: Mapping[str, Any], arguments: Sequence[Any], response: Any) -> dict[str, Any]:
-    """The score of one request, after checking that the captured text is the logged one."""
+def _windows(captured: dict[RequestKey, dict[str, Any]], key: RequestKey) -> list[dict[str, Any]]:
+    """Take out what was captured of one request: one sample, but of a text that is scored in windows."""
+    found = []
+    while key in captured:
+        found.append(captured.pop(key))
+        found[-1].pop("random_state", None)  # of use to a run that is resumed, and to none else
+        key = key._replace(window=key.window + 1)
+    return found
+
+
+def _check(own: Sequence[Mapping[str, Any]], key: RequestKey, arguments: Sequence[Any], response: Any) -> None:
+    """Raises CaptureError when what was captured of a request is not what lm-eval logged of it."""
+    where = f"{key.task} document {key.doc_id} choice {key.choice} repeat {key.repeat}"
+    if isinstance(response, int | float):  # a whole text
+        if repr(sum(_logprob(record) for record in own)) != repr(response):
+            raise CaptureError(f"{where}: the captured windows do not sum up to the logged {response}.")
+        return
+    if len(own) != 1:
+        raise CaptureError(f"no activations for {where}.")
+    (record,) = own
     if record["prompt"] != arguments[0]:
-        raise CaptureError(f"{record['task']} document {record['doc_id']}: the captured prompt is not the logged one.")
+        raise CaptureError(f"{where}: the captured prompt is not the logged one.")
     if isinstance(response, str):
-        if response != record["response"]:
-            raise CaptureError(
-                f"{record['task']} document {record['doc_id']}: captured {record['response']!r}, logged {response!r}."
-            )
-        return {"logprob": None, "is_greedy": None}
-    if record["response"] != arguments[1]:
-        raise CaptureError(f"{record['task']} document {record['doc_id']}: the captured choice is not the logged one.")
-    logprob, is_greedy = response
-    return {"logprob": float(logprob), "is_greedy": bool(is_greedy)}
+        if record["response"] != response:
+            raise CaptureError(f"{where}: captured {record['response']!r}, logged {response!r}.")
+    elif record["response"] != arguments[1]:
+        raise CaptureError(f"{where}: the captured choice is not the logged one.")
+    elif repr((_logprob(record), record["is_greedy"])) != repr((float(response[0]), bool(response[1]))):
+        raise CaptureError(f"{where}: captured {_logprob(record)}, logged {response}.")
+
+
+def _logprob(record: Mapping[str, Any]) -> float:
+    logprob = record["logprob"]
+    return float("nan") if logprob is None else float(logprob)  # none is written as nan
 
 
 def _by_document(logged: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
@@ -94,13 +118,28 @@ def _verdict(entries: Sequence[Mapping[str, Any]], main: str | None) -> dict[str
     }
 
 
+def _verdict_of_repeat(
+    verdict: Mapping[str, Any], alone: Mapping[str, Mapping[str, Any]] | None, main: str | None
+) -> Mapping[str, Any]:
+    """The verdict on one of several answers: its own, not that of the question."""
+    if alone is None:
+        return verdict
+    first = next(iter(alone.values()))
+    return {
+        **verdict,
+        "prediction": first["filtered"],
+        "metrics": {name: each["metrics"] for name, each in alone.items()},
+        "correct": None if main is None else bool(first["metrics"][main]),
+    }
+
+
 def _prediction(entry: Mapping[str, Any], main: str | None) -> Any:
     """The filtered answer, or the index of the likeliest choice.
 
     None for a single scored continuation, and where `correct` does not follow the likeliest choice (acc_norm).
     """
     answers = entry["filtered_resps"]
-    if entry["arguments"] and isinstance(entry["arguments"][0][1], dict):
+    if entry["arguments"] and isinstance(entry["arguments"][0][-1], dict):
         return answers[0]
     choices = _choices(entry)
     if len(choices) < 2 or main not in (None, "acc"):
@@ -134,7 +173,7 @@ def scores_of(
         for metric, value, stderr in _metrics(values):
             scores.append(Score(group, metric, value, stderr, None, asked, totals[group]))
     if len(totals) > 1:
-        scores.append(_overall(samples, n_questions))
+        scores += _overall(samples, n_questions)
     return scores
 
 
@@ -163,12 +202,13 @@ def _chance(metric: str, logged: Sequence[Mapping[str, Any]]) -> float | None:
     return sum(1 / n for n in n_choices) / len(n_choices)
 
 
-def _overall(samples: Mapping[str, Sequence[Mapping[str, Any]]], n_questions: int) -> Score:
+def _overall(samples: Mapping[str, Sequence[Mapping[str, Any]]], n_questions: int) -> list[Score]:
     """The share of right answers among all questions that have a verdict, whatever their task."""
     verdicts = []
     for logged in samples.values():
         main = _main_metric(logged)
         if main is not None:
             verdicts += [bool(entries[0][main]) for entries in _by_document(logged).values()]
-    share = sum(verdicts) / len(verdicts) if verdicts else float("nan")
-    return Score("all questions", "correct", share, None, None, len(verdicts), n_questions)
+    if not verdicts:
+        return []
+    return [Score("all questions", "correct", sum(verdicts) / len(verdicts), None, None, len(verdicts), n_questions)]

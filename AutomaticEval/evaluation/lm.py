@@ -1,26 +1,32 @@
 """lm-eval's own `hf` model, with every request's activations captured in the forward that served it.
 
-No scoring code is copied: the scores are lm-eval's. lm-eval forgets which request a batch row serves, so its
-Collator is asked (it alone knows order and grouping), and the tokens of each row are then compared with the
-expected ones: a change inside lm-eval fails here, loudly.
+No scoring code is copied: the scores are lm-eval's. What a batch row is expected to hold is compared with what the model was
+fed: a change inside lm-eval fails here, loudly.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
+from lm_eval import utils
 from lm_eval.api.instance import Instance
-from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import Collator, postprocess_generated_text
+from lm_eval.models.utils import postprocess_generated_text
 from torch import Tensor
 
 from AutomaticEval.capture.generation import dtype_of, keep_of, sample_columns, sequence_rows, until_end
 from AutomaticEval.errors import BenchmarkError, CaptureError
+from AutomaticEval.evaluation.benchmark import WHY_NOT
+from AutomaticEval.evaluation.calls import UNKNOWN, Call, Request
+from AutomaticEval.evaluation.collating import AnswerHook, recording
+from AutomaticEval.evaluation.ranks import Ranks
+from AutomaticEval.evaluation.resuming import Answered, RequestKey, random_state
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
@@ -30,195 +36,202 @@ Sink = Callable[[list[Sample]], None]
 """Takes the samples of one batch; they may share rows."""
 
 
-class RequestKey(NamedTuple):
-    """Which request: every sample has its own."""
+@dataclass(frozen=True)
+class _Captured:
+    """What was captured of one request, until its answer is known."""
 
-    task: str
-    doc_id: int
-    choice: int
-    repeat: int
-
-
-class _Member(NamedTuple):
-    """One request that a batch row serves."""
-
-    key: RequestKey
-    prompt: str
-    response: str
-    n_prompt: int
-    continuation: list[int]
-
-
-class RecordingCollator(Collator):  # type: ignore[misc]
-    """lm-eval's Collator, which says of each batch what requests (by index) each of its rows serves."""
-
-    announce: Callable[[list[list[int]]], None]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._order: deque[int] = deque()
-        self._members: dict[int, list[int]] | None = None
-        if self._group_by == "contexts":  # now: get_cache takes groups out as it goes
-            groups = self._arr_with_indices.values()
-            self._members = {index: [other for other, _ in group] for group in groups for index, _ in group}
-
-    def _reorder(self, arr: Any) -> Iterator[Any]:
-        arr = list(arr)
-        waiting: dict[int, deque[int]] = defaultdict(deque)  # tuples pass by identity; equal ones keep their order
-        for index, request in arr:
-            waiting[id(request)].append(index)
-        for request in super()._reorder(arr):
-            self._order.append(waiting[id(request)].popleft())
-            yield request
-
-    def get_batched(self, n: int = 1, batch_fn: Any = None) -> Iterator[Any]:
-        for chunk in super().get_batched(n=n, batch_fn=batch_fn):
-            served = [self._order.popleft() for _ in chunk]
-            self.announce([[index] if self._members is None else self._members[index] for index in served])
-            yield chunk
+    index: int
+    fields: dict[str, Any]
+    input_ids: list[int]
+    generated_ids: list[int]
+    rows: Rows
 
 
 class CapturingHFLM(HFLM):  # type: ignore[misc]
     """HFLM that hands every captured sample to a sink.
 
-    doc_ids: task -> the documents' own indices, when only some of a task's documents are evaluated.
+    selection: None captures nothing. doc_ids: task -> the documents' own indices, when only some of a task's documents are
+    evaluated. answered: requests that are not computed again. ranks: the processes that share the requests; each is given
+    all of them, and answers all of them.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        selection: Selection,
+        selection: Selection | None,
         sink: Sink,
         *,
         doc_ids: Mapping[str, Sequence[int]] | None = None,
+        answered: Mapping[RequestKey, Answered] | None = None,
+        ranks: Ranks = Ranks(),
         **kwargs: Any,
     ) -> None:
+        # lm-eval encodes a context once for each of its choices
+        self._encode = lru_cache(maxsize=16)(super().tok_encode)
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)
-        self._sink, self._positions, self._doc_ids = sink, selection.positions, doc_ids or {}
-        self._layout, self._dtype = loaded.layout, dtype_of(selection)
-        self._taps = self._layout.pick(selection.sites(self._layout.n_layers))
-        self._requests: list[Instance] | None = None
-        self._keys: list[RequestKey] = []
-        self._token_lists: Sequence[Any] = ()
-        self._announced: list[list[int]] | None = None
+        self._sink, self._doc_ids, self._ranks = sink, doc_ids or {}, ranks
+        self._answered = answered or {}
+        self._selection = selection
+        if selection is not None:
+            self._positions, self._dtype = selection.positions, dtype_of(selection)
+            self._layout = loaded.layout
+            self._taps = self._layout.pick(selection.sites(self._layout.n_layers))
+        self._call: Call | None = None
+        self._held: list[_Captured] = []
+        self._is_probing = False
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-        with self._serving(requests):
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        return list(self._encode(string, *args, **kwargs))
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-        with self._serving(requests):
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        raise BenchmarkError(f"use_cache: {WHY_NOT['use_cache']}")
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-        raise BenchmarkError(
-            f"the task {requests[0].task_name!r} scores whole texts (loglikelihood_rolling), which is not captured; "
-            "run it without --capture_activations."
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        asked = [Request(key, *request.args) for key, request in self._keyed(requests)]
+        with self._serving(asked, placeholder=(float("nan"), False)) as call:
+            own = super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self._ranks.is_first)
+            return call.complete(own)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        asked = [Request(key, request.args[0], None) for key, request in self._keyed(requests)]
+        with self._serving(asked, placeholder="") as call:
+            own = super().generate_until(requests, disable_tqdm=disable_tqdm or not self._ranks.is_first)
+            return call.complete(own)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        windows = [
+            (key._replace(window=number), *window)
+            for key, request in self._keyed(requests)
+            for number, window in enumerate(self._windows(request.args[0]))
+        ]
+        asked = [Request(key, *map(self._text, window)) for key, *window in windows]
+        with self._serving(asked, placeholder=(float("nan"), False)) as call:
+            call.tokens = {index: (context, continuation) for index, (_, context, continuation) in enumerate(windows)}
+            own = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self._ranks.is_first)
+            scored = call.complete([call.answers.get(index) for index in range(len(windows))])
+        by_request: dict[RequestKey, list[float]] = {key: [] for key, _ in self._keyed(requests)}
+        for (key, *_), (logprob, _) in zip(windows, scored, strict=True):
+            by_request[key._replace(window=0)].append(logprob)
+        totals: list[float] = [sum(logprobs) for logprobs in by_request.values()]
+        if len(call.computed) == len(windows) and repr(totals) != repr(own):
+            raise CaptureError(f"lm-eval's sums over windows are not ours; {UNKNOWN}.")
+        return totals
+
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """The windows in which lm-eval scores a whole text: each with one token of context, or the prefix token."""
+        windows = utils.get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
         )
+        disjoint = map(utils.make_disjoint_window, windows)
+        return [(list(context), list(continuation)) for context, continuation in disjoint]
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tok_decode(ids, skip_special_tokens=False))
+
+    def _keyed(self, requests: Sequence[Instance]) -> list[tuple[RequestKey, Instance]]:
+        """Each request with its key. Raises BenchmarkError for a task whose requests cannot be told apart."""
+        seen: Counter[int] = Counter()
+        keyed = []
+        for request in requests:  # lm-eval repeats a request by listing the same object again
+            own = self._doc_ids.get(request.task_name)
+            doc_id = request.doc_id if own is None else own[request.doc_id]  # lm-eval counts within the selection
+            keyed.append((RequestKey(request.task_name, doc_id, request.idx, seen[id(request)]), request))
+            seen[id(request)] += 1
+        twice = [key for key, number in Counter(key for key, _ in keyed).items() if number > 1]
+        if twice:
+            raise BenchmarkError(
+                f"the task {twice[0].task!r} asks several requests of one document under the same index, so that they cannot "
+                "be told apart; run it without --capture_activations."
+            )
+        return keyed
 
     @contextmanager
-    def _serving(self, requests: list[Instance]) -> Iterator[None]:
-        """Remember which requests are being served, and have the Collator say which rows serve them."""
-        seen: Counter[int] = Counter()
-        self._requests, self._keys = requests, []
-        for request in requests:  # lm-eval repeats a request by listing the same object again
-            self._keys.append(self._key(request, seen[id(request)]))
-            seen[id(request)] += 1
-        stock = huggingface.Collator
-        recording = type("RecordingCollator", (RecordingCollator,), {"announce": staticmethod(self._announce)})
-        huggingface.Collator = recording
+    def _serving(self, requests: list[Request], placeholder: Any) -> Iterator[Call]:
+        """Follow lm-eval through one call."""
+        self._call = call = Call(requests, self._answered, self._ranks, self._store)
+        stock = self.cache_hook
+        self.cache_hook: Any = AnswerHook(call.hear)
         try:
-            yield
+            with recording(call.begins, placeholder):
+                yield call
         finally:
-            huggingface.Collator = stock
-            self._requests, self._announced = None, None
+            self._call, self._held, self.cache_hook = None, [], stock
 
-    def _key(self, request: Instance, repeat: int) -> RequestKey:
-        own = self._doc_ids.get(request.task_name)
-        doc_id = request.doc_id if own is None else own[request.doc_id]  # lm-eval counts within the selection
-        return RequestKey(request.task_name, doc_id, request.idx, repeat)
-
-    def _announce(self, rows: list[list[int]]) -> None:
-        if self._announced is not None:
-            raise CaptureError("lm-eval made a batch that no forward served; this version of lm-eval is not known.")
-        self._announced = rows
+    def _serves(self) -> Call:
+        if self._call is None:
+            raise CaptureError(f"lm-eval ran the model outside a request; {UNKNOWN}.")
+        return self._call
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        self._token_lists = requests
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        return super()._loglikelihood_tokens(self._serves().listed(requests), *args, **kwargs)
 
-    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> Any:
+    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         """batch_size=auto probes with made-up batches; they serve no request and are not captured."""
-        announced, self._announced = self._announced, None
-        requests, self._requests = self._requests, None
+        self._is_probing = True
         try:
-            return super()._detect_batch_size(*args, **kwargs)
+            found = super()._detect_batch_size(*args, **kwargs)
         finally:
-            self._announced, self._requests = announced, requests
-
-    def _take_announced(self, n_rows: int) -> list[list[int]]:
-        announced, self._announced = self._announced, None
-        if announced is None or len(announced) != n_rows:
-            found = "none" if announced is None else len(announced)
-            raise CaptureError(f"a forward of {n_rows} rows, but {found} were announced; this lm-eval is not known.")
-        return announced
+            self._is_probing = False
+        return min(self._ranks.gathered(int(found)))
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        if self._requests is None:
+        if self._is_probing:
             probed: Tensor = super()._model_call(inps, attn_mask, labels)
             return probed
-        rows = [self._scored_row(indices) for indices in self._take_announced(len(inps))]
-        keep = _keep_rows([self._kept(members) for _, members, _ in rows])
-        with capturing(self.model, self._taps, self._layout.embedding, keep, len(rows), self._dtype) as recording:
+        batch = self._serves().fed(len(inps))
+        if self._selection is None:
+            plain: Tensor = super()._model_call(inps, attn_mask, labels)
+            return plain
+        rows = [self._scored_row(indices) for indices in batch]
+        keep = _keep_rows([kept for _, _, kept in rows])
+        with capturing(self.model, self._taps, self._layout.embedding, keep, len(rows), self._dtype) as captured:
             out: Tensor = super()._model_call(inps, attn_mask, labels)
-        samples = []
-        for number, (tokens, members, n_truncated) in enumerate(rows):
-            sequence = [*tokens, members[0].continuation[-1]]
-            stored = sequence_rows(recording, number, 0, sequence, self._kept(members), self.tokenizer)
-            for member in members:
-                extra = {"n_truncated": n_truncated}
-                ids = (tokens[: member.n_prompt], member.continuation)
-                samples.append(self._sample(member, *ids, stored, tuple(inps.shape), extra))
-        self._sink(samples)
+        for number, (sequence, members, kept) in enumerate(rows):
+            stored = sequence_rows(captured, number, 0, sequence, kept, self.tokenizer)
+            for index, n_prompt, continuation, n_truncated in members:
+                self._hold(index, sequence[:n_prompt], continuation, stored, tuple(inps.shape), n_truncated)
         return out
 
-    def _scored_row(self, indices: list[int]) -> tuple[list[int], list[_Member], int]:
-        """The tokens of a row, the requests it serves, and how many tokens were cut off on the left."""
-        _, context, continuation = self._token_lists[indices[0]]
-        whole = (context + continuation)[-(self.max_length + 1) :]
-        assert self._requests is not None
-        members = []
-        for index in indices:
-            own = self._token_lists[index][2]
-            prompt, response = self._requests[index].args
-            members.append(_Member(self._keys[index], prompt, response, len(whole) - len(own), own))
-        return whole[:-1], members, len(context) + len(continuation) - len(whole)
+    def _scored_row(self, indices: list[int]) -> tuple[list[int], list[tuple[int, int, list[int], int]], list[int]]:
+        """A row's sequence (of which the last token is not fed), the requests it serves, and the positions they keep.
 
-    def _kept(self, members: Sequence[_Member]) -> list[int]:
-        """Positions that any of a row's requests keeps, ascending."""
-        wanted = [self._positions.resolve(member.n_prompt, len(member.continuation)) for member in members]
-        return sorted({position for positions in wanted for position in positions})
+        Of each request: its index, the number of prompt tokens, its continuation, and how many tokens were cut off.
+        """
+        call = self._serves()
+        context, continuation = call.tokens[indices[0]]
+        whole = (context + continuation)[-(self.max_length + 1) :]
+        n_truncated = len(context) + len(continuation) - len(whole)
+        members = []
+        wanted: set[int] = set()
+        for index in indices:
+            own = call.tokens[index][1]
+            members.append((index, len(whole) - len(own), own, n_truncated))
+            wanted.update(self._positions.resolve(len(whole) - len(own), len(own)))
+        return whole, members, sorted(wanted)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
-        assert self._requests is not None
-        announced = self._take_announced(len(context))
+        batch = self._serves().fed(len(context))
+        if self._selection is None:
+            plain: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
+            return plain
+        call = self._serves()
         pads = [int(row.numel() - row.sum()) for row in kwargs["attention_mask"]]
         prompts = [row[pad:].tolist() for row, pad in zip(context, pads, strict=True)]
         keep = keep_of(self._positions, prompts, pads)
-        with capturing(self.model, self._taps, self._layout.embedding, keep, len(prompts), self._dtype) as recording:
+        with capturing(self.model, self._taps, self._layout.embedding, keep, len(prompts), self._dtype) as captured:
             out: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
-        samples = []
-        for number, (prompt, (index,)) in enumerate(zip(prompts, announced, strict=True)):
+        for number, (prompt, (index,)) in enumerate(zip(prompts, batch, strict=True)):
             generated = self._own_tokens(out[number, context.shape[1] :].tolist(), stop)
             kept = self._positions.resolve(len(prompt), len(generated))
-            sequence = [*prompt, *generated]
-            stored = sequence_rows(recording, number, pads[number], sequence, kept, self.tokenizer)
-            text = self._requests[index].args[0]
-            response = postprocess_generated_text(self.tok_decode(generated), stop, None)
-            member = _Member(self._keys[index], text, response, len(prompt), generated)
-            extra = {"n_truncated": max(0, len(self.tok_encode(text)) - len(prompt))}
-            samples.append(self._sample(member, prompt, generated, stored, tuple(context.shape), extra))
-        self._sink(samples)
+            stored = sequence_rows(captured, number, pads[number], [*prompt, *generated], kept, self.tokenizer)
+            n_truncated = max(0, len(self.tok_encode(call.requests[index].prompt)) - len(prompt))
+            member = self._hold(index, prompt, generated, stored, tuple(context.shape), n_truncated)
+            member.fields["response"] = postprocess_generated_text(self.tok_decode(generated), stop, None)
+        if kwargs.get("do_sample"):
+            self._held[-1].fields["random_state"] = random_state(self.device)
         return out
 
     def _own_tokens(self, generated: list[int], stop: Sequence[str]) -> list[int]:
@@ -241,23 +254,36 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             low, high = (low, middle) if stopped(middle) else (middle, high)
         return ended[:high]
 
-    def _sample(
-        self,
-        member: _Member,
-        input_ids: Sequence[int],
-        generated_ids: Sequence[int],
-        rows: Rows,
-        batch: tuple[int, ...],
-        extra: Mapping[str, Any],
-    ) -> Sample:
-        kept = set(self._positions.resolve(len(input_ids), len(generated_ids)))
-        fields = {
-            **sample_columns(member.prompt, member.response, len(input_ids), batch),
-            **member.key._asdict(),
-            **extra,
-        }
-        where = [index for index, position in enumerate(rows.positions) if position in kept]
-        return Sample(fields, input_ids, generated_ids, [Part(rows, where)])
+    def _hold(
+        self, index: int, input_ids: list[int], generated: list[int], rows: Rows, batch: Sequence[int], n_truncated: int
+    ) -> _Captured:
+        """Keep what was captured of a request until its answer is known."""
+        key, prompt, response = self._serves().requests[index]
+        columns = sample_columns(prompt, response or "", len(input_ids), batch)
+        fields = {**columns, **key._asdict(), "n_truncated": n_truncated}
+        self._held.append(_Captured(index, fields, input_ids, generated, rows))
+        return self._held[-1]
+
+    def _store(self) -> None:
+        """A batch is answered: give its samples away."""
+        held, self._held = self._held, []
+        call = self._serves()
+        new = [each for each in held if call.requests[each.index].key not in self._answered]
+        if new:
+            self._sink([self._sample(each, call.answers[each.index]) for each in new])
+
+    def _sample(self, member: _Captured, answer: Any) -> Sample:
+        fields = member.fields
+        if isinstance(answer, str):
+            if answer != fields["response"]:
+                raise CaptureError(
+                    f"{fields['task']} document {fields['doc_id']}: captured {fields['response']!r}, lm-eval has {answer!r}."
+                )
+        else:
+            fields["logprob"], fields["is_greedy"] = answer
+        kept = set(self._positions.resolve(len(member.input_ids), len(member.generated_ids)))
+        where = [index for index, position in enumerate(member.rows.positions) if position in kept]
+        return Sample(fields, member.input_ids, member.generated_ids, [Part(member.rows, where)])
 
 
 def _keep_rows(positions: Sequence[Sequence[int]]) -> Callable[[int, int], Kept]:

@@ -6,27 +6,30 @@ Scores are lm-eval's. With a selection, every request's activations are in one f
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 from lm_eval import simple_evaluate
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from AutomaticEval.errors import DiskFull, StoreError
-from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, forecast, load_tasks, refuse_rolling
-from AutomaticEval.evaluation.join import Score, join, scores_of
+from AutomaticEval.errors import BenchmarkError, DiskFull, StoreError
+from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, forecast, load_tasks
+from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name
+from AutomaticEval.evaluation.harness import quick_templates
+from AutomaticEval.evaluation.join import Score, scores_of
 from AutomaticEval.evaluation.lm import CapturingHFLM
+from AutomaticEval.evaluation.ranks import Ranks, join_ranks
+from AutomaticEval.evaluation.repeats import score_repeats
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import ensure_space, prepare_folder, size_text
-from AutomaticEval.store.writer import RunWriter, shard_bytes_for
+from AutomaticEval.store.writer import shard_bytes_for
 
 
 @dataclass
@@ -53,27 +56,32 @@ def run_benchmark(
     benchmark: Benchmark,
     selection: Selection | None = None,
     *,
-    save_dir: Path = Path("activations"),
+    keeping: Keeping = Keeping(),
     output_path: Path | None = None,
-    compression: str | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Evaluate a model on a benchmark; with a selection, capture it into a run folder in save_dir.
+    """Evaluate a model on a benchmark; with a selection, capture it into a run folder.
 
     output_path: folder for lm-eval's own results and samples files; None puts them into the run folder.
-    compression: zstd, lz4 or gzip for the activations on the disk; None writes them as they are.
-    Raises BenchmarkError, DiskFull before the first forward; CaptureError, StoreError during the run, whose
-    sealed shards then stay readable.
+    Under `torchrun` or `accelerate launch` the processes share the requests; the first gives the outcome, the others give an
+    empty one.
+    Raises BenchmarkError, DiskFull before the first forward; OtherSettings for a run that was made otherwise than it is
+    resumed; CaptureError, StoreError during the run, whose sealed shards then stay readable.
     """
+    ranks = join_ranks()
     found = load_tasks(benchmark)
+    if benchmark.apply_chat_template and not getattr(loaded.tokenizer, "chat_template", None):
+        raise BenchmarkError(
+            f"--apply_chat_template: the tokenizer of {loaded.name} has no chat template; leave it out."
+        )
     if output_path is not None:
         prepare_folder(output_path)
     if selection is not None:
-        return _captured(loaded, benchmark, found, selection, save_dir, output_path, compression, announce)
-    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=benchmark.batch_size)
-    outcome = _evaluate(lm, loaded, benchmark, found)
-    if output_path is not None:
-        outcome.results_file = _save_results(outcome, loaded, output_path)
+        return _captured(loaded, benchmark, found, selection, keeping, output_path, ranks, announce)
+    how: dict[str, Any] = {"doc_ids": found.drawn, "ranks": ranks, "batch_size": benchmark.batch_size}
+    outcome = _evaluate(CapturingHFLM(loaded, None, lambda samples: None, **how), loaded, benchmark, found, ranks)
+    if output_path is not None and ranks.is_first:
+        outcome.results_file = save_results(outcome, loaded, benchmark, output_path)
     return outcome
 
 
@@ -82,53 +90,77 @@ def _captured(
     benchmark: Benchmark,
     found: LoadedTasks,
     selection: Selection,
-    save_dir: Path,
+    keeping: Keeping,
     output_path: Path | None,
-    compression: str | None,
+    ranks: Ranks,
     announce: Callable[[str], None],
 ) -> Outcome:
-    refuse_rolling(found)
     size = forecast(loaded, benchmark, found, selection)
-    announce(f"Activations: at most {size_text(size)} expected in {save_dir}")
-    ensure_space(save_dir, size)
-    folder = _run_folder(save_dir, benchmark, loaded.name)
-    settings = _settings(loaded, benchmark, selection)
+    if ranks.is_first:
+        announce(f"Activations: at most {size_text(size)} expected in {keeping.resume or keeping.save_dir}")
+    there = 0 if keeping.resume is None else sum(file.stat().st_size for file in keeping.resume.glob("shard-*.h5"))
+    ensure_space(keeping.resume or keeping.save_dir, size - there)
     gathered = size * loaded.model.dtype.itemsize if selection.store_dtype == "int8" else size  # narrowed when sealed
-    writer = RunWriter(folder, loaded.name, settings, shard_bytes=shard_bytes_for(gathered), compression=compression)
+    folder = RunFolder(
+        keeping,
+        folder_name(benchmark.names, loaded.name),
+        loaded.name,
+        _settings(loaded, benchmark, selection),
+        shard_bytes_for(gathered),
+        ranks,
+    )
     try:
-        with writer:
-            lm = CapturingHFLM(loaded, selection, writer.add, doc_ids=found.drawn, batch_size=benchmark.batch_size)
-            outcome = _evaluate(lm, loaded, benchmark, found)
-            # before the join, so that the scores outlive one that fails
-            outcome.results_file = _save_results(outcome, loaded, output_path or folder)
-            writer.finish(join(writer.records(), outcome.samples))
+        with folder.writing() as (writer, answered):
+            how: dict[str, Any] = {
+                "doc_ids": found.drawn,
+                "answered": answered,
+                "ranks": ranks,
+                "batch_size": benchmark.batch_size,
+            }
+            outcome = _evaluate(CapturingHFLM(loaded, selection, writer.add, **how), loaded, benchmark, found, ranks)
+            if ranks.is_first:  # before the join, so that the scores outlive one that fails
+                outcome.results_file = save_results(outcome, loaded, benchmark, output_path or writer.folder)
+        folder.finish(outcome.samples, repeats=score_repeats(found.tasks, found.drawn))
     except DiskFull as full:
         full.exit_code = 1  # the run had begun
         raise
     except BaseException:
-        announce(f"The run was cut short; {writer.n_samples} samples captured until then are in {folder}")
+        if folder.path is not None:
+            announce(
+                f"The run was cut short; {folder.n_samples} samples captured until then are in {folder.path}. The same command "
+                "with --resume and that folder goes on."
+            )
         raise
-    outcome.folder, outcome.n_samples, outcome.size_bytes = folder, writer.n_samples, writer.size_bytes
+    outcome.folder, outcome.n_samples, outcome.size_bytes = folder.path, folder.n_samples, folder.size_bytes
     return outcome
 
 
-def _evaluate(lm: HFLM, loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks) -> Outcome:
+def _evaluate(lm: HFLM, loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, ranks: Ranks) -> Outcome:
     seeds = {}
     if benchmark.seed is not None:
         names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         seeds = dict.fromkeys(names, benchmark.seed)
-    results = simple_evaluate(
-        model=lm,
-        model_args={"pretrained": _short(loaded.name)},
-        tasks=list(found.top),
-        task_manager=TaskManager(include_defaults=False),
-        num_fewshot=benchmark.num_fewshot,
-        limit=benchmark.limit,
-        samples=found.drawn,
-        batch_size=benchmark.batch_size,
-        **seeds,
-    )
-    assert results is not None  # rank 0
+    if not ranks.is_first:  # or all would sample alike
+        seeds["torch_random_seed"] = seeds.get("torch_random_seed", DEFAULT_OTHER_SEED) + ranks.rank
+    with quick_templates():
+        results = simple_evaluate(
+            model=lm,
+            model_args={"pretrained": _short(loaded.name)},
+            tasks=list(found.top),
+            task_manager=TaskManager(include_defaults=False),
+            num_fewshot=benchmark.num_fewshot,
+            limit=benchmark.limit,
+            samples=found.drawn,
+            batch_size=benchmark.batch_size,
+            apply_chat_template=benchmark.apply_chat_template,
+            system_instruction=benchmark.system_instruction,
+            gen_kwargs=benchmark.gen_kwargs,
+            predict_only=benchmark.predict_only,
+            confirm_run_unsafe_code=benchmark.confirm_run_unsafe_code,
+            **seeds,
+        )
+    if results is None or not ranks.is_first:
+        return Outcome([], {}, {})
     samples = results.pop("samples")
     return Outcome(scores_of(results, samples, found.totals, found.n_questions), results, samples)
 
@@ -138,6 +170,7 @@ def _settings(loaded: LoadedModel, benchmark: Benchmark, selection: Selection) -
     versions = {**numbers["versions"], "lm_eval": lm_eval.__version__}
     return {
         **numbers,
+        "fingerprint": loaded.fingerprint(),
         "shape": loaded.shape,
         "versions": versions,
         **selection.as_dict(),
@@ -145,36 +178,20 @@ def _settings(loaded: LoadedModel, benchmark: Benchmark, selection: Selection) -
     }
 
 
-def _run_folder(save_dir: Path, benchmark: Benchmark, model: str) -> Path:
-    """A new folder `<benchmark>_<model>_<timestamp>`."""
-    prepare_folder(save_dir)
-    parts = ("-".join(benchmark.names)[:60], Path(model).name[:60], f"{datetime.now():%Y%m%d_%H%M%S}")
-    stem = "_".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
-    number = 1
-    while True:
-        folder = save_dir / (stem if number == 1 else f"{stem}_{number}")
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
-
-
 def _short(model: str) -> str:
     """How lm-eval names its folder: a hub name as it is, a folder by its last name."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def _save_results(outcome: Outcome, loaded: LoadedModel, folder: Path) -> Path:
+def save_results(outcome: Outcome, loaded: LoadedModel, benchmark: Benchmark, folder: Path) -> Path:
     """lm-eval's own `results_*.json` and `samples_*.jsonl`. lm-eval only warns when it cannot write; this raises."""
     tracker = EvaluationTracker(output_path=str(folder))
     tracker.general_config_tracker.log_experiment_args(
         model_source="hf",
         model_args=f"pretrained={_short(loaded.name)}",
-        system_instruction=None,
-        chat_template=None,
-        fewshot_as_multiturn=False,
+        system_instruction=benchmark.system_instruction,
+        chat_template=loaded.tokenizer.chat_template if benchmark.apply_chat_template else None,
+        fewshot_as_multiturn=True,
     )
     samples = json.loads(json.dumps(outcome.samples, default=str))  # saving changes them
     tracker.save_results_aggregated(results=dict(outcome.results), samples=samples)

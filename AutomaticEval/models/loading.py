@@ -6,6 +6,7 @@ Quantisation lives here and nowhere else.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections import OrderedDict
@@ -39,8 +40,9 @@ class LoadOptions:
     device: str = "auto"
     """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""
 
-    device_map: str | None = None
-    """"auto" spreads a model that is larger than one device; it takes the place of `device`."""
+    device_map: str | dict[str, Any] | None = None
+    """"auto" spreads a model that is larger than one device, also over CPU and disk; or part -> device. It takes the place
+    of `device`."""
 
     load_in_8bit: bool = False
     """LLM.int8 through bitsandbytes."""
@@ -84,6 +86,17 @@ class LoadedModel:
     def shape(self) -> dict[str, int]:
         """n_layers, d_model and the heads, for files: q, k, v and z are split into heads by them."""
         return {name: getattr(self.layout, name) for name in SHAPE}
+
+    def fingerprint(self) -> str:
+        """Hash of the shapes and first numbers of all weights: a checkpoint that was trained further is another model."""
+        found = hashlib.blake2b(digest_size=8)
+        for name, weight in sorted(self.model.state_dict().items()):
+            if not isinstance(weight, torch.Tensor):
+                continue
+            found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            if weight.device.type != "meta":  # offloaded to the disk
+                found.update(weight.detach().flatten()[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     def numbers(self) -> dict[str, Any]:
         """The settings of the model that decide its numbers, for files."""
@@ -138,7 +151,7 @@ def load_model(model: Any, *, tokenizer: Any = None, options: LoadOptions = Load
         folder = _source(tokenizer)
         tokenizer = _reading(str(tokenizer), lambda: AutoTokenizer.from_pretrained(folder))
     source = _source(model)
-    key = (source, _state(source), *asdict(options).values())
+    key = (source, _state(source), repr(options))
     with _loading:
         if key not in _loaded:
             while len(_loaded) >= MAX_LOADED:

@@ -33,6 +33,7 @@ COLUMNS = {
     "doc_id": "int",
     "choice": "int",
     "repeat": "int",
+    "window": "int",
     "n_truncated": "int",
     "question": "text",
     "extracted_answer": "json",
@@ -44,6 +45,7 @@ COLUMNS = {
     "prediction": "json",
     "metrics": "json",
     "prompt_hash": "text",
+    "random_state": "text",
     "shard": "int",
     "index": "int",
 }

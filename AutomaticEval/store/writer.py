@@ -59,6 +59,8 @@ class RunWriter:
 
     resume: go on in a folder that a killed process left; `records()` tells what is there. Without it, a folder that
     holds a run is refused.
+    share: (rank, n_ranks) of several processes that write into one folder. The first opens it, and only then the others, with
+    its `run_id` in their settings; when all have closed, it opens it again with resume, and finishes.
     Raises FolderNotWritable, FolderInUse, PathExists, OtherSettings.
     """
 
@@ -71,11 +73,12 @@ class RunWriter:
         shard_bytes: int = SHARD_BYTES,
         compression: str | None = None,
         resume: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         check_compression(compression)
         self.folder = folder = folder.expanduser().absolute()
         self._model, self._shard_bytes, self._compression = model, shard_bytes, compression
-        self._settings = json.loads(json.dumps({**settings, "run_id": uuid4().hex}, default=str))
+        self._settings = json.loads(json.dumps({"run_id": uuid4().hex, **settings}, default=str))
         self._kinds: dict[str, tuple[torch.dtype, int]] | None = None
         self._mutex = threading.RLock()
         self._gathered: list[Sample] = []
@@ -84,10 +87,11 @@ class RunWriter:
         self._since = time.monotonic()
         self._sealed: list[Source] = []
         self._opened: dict[str, Shard] = {}
-        self._next = 0
+        self._rank, self._n_ranks = share
+        self._next = self._rank
         self._n_samples = 0
         prepare_folder(folder)
-        self._lock = locked(folder)
+        self._lock = locked(folder, self._rank)
         try:
             self._begin(resume=resume)
         except BaseException:
@@ -98,11 +102,14 @@ class RunWriter:
 
     def _begin(self, *, resume: bool) -> None:
         found = shard_names(self.folder)
+        first = max((int(name[6:-3]) + 1 for name in found), default=0)
+        self._next = first + (self._rank - first) % self._n_ranks
+        if self._rank:
+            return  # the first has seen to the folder
         if not resume and (found or (self.folder / INDEX).exists()):
             raise StoreError(f"{self.folder} holds a run; choose another folder, or resume it.")
         for left in self.folder.glob(".*.partial"):
             left.unlink()
-        self._next = max((int(name[6:-3]) + 1 for name in found), default=0)
         shards = [Shard(self.folder / name) for name in living(self.folder, found)]
         if is_finished(self.folder):
             raise StoreError(f"{self.folder} is finished, there is nothing to resume; read it with open_run.")
@@ -135,6 +142,11 @@ class RunWriter:
         finally:
             self._thread.shutdown()
             self._lock.release()
+
+    @property
+    def run_id(self) -> str:
+        """What the shards of one run, and only they, have in common."""
+        return str(self._settings["run_id"])
 
     @property
     def n_samples(self) -> int:
@@ -218,8 +230,8 @@ class RunWriter:
         self._n_samples += n_samples
 
     def _take_name(self) -> str:
-        self._next += 1
-        return f"shard-{self._next - 1:05d}.h5"
+        self._next += self._n_ranks
+        return f"shard-{self._next - self._n_ranks:05d}.h5"
 
     def _write(self, name: str, samples: Sequence[Sample]) -> tuple[Source, int]:
         in_8_bits = self._settings.get("store_dtype") == "int8"
@@ -275,9 +287,9 @@ class RunWriter:
                 delete_replaced(self.folder)
 
 
-def locked(folder: Path) -> FileLock:
-    """The lock of a folder, held. Raises FolderInUse."""
-    lock = FileLock(folder / ".lock", timeout=0, thread_local=False)
+def locked(folder: Path, rank: int = 0) -> FileLock:
+    """The lock of a folder, held: one for each process that shares it. Raises FolderInUse."""
+    lock = FileLock(folder / (f".lock-{rank}" if rank else ".lock"), timeout=0, thread_local=False)
     try:
         with named_failures(folder):
             lock.acquire()
@@ -288,7 +300,9 @@ def locked(folder: Path) -> FileLock:
 
 def _check_same(shard: Shard, model: str, settings: Mapping[str, Any]) -> None:
     """Raises OtherSettings when a shard was made with other ones."""
-    found, wanted = ({"model": name, **each} for name, each in ((shard.model, shard.settings), (model, settings)))
+    found, wanted = (
+        _flat({"model": name, **each}) for name, each in ((shard.model, shard.settings), (model, settings))
+    )
     differing = [
         f"{name} was {found.get(name)!r} and is {wanted.get(name)!r}"
         for name in dict.fromkeys([*found, *wanted])
@@ -296,6 +310,14 @@ def _check_same(shard: Shard, model: str, settings: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise OtherSettings(f"{shard.path.parent} cannot be resumed: {'; '.join(differing)}.")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings within settings as "benchmark.num_fewshot"."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def shard_names(folder: Path) -> list[str]:

@@ -1,0 +1,91 @@
+"""`evaluate_with_activations`: a benchmark run in one call, for evaluation code that people already have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from AutomaticEval.errors import BenchmarkError, did_you_mean
+from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark
+from AutomaticEval.evaluation.folder import Keeping
+from AutomaticEval.evaluation.run import Outcome, run_benchmark
+from AutomaticEval.models.loading import LoadOptions, load_model
+from AutomaticEval.selection import Positions, Selection
+from AutomaticEval.sites import LayersLike
+
+
+class EvaluateOptions(TypedDict, total=False):
+    """What is asked, as lm-eval has it, and how the model is loaded."""
+
+    num_trials: int | None
+    """Questions, drawn over the whole benchmark."""
+    limit: float | None
+    num_fewshot: int | None
+    seed: int | None
+    batch_size: int | str
+    include_path: str | Path | Iterable[str | Path]
+    benchmark_data: str | Path | None
+    """Folder with the tasks' data."""
+    apply_chat_template: bool | str
+    system_instruction: str | None
+    gen_kwargs: str | None
+    repeats: int | None
+    predict_only: bool
+    confirm_run_unsafe_code: bool
+    dtype: str
+    device: str
+    device_map: str | dict[str, Any] | None
+    load_in_8bit: bool
+    load_in_4bit: bool
+    revision: str | None
+
+
+def evaluate_with_activations(
+    model: Any,
+    tasks: str | Sequence[str],
+    *,
+    tokenizer: Any = None,
+    activation_save_dir: str | Path = "activations",
+    resume: str | Path | None = None,
+    output_path: str | Path | None = None,
+    layers_to_capture: LayersLike = None,
+    sites: str | Iterable[str] | None = None,
+    positions: str | slice | Positions = "scored",
+    store_dtype: str | None = None,
+    compression: str | None = None,
+    **options: Unpack[EvaluateOptions],
+) -> Outcome:
+    """Evaluate a model on lm-eval tasks, and keep every request's activations, joined to its score.
+
+    model: a name, a folder, "demo", or a loaded model with tokenizer=. tasks: "mmlu,gsm8k" or a list.
+    resume: a run folder that was cut short; the other arguments must be those of that run.
+    output_path: for lm-eval's own results and samples files; None puts them into the run folder.
+    Returns an Outcome: `results` and `samples` are lm-eval's, `folder` is what `open_run` reads.
+    Raises SelectionError, ModelError, BenchmarkError, StoreError, CaptureError; TypeError for an option there is not.
+    """
+    given: dict[str, Any] = dict(options)
+    selection = Selection.parse(sites, layers_to_capture, positions, store_dtype)
+    load = LoadOptions(**{each.name: given.pop(each.name) for each in fields(LoadOptions) if each.name in given})
+    for name in given:
+        if name in WHY_NOT:
+            raise BenchmarkError(f"{name}: {WHY_NOT[name]}")
+        if name not in EvaluateOptions.__annotations__:
+            known = EvaluateOptions.__annotations__
+            raise TypeError(f"no option {name!r}.{did_you_mean(name, known)} Options: {', '.join(known)}.")
+    include = given.pop("include_path", ())
+    include = [include] if isinstance(include, str | Path) else include
+    data = given.pop("benchmark_data", None)
+    names = tasks.split(",") if isinstance(tasks, str) else tasks
+    benchmark = Benchmark(
+        tuple(name.strip() for name in names if name.strip()),
+        include_path=tuple(map(str, include)),
+        local_files=None if data is None else str(data),
+        **given,
+    )
+    keeping = Keeping(Path(activation_save_dir), None if resume is None else Path(resume), compression)
+    loaded = load_model(model, tokenizer=tokenizer, options=load)
+    return run_benchmark(
+        loaded, benchmark, selection, keeping=keeping, output_path=None if output_path is None else Path(output_path)
+    )

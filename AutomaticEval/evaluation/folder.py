@@ -1,0 +1,143 @@
+"""The folder of a benchmark run: opened, shared by the run's processes, resumed, and finished with what lm-eval said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from AutomaticEval.errors import StoreError
+from AutomaticEval.evaluation.join import join
+from AutomaticEval.evaluation.ranks import Ranks
+from AutomaticEval.evaluation.repeats import Verdicts
+from AutomaticEval.evaluation.resuming import Answered, RequestKey, answered_in
+from AutomaticEval.store.files import prepare_folder
+from AutomaticEval.store.writer import RunWriter, is_finished
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where what is captured goes."""
+
+    save_dir: Path = Path("activations")
+    """The run folder is made in it."""
+
+    resume: Path | None = None
+    """A run folder that a process left when it was killed, to go on in."""
+
+    compression: str | None = None
+    """zstd, lz4 or gzip for the activations on the disk; None writes them as they are."""
+
+    def __post_init__(self) -> None:
+        if self.resume is None:
+            return
+        if not self.resume.is_dir():
+            raise StoreError(f"--resume {self.resume} is no folder; give the run folder that is to go on.")
+        if is_finished(self.resume):
+            raise StoreError(f"{self.resume} is finished, there is nothing to resume; read it with open_run.")
+
+
+class Opened(NamedTuple):
+    """A run folder that is being written."""
+
+    writer: RunWriter
+    answered: dict[RequestKey, Answered]
+    """The requests that are on the disk already."""
+
+
+@dataclass
+class RunFolder:
+    """Where one run goes, and what it is made with."""
+
+    keeping: Keeping
+    name: str
+    """Of a new folder: `<name>_<timestamp>`."""
+
+    model: str
+    settings: Mapping[str, Any]
+    shard_bytes: int
+    ranks: Ranks
+    path: Path | None = None
+    """Known once it is open."""
+
+    n_samples: int = 0
+    size_bytes: int = 0
+
+    @contextmanager
+    def writing(self) -> Iterator[Opened]:
+        """Open the folder in every process of the run; on every exit what was captured is sealed."""
+        opened, shared = None, None
+        if self.ranks.is_first:
+            folder = self.keeping.resume or new_folder(self.keeping.save_dir, self.name)
+            opened = self._open_first(folder)
+            shared = (folder, {**self.settings, "run_id": opened.writer.run_id}, opened.answered)
+        self.path, settings, answered = self.ranks.from_first(shared)
+        writer = opened.writer if opened else self._writer(settings, share=(self.ranks.rank, self.ranks.n_ranks))
+        try:
+            with writer:
+                yield Opened(writer, answered)
+        finally:
+            self.n_samples = writer.n_samples
+
+    def _open_first(self, folder: Path) -> Opened:
+        self.path = folder
+        writer = self._writer(self.settings, resume=self.keeping.resume is not None, share=(0, self.ranks.n_ranks))
+        try:
+            return Opened(writer, answered_in(writer.records()) if self.keeping.resume else {})
+        except BaseException:
+            writer.close(failed=True)
+            raise
+
+    def _writer(self, settings: Mapping[str, Any], **how: Any) -> RunWriter:
+        assert self.path is not None
+        compression = self.keeping.compression
+        return RunWriter(self.path, self.model, settings, shard_bytes=self.shard_bytes, compression=compression, **how)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.path is not None and is_finished(self.path)
+
+    def finish(
+        self,
+        samples: Mapping[str, Sequence[Mapping[str, Any]]],
+        *,
+        repeats: Verdicts | None = None,
+        doc_ids: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """Join every sample of every process to what lm-eval logged of it, and write `run.h5`.
+
+        doc_ids: task -> the documents' own indices, when the samples count within them.
+        """
+        self.ranks.gathered(None)  # all have sealed
+        if not self.ranks.is_first:
+            return
+        with self._writer(self.settings, resume=True) as writer:
+            records = writer.records()
+            for record in records if doc_ids else ():
+                record["doc_id"] = (doc_ids or {})[record["task"]][record["doc_id"]]
+            writer.finish(join(records, samples, repeats or {}))
+            self.n_samples, self.size_bytes = writer.n_samples, writer.size_bytes
+
+
+def new_folder(save_dir: Path, name: str) -> Path:
+    """A new folder `<name>_<timestamp>`."""
+    prepare_folder(save_dir)
+    stem = f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
+    number = 1
+    while True:
+        folder = save_dir / (stem if number == 1 else f"{stem}_{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def folder_name(benchmarks: Sequence[str], model: str) -> str:
+    """`<benchmark>_<model>`, of characters that every file system takes."""
+    return "_".join(re.sub(r"[^\w.-]+", "-", part) for part in ("-".join(benchmarks)[:60], Path(model).name[:60]))

@@ -1,0 +1,86 @@
+"""lm-eval's own work, done once instead of again and again: templates compiled, task files indexed. Prompts stay the same.
+
+The index of lm-eval's 14,000 task files takes seconds to make; it is kept in the user's cache folder, and made again when
+a task file or lm-eval changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+from lm_eval import utils
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Entry, Kind
+
+STOCK = Path(lm_eval.tasks.__file__).parent
+
+
+@contextmanager
+def quick_templates() -> Iterator[None]:
+    """Compile each of lm-eval's templates once, not at every use."""
+    stock = utils.env.from_string
+    utils.env.from_string = lru_cache(maxsize=4096)(stock)
+    try:
+        yield
+    finally:
+        utils.env.from_string = stock
+
+
+def task_manager(include_path: Sequence[str], *, include_defaults: bool) -> TaskManager:
+    """What lm-eval's TaskManager gives, quicker from the second time on."""
+    manager = TaskManager(include_path=list(include_path), include_defaults=False)
+    if include_defaults:
+        manager._index = {**_stock_index(), **manager._index}
+        manager._all_tasks = sorted(manager._index)
+    return manager
+
+
+def _stock_index() -> dict[str, Entry]:
+    """Every task, group and tag that comes with lm-eval."""
+    file = _cache_folder() / f"lm_eval_tasks_{_state_of_stock()}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # absent, or not ours
+        return {name: _entry(name, **fields) for name, fields in json.loads(file.read_text(encoding="utf-8")).items()}
+    index = TaskManager()._index
+    with suppress(OSError):  # a home that cannot be written only costs time
+        _write(file, {name: _fields(entry) for name, entry in index.items()})
+    return dict(index)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "automatic-eval"
+
+
+def _state_of_stock() -> str:
+    """Changes when a task file does: its path, size and time."""
+    found = hashlib.blake2b(lm_eval.__version__.encode(), digest_size=12)
+    for folder, _, names in sorted(os.walk(STOCK)):
+        for name in sorted(name for name in names if not name.endswith((".pyc", ".md"))):
+            file = Path(folder, name)
+            status = file.stat()
+            found.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
+    return found.hexdigest()
+
+
+def _fields(entry: Entry) -> dict[str, Any]:
+    path = None if entry.yaml_path is None else str(entry.yaml_path)
+    return {"kind": entry.kind.name, "yaml_path": path, "tags": sorted(entry.tags)}
+
+
+def _entry(name: str, kind: str, yaml_path: str | None, tags: list[str]) -> Entry:
+    return Entry(name, Kind[kind], None if yaml_path is None else Path(yaml_path), tags=set(tags))
+
+
+def _write(file: Path, index: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as written:
+        json.dump(index, written)
+    Path(written.name).replace(file)

@@ -1,0 +1,128 @@
+"""`HFActivations`: an lm-eval model for code that calls `simple_evaluate` itself.
+
+    lm = HFActivations("gpt2", positions="scored")
+    results = simple_evaluate(model=lm, tasks=["hellaswag"])
+    run = open_run(lm.finish(results))
+
+Registered with lm-eval as `hf-activations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+
+from AutomaticEval.errors import BenchmarkError, StoreError
+from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name
+from AutomaticEval.evaluation.lm import CapturingHFLM
+from AutomaticEval.evaluation.ranks import join_ranks, local_device
+from AutomaticEval.models.loading import LoadOptions, load_model
+from AutomaticEval.selection import Positions, Selection
+from AutomaticEval.sites import LayersLike
+from AutomaticEval.store.writer import SHARD_BYTES
+
+
+@register_model("hf-activations")
+class HFActivations(CapturingHFLM):
+    """lm-eval's `hf` model that captures what it is asked into a run folder.
+
+    pretrained: a name, a folder, or a loaded model with tokenizer=. options: of loading (dtype, device, device_map,
+    load_in_8bit, load_in_4bit, revision) and of lm-eval's HFLM (batch_size, max_length, …).
+    After each of lm-eval's calls what was captured is on the disk; `finish` joins it to the scores.
+    Raises SelectionError, ModelError, StoreError.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        *,
+        tokenizer: Any = None,
+        activation_save_dir: str | Path = "activations",
+        layers_to_capture: LayersLike = None,
+        sites: str | None = None,
+        positions: str | Positions = "scored",
+        store_dtype: str | None = None,
+        compression: str | None = None,
+        **options: Any,
+    ) -> None:
+        selection = Selection.parse(sites, layers_to_capture, positions, store_dtype)
+        load = {each.name: options.pop(each.name) for each in fields(LoadOptions) if each.name in options}
+        if isinstance(pretrained, str | Path) and load.get("device") in (None, "auto", "cuda"):
+            load["device"] = local_device()
+        loaded = load_model(pretrained, tokenizer=tokenizer, options=LoadOptions(**load))
+        ranks = join_ranks()
+        numbers = loaded.numbers()
+        settings = {
+            **numbers,
+            "fingerprint": loaded.fingerprint(),
+            "shape": loaded.shape,
+            "versions": {**numbers["versions"], "lm_eval": lm_eval.__version__},
+            **selection.as_dict(),
+            "lm_eval": {name: str(value) for name, value in options.items()},
+        }
+        name = folder_name(["lm-eval"], loaded.name)
+        keeping = Keeping(Path(activation_save_dir), compression=compression)
+        super().__init__(loaded, selection, self._take, ranks=ranks, **options)
+        self._folder = RunFolder(keeping, name, loaded.name, settings, SHARD_BYTES, ranks)
+        self._open = ExitStack()
+        self._writer = self._open.enter_context(self._folder.writing()).writer
+
+    def _take(self, samples: Any) -> None:
+        self._writer.add(samples)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self._writer.folder
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self._writer.flush()
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self._writer.flush()
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        try:
+            return super().generate_until(requests, disable_tqdm)
+        finally:
+            self._writer.flush()
+
+    def finish(self, results: Mapping[str, Any] | None) -> Path:
+        """Join what was captured to what `simple_evaluate` returned, and close the run. Returns its folder.
+
+        results: None in the processes that lm-eval gives none.
+        Raises BenchmarkError for results without samples, or of samples that were not in order; CaptureError.
+        """
+        if self._ranks.is_first and (results is None or not results.get("samples")):
+            raise BenchmarkError("these results hold no samples; call simple_evaluate with log_samples=True.")
+        if self._folder.is_finished:
+            raise StoreError(f"{self.folder} is finished already; one instance makes one run.")
+        samples = (results or {}).get("samples", {})
+        doc_ids = {task: _asked(task, logged) for task, logged in samples.items()}
+        self._open.close()
+        self._folder.finish(samples, doc_ids=doc_ids)
+        return self.folder
+
+
+def _asked(task: str, logged: Any) -> list[int]:
+    """The documents that lm-eval asked of a task, in their order: its requests count within them."""
+    asked = list(dict.fromkeys(entry["doc_id"] for entry in logged))
+    if asked != sorted(asked):
+        raise BenchmarkError(
+            f"{task}: the documents of samples= were not in ascending order ({asked[:5]} …), and lm-eval mislabels such; sort "
+            "them and run again."
+        )
+    return asked

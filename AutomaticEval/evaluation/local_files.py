@@ -1,0 +1,148 @@
+"""Stock tasks on files of your own: the data of each task found in a folder, in the layouts that people have.
+
+Of a task whose data is `cais/mmlu`, configuration `astronomy`, the split `test` is looked for as PATTERNS say, in the
+folder itself and in its subfolders `mmlu` and `<task>`. Files are read each time, never from a cache of an earlier state.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+from lm_eval.api.task import ConfigurableTask
+
+from AutomaticEval.errors import BenchmarkUnavailable
+
+PATTERNS = (
+    "{split}/{name}",
+    "{split}/{name}_{split}",
+    "{name}/{split}",
+    "{name}/{split}-*-of-*",
+    "{name}_{split}",
+)
+"""Where a split of a named configuration is, without its ending; of the only one, and in a folder of the task's own, `{split}`."""
+ALONE = ("{split}", "{split}-*-of-*", "data/{split}-*-of-*")
+ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+SPELLINGS = {"validation": ("validation", "valid", "val", "dev")}
+OWN_FILES = ("json", "csv", "text", "parquet", "arrow")
+"""Data sets of tasks that name their files themselves."""
+LETTERS = "ABCD"
+
+
+@contextmanager
+def local_files(folder: str | None) -> Iterator[None]:
+    """Have lm-eval's tasks take their data from a folder; None leaves them alone. Raises BenchmarkUnavailable."""
+    if folder is None:
+        yield
+        return
+    stock = ConfigurableTask.download
+
+    def download(task: ConfigurableTask, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if task.DATASET_PATH in OWN_FILES or callable(task.config.custom_dataset):
+            stock(task, dataset_kwargs, **kwargs)
+        else:
+            task.dataset = read_splits(Path(folder), task)
+
+    ConfigurableTask.download = download
+    try:
+        yield
+    finally:
+        ConfigurableTask.download = stock
+
+
+def read_splits(folder: Path, task: Any) -> datasets.DatasetDict:
+    """Every split that a task names and the folder has. Raises BenchmarkUnavailable without the one that is asked."""
+    config = task.config
+    asked = config.test_split or config.validation_split
+    named = [config.test_split, config.validation_split, config.training_split, task.fewshot_cfg.split]
+    splits = {}
+    for split in dict.fromkeys(filter(None, named)):
+        places = list(_places(folder, task, split))
+        files = next((found for found in (sorted(place.parent.glob(place.name)) for place in places) if found), None)
+        if files is not None:
+            splits[split] = datasets.Dataset.from_list([doc for file in files for doc in read_documents(file)])
+        elif split == asked:
+            raise BenchmarkUnavailable(missing(folder, task, split))
+    for split in filter(None, named):
+        splits.setdefault(split, datasets.Dataset.from_list([]))  # a split that nothing is taken from
+    return datasets.DatasetDict(splits)
+
+
+def _places(folder: Path, task: Any, split: str) -> Iterator[Path]:
+    """Where a split may be, likeliest first."""
+    for root in _roots(folder, task):
+        for spelling in SPELLINGS.get(split, (split,)):
+            for pattern in _patterns(root, task):
+                for ending in ENDINGS:
+                    yield root / (pattern.format(split=spelling, name=task.DATASET_NAME) + ending)
+
+
+def _roots(folder: Path, task: Any) -> list[Path]:
+    return [folder, folder / Path(task.DATASET_PATH).name, folder / task.config.task]
+
+
+def _patterns(root: Path, task: Any) -> tuple[str, ...]:
+    is_alone = task.DATASET_NAME in (None, "main", "default") or root.name in (task.config.task, task.DATASET_NAME)
+    return (PATTERNS if task.DATASET_NAME else ()) + (ALONE if is_alone else ())
+
+
+def missing(folder: Path, task: Any, split: str) -> str:
+    """What was looked for, and what to do."""
+    roots = _roots(folder, task)
+    patterns = dict.fromkeys(pattern for root in roots for pattern in _patterns(root, task))
+    tried = ", ".join(pattern.format(split=split, name=task.DATASET_NAME) for pattern in patterns)
+    return (
+        f"{folder} has no {split!r} split of the task {task.config.task!r} (data {task.DATASET_PATH}, configuration "
+        f"{task.DATASET_NAME or 'none'}). Looked for {tried} ({', '.join(ENDINGS)}) in it and in its subfolders "
+        f"{roots[1].name} and {roots[2].name}. Put the file there; or leave --benchmark_data out and connect once, so that the "
+        "hub client keeps a copy."
+    )
+
+
+def read_documents(file: Path) -> list[dict[str, Any]]:
+    """The documents of one file. Raises BenchmarkUnavailable."""
+    readers: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+        ".jsonl": _read_lines,
+        ".json": lambda path: list(json.loads(path.read_text(encoding="utf-8"))),
+        ".csv": _read_csv,
+        ".parquet": lambda path: datasets.Dataset.from_parquet(str(path), keep_in_memory=True).to_list(),
+    }
+    try:
+        documents = readers[file.suffix](file)
+    except (ValueError, OSError, csv.Error) as failure:
+        raise BenchmarkUnavailable(f"{file} cannot be read: {failure}") from failure
+    if not documents or not all(isinstance(each, Mapping) for each in documents):
+        raise BenchmarkUnavailable(f"{file} holds no documents; it must hold objects, one a line or in a list.")
+    return documents
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    documents = []
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    documents.append(json.loads(line))
+                except ValueError as failure:
+                    raise ValueError(f"line {number}: {failure}") from failure
+    return documents
+
+
+def _read_csv(file: Path) -> list[dict[str, Any]]:
+    """Rows under a header; or, as Hendrycks' MMLU has them, question, four choices and a letter without one."""
+    with file.open(encoding="utf-8", newline="") as text:
+        rows = list(csv.reader(text))
+    if not rows:
+        return []
+    if all(len(row) == 6 and row[5] in LETTERS for row in rows):
+        subject = file.stem.rpartition("_")[0].replace("_", " ") or file.stem
+        return [
+            {"question": row[0], "choices": row[1:5], "answer": LETTERS.index(row[5]), "subject": subject}
+            for row in rows
+        ]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]

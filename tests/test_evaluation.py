@@ -1,0 +1,538 @@
+"""Every kind of lm-eval task: plain lm-eval's scores to the last bit, rows that reproduce them, and the ways to ask."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONFIGS, REAL, ROOT, STORIES, build, needs_real, raw_residuals
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from test_benchmark import DATA, DUPLICATES, REPEATS, SCORED, as_json, recompute
+from transformers import AutoTokenizer
+
+from AutomaticEval import HFActivations, evaluate_with_activations, open_run
+from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, CaptureError, StoreError
+from AutomaticEval.evaluation import harness
+from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
+from AutomaticEval.evaluation.folder import Keeping
+from AutomaticEval.evaluation.local_files import read_documents
+from AutomaticEval.evaluation.run import Outcome, run_benchmark
+from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, LoadOptions, load_model
+
+ROLLING = """
+task: pages
+custom_dataset: !function data.pages
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{page}}"
+metric_list:
+  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+  - {metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+"""
+LAST_WORD = """
+task: last_word
+custom_dataset: !function data.pages
+output_type: loglikelihood
+test_split: test
+doc_to_text: "{{page.split(' ')[:-1]|join(' ')}}"
+doc_to_target: "{{' '+page.split(' ')[-1]}}"
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+PAGES = """
+def pages(**unused):
+    pages = ["The capital of Jorostan is Peloton. " * 25, "What is red?", "The capital of Jorostan is Peloton. " * 25]
+    return DatasetDict({"test": Dataset.from_list([{"page": page.strip()} for page in pages])})
+"""
+GREEDY = (
+    REPEATS.replace("repeats: 3\n", "").replace("do_sample: true, temperature: 1.0, ", "").replace("often", "greedy")
+)
+MIXED = ("pages", "last_word", "twice", "greedy", "often")
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A task of every type, with duplicate documents, texts longer than the context, and sampled repeats."""
+    folder = tmp_path_factory.mktemp("tasks")
+    files = {"pages": ROLLING, "last_word": LAST_WORD, "twice": DUPLICATES, "greedy": GREEDY, "often": REPEATS}
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    (folder / "data.py").write_text(DATA + PAGES)
+    return str(folder)
+
+
+def plain(loaded: LoadedModel, names: tuple[str, ...], tasks: str, batch_size: Any = 8, **how: Any) -> dict[str, Any]:
+    """lm-eval by itself: nothing of ours but the task files."""
+    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    manager = TaskManager(include_path=[str(BUNDLED), tasks], include_defaults=False)
+    results = simple_evaluate(model=lm, tasks=list(names), task_manager=manager, **how)
+    assert results is not None
+    return dict(results)
+
+
+def assert_same(outcome: Outcome, expected: dict[str, Any]) -> None:
+    assert as_json(outcome.results["results"]) == as_json(expected["results"])
+    assert as_json(outcome.samples) == as_json(expected["samples"])
+
+
+def assert_reproduced(loaded: LoadedModel, folder: Path | None, per_token: float = 1e-5) -> None:
+    """Norm, head and log-softmax over the stored last layer give each logged log-likelihood, and greedy texts."""
+    run = open_run(folder or "")
+    assert len(run)
+    sampled = {"often"}
+    for sample in run:
+        logprobs, answer = recompute(loaded, sample).float(), sample["generated_ids"]
+        greedy = logprobs.argmax(-1)
+        if sample["is_greedy"] is None:
+            text = loaded.tokenizer.decode(answer, skip_special_tokens=True)
+            assert text.startswith(sample["response"])
+            assert sample["task"] in sampled or torch.equal(greedy, answer)
+        else:
+            total = logprobs.gather(1, answer[:, None]).sum().item()
+            assert abs(total - sample["logprob"]) <= per_token * len(answer)
+            assert torch.equal(greedy, answer) == sample["is_greedy"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, "auto"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_scores_of_every_kind_of_task_are_plain_lm_evals(
+    name: str, batch_size: Any, tokenizer: Any, own_tasks: str, tmp_path: Path
+) -> None:
+    loaded = LoadedModel(build(CONFIGS[name]()), tokenizer, name)
+    names = (*MIXED, "demo_facts")
+    outcome = evaluate_with_activations(
+        loaded, names, include_path=own_tasks, batch_size=batch_size, limit=5, activation_save_dir=tmp_path
+    )
+    assert_same(outcome, plain(loaded, names, own_tasks, batch_size, limit=5))
+    assert_reproduced(loaded, outcome.folder)
+    table = open_run(outcome.folder or "").table()
+    assert not table.duplicated(["task", "doc_id", "choice", "repeat", "window"]).any()
+    assert set(table.task) == set(names)
+
+
+def test_windows_of_a_whole_text_are_samples_and_sum_up(
+    tiny_llama: LoadedModel, own_tasks: str, tmp_path: Path
+) -> None:
+    outcome = evaluate_with_activations(
+        tiny_llama, "pages", include_path=own_tasks, positions="all", activation_save_dir=tmp_path
+    )
+    run = open_run(outcome.folder or "")
+    table = run.table()
+    assert table[table.doc_id == 0].window.tolist() == list(range(len(table[table.doc_id == 0]))) != [0]
+    logged = {entry["doc_id"]: entry for entry in outcome.samples["pages"]}
+    for doc_id, windows in table.groupby("doc_id"):
+        assert windows.logprob.sum() == pytest.approx(logged[doc_id]["resps"][0][0], rel=1e-12)
+        page = logged[doc_id]["doc"]["page"]
+        fed = [token for sample in run.where(doc_id=doc_id) for token in sample["generated_ids"].tolist()]
+        assert fed == tiny_llama.tokenizer.encode(page)
+    for sample in run:
+        sequence = [*sample["input_ids"][0].tolist(), *sample["generated_ids"].tolist()]
+        assert sample["token_ids"].tolist() == sequence[:-1]
+        raw = raw_residuals(tiny_llama.model, "llama", sequence[:-1])
+        torch.testing.assert_close(sample["activations"]["layer_2"], raw["layer_2"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_chat_template_and_system_instruction(name: str, batch_size: int, own_tasks: str, tmp_path: Path) -> None:
+    chatty = AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    chatty.chat_template = TEMPLATE
+    loaded = LoadedModel(build(CONFIGS[name]()), chatty, name)
+    how = {"apply_chat_template": True, "system_instruction": "Be short.", "num_fewshot": 2, "limit": 4}
+    names = ("demo", "twice", "greedy")
+    outcome = evaluate_with_activations(
+        loaded, names, include_path=own_tasks, batch_size=batch_size, activation_save_dir=tmp_path, **how
+    )
+    assert_same(outcome, plain(loaded, names, own_tasks, batch_size, **how))
+    assert_reproduced(loaded, outcome.folder)
+    prompts = open_run(outcome.folder or "").column("prompt")
+    assert any("<system>Be short." in prompt for prompt in prompts)
+    with pytest.raises(BenchmarkError, match="no chat template"):
+        evaluate_with_activations("demo", "demo", apply_chat_template=True, activation_save_dir=tmp_path)
+
+
+def test_bfloat16_scores_are_plain_lm_evals(tokenizer: Any, own_tasks: str, tmp_path: Path) -> None:
+    loaded = LoadedModel(build(CONFIGS["llama"](), torch.bfloat16), tokenizer, "bf16")
+    outcome = evaluate_with_activations(loaded, MIXED, include_path=own_tasks, activation_save_dir=tmp_path)
+    assert_same(outcome, plain(loaded, MIXED, own_tasks))
+
+
+def test_predict_only_answers_without_verdicts(demo: LoadedModel, own_tasks: str, tmp_path: Path) -> None:
+    how = {"predict_only": True, "limit": 3}
+    outcome = evaluate_with_activations(demo, "demo", activation_save_dir=tmp_path, **how)
+    assert_same(outcome, plain(demo, ("demo",), own_tasks, **how))
+    table = open_run(outcome.folder or "").table()
+    assert table.correct.isna().all()
+    assert (table.response != "").all()
+
+
+def test_each_sampled_answer_has_its_own_verdict(demo: LoadedModel, tmp_path: Path) -> None:
+    """lm-eval scores the first answer alone; the others' verdicts are recomputed here from their texts."""
+    how = {"gen_kwargs": "do_sample=true,temperature=1.5", "limit": 12}
+    outcome = evaluate_with_activations(demo, "demo_arithmetic", repeats=4, activation_save_dir=tmp_path, **how)
+    table = open_run(outcome.folder or "").table()
+    assert table.groupby("doc_id").size().tolist() == [4] * 12
+    targets = table.target.astype(str).str.strip()
+    assert (table.correct == (table.response.str.strip() == targets)).all()
+    assert table.groupby("doc_id").correct.nunique().max() == 2  # some question has a right and a wrong answer
+    first = table[table.repeat == 0]
+    assert first.correct.mean() == outcome.results["results"]["demo_arithmetic"]["exact_match,none"]
+
+
+def test_device_map_over_cpu_and_disk(demo: LoadedModel, tmp_path: Path) -> None:
+    layers = {f"model.layers.{number}": "cpu" if number % 2 else "disk" for number in range(demo.layout.n_layers)}
+    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **layers}
+    spread = load_model(str(DEMO_FOLDER), tokenizer=demo.tokenizer, options=LoadOptions(device_map=parts))
+    assert any(parameter.device.type == "meta" for parameter in spread.model.parameters())
+    outcome = evaluate_with_activations(spread, "demo", limit=6, activation_save_dir=tmp_path)
+    assert_same(outcome, plain(demo, ("demo",), str(tmp_path), limit=6))
+    whole = evaluate_with_activations(demo, "demo", limit=6, activation_save_dir=tmp_path)
+    for one, other in zip(open_run(outcome.folder or ""), open_run(whole.folder or ""), strict=True):
+        for key, rows in one["activations"].items():
+            assert torch.equal(rows, other["activations"][key])
+
+
+@pytest.mark.parametrize("how", ["load_in_8bit", "load_in_4bit"])
+def test_quantised_runs(how: str, tmp_path: Path) -> None:
+    loaded = load_model("demo", options=LoadOptions(**{how: True}))
+    outcome = evaluate_with_activations(loaded, "demo", limit=6, activation_save_dir=tmp_path)
+    assert_same(outcome, plain(loaded, ("demo",), str(tmp_path), limit=6))
+    assert_reproduced(loaded, outcome.folder)
+    settings = open_run(outcome.folder or "").settings
+    assert settings["quantization"] == how.removeprefix("load_in_")
+
+
+# An lm-eval model in code that calls simple_evaluate itself
+
+
+def manager() -> TaskManager:
+    return TaskManager(include_path=str(BUNDLED), include_defaults=False)
+
+
+def test_instance_in_simple_evaluate(demo: LoadedModel, tmp_path: Path) -> None:
+    lm = HFActivations(demo, activation_save_dir=tmp_path, batch_size=4, positions="all", layers_to_capture=[0, -1])
+    results = simple_evaluate(model=lm, tasks=["demo"], task_manager=manager(), limit=5)
+    assert results is not None
+    expected = plain(demo, ("demo",), str(tmp_path), 4, limit=5)
+    assert as_json(results["results"]) == as_json(expected["results"])
+    run = open_run(lm.finish(results))
+    assert run.finished
+    assert len(run) == 5 * 4 + 5
+    assert set(run.keys) == {"embeddings", "layer_0", "layer_3"}
+    assert_reproduced(demo, lm.folder)
+    with pytest.raises(StoreError, match="one run"):
+        lm.finish(results)
+
+
+def test_instance_knows_the_documents_of_a_selection(demo: LoadedModel, tmp_path: Path) -> None:
+    lm = HFActivations(demo, activation_save_dir=tmp_path)
+    results = simple_evaluate(
+        model=lm, tasks=["demo_facts"], task_manager=manager(), samples={"demo_facts": [3, 7, 40]}
+    )
+    table = open_run(lm.finish(results)).table()
+    docs = [json.loads(line) for line in (BUNDLED / "facts_test.jsonl").read_text().splitlines()]
+    assert sorted(set(table.doc_id)) == [3, 7, 40]
+    assert all(docs[row.doc_id]["question"] in row.prompt for row in table.itertuples())
+
+
+def test_instance_refuses_what_breaks_the_mapping(demo: LoadedModel, tmp_path: Path) -> None:
+    lm = HFActivations(demo, activation_save_dir=tmp_path)
+    with pytest.raises(BenchmarkError, match=r"use_cache.*no forward"):
+        simple_evaluate(model=lm, tasks=["demo_facts"], task_manager=manager(), use_cache=str(tmp_path / "cache"))
+    unsorted = simple_evaluate(model=lm, tasks=["demo_facts"], task_manager=manager(), samples={"demo_facts": [7, 3]})
+    with pytest.raises(BenchmarkError, match="ascending"):
+        lm.finish(unsorted)
+    with pytest.raises(BenchmarkError, match="log_samples"):
+        lm.finish({"results": {}})
+    assert len(open_run(lm.folder)) == 8  # what was captured is on the disk all the same
+
+
+def test_entry_point_names_a_model_that_lm_eval_makes(tmp_path: Path) -> None:
+    from importlib.metadata import entry_points
+
+    from lm_eval.api.registry import get_model
+
+    (entry,) = entry_points(group="lm_eval.models", name="hf-activations")
+    assert entry.load() is HFActivations is get_model("hf-activations")
+    assert get_model("hf") is HFLM  # the others are still there
+    results = simple_evaluate(
+        model="hf-activations",
+        model_args=f"pretrained={DEMO_FOLDER},activation_save_dir={tmp_path},positions=last",
+        tasks=["demo_facts"],
+        task_manager=manager(),
+        limit=2,
+    )
+    assert results is not None
+    (folder,) = tmp_path.iterdir()
+    assert open_run(folder).table().logprob.notna().all()  # without finish: no verdicts, but all that the model said
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"use_cache": "x"}, BenchmarkError, "no forward"),
+        ({"cache_requests": True}, BenchmarkError, "wrong ones"),
+        ({"num_fewshots": 3}, TypeError, "num_fewshot'"),
+        ({"repeats": 3}, BenchmarkError, "does not sample"),
+        ({"repeats": 0}, BenchmarkError, "at least 1"),
+        ({"num_fewshot": -1}, BenchmarkError, "at least 0"),
+        ({"gen_kwargs": "do_sample=true,temperature=0"}, BenchmarkError, "temperature"),
+        ({"benchmark_data": "/no/such/folder"}, BenchmarkError, "no folder"),
+        ({"resume": "/no/such/folder"}, StoreError, "no folder"),
+    ],
+)
+def test_wrong_options_are_refused(
+    options: dict[str, Any], error: type[Exception], says: str, demo: LoadedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=says):
+        evaluate_with_activations(demo, "demo_arithmetic", activation_save_dir=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_that_no_text_model_answers_in_one_pass_are_refused(
+    demo: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
+    stock = ConfigurableTask.__init__
+
+    def other_type(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        self.OUTPUT_TYPE = "generate_until_multi_round"
+
+    for attribute, value, says in (
+        ("__init__", other_type, "one pass"),
+        ("MULTIMODAL", True, "one pass"),
+        ("UNSAFE_CODE", True, "runs code"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(ConfigurableTask, attribute, value, raising=False)
+            with pytest.raises(BenchmarkError, match=says):
+                load_tasks(Benchmark(("demo_facts",)))
+
+
+# Stock tasks on local files
+
+
+def hendrycks(folder: Path, subject: str, n_test: int = 4) -> list[dict[str, Any]]:
+    """Files as Hendrycks' MMLU has them: no header, question, four choices, a letter."""
+    docs = [
+        {"question": f'What, "exactly", is {n}?', "choices": [f"{n}", "two\nlines", "b", "c"], "answer": n % 4}
+        for n in range(n_test + 5)
+    ]
+    for split, part in (("dev", docs[:5]), ("test", docs[5:])):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        with (folder / split / f"{subject}_{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([d["question"], *d["choices"], "ABCD"[d["answer"]]] for d in part)
+    return docs
+
+
+def test_hendrycks_folders_feed_the_stock_task(demo: LoadedModel, tmp_path: Path) -> None:
+    docs = hendrycks(tmp_path / "data", "astronomy")
+    outcome = evaluate_with_activations(
+        demo, "mmlu_astronomy", benchmark_data=tmp_path / "data", num_fewshot=2, activation_save_dir=tmp_path / "out"
+    )
+    logged = outcome.samples["mmlu_astronomy"]
+    assert [entry["doc"]["question"] for entry in logged] == [doc["question"] for doc in docs[5:]]
+    assert [entry["target"] for entry in logged] == [doc["answer"] for doc in docs[5:]]
+    assert all(docs[0]["question"] in entry["arguments"][0][0] for entry in logged)
+    assert "about astronomy" in logged[0]["arguments"][0][0]
+    assert len(open_run(outcome.folder or "")) == 16
+
+
+@pytest.mark.parametrize(
+    ("files", "task"),
+    [
+        (
+            ["mmlu/astronomy/test-00000-of-00002.parquet", "mmlu/astronomy/test-00001-of-00002.parquet"],
+            "mmlu_astronomy",
+        ),
+        (["astronomy/test.json"], "mmlu_astronomy"),
+        (["mmlu_astronomy/test.jsonl"], "mmlu_astronomy"),
+        (["test/astronomy.jsonl"], "mmlu_astronomy"),
+        (["gsm8k/test.jsonl"], "gsm8k"),
+        (["lambada_openai/test.csv"], "lambada_openai"),
+        (["wikitext/test.jsonl"], "wikitext"),
+        (["ai2_arc/ARC-Challenge/test.jsonl"], "arc_challenge"),
+        (["hellaswag/validation.jsonl"], "hellaswag"),
+        (["truthful_qa/multiple_choice/validation.jsonl"], "truthfulqa_mc2"),
+    ],
+)
+def test_layouts_of_local_files(files: list[str], task: str, demo: LoadedModel, tmp_path: Path) -> None:
+    """Named stock tasks, of each type, run from the layouts that downloads have."""
+    mc = {"labels": [1, 0], "choices": ["red", "blue"]}
+    docs = {
+        "mmlu_astronomy": {"question": "What is red?", "choices": ["a", "b", "c", "d"], "answer": 1},
+        "gsm8k": {"question": "What is 1 plus 1?", "answer": "1+1=2\n#### 2"},
+        "lambada_openai": {"text": "The capital of Jorostan is Peloton"},
+        "wikitext": {"page": " = Red = \n\n Red is a colour . \n"},
+        "arc_challenge": {
+            "question": "What is red?",
+            "choices": {"text": ["a colour", "a fox"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
+        "hellaswag": {
+            "ctx_a": "A fox",
+            "ctx_b": "it",
+            "activity_label": "Foxes",
+            "endings": ["runs", "is blue", "sings", "reads"],
+            "label": "0",
+        },
+        "truthfulqa_mc2": {"question": "What is red?", "mc1_targets": mc, "mc2_targets": mc},
+    }
+    for name in files:
+        file = tmp_path / "data" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_documents(file, [docs[task]] * 2)
+    how = {"benchmark_data": tmp_path / "data", "num_fewshot": 0, "limit": 2, "gen_kwargs": "max_gen_toks=8"}
+    outcome = evaluate_with_activations(demo, task, activation_save_dir=tmp_path / "out", **how)
+    assert len(outcome.samples[task]) == (4 if task == "gsm8k" else 2)  # gsm8k has two filters
+    assert set(open_run(outcome.folder or "").column("task")) == {task}
+    assert_reproduced(demo, outcome.folder)
+
+
+def write_documents(file: Path, docs: list[dict[str, Any]]) -> None:
+    import datasets
+
+    if file.suffix == ".parquet":
+        datasets.Dataset.from_list(docs).to_parquet(str(file))
+    elif file.suffix == ".csv":
+        with file.open("w", newline="") as text:
+            writer = csv.DictWriter(text, docs[0])
+            writer.writeheader()
+            writer.writerows(docs)
+    else:
+        lines = "\n".join(map(json.dumps, docs))
+        file.write_text(lines if file.suffix == ".jsonl" else json.dumps(docs))
+
+
+def test_local_files_that_are_missing_or_broken_say_so(demo: LoadedModel, tmp_path: Path) -> None:
+    hendrycks(tmp_path, "astronomy")
+    asked = Benchmark(("mmlu_anatomy",), local_files=str(tmp_path))
+    with pytest.raises(BenchmarkUnavailable, match=r"no 'test' split.*anatomy.*Looked for test/anatomy.*connect once"):
+        load_tasks(asked)
+    with pytest.raises(BenchmarkUnavailable, match=r"7 examples are needed.*--num_fewshot 0"):
+        load_tasks(Benchmark(("mmlu_astronomy",), local_files=str(tmp_path), num_fewshot=7))
+    broken = tmp_path / "broken.jsonl"
+    for text, says in (('{"a": 1}\n{"a": 1', "line 2"), ("", "no documents"), ("[1]", "no documents")):
+        broken.write_text(text)
+        with pytest.raises(BenchmarkUnavailable, match=says):
+            read_documents(broken)
+    (tmp_path / "ragged.csv").write_text("a,b\n1\n")
+    with pytest.raises(BenchmarkUnavailable, match="ragged"):
+        read_documents(tmp_path / "ragged.csv")
+
+
+def test_local_files_are_read_again_when_they_change(tmp_path: Path) -> None:
+    for n_test in (4, 6):
+        hendrycks(tmp_path, "astronomy", n_test)
+        assert load_tasks(Benchmark(("mmlu_astronomy",), local_files=str(tmp_path))).n_questions == n_test
+
+
+@needs_real
+def test_whole_stock_mmlu_on_real_local_files(tmp_path: Path) -> None:
+    """57 subjects and their groups' scores, drawn from 14,042 real questions, and the prompts of the task files beside them."""
+    loaded = load_model(STORIES)
+    how = {"num_trials": 40, "num_fewshot": 1, "benchmark_data": REAL / "data", "activation_save_dir": tmp_path}
+    outcome = evaluate_with_activations(loaded, "mmlu", **how)
+    scores = {score.task: score for score in outcome.scores}
+    assert {"mmlu", "mmlu_stem", "mmlu_humanities", "mmlu_other", "mmlu_social_sciences"} <= set(scores)
+    assert (scores["mmlu"].answered, scores["mmlu"].total) == (40, 14042)
+    table = open_run(outcome.folder or "").table()
+    assert scores["mmlu"].value == pytest.approx(table.groupby(["task", "doc_id"]).correct.first().mean())
+    assert_reproduced(loaded, outcome.folder)
+
+
+@needs_real
+@pytest.mark.parametrize(("stock", "local"), [("mmlu_astronomy", "local_mmlu_astronomy"), ("gsm8k", "local_gsm8k")])
+def test_stock_tasks_ask_what_local_task_files_ask(
+    stock: str, local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5-shot, real questions, a real model: the scores of plain lm-eval on tasks that name their files."""
+    monkeypatch.chdir(ROOT)
+    loaded = load_model(STORIES)
+    how: dict[str, Any] = {"num_fewshot": 5, "limit": 6, "gen_kwargs": "max_gen_toks=24"}
+    expected = plain(loaded, (local,), str(REAL / "lm_eval_tasks"), **how)
+    outcome = evaluate_with_activations(
+        loaded, stock, benchmark_data=REAL / "data", activation_save_dir=tmp_path, **how
+    )
+    for one, other in zip(outcome.samples[stock], expected["samples"][local], strict=True):
+        for name in ("arguments", "resps", "filtered_resps", "target", "prompt_hash", "doc_hash", "metrics"):
+            assert as_json(one[name]) == as_json(other[name])
+    assert_reproduced(loaded, outcome.folder)
+
+
+# lm-eval's own work, done once
+
+
+def test_kept_index_of_tasks_is_lm_evals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    full = TaskManager()._index
+    harness.task_manager([], include_defaults=True)
+    (file,) = (tmp_path / "automatic-eval").iterdir()
+    monkeypatch.setattr(harness, "TaskManager", lambda **how: TaskManager(include_defaults=False))  # not scanned again
+    kept = harness.task_manager([], include_defaults=True)._index
+    assert list(kept) == list(full)
+    for name, entry in full.items():
+        assert (kept[name].kind, kept[name].yaml_path, kept[name].tags) == (entry.kind, entry.yaml_path, entry.tags)
+    file.write_text('{"half')  # not ours: made again
+    assert harness.task_manager([], include_defaults=True).all_tasks == []
+
+
+def test_templates_are_compiled_once_and_render_alike() -> None:
+    from lm_eval import utils
+
+    stock = utils.env.from_string
+    before = utils.apply_template("{{a}} {{b|upper}}", {"a": 1, "b": "x"})
+    with harness.quick_templates():
+        assert utils.apply_template("{{a}} {{b|upper}}", {"a": 1, "b": "x"}) == before == "1 X"
+        assert utils.env.from_string("{{a}}") is utils.env.from_string("{{a}}")
+    assert utils.env.from_string == stock
+
+
+def test_drifting_windows_and_sums_fail_loudly(
+    demo: LoadedModel, own_tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval import utils
+
+    stock = utils.get_rolling_token_windows
+    ours = [True]
+
+    def other_context(*args: Any, **kwargs: Any) -> Any:
+        """lm-eval's windows, from its second use on cut elsewhere than ours."""
+        if ours.pop() if ours else False:
+            return stock(*args, **kwargs)
+        return stock(*args, **{**kwargs, "max_seq_len": 40})
+
+    def asked() -> Outcome:
+        return evaluate_with_activations(
+            demo, "pages", include_path=own_tasks, limit=1, activation_save_dir=tmp_path, positions="last"
+        )
+
+    with monkeypatch.context() as patched:
+        patched.setattr(utils, "get_rolling_token_windows", other_context)
+        with pytest.raises(CaptureError, match="window"):
+            asked()
+    real = HFLM.loglikelihood_rolling
+    with monkeypatch.context() as patched:
+        patched.setattr(HFLM, "loglikelihood_rolling", lambda *a, **k: [each + 1e-9 for each in real(*a, **k)])
+        with pytest.raises(CaptureError, match="sums"):
+            asked()
+
+
+def test_hooks_are_gone_after_every_kind_of_task(
+    demo: LoadedModel, own_tasks: str, tmp_path: Path, same_hooks_after: Callable[[Any], None]
+) -> None:
+    same_hooks_after(demo.model)
+    outcome = run_benchmark(demo, Benchmark(MIXED, include_path=(own_tasks,)), SCORED, keeping=Keeping(tmp_path))
+    assert open_run(outcome.folder or "").finished
