@@ -1,0 +1,148 @@
+"""One run shared by two processes over gloo, as launchers start them: what one process gives, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from test_evaluation import own_tasks
+
+from AutomaticEval import open_run
+from AutomaticEval.evaluation.ranks import Ranks, join_ranks
+from AutomaticEval.store.reader import Run
+
+assert own_tasks  # a fixture
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    *(
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ),
+]
+
+
+def run(launcher: list[str], folder: Path, *options: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
+    command = [*(launcher or [sys.executable]), "main.py", *options, "--activation_save_dir", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, check=check, capture_output=True, cwd=ROOT, env=environment)
+
+
+def made_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Run]:
+    """lm-eval's results, its samples, and the run of the only run folder there."""
+    (made,) = folder.iterdir()
+    (results,) = made.rglob("results_*.json")
+    samples = {
+        path.name.rsplit("_", 1)[0]: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in made.rglob("samples_*.jsonl")
+    }
+    return json.loads(results.read_text())["results"], samples, open_run(made)
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_give_what_one_gives(launcher: list[str], own_tasks: str, tmp_path: Path) -> None:
+    """Random few-shot examples, windows, duplicates; a question fewer than processes in one task; a number that is odd."""
+    asked = ["--capture_activations", "--benchmark", "demo,pages,twice,greedy", "--include_path", own_tasks]
+    asked += ["--num_fewshot", "1", "--limit", "7", "--batch_size", "4", "--positions", "all"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run([], one, *asked)
+    printed = run(launcher, two, *asked)
+    assert printed.stdout.count(b"Activations:") == 1  # the first process alone says so
+    assert printed.stderr.count(b"expected in") == 1
+    (results, samples, alone), (shared_results, shared_samples, shared) = made_in(one), made_in(two)
+    assert shared_results == results
+    assert shared_samples == samples
+    assert shared.finished
+    assert len(shared) == len(alone)
+    for first, second in zip(alone, shared, strict=True):
+        for name in ("task", "doc_id", "choice", "repeat", "window", "response", "correct"):
+            assert first[name] == second[name]
+        for key, rows in first["activations"].items():
+            torch.testing.assert_close(
+                rows, second["activations"][key], atol=1e-6, rtol=1e-6
+            )  # threads round otherwise
+
+
+def test_both_processes_work_and_sample_differently(own_tasks: str, tmp_path: Path) -> None:
+    """Shards of both ranks: even and odd numbers. Equal prompts in both are not answered alike."""
+    script = tmp_path / "shared.py"
+    script.write_text(
+        "import json, sys\n"
+        "from AutomaticEval import evaluate_with_activations\n"
+        "from AutomaticEval.store import writer\n"
+        "writer.SMALL = 0\n"
+        f"how = dict(include_path={own_tasks!r}, activation_save_dir={str(tmp_path / 'out')!r}, batch_size=1)\n"
+        "outcome = evaluate_with_activations('demo', 'often', repeats=4, gen_kwargs='temperature=3.0', **how)\n"
+        "assert bool(outcome.scores) == (outcome.folder is not None and bool(outcome.samples))\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*TORCHRUN, str(script)], check=True, capture_output=True, cwd=ROOT, env=environment)
+    (folder,) = (tmp_path / "out").iterdir()
+    numbers = {int(path.stem[6:]) % 2 for path in folder.glob("shard-*.h5")}
+    assert numbers == {0, 1}
+    table = open_run(folder).table()
+    assert len(table) == 12
+    answers = table[table.doc_id == 0].response.tolist()
+    assert answers[0] != answers[1]  # the first of each rank: with the same random state they would be the same
+
+
+def kill_all(program: Path) -> None:
+    """SIGKILL to the launcher and its processes, which have sessions of their own."""
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if str(program).encode() in line.read_bytes():
+                os.kill(int(line.parent.name), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the processes in /proc, which Linux has")
+def test_shared_run_that_was_killed_goes_on(tmp_path: Path) -> None:
+    """Every process killed at once, as by a batch system; resumed by two, and the result is one process's."""
+    asked = ["--capture_activations", "--benchmark", "demo", "--limit", "40", "--batch_size", "2", "--positions", "all"]
+    script = "from AutomaticEval.store import writer; writer.SHARD_SECONDS = 0.05\nfrom AutomaticEval.cli.app import main; main()"
+    program = tmp_path / "program.py"
+    program.write_text(script)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*TORCHRUN, str(program), *asked, "--activation_save_dir", str(tmp_path / "two")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, env=environment)
+    while process.poll() is None and len(list((tmp_path / "two").glob("*/shard-*.h5"))) < 6:
+        time.sleep(0.02)
+    assert process.poll() is None
+    kill_all(program)
+    process.communicate()
+    (folder,) = (tmp_path / "two").iterdir()
+    assert not open_run(folder).finished
+    refused = run(TORCHRUN, tmp_path / "two", *asked, "--resume", str(folder), "--num_fewshot", "1", check=False)
+    assert refused.returncode != 0
+    assert b"benchmark.num_fewshot was None and is 1" in refused.stderr
+    run(TORCHRUN, tmp_path / "two", *asked, "--resume", str(folder))
+    run([], tmp_path / "one", *asked)
+    assert made_in(tmp_path / "two")[0] == made_in(tmp_path / "one")[0]
+    table = open_run(folder).table()
+    assert len(table) == 200
+    assert not table.duplicated(["task", "doc_id", "choice"]).any()
+
+
+def test_one_process_is_alone() -> None:
+    ranks = join_ranks()
+    assert ranks == Ranks()
+    assert ranks.gathered(3) == [3]
+    assert ranks.from_first("x") == "x"

@@ -1,0 +1,264 @@
+"""Runs that are cut short and go on: nothing is computed twice, and the scores are those of a run that was never cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONFIGS, ROOT, build
+from lm_eval.models.huggingface import HFLM
+from test_benchmark import as_json
+from test_evaluation import MIXED, own_tasks, plain
+
+from AutomaticEval import evaluate_with_activations, open_run
+from AutomaticEval.errors import FolderInUse, OtherSettings, StoreError
+from AutomaticEval.evaluation import run as run_module
+from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.store import writer
+from AutomaticEval.store.writer import RunWriter
+
+assert own_tasks  # a fixture
+
+
+class Stopped(KeyboardInterrupt):
+    """Where a test cuts a run short."""
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[int]]:
+    """forwards(n): a list that grows with each forward or generation, of which the n-th is stopped."""
+    made: list[int] = []
+    limit = [float("inf")]
+
+    def counted(real: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not getattr(self, "_is_probing", False):
+                if len(made) >= limit[0]:
+                    raise Stopped
+                made.append(1)
+            return real(self, *args, **kwargs)
+
+        return call
+
+    for name in ("_model_call", "_model_generate"):
+        monkeypatch.setattr(HFLM, name, counted(getattr(HFLM, name)))
+
+    def start(n: float) -> list[int]:
+        made.clear()
+        limit[0] = n
+        return made
+
+    return start
+
+
+@pytest.mark.parametrize(("batch_size", "step"), [(2, 4), ("auto", 1)])
+def test_resumed_run_computes_the_rest_and_scores_the_same(
+    batch_size: Any, step: int, tokenizer: Any, own_tasks: str, tmp_path: Path, forwards: Callable[[float], list[int]]
+) -> None:
+    """Cut short again and again, in every kind of task: sampled answers go on with the random state of their batch."""
+    loaded = LoadedModel(build(CONFIGS["llama"]()), tokenizer, "llama")
+    names = (*MIXED, "demo")
+    how: dict[str, Any] = {"include_path": own_tasks, "batch_size": batch_size, "limit": 6}
+    expected = plain(loaded, names, own_tasks, batch_size, limit=6)
+    made = forwards(float("inf"))
+    whole = evaluate_with_activations(loaded, names, activation_save_dir=tmp_path / "whole", **how)
+    n_whole, n_cut, folder, outcome = len(made), 0, None, None
+    while outcome is None:
+        made = forwards(step)
+        try:
+            outcome = evaluate_with_activations(
+                loaded, names, activation_save_dir=tmp_path / "cut", resume=folder, **how
+            )
+        except Stopped:
+            (folder,) = (tmp_path / "cut").iterdir()
+        n_cut += len(made)
+    assert n_cut == n_whole > 2 * step
+    assert as_json(outcome.results["results"]) == as_json(expected["results"])
+    assert as_json(outcome.samples) == as_json(expected["samples"])
+    one, other = open_run(outcome.folder or ""), open_run(whole.folder or "")
+    assert len(one) == len(other)
+    for first, second in zip(one, other, strict=True):
+        assert [first[name] for name in ("task", "doc_id", "choice", "repeat", "window", "response")] == [
+            second[name] for name in ("task", "doc_id", "choice", "repeat", "window", "response")
+        ]
+        assert all(torch.equal(rows, second["activations"][key]) for key, rows in first["activations"].items())
+    assert "random_state" not in one.table().columns
+
+
+def cut(folder: Path, forwards: Callable[[float], list[int]], **how: Any) -> Path:
+    """A demo run that was stopped in its middle."""
+    forwards(3)
+    with pytest.raises(Stopped):
+        evaluate_with_activations("demo", "demo", limit=20, activation_save_dir=folder, **how)
+    forwards(float("inf"))
+    (cut_short,) = folder.iterdir()
+    return cut_short
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"num_fewshot": 2}, r"benchmark.num_fewshot was None and is 2"),
+        ({"seed": 3}, r"benchmark.seed was None and is 3"),
+        ({"positions": "all"}, r"positions was 'scored' and is 'all'"),
+        ({"layers_to_capture": [1]}, r"layers"),
+        ({"batch_size": 4}, r"benchmark.batch_size was 8 and is 4"),
+        ({"dtype": "bfloat16"}, r"dtype was 'float32' and is 'bfloat16'"),
+        ({"revision": "main"}, None),
+    ],
+)
+def test_changed_setting_is_refused_with_the_difference(
+    changed: dict[str, Any], says: str | None, tmp_path: Path, forwards: Callable[[float], list[int]]
+) -> None:
+    folder = cut(tmp_path, forwards)
+    before = sorted(folder.rglob("*"))
+    how = {"limit": 20, **changed}
+    if says is None:  # a folder has one revision alone: nothing changed
+        assert evaluate_with_activations("demo", "demo", resume=folder, **how).folder == folder
+        return
+    with pytest.raises(OtherSettings, match=says):
+        evaluate_with_activations("demo", "demo", resume=folder, **how)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_other_weights_under_the_same_name_are_refused(
+    demo: LoadedModel, tmp_path: Path, forwards: Callable[[float], list[int]]
+) -> None:
+    import copy
+
+    folder = cut(tmp_path, forwards)
+    trained = copy.deepcopy(demo.model)
+    with torch.no_grad():
+        trained.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+    with pytest.raises(OtherSettings, match="fingerprint was"):
+        evaluate_with_activations(LoadedModel(trained, demo.tokenizer, "demo"), "demo", limit=20, resume=folder)
+
+
+def test_other_questions_under_the_same_name_are_refused(
+    demo: LoadedModel, own_tasks: str, tmp_path: Path, forwards: Callable[[float], list[int]]
+) -> None:
+    """The task's file is the same, its data are not."""
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    text = "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: %s}}\ntest_split: test\noutput_type: loglikelihood\n"
+    text += "doc_to_text: '{{q}}'\ndoc_to_target: ' {{a}}'\nmetric_list: [{metric: acc}]\n"
+    (tasks / "t.yaml").write_text(text % (tmp_path / "t.jsonl"))
+    how: dict[str, Any] = {"include_path": tasks, "batch_size": 1, "activation_save_dir": tmp_path / "out"}
+    for question in ("What is", "Where is"):
+        docs = [{"q": f"{question} {n}?", "a": n} for n in range(8)]
+        (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, docs)))
+        if question == "What is":
+            forwards(5)
+            with pytest.raises(Stopped):
+                evaluate_with_activations(demo, "t", **how)
+            forwards(float("inf"))
+    (folder,) = (tmp_path / "out").iterdir()
+    with pytest.raises(OtherSettings, match="another text"):
+        evaluate_with_activations(demo, "t", resume=folder, **how)
+
+
+def test_finished_busy_and_missing_runs_are_refused(tmp_path: Path, forwards: Callable[[float], list[int]]) -> None:
+    folder = cut(tmp_path, forwards)
+    made = open_run(folder)
+    assert not made.finished
+    with RunWriter(tmp_path / "other", "demo", {}) as busy, pytest.raises(FolderInUse):
+        evaluate_with_activations("demo", "demo", limit=20, resume=busy.folder)
+    evaluate_with_activations("demo", "demo", limit=20, resume=folder)
+    assert open_run(folder).finished
+    with pytest.raises(StoreError, match="nothing to resume"):
+        evaluate_with_activations("demo", "demo", limit=20, resume=folder)
+
+
+def test_run_killed_while_it_finishes_is_joined_again_without_a_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forwards: Callable[[float], list[int]]
+) -> None:
+    with monkeypatch.context() as patched:
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            raise Stopped
+
+        patched.setattr(writer, "write_index", stop)
+        with pytest.raises(Stopped):
+            evaluate_with_activations("demo", "demo", limit=10, activation_save_dir=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    made = forwards(float("inf"))
+    outcome = evaluate_with_activations("demo", "demo", limit=10, resume=folder)
+    assert made == []
+    assert len(open_run(outcome.folder or "")) == 50
+
+
+SCRIPT = """
+import sys
+from AutomaticEval.store import writer
+writer.SHARD_SECONDS = 0.05
+from AutomaticEval.cli.app import main
+main()
+"""
+
+
+def command(save_dir: Path, resume: Path | None = None) -> list[str]:
+    asked = ["--capture_activations", "--batch_size", "2", "--limit", "60", "--positions", "all"]
+    more = [] if resume is None else ["--resume", str(resume)]
+    return [sys.executable, "-c", SCRIPT, *asked, "--activation_save_dir", str(save_dir), *more]
+
+
+def newest_shard(folder: Path | None) -> int:
+    return max((int(path.stem[6:]) for path in folder.glob("shard-*.h5")), default=-1) if folder else -1
+
+
+def test_killed_at_random_moments_the_command_goes_on(tmp_path: Path) -> None:
+    """SIGKILL in real processes, from before the first shard to the last; then the results of a run that was never killed."""
+    rng = random.Random(5)
+    runs = tmp_path / "runs"
+    folder: Path | None = None
+    for _ in range(4):
+        process = subprocess.Popen(command(runs, folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+        wanted = newest_shard(folder) + rng.randint(0, 6)
+        while process.poll() is None and newest_shard(folder) < wanted:
+            folder = folder or next(iter(runs.glob("*")), None)
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        assert process.poll() is None, (process.communicate()[1] or b"").decode()
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        folder = folder or next(iter(runs.glob("*")))
+    assert not open_run(folder).finished
+    subprocess.run(command(runs, folder), check=True, capture_output=True, cwd=ROOT)
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, cwd=ROOT)
+    (whole,) = (tmp_path / "whole").iterdir()
+    written = [
+        json.loads(next(iter(sorted(each.rglob("results_*.json"))[-1:])).read_text()) for each in (folder, whole)
+    ]
+    assert written[0]["results"] == written[1]["results"]
+    one, other = open_run(folder), open_run(whole)
+    assert one.finished
+    assert len(one) == len(other) == 300
+    for first, second in zip(one, other, strict=True):
+        assert (first["task"], first["doc_id"], first["choice"]) == (second["task"], second["doc_id"], second["choice"])
+        assert all(torch.equal(rows, second["activations"][key]) for key, rows in first["activations"].items())
+
+
+def test_partly_answered_batches_are_computed_and_stored_once(
+    demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forwards: Callable[[float], list[int]]
+) -> None:
+    """With batch_size=auto a batch may be cut elsewhere than it was; here the size of the batches is changed instead."""
+    real = run_module._settings
+    monkeypatch.setattr(run_module, "_settings", lambda *a: {**real(*a), "benchmark": None})
+    folder = cut(tmp_path, forwards)
+    before = len(open_run(folder))
+    assert before % 5
+    outcome = evaluate_with_activations(demo, "demo", limit=20, resume=folder, batch_size=5)
+    rows = open_run(outcome.folder or "").column("batch_rows")
+    assert len(rows) == 100
+    assert 0 < rows.count(5) < 100
+    assert rows.count(8) == before  # as it was computed the first time
