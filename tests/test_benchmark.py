@@ -26,6 +26,7 @@ from AutomaticEval.errors import (
     UnknownBenchmark,
 )
 from AutomaticEval.evaluation import benchmark as benchmark_module
+from AutomaticEval.evaluation import folder as folder_module
 from AutomaticEval.evaluation import join as join_module
 from AutomaticEval.evaluation import run as run_module
 from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
@@ -398,7 +399,7 @@ def test_scores_outlive_a_join_that_fails(demo: LoadedModel, tmp_path: Path, mon
     def fail(*args: Any) -> None:
         raise CaptureError("they do not match")
 
-    monkeypatch.setattr(run_module, "join", fail)
+    monkeypatch.setattr(folder_module, "join", fail)
     with pytest.raises(CaptureError, match="do not match"):
         run_benchmark(demo, Benchmark(("demo",), limit=3), SCORED, keeping=Keeping(tmp_path))
     assert list(tmp_path.rglob("results_*.json"))
@@ -433,8 +434,9 @@ def test_correct_is_the_first_metric_that_says_right_or_wrong() -> None:
     assert join_module._main_metric([entry(0, f1=1.0), entry(1, f1=0.5)]) is None
     assert join_module._main_metric([entry(0)]) is None
     fractions = {"squad": [entry(0, f1=1.0), entry(1, f1=0.5)], "quiz": [entry(0, acc=1.0), entry(1, acc=0.0)]}
-    overall = join_module._overall(fractions, 10)
+    (overall,) = join_module._overall(fractions, 10)
     assert (overall.value, overall.answered, overall.total) == (0.5, 2, 10)
+    assert join_module._overall({"squad": [entry(0, f1=0.5)]}, 10) == []
     assert join_module._verdict([entry(0, acc=1.0)], "acc")["prediction"] == 0
     assert join_module._verdict([entry(0, acc_norm=0.0)], "acc_norm")["prediction"] is None
 
@@ -496,7 +498,7 @@ def test_benchmark_without_its_data_says_both_ways_out(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True, raising=False)
-    with pytest.raises(BenchmarkUnavailable, match=r"connection once.*--include_path"):
+    with pytest.raises(BenchmarkUnavailable, match=r"connect once.*--benchmark_data"):
         load_tasks(Benchmark(("arc_easy",)))
 
 

@@ -1,0 +1,147 @@
+"""What a captured lm-eval run costs beside plain lm-eval: same requests, alternating in one process, medians of the ratios.
+
+    python benchmarks/evaluate.py cost      # a random GPT-2 of 124M parameters; all layers, all positions, on the disk
+    python benchmarks/evaluate.py harness   # lm-eval's own work alone: the model gives nothing, as fast as can be
+    python benchmarks/evaluate.py memory    # peak memory with n and 10 n documents, each in a process of its own
+
+Both sides begin with the names of the tasks and end with scores (captured: with a run folder that is finished). By default the
+bundled demo; --tasks, --include_path and --tokenizer take others, such as MMLU at its full scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models import huggingface
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from AutomaticEval.cli.options import quiet_libraries
+from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark
+from AutomaticEval.evaluation.folder import Keeping
+from AutomaticEval.evaluation.run import run_benchmark
+from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
+from AutomaticEval.selection import Selection
+
+
+def gpt2(tokenizer: str, n_layers: int = 12) -> LoadedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=n_layers)).eval()
+    return LoadedModel(model, AutoTokenizer.from_pretrained(tokenizer), "gpt2-shape")
+
+
+def plain(loaded: LoadedModel, asked: Benchmark) -> Any:
+    """lm-eval as its own command line runs it: every task file indexed, then its hf model."""
+    manager = TaskManager(include_path=[str(BUNDLED), *asked.include_path])
+    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=asked.batch_size)
+    how = {"num_fewshot": asked.num_fewshot, "limit": asked.limit, "gen_kwargs": asked.gen_kwargs}
+    return simple_evaluate(model=lm, tasks=list(asked.names), task_manager=manager, **how)
+
+
+def captured(loaded: LoadedModel, asked: Benchmark, selection: Selection | None) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return run_benchmark(loaded, asked, selection, keeping=Keeping(Path(folder)))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        work()
+    return time.perf_counter() - started
+
+
+def compared(name: str, before: Callable[[], object], after: Callable[[], object], rounds: int) -> None:
+    seconds(before), seconds(after)  # warm-up
+    pairs = [(seconds(before), seconds(after)) for _ in range(rounds)]
+    middle = statistics.median(second / first for first, second in pairs)
+    of_plain, of_ours = (statistics.median(each) for each in zip(*pairs, strict=True))
+    print(f"{name}: ours / plain lm-eval = {middle:.3f}  ({of_ours:.1f} s / {of_plain:.1f} s)", flush=True)
+
+
+@contextlib.contextmanager
+def no_model() -> Iterator[None]:
+    """lm-eval without its forwards: logits that take no time and no memory."""
+    stock = HFLM._model_call, huggingface.F.log_softmax
+
+    def nothing(self: Any, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(1).expand(*inps.shape, self.model.config.vocab_size)
+
+    HFLM._model_call, huggingface.F.log_softmax = nothing, lambda logits, **kwargs: logits
+    try:
+        yield
+    finally:
+        HFLM._model_call, huggingface.F.log_softmax = stock
+
+
+def cost(asked: Benchmark, tokenizer: str, rounds: int) -> None:
+    loaded = gpt2(tokenizer)
+    everything = Selection.parse()
+    compared("captured", lambda: plain(loaded, asked), lambda: captured(loaded, asked, everything), rounds)
+    compared("not captured", lambda: plain(loaded, asked), lambda: captured(loaded, asked, None), rounds)
+
+
+def harness(asked: Benchmark, tokenizer: str, rounds: int) -> None:
+    loaded = gpt2(tokenizer, n_layers=1)
+    with no_model():
+        compared("harness", lambda: plain(loaded, asked), lambda: captured(loaded, asked, None), rounds)
+
+
+def memory(asked: Benchmark, tokenizer: str) -> None:
+    """Each in a process of its own, which prints its peak."""
+    peaks = []
+    for factor in (1, 10):
+        limit = str(int(asked.limit or 9) * factor)
+        again = [sys.executable, __file__, "peak", "--limit", limit, "--num_fewshot", str(asked.num_fewshot)]
+        again += ["--tasks", ",".join(asked.names), "--tokenizer", tokenizer]
+        for folder in asked.include_path:
+            again += ["--include_path", folder]
+        printed = subprocess.run(again, check=True, capture_output=True, text=True, env={**os.environ})
+        peaks.append(int(printed.stdout.split()[-1]))
+        print(f"{limit} documents a task: peak {peaks[-1] / 1024:.0f} MB", flush=True)
+    print(f"10 times the documents: {peaks[1] / peaks[0]:.3f} of the peak memory")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["cost", "harness", "memory", "peak"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tasks", default="demo_facts")
+    parser.add_argument("--include_path", action="append", default=[])
+    parser.add_argument("--tokenizer", default=str(DEMO_FOLDER))
+    parser.add_argument("--num_fewshot", type=int, default=5)
+    parser.add_argument("--limit", type=int)
+    given = parser.parse_args()
+    quiet_libraries()
+    asked = Benchmark(
+        tuple(given.tasks.split(",")),
+        limit=given.limit,
+        num_fewshot=given.num_fewshot,
+        include_path=tuple(given.include_path),
+    )
+    if given.what == "peak":
+        with contextlib.redirect_stderr(io.StringIO()):
+            captured(gpt2(given.tokenizer), asked, Selection.parse())
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    elif given.what == "memory":
+        memory(asked, given.tokenizer)
+    else:
+        {"cost": cost, "harness": harness}[given.what](asked, given.tokenizer, given.rounds)
+
+
+if __name__ == "__main__":
+    main()
