@@ -201,3 +201,49 @@ def test_every_option_has_an_underscore_spelling_and_help() -> None:
     names = [name for command in commands for option in command.params for name in option.opts]
     assert "--capture_activations" in names
     assert not [name for name in names if "-" in name.removeprefix("--").removeprefix("-")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--use_cache", "x"], "no forward"),
+        (["--cache_requests", "true"], "wrong ones"),
+        (["--scoring", "tree"], "only stock"),
+        (["--resume", "no/such/folder"], "no folder"),
+        (["--repeats", "3"], "does not sample"),
+        (["--apply_chat_template"], "no chat template"),
+        (["--benchmark_data", "no/such/folder"], "no folder"),
+    ],
+)
+def test_what_would_break_a_run_is_refused_in_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:
+    done = main("--capture_activations", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "activations").exists()
+
+
+def test_resume_without_capture_is_refused(tmp_path: Path) -> None:
+    done = main("--resume", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "add --capture_activations" in done.stderr
+
+
+def test_every_new_option_reaches_lm_eval(tmp_path: Path) -> None:
+    done = main(
+        *(
+            "--capture_activations",
+            "--benchmark",
+            "demo_arithmetic",
+            "--limit",
+            "3",
+            "--system_instruction",
+            "Be short.",
+        ),
+        *("--gen_kwargs", "do_sample=true,temperature=0.7", "--repeats", "2", "--predict_only", "--seed", "7"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "activations").iterdir()
+    table = open_run(folder).table()
+    assert table.groupby("doc_id").repeat.nunique().tolist() == [2, 2, 2]
+    assert table.prompt.str.startswith("Be short.").all()

@@ -13,6 +13,7 @@ import torch
 from conftest import CONFIGS, REAL, ROOT, STORIES, build, needs_real, raw_residuals
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import Collator
 from lm_eval.tasks import TaskManager
 from test_benchmark import DATA, DUPLICATES, REPEATS, SCORED, as_json, recompute
 from transformers import AutoTokenizer
@@ -21,6 +22,8 @@ from AutomaticEval import HFActivations, evaluate_with_activations, open_run
 from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, CaptureError, StoreError
 from AutomaticEval.evaluation import harness
 from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
+from AutomaticEval.evaluation.calls import Call
+from AutomaticEval.evaluation.collating import RecordingCollator
 from AutomaticEval.evaluation.folder import Keeping
 from AutomaticEval.evaluation.local_files import read_documents
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
@@ -498,6 +501,60 @@ def test_templates_are_compiled_once_and_render_alike() -> None:
         assert utils.apply_template("{{a}} {{b|upper}}", {"a": 1, "b": "x"}) == before == "1 X"
         assert utils.env.from_string("{{a}}") is utils.env.from_string("{{a}}")
     assert utils.env.from_string == stock
+
+
+def other_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = Collator.get_cache
+    monkeypatch.setattr(Collator, "get_cache", lambda self, *a, **k: reversed(list(stock(self, *a, **k))))
+
+
+def other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = HFLM._loglikelihood_tokens
+    monkeypatch.setattr(
+        HFLM, "_loglikelihood_tokens", lambda self, r, **k: stock(self, [(a, b[1:], c) for a, b, c in r], **k)
+    )
+
+
+def other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = HFLM._model_call
+    monkeypatch.setattr(
+        HFLM, "_model_call", lambda self, inps, *a, **k: (self._call.fed(len(inps)), stock(self, inps, *a, **k))[1]
+    )
+
+
+def no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Call, "hear", lambda self, *a: None)
+
+
+def other_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = Collator.get_original
+    monkeypatch.setattr(RecordingCollator, "get_original", lambda self, new: stock(self, new)[::-1])
+
+
+@pytest.mark.parametrize(
+    ("drift", "says"),
+    [
+        (other_order, "another order"),
+        (other_rows, "not what its request asks"),
+        (other_batches, "none were announced"),
+        (no_hook, "no forward served"),
+        (other_answers, "is not its answer"),
+    ],
+)
+def test_drift_in_lm_eval_fails_loudly(
+    drift: Callable[[pytest.MonkeyPatch], None],
+    says: str,
+    demo: LoadedModel,
+    own_tasks: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another lm-eval, which orders, cuts, groups or answers otherwise."""
+    drift(monkeypatch)
+    with pytest.raises(CaptureError, match=says):
+        evaluate_with_activations(
+            demo, "twice,demo_facts", include_path=own_tasks, limit=10, batch_size=2, activation_save_dir=tmp_path
+        )
 
 
 def test_drifting_windows_and_sums_fail_loudly(

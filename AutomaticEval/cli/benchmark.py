@@ -68,7 +68,7 @@ def benchmark(
     options.quiet_libraries()
     from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark
     from AutomaticEval.evaluation.folder import Keeping
-    from AutomaticEval.evaluation.ranks import join_ranks, local_device
+    from AutomaticEval.evaluation.ranks import join_ranks, own_device
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import LoadOptions, load_model, n_layers_of
     from AutomaticEval.store.sealing import check_compression
@@ -99,8 +99,7 @@ def benchmark(
         predict_only=predict_only,
         confirm_run_unsafe_code=confirm_run_unsafe_code,
     )
-    device = local_device() if device == "auto" else device
-    load = LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit, revision)
+    load = LoadOptions(dtype, own_device(device), device_map, load_in_8bit, load_in_4bit, revision)
     if selection is not None:
         selection.sites(n_layers_of(model, load))  # a wrong layer is refused before the weights load
     loaded = load_model(model, options=load)

@@ -10,6 +10,7 @@ from typing import Any, TypedDict, Unpack
 from AutomaticEval.errors import BenchmarkError, did_you_mean
 from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark
 from AutomaticEval.evaluation.folder import Keeping
+from AutomaticEval.evaluation.ranks import own_device
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.models.loading import LoadOptions, load_model
 from AutomaticEval.selection import Positions, Selection
@@ -67,6 +68,8 @@ def evaluate_with_activations(
     """
     given: dict[str, Any] = dict(options)
     selection = Selection.parse(sites, layers_to_capture, positions, store_dtype)
+    if isinstance(model, str | Path):
+        given["device"] = own_device(given.get("device", "auto"))
     load = LoadOptions(**{each.name: given.pop(each.name) for each in fields(LoadOptions) if each.name in given})
     for name in given:
         if name in WHY_NOT:

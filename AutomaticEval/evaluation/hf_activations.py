@@ -22,7 +22,7 @@ from lm_eval.api.registry import register_model
 from AutomaticEval.errors import BenchmarkError, StoreError
 from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name
 from AutomaticEval.evaluation.lm import CapturingHFLM
-from AutomaticEval.evaluation.ranks import join_ranks, local_device
+from AutomaticEval.evaluation.ranks import join_ranks, own_device
 from AutomaticEval.models.loading import LoadOptions, load_model
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
@@ -54,8 +54,8 @@ class HFActivations(CapturingHFLM):
     ) -> None:
         selection = Selection.parse(sites, layers_to_capture, positions, store_dtype)
         load = {each.name: options.pop(each.name) for each in fields(LoadOptions) if each.name in options}
-        if isinstance(pretrained, str | Path) and load.get("device") in (None, "auto", "cuda"):
-            load["device"] = local_device()
+        if isinstance(pretrained, str | Path):
+            load["device"] = own_device(load.get("device", "auto"))
         loaded = load_model(pretrained, tokenizer=tokenizer, options=LoadOptions(**load))
         ranks = join_ranks()
         numbers = loaded.numbers()

@@ -186,6 +186,8 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             plain: Tensor = super()._model_call(inps, attn_mask, labels)
             return plain
         rows = [self._scored_row(indices) for indices in batch]
+        for (sequence, _, _), fed in zip(rows, inps, strict=True):
+            self._check_fed(sequence[:-1], fed[: len(sequence) - 1].tolist())
         keep = _keep_rows([kept for _, _, kept in rows])
         with capturing(self.model, self._taps, self._layout.embedding, keep, len(rows), self._dtype) as captured:
             out: Tensor = super()._model_call(inps, attn_mask, labels)
@@ -227,12 +229,19 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             generated = self._own_tokens(out[number, context.shape[1] :].tolist(), stop)
             kept = self._positions.resolve(len(prompt), len(generated))
             stored = sequence_rows(captured, number, pads[number], [*prompt, *generated], kept, self.tokenizer)
-            n_truncated = max(0, len(self.tok_encode(call.requests[index].prompt)) - len(prompt))
+            whole = self.tok_encode(call.requests[index].prompt)
+            n_same = max(0, min(len(whole), len(prompt)) - 1)  # lm-eval may add a first token to one and not the other
+            self._check_fed(whole[len(whole) - n_same :], prompt[len(prompt) - n_same :])
+            n_truncated = max(0, len(whole) - len(prompt))
             member = self._hold(index, prompt, generated, stored, tuple(context.shape), n_truncated)
             member.fields["response"] = postprocess_generated_text(self.tok_decode(generated), stop, None)
         if kwargs.get("do_sample"):
             self._held[-1].fields["random_state"] = random_state(self.device)
         return out
+
+    def _check_fed(self, expected: list[int], fed: list[int]) -> None:
+        if fed != expected:
+            raise CaptureError(f"a row of {len(fed)} tokens is not what its request asks ({len(expected)}); {UNKNOWN}.")
 
     def _own_tokens(self, generated: list[int], stop: Sequence[str]) -> list[int]:
         """A row's tokens up to its own end: its end token, or the token that completes its first stop string.

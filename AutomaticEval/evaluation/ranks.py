@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -65,11 +66,9 @@ def _gloo_group() -> Any:
     return _group_of_all
 
 
-def local_device() -> str:
-    """The GPU of this process where each has its own; auto otherwise."""
-    import torch
-
+def own_device(device: str = "auto") -> str:
+    """The device asked for; of auto, the GPU of this process where a launcher gave each its own."""
     local = os.environ.get("LOCAL_RANK")
-    if local is None or not torch.cuda.is_available():
-        return "auto"
+    if device != "auto" or local is None or not torch.cuda.is_available():
+        return device
     return f"cuda:{int(local) % torch.cuda.device_count()}"
