@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import CONFIGS, REAL, ROOT, STORIES, build, needs_real, raw_residuals
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from lm_eval.tasks import TaskManager
@@ -25,6 +26,7 @@ from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
 from AutomaticEval.evaluation.calls import Call
 from AutomaticEval.evaluation.collating import RecordingCollator
 from AutomaticEval.evaluation.folder import Keeping
+from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.evaluation.local_files import read_documents
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, LoadOptions, load_model
@@ -278,6 +280,16 @@ def test_entry_point_names_a_model_that_lm_eval_makes(tmp_path: Path) -> None:
     assert results is not None
     (folder,) = tmp_path.iterdir()
     assert open_run(folder).table().logprob.notna().all()  # without finish: no verdicts, but all that the model said
+
+
+def test_requests_that_cannot_be_told_apart_run_uncaptured(demo: LoadedModel) -> None:
+    """As squadv2 makes them. Without capture nothing is keyed, and answers are lm-eval's."""
+    texts = ("One. " * 200, "Two.")
+    twice = [Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("t", 0, 1)) for text in texts]
+    lm = CapturingHFLM(demo, None, lambda samples: None)
+    assert lm.loglikelihood_rolling(twice) == HFLM(demo.model, tokenizer=demo.tokenizer).loglikelihood_rolling(twice)
+    with pytest.raises(BenchmarkError, match="told apart"):
+        CapturingHFLM(demo, SCORED, lambda samples: None).loglikelihood_rolling(twice)
 
 
 @pytest.mark.parametrize(

@@ -99,21 +99,18 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             return call.complete(own)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        windows = [
-            (key._replace(window=number), *window)
-            for key, request in self._keyed(requests)
-            for number, window in enumerate(self._windows(request.args[0]))
+        cut = [self._windows(request.args[0]) for request in requests]
+        asked = [
+            Request(key._replace(window=number), *map(self._text, window))
+            for (key, _), windows in zip(self._keyed(requests), cut, strict=True)
+            for number, window in enumerate(windows)
         ]
-        asked = [Request(key, *map(self._text, window)) for key, *window in windows]
         with self._serving(asked, placeholder=(float("nan"), False)) as call:
-            call.tokens = {index: (context, continuation) for index, (_, context, continuation) in enumerate(windows)}
+            call.tokens = dict(enumerate(window for windows in cut for window in windows))
             own = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self._ranks.is_first)
-            scored = call.complete([call.answers.get(index) for index in range(len(windows))])
-        by_request: dict[RequestKey, list[float]] = {key: [] for key, _ in self._keyed(requests)}
-        for (key, *_), (logprob, _) in zip(windows, scored, strict=True):
-            by_request[key._replace(window=0)].append(logprob)
-        totals: list[float] = [sum(logprobs) for logprobs in by_request.values()]
-        if len(call.computed) == len(windows) and repr(totals) != repr(own):
+            scored = iter(call.complete([call.answers.get(index) for index in range(len(asked))]))
+        totals: list[float] = [sum(next(scored)[0] for _ in windows) for windows in cut]
+        if len(call.computed) == len(asked) and repr(totals) != repr(own):
             raise CaptureError(f"lm-eval's sums over windows are not ours; {UNKNOWN}.")
         return totals
 
@@ -141,7 +138,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             keyed.append((RequestKey(request.task_name, doc_id, request.idx, seen[id(request)]), request))
             seen[id(request)] += 1
         twice = [key for key, number in Counter(key for key, _ in keyed).items() if number > 1]
-        if twice:
+        if twice and self._selection is not None:
             raise BenchmarkError(
                 f"the task {twice[0].task!r} asks several requests of one document under the same index, so that they cannot "
                 "be told apart; run it without --capture_activations."
