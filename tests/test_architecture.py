@@ -40,6 +40,7 @@ FLOORS = {
     "store.writer": 5,
     "capture.asking": 6,
     "evaluation.collating": 5,
+    "evaluation.encoding": 5,
     "evaluation.harness": 5,
     "evaluation.local_files": 5,
     "evaluation.ranks": 5,

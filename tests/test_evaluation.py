@@ -25,6 +25,7 @@ from AutomaticEval.evaluation import harness
 from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
 from AutomaticEval.evaluation.calls import Call
 from AutomaticEval.evaluation.collating import RecordingCollator
+from AutomaticEval.evaluation.encoding import EncodedAhead, texts_of
 from AutomaticEval.evaluation.folder import Keeping
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.evaluation.local_files import read_documents
@@ -513,6 +514,22 @@ def test_templates_are_compiled_once_and_render_alike() -> None:
         assert utils.apply_template("{{a}} {{b|upper}}", {"a": 1, "b": "x"}) == before == "1 X"
         assert utils.env.from_string("{{a}}") is utils.env.from_string("{{a}}")
     assert utils.env.from_string == stock
+
+
+@pytest.mark.parametrize("folder", [DEMO_FOLDER, pytest.param(STORIES, marks=needs_real)], ids=["demo", "stories"])
+def test_texts_are_encoded_ahead_as_lm_eval_encodes_them(folder: Path) -> None:
+    """Also where a tokenizer adds a first token, and a text brings it along."""
+    loaded = load_model(str(folder))
+    bos = loaded.tokenizer.decode(HFLM(loaded.model, tokenizer=loaded.tokenizer).prefix_token_id)
+    pairs = [(f"What is {n}?  ", f" {n} é") for n in range(1500)] + [("", "x"), ("ends\n", "y")]
+    for more in ([], [(bos + "What", " is")]):
+        ours, theirs = CapturingHFLM(loaded, None, list), HFLM(loaded.model, tokenizer=loaded.tokenizer)
+        asked = [*pairs, *more]
+        ours._ahead = EncodedAhead(texts_of(asked), ours._encode_many)
+        for context, continuation in asked:
+            if context:
+                assert ours._encode_pair(context, continuation) == theirs._encode_pair(context, continuation)
+        assert ours._ahead.get("never asked") is None
 
 
 def other_order(monkeypatch: pytest.MonkeyPatch) -> None:

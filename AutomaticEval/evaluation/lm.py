@@ -10,14 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import postprocess_generated_text
+from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from torch import Tensor
 
 from AutomaticEval.capture.generation import dtype_of, keep_of, sample_columns, sequence_rows, until_end
@@ -25,6 +24,7 @@ from AutomaticEval.errors import BenchmarkError, CaptureError
 from AutomaticEval.evaluation.benchmark import WHY_NOT
 from AutomaticEval.evaluation.calls import UNKNOWN, Call, Request
 from AutomaticEval.evaluation.collating import AnswerHook, recording
+from AutomaticEval.evaluation.encoding import EncodedAhead, texts_of
 from AutomaticEval.evaluation.ranks import Ranks
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, random_state
 from AutomaticEval.models.hooks import Kept, capturing
@@ -66,8 +66,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         ranks: Ranks = Ranks(),
         **kwargs: Any,
     ) -> None:
-        # lm-eval encodes a context once for each of its choices
-        self._encode = lru_cache(maxsize=16)(super().tok_encode)
+        self._ahead = EncodedAhead((), self._encode_many)
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)
         self._sink, self._doc_ids, self._ranks = sink, doc_ids or {}, ranks
         self._answered = answered or {}
@@ -81,19 +80,30 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         self._is_probing = False
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-        return list(self._encode(string, *args, **kwargs))
+        found = None if args or kwargs else self._ahead.get(string)
+        return list(super().tok_encode(string, *args, **kwargs)) if found is None else found
+
+    def _encode_many(self, texts: Sequence[str]) -> Sequence[list[int]]:
+        """What tok_encode gives for each."""
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        if self.add_bos_token is not None or any(has_bos_prefix(text, bos) for text in texts):
+            return [super(CapturingHFLM, self).tok_encode(text) for text in texts]
+        encoded: list[list[int]] = self.tokenizer(texts, return_attention_mask=False)["input_ids"]
+        return encoded
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         raise BenchmarkError(f"use_cache: {WHY_NOT['use_cache']}")
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         asked = [Request(key, *request.args) for key, request in self._keyed(requests)]
+        self._ahead = EncodedAhead(texts_of(request.args for request in requests), self._encode_many)
         with self._serving(asked, placeholder=(float("nan"), False)) as call:
             own = super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self._ranks.is_first)
             return call.complete(own)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         asked = [Request(key, request.args[0], None) for key, request in self._keyed(requests)]
+        self._ahead = EncodedAhead((request.prompt for request in asked), self._encode_many)
         with self._serving(asked, placeholder="") as call:
             own = super().generate_until(requests, disable_tqdm=disable_tqdm or not self._ranks.is_first)
             return call.complete(own)
@@ -156,6 +166,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
                 yield call
         finally:
             self._call, self._held, self.cache_hook = None, [], stock
+            self._ahead = EncodedAhead((), self._encode_many)
 
     def _serves(self) -> Call:
         if self._call is None:
