@@ -337,6 +337,11 @@ def test_tasks_that_no_text_model_answers_in_one_pass_are_refused(
                 load_tasks(Benchmark(("demo_facts",)))
 
 
+def test_patterns_and_task_files_name_tasks(own_tasks: str) -> None:
+    assert set(load_tasks(Benchmark(("demo_*",), include_path=(own_tasks,))).tasks) == {"demo_facts", "demo_arithmetic"}
+    assert set(load_tasks(Benchmark((f"{own_tasks}/twice.yaml",))).tasks) == {"twice"}
+
+
 # Stock tasks on local files
 
 

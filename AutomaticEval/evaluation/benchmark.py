@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -138,15 +139,10 @@ def load_tasks(benchmark: Benchmark) -> LoadedTasks:
     """The benchmark's tasks, with the questions drawn. Raises UnknownBenchmark, BenchmarkUnavailable."""
     bundled = all(name in BUNDLED_NAMES for name in benchmark.names) and not benchmark.include_path
     manager = task_manager([str(BUNDLED), *benchmark.include_path], include_defaults=not bundled)
-    for name in benchmark.names:
-        if name not in manager.all_tasks:
-            raise UnknownBenchmark(
-                f"lm-eval knows no task {name!r}.{did_you_mean(name, manager.all_tasks)} The bundled one is demo; "
-                "--include_path adds a folder with YAML files of your own."
-            )
+    names = [each for name in benchmark.names for each in _known(name, manager)]
     try:
         with quick_templates(), local_files(benchmark.local_files):
-            found = _load(manager, benchmark.names)
+            found = _load(manager, names)
             totals = {name: len(task.eval_docs) for name, task in found["tasks"].items()}
     except OSError as failure:
         raise BenchmarkUnavailable(_unavailable(benchmark, failure)) from failure
@@ -165,9 +161,22 @@ def load_tasks(benchmark: Benchmark) -> LoadedTasks:
     return LoadedTasks(top, tasks, drawn, {**totals, **in_groups}, sum(totals.values()))
 
 
-def _load(manager: TaskManager, names: tuple[str, ...]) -> dict[str, Any]:
+def _known(name: str, manager: TaskManager) -> list[str]:
+    """The tasks that a name, a pattern such as mmlu_*, or a YAML file stands for. Raises UnknownBenchmark."""
+    if name in manager.all_tasks or (Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()):
+        return [name]
+    matching: list[str] = fnmatch.filter(manager.all_tasks, name)
+    if not matching:
+        raise UnknownBenchmark(
+            f"lm-eval knows no task {name!r}.{did_you_mean(name, manager.all_tasks)} The bundled one is demo; "
+            "--include_path adds a folder with YAML files of your own."
+        )
+    return matching
+
+
+def _load(manager: TaskManager, names: list[str]) -> dict[str, Any]:
     try:
-        return dict(manager.load(list(names)))
+        return dict(manager.load(names))
     except ValueError as failure:
         if "Duplicate task" not in str(failure):
             raise
