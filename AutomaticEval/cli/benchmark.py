@@ -66,7 +66,7 @@ def benchmark(
         if given is not None and not captures:
             raise SelectionError(f"{name} was given, but nothing is captured; add --capture_activations.")
     options.quiet_libraries()
-    from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark
+    from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark, load_tasks
     from AutomaticEval.evaluation.folder import Keeping
     from AutomaticEval.evaluation.ranks import join_ranks, own_device
     from AutomaticEval.evaluation.run import run_benchmark
@@ -102,8 +102,11 @@ def benchmark(
     load = LoadOptions(dtype, own_device(device), device_map, load_in_8bit, load_in_4bit, revision)
     if selection is not None:
         selection.sites(n_layers_of(model, load))  # a wrong layer is refused before the weights load
+    found = load_tasks(asked)  # what is wrong with a task is told before a large model loads
     loaded = load_model(model, options=load)
-    outcome = run_benchmark(loaded, asked, selection, keeping=keeping, output_path=output_path, announce=say)
+    outcome = run_benchmark(
+        loaded, asked, selection, found=found, keeping=keeping, output_path=output_path, announce=say
+    )
     if ranks.is_first:
         _print(outcome, f"{benchmark} on {model}")
 

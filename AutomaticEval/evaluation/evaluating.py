@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from AutomaticEval.errors import BenchmarkError, did_you_mean
-from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark
+from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark, load_tasks
 from AutomaticEval.evaluation.folder import Keeping
 from AutomaticEval.evaluation.ranks import own_device
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
@@ -88,7 +88,7 @@ def evaluate_with_activations(
         **given,
     )
     keeping = Keeping(Path(activation_save_dir), None if resume is None else Path(resume), compression)
+    found = load_tasks(benchmark)  # what is wrong with a task is told before a large model loads
     loaded = load_model(model, tokenizer=tokenizer, options=load)
-    return run_benchmark(
-        loaded, benchmark, selection, keeping=keeping, output_path=None if output_path is None else Path(output_path)
-    )
+    results = None if output_path is None else Path(output_path)
+    return run_benchmark(loaded, benchmark, selection, found=found, keeping=keeping, output_path=results)

@@ -56,20 +56,22 @@ def run_benchmark(
     benchmark: Benchmark,
     selection: Selection | None = None,
     *,
+    found: LoadedTasks | None = None,
     keeping: Keeping = Keeping(),
     output_path: Path | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Evaluate a model on a benchmark; with a selection, capture it into a run folder.
 
-    output_path: folder for lm-eval's own results and samples files; None puts them into the run folder.
+    found: the benchmark's tasks, loaded before the model was. output_path: folder for lm-eval's own results and samples
+    files; None puts them into the run folder.
     Under `torchrun` or `accelerate launch` the processes share the requests; the first gives the outcome, the others give an
     empty one.
     Raises BenchmarkError, DiskFull before the first forward; OtherSettings for a run that was made otherwise than it is
     resumed; CaptureError, StoreError during the run, whose sealed shards then stay readable.
     """
     ranks = join_ranks()
-    found = load_tasks(benchmark)
+    found = found or load_tasks(benchmark)
     if benchmark.apply_chat_template and not getattr(loaded.tokenizer, "chat_template", None):
         raise BenchmarkError(
             f"--apply_chat_template: the tokenizer of {loaded.name} has no chat template; leave it out."
