@@ -92,11 +92,57 @@ def no_model() -> Iterator[None]:
         HFLM._model_call, huggingface.F.log_softmax = stock
 
 
+@contextlib.contextmanager
+def timed_scoring() -> Iterator[list[float]]:
+    """Seconds from tokens to answers: forwards, capture and scores, without tasks, templates, tokenising and metrics."""
+    spent: list[float] = []
+
+    def timed(stock: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return stock(*args, **kwargs)
+            finally:
+                spent.append(time.perf_counter() - started)
+
+        return call
+
+    names = ("_loglikelihood_tokens", "_model_generate")
+    stock = {name: getattr(HFLM, name) for name in names}
+    for name in names:
+        setattr(HFLM, name, timed(stock[name]))
+    try:
+        yield spent
+    finally:
+        for name in names:
+            setattr(HFLM, name, stock[name])
+
+
 def cost(asked: Benchmark, tokenizer: str, rounds: int) -> None:
+    """All that capture adds, on the disk, is held against the time from tokens to answers; the harness is told apart."""
     loaded = gpt2(tokenizer)
-    everything = Selection.parse()
-    compared("captured", lambda: plain(loaded, asked), lambda: captured(loaded, asked, everything), rounds)
-    compared("not captured", lambda: plain(loaded, asked), lambda: captured(loaded, asked, None), rounds)
+    sides = {
+        "plain": lambda: plain(loaded, asked),
+        "not captured": lambda: captured(loaded, asked, None),
+        "captured": lambda: captured(loaded, asked, Selection.parse()),
+    }
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, work in sides.items():
+            with timed_scoring() as spent:
+                total = seconds(work)
+            if number:  # the first is a warm-up
+                taken[name].append((total, sum(spent)))
+    for name, each in taken.items():
+        total, inside = (statistics.median(values) for values in zip(*each, strict=True))
+        print(f"{name:13s} {total:6.1f} s, of which harness {total - inside:5.1f} s", flush=True)
+    whole = [after[0] / before[0] for before, after in zip(taken["plain"], taken["captured"], strict=True)]
+    added = [
+        (after[0] - (without[0] - without[1])) / before[1]
+        for before, without, after in zip(*(taken[name] for name in sides), strict=True)
+    ]
+    print(f"captured / plain, whole run:        {statistics.median(whole):.3f}")
+    print(f"captured / plain, without harness:  {statistics.median(added):.3f}  {[round(each, 3) for each in added]}")
 
 
 def harness(asked: Benchmark, tokenizer: str, rounds: int) -> None:
