@@ -82,11 +82,14 @@ class Call:
             return False
         for index, each in zip(indices, before, strict=True):
             assert each is not None
-            each.check(self.requests[index].prompt, self.requests[index].response)
-            self.answers[index] = each.answer
+            self._take(index, each)
             if each.random_state is not None and is_mine:
                 set_random_state(each.random_state)
         return True
+
+    def _take(self, index: int, before: Answered) -> None:
+        before.check(self.requests[index].prompt, self.requests[index].response)
+        self.answers[index] = before.answer
 
     def fed(self, n_rows: int) -> Batch:
         """The batch that a forward of so many rows serves."""
@@ -104,8 +107,12 @@ class Call:
         index = self._waiting.popleft()
         if kind == "loglikelihood" and request != index:
             raise CaptureError(f"{self.requests[index].key}: answers come in another order; {UNKNOWN}.")
-        self.answers[index] = answer
-        self.computed.add(index)
+        before = self._answered.get(self.requests[index].key)
+        if before is None:
+            self.answers[index] = answer
+            self.computed.add(index)
+        else:  # of a batch that was cut elsewhere than it was: what is on the disk stands
+            self._take(index, before)
         if not self._waiting:
             self._ready()
 
