@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
+import json
 import resource
 import statistics
 import subprocess
@@ -151,18 +151,44 @@ def harness(asked: Benchmark, tokenizer: str, rounds: int) -> None:
         compared("harness", lambda: plain(loaded, asked), lambda: captured(loaded, asked, None), rounds)
 
 
-def memory(asked: Benchmark, tokenizer: str) -> None:
-    """Each in a process of its own, which prints its peak."""
+TASK = """
+task: alike
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["yes", "no"]
+doc_to_target: 0
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def memory(n_docs: int, tokenizer: str) -> None:
+    """Documents of one length, since lm-eval's logits of the longest batch are most of the peak; a process for each number."""
     peaks = []
-    for factor in (1, 10):
-        limit = str(int(asked.limit or 9) * factor)
-        again = [sys.executable, __file__, "peak", "--limit", limit, "--num_fewshot", str(asked.num_fewshot)]
-        again += ["--tasks", ",".join(asked.names), "--tokenizer", tokenizer]
-        for folder in asked.include_path:
-            again += ["--include_path", folder]
-        printed = subprocess.run(again, check=True, capture_output=True, text=True, env={**os.environ})
+    for number in (n_docs, 10 * n_docs):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "alike.jsonl")
+            docs = [
+                {"question": f"{doc:06d} is what is asked here. " + "Is it so or not? " * 12} for doc in range(number)
+            ]
+            file.write_text("\n".join(map(json.dumps, docs)))
+            Path(folder, "alike.yaml").write_text(TASK.format(file=file))
+            again = [
+                sys.executable,
+                __file__,
+                "peak",
+                "--tasks",
+                "alike",
+                "--include_path",
+                folder,
+                "--num_fewshot",
+                "0",
+            ]
+            printed = subprocess.run([*again, "--tokenizer", tokenizer], check=True, capture_output=True, text=True)
         peaks.append(int(printed.stdout.split()[-1]))
-        print(f"{limit} documents a task: peak {peaks[-1] / 1024:.0f} MB", flush=True)
+        print(f"{number} documents: peak {peaks[-1] / 1024:.0f} MB", flush=True)
     print(f"10 times the documents: {peaks[1] / peaks[0]:.3f} of the peak memory")
 
 
@@ -189,7 +215,7 @@ def main() -> None:
             captured(gpt2(given.tokenizer), asked, Selection.parse())
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     elif given.what == "memory":
-        memory(asked, given.tokenizer)
+        memory(given.limit or 100, given.tokenizer)
     else:
         {"cost": cost, "harness": harness}[given.what](asked, given.tokenizer, given.rounds)
 

@@ -137,8 +137,9 @@ class Recording:
             staging.finish()
         for key in list(self._pieces):
             pieces = self._pieces.pop(key)
-            if pieces:
-                self._rows[key] = torch.cat(pieces)
+            full = [piece for piece in pieces if len(piece)] or pieces[:1]
+            if full:
+                self._rows[key] = full[0] if len(full) == 1 else torch.cat(full)
         if self._dtype == torch.float16:
             self._check_range()
         pairs = [(kept.rows.tolist(), kept.columns.tolist()) for kept in self._kept]
@@ -159,12 +160,14 @@ class Recording:
     def take(self, row: int, columns: Iterable[int]) -> dict[str, Tensor]:
         """Key -> [n_columns, width] of one batch row, on the CPU, in the model's dtype."""
         try:
-            index = torch.tensor([self._where[row, column] for column in columns], dtype=torch.long)
+            where = [self._where[row, column] for column in columns]
         except KeyError as absent:
             raise CaptureError(
                 f"batch row {row}: column {absent.args[0][1]} was asked for but never computed."
             ) from None
-        return {key: rows[index] for key, rows in self._rows.items()}
+        if where and where == list(range(where[0], where[0] + len(where))):  # one forward: no copy is needed
+            return {key: rows[where[0] : where[0] + len(where)] for key, rows in self._rows.items()}
+        return {key: rows[torch.tensor(where, dtype=torch.long)] for key, rows in self._rows.items()}
 
 
 @contextmanager
