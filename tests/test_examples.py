@@ -13,6 +13,7 @@ EXPECTED = {
     "01_capture.py": "response: 42",
     "02_benchmark_loop.py": "accuracy: 9 of 12",
     "03_read_a_run.py": "layer_1: the kind is found for 45 of 45",
+    "04_in_your_own_evaluation.py": "correct=True: 29 questions",
 }
 
 

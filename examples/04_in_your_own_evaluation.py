@@ -1,0 +1,24 @@
+"""Code that calls lm-eval itself: pass it a model that captures, and join what it captured to the scores."""
+
+import tempfile
+from pathlib import Path
+
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+import AutomaticEval
+from AutomaticEval import HFActivations, open_run
+
+tasks = Path(AutomaticEval.__file__).parent / "evaluation" / "tasks" / "demo"
+lm = HFActivations("demo", activation_save_dir=tempfile.mkdtemp(), layers_to_capture="0,-1", batch_size=16)
+results = simple_evaluate(
+    model=lm, tasks=["demo_facts"], task_manager=TaskManager(include_path=str(tasks), include_defaults=False), limit=40
+)
+print(f"accuracy {results['results']['demo_facts']['acc,none']:.2f}, as lm-eval has it")
+
+run = open_run(lm.finish(results))
+table = run.table()
+chosen = table[table.choice == table.prediction]
+for correct, group in chosen.groupby("correct"):
+    rows = run.where(table.index.isin(group.index)).activations("layer_3")
+    print(f"correct={correct}: {len(rows)} questions, mean norm of the last layer {rows.norm(dim=1).mean():.1f}")
