@@ -10,11 +10,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lm_eval
+
 from AutomaticEval.errors import StoreError
 from AutomaticEval.evaluation.join import join
 from AutomaticEval.evaluation.ranks import Ranks
 from AutomaticEval.evaluation.repeats import Verdicts
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, answered_in
+from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import prepare_folder
 from AutomaticEval.store.writer import RunWriter, is_finished
 
@@ -121,6 +125,18 @@ class RunFolder:
                 record["doc_id"] = (doc_ids or {})[record["task"]][record["doc_id"]]
             writer.finish(join(records, samples, repeats or {}))
             self.n_samples, self.size_bytes = writer.n_samples, writer.size_bytes
+
+
+def made_with(loaded: LoadedModel, selection: Selection) -> dict[str, Any]:
+    """The settings that decide a run's numbers."""
+    numbers = loaded.numbers()
+    return {
+        **numbers,
+        "fingerprint": loaded.fingerprint(),
+        "shape": loaded.shape,
+        "versions": {**numbers["versions"], "lm_eval": lm_eval.__version__},
+        **selection.as_dict(),
+    }
 
 
 def new_folder(save_dir: Path, name: str) -> Path:

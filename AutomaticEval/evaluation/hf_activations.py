@@ -15,12 +15,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 
 from AutomaticEval.errors import BenchmarkError, StoreError
-from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name
+from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.evaluation.ranks import join_ranks, own_device
 from AutomaticEval.models.loading import LoadOptions, load_model
@@ -58,15 +57,7 @@ class HFActivations(CapturingHFLM):
             load["device"] = own_device(load.get("device", "auto"))
         loaded = load_model(pretrained, tokenizer=tokenizer, options=LoadOptions(**load))
         ranks = join_ranks()
-        numbers = loaded.numbers()
-        settings = {
-            **numbers,
-            "fingerprint": loaded.fingerprint(),
-            "shape": loaded.shape,
-            "versions": {**numbers["versions"], "lm_eval": lm_eval.__version__},
-            **selection.as_dict(),
-            "lm_eval": {name: str(value) for name, value in options.items()},
-        }
+        settings = {**made_with(loaded, selection), "lm_eval": {name: str(value) for name, value in options.items()}}
         name = folder_name(["lm-eval"], loaded.name)
         keeping = Keeping(Path(activation_save_dir), compression=compression)
         super().__init__(loaded, selection, self._take, ranks=ranks, **options)

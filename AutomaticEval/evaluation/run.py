@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.loggers import EvaluationTracker
@@ -20,7 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from AutomaticEval.errors import BenchmarkError, DiskFull, StoreError
 from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, forecast, load_tasks
-from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name
+from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.harness import quick_templates
 from AutomaticEval.evaluation.join import Score, scores_of
 from AutomaticEval.evaluation.lm import CapturingHFLM
@@ -168,16 +167,7 @@ def _evaluate(lm: HFLM, loaded: LoadedModel, benchmark: Benchmark, found: Loaded
 
 
 def _settings(loaded: LoadedModel, benchmark: Benchmark, selection: Selection) -> dict[str, Any]:
-    numbers = loaded.numbers()
-    versions = {**numbers["versions"], "lm_eval": lm_eval.__version__}
-    return {
-        **numbers,
-        "fingerprint": loaded.fingerprint(),
-        "shape": loaded.shape,
-        "versions": versions,
-        **selection.as_dict(),
-        "benchmark": asdict(benchmark),
-    }
+    return {**made_with(loaded, selection), "benchmark": asdict(benchmark)}
 
 
 def _short(model: str) -> str:
