@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from AutomaticEval import HFActivations, evaluate_with_activations, open_run
 from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, CaptureError, StoreError
 from AutomaticEval.evaluation import harness
+from AutomaticEval.evaluation import local_files as local_files_module
 from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
 from AutomaticEval.evaluation.calls import Call
 from AutomaticEval.evaluation.collating import RecordingCollator
@@ -627,3 +628,180 @@ def test_hooks_are_gone_after_every_kind_of_task(
     same_hooks_after(demo.model)
     outcome = run_benchmark(demo, Benchmark(MIXED, include_path=(own_tasks,)), SCORED, keeping=Keeping(tmp_path))
     assert open_run(outcome.folder or "").finished
+
+
+# Found by attack: each would have been silent, or the end of a long run
+
+SHUFFLED = """
+import random
+def process_docs(docs):
+    def shuffled(doc):
+        choices = ["right", "w1", "w2", "w3"]
+        random.shuffle(choices)
+        return {**doc, "choices": choices, "gold": choices.index("right")}
+    return docs.map(shuffled)
+def documents(**unused):
+    return DatasetDict({"test": Dataset.from_list([{"question": f"What is {n}?"} for n in range(6)])})
+def drawn(**unused):
+    docs = [{"question": f"What is {n}?"} for n in range(6)]
+    random.shuffle(docs)
+    return DatasetDict({"test": Dataset.from_list(docs)})
+def two(**unused):
+    return DatasetDict({"test": Dataset.from_list([{"prompt": "What is red?"}, {"prompt": ""}])})
+"""
+SHUFFLED_TASK = """
+task: shuffled
+custom_dataset: !function shuffled.documents
+process_docs: !function shuffled.process_docs
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{metric: acc}]
+"""
+DRAWN_TASK = """
+task: drawn
+custom_dataset: !function shuffled.drawn
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "x"
+generation_kwargs: {until: ["."], max_gen_toks: 4}
+metric_list: [{metric: exact_match}]
+"""
+EMPTY_TASK = DRAWN_TASK.replace("task: drawn", "task: empty").replace("shuffled.drawn", "shuffled.two")
+EMPTY_TASK = EMPTY_TASK.replace("{{question}}", "{{prompt}}")
+VOTED_TASK = DRAWN_TASK.replace("task: drawn", "task: voted").replace(
+    'until: ["."]', 'until: ["."], do_sample: true, temperature: 1.0'
+)
+VOTED_TASK += """repeats: 3
+filter_list:
+  - {name: vote, filter: [{function: take_first_k, k: 3}, {function: majority_vote}, {function: take_first}]}
+  - {name: first, filter: [{function: take_first}]}
+"""
+
+
+@pytest.fixture
+def odd_tasks(tmp_path: Path) -> str:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    (folder / "shuffled.py").write_text("from datasets import Dataset, DatasetDict\n" + SHUFFLED)
+    for name, text in {"s": SHUFFLED_TASK, "d": DRAWN_TASK, "e": EMPTY_TASK, "v": VOTED_TASK}.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return str(folder)
+
+
+def test_task_that_is_other_each_time_it_is_read_is_refused(odd_tasks: str) -> None:
+    with pytest.raises(BenchmarkError, match="each time it is read"):
+        load_tasks(Benchmark(("shuffled",), include_path=(odd_tasks,)))
+
+
+def test_local_files_are_processed_once(demo: LoadedModel, tmp_path: Path) -> None:
+    """GPQA shuffles its choices as it processes them; on the hub's files the result is cached, here it is kept."""
+    doc = {"Question": "What is red?", "Correct Answer": "a colour"}
+    doc |= {f"Incorrect Answer {n}": text for n, text in ((1, "a fox"), (2, "tea"), (3, "blue"))}
+    write_documents_in(tmp_path / "data" / "gpqa" / "gpqa_main" / "train.jsonl", [doc] * 6)
+    outcome = evaluate_with_activations(
+        demo, "gpqa_main_zeroshot", benchmark_data=tmp_path / "data", activation_save_dir=tmp_path / "out"
+    )
+    letters = set()
+    for entry in outcome.samples["gpqa_main_zeroshot"]:
+        asked = entry["arguments"][0][0]
+        letter = entry["target"] if isinstance(entry["target"], str) else f"({'ABCD'[entry['target']]})"
+        assert f"{letter} a colour" in asked
+        letters.add(letter)
+    assert len(letters) > 1
+
+
+def write_documents_in(file: Path, docs: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True)
+    write_documents(file, docs)
+
+
+def test_documents_drawn_while_a_task_loads_are_plain_lm_evals(
+    demo: LoadedModel, odd_tasks: str, tmp_path: Path
+) -> None:
+    outcome = evaluate_with_activations(demo, "drawn", include_path=odd_tasks, activation_save_dir=tmp_path / "out")
+    assert_same(outcome, plain(demo, ("drawn",), odd_tasks))
+
+
+def test_votes_over_all_answers_leave_each_answer_its_own_verdict(
+    demo: LoadedModel, odd_tasks: str, tmp_path: Path
+) -> None:
+    outcome = evaluate_with_activations(demo, "voted", include_path=odd_tasks, activation_save_dir=tmp_path / "out")
+    table = open_run(outcome.folder or "").table()
+    assert len(table) == 18
+    assert table.correct.isna().all()  # the first filter takes all answers together
+    assert all(set(metrics) == {"first"} for metrics in table.metrics)
+
+
+def test_empty_prompts_are_refused_before_a_forward(demo: LoadedModel, odd_tasks: str, tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match="empty prompt"):
+        evaluate_with_activations(demo, "empty", include_path=odd_tasks, activation_save_dir=tmp_path / "out")
+    assert len(evaluate_plainly(demo, odd_tasks).samples["empty"]) == 2
+
+
+def evaluate_plainly(loaded: LoadedModel, tasks: str) -> Outcome:
+    return run_benchmark(loaded, Benchmark(("empty",), include_path=(tasks,)))
+
+
+def test_answer_ends_where_lm_eval_ends_it_when_later_tokens_change_earlier_text(
+    demo: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte fallback: a newline before half a character is no newline any more."""
+    lm = CapturingHFLM(demo, SCORED, list)
+    texts = {(1,): "foo", (1, 2): "foo\n", (1, 2, 3): "foo??", (1, 2, 3, 4): "foo??bar", (1, 2, 3, 4, 2): "foo??bar\n"}
+    monkeypatch.setattr(lm, "tok_decode", lambda ids, **how: texts[tuple(ids)])
+    assert lm._own_tokens([1, 2, 3, 4, 2], ["\n"]) == [1, 2, 3, 4]
+    assert lm._own_tokens([1, 2], ["\n"]) == [1, 2]
+
+
+def test_odd_local_files(tmp_path: Path) -> None:
+    folder = tmp_path / "test"
+    folder.mkdir()
+    (folder / "astronomy_test.csv").write_text("What?,a,b,c,d,\nWhat?,a,b,c,d,B\n")
+    assert read_documents(folder / "astronomy_test.csv")[0].keys() != {"question", "choices", "answer", "subject"}
+    (tmp_path / "excel.csv").write_bytes("\ufeffquestion,answer\nx,y\n".encode())
+    assert read_documents(tmp_path / "excel.csv") == [{"question": "x", "answer": "y"}]
+    (tmp_path / "wrapped.json").write_text('{"data": [{"a": 1}]}')
+    with pytest.raises(BenchmarkUnavailable, match="must be a list"):
+        read_documents(tmp_path / "wrapped.json")
+    assert local_files_module._dataset([{"q": "a"}, {"q": "b", "hint": "h"}], tmp_path)[1] == {"q": "b", "hint": "h"}
+    with pytest.raises(BenchmarkUnavailable, match="different types"):
+        local_files_module._dataset([{"q": "a"}, {"q": 5}], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gen_kwargs", "says"),
+    [("max_gen_tok=16", "max_gen_toks"), ({"temperature": 3.0}, "does not sample"), ("temprature=1", "temperature")],
+)
+def test_generation_options_that_would_do_nothing_are_refused(gen_kwargs: Any, says: str) -> None:
+    with pytest.raises(BenchmarkError, match=says):
+        load_tasks(Benchmark(("demo_arithmetic",), gen_kwargs=gen_kwargs))
+
+
+def test_misspelt_options_of_the_instance_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="positions"):
+        HFActivations("demo", activation_save_dir=tmp_path / "out", position="scored")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_instance_makes_one_run(demo: LoadedModel, tmp_path: Path) -> None:
+    lm = HFActivations(demo, activation_save_dir=tmp_path)
+    one, other = (
+        simple_evaluate(model=lm, tasks=[task], task_manager=manager(), limit=2)
+        for task in ("demo_facts", "demo_arithmetic")
+    )
+    with pytest.raises(BenchmarkError, match="demo_facts was captured"):
+        lm.finish(other)
+    with pytest.raises(BenchmarkError, match="one instance makes one run"):
+        simple_evaluate(model=lm, tasks=["demo_facts"], task_manager=manager(), limit=2)
+    assert one is not None
+
+
+def test_resume_needs_the_run_folder_itself(demo: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("chapter 1")
+    with pytest.raises(StoreError, match="holds no run"):
+        evaluate_with_activations(demo, "demo", resume=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -128,6 +128,10 @@ def _print(outcome: Outcome, title: str) -> None:
     for score in outcome.scores:
         table.add_row(*_row(score))
     options.console().print(table)
+    if outcome.n_truncated:
+        typer.echo(
+            f"Cut prompts: {outcome.n_truncated} of {outcome.n_samples} samples lost their beginning (column n_truncated)"
+        )
     if outcome.folder is not None:
         from AutomaticEval.store.files import size_text
 

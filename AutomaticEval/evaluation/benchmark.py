@@ -16,6 +16,7 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, simple_parse_args_string
+from transformers import GenerationConfig
 
 from AutomaticEval.capture.generation import bytes_per_row
 from AutomaticEval.errors import (
@@ -26,7 +27,7 @@ from AutomaticEval.errors import (
     did_you_mean,
     first_line,
 )
-from AutomaticEval.evaluation.harness import quick_templates, task_manager
+from AutomaticEval.evaluation.harness import RandomStates, quick_templates, random_states, seed_everything, task_manager
 from AutomaticEval.evaluation.local_files import local_files, missing
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions, Selection
@@ -79,8 +80,8 @@ class Benchmark:
     system_instruction: str | None = None
     """What the prompt begins with."""
 
-    gen_kwargs: str | None = None
-    """lm-eval's: such as do_sample=true,temperature=0.7."""
+    gen_kwargs: str | dict[str, Any] | None = None
+    """lm-eval's: such as do_sample=true,temperature=0.7, or a dict."""
 
     repeats: int | None = None
     """How often each question is answered, by sampling; None leaves it to the task."""
@@ -134,15 +135,20 @@ class LoadedTasks:
     n_questions: int
     """Documents of the whole benchmark."""
 
+    drawn_with: RandomStates
+    """Python's, NumPy's and torch's, after the tasks were loaded."""
+
 
 def load_tasks(benchmark: Benchmark) -> LoadedTasks:
     """The benchmark's tasks, with the questions drawn. Raises UnknownBenchmark, BenchmarkUnavailable."""
     bundled = all(name in BUNDLED_NAMES for name in benchmark.names) and not benchmark.include_path
     manager = task_manager([str(BUNDLED), *benchmark.include_path], include_defaults=not bundled)
     names = [each for name in benchmark.names for each in _known(name, manager)]
+    seed_everything(benchmark.seed)  # as lm-eval does before it loads: a task may shuffle its documents
     try:
         with quick_templates(), local_files(benchmark.local_files):
             found = _load(manager, names)
+            drawn_with = random_states()
             totals = {name: len(task.eval_docs) for name, task in found["tasks"].items()}
     except OSError as failure:
         raise BenchmarkUnavailable(_unavailable(benchmark, failure)) from failure
@@ -158,7 +164,7 @@ def load_tasks(benchmark: Benchmark) -> LoadedTasks:
     if drawn is not None:
         top = [kept for kept in (_prune(item, drawn) for item in top) if kept is not None]
     tasks = {name: task for name, task in found["tasks"].items() if drawn is None or name in drawn}
-    return LoadedTasks(top, tasks, drawn, {**totals, **in_groups}, sum(totals.values()))
+    return LoadedTasks(top, tasks, drawn, {**totals, **in_groups}, sum(totals.values()), drawn_with)
 
 
 def _known(name: str, manager: TaskManager) -> list[str]:
@@ -202,6 +208,11 @@ def _prepare(name: str, task: Task, benchmark: Benchmark) -> None:
         raise BenchmarkError(
             f"the task {name!r} runs code that the model wrote; where that is safe, add --confirm_run_unsafe_code."
         )
+    if task.config.process_docs is not None and _first_docs(task) != _first_docs(task):
+        raise BenchmarkError(
+            f"the task {name!r} gives other documents each time it is read (its process_docs draws at random on data in memory), "
+            "so that it would be asked in one form and scored in another."
+        )
     shots = _shots(task, benchmark)
     if benchmark.local_files is not None and shots and len(list(task.fewshot_docs() or ())) < shots:
         split = task.fewshot_cfg.split or task.config.training_split or task.config.validation_split
@@ -209,8 +220,8 @@ def _prepare(name: str, task: Task, benchmark: Benchmark) -> None:
             f"{shots} examples are needed. {missing(Path(benchmark.local_files), task, split)} Or ask with --num_fewshot 0."
         )
     generates = task.OUTPUT_TYPE == "generate_until"
-    if generates and benchmark.gen_kwargs is not None:
-        given = simple_parse_args_string(benchmark.gen_kwargs)
+    given = _given_kwargs(benchmark)
+    if generates and given:
         task.set_config(key="generation_kwargs", value=given, update=True)
     how = (task.config.generation_kwargs or {}) if generates else {}
     if benchmark.repeats is not None:
@@ -222,6 +233,26 @@ def _prepare(name: str, task: Task, benchmark: Benchmark) -> None:
         task.set_config(key="repeats", value=benchmark.repeats)
     if how.get("do_sample") and not how.get("temperature"):
         raise BenchmarkError(f"the task {name!r} samples without a temperature; add --gen_kwargs temperature=0.7.")
+    if generates and not how.get("do_sample") and any(given.get(each) for each in ("temperature", "top_p", "top_k")):
+        raise BenchmarkError(
+            f"the task {name!r} does not sample, so that {benchmark.gen_kwargs} changes nothing; add do_sample=true."
+        )
+
+
+def _first_docs(task: Task, n_docs: int = 8) -> list[Any]:
+    docs = task.eval_docs
+    return [docs[number] for number in range(min(n_docs, len(docs)))]
+
+
+def _given_kwargs(benchmark: Benchmark) -> dict[str, Any]:
+    """gen_kwargs as a dict. Raises BenchmarkError for a name that neither lm-eval nor transformers knows."""
+    given = benchmark.gen_kwargs or {}
+    parsed: dict[str, Any] = simple_parse_args_string(given) if isinstance(given, str) else dict(given)
+    known = {"until", "max_gen_toks", *GenerationConfig().to_dict()}
+    for name in parsed:
+        if name not in known:
+            raise BenchmarkError(f"--gen_kwargs: nothing is called {name!r}.{did_you_mean(name, known)}")
+    return parsed
 
 
 def _shots(task: Task, benchmark: Benchmark) -> int:

@@ -6,6 +6,7 @@ and shape of the batches stay lm-eval's own. Knows nothing of activations.
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -45,6 +46,11 @@ class Call:
         self.answers: dict[int, Any] = {}
         self.computed: set[int] = set()
         self._answered, self._ranks, self._ready = answered, ranks, ready
+        asked = zlib.crc32(repr(requests).encode(errors="replace")) if ranks.n_ranks > 1 else 0
+        if len(set(ranks.gathered(asked))) > 1:
+            raise CaptureError(
+                "the processes of the run ask different questions: a task draws at random where no seed reaches."
+            )
         self._list_start = self._n_listed = 0  # lm-eval scores rolling windows in several lists
         self._n_batches = 0
         self._announced: Batch | None = None

@@ -31,7 +31,7 @@ class EvaluateOptions(TypedDict, total=False):
     """Folder with the tasks' data."""
     apply_chat_template: bool | str
     system_instruction: str | None
-    gen_kwargs: str | None
+    gen_kwargs: str | dict[str, Any] | None
     repeats: int | None
     predict_only: bool
     confirm_run_unsafe_code: bool
@@ -75,7 +75,7 @@ def evaluate_with_activations(
         if name in WHY_NOT:
             raise BenchmarkError(f"{name}: {WHY_NOT[name]}")
         if name not in EvaluateOptions.__annotations__:
-            known = EvaluateOptions.__annotations__
+            known = [*EvaluateOptions.__annotations__, *(evaluate_with_activations.__kwdefaults__ or {})]
             raise TypeError(f"no option {name!r}.{did_you_mean(name, known)} Options: {', '.join(known)}.")
     include = given.pop("include_path", ())
     include = [include] if isinstance(include, str | Path) else include

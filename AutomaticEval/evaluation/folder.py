@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import lm_eval
 
-from AutomaticEval.errors import StoreError
+from AutomaticEval.errors import BenchmarkError, StoreError
 from AutomaticEval.evaluation.join import join
 from AutomaticEval.evaluation.ranks import Ranks
 from AutomaticEval.evaluation.repeats import Verdicts
@@ -20,7 +20,7 @@ from AutomaticEval.evaluation.resuming import Answered, RequestKey, answered_in
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import prepare_folder
-from AutomaticEval.store.writer import RunWriter, is_finished
+from AutomaticEval.store.writer import LOCK, RunWriter, is_finished
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Keeping:
         if self.resume is None:
             return
         if not self.resume.is_dir():
-            raise StoreError(f"--resume {self.resume} is no folder; give the run folder that is to go on.")
+            raise StoreError(f"{self.resume} is no folder; resume needs the run folder that is to go on.")
+        if not (self.resume / LOCK).exists():
+            raise StoreError(f"{self.resume} holds no run that was cut short; resume needs the run folder itself.")
         if is_finished(self.resume):
             raise StoreError(f"{self.resume} is finished, there is nothing to resume; read it with open_run.")
 
@@ -70,6 +72,8 @@ class RunFolder:
 
     n_samples: int = 0
     size_bytes: int = 0
+    n_truncated: int = 0
+    """Samples whose prompt was cut on the left to fit the context."""
 
     @contextmanager
     def writing(self) -> Iterator[Opened]:
@@ -79,8 +83,10 @@ class RunFolder:
             folder = self.keeping.resume or new_folder(self.keeping.save_dir, self.name)
             opened = self._open_first(folder)
             shared = (folder, {**self.settings, "run_id": opened.writer.run_id}, opened.answered)
-        self.path, settings, answered = self.ranks.from_first(shared)
-        writer = opened.writer if opened else self._writer(settings, share=(self.ranks.rank, self.ranks.n_ranks))
+        folder, settings, answered = self.ranks.from_first(shared)
+        share = (self.ranks.rank, self.ranks.n_ranks)
+        writer = opened.writer if opened else self._writer(folder, settings, share=share)
+        self.path = folder
         try:
             with writer:
                 yield Opened(writer, answered)
@@ -88,18 +94,18 @@ class RunFolder:
             self.n_samples = writer.n_samples
 
     def _open_first(self, folder: Path) -> Opened:
-        self.path = folder
-        writer = self._writer(self.settings, resume=self.keeping.resume is not None, share=(0, self.ranks.n_ranks))
+        writer = self._writer(
+            folder, self.settings, resume=self.keeping.resume is not None, share=(0, self.ranks.n_ranks)
+        )
         try:
             return Opened(writer, answered_in(writer.records()) if self.keeping.resume else {})
         except BaseException:
             writer.close(failed=True)
             raise
 
-    def _writer(self, settings: Mapping[str, Any], **how: Any) -> RunWriter:
-        assert self.path is not None
+    def _writer(self, folder: Path, settings: Mapping[str, Any], **how: Any) -> RunWriter:
         compression = self.keeping.compression
-        return RunWriter(self.path, self.model, settings, shard_bytes=self.shard_bytes, compression=compression, **how)
+        return RunWriter(folder, self.model, settings, shard_bytes=self.shard_bytes, compression=compression, **how)
 
     @property
     def is_finished(self) -> bool:
@@ -119,8 +125,15 @@ class RunFolder:
         self.ranks.gathered(None)  # all have sealed
         if not self.ranks.is_first:
             return
-        with self._writer(self.settings, resume=True) as writer:
+        assert self.path is not None
+        with self._writer(self.path, self.settings, resume=True) as writer:
             records = writer.records()
+            self.n_truncated = sum((record["n_truncated"] or 0) > 0 for record in records)
+            unknown = sorted({record["task"] for record in records} - set(samples))
+            if unknown:
+                raise BenchmarkError(
+                    f"{', '.join(unknown)} was captured, and is not in these results: one instance makes one run of one evaluation."
+                )
             for record in records if doc_ids else ():
                 record["doc_id"] = (doc_ids or {})[record["task"]][record["doc_id"]]
             writer.finish(join(records, samples, repeats or {}))

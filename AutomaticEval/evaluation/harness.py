@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
+import numpy as np
+import torch
 from lm_eval import utils
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
@@ -33,6 +37,35 @@ def quick_templates() -> Iterator[None]:
         yield
     finally:
         utils.env.from_string = stock
+
+
+RandomStates = tuple[Any, Any, Any]
+
+
+def seed_everything(seed: int | None) -> None:
+    """As lm-eval does before it loads tasks."""
+    random.seed(DEFAULT_RANDOM_SEED if seed is None else seed)
+    np.random.seed(DEFAULT_OTHER_SEED if seed is None else seed)
+    torch.manual_seed(DEFAULT_OTHER_SEED if seed is None else seed)
+
+
+def random_states() -> RandomStates:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+class LoadedBefore(TaskManager):  # type: ignore[misc]
+    """Gives lm-eval tasks that are loaded already, with the random states that loading them here would have left."""
+
+    def __init__(self, states: RandomStates, *, is_first: bool) -> None:
+        super().__init__(include_defaults=False)
+        self._states, self._is_first = states, is_first
+
+    def load(self, task_list: Any) -> Any:
+        random.setstate(self._states[0])
+        np.random.set_state(self._states[1])
+        if self._is_first:  # other processes sample otherwise
+            torch.set_rng_state(self._states[2])
+        return super().load(task_list)
 
 
 def task_manager(include_path: Sequence[str], *, include_defaults: bool) -> TaskManager:

@@ -9,16 +9,18 @@ Registered with lm-eval as `hf-activations`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
 
-from AutomaticEval.errors import BenchmarkError, StoreError
+from AutomaticEval.errors import BenchmarkError, StoreError, did_you_mean
 from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.evaluation.ranks import join_ranks, own_device
@@ -26,6 +28,8 @@ from AutomaticEval.models.loading import LoadOptions, load_model
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.writer import SHARD_BYTES
+
+OWN_OPTIONS = ("activation_save_dir", "layers_to_capture", "sites", "positions", "store_dtype", "compression")
 
 
 @register_model("hf-activations")
@@ -52,6 +56,10 @@ class HFActivations(CapturingHFLM):
         **options: Any,
     ) -> None:
         selection = Selection.parse(sites, layers_to_capture, positions, store_dtype)
+        known = [*inspect.signature(HFLM).parameters, *(each.name for each in fields(LoadOptions)), *OWN_OPTIONS]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"no option {name!r}.{did_you_mean(name, known)} Options: {', '.join(known)}.")
         load = {each.name: options.pop(each.name) for each in fields(LoadOptions) if each.name in options}
         if isinstance(pretrained, str | Path):
             load["device"] = own_device(load.get("device", "auto"))
@@ -74,20 +82,24 @@ class HFActivations(CapturingHFLM):
         return self._writer.folder
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        try:
+        with self._sealing():
             return super().loglikelihood(requests, disable_tqdm)
-        finally:
-            self._writer.flush()
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        try:
+        with self._sealing():
             return super().loglikelihood_rolling(requests, disable_tqdm)
-        finally:
-            self._writer.flush()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        try:
+        with self._sealing():
             return super().generate_until(requests, disable_tqdm)
+
+    @contextmanager
+    def _sealing(self) -> Iterator[None]:
+        """On every exit what was captured is on the disk."""
+        if self._folder.is_finished:
+            raise StoreError(f"{self.folder} is finished already; one instance makes one run.")
+        try:
+            yield
         finally:
             self._writer.flush()
 

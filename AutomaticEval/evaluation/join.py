@@ -45,7 +45,7 @@ def join(
                     key = RequestKey(task, doc_id, choice, repeat)
                     own = _windows(captured, key)
                     _check(own, key, entries[0]["arguments"][choice], response)
-                    alone = _verdict_of_repeat(verdict, (repeats or {}).get(key), main)
+                    alone = _verdict_of_repeat(verdict, (repeats or {}).get(key), entries[0]["filter"], main)
                     joined += [{"logprob": None, "is_greedy": None, **record, **alone} for record in own]
     if captured:
         raise CaptureError(f"{len(captured)} captured samples have no logged request, first {next(iter(captured))}.")
@@ -119,17 +119,18 @@ def _verdict(entries: Sequence[Mapping[str, Any]], main: str | None) -> dict[str
 
 
 def _verdict_of_repeat(
-    verdict: Mapping[str, Any], alone: Mapping[str, Mapping[str, Any]] | None, main: str | None
+    verdict: Mapping[str, Any], alone: Mapping[str, Mapping[str, Any]] | None, first_filter: str, main: str | None
 ) -> Mapping[str, Any]:
     """The verdict on one of several answers: its own, not that of the question."""
     if alone is None:
         return verdict
-    first = next(iter(alone.values()))
+    first = alone.get(first_filter, {"filtered": None, "metrics": {}})
+    correct = first["metrics"].get(main)
     return {
         **verdict,
         "prediction": first["filtered"],
         "metrics": {name: each["metrics"] for name, each in alone.items()},
-        "correct": None if main is None else bool(first["metrics"][main]),
+        "correct": None if correct is None else bool(correct),
     }
 
 

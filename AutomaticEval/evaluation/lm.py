@@ -6,6 +6,7 @@ fed: a change inside lm-eval fails here, loudly.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,8 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self._ahead = EncodedAhead((), self._encode_many)
-        super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)
+        with _quiet():  # lm-eval warns that a model which is loaded already is not shared out; here it is
+            super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)
         self._sink, self._doc_ids, self._ranks = sink, doc_ids or {}, ranks
         self._answered = answered or {}
         self._selection = selection
@@ -78,6 +80,11 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         self._call: Call | None = None
         self._held: list[_Captured] = []
         self._is_probing = False
+        self._asked: set[RequestKey] = set()
+        if selection is not None and kwargs.get("think_end_token") is not None:
+            raise BenchmarkError(
+                "think_end_token: thinking that lm-eval cuts off an answer is not captured yet; leave it out."
+            )
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         found = None if args or kwargs else self._ahead.get(string)
@@ -103,6 +110,12 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         asked = [Request(key, request.args[0], None) for key, request in self._keyed(requests)]
+        for request in asked if self._selection is not None else ():
+            if not request.prompt and not self.tok_encode(""):
+                raise BenchmarkError(
+                    f"the task {request.key.task!r} asks document {request.key.doc_id} with an empty prompt, which feeds nothing that "
+                    "could be captured; run it without --capture_activations."
+                )
         self._ahead = EncodedAhead((request.prompt for request in asked), self._encode_many)
         with self._serving(asked, placeholder="") as call:
             own = super().generate_until(requests, disable_tqdm=disable_tqdm or not self._ranks.is_first)
@@ -147,12 +160,14 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             doc_id = request.doc_id if own is None else own[request.doc_id]  # lm-eval counts within the selection
             keyed.append((RequestKey(request.task_name, doc_id, request.idx, seen[id(request)]), request))
             seen[id(request)] += 1
-        twice = [key for key, number in Counter(key for key, _ in keyed).items() if number > 1]
-        if twice and self._selection is not None:
-            raise BenchmarkError(
-                f"the task {twice[0].task!r} asks several requests of one document under the same index, so that they cannot "
-                "be told apart; run it without --capture_activations."
-            )
+        if self._selection is not None:
+            for key, _ in keyed:
+                if key in self._asked:
+                    raise BenchmarkError(
+                        f"the task {key.task!r} asks several requests of one document under the same index, so that they cannot "
+                        "be told apart; run it without --capture_activations. (Or it was asked before: one instance makes one run.)"
+                    )
+                self._asked.add(key)
         return keyed
 
     @contextmanager
@@ -242,7 +257,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             self._check_fed(whole[len(whole) - n_same :], prompt[len(prompt) - n_same :])
             n_truncated = max(0, len(whole) - len(prompt))
             member = self._hold(index, prompt, generated, stored, tuple(context.shape), n_truncated)
-            member.fields["response"] = postprocess_generated_text(self.tok_decode(generated), stop, None)
+            member.fields["response"] = self._answer(generated, stop)
         if kwargs.get("do_sample"):
             self._held[-1].fields["random_state"] = random_state(self.device)
         return out
@@ -269,7 +284,14 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if stopped(middle) else (middle, high)
-        return ended[:high]
+        answer = self._answer(ended, stop)
+        if self._answer(ended[:high], stop) == answer:
+            return ended[:high]
+        # a later token can change the text of an earlier one (byte fallback), and a stop string be gone again
+        return next((ended[:n] for n in range(1, len(ended)) if self._answer(ended[:n], stop) == answer), ended)
+
+    def _answer(self, generated: list[int], stop: Sequence[str]) -> str:
+        return str(postprocess_generated_text(self.tok_decode(generated), list(stop), None))
 
     def _hold(
         self, index: int, input_ids: list[int], generated: list[int], rows: Rows, batch: Sequence[int], n_truncated: int
@@ -301,6 +323,17 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         kept = set(self._positions.resolve(len(member.input_ids), len(member.generated_ids)))
         where = [index for index, position in enumerate(member.rows.positions) if position in kept]
         return Sample(fields, member.input_ids, member.generated_ids, [Part(member.rows, where)])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger(HFLM.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _keep_rows(positions: Sequence[Sequence[int]]) -> Callable[[int, int], Kept]:

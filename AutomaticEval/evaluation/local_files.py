@@ -7,6 +7,7 @@ folder itself and in its subfolders `mmlu` and `<task>`. Files are read each tim
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,12 +48,30 @@ def local_files(folder: str | None) -> Iterator[None]:
             stock(task, dataset_kwargs, **kwargs)
         else:
             task.dataset = read_splits(Path(folder), task)
+            for config in (task.config, task.fewshot_cfg):
+                if callable(config.process_docs):
+                    config.process_docs = _once(config.process_docs)
 
     ConfigurableTask.download = download
     try:
         yield
     finally:
         ConfigurableTask.download = stock
+
+
+def _once(process_docs: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """lm-eval processes documents whenever it looks at them; some tasks shuffle choices as they do."""
+    done: list[tuple[Any, Any]] = []
+
+    @functools.wraps(process_docs)
+    def processed(documents: Any) -> Any:
+        for before, result in done:
+            if before is documents:
+                return result
+        done.append((documents, process_docs(documents)))
+        return done[-1][1]
+
+    return processed
 
 
 def read_splits(folder: Path, task: Any) -> datasets.DatasetDict:
@@ -65,12 +84,21 @@ def read_splits(folder: Path, task: Any) -> datasets.DatasetDict:
         places = list(_places(folder, task, split))
         files = next((found for found in (sorted(place.parent.glob(place.name)) for place in places) if found), None)
         if files is not None:
-            splits[split] = datasets.Dataset.from_list([doc for file in files for doc in read_documents(file)])
+            splits[split] = _dataset([doc for file in files for doc in read_documents(file)], files[0])
         elif split == asked:
             raise BenchmarkUnavailable(missing(folder, task, split))
     for split in filter(None, named):
         splits.setdefault(split, datasets.Dataset.from_list([]))  # a split that nothing is taken from
     return datasets.DatasetDict(splits)
+
+
+def _dataset(documents: list[dict[str, Any]], file: Path) -> datasets.Dataset:
+    """Every field that any of the documents has, None where one lacks it, as on the hub."""
+    names = dict.fromkeys(name for document in documents for name in document)
+    try:
+        return datasets.Dataset.from_list([{name: document.get(name) for name in names} for document in documents])
+    except (TypeError, ValueError) as failure:  # pyarrow's own are both
+        raise BenchmarkUnavailable(f"{file}: a field has values of different types ({failure}).") from failure
 
 
 def _places(folder: Path, task: Any, split: str) -> Iterator[Path]:
@@ -83,7 +111,8 @@ def _places(folder: Path, task: Any, split: str) -> Iterator[Path]:
 
 
 def _roots(folder: Path, task: Any) -> list[Path]:
-    return [folder, folder / Path(task.DATASET_PATH).name, folder / task.config.task]
+    """The nearest first: two tasks may have a file of the same name."""
+    return [folder / task.config.task, folder / Path(task.DATASET_PATH).name, folder]
 
 
 def _patterns(root: Path, task: Any) -> tuple[str, ...]:
@@ -94,12 +123,13 @@ def _patterns(root: Path, task: Any) -> tuple[str, ...]:
 def missing(folder: Path, task: Any, split: str) -> str:
     """What was looked for, and what to do."""
     roots = _roots(folder, task)
+    below = " and ".join(dict.fromkeys(root.name for root in roots[:2]))
     patterns = dict.fromkeys(pattern for root in roots for pattern in _patterns(root, task))
     tried = ", ".join(pattern.format(split=split, name=task.DATASET_NAME) for pattern in patterns)
     return (
         f"{folder} has no {split!r} split of the task {task.config.task!r} (data {task.DATASET_PATH}, configuration "
-        f"{task.DATASET_NAME or 'none'}). Looked for {tried} ({', '.join(ENDINGS)}) in it and in its subfolders "
-        f"{roots[1].name} and {roots[2].name}. Put the file there; or leave --benchmark_data out and connect once, so that the "
+        f"{task.DATASET_NAME or 'none'}). Looked for {tried} ({', '.join(ENDINGS)}) in it and below it in "
+        f"{below}. Put the file there; or leave --benchmark_data out and connect once, so that the "
         "hub client keeps a copy."
     )
 
@@ -108,7 +138,7 @@ def read_documents(file: Path) -> list[dict[str, Any]]:
     """The documents of one file. Raises BenchmarkUnavailable."""
     readers: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
         ".jsonl": _read_lines,
-        ".json": lambda path: list(json.loads(path.read_text(encoding="utf-8"))),
+        ".json": _read_list,
         ".csv": _read_csv,
         ".parquet": lambda path: datasets.Dataset.from_parquet(str(path), keep_in_memory=True).to_list(),
     }
@@ -121,9 +151,16 @@ def read_documents(file: Path) -> list[dict[str, Any]]:
     return documents
 
 
+def _read_list(file: Path) -> list[dict[str, Any]]:
+    found = json.loads(file.read_text(encoding="utf-8-sig"))
+    if not isinstance(found, list):
+        raise ValueError("the outermost value must be a list of documents")
+    return found
+
+
 def _read_lines(file: Path) -> list[dict[str, Any]]:
     documents = []
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
@@ -135,11 +172,11 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
 
 def _read_csv(file: Path) -> list[dict[str, Any]]:
     """Rows under a header; or, as Hendrycks' MMLU has them, question, four choices and a letter without one."""
-    with file.open(encoding="utf-8", newline="") as text:
+    with file.open(encoding="utf-8-sig", newline="") as text:
         rows = list(csv.reader(text))
     if not rows:
         return []
-    if all(len(row) == 6 and row[5] in LETTERS for row in rows):
+    if all(len(row) == 6 and row[5] and row[5] in tuple(LETTERS) for row in rows):
         subject = file.stem.rpartition("_")[0].replace("_", " ") or file.stem
         return [
             {"question": row[0], "choices": row[1:5], "answer": LETTERS.index(row[5]), "subject": subject}

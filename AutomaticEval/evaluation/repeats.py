@@ -7,6 +7,7 @@ what those filters and metrics say of that answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from typing import Any
 
@@ -37,11 +38,14 @@ def score_repeats(tasks: Mapping[str, Task], doc_ids: Mapping[str, Sequence[int]
 
 
 def _score(task: Task, instance: Instance, response: str) -> dict[str, dict[str, Any]]:
-    alone = copy(instance)
-    alone.resps, alone.filtered_resps = [response], {}
+    """By each filter that can take one answer alone: a majority of eight cannot."""
+    found = {}
     for ensemble in task._filters:
-        ensemble.apply([alone])
-    return {
-        name: {"filtered": filtered, "metrics": dict(task.process_results(instance.doc, [filtered]))}
-        for name, filtered in alone.filtered_resps.items()
-    }
+        alone = copy(instance)
+        alone.resps, alone.filtered_resps = [response], {}
+        with suppress(AssertionError, ValueError, TypeError, IndexError, KeyError):
+            ensemble.apply([alone])
+            filtered = alone.filtered_resps[ensemble.name]
+            metrics = dict(task.process_results(instance.doc, [filtered]))
+            found[ensemble.name] = {"filtered": filtered, "metrics": metrics}
+    return found

@@ -15,12 +15,11 @@ from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from AutomaticEval.errors import BenchmarkError, DiskFull, StoreError
 from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, forecast, load_tasks
 from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
-from AutomaticEval.evaluation.harness import quick_templates
+from AutomaticEval.evaluation.harness import LoadedBefore, quick_templates
 from AutomaticEval.evaluation.join import Score, scores_of
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.evaluation.ranks import Ranks, join_ranks
@@ -36,7 +35,7 @@ class Outcome:
     """What a run gave."""
 
     scores: list[Score]
-    results: dict[str, Any]
+    results: dict[str, Any] = field(repr=False)
     """lm-eval's results, as simple_evaluate returns them, without the samples."""
 
     samples: dict[str, list[dict[str, Any]]] = field(repr=False)
@@ -47,6 +46,9 @@ class Outcome:
 
     n_samples: int = 0
     size_bytes: int = 0
+    n_truncated: int = 0
+    """Samples whose prompt was cut on the left to fit the context."""
+
     results_file: Path | None = None
 
 
@@ -97,9 +99,10 @@ def _captured(
     announce: Callable[[str], None],
 ) -> Outcome:
     size = forecast(loaded, benchmark, found, selection)
-    if ranks.is_first:
-        announce(f"Activations: at most {size_text(size)} expected in {keeping.resume or keeping.save_dir}")
     there = 0 if keeping.resume is None else sum(file.stat().st_size for file in keeping.resume.glob("shard-*.h5"))
+    if ranks.is_first:
+        already = f", {size_text(there)} of it already there" if there else ""
+        announce(f"Activations: at most {size_text(size)} expected{already}")
     ensure_space(keeping.resume or keeping.save_dir, size - there)
     gathered = size * loaded.model.dtype.itemsize if selection.store_dtype == "int8" else size  # narrowed when sealed
     folder = RunFolder(
@@ -112,6 +115,8 @@ def _captured(
     )
     try:
         with folder.writing() as (writer, answered):
+            if ranks.is_first:
+                announce(f"Run folder: {writer.folder}{_went_before(keeping, len(answered))}")
             how: dict[str, Any] = {
                 "doc_ids": found.drawn,
                 "answered": answered,
@@ -128,12 +133,23 @@ def _captured(
     except BaseException:
         if folder.path is not None:
             announce(
-                f"The run was cut short; {folder.n_samples} samples captured until then are in {folder.path}. The same command "
+                f"\nThe run was cut short; {folder.n_samples} samples captured until then are in {folder.path}. The same command "
                 "with --resume and that folder goes on."
             )
         raise
     outcome.folder, outcome.n_samples, outcome.size_bytes = folder.path, folder.n_samples, folder.size_bytes
+    outcome.n_truncated = folder.n_truncated
     return outcome
+
+
+def _went_before(keeping: Keeping, n_answered: int) -> str:
+    if keeping.resume is None:
+        return ""
+    return (
+        f" ({n_answered} requests are answered there)"
+        if n_answered
+        else " (nothing was sealed there: from the beginning)"
+    )
 
 
 def _evaluate(lm: HFLM, loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, ranks: Ranks) -> Outcome:
@@ -148,7 +164,7 @@ def _evaluate(lm: HFLM, loaded: LoadedModel, benchmark: Benchmark, found: Loaded
             model=lm,
             model_args={"pretrained": _short(loaded.name)},
             tasks=list(found.top),
-            task_manager=TaskManager(include_defaults=False),
+            task_manager=LoadedBefore(found.drawn_with, is_first=ranks.is_first),
             num_fewshot=benchmark.num_fewshot,
             limit=benchmark.limit,
             samples=found.drawn,

@@ -34,6 +34,7 @@ from AutomaticEval.store.sealing import Source, check_compression, write_file, w
 from AutomaticEval.store.shard import Shard
 
 INDEX = "run.h5"
+LOCK = ".lock"
 SHARD_BYTES = 256 * 2**20
 MAX_SHARD_BYTES = 4 * 2**30
 MAX_SHARDS = 256
@@ -289,7 +290,7 @@ class RunWriter:
 
 def locked(folder: Path, rank: int = 0) -> FileLock:
     """The lock of a folder, held: one for each process that shares it. Raises FolderInUse."""
-    lock = FileLock(folder / (f".lock-{rank}" if rank else ".lock"), timeout=0, thread_local=False)
+    lock = FileLock(folder / (f"{LOCK}-{rank}" if rank else LOCK), timeout=0, thread_local=False)
     try:
         with named_failures(folder):
             lock.acquire()
