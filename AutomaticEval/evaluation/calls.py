@@ -46,7 +46,9 @@ class Call:
         self.answers: dict[int, Any] = {}
         self.computed: set[int] = set()
         self._answered, self._ranks, self._ready = answered, ranks, ready
-        asked = zlib.crc32(repr(requests).encode(errors="replace")) if ranks.n_ranks > 1 else 0
+        asked = 0
+        for request in requests if ranks.n_ranks > 1 else ():
+            asked = zlib.crc32(repr(request).encode(errors="replace"), asked)
         if len(set(ranks.gathered(asked))) > 1:
             raise CaptureError(
                 "the processes of the run ask different questions: a task draws at random where no seed reaches."
