@@ -174,6 +174,12 @@ def first_line(failure: BaseException) -> str:
     return next(iter(str(failure).splitlines()), type(failure).__name__)
 
 
+def unknown_option(name: str, known: Iterable[str]) -> TypeError:
+    """What a function raises for a keyword that it does not have."""
+    known = list(known)
+    return TypeError(f"no option {name!r}.{did_you_mean(name, known)} Options: {', '.join(known)}.")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ " Did you mean 'x' or 'y'?", or nothing when no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=3)

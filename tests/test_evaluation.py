@@ -23,7 +23,7 @@ from AutomaticEval import HFActivations, evaluate_with_activations, open_run
 from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, CaptureError, StoreError
 from AutomaticEval.evaluation import harness
 from AutomaticEval.evaluation import local_files as local_files_module
-from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
+from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, forecast, load_tasks
 from AutomaticEval.evaluation.calls import Call
 from AutomaticEval.evaluation.collating import RecordingCollator
 from AutomaticEval.evaluation.encoding import EncodedAhead, texts_of
@@ -32,6 +32,7 @@ from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.evaluation.local_files import read_documents
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, LoadOptions, load_model
+from AutomaticEval.selection import Selection
 
 ROLLING = """
 task: pages
@@ -217,6 +218,18 @@ def test_quantised_runs(how: str, tmp_path: Path) -> None:
     assert_reproduced(loaded, outcome.folder)
     settings = open_run(outcome.folder or "").settings
     assert settings["quantization"] == how.removeprefix("load_in_")
+
+
+def test_forecast_knows_how_much_context_the_last_window_has(
+    tiny_llama: LoadedModel, own_tasks: str, tmp_path: Path
+) -> None:
+    benchmark = Benchmark(("pages",), include_path=(own_tasks,), limit=1)
+    expected = forecast(tiny_llama, benchmark, load_tasks(benchmark), Selection.parse())
+    outcome = run_benchmark(tiny_llama, benchmark, Selection.parse(), keeping=Keeping(tmp_path))
+    run = open_run(outcome.folder or "")
+    assert run.column("n_prompt_tokens")[-1] > 1
+    stored = sum(rows.numel() * rows.element_size() for sample in run for rows in sample["activations"].values())
+    assert stored == expected
 
 
 # An lm-eval model in code that calls simple_evaluate itself
@@ -413,9 +426,7 @@ def test_layouts_of_local_files(files: list[str], task: str, demo: LoadedModel, 
         "truthfulqa_mc2": {"question": "What is red?", "mc1_targets": mc, "mc2_targets": mc},
     }
     for name in files:
-        file = tmp_path / "data" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_documents(file, [docs[task]] * 2)
+        write_documents(tmp_path / "data" / name, [docs[task]] * 2)
     how = {"benchmark_data": tmp_path / "data", "num_fewshot": 0, "limit": 2, "gen_kwargs": "max_gen_toks=8"}
     outcome = evaluate_with_activations(demo, task, activation_save_dir=tmp_path / "out", **how)
     assert len(outcome.samples[task]) == (4 if task == "gsm8k" else 2)  # gsm8k has two filters
@@ -426,6 +437,7 @@ def test_layouts_of_local_files(files: list[str], task: str, demo: LoadedModel, 
 def write_documents(file: Path, docs: list[dict[str, Any]]) -> None:
     import datasets
 
+    file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".parquet":
         datasets.Dataset.from_list(docs).to_parquet(str(file))
     elif file.suffix == ".csv":
@@ -598,12 +610,9 @@ def test_drifting_windows_and_sums_fail_loudly(
     from lm_eval import utils
 
     stock = utils.get_rolling_token_windows
-    ours = [True]
 
     def other_context(*args: Any, **kwargs: Any) -> Any:
-        """lm-eval's windows, from its second use on cut elsewhere than ours."""
-        if ours.pop() if ours else False:
-            return stock(*args, **kwargs)
+        """lm-eval's windows, cut elsewhere than ours."""
         return stock(*args, **{**kwargs, "max_seq_len": 40})
 
     def asked() -> Outcome:
@@ -701,7 +710,7 @@ def test_local_files_are_processed_once(demo: LoadedModel, tmp_path: Path) -> No
     """GPQA shuffles its choices as it processes them; on the hub's files the result is cached, here it is kept."""
     doc = {"Question": "What is red?", "Correct Answer": "a colour"}
     doc |= {f"Incorrect Answer {n}": text for n, text in ((1, "a fox"), (2, "tea"), (3, "blue"))}
-    write_documents_in(tmp_path / "data" / "gpqa" / "gpqa_main" / "train.jsonl", [doc] * 6)
+    write_documents(tmp_path / "data" / "gpqa" / "gpqa_main" / "train.jsonl", [doc] * 6)
     outcome = evaluate_with_activations(
         demo, "gpqa_main_zeroshot", benchmark_data=tmp_path / "data", activation_save_dir=tmp_path / "out"
     )
@@ -712,11 +721,6 @@ def test_local_files_are_processed_once(demo: LoadedModel, tmp_path: Path) -> No
         assert f"{letter} a colour" in asked
         letters.add(letter)
     assert len(letters) > 1
-
-
-def write_documents_in(file: Path, docs: list[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True)
-    write_documents(file, docs)
 
 
 def test_documents_drawn_while_a_task_loads_are_plain_lm_evals(

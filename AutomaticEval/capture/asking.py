@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 from AutomaticEval.capture.generation import Sampling, bytes_per_row, respond
-from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, SelectionError, did_you_mean
+from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, SelectionError, unknown_option
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, n_layers_of
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
@@ -75,8 +75,7 @@ class Request:
         sampling = Sampling(**_take(given, Sampling))
         rest = _take(given, cls)
         for name in given:
-            known = AskOptions.__annotations__
-            raise TypeError(f"no option {name!r}.{did_you_mean(name, known)} Options: {', '.join(known)}.")
+            raise unknown_option(name, AskOptions.__annotations__)
         if layers is not None:
             selection.sites(n_layers_of(model, load))  # a wrong layer is refused before the weights load
         return cls(prompt, load, sampling, selection, **rest)

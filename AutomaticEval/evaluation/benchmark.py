@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, simple_parse_args_string
+from lm_eval.utils import simple_parse_args_string
 from transformers import GenerationConfig
 
 from AutomaticEval.capture.generation import bytes_per_row
@@ -27,6 +27,7 @@ from AutomaticEval.errors import (
     did_you_mean,
     first_line,
 )
+from AutomaticEval.evaluation.encoding import rolling_windows
 from AutomaticEval.evaluation.harness import RandomStates, quick_templates, random_states, seed_everything, task_manager
 from AutomaticEval.evaluation.local_files import local_files, missing
 from AutomaticEval.models.loading import LoadedModel
@@ -255,6 +256,14 @@ def _given_kwargs(benchmark: Benchmark) -> dict[str, Any]:
     return parsed
 
 
+def indistinct(task: str) -> str:
+    """Why a task's requests cannot be keyed."""
+    return (
+        f"the task {task!r} asks several requests of one document under the same index, so that they cannot be told apart; run "
+        "it without --capture_activations."
+    )
+
+
 def _shots(task: Task, benchmark: Benchmark) -> int:
     """Examples before each question: a task that says 0 is never given any."""
     own = task.config.num_fewshot
@@ -334,23 +343,17 @@ def _requests_of(lm: HFLM, task: Task, doc: Any, benchmark: Benchmark) -> list[I
 def _rows_of(lm: HFLM, task: Task, doc: Any, benchmark: Benchmark, positions: Positions) -> int:
     """The rows that one document will give, at most."""
     requests = _requests_of(lm, task, doc, benchmark)
-    kept: dict[tuple[int, ...], set[Any]] = {}
+    kept: dict[tuple[int, ...], set[int]] = {}
     if len({request.idx for request in requests}) < len(requests):
-        raise BenchmarkError(
-            f"the task {task.config.task!r} asks several requests of one document under the same index, so that they cannot "
-            "be told apart; run it without --capture_activations."
-        )
+        raise BenchmarkError(indistinct(task.config.task))
     for request in requests:
         if request.request_type == "generate_until":
             new = request.args[1].get("max_gen_toks", lm.max_gen_toks)
             prompt = lm.tok_encode(request.args[0])[-(lm.max_length - new) :]
             kept[()] = set(positions.resolve(len(prompt), new))
         elif request.request_type == "loglikelihood_rolling":
-            windows = get_rolling_token_windows(
-                lm.tok_encode(request.args[0]), prefix_token=0, max_seq_len=lm.max_length, context_len=1
-            )
-            for number, (_, window) in enumerate(windows):
-                kept[(number,)] = {(number, position) for position in positions.resolve(1, len(window))}
+            for number, (context, continuation) in enumerate(rolling_windows(lm, request.args[0])):
+                kept[(number,)] = set(positions.resolve(len(context), len(continuation)))
         else:
             # without a context lm-eval feeds one token in its place; "?" stands for it here
             context, continuation = lm._encode_pair(request.args[0] or "?", request.args[1])

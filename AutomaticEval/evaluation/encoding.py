@@ -1,12 +1,16 @@
-"""Texts encoded many at a time, shortly before lm-eval asks for them one by one: tokenizers work on all cores then.
+"""Texts as lm-eval feeds them: encoded many at a time, shortly before it asks for them one by one; cut into windows.
 
-lm-eval encodes each request as a whole, and its context once for each of its choices.
+Tokenizers work on all cores when they are given many. lm-eval encodes each request as a whole, and its context once for each of
+its choices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 MANY = 512
 
@@ -25,6 +29,17 @@ class EncodedAhead:
             if coming:
                 self._ready = dict(zip(coming, self._encode(coming), strict=True))
         return self._ready.get(text)
+
+
+def rolling_windows(lm: HFLM, text: str) -> list[tuple[list[int], list[int]]]:
+    """(context, continuation) of each window in which lm-eval scores a whole text.
+
+    The context is one token, at first the prefix token; the last window is filled up with as much context as fits.
+    """
+    windows = get_rolling_token_windows(
+        token_list=lm.tok_encode(text), prefix_token=lm.prefix_token_id, max_seq_len=lm.max_length, context_len=1
+    )
+    return [(list(context), list(continuation)) for context, continuation in map(make_disjoint_window, windows)]
 
 
 def texts_of(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from AutomaticEval.errors import BenchmarkError, did_you_mean
+from AutomaticEval.errors import BenchmarkError, unknown_option
 from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark, load_tasks
 from AutomaticEval.evaluation.folder import Keeping
 from AutomaticEval.evaluation.ranks import own_device
@@ -75,8 +75,8 @@ def evaluate_with_activations(
         if name in WHY_NOT:
             raise BenchmarkError(f"{name}: {WHY_NOT[name]}")
         if name not in EvaluateOptions.__annotations__:
-            known = [*EvaluateOptions.__annotations__, *(evaluate_with_activations.__kwdefaults__ or {})]
-            raise TypeError(f"no option {name!r}.{did_you_mean(name, known)} Options: {', '.join(known)}.")
+            own = evaluate_with_activations.__kwdefaults__ or {}
+            raise unknown_option(name, [*EvaluateOptions.__annotations__, *own])
     include = given.pop("include_path", ())
     include = [include] if isinstance(include, str | Path) else include
     data = given.pop("benchmark_data", None)

@@ -20,7 +20,7 @@ from AutomaticEval.evaluation.resuming import Answered, RequestKey, answered_in
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import prepare_folder
-from AutomaticEval.store.writer import LOCK, RunWriter, is_finished
+from AutomaticEval.store.writer import LOCK, RunWriter, is_finished, refuse_finished
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class Keeping:
             raise StoreError(f"{self.resume} is no folder; resume needs the run folder that is to go on.")
         if not (self.resume / LOCK).exists():
             raise StoreError(f"{self.resume} holds no run that was cut short; resume needs the run folder itself.")
-        if is_finished(self.resume):
-            raise StoreError(f"{self.resume} is finished, there is nothing to resume; read it with open_run.")
+        refuse_finished(self.resume)
 
 
 class Opened(NamedTuple):

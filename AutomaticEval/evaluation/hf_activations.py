@@ -16,11 +16,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from AutomaticEval.errors import BenchmarkError, StoreError, did_you_mean
+from AutomaticEval.errors import BenchmarkError, StoreError, unknown_option
+from AutomaticEval.evaluation.calls import Call, Request
 from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.evaluation.ranks import join_ranks, own_device
@@ -28,8 +28,6 @@ from AutomaticEval.models.loading import LoadOptions, load_model
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.writer import SHARD_BYTES
-
-OWN_OPTIONS = ("activation_save_dir", "layers_to_capture", "sites", "positions", "store_dtype", "compression")
 
 
 @register_model("hf-activations")
@@ -56,10 +54,11 @@ class HFActivations(CapturingHFLM):
         **options: Any,
     ) -> None:
         selection = Selection.parse(sites, layers_to_capture, positions, store_dtype)
-        known = [*inspect.signature(HFLM).parameters, *(each.name for each in fields(LoadOptions)), *OWN_OPTIONS]
+        own = inspect.signature(HFActivations).parameters
+        known = dict.fromkeys([*own, *inspect.signature(HFLM).parameters, *(each.name for each in fields(LoadOptions))])
         for name in options:
             if name not in known:
-                raise TypeError(f"no option {name!r}.{did_you_mean(name, known)} Options: {', '.join(known)}.")
+                raise unknown_option(name, known)
         load = {each.name: options.pop(each.name) for each in fields(LoadOptions) if each.name in options}
         if isinstance(pretrained, str | Path):
             load["device"] = own_device(load.get("device", "auto"))
@@ -81,27 +80,19 @@ class HFActivations(CapturingHFLM):
         """The run folder."""
         return self._writer.folder
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        with self._sealing():
-            return super().loglikelihood(requests, disable_tqdm)
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        with self._sealing():
-            return super().loglikelihood_rolling(requests, disable_tqdm)
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        with self._sealing():
-            return super().generate_until(requests, disable_tqdm)
-
     @contextmanager
-    def _sealing(self) -> Iterator[None]:
+    def _serving(self, requests: list[Request], placeholder: Any) -> Iterator[Call]:
         """On every exit what was captured is on the disk."""
-        if self._folder.is_finished:
-            raise StoreError(f"{self.folder} is finished already; one instance makes one run.")
+        self._check_open()
         try:
-            yield
+            with super()._serving(requests, placeholder) as call:
+                yield call
         finally:
             self._writer.flush()
+
+    def _check_open(self) -> None:
+        if self._folder.is_finished:
+            raise StoreError(f"{self.folder} is finished already; one instance makes one run.")
 
     def finish(self, results: Mapping[str, Any] | None) -> Path:
         """Join what was captured to what `simple_evaluate` returned, and close the run. Returns its folder.
@@ -111,8 +102,7 @@ class HFActivations(CapturingHFLM):
         """
         if self._ranks.is_first and (results is None or not results.get("samples")):
             raise BenchmarkError("these results hold no samples; call simple_evaluate with log_samples=True.")
-        if self._folder.is_finished:
-            raise StoreError(f"{self.folder} is finished already; one instance makes one run.")
+        self._check_open()
         samples = (results or {}).get("samples", {})
         doc_ids = {task: _asked(task, logged) for task, logged in samples.items()}
         self._open.close()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.evaluation.repeats import Verdicts
-from AutomaticEval.evaluation.resuming import RequestKey, key_of
+from AutomaticEval.evaluation.resuming import RequestKey, key_of, logprob_of
 
 
 class Score(NamedTuple):
@@ -66,7 +66,7 @@ def _check(own: Sequence[Mapping[str, Any]], key: RequestKey, arguments: Sequenc
     """Raises CaptureError when what was captured of a request is not what lm-eval logged of it."""
     where = f"{key.task} document {key.doc_id} choice {key.choice} repeat {key.repeat}"
     if isinstance(response, int | float):  # a whole text
-        if repr(sum(_logprob(record) for record in own)) != repr(response):
+        if repr(sum(logprob_of(record) for record in own)) != repr(response):
             raise CaptureError(f"{where}: the captured windows do not sum up to the logged {response}.")
         return
     if len(own) != 1:
@@ -79,13 +79,8 @@ def _check(own: Sequence[Mapping[str, Any]], key: RequestKey, arguments: Sequenc
             raise CaptureError(f"{where}: captured {record['response']!r}, logged {response!r}.")
     elif record["response"] != arguments[1]:
         raise CaptureError(f"{where}: the captured choice is not the logged one.")
-    elif repr((_logprob(record), record["is_greedy"])) != repr((float(response[0]), bool(response[1]))):
-        raise CaptureError(f"{where}: captured {_logprob(record)}, logged {response}.")
-
-
-def _logprob(record: Mapping[str, Any]) -> float:
-    logprob = record["logprob"]
-    return float("nan") if logprob is None else float(logprob)  # none is written as nan
+    elif repr((logprob_of(record), record["is_greedy"])) != repr((float(response[0]), bool(response[1]))):
+        raise CaptureError(f"{where}: captured {logprob_of(record)}, logged {response}.")
 
 
 def _by_document(logged: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
@@ -22,10 +21,10 @@ from torch import Tensor
 
 from AutomaticEval.capture.generation import dtype_of, keep_of, sample_columns, sequence_rows, until_end
 from AutomaticEval.errors import BenchmarkError, CaptureError
-from AutomaticEval.evaluation.benchmark import WHY_NOT
+from AutomaticEval.evaluation.benchmark import WHY_NOT, indistinct
 from AutomaticEval.evaluation.calls import UNKNOWN, Call, Request
 from AutomaticEval.evaluation.collating import AnswerHook, recording
-from AutomaticEval.evaluation.encoding import EncodedAhead, texts_of
+from AutomaticEval.evaluation.encoding import EncodedAhead, rolling_windows, texts_of
 from AutomaticEval.evaluation.ranks import Ranks
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, random_state
 from AutomaticEval.models.hooks import Kept, capturing
@@ -122,7 +121,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             return call.complete(own)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        cut = [self._windows(request.args[0]) for request in requests]
+        cut = [rolling_windows(self, request.args[0]) for request in requests]
         asked = [
             Request(key._replace(window=number), *map(self._text, window))
             for (key, _), windows in zip(self._keyed(requests), cut, strict=True)
@@ -136,17 +135,6 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         if len(call.computed) == len(asked) and repr(totals) != repr(own):
             raise CaptureError(f"lm-eval's sums over windows are not ours; {UNKNOWN}.")
         return totals
-
-    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
-        """The windows in which lm-eval scores a whole text: each with one token of context, or the prefix token."""
-        windows = utils.get_rolling_token_windows(
-            token_list=self.tok_encode(text),
-            prefix_token=self.prefix_token_id,
-            max_seq_len=self.max_length,
-            context_len=1,
-        )
-        disjoint = map(utils.make_disjoint_window, windows)
-        return [(list(context), list(continuation)) for context, continuation in disjoint]
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tok_decode(ids, skip_special_tokens=False))
@@ -164,8 +152,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             for key, _ in keyed:
                 if key in self._asked:
                     raise BenchmarkError(
-                        f"the task {key.task!r} asks several requests of one document under the same index, so that they cannot "
-                        "be told apart; run it without --capture_activations. (Or it was asked before: one instance makes one run.)"
+                        f"{indistinct(key.task)} (Or it was asked before: one instance makes one run.)"
                     )
                 self._asked.add(key)
         return keyed
@@ -238,11 +225,11 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         return whole, members, sorted(wanted)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
-        batch = self._serves().fed(len(context))
+        call = self._serves()
+        batch = call.fed(len(context))
         if self._selection is None:
             plain: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
             return plain
-        call = self._serves()
         pads = [int(row.numel() - row.sum()) for row in kwargs["attention_mask"]]
         prompts = [row[pad:].tolist() for row, pad in zip(context, pads, strict=True)]
         keep = keep_of(self._positions, prompts, pads)

@@ -52,8 +52,7 @@ def answered_in(records: Sequence[Mapping[str, Any]]) -> dict[RequestKey, Answer
     for record in records:
         key = key_of(record)
         scored = record.get("is_greedy") is not None
-        logprob = float("nan") if record.get("logprob") is None else record["logprob"]  # none is written as nan
-        answer = (logprob, record["is_greedy"]) if scored else record["response"]
+        answer = (logprob_of(record), record["is_greedy"]) if scored else record["response"]
         text = hash_of(record["prompt"], record["response"] if scored else None)
         found[key] = Answered(answer, text, record.get("random_state") or None)
     return found
@@ -61,6 +60,11 @@ def answered_in(records: Sequence[Mapping[str, Any]]) -> dict[RequestKey, Answer
 
 def key_of(record: Mapping[str, Any]) -> RequestKey:
     return RequestKey(*(record[name] for name in RequestKey._fields))
+
+
+def logprob_of(record: Mapping[str, Any]) -> float:
+    logprob = record["logprob"]
+    return float("nan") if logprob is None else float(logprob)  # none is written as nan
 
 
 def hash_of(prompt: str, response: str | None) -> int:

@@ -27,7 +27,7 @@ from AutomaticEval.evaluation.repeats import score_repeats
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import ensure_space, prepare_folder, size_text
-from AutomaticEval.store.writer import shard_bytes_for
+from AutomaticEval.store.writer import shard_bytes_for, shards_bytes
 
 
 @dataclass
@@ -99,7 +99,7 @@ def _captured(
     announce: Callable[[str], None],
 ) -> Outcome:
     size = forecast(loaded, benchmark, found, selection)
-    there = 0 if keeping.resume is None else sum(file.stat().st_size for file in keeping.resume.glob("shard-*.h5"))
+    there = 0 if keeping.resume is None else shards_bytes(keeping.resume)
     if ranks.is_first:
         already = f", {size_text(there)} of it already there" if there else ""
         announce(f"Activations: at most {size_text(size)} expected{already}")
@@ -126,7 +126,7 @@ def _captured(
             outcome = _evaluate(CapturingHFLM(loaded, selection, writer.add, **how), loaded, benchmark, found, ranks)
             if ranks.is_first:  # before the join, so that the scores outlive one that fails
                 outcome.results_file = save_results(outcome, loaded, benchmark, output_path or writer.folder)
-        folder.finish(outcome.samples, repeats=score_repeats(found.tasks, found.drawn))
+        folder.finish(outcome.samples, repeats=score_repeats(found.tasks, found.drawn) if ranks.is_first else None)
     except DiskFull as full:
         full.exit_code = 1  # the run had begun
         raise

@@ -112,8 +112,7 @@ class RunWriter:
         for left in self.folder.glob(".*.partial"):
             left.unlink()
         shards = [Shard(self.folder / name) for name in living(self.folder, found)]
-        if is_finished(self.folder):
-            raise StoreError(f"{self.folder} is finished, there is nothing to resume; read it with open_run.")
+        refuse_finished(self.folder)
         (self.folder / INDEX).unlink(missing_ok=True)  # it was built over the shards of the unfinished run
         if shards:
             self._settings["run_id"] = shards[0].settings.get("run_id")
@@ -328,6 +327,11 @@ def shard_names(folder: Path) -> list[str]:
     )
 
 
+def shards_bytes(folder: Path) -> int:
+    """What the shards in a folder take on the disk."""
+    return sum((folder / name).stat().st_size for name in shard_names(folder))
+
+
 def living(folder: Path, names: Sequence[str]) -> list[str]:
     """Without those that another one replaces: a process was killed before it could delete them."""
     replaced = {
@@ -353,6 +357,12 @@ def is_finished(folder: Path) -> bool:
     if not (folder / INDEX).exists():
         return False
     return Shard(folder / INDEX, RUN_FORMAT).attributes.get("state", "finished") == "finished"
+
+
+def refuse_finished(folder: Path) -> None:
+    """Raises StoreError for a run that cannot be resumed, because it was evaluated to its end."""
+    if is_finished(folder):
+        raise StoreError(f"{folder} is finished, there is nothing to resume; read it with open_run.")
 
 
 def source_of(shard: Shard) -> Source:
