@@ -12,7 +12,8 @@
     │   ├── ModelUnavailable
     │   ├── DeviceUnavailable
     │   ├── UnsupportedModel
-    │   └── SiteUnavailable
+    │   ├── SiteUnavailable
+    │   └── TreeUnsuitable
     ├── BenchmarkError                  the benchmark cannot be had, or cannot be captured
     │   ├── UnknownBenchmark
     │   └── BenchmarkUnavailable
@@ -93,6 +94,10 @@ class UnsupportedModel(ModelError):
 
 class SiteUnavailable(ModelError):
     """This model has no such site, or the site failed its check."""
+
+
+class TreeUnsuitable(ModelError):
+    """The model cannot be scored over a prefix tree."""
 
 
 class BenchmarkError(AutomaticEvalError):

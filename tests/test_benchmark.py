@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Selection
 
 SCORED = Selection.parse(positions="scored")
+stock = partial(Benchmark, scoring="stock")  # lm-eval's own batches, bit for bit; test_tree.py has the others
 ALL = Selection.parse()
 
 
@@ -97,7 +99,7 @@ def test_demo_scores_equal_plain_lm_eval_and_rows_reproduce_them(
     demo: LoadedModel, tmp_path: Path, batch_size: Any, selection: Selection, same_hooks_after: Callable[[Any], None]
 ) -> None:
     same_hooks_after(demo.model)
-    benchmark = Benchmark(("demo",), batch_size=batch_size, limit=24)
+    benchmark = stock(("demo",), batch_size=batch_size, limit=24)
     outcome = run_benchmark(demo, benchmark, selection, keeping=Keeping(tmp_path))
     assert_scores_are_plain(demo, benchmark, outcome)
     assert_rows_reproduce_scores(demo, outcome.folder)
@@ -106,14 +108,14 @@ def test_demo_scores_equal_plain_lm_eval_and_rows_reproduce_them(
 @pytest.mark.parametrize("num_fewshot", [0, 3])
 def test_every_family_and_fewshot(tiny: LoadedModel, tmp_path: Path, num_fewshot: int) -> None:
     """The tiny models' context is 128 tokens: with examples the prompts are cut on the left."""
-    benchmark = Benchmark(("demo",), batch_size=5, limit=12, num_fewshot=num_fewshot)
+    benchmark = stock(("demo",), batch_size=5, limit=12, num_fewshot=num_fewshot)
     outcome = run_benchmark(tiny, benchmark, SCORED, keeping=Keeping(tmp_path))
     assert_scores_are_plain(tiny, benchmark, outcome)
     assert_rows_reproduce_scores(tiny, outcome.folder)
 
 
 def test_truncated_prompts_are_captured_as_they_were_fed(tiny_llama: LoadedModel, tmp_path: Path) -> None:
-    benchmark = Benchmark(("demo_facts",), batch_size=4, limit=6, num_fewshot=6)
+    benchmark = stock(("demo_facts",), batch_size=4, limit=6, num_fewshot=6)
     outcome = run_benchmark(tiny_llama, benchmark, ALL, keeping=Keeping(tmp_path))
     assert_scores_are_plain(tiny_llama, benchmark, outcome)
     run = open_run(outcome.folder or "")
@@ -126,7 +128,7 @@ def test_truncated_prompts_are_captured_as_they_were_fed(tiny_llama: LoadedModel
 
 
 def test_rows_of_a_whole_run_equal_raw_hooks_on_single_rows(demo: LoadedModel, tmp_path: Path) -> None:
-    outcome = run_benchmark(demo, Benchmark(("demo",), limit=10, batch_size=7), ALL, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(demo, stock(("demo",), limit=10, batch_size=7), ALL, keeping=Keeping(tmp_path))
     for sample in open_run(outcome.folder or ""):
         sequence = [*sample["input_ids"][0].tolist(), *sample["generated_ids"].tolist()]
         assert sample["token_ids"].tolist() == sequence[:-1]
@@ -136,7 +138,7 @@ def test_rows_of_a_whole_run_equal_raw_hooks_on_single_rows(demo: LoadedModel, t
 
 
 def test_every_request_is_there_once_with_its_own_text(demo: LoadedModel, tmp_path: Path) -> None:
-    outcome = run_benchmark(demo, Benchmark(("demo",), limit=20), SCORED, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(demo, stock(("demo",), limit=20), SCORED, keeping=Keeping(tmp_path))
     table = open_run(outcome.folder or "").table()
     assert not table.duplicated(["task", "doc_id", "choice", "repeat"]).any()
     assert table.groupby("task").size().to_dict() == {"demo_arithmetic": 20, "demo_facts": 80}
@@ -153,7 +155,7 @@ def test_every_request_is_there_once_with_its_own_text(demo: LoadedModel, tmp_pa
 
 
 def test_demo_model_is_right_where_it_has_read_and_above_chance(demo: LoadedModel) -> None:
-    outcome = run_benchmark(demo, Benchmark(("demo",), batch_size=16))
+    outcome = run_benchmark(demo, stock(("demo",), batch_size=16))
     for task in ("facts", "arithmetic"):
         docs = [json.loads(line) for line in (BUNDLED / f"{task}_test.jsonl").read_text().splitlines()]
         logged = outcome.samples[f"demo_{task}"]
@@ -170,7 +172,7 @@ def test_demo_model_is_right_where_it_has_read_and_above_chance(demo: LoadedMode
 
 @pytest.mark.parametrize("seed", [None, 1, 2])
 def test_num_trials_draws_over_the_whole_benchmark(demo: LoadedModel, tmp_path: Path, seed: int | None) -> None:
-    benchmark = Benchmark(("demo",), num_trials=7, seed=seed)
+    benchmark = stock(("demo",), num_trials=7, seed=seed)
     outcome = run_benchmark(demo, benchmark, SCORED, keeping=Keeping(tmp_path))
     asked = {(task, entry["doc_id"]) for task, logged in outcome.samples.items() for entry in logged}
     assert len(asked) == 7
@@ -187,16 +189,16 @@ def test_num_trials_draws_over_the_whole_benchmark(demo: LoadedModel, tmp_path: 
 
 def test_draws_differ_with_the_seed_and_stop_at_the_whole(demo: LoadedModel) -> None:
     totals = {"a": 5, "b": 300}
-    draws = [benchmark_module._draw(Benchmark(("x",), num_trials=10, seed=seed), totals) for seed in range(5)]
+    draws = [benchmark_module._draw(stock(("x",), num_trials=10, seed=seed), totals) for seed in range(5)]
     assert len({json.dumps(draw) for draw in draws}) == 5
     assert all(draw is not None and sum(map(len, draw.values())) == 10 for draw in draws)
-    whole = benchmark_module._draw(Benchmark(("x",), num_trials=1000), totals)
+    whole = benchmark_module._draw(stock(("x",), num_trials=1000), totals)
     assert whole == {"a": list(range(5)), "b": list(range(300))}
 
 
 def test_tasks_without_a_drawn_question_do_not_run(demo: LoadedModel) -> None:
     """lm-eval runs a task in full when its list of samples is empty or absent."""
-    outcome = run_benchmark(demo, Benchmark(("demo",), num_trials=1))
+    outcome = run_benchmark(demo, stock(("demo",), num_trials=1))
     assert sum(len(logged) for logged in outcome.samples.values()) == 1
 
 
@@ -253,7 +255,7 @@ def own_tasks(tmp_path: Path) -> str:
 def test_duplicate_documents_keep_a_sample_each_and_share_rows(
     demo: LoadedModel, tmp_path: Path, own_tasks: str
 ) -> None:
-    benchmark = Benchmark(("twice",), include_path=(own_tasks,))
+    benchmark = stock(("twice",), include_path=(own_tasks,))
     outcome = run_benchmark(demo, benchmark, SCORED, keeping=Keeping(tmp_path / "out"))
     assert_scores_are_plain(demo, benchmark, outcome)
     assert_rows_reproduce_scores(demo, outcome.folder)
@@ -274,7 +276,7 @@ def test_duplicate_documents_keep_a_sample_each_and_share_rows(
 
 
 def test_sampled_repeats_and_stop_strings_are_keyed_and_cut(demo: LoadedModel, tmp_path: Path, own_tasks: str) -> None:
-    benchmark = Benchmark(("often",), include_path=(own_tasks,))
+    benchmark = stock(("often",), include_path=(own_tasks,))
     outcome = run_benchmark(demo, benchmark, ALL, keeping=Keeping(tmp_path / "out"))
     assert_scores_are_plain(demo, benchmark, outcome)
     run = open_run(outcome.folder or "")
@@ -293,21 +295,21 @@ def test_sampled_repeats_and_stop_strings_are_keyed_and_cut(demo: LoadedModel, t
 
 
 def test_lm_evals_own_files_are_written_and_hold_its_scores(demo: LoadedModel, tmp_path: Path) -> None:
-    outcome = run_benchmark(demo, Benchmark(("demo",), limit=3), SCORED, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(demo, stock(("demo",), limit=3), SCORED, keeping=Keeping(tmp_path))
     assert outcome.results_file is not None
     assert outcome.folder in outcome.results_file.parents
     written = json.loads(outcome.results_file.read_text())
     assert written["results"] == as_json(outcome.results["results"])
     lines = [path.read_text().splitlines() for path in outcome.results_file.parent.glob("samples_*.jsonl")]
     assert sorted(map(len, lines)) == [3, 3]
-    elsewhere = run_benchmark(demo, Benchmark(("demo_facts",), limit=2), output_path=tmp_path / "results")
+    elsewhere = run_benchmark(demo, stock(("demo_facts",), limit=2), output_path=tmp_path / "results")
     assert elsewhere.results_file is not None
     assert tmp_path / "results" in elsewhere.results_file.parents
 
 
 def test_forecast_is_never_less_than_what_is_written(demo: LoadedModel, tmp_path: Path) -> None:
     for selection in (SCORED, ALL):
-        for benchmark in (Benchmark(("demo",), num_trials=20), Benchmark(("demo",), limit=9, num_fewshot=2)):
+        for benchmark in (stock(("demo",), num_trials=20), stock(("demo",), limit=9, num_fewshot=2)):
             found = load_tasks(benchmark)
             expected = benchmark_module.forecast(demo, benchmark, found, selection)
             outcome = run_benchmark(demo, benchmark, selection, keeping=Keeping(tmp_path))
@@ -326,7 +328,7 @@ def test_disk_without_room_is_refused_before_the_first_forward(
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     monkeypatch.setattr(run_module, "simple_evaluate", lambda **k: pytest.fail("it ran"))
     with pytest.raises(DiskFull) as raised:
-        run_benchmark(demo, Benchmark(("demo",)), SCORED, keeping=Keeping(tmp_path))
+        run_benchmark(demo, stock(("demo",)), SCORED, keeping=Keeping(tmp_path))
     assert raised.value.exit_code == 2
     assert os.listdir(tmp_path) == []
 
@@ -348,7 +350,7 @@ def test_disk_that_fills_up_in_a_run_keeps_the_sealed_shards(
     monkeypatch.setattr(writer, "write_file", full_after_two)
     monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
     with pytest.raises(DiskFull) as raised:
-        run_benchmark(demo, Benchmark(("demo",)), SCORED, keeping=Keeping(tmp_path))
+        run_benchmark(demo, stock(("demo",)), SCORED, keeping=Keeping(tmp_path))
     assert raised.value.exit_code == 1
     (folder,) = tmp_path.iterdir()
     run = open_run(folder)
@@ -363,7 +365,7 @@ def test_failure_in_a_run_seals_what_was_captured(
     from lm_eval.models import huggingface
 
     same_hooks_after(demo.model)
-    stock, calls = huggingface.Collator, []
+    collator, calls = huggingface.Collator, []
     real = HFLM._model_call
 
     def fails_third(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -374,8 +376,8 @@ def test_failure_in_a_run_seals_what_was_captured(
 
     monkeypatch.setattr(HFLM, "_model_call", fails_third)
     with pytest.raises(KeyboardInterrupt):
-        run_benchmark(demo, Benchmark(("demo_facts",), batch_size=8), SCORED, keeping=Keeping(tmp_path))
-    assert huggingface.Collator is stock
+        run_benchmark(demo, stock(("demo_facts",), batch_size=8), SCORED, keeping=Keeping(tmp_path))
+    assert huggingface.Collator is collator
     (folder,) = tmp_path.iterdir()
     assert len(open_run(folder)) >= 16
 
@@ -386,14 +388,14 @@ def test_change_inside_lm_eval_fails_loudly(demo: LoadedModel, tmp_path: Path, m
     monkeypatch.setattr(Call, "begins", lambda self, batch: begins(self, batch[::-1]))
     for task in ("demo_facts", "demo_arithmetic"):
         with pytest.raises(CaptureError, match="not what its request asks"):
-            run_benchmark(demo, Benchmark((task,), limit=6), SCORED, keeping=Keeping(tmp_path))
+            run_benchmark(demo, stock((task,), limit=6), SCORED, keeping=Keeping(tmp_path))
 
 
 def test_beam_search_in_a_task_is_refused(demo: LoadedModel, tmp_path: Path, own_tasks: str) -> None:
     task = REPEATS.replace("do_sample: true, temperature: 1.0", "num_beams: 2").replace("often", "beams")
     (Path(own_tasks) / "beams.yaml").write_text(task)
     with pytest.raises(CaptureError, match="Beam search"):
-        run_benchmark(demo, Benchmark(("beams",), include_path=(own_tasks,)), SCORED, keeping=Keeping(tmp_path / "out"))
+        run_benchmark(demo, stock(("beams",), include_path=(own_tasks,)), SCORED, keeping=Keeping(tmp_path / "out"))
 
 
 def test_scores_outlive_a_join_that_fails(demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,7 +404,7 @@ def test_scores_outlive_a_join_that_fails(demo: LoadedModel, tmp_path: Path, mon
 
     monkeypatch.setattr(folder_module, "join", fail)
     with pytest.raises(CaptureError, match="do not match"):
-        run_benchmark(demo, Benchmark(("demo",), limit=3), SCORED, keeping=Keeping(tmp_path))
+        run_benchmark(demo, stock(("demo",), limit=3), SCORED, keeping=Keeping(tmp_path))
     assert list(tmp_path.rglob("results_*.json"))
     assert list(tmp_path.rglob("shard-00000.h5"))
 
@@ -421,7 +423,7 @@ def test_task_whose_requests_cannot_be_told_apart_is_refused_before(
     monkeypatch.setattr(ConfigurableTask, "construct_requests", twice)
     monkeypatch.setattr(run_module, "simple_evaluate", lambda **k: pytest.fail("it ran"))
     with pytest.raises(BenchmarkError, match="told apart"):
-        run_benchmark(demo, Benchmark(("demo_arithmetic",)), SCORED, keeping=Keeping(tmp_path))
+        run_benchmark(demo, stock(("demo_arithmetic",)), SCORED, keeping=Keeping(tmp_path))
 
 
 def entry(doc_id: int, **metrics: Any) -> dict[str, Any]:
@@ -443,7 +445,7 @@ def test_correct_is_the_first_metric_that_says_right_or_wrong() -> None:
 
 
 def test_sample_joined_to_another_request_is_refused(demo: LoadedModel, tmp_path: Path) -> None:
-    outcome = run_benchmark(demo, Benchmark(("demo",), limit=4), SCORED, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(demo, stock(("demo",), limit=4), SCORED, keeping=Keeping(tmp_path))
     run = open_run(outcome.folder or "")
     records = run.table().to_dict("records")
     assert len(join(records, outcome.samples)) == len(records)
@@ -467,7 +469,7 @@ def test_positions_that_keep_nothing_are_refused(demo: LoadedModel, tmp_path: Pa
     with pytest.raises(SelectionError, match="keep nothing"):
         run_benchmark(
             demo,
-            Benchmark(("letters",), include_path=(own_tasks,)),
+            stock(("letters",), include_path=(own_tasks,)),
             Selection.parse(positions="response"),
             keeping=Keeping(tmp_path / "out"),
         )
@@ -500,12 +502,12 @@ def test_benchmark_without_its_data_says_both_ways_out(monkeypatch: pytest.Monke
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True, raising=False)
     with pytest.raises(BenchmarkUnavailable, match=r"connect once.*--benchmark_data"):
-        load_tasks(Benchmark(("arc_easy",)))
+        load_tasks(stock(("arc_easy",)))
 
 
 def test_bfloat16_run_keeps_bfloat16_and_plain_scores(tokenizer: Any, tmp_path: Path) -> None:
     loaded = LoadedModel(build(CONFIGS["gpt2"](), torch.bfloat16), tokenizer, "bf16")
-    benchmark = Benchmark(("demo",), limit=8)
+    benchmark = stock(("demo",), limit=8)
     outcome = run_benchmark(loaded, benchmark, SCORED, keeping=Keeping(tmp_path))
     assert_scores_are_plain(loaded, benchmark, outcome)
     assert open_run(outcome.folder or "").activations("layer_2").dtype == torch.bfloat16
@@ -517,7 +519,7 @@ def test_real_tasks_on_a_real_model(task: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(ROOT)  # the task files name their data relative to the project
     loaded = load_model(STORIES)
     tasks = str(ROOT.parent / "shared" / "real" / "lm_eval_tasks")
-    benchmark = Benchmark((task,), include_path=(tasks,), limit=4, num_fewshot=2, batch_size=4)
+    benchmark = stock((task,), include_path=(tasks,), limit=4, num_fewshot=2, batch_size=4)
     outcome = run_benchmark(loaded, benchmark, SCORED, keeping=Keeping(tmp_path))
     assert_scores_are_plain(loaded, benchmark, outcome)
     assert_rows_reproduce_scores(loaded, outcome.folder)
@@ -527,7 +529,7 @@ def test_real_tasks_on_a_real_model(task: str, tmp_path: Path, monkeypatch: pyte
 def test_group_of_57_tasks_with_5_trials_answers_5_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     tasks = str(ROOT.parent / "shared" / "real" / "lm_eval_tasks")
-    benchmark = Benchmark(("local_mmlu",), include_path=(tasks,), num_trials=5)
+    benchmark = stock(("local_mmlu",), include_path=(tasks,), num_trials=5)
     outcome = run_benchmark(load_model(STORIES), benchmark, SCORED, keeping=Keeping(tmp_path))
     (overall,) = (score for score in outcome.scores if score.metric == "correct")
     assert (overall.answered, overall.total) == (5, 14042)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ def pages(**unused):
 GREEDY = (
     REPEATS.replace("repeats: 3\n", "").replace("do_sample: true, temperature: 1.0, ", "").replace("often", "greedy")
 )
+# lm-eval's own batches, bit for bit; test_tree.py has the others
+evaluate = partial(evaluate_with_activations, scoring="stock")
+stock = partial(Benchmark, scoring="stock")
 MIXED = ("pages", "last_word", "twice", "greedy", "often")
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
@@ -118,7 +122,7 @@ def test_scores_of_every_kind_of_task_are_plain_lm_evals(
 ) -> None:
     loaded = LoadedModel(build(CONFIGS[name]()), tokenizer, name)
     names = (*MIXED, "demo_facts")
-    outcome = evaluate_with_activations(
+    outcome = evaluate(
         loaded, names, include_path=own_tasks, batch_size=batch_size, limit=5, activation_save_dir=tmp_path
     )
     assert_same(outcome, plain(loaded, names, own_tasks, batch_size, limit=5))
@@ -131,9 +135,7 @@ def test_scores_of_every_kind_of_task_are_plain_lm_evals(
 def test_windows_of_a_whole_text_are_samples_and_sum_up(
     tiny_llama: LoadedModel, own_tasks: str, tmp_path: Path
 ) -> None:
-    outcome = evaluate_with_activations(
-        tiny_llama, "pages", include_path=own_tasks, positions="all", activation_save_dir=tmp_path
-    )
+    outcome = evaluate(tiny_llama, "pages", include_path=own_tasks, positions="all", activation_save_dir=tmp_path)
     run = open_run(outcome.folder or "")
     table = run.table()
     assert table[table.doc_id == 0].window.tolist() == list(range(len(table[table.doc_id == 0]))) != [0]
@@ -158,7 +160,7 @@ def test_chat_template_and_system_instruction(name: str, batch_size: int, own_ta
     loaded = LoadedModel(build(CONFIGS[name]()), chatty, name)
     how = {"apply_chat_template": True, "system_instruction": "Be short.", "num_fewshot": 2, "limit": 4}
     names = ("demo", "twice", "greedy")
-    outcome = evaluate_with_activations(
+    outcome = evaluate(
         loaded, names, include_path=own_tasks, batch_size=batch_size, activation_save_dir=tmp_path, **how
     )
     assert_same(outcome, plain(loaded, names, own_tasks, batch_size, **how))
@@ -166,18 +168,18 @@ def test_chat_template_and_system_instruction(name: str, batch_size: int, own_ta
     prompts = open_run(outcome.folder or "").column("prompt")
     assert any("<system>Be short." in prompt for prompt in prompts)
     with pytest.raises(BenchmarkError, match="no chat template"):
-        evaluate_with_activations("demo", "demo", apply_chat_template=True, activation_save_dir=tmp_path)
+        evaluate("demo", "demo", apply_chat_template=True, activation_save_dir=tmp_path)
 
 
 def test_bfloat16_scores_are_plain_lm_evals(tokenizer: Any, own_tasks: str, tmp_path: Path) -> None:
     loaded = LoadedModel(build(CONFIGS["llama"](), torch.bfloat16), tokenizer, "bf16")
-    outcome = evaluate_with_activations(loaded, MIXED, include_path=own_tasks, activation_save_dir=tmp_path)
+    outcome = evaluate(loaded, MIXED, include_path=own_tasks, activation_save_dir=tmp_path)
     assert_same(outcome, plain(loaded, MIXED, own_tasks))
 
 
 def test_predict_only_answers_without_verdicts(demo: LoadedModel, own_tasks: str, tmp_path: Path) -> None:
     how = {"predict_only": True, "limit": 3}
-    outcome = evaluate_with_activations(demo, "demo", activation_save_dir=tmp_path, **how)
+    outcome = evaluate(demo, "demo", activation_save_dir=tmp_path, **how)
     assert_same(outcome, plain(demo, ("demo",), own_tasks, **how))
     table = open_run(outcome.folder or "").table()
     assert table.correct.isna().all()
@@ -187,7 +189,7 @@ def test_predict_only_answers_without_verdicts(demo: LoadedModel, own_tasks: str
 def test_each_sampled_answer_has_its_own_verdict(demo: LoadedModel, tmp_path: Path) -> None:
     """lm-eval scores the first answer alone; the others' verdicts are recomputed here from their texts."""
     how = {"gen_kwargs": "do_sample=true,temperature=1.5", "limit": 12}
-    outcome = evaluate_with_activations(demo, "demo_arithmetic", repeats=4, activation_save_dir=tmp_path, **how)
+    outcome = evaluate(demo, "demo_arithmetic", repeats=4, activation_save_dir=tmp_path, **how)
     table = open_run(outcome.folder or "").table()
     assert table.groupby("doc_id").size().tolist() == [4] * 12
     targets = table.target.astype(str).str.strip()
@@ -202,9 +204,9 @@ def test_device_map_over_cpu_and_disk(demo: LoadedModel, tmp_path: Path) -> None
     parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **layers}
     spread = load_model(str(DEMO_FOLDER), tokenizer=demo.tokenizer, options=LoadOptions(device_map=parts))
     assert any(parameter.device.type == "meta" for parameter in spread.model.parameters())
-    outcome = evaluate_with_activations(spread, "demo", limit=6, activation_save_dir=tmp_path)
+    outcome = evaluate(spread, "demo", limit=6, activation_save_dir=tmp_path)
     assert_same(outcome, plain(demo, ("demo",), str(tmp_path), limit=6))
-    whole = evaluate_with_activations(demo, "demo", limit=6, activation_save_dir=tmp_path)
+    whole = evaluate(demo, "demo", limit=6, activation_save_dir=tmp_path)
     for one, other in zip(open_run(outcome.folder or ""), open_run(whole.folder or ""), strict=True):
         for key, rows in one["activations"].items():
             assert torch.equal(rows, other["activations"][key])
@@ -213,7 +215,7 @@ def test_device_map_over_cpu_and_disk(demo: LoadedModel, tmp_path: Path) -> None
 @pytest.mark.parametrize("how", ["load_in_8bit", "load_in_4bit"])
 def test_quantised_runs(how: str, tmp_path: Path) -> None:
     loaded = load_model("demo", options=LoadOptions(**{how: True}))
-    outcome = evaluate_with_activations(loaded, "demo", limit=6, activation_save_dir=tmp_path)
+    outcome = evaluate(loaded, "demo", limit=6, activation_save_dir=tmp_path)
     assert_same(outcome, plain(loaded, ("demo",), str(tmp_path), limit=6))
     assert_reproduced(loaded, outcome.folder)
     settings = open_run(outcome.folder or "").settings
@@ -223,7 +225,7 @@ def test_quantised_runs(how: str, tmp_path: Path) -> None:
 def test_forecast_knows_how_much_context_the_last_window_has(
     tiny_llama: LoadedModel, own_tasks: str, tmp_path: Path
 ) -> None:
-    benchmark = Benchmark(("pages",), include_path=(own_tasks,), limit=1)
+    benchmark = stock(("pages",), include_path=(own_tasks,), limit=1)
     expected = forecast(tiny_llama, benchmark, load_tasks(benchmark), Selection.parse())
     outcome = run_benchmark(tiny_llama, benchmark, Selection.parse(), keeping=Keeping(tmp_path))
     run = open_run(outcome.folder or "")
@@ -240,7 +242,9 @@ def manager() -> TaskManager:
 
 
 def test_instance_in_simple_evaluate(demo: LoadedModel, tmp_path: Path) -> None:
-    lm = HFActivations(demo, activation_save_dir=tmp_path, batch_size=4, positions="all", layers_to_capture=[0, -1])
+    lm = HFActivations(
+        demo, scoring="stock", activation_save_dir=tmp_path, batch_size=4, positions="all", layers_to_capture=[0, -1]
+    )
     results = simple_evaluate(model=lm, tasks=["demo"], task_manager=manager(), limit=5)
     assert results is not None
     expected = plain(demo, ("demo",), str(tmp_path), 4, limit=5)
@@ -255,7 +259,7 @@ def test_instance_in_simple_evaluate(demo: LoadedModel, tmp_path: Path) -> None:
 
 
 def test_instance_knows_the_documents_of_a_selection(demo: LoadedModel, tmp_path: Path) -> None:
-    lm = HFActivations(demo, activation_save_dir=tmp_path)
+    lm = HFActivations(demo, scoring="stock", activation_save_dir=tmp_path)
     results = simple_evaluate(
         model=lm, tasks=["demo_facts"], task_manager=manager(), samples={"demo_facts": [3, 7, 40]}
     )
@@ -266,7 +270,7 @@ def test_instance_knows_the_documents_of_a_selection(demo: LoadedModel, tmp_path
 
 
 def test_instance_refuses_what_breaks_the_mapping(demo: LoadedModel, tmp_path: Path) -> None:
-    lm = HFActivations(demo, activation_save_dir=tmp_path)
+    lm = HFActivations(demo, scoring="stock", activation_save_dir=tmp_path)
     with pytest.raises(BenchmarkError, match=r"use_cache.*no forward"):
         simple_evaluate(model=lm, tasks=["demo_facts"], task_manager=manager(), use_cache=str(tmp_path / "cache"))
     unsorted = simple_evaluate(model=lm, tasks=["demo_facts"], task_manager=manager(), samples={"demo_facts": [7, 3]})
@@ -301,10 +305,10 @@ def test_requests_that_cannot_be_told_apart_run_uncaptured(demo: LoadedModel) ->
     """As squadv2 makes them. Without capture nothing is keyed, and answers are lm-eval's."""
     texts = ("One. " * 200, "Two.")
     twice = [Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("t", 0, 1)) for text in texts]
-    lm = CapturingHFLM(demo, None, lambda samples: None)
+    lm = CapturingHFLM(demo, None, lambda samples: None, scoring="stock")
     assert lm.loglikelihood_rolling(twice) == HFLM(demo.model, tokenizer=demo.tokenizer).loglikelihood_rolling(twice)
     with pytest.raises(BenchmarkError, match="told apart"):
-        CapturingHFLM(demo, SCORED, lambda samples: None).loglikelihood_rolling(twice)
+        CapturingHFLM(demo, SCORED, lambda samples: None, scoring="stock").loglikelihood_rolling(twice)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +329,7 @@ def test_wrong_options_are_refused(
     options: dict[str, Any], error: type[Exception], says: str, demo: LoadedModel, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=says):
-        evaluate_with_activations(demo, "demo_arithmetic", activation_save_dir=tmp_path / "out", **options)
+        evaluate(demo, "demo_arithmetic", activation_save_dir=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -334,10 +338,10 @@ def test_tasks_that_no_text_model_answers_in_one_pass_are_refused(
 ) -> None:
     from lm_eval.api.task import ConfigurableTask
 
-    stock = ConfigurableTask.__init__
+    real = ConfigurableTask.__init__
 
     def other_type(self: Any, *args: Any, **kwargs: Any) -> None:
-        stock(self, *args, **kwargs)
+        real(self, *args, **kwargs)
         self.OUTPUT_TYPE = "generate_until_multi_round"
 
     for attribute, value, says in (
@@ -348,12 +352,12 @@ def test_tasks_that_no_text_model_answers_in_one_pass_are_refused(
         with monkeypatch.context() as patched:
             patched.setattr(ConfigurableTask, attribute, value, raising=False)
             with pytest.raises(BenchmarkError, match=says):
-                load_tasks(Benchmark(("demo_facts",)))
+                load_tasks(stock(("demo_facts",)))
 
 
 def test_patterns_and_task_files_name_tasks(own_tasks: str) -> None:
-    assert set(load_tasks(Benchmark(("demo_*",), include_path=(own_tasks,))).tasks) == {"demo_facts", "demo_arithmetic"}
-    assert set(load_tasks(Benchmark((f"{own_tasks}/twice.yaml",))).tasks) == {"twice"}
+    assert set(load_tasks(stock(("demo_*",), include_path=(own_tasks,))).tasks) == {"demo_facts", "demo_arithmetic"}
+    assert set(load_tasks(stock((f"{own_tasks}/twice.yaml",))).tasks) == {"twice"}
 
 
 # Stock tasks on local files
@@ -374,7 +378,7 @@ def hendrycks(folder: Path, subject: str, n_test: int = 4) -> list[dict[str, Any
 
 def test_hendrycks_folders_feed_the_stock_task(demo: LoadedModel, tmp_path: Path) -> None:
     docs = hendrycks(tmp_path / "data", "astronomy")
-    outcome = evaluate_with_activations(
+    outcome = evaluate(
         demo, "mmlu_astronomy", benchmark_data=tmp_path / "data", num_fewshot=2, activation_save_dir=tmp_path / "out"
     )
     logged = outcome.samples["mmlu_astronomy"]
@@ -428,7 +432,7 @@ def test_layouts_of_local_files(files: list[str], task: str, demo: LoadedModel, 
     for name in files:
         write_documents(tmp_path / "data" / name, [docs[task]] * 2)
     how = {"benchmark_data": tmp_path / "data", "num_fewshot": 0, "limit": 2, "gen_kwargs": "max_gen_toks=8"}
-    outcome = evaluate_with_activations(demo, task, activation_save_dir=tmp_path / "out", **how)
+    outcome = evaluate(demo, task, activation_save_dir=tmp_path / "out", **how)
     assert len(outcome.samples[task]) == (4 if task == "gsm8k" else 2)  # gsm8k has two filters
     assert set(open_run(outcome.folder or "").column("task")) == {task}
     assert_reproduced(demo, outcome.folder)
@@ -452,11 +456,11 @@ def write_documents(file: Path, docs: list[dict[str, Any]]) -> None:
 
 def test_local_files_that_are_missing_or_broken_say_so(demo: LoadedModel, tmp_path: Path) -> None:
     hendrycks(tmp_path, "astronomy")
-    asked = Benchmark(("mmlu_anatomy",), local_files=str(tmp_path))
+    asked = stock(("mmlu_anatomy",), local_files=str(tmp_path))
     with pytest.raises(BenchmarkUnavailable, match=r"no 'test' split.*anatomy.*Looked for test/anatomy.*connect once"):
         load_tasks(asked)
     with pytest.raises(BenchmarkUnavailable, match=r"7 examples are needed.*--num_fewshot 0"):
-        load_tasks(Benchmark(("mmlu_astronomy",), local_files=str(tmp_path), num_fewshot=7))
+        load_tasks(stock(("mmlu_astronomy",), local_files=str(tmp_path), num_fewshot=7))
     broken = tmp_path / "broken.jsonl"
     for text, says in (('{"a": 1}\n{"a": 1', "line 2"), ("", "no documents"), ("[1]", "no documents")):
         broken.write_text(text)
@@ -470,7 +474,7 @@ def test_local_files_that_are_missing_or_broken_say_so(demo: LoadedModel, tmp_pa
 def test_local_files_are_read_again_when_they_change(tmp_path: Path) -> None:
     for n_test in (4, 6):
         hendrycks(tmp_path, "astronomy", n_test)
-        assert load_tasks(Benchmark(("mmlu_astronomy",), local_files=str(tmp_path))).n_questions == n_test
+        assert load_tasks(stock(("mmlu_astronomy",), local_files=str(tmp_path))).n_questions == n_test
 
 
 @needs_real
@@ -478,7 +482,7 @@ def test_whole_stock_mmlu_on_real_local_files(tmp_path: Path) -> None:
     """57 subjects and their groups' scores, drawn from 14,042 real questions, and the prompts of the task files beside them."""
     loaded = load_model(STORIES)
     how = {"num_trials": 40, "num_fewshot": 1, "benchmark_data": REAL / "data", "activation_save_dir": tmp_path}
-    outcome = evaluate_with_activations(loaded, "mmlu", **how)
+    outcome = evaluate(loaded, "mmlu", **how)
     scores = {score.task: score for score in outcome.scores}
     assert {"mmlu", "mmlu_stem", "mmlu_humanities", "mmlu_other", "mmlu_social_sciences"} <= set(scores)
     assert (scores["mmlu"].answered, scores["mmlu"].total) == (40, 14042)
@@ -497,9 +501,7 @@ def test_stock_tasks_ask_what_local_task_files_ask(
     loaded = load_model(STORIES)
     how: dict[str, Any] = {"num_fewshot": 5, "limit": 6, "gen_kwargs": "max_gen_toks=24"}
     expected = plain(loaded, (local,), str(REAL / "lm_eval_tasks"), **how)
-    outcome = evaluate_with_activations(
-        loaded, stock, benchmark_data=REAL / "data", activation_save_dir=tmp_path, **how
-    )
+    outcome = evaluate(loaded, stock, benchmark_data=REAL / "data", activation_save_dir=tmp_path, **how)
     for one, other in zip(outcome.samples[stock], expected["samples"][local], strict=True):
         for name in ("arguments", "resps", "filtered_resps", "target", "prompt_hash", "doc_hash", "metrics"):
             assert as_json(one[name]) == as_json(other[name])
@@ -541,7 +543,10 @@ def test_texts_are_encoded_ahead_as_lm_eval_encodes_them(folder: Path) -> None:
     bos = loaded.tokenizer.decode(HFLM(loaded.model, tokenizer=loaded.tokenizer).prefix_token_id)
     pairs = [(f"What is {n}?  ", f" {n} é") for n in range(1500)] + [("", "x"), ("ends\n", "y")]
     for more in ([], [(bos + "What", " is")]):
-        ours, theirs = CapturingHFLM(loaded, None, list), HFLM(loaded.model, tokenizer=loaded.tokenizer)
+        ours, theirs = (
+            CapturingHFLM(loaded, None, list, scoring="stock"),
+            HFLM(loaded.model, tokenizer=loaded.tokenizer),
+        )
         asked = [*pairs, *more]
         ours._ahead = EncodedAhead(texts_of(asked), ours._encode_many)
         for context, continuation in asked:
@@ -599,9 +604,7 @@ def test_drift_in_lm_eval_fails_loudly(
     """Another lm-eval, which orders, cuts, groups or answers otherwise."""
     drift(monkeypatch)
     with pytest.raises(CaptureError, match=says):
-        evaluate_with_activations(
-            demo, "twice,demo_facts", include_path=own_tasks, limit=10, batch_size=2, activation_save_dir=tmp_path
-        )
+        evaluate(demo, "twice,demo_facts", include_path=own_tasks, limit=10, batch_size=2, activation_save_dir=tmp_path)
 
 
 def test_drifting_windows_and_sums_fail_loudly(
@@ -616,9 +619,7 @@ def test_drifting_windows_and_sums_fail_loudly(
         return stock(*args, **{**kwargs, "max_seq_len": 40})
 
     def asked() -> Outcome:
-        return evaluate_with_activations(
-            demo, "pages", include_path=own_tasks, limit=1, activation_save_dir=tmp_path, positions="last"
-        )
+        return evaluate(demo, "pages", include_path=own_tasks, limit=1, activation_save_dir=tmp_path, positions="last")
 
     with monkeypatch.context() as patched:
         patched.setattr(utils, "get_rolling_token_windows", other_context)
@@ -635,7 +636,7 @@ def test_hooks_are_gone_after_every_kind_of_task(
     demo: LoadedModel, own_tasks: str, tmp_path: Path, same_hooks_after: Callable[[Any], None]
 ) -> None:
     same_hooks_after(demo.model)
-    outcome = run_benchmark(demo, Benchmark(MIXED, include_path=(own_tasks,)), SCORED, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(demo, stock(MIXED, include_path=(own_tasks,)), SCORED, keeping=Keeping(tmp_path))
     assert open_run(outcome.folder or "").finished
 
 
@@ -703,7 +704,7 @@ def odd_tasks(tmp_path: Path) -> str:
 
 def test_task_that_is_other_each_time_it_is_read_is_refused(odd_tasks: str) -> None:
     with pytest.raises(BenchmarkError, match="each time it is read"):
-        load_tasks(Benchmark(("shuffled",), include_path=(odd_tasks,)))
+        load_tasks(stock(("shuffled",), include_path=(odd_tasks,)))
 
 
 def test_local_files_are_processed_once(demo: LoadedModel, tmp_path: Path) -> None:
@@ -711,7 +712,7 @@ def test_local_files_are_processed_once(demo: LoadedModel, tmp_path: Path) -> No
     doc = {"Question": "What is red?", "Correct Answer": "a colour"}
     doc |= {f"Incorrect Answer {n}": text for n, text in ((1, "a fox"), (2, "tea"), (3, "blue"))}
     write_documents(tmp_path / "data" / "gpqa" / "gpqa_main" / "train.jsonl", [doc] * 6)
-    outcome = evaluate_with_activations(
+    outcome = evaluate(
         demo, "gpqa_main_zeroshot", benchmark_data=tmp_path / "data", activation_save_dir=tmp_path / "out"
     )
     letters = set()
@@ -726,14 +727,14 @@ def test_local_files_are_processed_once(demo: LoadedModel, tmp_path: Path) -> No
 def test_documents_drawn_while_a_task_loads_are_plain_lm_evals(
     demo: LoadedModel, odd_tasks: str, tmp_path: Path
 ) -> None:
-    outcome = evaluate_with_activations(demo, "drawn", include_path=odd_tasks, activation_save_dir=tmp_path / "out")
+    outcome = evaluate(demo, "drawn", include_path=odd_tasks, activation_save_dir=tmp_path / "out")
     assert_same(outcome, plain(demo, ("drawn",), odd_tasks))
 
 
 def test_votes_over_all_answers_leave_each_answer_its_own_verdict(
     demo: LoadedModel, odd_tasks: str, tmp_path: Path
 ) -> None:
-    outcome = evaluate_with_activations(demo, "voted", include_path=odd_tasks, activation_save_dir=tmp_path / "out")
+    outcome = evaluate(demo, "voted", include_path=odd_tasks, activation_save_dir=tmp_path / "out")
     table = open_run(outcome.folder or "").table()
     assert len(table) == 18
     assert table.correct.isna().all()  # the first filter takes all answers together
@@ -742,19 +743,19 @@ def test_votes_over_all_answers_leave_each_answer_its_own_verdict(
 
 def test_empty_prompts_are_refused_before_a_forward(demo: LoadedModel, odd_tasks: str, tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="empty prompt"):
-        evaluate_with_activations(demo, "empty", include_path=odd_tasks, activation_save_dir=tmp_path / "out")
+        evaluate(demo, "empty", include_path=odd_tasks, activation_save_dir=tmp_path / "out")
     assert len(evaluate_plainly(demo, odd_tasks).samples["empty"]) == 2
 
 
 def evaluate_plainly(loaded: LoadedModel, tasks: str) -> Outcome:
-    return run_benchmark(loaded, Benchmark(("empty",), include_path=(tasks,)))
+    return run_benchmark(loaded, stock(("empty",), include_path=(tasks,)))
 
 
 def test_answer_ends_where_lm_eval_ends_it_when_later_tokens_change_earlier_text(
     demo: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Byte fallback: a newline before half a character is no newline any more."""
-    lm = CapturingHFLM(demo, SCORED, list)
+    lm = CapturingHFLM(demo, SCORED, list, scoring="stock")
     texts = {(1,): "foo", (1, 2): "foo\n", (1, 2, 3): "foo??", (1, 2, 3, 4): "foo??bar", (1, 2, 3, 4, 2): "foo??bar\n"}
     monkeypatch.setattr(lm, "tok_decode", lambda ids, **how: texts[tuple(ids)])
     assert lm._own_tokens([1, 2, 3, 4, 2], ["\n"]) == [1, 2, 3, 4]
@@ -782,7 +783,7 @@ def test_odd_local_files(tmp_path: Path) -> None:
 )
 def test_generation_options_that_would_do_nothing_are_refused(gen_kwargs: Any, says: str) -> None:
     with pytest.raises(BenchmarkError, match=says):
-        load_tasks(Benchmark(("demo_arithmetic",), gen_kwargs=gen_kwargs))
+        load_tasks(stock(("demo_arithmetic",), gen_kwargs=gen_kwargs))
 
 
 def test_misspelt_options_of_the_instance_are_refused(tmp_path: Path) -> None:
@@ -792,7 +793,7 @@ def test_misspelt_options_of_the_instance_are_refused(tmp_path: Path) -> None:
 
 
 def test_one_instance_makes_one_run(demo: LoadedModel, tmp_path: Path) -> None:
-    lm = HFActivations(demo, activation_save_dir=tmp_path)
+    lm = HFActivations(demo, scoring="stock", activation_save_dir=tmp_path)
     one, other = (
         simple_evaluate(model=lm, tasks=[task], task_manager=manager(), limit=2)
         for task in ("demo_facts", "demo_arithmetic")
@@ -807,5 +808,5 @@ def test_one_instance_makes_one_run(demo: LoadedModel, tmp_path: Path) -> None:
 def test_resume_needs_the_run_folder_itself(demo: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("chapter 1")
     with pytest.raises(StoreError, match="holds no run"):
-        evaluate_with_activations(demo, "demo", resume=tmp_path)
+        evaluate(demo, "demo", resume=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -44,7 +44,9 @@ ACCELERATE = [
 def run(launcher: list[str], folder: Path, *options: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
     command = [*(launcher or [sys.executable]), "main.py", *options, "--activation_save_dir", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, check=check, capture_output=True, cwd=ROOT, env=environment)
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0 or not check, done.stderr.decode()[-8000:]
+    return done
 
 
 def made_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Run]:

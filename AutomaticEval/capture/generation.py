@@ -177,11 +177,17 @@ def sample_columns(prompt: str, response: str, n_prompt_tokens: int, batch: Sequ
     }
 
 
-def keep_of(positions: Positions, prompts: Sequence[Sequence[int]], pads: Sequence[int]) -> Keep:
-    """What to keep of each forward of a left-padded batch: never padding, and what may still be selected."""
+def keep_of(positions: Positions, prompts: Sequence[Sequence[int]], pads: Sequence[int], n_past: int = 0) -> Keep:
+    """What to keep of each forward of a left-padded batch: never padding, and what may still be selected.
+
+    n_past: tokens of each prompt that were computed before, and are not fed.
+    """
     windows = [positions.window(len(prompt)) for prompt in prompts]
-    low = torch.tensor([pad + first for pad, (first, _) in zip(pads, windows, strict=True)])
-    high = torch.tensor([2**62 if last is None else pad + last for pad, (_, last) in zip(pads, windows, strict=True)])
+    begins = [pad - n_past for pad in pads]
+    low = torch.tensor([begin + first for begin, (first, _) in zip(begins, windows, strict=True)])
+    high = torch.tensor(
+        [2**62 if last is None else begin + last for begin, (_, last) in zip(begins, windows, strict=True)]
+    )
     low = torch.maximum(low, torch.tensor(list(pads)))
 
     def keep(first: int, n_columns: int) -> Kept:
@@ -200,18 +206,26 @@ def until_end(generated: Sequence[int], end: int | Sequence[int] | None) -> list
 
 
 def sequence_rows(
-    recording: Recording, row: int, pad: int, sequence: Sequence[int], positions: range | Sequence[int], tokenizer: Any
+    recording: Recording,
+    row: int,
+    pad: int,
+    sequence: Sequence[int],
+    positions: range | Sequence[int],
+    tokenizer: Any,
+    n_past: int = 0,
 ) -> Rows:
     """The kept rows of one sequence of a batch, after checking that the model was fed that very sequence.
 
-    sequence: prompt and response, of which the last token is never fed. Raises CaptureError.
+    sequence: prompt and response, of which the last token is never fed. n_past: its tokens that were computed before, and
+    of which no positions may be asked. Raises CaptureError.
     """
-    fed = recording.fed(row)[pad : pad + len(sequence) - 1]
-    if fed != list(sequence[:-1]):
+    own = list(sequence[n_past:-1])
+    fed = recording.fed(row)[pad : pad + len(own)]
+    if fed != own:
         raise CaptureError(
-            f"batch row {row}: the model was fed {len(fed)} tokens that are not the {len(sequence) - 1} of its sequence "
+            f"batch row {row}: the model was fed {len(fed)} tokens that are not the {len(own)} of its sequence "
             "(beam search and assisted decoding cannot be captured). Nothing was stored."
         )
     token_ids = [sequence[position] for position in positions]
-    activations: Mapping[str, Tensor] = recording.take(row, [pad + position for position in positions])
+    activations: Mapping[str, Tensor] = recording.take(row, [pad + position - n_past for position in positions])
     return Rows(token_ids, tokenizer.convert_ids_to_tokens(token_ids), list(positions), activations)

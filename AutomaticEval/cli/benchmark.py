@@ -42,7 +42,7 @@ def benchmark(
     predict_only: options.PredictOnly = False,
     confirm_run_unsafe_code: options.UnsafeCode = False,
     batch_size: options.BatchSize = "8",
-    scoring: options.Scoring = "stock",
+    scoring: options.Scoring = "tree",
     seed: options.Seed = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -76,8 +76,6 @@ def benchmark(
     for name, given in (("use_cache", use_cache), ("cache_requests", cache_requests)):
         if given is not None:
             raise BenchmarkError(f"--{name}: {WHY_NOT[name]}")
-    if scoring != "stock":
-        raise BenchmarkError(f"--scoring {scoring}: there is only stock, lm-eval's own batches.")
     ranks = join_ranks()
     say = _say if ranks.is_first else _say_nothing
     say("Loading …")
@@ -90,6 +88,7 @@ def benchmark(
         num_fewshot=num_fewshot,
         seed=seed,
         batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
+        scoring=scoring,
         include_path=tuple(map(str, include_path or ())),
         local_files=None if benchmark_data is None else str(benchmark_data),
         apply_chat_template=apply_chat_template,
@@ -128,6 +127,12 @@ def _print(outcome: Outcome, title: str) -> None:
     for score in outcome.scores:
         table.add_row(*_row(score))
     options.console().print(table)
+    if outcome.n_computed:
+        times = outcome.n_tokens / outcome.n_computed
+        typer.echo(
+            f"Scoring: {outcome.n_computed} tokens computed over the requests' prefix tree; one by one they have {outcome.n_tokens} "
+            f"({times:.1f} times as many)"
+        )
     if outcome.n_truncated:
         typer.echo(
             f"Cut prompts: {outcome.n_truncated} of {outcome.n_samples} samples lost their beginning (column n_truncated)"

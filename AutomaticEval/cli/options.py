@@ -53,7 +53,9 @@ UnsafeCode = Annotated[
     bool, typer.Option("--confirm_run_unsafe_code", help="Run tasks that execute what the model wrote.")
 ]
 BatchSize = Annotated[str, typer.Option("--batch_size", help="A number, or auto.")]
-Scoring = Annotated[str, typer.Option("--scoring", help="stock: lm-eval's own batches.")]
+Scoring = Annotated[
+    str, typer.Option("--scoring", help="tree (shared prefixes once), or stock: lm-eval's own batches.")
+]
 UseCache = Annotated[str | None, typer.Option("--use_cache", hidden=True)]
 CacheRequests = Annotated[str | None, typer.Option("--cache_requests", hidden=True)]
 

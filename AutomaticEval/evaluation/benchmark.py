@@ -35,6 +35,7 @@ from AutomaticEval.selection import Positions, Selection
 
 BUNDLED = Path(__file__).parent / "tasks" / "demo"
 BUNDLED_NAMES = ("demo", "demo_facts", "demo_arithmetic")
+SCORINGS = ("tree", "stock")
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 WHY_NOT = {
     "use_cache": "answers that come from lm-eval's cache have no forward, and so no activations; leave it out. A run that was "
@@ -68,6 +69,9 @@ class Benchmark:
 
     batch_size: int | str = 8
     """A number, or auto."""
+
+    scoring: str = "tree"
+    """tree: log-likelihoods over the prefix tree of all requests; stock: in lm-eval's own batches."""
 
     include_path: tuple[str, ...] = ()
     """Folders with task YAML files of your own."""
@@ -113,6 +117,8 @@ class Benchmark:
             raise BenchmarkError(f"--repeats is {self.repeats}; at least 1 is needed.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise BenchmarkError(f"--num_fewshot is {self.num_fewshot}; at least 0 is needed.")
+        if self.scoring not in SCORINGS:
+            raise BenchmarkError(f"--scoring is {self.scoring!r}; write {' or '.join(SCORINGS)}.")
         if not self.names:
             raise BenchmarkError("no benchmark was named; write for example demo or mmlu,gsm8k.")
         if self.seed is not None and not 0 <= self.seed < 2**32:

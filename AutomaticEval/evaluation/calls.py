@@ -71,6 +71,19 @@ class Call:
         self._n_listed += len(tagged)
         return tagged
 
+    def take_answered(self) -> set[int]:
+        """Take the answers that are there from before. Returns which requests they answer."""
+        for index, request in enumerate(self.requests):
+            before = self._answered.get(request.key)
+            if before is not None:
+                self._take(index, before)
+        return set(self.answers)
+
+    def answer(self, index: int, answer: Any) -> None:
+        """A request is answered without lm-eval."""
+        self.answers[index] = answer
+        self.computed.add(index)
+
     def begins(self, batch: Batch) -> bool:
         """Whether a batch that lm-eval is about to make is to be computed here."""
         if self._announced is not None or self._waiting:

@@ -7,7 +7,7 @@ through the place where lm-eval would cache them. No scoring code is copied.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,8 @@ class RecordingCollator(Collator):  # type: ignore[misc]
     wanted: Callable[[Batch], bool]
     placeholder: Any
     """What takes the place of an answer that is not computed here."""
+    groups: Sequence[int]
+    """Of each request; those of one group are batched one after the other. Empty: as lm-eval orders them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,8 +41,11 @@ class RecordingCollator(Collator):  # type: ignore[misc]
         waiting: dict[int, deque[int]] = defaultdict(deque)  # tuples pass by identity; equal ones keep their order
         for index, request in arr:
             waiting[id(request)].append(index)
-        for request in super()._reorder(arr):
-            self._order.append(waiting[id(request)].popleft())
+        ordered = [(waiting[id(request)].popleft(), request) for request in super()._reorder(arr)]
+        if self.groups:
+            ordered.sort(key=lambda each: self.groups[each[0]])
+        for index, request in ordered:
+            self._order.append(index)
             yield request
 
     def get_batched(self, n: int = 1, batch_fn: Any = None) -> Iterator[Any]:
@@ -67,10 +72,10 @@ class AnswerHook:
 
 
 @contextmanager
-def recording(wanted: Callable[[Batch], bool], placeholder: Any) -> Iterator[None]:
+def recording(wanted: Callable[[Batch], bool], placeholder: Any, groups: Sequence[int] = ()) -> Iterator[None]:
     """Have lm-eval's hf model use a RecordingCollator."""
     stock = huggingface.Collator
-    members = {"wanted": staticmethod(wanted), "placeholder": placeholder}
+    members = {"wanted": staticmethod(wanted), "placeholder": placeholder, "groups": groups}
     huggingface.Collator = type("RecordingCollator", (RecordingCollator,), members)
     try:
         yield

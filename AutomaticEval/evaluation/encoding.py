@@ -7,7 +7,8 @@ its choices.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
+from os.path import commonprefix
 
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -40,6 +41,24 @@ def rolling_windows(lm: HFLM, text: str) -> list[tuple[list[int], list[int]]]:
         token_list=lm.tok_encode(text), prefix_token=lm.prefix_token_id, max_seq_len=lm.max_length, context_len=1
     )
     return [(list(context), list(continuation)) for context, continuation in map(make_disjoint_window, windows)]
+
+
+def shared_beginnings(texts: Sequence[str]) -> tuple[list[float], list[int]]:
+    """(the part of each text that another one begins with, too, and groups of those that share at least half).
+
+    Group 0 has those that share less.
+    """
+    order = sorted(range(len(texts)), key=texts.__getitem__)
+    shares, groups, group = [0.0] * len(texts), [0] * len(texts), 1
+    for before, index in pairwise(order):
+        n_alike = len(commonprefix([texts[before], texts[index]]))  # noqa: RUF071 - texts, not paths
+        for each in (before, index):
+            shares[each] = max(shares[each], n_alike / max(1, len(texts[each])))
+        if 2 * n_alike < min(len(texts[before]), len(texts[index])):
+            group += 1
+            continue
+        groups[before] = groups[index] = group
+    return shares, groups
 
 
 def texts_of(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:

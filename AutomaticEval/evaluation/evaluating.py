@@ -26,6 +26,8 @@ class EvaluateOptions(TypedDict, total=False):
     num_fewshot: int | None
     seed: int | None
     batch_size: int | str
+    scoring: str
+    """tree, or stock: lm-eval's own batches."""
     include_path: str | Path | Iterable[str | Path]
     benchmark_data: str | Path | None
     """Folder with the tasks' data."""

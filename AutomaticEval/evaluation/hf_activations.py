@@ -10,7 +10,7 @@ Registered with lm-eval as `hf-activations`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -34,7 +34,7 @@ from AutomaticEval.store.writer import SHARD_BYTES
 class HFActivations(CapturingHFLM):
     """lm-eval's `hf` model that captures what it is asked into a run folder.
 
-    pretrained: a name, a folder, or a loaded model with tokenizer=. options: of loading (dtype, device, device_map,
+    pretrained: a name, a folder, or a loaded model with tokenizer=. scoring: tree, or stock: lm-eval's own batches. options: of loading (dtype, device, device_map,
     load_in_8bit, load_in_4bit, revision) and of lm-eval's HFLM (batch_size, max_length, …).
     After each of lm-eval's calls what was captured is on the disk; `finish` joins it to the scores.
     Raises SelectionError, ModelError, StoreError.
@@ -51,6 +51,7 @@ class HFActivations(CapturingHFLM):
         positions: str | Positions = "scored",
         store_dtype: str | None = None,
         compression: str | None = None,
+        scoring: str = "tree",
         **options: Any,
     ) -> None:
         selection = Selection.parse(sites, layers_to_capture, positions, store_dtype)
@@ -64,10 +65,14 @@ class HFActivations(CapturingHFLM):
             load["device"] = own_device(load.get("device", "auto"))
         loaded = load_model(pretrained, tokenizer=tokenizer, options=LoadOptions(**load))
         ranks = join_ranks()
-        settings = {**made_with(loaded, selection), "lm_eval": {name: str(value) for name, value in options.items()}}
+        settings = {
+            **made_with(loaded, selection),
+            "scoring": scoring,
+            "lm_eval": {name: str(value) for name, value in options.items()},
+        }
         name = folder_name(["lm-eval"], loaded.name)
         keeping = Keeping(Path(activation_save_dir), compression=compression)
-        super().__init__(loaded, selection, self._take, ranks=ranks, **options)
+        super().__init__(loaded, selection, self._take, scoring=scoring, ranks=ranks, **options)
         self._folder = RunFolder(keeping, name, loaded.name, settings, SHARD_BYTES, ranks)
         self._open = ExitStack()
         self._writer = self._open.enter_context(self._folder.writing()).writer
@@ -81,11 +86,11 @@ class HFActivations(CapturingHFLM):
         return self._writer.folder
 
     @contextmanager
-    def _serving(self, requests: list[Request], placeholder: Any) -> Iterator[Call]:
+    def _serving(self, requests: list[Request], placeholder: Any, groups: Sequence[int] = ()) -> Iterator[Call]:
         """On every exit what was captured is on the disk."""
         self._check_open()
         try:
-            with super()._serving(requests, placeholder) as call:
+            with super()._serving(requests, placeholder, groups) as call:
                 yield call
         finally:
             self._writer.flush()

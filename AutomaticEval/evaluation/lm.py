@@ -7,6 +7,7 @@ fed: a change inside lm-eval fails here, loudly.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,15 @@ from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from torch import Tensor
 
 from AutomaticEval.capture.generation import dtype_of, keep_of, sample_columns, sequence_rows, until_end
-from AutomaticEval.errors import BenchmarkError, CaptureError
+from AutomaticEval.capture.prefill import Prefill, Prefix
+from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable
 from AutomaticEval.evaluation.benchmark import WHY_NOT, indistinct
 from AutomaticEval.evaluation.calls import UNKNOWN, Call, Request
 from AutomaticEval.evaluation.collating import AnswerHook, recording
-from AutomaticEval.evaluation.encoding import EncodedAhead, rolling_windows, texts_of
+from AutomaticEval.evaluation.encoding import EncodedAhead, rolling_windows, shared_beginnings, texts_of
 from AutomaticEval.evaluation.ranks import Ranks
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, random_state
+from AutomaticEval.evaluation.tree import TreeScorer
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
@@ -45,12 +48,15 @@ class _Captured:
     input_ids: list[int]
     generated_ids: list[int]
     rows: Rows
+    before: Sequence[Part] = ()
+    """Where the rows of its beginning are, that it shares with others."""
 
 
 class CapturingHFLM(HFLM):  # type: ignore[misc]
     """HFLM that hands every captured sample to a sink.
 
-    selection: None captures nothing. doc_ids: task -> the documents' own indices, when only some of a task's documents are
+    selection: None captures nothing. scoring: "tree" scores log-likelihoods over the prefix tree of all requests, if the model can
+    be served so; "stock" in lm-eval's own batches. doc_ids: task -> the documents' own indices, when only some of a task's documents are
     evaluated. answered: requests that are not computed again. ranks: the processes that share the requests; each is given
     all of them, and answers all of them.
     """
@@ -61,6 +67,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         selection: Selection | None,
         sink: Sink,
         *,
+        scoring: str = "tree",
         doc_ids: Mapping[str, Sequence[int]] | None = None,
         answered: Mapping[RequestKey, Answered] | None = None,
         ranks: Ranks = Ranks(),
@@ -76,6 +83,12 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             self._positions, self._dtype = selection.positions, dtype_of(selection)
             self._layout = loaded.layout
             self._taps = self._layout.pick(selection.sites(self._layout.n_layers))
+        self._scoring = scoring
+        measures = str(self.batch_size).startswith("auto")
+        self._tree = TreeScorer(loaded, selection, sink, ranks, measures, self.max_length, self.softmax_dtype)
+        self._prefill = Prefill(loaded, selection)
+        self._shared: list[float] = []
+        """Of each request to generate: the part of its prompt that another begins with, too."""
         self._call: Call | None = None
         self._held: list[_Captured] = []
         self._is_probing = False
@@ -84,6 +97,11 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             raise BenchmarkError(
                 "think_end_token: thinking that lm-eval cuts off an answer is not captured yet; leave it out."
             )
+
+    @property
+    def n_tokens(self) -> tuple[int, int]:
+        """Of the requests scored over a tree here: tokens that they would have fed one by one, and those computed."""
+        return self._tree.n_alone, self._tree.n_computed
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         found = None if args or kwargs else self._ahead.get(string)
@@ -116,7 +134,10 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
                     "could be captured; run it without --capture_activations."
                 )
         self._ahead = EncodedAhead((request.prompt for request in asked), self._encode_many)
-        with self._serving(asked, placeholder="") as call:
+        groups: list[int] = []
+        if self._scoring == "tree":
+            self._shared, groups = shared_beginnings([request.prompt for request in asked])
+        with self._serving(asked, placeholder="", groups=groups) as call:
             own = super().generate_until(requests, disable_tqdm=disable_tqdm or not self._ranks.is_first)
             return call.complete(own)
 
@@ -127,12 +148,14 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             for (key, _), windows in zip(self._keyed(requests), cut, strict=True)
             for number, window in enumerate(windows)
         ]
+        own = None
         with self._serving(asked, placeholder=(float("nan"), False)) as call:
             call.tokens = dict(enumerate(window for windows in cut for window in windows))
-            own = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self._ranks.is_first)
+            if not self._over_tree(call, disable_tqdm=disable_tqdm):
+                own = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self._ranks.is_first)
             scored = iter(call.complete([call.answers.get(index) for index in range(len(asked))]))
         totals: list[float] = [sum(next(scored)[0] for _ in windows) for windows in cut]
-        if len(call.computed) == len(asked) and repr(totals) != repr(own):
+        if own is not None and len(call.computed) == len(asked) and repr(totals) != repr(own):
             raise CaptureError(f"lm-eval's sums over windows are not ours; {UNKNOWN}.")
         return totals
 
@@ -158,13 +181,13 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         return keyed
 
     @contextmanager
-    def _serving(self, requests: list[Request], placeholder: Any) -> Iterator[Call]:
-        """Follow lm-eval through one call."""
+    def _serving(self, requests: list[Request], placeholder: Any, groups: Sequence[int] = ()) -> Iterator[Call]:
+        """Follow lm-eval through one call. groups: of the requests, to be batched one after the other."""
         self._call = call = Call(requests, self._answered, self._ranks, self._store)
         stock = self.cache_hook
         self.cache_hook: Any = AnswerHook(call.hear)
         try:
-            with recording(call.begins, placeholder):
+            with recording(call.begins, placeholder, groups):
                 yield call
         finally:
             self._call, self._held, self.cache_hook = None, [], stock
@@ -176,7 +199,25 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         return self._call
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        return super()._loglikelihood_tokens(self._serves().listed(requests), *args, **kwargs)
+        call = self._serves()
+        listed = call.listed(requests)
+        if self._over_tree(call, disable_tqdm=kwargs.get("disable_tqdm", False)):
+            return [call.answers.get(index, (float("nan"), False)) for index in range(len(listed))]
+        return super()._loglikelihood_tokens(listed, *args, **kwargs)
+
+    def _over_tree(self, call: Call, *, disable_tqdm: bool) -> bool:
+        """Score what a call listed over its prefix tree. False, with a warning, when the model cannot be served so."""
+        if self._scoring != "tree" or not call.tokens:
+            return False
+        bar = None if disable_tqdm or not self._ranks.is_first else "Running loglikelihood requests"
+        kind = self.mixed_precision_dtype
+        try:
+            with torch.autocast(self.device.type, kind, enabled=kind is not None):
+                self._tree.score(call, bar)
+        except TreeUnsuitable as why:
+            self._falls_back(why)
+            return False
+        return True
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         """batch_size=auto probes with made-up batches; they serve no request and are not captured."""
@@ -227,27 +268,61 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         call = self._serves()
         batch = call.fed(len(context))
+        pads = [int(row.numel() - row.sum()) for row in kwargs["attention_mask"]]
+        prompts = [row[pad:].tolist() for row, pad in zip(context, pads, strict=True)]
+        prefix = self._prefix(prompts, batch)
+        n_past = 0 if prefix is None else prefix.n_tokens
+        if prefix is not None:  # [padding, prompt] becomes [prefix, padding, rest of the prompt]
+            context, kwargs["attention_mask"] = (
+                torch.stack(
+                    [
+                        torch.cat([row[pad : pad + n_past], row[:pad], row[pad + n_past :]])
+                        for row, pad in zip(each, pads, strict=True)
+                    ]
+                )
+                for each in (context, kwargs["attention_mask"])
+            )
+            kwargs["past_key_values"] = prefix.cache(len(context))
         if self._selection is None:
             plain: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
             return plain
-        pads = [int(row.numel() - row.sum()) for row in kwargs["attention_mask"]]
-        prompts = [row[pad:].tolist() for row, pad in zip(context, pads, strict=True)]
-        keep = keep_of(self._positions, prompts, pads)
+        keep = keep_of(self._positions, prompts, pads, n_past)
         with capturing(self.model, self._taps, self._layout.embedding, keep, len(prompts), self._dtype) as captured:
             out: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
         for number, (prompt, (index,)) in enumerate(zip(prompts, batch, strict=True)):
             generated = self._own_tokens(out[number, context.shape[1] :].tolist(), stop)
             kept = self._positions.resolve(len(prompt), len(generated))
-            stored = sequence_rows(captured, number, pads[number], [*prompt, *generated], kept, self.tokenizer)
+            before = prefix.parts(kept) if prefix is not None else []
+            own = [position for position in kept if position >= n_past]
+            stored = sequence_rows(captured, number, pads[number], [*prompt, *generated], own, self.tokenizer, n_past)
             whole = self.tok_encode(call.requests[index].prompt)
             n_same = max(0, min(len(whole), len(prompt)) - 1)  # lm-eval may add a first token to one and not the other
             self._check_fed(whole[len(whole) - n_same :], prompt[len(prompt) - n_same :])
             n_truncated = max(0, len(whole) - len(prompt))
-            member = self._hold(index, prompt, generated, stored, tuple(context.shape), n_truncated)
+            member = self._hold(index, prompt, generated, stored, tuple(context.shape), n_truncated, before)
             member.fields["response"] = self._answer(generated, stop)
         if kwargs.get("do_sample"):
             self._held[-1].fields["random_state"] = random_state(self.device)
         return out
+
+    def _prefix(self, prompts: list[list[int]], batch: Sequence[Sequence[int]]) -> Prefix | None:
+        """What the prompts of a batch begin with together, prefilled; None when they are computed by themselves."""
+        if self._scoring != "tree":
+            return None
+        most = len(prompts[0])
+        if len(batch) == 1:
+            most = int(most * self._shared[batch[0][0]])
+        kind = self.mixed_precision_dtype
+        try:
+            with torch.autocast(self.device.type, kind, enabled=kind is not None):
+                return self._prefill.of(prompts, most)
+        except TreeUnsuitable as why:
+            self._falls_back(why)
+            return None
+
+    def _falls_back(self, why: TreeUnsuitable) -> None:
+        warnings.warn(f"Computing request by request, as --scoring stock does: {why}", stacklevel=3)
+        self._scoring = "stock"
 
     def _check_fed(self, expected: list[int], fed: list[int]) -> None:
         if fed != expected:
@@ -281,13 +356,20 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         return str(postprocess_generated_text(self.tok_decode(generated), list(stop), None))
 
     def _hold(
-        self, index: int, input_ids: list[int], generated: list[int], rows: Rows, batch: Sequence[int], n_truncated: int
+        self,
+        index: int,
+        input_ids: list[int],
+        generated: list[int],
+        rows: Rows,
+        batch: Sequence[int],
+        n_truncated: int,
+        before: Sequence[Part] = (),
     ) -> _Captured:
         """Keep what was captured of a request until its answer is known."""
         key, prompt, response = self._serves().requests[index]
         columns = sample_columns(prompt, response or "", len(input_ids), batch)
         fields = {**columns, **key._asdict(), "n_truncated": n_truncated}
-        self._held.append(_Captured(index, fields, input_ids, generated, rows))
+        self._held.append(_Captured(index, fields, input_ids, generated, rows, before))
         return self._held[-1]
 
     def _store(self) -> None:
@@ -307,9 +389,10 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
                 )
         else:
             fields["logprob"], fields["is_greedy"] = answer
+            fields["scoring"] = "stock"
         kept = set(self._positions.resolve(len(member.input_ids), len(member.generated_ids)))
         where = [index for index, position in enumerate(member.rows.positions) if position in kept]
-        return Sample(fields, member.input_ids, member.generated_ids, [Part(member.rows, where)])
+        return Sample(fields, member.input_ids, member.generated_ids, [*member.before, Part(member.rows, where)])
 
 
 @contextmanager

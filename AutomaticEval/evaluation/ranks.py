@@ -5,6 +5,7 @@ Only Python objects are exchanged, over gloo on the CPU, so that it works the sa
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,8 +53,15 @@ def join_ranks() -> Ranks:
         return Ranks()
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=PATIENCE)
+        atexit.register(_leave)
     group = None if dist.get_backend() == "gloo" else _gloo_group()
     return Ranks(dist.get_rank(), dist.get_world_size(), group)
+
+
+def _leave() -> None:
+    """Before the interpreter goes: gloo's threads must not outlive what they use, or the process ends in SIGABRT."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 _group_of_all: Any = None

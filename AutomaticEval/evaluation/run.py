@@ -14,7 +14,6 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.loggers import EvaluationTracker
-from lm_eval.models.huggingface import HFLM
 
 from AutomaticEval.errors import BenchmarkError, DiskFull, StoreError
 from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, forecast, load_tasks
@@ -50,6 +49,11 @@ class Outcome:
     """Samples whose prompt was cut on the left to fit the context."""
 
     results_file: Path | None = None
+    n_tokens: int = 0
+    """Tokens that the requests scored over a prefix tree would have fed one by one, equal ones once."""
+
+    n_computed: int = 0
+    """Tokens that were computed for them."""
 
 
 def run_benchmark(
@@ -81,7 +85,7 @@ def run_benchmark(
         prepare_folder(output_path)
     if selection is not None:
         return _captured(loaded, benchmark, found, selection, keeping, output_path, ranks, announce)
-    how: dict[str, Any] = {"doc_ids": found.drawn, "ranks": ranks, "batch_size": benchmark.batch_size}
+    how = _how(benchmark, found, ranks)
     outcome = _evaluate(CapturingHFLM(loaded, None, lambda samples: None, **how), loaded, benchmark, found, ranks)
     if output_path is not None and ranks.is_first:
         outcome.results_file = save_results(outcome, loaded, benchmark, output_path)
@@ -117,12 +121,7 @@ def _captured(
         with folder.writing() as (writer, answered):
             if ranks.is_first:
                 announce(f"Run folder: {writer.folder}{_went_before(keeping, len(answered))}")
-            how: dict[str, Any] = {
-                "doc_ids": found.drawn,
-                "answered": answered,
-                "ranks": ranks,
-                "batch_size": benchmark.batch_size,
-            }
+            how = {**_how(benchmark, found, ranks), "answered": answered}
             outcome = _evaluate(CapturingHFLM(loaded, selection, writer.add, **how), loaded, benchmark, found, ranks)
             if ranks.is_first:  # before the join, so that the scores outlive one that fails
                 outcome.results_file = save_results(outcome, loaded, benchmark, output_path or writer.folder)
@@ -142,6 +141,16 @@ def _captured(
     return outcome
 
 
+def _how(benchmark: Benchmark, found: LoadedTasks, ranks: Ranks) -> dict[str, Any]:
+    """How lm-eval's model serves a benchmark."""
+    return {
+        "scoring": benchmark.scoring,
+        "doc_ids": found.drawn,
+        "ranks": ranks,
+        "batch_size": benchmark.batch_size,
+    }
+
+
 def _went_before(keeping: Keeping, n_answered: int) -> str:
     if keeping.resume is None:
         return ""
@@ -152,7 +161,9 @@ def _went_before(keeping: Keeping, n_answered: int) -> str:
     )
 
 
-def _evaluate(lm: HFLM, loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, ranks: Ranks) -> Outcome:
+def _evaluate(
+    lm: CapturingHFLM, loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, ranks: Ranks
+) -> Outcome:
     seeds = {}
     if benchmark.seed is not None:
         names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
@@ -176,10 +187,12 @@ def _evaluate(lm: HFLM, loaded: LoadedModel, benchmark: Benchmark, found: Loaded
             confirm_run_unsafe_code=benchmark.confirm_run_unsafe_code,
             **seeds,
         )
+    n_tokens, n_computed = map(sum, zip(*ranks.gathered(lm.n_tokens), strict=True))
     if results is None or not ranks.is_first:
         return Outcome([], {}, {})
     samples = results.pop("samples")
-    return Outcome(scores_of(results, samples, found.totals, found.n_questions), results, samples)
+    scores = scores_of(results, samples, found.totals, found.n_questions)
+    return Outcome(scores, results, samples, n_tokens=n_tokens, n_computed=n_computed)
 
 
 def _settings(loaded: LoadedModel, benchmark: Benchmark, selection: Selection) -> dict[str, Any]:

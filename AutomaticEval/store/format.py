@@ -40,6 +40,7 @@ COLUMNS = {
     "choices": "json",
     "logprob": "float",
     "is_greedy": "bool",
+    "scoring": "text",
     "correct": "bool",
     "target": "json",
     "prediction": "json",

@@ -1,0 +1,137 @@
+"""What the prompts of a batch begin with together, computed once and kept for the next batch.
+
+Keys and values are made in whole chunks, each forward of one chunk, so that they do not depend on which batch came first. Knows
+nothing of how the rest is generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from AutomaticEval.capture.generation import dtype_of
+from AutomaticEval.capture.serving import check_scores, refuse_unsuitable
+from AutomaticEval.capture.walking import Cached, tree_forward
+from AutomaticEval.errors import CaptureError
+from AutomaticEval.models.hooks import Kept, capturing
+from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.taps import alone_with
+from AutomaticEval.selection import Selection
+from AutomaticEval.store.format import Part, Rows
+
+CHUNK = 64
+"""Tokens that are prefilled together; what prompts share beyond whole chunks is computed with each of them."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The beginning of every prompt of a batch."""
+
+    n_tokens: int
+    cached: Cached
+    rows: Sequence[Rows]
+    """One for each chunk; none when nothing of them is kept."""
+
+    def cache(self, n_rows: int) -> DynamicCache:
+        """Keys and values for a batch of so many rows."""
+        spread = [
+            tuple(each if each is None else each[:, :, : self.n_tokens].expand(n_rows, -1, -1, -1) for each in layer)
+            for layer in self.cached
+        ]
+        return DynamicCache(spread)
+
+    def parts(self, positions: Sequence[int]) -> list[Part]:
+        """Where the rows of these positions are, as far as they are in the prefix."""
+        found = []
+        for number, rows in enumerate(self.rows):
+            where = [position % CHUNK for position in positions if position // CHUNK == number]
+            if where:
+                found.append(Part(rows, where))
+        return found
+
+
+@dataclass
+class Prefill:
+    """The prefix that was computed last.
+
+    Raises TreeUnsuitable, when it is first used, for a model whose prefix cannot be kept.
+    """
+
+    loaded: LoadedModel
+    selection: Selection | None
+    n_computed: int = 0
+    """Tokens that were fed."""
+
+    _ids: list[int] = field(default_factory=list)
+    _cached: Cached = field(default_factory=list)
+    _rows: list[Rows] = field(default_factory=list)
+    _is_checked: bool = False
+
+    def of(self, prompts: Sequence[Sequence[int]], most: int) -> Prefix | None:
+        """What prompts share, in whole chunks, or None when they share none.
+
+        most: no more than so many tokens, such as a single prompt shares with others to come.
+        """
+        shortest = min(prompts, key=len)
+        n_shared = min(most, len(shortest) - 1, *(_n_alike(shortest, prompt) for prompt in prompts))
+        n_tokens = n_shared // CHUNK * CHUNK
+        if n_tokens == 0:
+            return None
+        refuse_unsuitable(self.loaded.model, max(map(len, prompts)))
+        ids = list(shortest[:n_tokens])
+        keeps = self.selection is not None and any(
+            self.selection.positions.window(len(prompt))[0] < n_tokens for prompt in prompts
+        )
+        n_kept = _n_alike(self._ids, ids) // CHUNK * CHUNK
+        self._go_back(n_kept if bool(self._rows) == keeps else 0)
+        for start in range(len(self._ids), n_tokens, CHUNK):
+            self._extend(ids[start : start + CHUNK], keeps=keeps)
+        return Prefix(n_tokens, self._cached, tuple(self._rows))
+
+    def _go_back(self, n_tokens: int) -> None:
+        """Forget what comes after the first so many tokens."""
+        self._ids, self._rows = self._ids[:n_tokens], self._rows[: n_tokens // CHUNK]
+        self._cached = [
+            (keys if keys is None else keys[:, :, :n_tokens], values if values is None else values[:, :, :n_tokens])
+            for keys, values in self._cached
+        ]
+
+    def _extend(self, ids: list[int], *, keeps: bool) -> None:
+        """Compute the next chunk, and compare the first with a plain forward."""
+        model, n_past = self.loaded.model, len(self._ids)
+        attended = np.concatenate([np.ones((CHUNK, n_past), dtype=bool), np.tri(CHUNK, dtype=bool)], axis=1)
+        depths = np.arange(n_past, n_past + CHUNK)
+        recorder: Any = nullcontext()
+        if keeps and self.selection is not None:
+            layout = self.loaded.layout
+            taps = layout.pick(self.selection.sites(layout.n_layers))
+            every = Kept(torch.zeros(CHUNK, dtype=torch.long), torch.arange(CHUNK))
+            recorder = capturing(model, taps, layout.embedding, lambda *_: every, 1, dtype_of(self.selection))
+        with torch.no_grad(), alone_with(model), recorder as recording:
+            logits, self._cached = tree_forward(
+                model, np.array(ids), depths, attended, self._cached, np.array([CHUNK - 1])
+            )
+        self._ids = [*self._ids, *ids]
+        self.n_computed += CHUNK
+        if not self._is_checked and n_past:
+            best = torch.log_softmax(logits[0, -1].float(), -1).cpu().max(-1)
+            check_scores(model, [*self._ids, int(best.indices)], len(self._ids), best.values[None])
+            self._is_checked = True
+        if recording is not None:
+            if recording.fed(0) != ids:
+                raise CaptureError("the model was fed other tokens than the prompts' prefix. Nothing was stored.")
+            strings = self.loaded.tokenizer.convert_ids_to_tokens(ids)
+            self._rows.append(Rows(ids, strings, depths.tolist(), recording.take(0, range(CHUNK))))
+
+
+def _n_alike(first: Sequence[int], second: Sequence[int]) -> int:
+    """The tokens that two sequences begin with together."""
+    return next(
+        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

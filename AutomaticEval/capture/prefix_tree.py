@@ -1,0 +1,112 @@
+"""The prefix tree of many token sequences, laid out as one walk: every token once, depth first.
+
+Sorted sequences are such a walk: each adds the tokens after those that it shares with the one before it. Any stretch of the walk
+has all of its ancestors either in itself or on the one path that leads to its first token. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+class Branch(NamedTuple):
+    """One distinct sequence."""
+
+    members: list[int]
+    """Which of the given sequences it is; equal ones are one branch."""
+
+    shared: int
+    """How many tokens it shares with the branch before it; its others are new."""
+
+    path: Array
+    """[length], the node of each of its tokens. Valid until the next branch is asked for."""
+
+
+class PrefixTree:
+    """sequences: token ids, at least one each. A node is a token's place in the walk."""
+
+    token_ids: Array
+    """[n_nodes]"""
+    depths: Array
+    """[n_nodes], each token's place in its sequence."""
+    parents: Array
+    """[n_nodes], -1 for the first token of a sequence."""
+    forks: Array
+    """[n_nodes], True where a node does not simply go on from the one before it, or where paths part before it."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+        found: dict[bytes, list[int]] = {}  # big-endian bytes sort as their numbers do
+        for index, sequence in enumerate(sequences):
+            found.setdefault(np.asarray(sequence, ">u4").tobytes(), []).append(index)
+        self._branches: list[tuple[list[int], int, int]] = []
+        own: list[Array] = []
+        before, first = np.empty(0, np.int64), 0
+        for key in sorted(found):
+            tokens = np.frombuffer(key, ">u4").astype(np.int64)
+            shared = _n_shared(before, tokens)
+            self._branches.append((found[key], shared, len(tokens)))
+            own.append(tokens[shared:])
+            before = tokens
+        self.token_ids = np.concatenate(own) if own else before
+        self.depths = np.concatenate([np.arange(shared, length) for _, shared, length in self._branches] or [before])
+        self.parents = np.arange(-1, len(self.token_ids) - 1)
+        self.forks = np.zeros(len(self.token_ids), dtype=bool)
+        path = np.empty(max((length for *_, length in self._branches), default=0), np.int64)
+        n_before = 0
+        for _, shared, length in self._branches:
+            if shared < n_before:
+                self.forks[path[shared]] = True
+            self.forks[first] = True
+            self.parents[first] = path[shared - 1] if shared else -1
+            path[shared:length] = np.arange(first, first + length - shared)
+            first, n_before = first + length - shared, length
+
+    @property
+    def n_nodes(self) -> int:
+        return len(self.token_ids)
+
+    def branches(self) -> Iterator[Branch]:
+        """Every distinct sequence, in the order of the walk."""
+        path = np.empty(max((length for *_, length in self._branches), default=0), np.int64)
+        first = 0
+        for members, shared, length in self._branches:
+            path[shared:length] = np.arange(first, first + length - shared)
+            first += length - shared
+            yield Branch(members, shared, path[:length])
+
+    def path_to(self, node: int) -> Array:
+        """The nodes before a node on its path, from the root on: [depth]."""
+        path = np.empty(self.depths[node], np.int64)
+        for depth in range(len(path) - 1, -1, -1):
+            node = int(self.parents[node])
+            path[depth] = node
+        return path
+
+    def attended(self, start: int, stop: int) -> Array:
+        """What each token of a stretch of the walk attends to: itself and its ancestors.
+
+        Returns [stop - start, depth of start + stop - start], bool: first the path to `start`, then the stretch.
+        """
+        n_past, width = int(self.depths[start]), stop - start
+        mask = np.zeros((width, n_past + width), dtype=bool)
+        breaks = np.flatnonzero(self.parents[start + 1 : stop] != np.arange(start, stop - 1)) + 1
+        for first, end in zip([0, *breaks], [*breaks, width], strict=True):
+            parent = int(self.parents[start + first]) - start
+            if parent >= 0:
+                mask[first:end] = mask[parent]
+            else:
+                mask[first:end, : self.depths[start + first]] = True
+            mask[first:end, n_past + first : n_past + end] = np.tri(end - first, dtype=bool)
+        return mask
+
+
+def _n_shared(first: Array, second: Array) -> int:
+    """The tokens that two sequences begin with together."""
+    length = min(len(first), len(second))
+    differ = first[:length] != second[:length]
+    return int(differ.argmax()) if differ.any() else length

@@ -1,0 +1,303 @@
+"""Continuations scored over the prefix tree of all of them: (context, continuation) tokens -> log-likelihoods, with activations.
+
+Every token of the tree is computed once, and logits only where they score something. Knows nothing of texts, nor of benchmarks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from AutomaticEval.capture.prefix_tree import Array, PrefixTree
+from AutomaticEval.capture.serving import check_scores, most_columns, refuse_unsuitable
+from AutomaticEval.capture.walking import Stretch, Walk
+from AutomaticEval.errors import CaptureError, PromptError
+from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.selection import Selection
+from AutomaticEval.store.format import Part, Rows
+
+TOKENS_A_FORWARD = {"cpu": 256, "cuda": 2048}
+"""Unless it is measured."""
+CHECKED = 128
+"""Tokens of the requests that are compared with plain forwards, at most."""
+
+
+class Scored(NamedTuple):
+    """One continuation's score."""
+
+    request: int
+    """Which one, by its place in the list."""
+
+    logprob: float
+    """Sum over the continuation's tokens, in nats."""
+
+    is_greedy: bool
+    """Whether each of its tokens is the likeliest."""
+
+    logprobs: Tensor
+    """[n_continuation], each token's."""
+
+    parts: Sequence[Part]
+    """Its rows; none without a selection."""
+
+
+class Cut(NamedTuple):
+    """A request as it is fed: its last token is not."""
+
+    sequence: list[int]
+    n_context: int
+    n_truncated: int
+    """Tokens cut off on the left to fit the context, as lm-eval does."""
+
+    @classmethod
+    def of(cls, context: Sequence[int], continuation: Sequence[int], max_length: int) -> Cut:
+        """Raises PromptError when one is empty, or the continuation alone is longer than the context."""
+        if not len(context) or not len(continuation) or len(continuation) > max_length:
+            raise PromptError(
+                f"a context of {len(context)} and a continuation of {len(continuation)} tokens; each needs one at least, and the "
+                f"continuation {max_length} at most."
+            )
+        whole = [*context, *continuation][-(max_length + 1) :]
+        n_truncated = len(context) + len(continuation) - len(whole)
+        return cls(whole, len(whole) - len(continuation), n_truncated)
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How a list of requests is scored."""
+
+    selection: Selection | None = None
+    """What to capture; None captures nothing."""
+
+    tokens: int | None = None
+    """Of each forward; None takes TOKENS_A_FORWARD."""
+
+    dtype: torch.dtype | None = torch.float32
+    """Of the log-softmax; None leaves it in the logits' own, as lm-eval does."""
+
+    share: tuple[int, int] = (0, 1)
+    """(rank, n_ranks) of the processes that share the requests: each scores a stretch of the tree."""
+
+
+class _Targets(NamedTuple):
+    """Every token that is scored, by the node whose logits score it."""
+
+    nodes: Array
+    requests: Array
+    places: Array
+    """Which token of the continuation."""
+    tokens: Array
+
+
+@dataclass
+class TreeScoring:
+    """One list of requests over its prefix tree.
+
+    requests: cut to the model's context. answered: those that need not be scored.
+    Forwards are the same whatever is answered or shared, but for those that nothing needs.
+    Raises TreeUnsuitable for a model that cannot be served.
+    """
+
+    loaded: LoadedModel
+    requests: Sequence[Cut]
+    options: ScoringOptions = ScoringOptions()
+    answered: Collection[int] = ()
+    wanted: Array = field(init=False)
+    """[n_requests], bool: those that are scored here."""
+    walk: Walk = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tree = PrefixTree([request.sequence[:-1] for request in self.requests])
+        tokens = self.options.tokens or TOKENS_A_FORWARD.get(self.loaded.model.device.type, 256)
+        longest = int(self.tree.depths.max(initial=0)) + 1
+        refuse_unsuitable(self.loaded.model, longest)
+        limit = most_columns(self.loaded.model)
+        self.tokens = tokens if limit is None else min(tokens, limit - longest)
+        self.bounds = np.append(np.arange(0, self.tree.n_nodes, self.tokens), self.tree.n_nodes)
+        self._ends = np.empty(len(self.requests), np.int64)
+        for branch in self.tree.branches():
+            self._ends[branch.members] = branch.path[-1]
+        self.wanted = self._wanted_here()
+        self._targets, kept = self._planned()
+        scored = np.zeros(self.tree.n_nodes, dtype=bool)
+        scored[self._targets.nodes] = True
+        self._pieces = _Pieces(self.tree, self.bounds, kept, self.loaded.tokenizer)
+        self.walk = Walk(self.loaded, self.tree, scored, self.options.selection, kept)
+        self._logprobs: dict[int, Tensor] = {}
+        self._greedy: dict[int, bool] = {}
+
+    def _wanted_here(self) -> Array:
+        """[n_requests], bool: those that this process scores."""
+        rank, n_ranks = self.options.share
+        owner = self._number(self._ends) * n_ranks // max(1, len(self.bounds) - 1)
+        wanted: Array = owner == rank
+        wanted[list(self.answered)] = False
+        return wanted
+
+    def _planned(self) -> tuple[_Targets, Array]:
+        """What is scored at each node, and which nodes' activations are kept."""
+        nodes, requests = [np.empty(0, np.int64)], []
+        places: list[range] = []
+        tokens: list[int] = []
+        kept = np.zeros(self.tree.n_nodes, dtype=bool)
+        for branch in self.tree.branches():
+            for index in branch.members:
+                sequence, n_context, _ = self.requests[index]
+                nodes.append(branch.path[n_context - 1 :].copy())
+                tokens += sequence[n_context:]
+                places.append(range(len(sequence) - n_context))
+                requests += [index] * len(places[-1])
+                if self.wanted[index]:
+                    kept[branch.path[self._positions(index)]] = True
+        found = np.concatenate(nodes)
+        order = np.argsort(found, kind="stable")
+        flat = [place for each in places for place in each]
+        columns = (np.array(values, np.int64)[order] for values in (requests, flat, tokens))
+        return _Targets(found[order], *columns), kept
+
+    def _positions(self, index: int) -> list[int]:
+        """The positions of a request that are kept."""
+        if self.options.selection is None:
+            return []
+        sequence, n_context, _ = self.requests[index]
+        return list(self.options.selection.positions.resolve(n_context, len(sequence) - n_context))
+
+    def _needed(self) -> list[tuple[int, int]]:
+        """The stretches that hold a token of a request scored here."""
+        needed = np.zeros(len(self.bounds) - 1, dtype=bool)
+        for branch in self.tree.branches():
+            if self.wanted[branch.members].any():
+                needed[self._number(branch.path)] = True
+        return [(int(self.bounds[n]), int(self.bounds[n + 1])) for n in np.flatnonzero(needed)]
+
+    def _number(self, nodes: Array) -> Array:
+        """Which of the stretches each node is in."""
+        found: Array = np.searchsorted(self.bounds, nodes, side="right") - 1
+        return found
+
+    @property
+    def n_alone(self) -> int:
+        """Tokens that the requests scored here would have fed one by one, equal ones once."""
+        return sum(len(branch.path) for branch in self.tree.branches() if self.wanted[branch.members].any())
+
+    def check(self) -> None:
+        """Score the first requests that part from each other over a tree of their own, and by plain forwards.
+
+        They are cut to CHECKED tokens, of which the second half is scored. Raises TreeUnsuitable when they disagree.
+        """
+        before: list[int] = []
+        pair: list[list[int]] = []
+        for branch in self.tree.branches():
+            sequence = self.requests[branch.members[0]].sequence
+            if not before or 0 < branch.shared < len(before) - 1:
+                drop = min(max(len(before), len(sequence)) - CHECKED, branch.shared - 1)
+                pair = [each[max(0, drop) :][:CHECKED] for each in (before, sequence) if each]
+            if len(pair) == 2:
+                break
+            before = sequence
+        halves = [Cut(sequence, len(sequence) // 2, 0) for sequence in pair]
+        own = TreeScoring(self.loaded, halves, replace(self.options, selection=None, tokens=CHECKED // 3, share=(0, 1)))
+        for scored in itertools.chain.from_iterable(own.results()):
+            check_scores(self.loaded.model, *halves[scored.request][:2], scored.logprobs)
+
+    def results(self) -> Iterator[list[Scored]]:
+        """The requests' scores, as their last tokens are computed."""
+        branches = self.tree.branches()
+        branch = next(branches, None)
+        for stretch in self.walk.over(self._needed()):
+            self._hear(stretch)
+            done = []
+            while branch is not None and branch.path[-1] < stretch.stop:
+                for index in branch.members:
+                    if self.wanted[index]:
+                        done.append(self._scored(index, branch.path))
+                branch = next(branches, None)
+            self._pieces.forget(self.tree, stretch.stop)
+            if done:
+                yield done
+
+    def _hear(self, stretch: Stretch) -> None:
+        """Take what a stretch's logits score, and its rows."""
+        targets = self._targets
+        first, last = np.searchsorted(targets.nodes, (stretch.start, stretch.stop))
+        if last > first:
+            logprobs = torch.log_softmax(stretch.logits, -1, dtype=self.options.dtype)
+            line = np.unique(targets.nodes[first:last], return_inverse=True)[1]
+            lines = torch.from_numpy(line).to(logprobs.device)
+            tokens = torch.from_numpy(targets.tokens[first:last]).to(logprobs.device)
+            found = logprobs[lines, tokens].cpu()
+            greedy = (logprobs.argmax(-1)[lines] == tokens).tolist()
+            for number, (index, place) in enumerate(
+                zip(targets.requests[first:last].tolist(), targets.places[first:last].tolist(), strict=True)
+            ):
+                if not self.wanted[index]:
+                    continue
+                if index not in self._logprobs:
+                    n_tokens = len(self.requests[index].sequence) - self.requests[index].n_context
+                    self._logprobs[index] = torch.full((n_tokens,), float("nan"), dtype=found.dtype)
+                    self._greedy[index] = True
+                self._logprobs[index][place] = found[number]
+                self._greedy[index] &= greedy[number]
+        if stretch.recording is not None:
+            self._pieces.take(stretch)
+
+    def _scored(self, index: int, path: Array) -> Scored:
+        logprobs, is_greedy = self._logprobs.pop(index), self._greedy.pop(index)
+        parts = self._pieces.parts(path[self._positions(index)]) if self.options.selection is not None else ()
+        return Scored(index, float(logprobs.sum()), is_greedy, logprobs, parts)
+
+
+class _Pieces:
+    """The kept rows on the path, cut where sequences part, so that what several share is stored by itself."""
+
+    def __init__(self, tree: PrefixTree, bounds: Array, kept: Array, tokenizer: Any) -> None:
+        begins = tree.forks.copy()
+        begins[bounds[:-1]] = True
+        self._tree, self._kept, self._tokenizer = tree, kept, tokenizer
+        self._starts = np.append(np.flatnonzero(begins), tree.n_nodes)
+        self._rank = np.cumsum(kept) - kept  # of each node: the kept ones before it
+        self._rows: dict[int, Rows] = {}
+        self._none: Rows | None = None
+
+    def take(self, stretch: Stretch) -> None:
+        assert stretch.recording is not None
+        fed = self._tree.token_ids[stretch.start : stretch.stop].tolist()
+        if stretch.recording.fed(0) != fed:
+            raise CaptureError(f"the model was fed other tokens than the {len(fed)} of the tree. Nothing was stored.")
+        first = int(np.searchsorted(self._starts, stretch.start, side="right")) - 1
+        self._none = self._none or Rows([], [], [], stretch.recording.take(0, []))
+        for number in range(first, len(self._starts) - 1):
+            start = max(int(self._starts[number]), stretch.start)
+            stop = min(int(self._starts[number + 1]), stretch.stop)
+            if start >= stretch.stop:
+                break
+            nodes = np.arange(start, stop)[self._kept[start:stop]]
+            if not len(nodes):
+                continue
+            ids = self._tree.token_ids[nodes].tolist()
+            rows = stretch.recording.take(0, (nodes - stretch.start).tolist())
+            positions = self._tree.depths[nodes].tolist()
+            self._rows[start] = Rows(ids, self._tokenizer.convert_ids_to_tokens(ids), positions, rows)
+
+    def parts(self, nodes: Array) -> list[Part]:
+        """Where the rows of these nodes of one path are."""
+        assert self._none is not None
+        found: list[Part] = []
+        starts = np.array(sorted(self._rows), np.int64)
+        owner = np.searchsorted(starts, nodes, side="right") - 1
+        for number in np.unique(owner).tolist():
+            start = int(starts[number])
+            where = self._rank[nodes[owner == number]] - self._rank[start]
+            found.append(Part(self._rows[start], where.tolist()))
+        return found or [Part(self._none, [])]
+
+    def forget(self, tree: PrefixTree, stop: int) -> None:
+        """Drop what is not on the path to the next stretch."""
+        path = set(tree.path_to(stop).tolist()) if stop < tree.n_nodes else set()
+        self._rows = {start: rows for start, rows in self._rows.items() if start in path}

@@ -1,0 +1,100 @@
+"""Which models can be scored over a prefix tree, and the check that one really was.
+
+What is known to be unsuitable is named beforehand; anything else is found by comparing with a plain forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from AutomaticEval.errors import TreeUnsuitable
+from AutomaticEval.models.taps import alone_with, input_device
+
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far a token's log-likelihood l may be from that of a plain forward, as a part of 1 + |l|."""
+QUANTIZED = 1e-1
+"""The same for 8 and 4 bits, which round other numbers in other batches."""
+FEWEST_TOKENS = 16
+"""Of a forward over the tree: with fewer a model is better served row by row."""
+_SERVED = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def refuse_unsuitable(model: Any, longest: int) -> None:
+    """Raises TreeUnsuitable for a model that cannot be served. longest: the most tokens that one request feeds."""
+    reason = _why_not(model, longest)
+    if reason is not None:
+        raise TreeUnsuitable(f"{type(model).__name__}: {reason}")
+
+
+def _why_not(model: Any, longest: int) -> str | None:
+    config = model.config.get_text_config(decoder=True)
+    layers = set(getattr(config, "layer_types", None) or ())
+    takes = inspect.signature(model.forward).parameters
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "an encoder-decoder has no prefix to share."
+    if getattr(model, "_is_stateful", False) or layers - _SERVED:
+        return "its state is not keys and values of each token."
+    for name in ("position_ids", "past_key_values", "attention_mask", "logits_to_keep"):
+        if name not in takes:
+            return f"its forward takes no {name}."
+    if getattr(config, "alibi", False):
+        return "its attention depends on the distance between columns (ALiBi)."
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"the attention {config._attn_implementation} takes no mask of its own; sdpa and eager do."
+    window = _window(config, layers)
+    if window is not None and longest > window:
+        return f"a request of {longest} tokens is longer than its attention window of {window}."
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if longest > trained:
+            return f"beyond {trained} tokens its positions depend on how many are fed at once."
+    limit = most_columns(model)
+    if limit is not None and limit - longest < FEWEST_TOKENS:
+        return f"a request of {longest} tokens leaves no room for others in the {limit} that its attention spans."
+    return None
+
+
+def _window(config: Any, layers: set[str]) -> int | None:
+    """The tokens that a layer with the shortest reach attends to; None when all attend to all."""
+    if layers and layers == {"full_attention"}:
+        return None
+    found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((int(window) for window in found if window), default=None)
+
+
+def most_columns(model: Any) -> int | None:
+    """The most keys that one forward may have; None without a limit.
+
+    GPT-Neo masks by column, whatever mask it is given.
+    """
+    config = model.config
+    if config.model_type != "gpt_neo":
+        return None
+    local = "local" in config.attention_layers
+    return int(min(config.max_position_embeddings, config.window_size if local else config.max_position_embeddings))
+
+
+def check_scores(model: Any, sequence: Sequence[int], n_context: int, logprobs: Tensor) -> None:
+    """Compare a continuation's log-likelihoods [n_continuation] with those of one plain forward of it alone.
+
+    Raises TreeUnsuitable when one is further off than TOLERANCES allow.
+    """
+    with torch.no_grad(), alone_with(model):
+        ids = torch.tensor([list(sequence[:-1])], device=input_device(model))
+        logits = model(ids, use_cache=False, logits_to_keep=len(logprobs)).logits[0]  # [n_continuation, d_vocab]
+    plain = torch.log_softmax(logits.float(), -1).cpu()
+    expected = plain.gather(1, torch.tensor(sequence[n_context:])[:, None])[:, 0]
+    is_quantized = getattr(model, "quantization_method", None) is not None
+    part = QUANTIZED if is_quantized else TOLERANCES.get(model.dtype, QUANTIZED)
+    off = (logprobs.float() - expected).abs()
+    if not bool((off <= part * (1 + expected.abs())).all()):  # nan is off, too
+        raise TreeUnsuitable(
+            f"{type(model).__name__}: over the prefix tree a continuation scored {float(logprobs.sum()):.5f}, in a plain forward "
+            f"{float(expected.sum()):.5f}."
+        )

@@ -1,0 +1,246 @@
+"""Runs a model over a prefix tree, one stretch of its walk after the other: no token twice, and no padding.
+
+Keys and values of the path to the stretch are kept from those before it; a mask lets each token attend to its ancestors and to
+itself only. Knows nothing of what the logits are for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from AutomaticEval.capture.generation import dtype_of
+from AutomaticEval.capture.prefix_tree import Array, PrefixTree
+from AutomaticEval.errors import CaptureError
+from AutomaticEval.models.hooks import Keep, Kept, Recording, capturing
+from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.taps import Tap, alone_with, input_device
+from AutomaticEval.selection import Selection
+
+Cached = list[tuple[Tensor | None, Tensor | None]]
+"""Of each layer, keys and values: [1, n_kv_heads, n_cached, d_head]; None for a layer that uses another's."""
+CHOICES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Tokens a forward that `measured_tokens` tries."""
+GAIN = 1.05
+"""How much faster twice the tokens must be to be worth their memory."""
+
+
+class Stretch(NamedTuple):
+    """One forward: nodes `start` to `stop` of the walk."""
+
+    start: int
+    stop: int
+    logits: Tensor
+    """[scored nodes of the stretch, d_vocab], on the model's device, in its dtype."""
+
+    recording: Recording | None
+    """Batch row 0, one column a node."""
+
+
+@dataclass
+class Walk:
+    """Forwards over stretches of a tree, which must be asked for in ascending order.
+
+    scored: [n_nodes], bool: where logits are wanted. kept: [n_nodes], bool: whose activations are wanted.
+    What a stretch gives at nodes with an ancestor in none of the stretches is meaningless.
+    A stretch that does not fit into memory is halved, and so are those after it.
+    """
+
+    loaded: LoadedModel
+    tree: PrefixTree
+    scored: Array
+    selection: Selection | None = None
+    kept: Array | None = None
+    n_computed: int = 0
+    """Tokens that were fed."""
+    most: int = 2**62
+    """Tokens of the largest stretch that fits into memory, as far as is known."""
+
+    _nodes: Array = field(default_factory=lambda: np.empty(0, np.int64))
+    _cached: Cached = field(default_factory=list)
+    """Of each layer, keys and values of `_nodes`: [1, n_kv_heads, n_nodes, d_head]."""
+
+    def __post_init__(self) -> None:
+        self._taps: dict[str, Tap] = {}
+        if self.selection is not None:
+            layout = self.loaded.layout
+            self._taps = layout.pick(self.selection.sites(layout.n_layers))
+
+    def over(self, stretches: Iterable[tuple[int, int]]) -> Iterator[Stretch]:
+        for start, stop in stretches:
+            while start < stop:
+                end = min(stop, start + self.most)
+                try:
+                    done = self._forward(start, end)
+                except (torch.OutOfMemoryError, RuntimeError) as failure:
+                    if not is_out_of_memory(failure) or end - start == 1:
+                        raise
+                    done, self.most = None, (end - start) // 2
+                if done is None:  # out of the except clause, which holds on to the memory of the failure
+                    free_memory()
+                else:
+                    start = end
+                    yield done
+
+    def _forward(self, start: int, stop: int) -> Stretch:
+        self._go_to(self.tree.path_to(start))
+        scored = np.flatnonzero(self.scored[start:stop])
+        keeps_logits = any(tap.module == "" for tap in self._taps.values())
+        recorder: Any = nullcontext()
+        if self.selection is not None:
+            assert self.kept is not None
+            keep = _keep(np.flatnonzero(self.kept[start:stop]))
+            embedding = self.loaded.layout.embedding
+            recorder = capturing(self.loaded.model, self._taps, embedding, keep, 1, dtype_of(self.selection))
+        with torch.no_grad(), alone_with(self.loaded.model), recorder as recording:
+            out, cache = tree_forward(
+                self.loaded.model,
+                self.tree.token_ids[start:stop],
+                self.tree.depths[start:stop],
+                self.tree.attended(start, stop),
+                self._cached,
+                None if keeps_logits else scored,
+            )
+        self._cached = cache
+        self._nodes = np.concatenate([self._nodes, np.arange(start, stop)])
+        self.n_computed += stop - start
+        logits = out[0][torch.from_numpy(scored).to(out.device)] if keeps_logits else out[0]
+        if len(logits) != len(scored):
+            raise CaptureError(f"the model gave logits at {len(logits)} of its tokens; {len(scored)} were asked for.")
+        return Stretch(start, stop, logits, recording)
+
+    def _go_to(self, path: Array) -> None:
+        """Keep the keys and values of a path alone; zeros stand for those that were not computed."""
+        if np.array_equal(path, self._nodes):
+            return
+        if not self._cached:  # a token shows how they are shaped
+            with torch.no_grad(), alone_with(self.loaded.model):
+                _, self._cached = tree_forward(
+                    self.loaded.model,
+                    self.tree.token_ids[:1],
+                    np.zeros(1, np.int64),
+                    np.ones((1, 1), dtype=bool),
+                    [],
+                    None,
+                )
+            self._nodes = np.array([-1])
+        is_there = np.isin(path, self._nodes)
+        columns = torch.from_numpy(np.searchsorted(self._nodes, path[is_there]))
+        places = None if is_there.all() else torch.from_numpy(np.flatnonzero(is_there))
+        self._cached = [
+            (_chosen(keys, columns, places, len(path)), _chosen(values, columns, places, len(path)))
+            for keys, values in self._cached
+        ]
+        self._nodes = path
+
+
+def _chosen(cached: Tensor | None, columns: Tensor, places: Tensor | None, n_columns: int) -> Tensor | None:
+    """Some columns of keys or values [1, n_kv_heads, n, d_head], put at their places among zeros."""
+    if cached is None:
+        return None
+    found = cached.index_select(2, columns.to(cached.device))
+    if places is None:
+        return found
+    among = found.new_zeros((*found.shape[:2], n_columns, found.shape[3]))
+    return among.index_copy_(2, places.to(found.device), found)
+
+
+def tree_forward(
+    model: Any,
+    token_ids: Array,
+    depths: Array,
+    attended: Array,
+    cached: Cached,
+    scored: Array | None,
+) -> tuple[Tensor, Cached]:
+    """One forward over tokens that attend to what `attended` says [n, n_cached + n].
+
+    scored: where logits are wanted; None for everywhere. Returns (logits [1, n_scored, d_vocab], keys and values of all
+    [1, n_kv_heads, n_cached + n, d_head] a layer).
+    """
+    device = input_device(model)
+    cache = DynamicCache(cached) if cached else DynamicCache()
+    logits_to_keep: Any = 0
+    if scored is not None:
+        # 0 would mean everywhere; the last one stands for none
+        logits_to_keep = torch.from_numpy(scored if len(scored) else np.array([len(token_ids) - 1])).to(device)
+    out = model(
+        input_ids=torch.from_numpy(token_ids)[None].to(device),
+        attention_mask=_mask(model, torch.from_numpy(attended)[None, None].to(device)),
+        position_ids=torch.from_numpy(depths)[None].to(device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=logits_to_keep,
+    )
+    logits = out.logits[:, : len(scored)] if scored is not None else out.logits
+    layers: list[Any] = [(layer.keys, layer.values) if layer.is_initialized else (None, None) for layer in cache.layers]
+    return logits, layers
+
+
+def _mask(model: Any, attended: Tensor) -> Tensor:
+    """As the attention takes it: sdpa yes and no, others something to add."""
+    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+        return attended
+    added = torch.zeros(attended.shape, dtype=model.dtype, device=attended.device)
+    return added.masked_fill(~attended, torch.finfo(model.dtype).min)
+
+
+def _keep(columns: Array) -> Keep:
+    """What to keep of a stretch: these of its columns."""
+    chosen = torch.from_numpy(columns)
+    return lambda first, n_columns: Kept(torch.zeros_like(chosen), chosen)
+
+
+def is_out_of_memory(failure: BaseException) -> bool:
+    return isinstance(failure, torch.OutOfMemoryError) or "not enough memory" in str(failure)
+
+
+def free_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measured_tokens(loaded: LoadedModel, n_past: int) -> int:
+    """How many tokens a forward should have: the fewest with which they are computed about as fast as can be.
+
+    n_past: how many the path before a stretch usually has. Tries made-up tokens, until twice as many are no faster or do not
+    fit into memory.
+    """
+    best, best_speed = CHOICES[0], 0.0
+    cached: Cached = []
+    none = np.empty(0, np.int64)
+    with torch.no_grad(), alone_with(loaded.model):
+        if n_past:
+            _, cached = tree_forward(
+                loaded.model, np.ones(n_past, np.int64), np.arange(n_past), np.tri(n_past, dtype=bool), [], none
+            )
+        for n_tokens in CHOICES:
+            ids, depths = np.ones(n_tokens, np.int64), np.full(n_tokens, n_past)
+            attended = np.concatenate([np.ones((n_tokens, n_past), dtype=bool), np.eye(n_tokens, dtype=bool)], axis=1)
+            try:
+                seconds = min(_timed(loaded.model, ids, depths, attended, cached) for _ in range(2))
+            except (torch.OutOfMemoryError, RuntimeError) as failure:
+                if not is_out_of_memory(failure):
+                    raise
+                break
+            if n_tokens / seconds < best_speed * GAIN:
+                break
+            best, best_speed = n_tokens, n_tokens / seconds
+    free_memory()
+    return best
+
+
+def _timed(model: Any, token_ids: Array, depths: Array, attended: Array, cached: Cached) -> float:
+    """Seconds of one forward."""
+    started = time.perf_counter()
+    logits, _ = tree_forward(model, token_ids, depths, attended, cached, np.arange(1))
+    logits.sum().item()  # waits for the device
+    return time.perf_counter() - started

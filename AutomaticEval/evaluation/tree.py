@@ -1,0 +1,93 @@
+"""lm-eval's log-likelihood requests over the prefix tree of all of them, in the place of lm-eval's own batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from AutomaticEval.capture.generation import sample_columns
+from AutomaticEval.capture.scoring import Cut, Scored, ScoringOptions, TreeScoring
+from AutomaticEval.capture.walking import measured_tokens
+from AutomaticEval.errors import TreeUnsuitable
+from AutomaticEval.evaluation.calls import Call
+from AutomaticEval.evaluation.ranks import Ranks
+from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.selection import Selection
+from AutomaticEval.store.format import Sample
+
+
+@dataclass
+class TreeScorer:
+    """Scores one call of lm-eval after the other, and hands on what was captured."""
+
+    loaded: LoadedModel
+    selection: Selection | None
+    sink: Callable[[list[Sample]], None]
+    ranks: Ranks
+    measures: bool
+    """Find the tokens of a forward by measuring, once."""
+
+    max_length: int
+    dtype: torch.dtype | None
+    """Of the log-softmax; None leaves it in the logits' own."""
+
+    n_computed: int = 0
+    """Tokens fed so far, by this process."""
+    n_alone: int = 0
+    """Tokens that the same requests would have fed one by one, equal ones once."""
+    _tokens: int | None = None
+    _is_checked: bool = False
+
+    def score(self, call: Call, bar: str | None) -> None:
+        """Answer what a call listed. bar: what the progress bar is called; None shows none.
+
+        Raises TreeUnsuitable, in all processes, before anything is answered.
+        """
+        requests = [Cut.of(*call.tokens[index], self.max_length) for index in range(len(call.tokens))]
+        answered = call.take_answered()
+        lengths = [len(request.sequence) - 1 for request in requests]
+        if self.measures and self._tokens is None and requests:
+            n_past = sum(lengths) // len(lengths) // 2
+            self._tokens = min(self.ranks.gathered(measured_tokens(self.loaded, n_past)))
+        share = (self.ranks.rank, self.ranks.n_ranks)
+        how = ScoringOptions(self.selection, self._tokens, self.dtype, share)
+        why = None
+        try:
+            scoring = TreeScoring(self.loaded, requests, how, answered)
+            if not self._is_checked and scoring.wanted.any():
+                scoring.check()
+                self._is_checked = True
+        except TreeUnsuitable as unsuitable:
+            why = str(unsuitable)
+        for each in self.ranks.gathered(why):
+            if each is not None:
+                raise TreeUnsuitable(each)
+        with tqdm(total=len(requests), initial=len(answered), desc=bar, disable=bar is None) as progress:
+            for batch in scoring.results():
+                self._hand_on(call, requests, batch, scoring)
+                progress.update(len(batch))
+        self.n_computed += scoring.walk.n_computed
+        self.n_alone += scoring.n_alone
+
+    def _hand_on(self, call: Call, requests: list[Cut], batch: list[Scored], scoring: TreeScoring) -> None:
+        for scored in batch:
+            call.answer(scored.request, (scored.logprob, scored.is_greedy))
+        if self.selection is not None:
+            self.sink([self._sample(call, requests[scored.request], scored, scoring) for scored in batch])
+
+    def _sample(self, call: Call, request: Cut, scored: Scored, scoring: TreeScoring) -> Sample:
+        key, prompt, response = call.requests[scored.request]
+        sequence, n_context, n_truncated = request
+        fields: dict[str, Any] = {
+            **sample_columns(prompt, response or "", n_context, (1, scoring.tokens)),
+            **key._asdict(),
+            "n_truncated": n_truncated,
+            "logprob": scored.logprob,
+            "is_greedy": scored.is_greedy,
+            "scoring": "tree",
+        }
+        return Sample(fields, sequence[:n_context], sequence[n_context:], scored.parts)

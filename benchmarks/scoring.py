@@ -1,0 +1,284 @@
+"""Scoring over the prefix tree beside plain lm-eval: same model, same requests, alternating in one process.
+
+    python benchmarks/scoring.py --mmlu DATA --tokenizer GPT2 [--subject astronomy] [--limit 40] [--rounds 3] [--json FILE]
+    python benchmarks/scoring.py --mmlu DATA --tokenizer GPT2 --memory
+
+Four sides, each from lm-eval's requests to their answers: plain lm-eval `hf`; ours; ours with every layer at every position captured
+and on the disk; and the floor, which is the model's body alone over as many tokens as the tree has, in rows without padding, with no
+logits at all. Ratios are medians over the rounds. DATA holds MMLU as dev/SUBJECT.jsonl and test/SUBJECT.jsonl; without it the bundled
+demo is asked of its own tokenizer. The model has random weights: GPT-2 with 124M parameters, or --model llama for Llama-3.2-3B's shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+
+from AutomaticEval.cli.options import quiet_libraries
+from AutomaticEval.evaluation.benchmark import BUNDLED
+from AutomaticEval.evaluation.folder import made_with
+from AutomaticEval.evaluation.lm import CapturingHFLM
+from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
+from AutomaticEval.selection import Selection
+from AutomaticEval.store.writer import RunWriter
+
+QUESTION = "'{{question.strip()}}\n\n  A. {{choices[0]}}\n\n  B. {{choices[1]}}\n\n  C. {{choices[2]}}\n\n  D. {{choices[3]}}\n\n  Answer:'"
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}/test/{subject}.jsonl, dev: {data}/dev/{subject}.jsonl}}}}
+output_type: multiple_choice
+test_split: test
+fewshot_split: dev
+fewshot_config: {{sampler: first_n}}
+description: {description}
+doc_to_text: {text}
+doc_to_choice: {choices}
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+SIDES = ("plain", "tree", "captured", "floor")
+ROW = 256
+"""Tokens of a row of the floor."""
+
+
+def shapes(mmlu: str | None, subject: str, folder: Path) -> dict[str, tuple[str, int]]:
+    """What is asked: name -> (task, few-shot examples). Writes the task files."""
+    if mmlu is None:
+        return {"demo, 5-shot": ("demo_facts", 5), "demo, 0-shot": ("demo_facts", 0)}
+    about = f"'The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n\n  '"
+    kinds = {
+        "lettered": {"description": about, "text": QUESTION, "choices": '["A", "B", "C", "D"]'},
+        "texts": {"description": "''", "text": '"Question: {{question}}\\nAnswer:"', "choices": '"{{choices}}"'},
+    }
+    for name, kind in kinds.items():
+        written = TASK.format(name=name, data=Path(mmlu).resolve(), subject=subject, **kind)
+        (folder / f"{name}.yaml").write_text(written)
+    return {
+        f"{subject}, 5-shot": ("lettered", 5),
+        f"{subject}, 0-shot": ("lettered", 0),
+        f"{subject}, choices as text": ("texts", 0),
+    }
+
+
+def loaded_model(kind: str, tokenizer: str, device: str, dtype: torch.dtype) -> LoadedModel:
+    torch.manual_seed(0)
+    config = GPT2Config()
+    if kind == "llama":  # Llama-3.2-3B's
+        config = LlamaConfig(
+            vocab_size=128256,
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_hidden_layers=28,
+            num_attention_heads=24,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=131072,
+            rope_theta=500000.0,
+            tie_word_embeddings=True,
+        )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return LoadedModel(model, AutoTokenizer.from_pretrained(tokenizer), f"{kind}-shape")
+
+
+class Asked(HFLM):  # type: ignore[misc]
+    """lm-eval's model, which only remembers what it is asked."""
+
+    def loglikelihood(self, requests: Any, **kwargs: Any) -> Any:
+        self.requests = requests
+        return [(0.0, False)] * len(requests)
+
+
+def requests_of(loaded: LoadedModel, task: str, shots: int, limit: int | None, folder: Path) -> Any:
+    lm = Asked(pretrained=loaded.model, tokenizer=loaded.tokenizer)
+    manager = TaskManager(include_path=[str(BUNDLED), str(folder)], include_defaults=False)
+    with quiet():
+        simple_evaluate(model=lm, tasks=[task], num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=0)
+    return lm.requests
+
+
+class Sides:
+    """The four ways to answer one list of requests."""
+
+    def __init__(self, loaded: LoadedModel, requests: Any, batch_size: int | str) -> None:
+        self.loaded, self.requests, self.batch_size = loaded, requests, batch_size
+        self.n_fed, self.n_tree, self.n_computed = self._counted()
+
+    def _counted(self) -> tuple[int, int, int]:
+        """Tokens that plain lm-eval feeds (without its padding), that the prefix tree has, and that ours feeds."""
+        lm = self._ours(None, None)
+        with quiet():
+            lm.loglikelihood(self.requests)
+        plain = HFLM(pretrained=self.loaded.model, tokenizer=self.loaded.tokenizer)
+        pairs = [plain._encode_pair(*request.args) for request in self.requests]
+        fed = {tuple((context + continuation)[:-1]) for context, continuation in pairs}
+        return sum(map(len, fed)), len({row[:n] for row in fed for n in range(1, len(row) + 1)}), lm.n_tokens[1]
+
+    def plain(self) -> Any:
+        lm = HFLM(pretrained=self.loaded.model, tokenizer=self.loaded.tokenizer, batch_size=self.batch_size)
+        return lm.loglikelihood(self.requests)
+
+    def _ours(self, selection: Selection | None, sink: Any) -> CapturingHFLM:
+        return CapturingHFLM(self.loaded, selection, sink, batch_size=self.batch_size)
+
+    def tree(self) -> Any:
+        return self._ours(None, None).loglikelihood(self.requests)
+
+    def captured(self) -> Any:
+        selection = Selection.parse(positions="all")
+        with tempfile.TemporaryDirectory() as folder:
+            settings = made_with(self.loaded, selection)
+            with RunWriter(Path(folder), self.loaded.name, settings) as writer:
+                answers = self._ours(selection, writer.add).loglikelihood(self.requests)
+                writer.finish()
+        return answers
+
+    def floor(self) -> Any:
+        body = self.loaded.model.base_model
+        sizes = [ROW] * (self.n_tree // ROW) + ([self.n_tree % ROW] if self.n_tree % ROW else [])
+        rows = 1 if self.loaded.model.device.type == "cpu" else 8
+        with torch.no_grad():
+            for at in range(0, len(sizes), rows):
+                batch = sizes[at : at + rows]
+                whole = [size for size in batch if size == ROW]
+                for shape in ([(len(whole), ROW)] if whole else []) + [(1, size) for size in batch if size != ROW]:
+                    body(torch.ones(shape, dtype=torch.long, device=self.loaded.model.device), use_cache=False)
+        if self.loaded.model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def seconds(work: Callable[[], object]) -> float:
+    gc.collect()
+    started = time.perf_counter()
+    with quiet():
+        work()
+    return time.perf_counter() - started
+
+
+def measured(name: str, sides: Sides, rounds: int) -> dict[str, Any]:
+    with quiet():
+        expected, found = sides.plain(), sides.captured()  # a warm-up, too
+    off = max(abs(a[0] - b[0]) for a, b in zip(expected, found, strict=True))
+    taken: dict[str, list[float]] = {side: [] for side in SIDES}
+    for _ in range(rounds):
+        for side in SIDES:
+            taken[side].append(seconds(getattr(sides, side)))
+
+    def ratio(side: str, to: str) -> float:
+        return statistics.median(a / b for a, b in zip(taken[side], taken[to], strict=True))
+
+    return {
+        "task": name,
+        "requests": len(sides.requests),
+        "seconds": {side: round(statistics.median(each), 2) for side, each in taken.items()},
+        "tree / plain": round(ratio("tree", "plain"), 3),
+        "captured / plain": round(ratio("captured", "plain"), 3),
+        "captured / floor": round(ratio("captured", "floor"), 3),
+        "tokens fed by plain": sides.n_fed,
+        "distinct tokens": sides.n_tree,
+        "computed / distinct": round(sides.n_computed / sides.n_tree, 3),
+        "log-likelihoods differ by": off,
+    }
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    lines = [
+        "| task | captured / plain | tree / plain | captured / floor | tokens fed by plain | distinct | computed |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for each in found:
+        ratios = " | ".join(f"{each[name]:.3f}" for name in ("captured / plain", "tree / plain", "captured / floor"))
+        tokens = f"{each['tokens fed by plain']} | {each['distinct tokens']} | {each['computed / distinct']:.3f} ×"
+        lines.append(f"| {each['task']} | {ratios} | {tokens} |")
+    return "\n".join(lines)
+
+
+def peaks(names: list[str]) -> None:
+    """Peak memory of each side, in a process of its own."""
+    for name in names:
+        for side in ("nothing", "plain", "tree", "captured"):
+            again = [sys.executable, __file__, *sys.argv[1:], "--peak", name, side]
+            printed = subprocess.run(again, check=True, capture_output=True, text=True).stdout
+            print(f"{name}: {side} {int(printed.split()[-1]) / 1024:.0f} MB", flush=True)
+
+
+def peak_here(sides: Callable[[], Sides], side: str) -> None:
+    if side != "nothing":
+        with quiet():
+            getattr(sides(), side)()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mmlu")
+    parser.add_argument("--subject", default="astronomy")
+    parser.add_argument("--tokenizer", default=str(DEMO_FOLDER))
+    parser.add_argument("--model", choices=["gpt2", "llama"], default="gpt2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch_size", default="8")
+    parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", help="part of the name of a task")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as temporary:
+        asked = shapes(given.mmlu, given.subject, Path(temporary))
+        asked = {name: each for name, each in asked.items() if (given.only or "") in name}
+        if given.memory and not given.peak:
+            peaks(list(asked))
+            return
+        loaded = loaded_model(given.model, given.tokenizer, given.device, getattr(torch, given.dtype))
+        batch_size = int(given.batch_size) if given.batch_size.isdecimal() else given.batch_size
+
+        def sides(name: str) -> Sides:
+            requests = requests_of(loaded, *asked[name], given.limit, Path(temporary))
+            return Sides(loaded, requests, batch_size)
+
+        if given.peak:
+            peak_here(lambda: sides(given.peak[0]), given.peak[1])
+            return
+        found = [measured(name, sides(name), given.rounds) for name in asked]
+    device = (
+        torch.cuda.get_device_name() if given.device == "cuda" else f"{platform.processor() or platform.machine()} CPU"
+    )
+    print(f"{given.model} shape, {given.dtype}, {device}, {torch.get_num_threads()} threads, {given.rounds} rounds")
+    print(table(found))
+    if given.json:
+        given.json.write_text(
+            json.dumps({"device": device, "settings": {**vars(given), "json": None}, "tasks": found}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
