@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from AutomaticEval.capture.asking import (
         generate_inference_with_activations as generate_inference_with_activations,
     )
+    from AutomaticEval.capture.continuations import score_continuations as score_continuations
     from AutomaticEval.evaluation.evaluating import evaluate_with_activations as evaluate_with_activations
     from AutomaticEval.evaluation.extraction import extract_answer as extract_answer
     from AutomaticEval.evaluation.hf_activations import HFActivations as HFActivations
@@ -37,6 +38,7 @@ _HOMES = {
     "load_model": "models.loading",
     "load_activations": "store.reader",
     "open_run": "store.reader",
+    "score_continuations": "capture.continuations",
 }
 __all__ = sorted(_HOMES)
 

@@ -40,6 +40,7 @@ FLOORS = {
     "capture.walking": 6,
     "capture.scoring": 7,
     "capture.prefill": 7,
+    "capture.continuations": 8,
     "evaluation.extraction": 5,
     "evaluation.tasks.demo.data": 5,
     "store.writer": 5,

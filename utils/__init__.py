@@ -8,6 +8,7 @@ from AutomaticEval import (
     generate_inference_with_activations,
     load_activations,
     open_run,
+    score_continuations,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "generate_inference_with_activations",
     "load_activations",
     "open_run",
+    "score_continuations",
 ]

@@ -6,7 +6,7 @@ has all of its ancestors either in itself or on the one path that leads to its f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +78,14 @@ class PrefixTree:
             path[shared:length] = np.arange(first, first + length - shared)
             first += length - shared
             yield Branch(members, shared, path[:length])
+
+    def marked(self, places: Callable[[int], Sequence[int]]) -> Array:
+        """[n_nodes], bool: the nodes that some sequence wants. places: of a sequence (by index), which of its tokens."""
+        found = np.zeros(self.n_nodes, dtype=bool)
+        for branch in self.branches():
+            for index in branch.members:
+                found[branch.path[list(places(index))]] = True
+        return found
 
     def path_to(self, node: int) -> Array:
         """The nodes before a node on its path, from the root on: [depth]."""

@@ -55,6 +55,11 @@ class Cut(NamedTuple):
     n_truncated: int
     """Tokens cut off on the left to fit the context, as lm-eval does."""
 
+    @property
+    def halves(self) -> tuple[list[int], list[int]]:
+        """(context, continuation)"""
+        return self.sequence[: self.n_context], self.sequence[self.n_context :]
+
     @classmethod
     def of(cls, context: Sequence[int], continuation: Sequence[int], max_length: int) -> Cut:
         """Raises PromptError when one is empty, or the continuation alone is longer than the context."""
@@ -145,7 +150,6 @@ class TreeScoring:
         nodes, requests = [np.empty(0, np.int64)], []
         places: list[range] = []
         tokens: list[int] = []
-        kept = np.zeros(self.tree.n_nodes, dtype=bool)
         for branch in self.tree.branches():
             for index in branch.members:
                 sequence, n_context, _ = self.requests[index]
@@ -153,17 +157,15 @@ class TreeScoring:
                 tokens += sequence[n_context:]
                 places.append(range(len(sequence) - n_context))
                 requests += [index] * len(places[-1])
-                if self.wanted[index]:
-                    kept[branch.path[self._positions(index)]] = True
         found = np.concatenate(nodes)
         order = np.argsort(found, kind="stable")
         flat = [place for each in places for place in each]
         columns = (np.array(values, np.int64)[order] for values in (requests, flat, tokens))
-        return _Targets(found[order], *columns), kept
+        return _Targets(found[order], *columns), self.tree.marked(self._positions)
 
     def _positions(self, index: int) -> list[int]:
-        """The positions of a request that are kept."""
-        if self.options.selection is None:
+        """The positions of a request that are kept here."""
+        if self.options.selection is None or not self.wanted[index]:
             return []
         sequence, n_context, _ = self.requests[index]
         return list(self.options.selection.positions.resolve(n_context, len(sequence) - n_context))
@@ -187,19 +189,20 @@ class TreeScoring:
         return sum(len(branch.path) for branch in self.tree.branches() if self.wanted[branch.members].any())
 
     def check(self) -> None:
-        """Score the first requests that part from each other over a tree of their own, and by plain forwards.
+        """Score two requests that part from each other over a tree of their own, and by plain forwards.
 
-        They are cut to CHECKED tokens, of which the second half is scored. Raises TreeUnsuitable when they disagree.
+        They are the first of the longest, cut to CHECKED tokens, of which the second half is scored. Raises TreeUnsuitable when
+        they disagree.
         """
         before: list[int] = []
         pair: list[list[int]] = []
         for branch in self.tree.branches():
             sequence = self.requests[branch.members[0]].sequence
-            if not before or 0 < branch.shared < len(before) - 1:
-                drop = min(max(len(before), len(sequence)) - CHECKED, branch.shared - 1)
-                pair = [each[max(0, drop) :][:CHECKED] for each in (before, sequence) if each]
-            if len(pair) == 2:
-                break
+            parts = 0 < branch.shared < len(before) - 1
+            drop = max(0, min(max(len(before), len(sequence)) - CHECKED, branch.shared - 1))
+            found = [each[drop:][:CHECKED] for each in (before, sequence)][not parts :]
+            if [len(found), len(found[-1])] > [len(pair), len(pair[-1]) if pair else 0]:
+                pair = found
             before = sequence
         halves = [Cut(sequence, len(sequence) // 2, 0) for sequence in pair]
         own = TreeScoring(self.loaded, halves, replace(self.options, selection=None, tokens=CHECKED // 3, share=(0, 1)))

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lm_eval.utils import simple_parse_args_string
 from transformers import GenerationConfig
 
 from AutomaticEval.capture.generation import bytes_per_row
+from AutomaticEval.capture.prefix_tree import PrefixTree
 from AutomaticEval.errors import (
     BenchmarkError,
     BenchmarkUnavailable,
@@ -32,6 +34,7 @@ from AutomaticEval.evaluation.harness import RandomStates, quick_templates, rand
 from AutomaticEval.evaluation.local_files import local_files, missing
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions, Selection
+from AutomaticEval.store.writer import SHARD_BYTES
 
 BUNDLED = Path(__file__).parent / "tasks" / "demo"
 BUNDLED_NAMES = ("demo", "demo_facts", "demo_arithmetic")
@@ -302,15 +305,26 @@ def forecast(loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, sele
     """The most bytes that the run is expected to write, from the first FORECAST_DOCS documents of each task."""
     row = bytes_per_row(loaded, selection)
     lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
-    total = 0.0
+    shares = benchmark.scoring == "tree"
+    total, longest = 0.0, 0
     for name, task in found.tasks.items():
         docs = task.eval_docs
         asked = _asked(len(docs), benchmark, found.drawn, name)
         trial = [docs[index] for index in asked[:FORECAST_DOCS]]
         task.set_fewshot_seed(benchmark.seed or 0)  # which is set again when the run begins
         with quick_templates():
-            rows = [_rows_of(lm, task, doc, benchmark, selection.positions) for doc in trial]
-        total += sum(rows) / len(rows) * len(asked) * task.config.repeats
+            wanted = [_rows_of(lm, task, doc, benchmark, selection.positions) for doc in trial]
+        is_scored = task.OUTPUT_TYPE != "generate_until"
+        rows = [sum(map(len, each.values())) for each in wanted]
+        if shares and is_scored:  # each document adds what it does not share with those before it
+            rows = [_n_distinct(each) for each in wanted]
+            own = max(0, _n_distinct(dict(chain.from_iterable(each.items() for each in wanted))) - rows[0])
+            total += rows[0] + own / max(1, len(rows) - 1) * (len(asked) - 1)
+        else:
+            total += sum(rows) / len(rows) * len(asked) * task.config.repeats
+        longest = max(longest, *rows)
+    if shares:
+        total += total * row // SHARD_BYTES * longest  # what is shared is written into each shard
     if total == 0:
         raise SelectionError(
             f"positions={selection.positions} keep nothing of {', '.join(benchmark.names)}: choices of one token are never "
@@ -346,8 +360,16 @@ def _requests_of(lm: HFLM, task: Task, doc: Any, benchmark: Benchmark) -> list[I
     return made if isinstance(made, list) else [made]
 
 
-def _rows_of(lm: HFLM, task: Task, doc: Any, benchmark: Benchmark, positions: Positions) -> int:
-    """The rows that one document will give, at most."""
+def _n_distinct(wanted: Mapping[tuple[int, ...], set[int]]) -> int:
+    """The rows that sequences give over their prefix tree."""
+    places = list(wanted.values())
+    return int(PrefixTree(list(wanted)).marked(lambda index: sorted(places[index])).sum())
+
+
+def _rows_of(
+    lm: HFLM, task: Task, doc: Any, benchmark: Benchmark, positions: Positions
+) -> dict[tuple[int, ...], set[int]]:
+    """The rows that one document will give, at most: what is fed, and the positions kept of it."""
     requests = _requests_of(lm, task, doc, benchmark)
     kept: dict[tuple[int, ...], set[int]] = {}
     if len({request.idx for request in requests}) < len(requests):
@@ -356,14 +378,15 @@ def _rows_of(lm: HFLM, task: Task, doc: Any, benchmark: Benchmark, positions: Po
         if request.request_type == "generate_until":
             new = request.args[1].get("max_gen_toks", lm.max_gen_toks)
             prompt = lm.tok_encode(request.args[0])[-(lm.max_length - new) :]
-            kept[()] = set(positions.resolve(len(prompt), new))
+            kept[tuple(prompt)] = set(positions.resolve(len(prompt), new))
         elif request.request_type == "loglikelihood_rolling":
-            for number, (context, continuation) in enumerate(rolling_windows(lm, request.args[0])):
-                kept[(number,)] = set(positions.resolve(len(context), len(continuation)))
+            for context, continuation in rolling_windows(lm, request.args[0]):
+                own_positions = positions.resolve(len(context), len(continuation))
+                kept.setdefault((*context, *continuation[:-1]), set()).update(own_positions)
         else:
             # without a context lm-eval feeds one token in its place; "?" stands for it here
             context, continuation = lm._encode_pair(request.args[0] or "?", request.args[1])
             whole = (context + continuation)[-(lm.max_length + 1) :]
             own_positions = positions.resolve(len(whole) - len(continuation), len(continuation))
             kept.setdefault(tuple(whole[:-1]), set()).update(own_positions)  # one row serves equal inputs
-    return sum(map(len, kept.values()))
+    return kept

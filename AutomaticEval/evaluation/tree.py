@@ -81,13 +81,12 @@ class TreeScorer:
 
     def _sample(self, call: Call, request: Cut, scored: Scored, scoring: TreeScoring) -> Sample:
         key, prompt, response = call.requests[scored.request]
-        sequence, n_context, n_truncated = request
         fields: dict[str, Any] = {
-            **sample_columns(prompt, response or "", n_context, (1, scoring.tokens)),
+            **sample_columns(prompt, response or "", request.n_context, (1, scoring.tokens)),
             **key._asdict(),
-            "n_truncated": n_truncated,
+            "n_truncated": request.n_truncated,
             "logprob": scored.logprob,
             "is_greedy": scored.is_greedy,
             "scoring": "tree",
         }
-        return Sample(fields, sequence[:n_context], sequence[n_context:], scored.parts)
+        return Sample(fields, *request.halves, scored.parts)

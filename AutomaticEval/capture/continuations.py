@@ -1,0 +1,148 @@
+"""`score_continuations`: how likely a model finds continuations of contexts, and what happened inside while they were scored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from AutomaticEval.capture.generation import dtype_of, keep_of, sample_columns, sequence_rows
+from AutomaticEval.capture.scoring import Cut, Scored, ScoringOptions, TreeScoring
+from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
+from AutomaticEval.models.hooks import capturing
+from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
+from AutomaticEval.models.taps import alone_with, input_device
+from AutomaticEval.selection import Positions, Selection
+from AutomaticEval.sites import LayersLike
+from AutomaticEval.store.format import Part, Sample
+
+Text = str | Sequence[int]
+"""A text, or its token ids."""
+FALLBACK_LENGTH = 2**20
+"""The context of a model whose config names none."""
+
+
+@dataclass(frozen=True)
+class ScoredContinuation:
+    """A continuation's score."""
+
+    logprob: float
+    """Sum over the continuation's tokens, in nats."""
+
+    is_greedy: bool
+    """Whether each of its tokens is the likeliest."""
+
+    context_ids: list[int]
+    continuation_ids: list[int]
+    logprobs: list[float]
+    """Of each of the continuation's tokens."""
+
+    activation_data: dict[str, Any] | None = None
+    """What `generate_inference_with_activations` gives, with the continuation as the response; None without capture."""
+
+
+def score_continuations(
+    requests: Iterable[tuple[Text, Text]],
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    capture_activations: bool = False,
+    layers_to_capture: LayersLike = None,
+    sites: str | Iterable[str] | None = None,
+    positions: str | slice | Positions = "scored",
+    store_dtype: str | None = None,
+    **options: Any,
+) -> list[ScoredContinuation]:
+    """The log-likelihood of each continuation after its context, over the prefix tree of all of them.
+
+    requests: (context, continuation) pairs of texts, which are tokenised as lm-eval does, or of token ids. What several begin
+    with is computed once. A context that is too long loses its beginning. model: a name, a folder, "demo", or a loaded model
+    with tokenizer=. options: dtype, device, device_map, load_in_8bit, load_in_4bit, revision.
+    A model that cannot be served so (state-space, ALiBi, sliding windows shorter than a request) is warned of, and computes
+    each request by itself.
+    Raises SelectionError, PromptError, ModelError, CaptureError; TypeError for an option there is not.
+    """
+    known = [field.name for field in fields(LoadOptions)]
+    for name in options:
+        if name not in known:
+            raise unknown_option(name, known)
+    selection = Selection.parse(sites, layers_to_capture, positions, store_dtype) if capture_activations else None
+    loaded = load_model(model, tokenizer=tokenizer, options=LoadOptions(**options))
+    asked = list(requests)
+    length = loaded.context or FALLBACK_LENGTH
+    cuts = [Cut.of(*_tokens(loaded.tokenizer, *pair), length) for pair in asked]
+    how = ScoringOptions(selection)
+    try:
+        scoring = TreeScoring(loaded, cuts, how)
+        scoring.check()
+        batches, shape = scoring.results(), (1, scoring.tokens)
+    except TreeUnsuitable as why:
+        warnings.warn(f"Computing request by request: {why}", stacklevel=2)
+        batches, shape = _one_by_one(loaded, cuts, how), (1, 0)
+    settings = {**loaded.numbers(), **({} if selection is None else selection.as_dict())}
+    found: dict[int, ScoredContinuation] = {}
+    for scored in (each for batch in batches for each in batch):
+        cut = cuts[scored.request]
+        data = None
+        if selection is not None:
+            prompt, response = (_text(loaded.tokenizer, each) for each in asked[scored.request])
+            columns = sample_columns(prompt, response, cut.n_context, shape)
+            sample = Sample(
+                {**columns, "n_truncated": cut.n_truncated, "logprob": scored.logprob, "is_greedy": scored.is_greedy},
+                *cut.halves,
+                scored.parts,
+            )
+            data = sample.activation_data(loaded.name, settings)
+        found[scored.request] = ScoredContinuation(
+            scored.logprob, scored.is_greedy, *cut.halves, scored.logprobs.tolist(), data
+        )
+    return [found[index] for index in range(len(cuts))]
+
+
+def _tokens(tokenizer: Any, context: Text, continuation: Text) -> tuple[list[int], list[int]]:
+    """A pair's tokens: both are encoded as one text, and spaces before the continuation belong to it."""
+    if isinstance(context, str) != isinstance(continuation, str):
+        raise PromptError("a request is a pair of texts, or a pair of lists of token ids; found one of each.")
+    if not isinstance(context, str) or not isinstance(continuation, str):
+        return list(map(int, context)), list(map(int, continuation))
+    if not continuation:
+        raise PromptError(f"the continuation of {context[-60:]!r} is empty; there is nothing to score.")
+    if not context:
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        return [int(first)], list(tokenizer.encode(continuation, add_special_tokens=False))
+    bare = context.rstrip()
+    whole = list(tokenizer.encode(context + continuation))
+    n_context = len(tokenizer.encode(bare))
+    return whole[:n_context], whole[n_context:]
+
+
+def _text(tokenizer: Any, text: Text) -> str:
+    return text if isinstance(text, str) else str(tokenizer.decode(list(text)))
+
+
+def _one_by_one(loaded: LoadedModel, cuts: Sequence[Cut], options: ScoringOptions) -> Iterator[list[Scored]]:
+    """Each request in a forward of its own."""
+    model, selection = loaded.model, options.selection
+    for index, cut in enumerate(cuts):
+        context, continuation = cut.halves
+        recorder: Any = nullcontext()
+        if selection is not None:
+            layout = loaded.layout
+            keep = keep_of(selection.positions, [context], [0])
+            taps = layout.pick(selection.sites(layout.n_layers))
+            recorder = capturing(model, taps, layout.embedding, keep, 1, dtype_of(selection))
+        with torch.no_grad(), alone_with(model), recorder as recording:
+            logits = model(torch.tensor([cut.sequence[:-1]], device=input_device(model))).logits[0, cut.n_context - 1 :]
+        likely = torch.log_softmax(logits, -1, dtype=options.dtype).cpu()
+        logprobs = likely.gather(1, torch.tensor(continuation)[:, None])[:, 0]
+        parts: list[Part] = []
+        if selection is not None:
+            kept = selection.positions.resolve(len(context), len(continuation))
+            rows = sequence_rows(recording, 0, 0, cut.sequence, kept, loaded.tokenizer)
+            parts = [Part(rows, range(len(rows.positions)))]
+        is_greedy = likely.argmax(-1).tolist() == continuation
+        yield [Scored(index, float(logprobs.sum()), is_greedy, logprobs, parts)]
