@@ -152,6 +152,7 @@ def test_generated_answers_share_their_prefill(
     (tmp_path / "begun.yaml").write_text(GREEDY.replace("task: greedy", "task: begun") + beginning)
     (tmp_path / "data.py").write_text(DATA)
     loaded = LoadedModel(build(CONFIGS[name]()), tokenizer, name)
+    assert loaded.layout.n_layers  # found with a few forwards of its own
     fed = []
     handle = loaded.model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(args[0].numel()))
     outcome = evaluate_with_activations(
