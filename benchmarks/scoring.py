@@ -4,8 +4,8 @@
     python benchmarks/scoring.py --mmlu DATA --tokenizer GPT2 --memory
 
 Four sides, each from lm-eval's requests to their answers: plain lm-eval `hf`; ours; ours with every layer at every position captured
-and on the disk; and the floor, which is the model's body alone over as many tokens as the tree has, in rows without padding, with no
-logits at all. Ratios are medians over the rounds. DATA holds MMLU as dev/SUBJECT.jsonl and test/SUBJECT.jsonl; without it the bundled
+and on the disk; and the floor, which is one bare forward over as many tokens as the tree has, in rows without padding, with logits for as
+many of them as are scored. Ratios are medians over the rounds. DATA holds MMLU as dev/SUBJECT.jsonl and test/SUBJECT.jsonl; without it the bundled
 demo is asked of its own tokenizer. The model has random weights: GPT-2 with 124M parameters, or --model llama for Llama-3.2-3B's shape.
 """
 
@@ -122,17 +122,19 @@ class Sides:
 
     def __init__(self, loaded: LoadedModel, requests: Any, batch_size: int | str) -> None:
         self.loaded, self.requests, self.batch_size = loaded, requests, batch_size
-        self.n_fed, self.n_tree, self.n_computed = self._counted()
+        self.n_fed, self.n_tree, self.n_scored, self.n_computed = self._counted()
 
-    def _counted(self) -> tuple[int, int, int]:
-        """Tokens that plain lm-eval feeds (without its padding), that the prefix tree has, and that ours feeds."""
+    def _counted(self) -> tuple[int, int, int, int]:
+        """Tokens that plain lm-eval feeds (without its padding), that the prefix tree has, of these scored, and that ours feeds."""
         lm = self._ours(None, None)
         with quiet():
             lm.loglikelihood(self.requests)
         plain = HFLM(pretrained=self.loaded.model, tokenizer=self.loaded.tokenizer)
         pairs = [plain._encode_pair(*request.args) for request in self.requests]
         fed = {tuple((context + continuation)[:-1]) for context, continuation in pairs}
-        return sum(map(len, fed)), len({row[:n] for row in fed for n in range(1, len(row) + 1)}), lm.n_tokens[1]
+        distinct = {row[:n] for row in fed for n in range(1, len(row) + 1)}
+        scored = {tuple((a + b)[: len(a) + n]) for a, b in pairs for n in range(len(b))}
+        return sum(map(len, fed)), len(distinct), len(scored), lm.n_tokens[1]
 
     def plain(self) -> Any:
         lm = HFLM(pretrained=self.loaded.model, tokenizer=self.loaded.tokenizer, batch_size=self.batch_size)
@@ -154,16 +156,18 @@ class Sides:
         return answers
 
     def floor(self) -> Any:
-        body = self.loaded.model.base_model
+        model, device = self.loaded.model, self.loaded.model.device
         sizes = [ROW] * (self.n_tree // ROW) + ([self.n_tree % ROW] if self.n_tree % ROW else [])
-        rows = 1 if self.loaded.model.device.type == "cpu" else 8
+        rows = 1 if device.type == "cpu" else 8
         with torch.no_grad():
             for at in range(0, len(sizes), rows):
                 batch = sizes[at : at + rows]
                 whole = [size for size in batch if size == ROW]
                 for shape in ([(len(whole), ROW)] if whole else []) + [(1, size) for size in batch if size != ROW]:
-                    body(torch.ones(shape, dtype=torch.long, device=self.loaded.model.device), use_cache=False)
-        if self.loaded.model.device.type == "cuda":
+                    ids = torch.ones(shape, dtype=torch.long, device=device)
+                    n_logits = max(1, round(shape[1] * self.n_scored / self.n_tree))
+                    model(ids, use_cache=False, logits_to_keep=n_logits)
+        if device.type == "cuda":
             torch.cuda.synchronize()
 
 
@@ -202,6 +206,7 @@ def measured(name: str, sides: Sides, rounds: int) -> dict[str, Any]:
         "captured / floor": round(ratio("captured", "floor"), 3),
         "tokens fed by plain": sides.n_fed,
         "distinct tokens": sides.n_tree,
+        "of these scored": sides.n_scored,
         "computed / distinct": round(sides.n_computed / sides.n_tree, 3),
         "log-likelihoods differ by": off,
     }

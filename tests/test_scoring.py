@@ -179,7 +179,7 @@ def test_logits_of_every_kept_position(tiny_llama: LoadedModel) -> None:
 def test_too_long_contexts_lose_their_beginning_as_in_lm_eval(tiny_llama: LoadedModel) -> None:
     context, continuation = list(range(3, 203)), [7, 8, 9]
     cut = Cut.of(context, continuation, 128)
-    assert (cut.n_truncated, len(cut.sequence)) == (203 - 129, 129)
+    assert (cut.n_truncated, len(cut.fed)) == (203 - 129, 128)
     (each,), _ = scored(tiny_llama, [(context, continuation)])
     expected = plain(tiny_llama.model, (context + continuation)[-129:-3], continuation)[0]
     assert torch.allclose(each.logprobs, expected, atol=1e-5)

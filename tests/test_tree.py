@@ -21,7 +21,7 @@ from AutomaticEval.evaluation.benchmark import Benchmark, forecast, load_tasks
 from AutomaticEval.evaluation.encoding import shared_beginnings
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
-from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.reader import Run
 
@@ -148,7 +148,9 @@ def test_generated_answers_share_their_prefill(
 ) -> None:
     """What prompts begin with is computed and stored once, answers are lm-eval's, and rows are true."""
     monkeypatch.setattr(prefill, "CHUNK", 8)
-    beginning = 'description: "Answer each question in one word, as the one who asks would, and say no more than that. "\n'
+    beginning = (
+        'description: "Answer each question in one word, as the one who asks would, and say no more than that. "\n'
+    )
     (tmp_path / "begun.yaml").write_text(GREEDY.replace("task: greedy", "task: begun") + beginning)
     (tmp_path / "data.py").write_text(DATA)
     loaded = LoadedModel(build(CONFIGS[name]()), tokenizer, name)
@@ -250,3 +252,38 @@ def test_equal_inputs_with_other_splits_are_scored_each_by_its_own(demo: LoadedM
         for pair in (("What is", " red? A colour"), ("What is red?", " A colour"))
     ]
     assert [each[0] for each in both] == [pytest.approx(each[0], abs=2e-5) for each in alone]
+
+
+@pytest.mark.parametrize(
+    ("how", "within"),
+    [
+        ({"load_in_8bit": True}, 0.3),
+        ({"load_in_4bit": True}, 0.5),
+        ({"dtype": "bfloat16"}, 0.3),
+        ({"dtype": "float16"}, 0.05),
+    ],
+)
+def test_narrow_numbers(how: dict[str, Any], within: float, tmp_path: Path) -> None:
+    """Tree, stock, and stock again on one loaded model: rounding apart the same, and running it changes nothing."""
+    loaded = load_model("demo", options=LoadOptions(**how))
+    before = loaded.fingerprint()
+    asked: dict[str, Any] = {"limit": 8, "num_fewshot": 4}
+    tree, stock, again = (
+        evaluate_with_activations(loaded, "demo_facts", activation_save_dir=tmp_path, scoring=scoring, **asked)
+        for scoring in ("tree", "stock", "stock")
+    )
+    assert as_json(stock.samples) == as_json(again.samples)
+    assert tree.n_computed
+    for one, other in zip(tree.samples["demo_facts"], stock.samples["demo_facts"], strict=True):
+        for (mine,), (theirs,) in zip(one["resps"], other["resps"], strict=True):
+            assert mine[0] == pytest.approx(theirs[0], abs=within * (1 + abs(theirs[0])) / 5)
+    assert loaded.fingerprint() == before
+
+
+def test_weights_spread_over_cpu_and_disk(demo: LoadedModel, tmp_path: Path) -> None:
+    layers = {f"model.layers.{number}": "cpu" if number % 2 else "disk" for number in range(demo.layout.n_layers)}
+    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **layers}
+    spread = load_model("demo", tokenizer=demo.tokenizer, options=LoadOptions(device_map=parts))
+    outcome = evaluate_with_activations(spread, "demo", limit=6, num_fewshot=4, activation_save_dir=tmp_path)
+    assert outcome.n_computed
+    assert_near(outcome, plain(demo, ("demo",), str(tmp_path), limit=6, num_fewshot=4))

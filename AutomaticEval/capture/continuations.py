@@ -90,15 +90,16 @@ def score_continuations(
         data = None
         if selection is not None:
             prompt, response = (_text(loaded.tokenizer, each) for each in asked[scored.request])
-            columns = sample_columns(prompt, response, cut.n_context, shape)
+            columns = sample_columns(prompt, response, len(cut.context), shape)
             sample = Sample(
                 {**columns, "n_truncated": cut.n_truncated, "logprob": scored.logprob, "is_greedy": scored.is_greedy},
-                *cut.halves,
+                cut.context,
+                cut.continuation,
                 scored.parts,
             )
             data = sample.activation_data(loaded.name, settings)
         found[scored.request] = ScoredContinuation(
-            scored.logprob, scored.is_greedy, *cut.halves, scored.logprobs.tolist(), data
+            scored.logprob, scored.is_greedy, [*cut.context], [*cut.continuation], scored.logprobs.tolist(), data
         )
     return [found[index] for index in range(len(cuts))]
 
@@ -128,7 +129,7 @@ def _one_by_one(loaded: LoadedModel, cuts: Sequence[Cut], options: ScoringOption
     """Each request in a forward of its own."""
     model, selection = loaded.model, options.selection
     for index, cut in enumerate(cuts):
-        context, continuation = cut.halves
+        context, continuation, _ = cut
         recorder: Any = nullcontext()
         if selection is not None:
             layout = loaded.layout
@@ -136,13 +137,13 @@ def _one_by_one(loaded: LoadedModel, cuts: Sequence[Cut], options: ScoringOption
             taps = layout.pick(selection.sites(layout.n_layers))
             recorder = capturing(model, taps, layout.embedding, keep, 1, dtype_of(selection))
         with torch.no_grad(), alone_with(model), recorder as recording:
-            logits = model(torch.tensor([cut.sequence[:-1]], device=input_device(model))).logits[0, cut.n_context - 1 :]
+            logits = model(torch.tensor([cut.fed], device=input_device(model))).logits[0, len(context) - 1 :]
         likely = torch.log_softmax(logits, -1, dtype=options.dtype).cpu()
-        logprobs = likely.gather(1, torch.tensor(continuation)[:, None])[:, 0]
+        logprobs = likely.gather(1, torch.tensor(list(continuation))[:, None])[:, 0]
         parts: list[Part] = []
         if selection is not None:
             kept = selection.positions.resolve(len(context), len(continuation))
-            rows = sequence_rows(recording, 0, 0, cut.sequence, kept, loaded.tokenizer)
+            rows = sequence_rows(recording, 0, 0, [*context, *continuation], kept, loaded.tokenizer)
             parts = [Part(rows, range(len(rows.positions)))]
-        is_greedy = likely.argmax(-1).tolist() == continuation
+        is_greedy = likely.argmax(-1).tolist() == [*continuation]
         yield [Scored(index, float(logprobs.sum()), is_greedy, logprobs, parts)]

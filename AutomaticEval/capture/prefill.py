@@ -121,7 +121,7 @@ class Prefill:
         self.n_computed += CHUNK
         if not self._is_checked and n_past:
             best = torch.log_softmax(logits[0, -1].float(), -1).cpu().max(-1)
-            check_scores(model, [*self._ids, int(best.indices)], len(self._ids), best.values[None])
+            check_scores(model, self._ids, [int(best.indices)], best.values[None])
             self._is_checked = True
         if recording is not None:
             if recording.fed(0) != ids:

@@ -6,7 +6,7 @@ has all of its ancestors either in itself or on the one path that leads to its f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ class PrefixTree:
     forks: Array
     """[n_nodes], True where a node does not simply go on from the one before it, or where paths part before it."""
 
-    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+    def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
         found: dict[bytes, list[int]] = {}  # big-endian bytes sort as their numbers do
         for index, sequence in enumerate(sequences):
             found.setdefault(np.asarray(sequence, ">u4").tobytes(), []).append(index)

@@ -48,17 +48,17 @@ class Scored(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """A request as it is fed: its last token is not."""
+    """A request, cut to the model's context."""
 
-    sequence: list[int]
-    n_context: int
+    context: Sequence[int]
+    continuation: Sequence[int]
     n_truncated: int
-    """Tokens cut off on the left to fit the context, as lm-eval does."""
+    """Tokens cut off on the left, as lm-eval does."""
 
     @property
-    def halves(self) -> tuple[list[int], list[int]]:
-        """(context, continuation)"""
-        return self.sequence[: self.n_context], self.sequence[self.n_context :]
+    def fed(self) -> list[int]:
+        """What the model is given: all but the last token."""
+        return [*self.context, *self.continuation[:-1]]
 
     @classmethod
     def of(cls, context: Sequence[int], continuation: Sequence[int], max_length: int) -> Cut:
@@ -68,9 +68,8 @@ class Cut(NamedTuple):
                 f"a context of {len(context)} and a continuation of {len(continuation)} tokens; each needs one at least, and the "
                 f"continuation {max_length} at most."
             )
-        whole = [*context, *continuation][-(max_length + 1) :]
-        n_truncated = len(context) + len(continuation) - len(whole)
-        return cls(whole, len(whole) - len(continuation), n_truncated)
+        n_truncated = max(0, len(context) + len(continuation) - (max_length + 1))
+        return cls(context[n_truncated:] if n_truncated else context, continuation, n_truncated)
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class TreeScoring:
     walk: Walk = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tree = PrefixTree([request.sequence[:-1] for request in self.requests])
+        self.tree = PrefixTree(request.fed for request in self.requests)
         tokens = self.options.tokens or TOKENS_A_FORWARD.get(self.loaded.model.device.type, 256)
         longest = int(self.tree.depths.max(initial=0)) + 1
         refuse_unsuitable(self.loaded.model, longest)
@@ -152,10 +151,10 @@ class TreeScoring:
         tokens: list[int] = []
         for branch in self.tree.branches():
             for index in branch.members:
-                sequence, n_context, _ = self.requests[index]
-                nodes.append(branch.path[n_context - 1 :].copy())
-                tokens += sequence[n_context:]
-                places.append(range(len(sequence) - n_context))
+                context, continuation, _ = self.requests[index]
+                nodes.append(branch.path[len(context) - 1 :].copy())
+                tokens += continuation
+                places.append(range(len(continuation)))
                 requests += [index] * len(places[-1])
         found = np.concatenate(nodes)
         order = np.argsort(found, kind="stable")
@@ -167,8 +166,8 @@ class TreeScoring:
         """The positions of a request that are kept here."""
         if self.options.selection is None or not self.wanted[index]:
             return []
-        sequence, n_context, _ = self.requests[index]
-        return list(self.options.selection.positions.resolve(n_context, len(sequence) - n_context))
+        context, continuation, _ = self.requests[index]
+        return list(self.options.selection.positions.resolve(len(context), len(continuation)))
 
     def _needed(self) -> list[tuple[int, int]]:
         """The stretches that hold a token of a request scored here."""
@@ -197,17 +196,19 @@ class TreeScoring:
         before: list[int] = []
         pair: list[list[int]] = []
         for branch in self.tree.branches():
-            sequence = self.requests[branch.members[0]].sequence
+            context, continuation, _ = self.requests[branch.members[0]]
+            sequence = [*context, *continuation]
             parts = 0 < branch.shared < len(before) - 1
             drop = max(0, min(max(len(before), len(sequence)) - CHECKED, branch.shared - 1))
             found = [each[drop:][:CHECKED] for each in (before, sequence)][not parts :]
             if [len(found), len(found[-1])] > [len(pair), len(pair[-1]) if pair else 0]:
                 pair = found
             before = sequence
-        halves = [Cut(sequence, len(sequence) // 2, 0) for sequence in pair]
+        halves = [Cut(each[: len(each) // 2], each[len(each) // 2 :], 0) for each in pair]
         own = TreeScoring(self.loaded, halves, replace(self.options, selection=None, tokens=CHECKED // 3, share=(0, 1)))
         for scored in itertools.chain.from_iterable(own.results()):
-            check_scores(self.loaded.model, *halves[scored.request][:2], scored.logprobs)
+            context, continuation, _ = halves[scored.request]
+            check_scores(self.loaded.model, context, continuation, scored.logprobs)
 
     def results(self) -> Iterator[list[Scored]]:
         """The requests' scores, as their last tokens are computed."""
@@ -242,7 +243,7 @@ class TreeScoring:
                 if not self.wanted[index]:
                     continue
                 if index not in self._logprobs:
-                    n_tokens = len(self.requests[index].sequence) - self.requests[index].n_context
+                    n_tokens = len(self.requests[index].continuation)
                     self._logprobs[index] = torch.full((n_tokens,), float("nan"), dtype=found.dtype)
                     self._greedy[index] = True
                 self._logprobs[index][place] = found[number]

@@ -80,16 +80,16 @@ def most_columns(model: Any) -> int | None:
     return int(min(config.max_position_embeddings, config.window_size if local else config.max_position_embeddings))
 
 
-def check_scores(model: Any, sequence: Sequence[int], n_context: int, logprobs: Tensor) -> None:
+def check_scores(model: Any, context: Sequence[int], continuation: Sequence[int], logprobs: Tensor) -> None:
     """Compare a continuation's log-likelihoods [n_continuation] with those of one plain forward of it alone.
 
     Raises TreeUnsuitable when one is further off than TOLERANCES allow.
     """
     with torch.no_grad(), alone_with(model):
-        ids = torch.tensor([list(sequence[:-1])], device=input_device(model))
+        ids = torch.tensor([[*context, *continuation[:-1]]], device=input_device(model))
         logits = model(ids, use_cache=False, logits_to_keep=len(logprobs)).logits[0]  # [n_continuation, d_vocab]
     plain = torch.log_softmax(logits.float(), -1).cpu()
-    expected = plain.gather(1, torch.tensor(sequence[n_context:])[:, None])[:, 0]
+    expected = plain.gather(1, torch.tensor(list(continuation))[:, None])[:, 0]
     is_quantized = getattr(model, "quantization_method", None) is not None
     part = QUANTIZED if is_quantized else TOLERANCES.get(model.dtype, QUANTIZED)
     off = (logprobs.float() - expected).abs()

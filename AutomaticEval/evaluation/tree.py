@@ -49,7 +49,7 @@ class TreeScorer:
         """
         requests = [Cut.of(*call.tokens[index], self.max_length) for index in range(len(call.tokens))]
         answered = call.take_answered()
-        lengths = [len(request.sequence) - 1 for request in requests]
+        lengths = [len(request.context) + len(request.continuation) for request in requests]
         if self.measures and self._tokens is None and requests:
             n_past = sum(lengths) // len(lengths) // 2
             self._tokens = min(self.ranks.gathered(measured_tokens(self.loaded, n_past)))
@@ -82,11 +82,11 @@ class TreeScorer:
     def _sample(self, call: Call, request: Cut, scored: Scored, scoring: TreeScoring) -> Sample:
         key, prompt, response = call.requests[scored.request]
         fields: dict[str, Any] = {
-            **sample_columns(prompt, response or "", request.n_context, (1, scoring.tokens)),
+            **sample_columns(prompt, response or "", len(request.context), (1, scoring.tokens)),
             **key._asdict(),
             "n_truncated": request.n_truncated,
             "logprob": scored.logprob,
             "is_greedy": scored.is_greedy,
             "scoring": "tree",
         }
-        return Sample(fields, *request.halves, scored.parts)
+        return Sample(fields, request.context, request.continuation, scored.parts)
