@@ -5,7 +5,8 @@
     python benchmarks/evaluate.py memory    # peak memory with n and 10 n documents, each in a process of its own
 
 Both sides begin with the names of the tasks and end with scores (captured: with a run folder that is finished). By default the
-bundled demo; --tasks, --include_path and --tokenizer take others, such as MMLU at its full scale.
+bundled demo; --tasks, --include_path and --tokenizer take others, such as MMLU at its full scale. Both sides have lm-eval's own
+batches; with --scoring tree ours has the prefix tree (see scoring.py).
 """
 
 from __future__ import annotations
@@ -201,12 +202,14 @@ def main() -> None:
     parser.add_argument("--tokenizer", default=str(DEMO_FOLDER))
     parser.add_argument("--num_fewshot", type=int, default=5)
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--scoring", choices=["stock", "tree"], default="stock")
     given = parser.parse_args()
     quiet_libraries()
     asked = Benchmark(
         tuple(given.tasks.split(",")),
         limit=given.limit,
         num_fewshot=given.num_fewshot,
+        scoring=given.scoring,
         include_path=tuple(given.include_path),
     )
     if given.what == "peak":

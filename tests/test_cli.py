@@ -106,7 +106,8 @@ main()
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_run_that_is_told_to_stop_keeps_what_it_captured(tmp_path: Path, name: str) -> None:
-    command = [sys.executable, "-c", STOPPED, "--capture_activations", "--benchmark", "demo_facts", name]
+    how = ["--capture_activations", "--benchmark", "demo_facts", "--scoring", "stock"]
+    command = [sys.executable, "-c", STOPPED, *how, name]
     script = STOPPED.replace("from lm_eval", "stop = sys.argv.pop()\nsys.argv[0] = 'main.py'\nfrom lm_eval", 1)
     command[2] = script.replace("sys.argv.pop()))", "stop))")
     done = subprocess.run(
@@ -208,7 +209,7 @@ def test_every_option_has_an_underscore_spelling_and_help() -> None:
     [
         (["--use_cache", "x"], "no forward"),
         (["--cache_requests", "true"], "wrong ones"),
-        (["--scoring", "tree"], "only stock"),
+        (["--scoring", "fast"], "tree or stock"),
         (["--resume", "no/such/folder"], "no folder"),
         (["--repeats", "3"], "does not sample"),
         (["--apply_chat_template"], "no chat template"),

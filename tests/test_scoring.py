@@ -11,14 +11,16 @@ import pytest
 import torch
 import transformers as hf
 from conftest import CONFIGS, VOCABULARY, build, raw_residuals
+from lm_eval.api.instance import Instance
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from AutomaticEval import score_continuations
 from AutomaticEval.capture import scoring as scoring_module
 from AutomaticEval.capture import serving, walking
 from AutomaticEval.capture.scoring import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 from AutomaticEval.selection import Selection
 
 SIZES: dict[str, Any] = {
@@ -211,6 +213,28 @@ def test_forward_that_does_not_fit_is_halved(tiny_llama: LoadedModel, monkeypatc
         assert torch.allclose(gathered(one, "layer_2"), gathered(other, "layer_2"), atol=1e-5)
 
 
+def test_scores_that_do_not_fit_are_halved_too(tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the words of a CPU; the log-softmax takes as much as the logits."""
+    pairs = drawn(5)
+    expected, _ = scored(tiny_llama, pairs, None, tokens=64)
+    real = torch.log_softmax
+
+    def full(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if len(logits) > 8:
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+            )
+        return real(logits, *args, **kwargs)
+
+    monkeypatch.setattr(scoring_module, "check_scores", lambda *a: None)
+    monkeypatch.setattr(scoring_module, "CHECKED", 12)
+    monkeypatch.setattr(torch, "log_softmax", full)
+    found, scoring = scored(tiny_llama, pairs, None, tokens=64)
+    assert scoring.walk.most < 64
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=2e-5)
+
+
 def test_other_failures_are_not_taken_for_a_lack_of_memory(tiny_llama: LoadedModel) -> None:
     def breaks(module: Any, args: Any) -> None:
         raise RuntimeError("something else")
@@ -309,6 +333,23 @@ UNSUITABLE: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "sliding": (lambda: hf.MistralConfig(**SIZES, sliding_window=16), "window of 16"),
     "gemma-sliding": (lambda: hf.Gemma2Config(**SIZES, head_dim=8, sliding_window=16), "window of 16"),
+    "nested rope": (
+        lambda: hf.Gemma3TextConfig(
+            **SIZES,
+            head_dim=8,
+            sliding_window=128,
+            rope_parameters={
+                kind: {
+                    "rope_type": "dynamic",
+                    "factor": 2.0,
+                    "rope_theta": 10000.0,
+                    "original_max_position_embeddings": 32,
+                }
+                for kind in ("full_attention", "sliding_attention")
+            },
+        ),
+        "beyond 32",
+    ),
     "longrope": (
         lambda: hf.LlamaConfig(
             **{**SIZES, "max_position_embeddings": 128},
@@ -380,6 +421,28 @@ def test_continuations_of_texts(demo: LoadedModel) -> None:
 def test_requests_that_ask_nothing(pairs: Any, says: str, demo: LoadedModel) -> None:
     with pytest.raises(PromptError, match=says):
         score_continuations(pairs, demo)
+
+
+def test_first_tokens_are_lm_evals(demo: LoadedModel) -> None:
+    """A tokenizer that adds a first token adds it once, and an empty context is that token."""
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    first = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, tokenizer.bos_token_id)]
+    )
+    assert tokenizer("red")["input_ids"][0] == tokenizer.bos_token_id
+    lm = HFLM(pretrained=demo.model, tokenizer=tokenizer)
+    pairs = [("What is red?", " a"), (f"{first}What is red?", " a"), ("", f"{first}What is"), ("", "What is")]
+    requests = [Instance("loglikelihood", {}, pair, 0, metadata=("t", at, 1)) for at, pair in enumerate(pairs)]
+    expected = lm.loglikelihood(requests)
+    found = score_continuations(pairs, demo.model, tokenizer=tokenizer)
+    assert [each.logprob for each in found] == pytest.approx([each[0] for each in expected], abs=2e-5)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(PromptError, match="neither a first nor a last"):
+        score_continuations([("", "What")], demo.model, tokenizer=tokenizer)
 
 
 def test_no_requests_and_unknown_options(demo: LoadedModel) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers as hf
 from conftest import CONFIGS, REAL, ROOT, STORIES, VOCABULARY, build, needs_real, raw_residuals
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from test_benchmark import DATA, as_json
 from test_evaluation import GREEDY, MIXED, assert_same, own_tasks, plain
 from transformers import AutoTokenizer
@@ -177,6 +179,95 @@ def test_generated_answers_share_their_prefill(
     assert len(run.rows("layer_0")) < n_prompts / 2 + n_answers  # shared rows are there once
 
 
+def generated(loaded: LoadedModel, prompts: list[str], scoring: str, **kwargs: Any) -> list[str]:
+    """lm-eval's answers to prompts, uncaptured."""
+    lm = CapturingHFLM(loaded, None, list, scoring=scoring, batch_size=4)
+    how = {"until": ["\n\n"], "max_gen_toks": 24, **kwargs}
+    asked = [Instance("generate_until", {}, (text, how), 0, metadata=("t", at, 1)) for at, text in enumerate(prompts)]
+    return list(lm.generate_until(asked))
+
+
+SHARED = "Here is what is asked of you, and you shall answer it. " * 4
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda longest: hf.MistralConfig(**SIZES, sliding_window=longest + 4),
+        lambda longest: hf.Gemma2Config(**SIZES, head_dim=8, sliding_window=longest + 4),
+        lambda longest: hf.GPTNeoConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=longest + 4,
+        ),
+        lambda longest: hf.LlamaConfig(**SIZES),
+    ],
+    ids=["mistral", "gemma2", "gpt_neo", "llama"],
+)
+def test_answers_that_grow_out_of_a_window_are_lm_evals(config: Any, tokenizer: Any) -> None:
+    """Padding between a prefix and the rest of a prompt would take up some of the window."""
+    prompts = [
+        SHARED + each for each in ("A?", "What is it that is red, and why is it so, and since when is it red?", "B")
+    ]
+    longest = max(len(tokenizer(each)["input_ids"]) for each in prompts)
+    loaded = LoadedModel(build(config(longest)), tokenizer, "sliding")
+    assert generated(loaded, prompts, "tree") == generated(loaded, prompts, "stock")
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"cache_implementation": "static"}, {"repetition_penalty": 1.3}])
+def test_other_ways_to_generate_are_lm_evals(kwargs: dict[str, Any], demo: LoadedModel) -> None:
+    prompts = [SHARED + "A?", SHARED + "What is red?"]
+    assert generated(demo, prompts, "tree", **kwargs) == generated(demo, prompts, "stock", **kwargs)
+
+
+def test_empty_prompts_beside_others_that_share(demo: LoadedModel) -> None:
+    prompts = [SHARED + "A?", "", SHARED + "What is red?"]
+    assert demo.tokenizer("")["input_ids"] == []
+    assert generated(demo, prompts, "tree") == generated(demo, prompts, "stock")
+
+
+@pytest.mark.parametrize("name", ["bloom", "mamba", "gpt_neo"])
+def test_measured_budget_of_models_without_much_of_a_tree(name: str, tokenizer: Any, own_tasks: str) -> None:
+    configs: dict[str, Any] = {
+        "bloom": lambda: hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+        "mamba": lambda: hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
+        "gpt_neo": CONFIGS["gpt_neo"],
+    }
+    loaded = LoadedModel(build(configs[name]()), tokenizer, name)
+    asked = Benchmark(("twice",), include_path=(own_tasks,), batch_size="auto", limit=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcome = run_benchmark(loaded, asked)
+    assert bool(outcome.n_computed) == (name == "gpt_neo")
+    assert_near(outcome, plain(loaded, ("twice",), own_tasks, limit=3))
+
+
+def test_each_call_is_checked_by_itself(tokenizer: Any) -> None:
+    """A model that only long requests show to be unsuitable: the short ones before them prove nothing."""
+    loaded = LoadedModel(build(hf.DogeConfig(**SIZES, keep_window_size=20)), tokenizer, "doge")
+    lm = CapturingHFLM(loaded, None, list, batch_size=1)
+
+    def asked(pairs: list[tuple[str, str]]) -> list[Any]:
+        return [Instance("loglikelihood", {}, pair, 0, metadata=("t", at, 1)) for at, pair in enumerate(pairs)]
+
+    lm.loglikelihood(asked([("A", "B")]))
+    long = [(SHARED + "What is red?", " a colour"), (SHARED + "Who is it?", " I am")]
+    with pytest.warns(UserWarning, match="in a plain forward"):
+        found = lm.loglikelihood(asked(long))
+    assert found == HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=1).loglikelihood(asked(long))
+
+
 def test_prompts_that_share_less_than_a_chunk_are_lm_evals_own(demo: LoadedModel, tmp_path: Path) -> None:
     how: dict[str, Any] = {"limit": 10}
     outcome = evaluate_with_activations(demo, "demo_arithmetic", activation_save_dir=tmp_path, **how)
@@ -240,7 +331,6 @@ def test_real_tasks_on_a_real_model(task: str, shots: int, tmp_path: Path, monke
 
 def test_equal_inputs_with_other_splits_are_scored_each_by_its_own(demo: LoadedModel) -> None:
     """lm-eval's own batches take the longest continuation's tokens for both; over the tree each has its own."""
-    from lm_eval.api.instance import Instance
 
     def asked(pairs: list[tuple[str, str]]) -> list[Any]:
         return [Instance("loglikelihood", {}, pair, 0, metadata=("t", at, 1)) for at, pair in enumerate(pairs)]

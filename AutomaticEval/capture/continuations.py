@@ -114,11 +114,21 @@ def _tokens(tokenizer: Any, context: Text, continuation: Text) -> tuple[list[int
         raise PromptError(f"the continuation of {context[-60:]!r} is empty; there is nothing to score.")
     if not context:
         first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        return [int(first)], list(tokenizer.encode(continuation, add_special_tokens=False))
-    bare = context.rstrip()
-    whole = list(tokenizer.encode(context + continuation))
-    n_context = len(tokenizer.encode(bare))
+        if first is None:
+            raise PromptError(
+                "a context is empty, and the tokenizer has neither a first nor a last token to stand for it."
+            )
+        own = list(tokenizer.encode(continuation, add_special_tokens=False))
+        return (own[:1], own[1:]) if own[:1] == [first] else ([int(first)], own)
+    whole = _encoded(tokenizer, context + continuation)
+    n_context = len(_encoded(tokenizer, context.rstrip()))
     return whole[:n_context], whole[n_context:]
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    """With the first token that the tokenizer adds, unless the text begins with it."""
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return list(tokenizer.encode(text, **({"add_special_tokens": False} if begins else {})))
 
 
 def _text(tokenizer: Any, text: Text) -> str:

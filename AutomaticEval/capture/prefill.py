@@ -6,7 +6,7 @@ nothing of how the rest is generated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from AutomaticEval.capture.generation import dtype_of
-from AutomaticEval.capture.serving import check_scores, refuse_unsuitable
+from AutomaticEval.capture.serving import TESTED, check_scores, why_not
 from AutomaticEval.capture.walking import Cached, tree_forward
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.hooks import Kept, capturing
@@ -25,6 +25,34 @@ from AutomaticEval.models.taps import alone_with
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.format import Part, Rows
 
+PLAIN = frozenset(
+    [
+        "attention_mask",
+        "do_sample",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+    ]
+)
+"""What transformers' generate may be given besides: all of it looks at logits and tokens alone."""
+ONE_PASS = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "cache_implementation": None,
+    "prompt_lookup_num_tokens": None,
+    "guidance_scale": 1,
+    "penalty_alpha": 0,
+    "dola_layers": None,
+    "prefill_chunk_size": None,
+}
+"""What a checkpoint's own generation config must say, where it says anything."""
 CHUNK = 64
 """Tokens that are prefilled together; what prompts share beyond whole chunks is computed with each of them."""
 
@@ -58,10 +86,7 @@ class Prefix:
 
 @dataclass
 class Prefill:
-    """The prefix that was computed last.
-
-    Raises TreeUnsuitable, when it is first used, for a model whose prefix cannot be kept.
-    """
+    """The prefix that was computed last."""
 
     loaded: LoadedModel
     selection: Selection | None
@@ -73,17 +98,29 @@ class Prefill:
     _rows: list[Rows] = field(default_factory=list)
     _is_checked: bool = False
 
+    def suits(self, max_length: int, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a model generates truly after a prefix, with padding between it and the rest of a prompt.
+
+        max_length: columns of the batch with its answers. kwargs: for transformers' generate.
+        """
+        model = self.loaded.model
+        own = model.generation_config
+        is_plain = set(kwargs) <= PLAIN and all(
+            getattr(own, name, None) in (None, value) for name, value in ONE_PASS.items()
+        )
+        return is_plain and model.config.model_type in TESTED and why_not(model, max_length) is None
+
     def of(self, prompts: Sequence[Sequence[int]], most: int) -> Prefix | None:
         """What prompts share, in whole chunks, or None when they share none.
 
         most: no more than so many tokens, such as a single prompt shares with others to come.
+        Raises TreeUnsuitable when a plain forward gives something else.
         """
         shortest = min(prompts, key=len)
         n_shared = min(most, len(shortest) - 1, *(_n_alike(shortest, prompt) for prompt in prompts))
         n_tokens = n_shared // CHUNK * CHUNK
-        if n_tokens == 0:
+        if n_tokens <= 0:
             return None
-        refuse_unsuitable(self.loaded.model, max(map(len, prompts)))
         ids = list(shortest[:n_tokens])
         keeps = self.selection is not None and any(
             self.selection.positions.window(len(prompt))[0] < n_tokens for prompt in prompts
@@ -119,7 +156,7 @@ class Prefill:
             )
         self._ids = [*self._ids, *ids]
         self.n_computed += CHUNK
-        if not self._is_checked and n_past:
+        if not self._is_checked:
             best = torch.log_softmax(logits[0, -1].float(), -1).cpu().max(-1)
             check_scores(model, self._ids, [int(best.indices)], best.values[None])
             self._is_checked = True

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.capture.prefix_tree import Array, PrefixTree
-from AutomaticEval.capture.serving import check_scores, most_columns, refuse_unsuitable
+from AutomaticEval.capture.serving import TESTED, check_scores, most_columns, refuse_unsuitable
 from AutomaticEval.capture.walking import Stretch, Walk
 from AutomaticEval.errors import CaptureError, PromptError
 from AutomaticEval.models.loading import LoadedModel
@@ -25,7 +25,7 @@ from AutomaticEval.store.format import Part, Rows
 TOKENS_A_FORWARD = {"cpu": 256, "cuda": 2048}
 """Unless it is measured."""
 CHECKED = 128
-"""Tokens of the requests that are compared with plain forwards, at most."""
+"""Tokens of the requests that are compared with plain forwards, at most; of a kind of model that is not TESTED, all."""
 
 
 class Scored(NamedTuple):
@@ -132,7 +132,7 @@ class TreeScoring:
         scored = np.zeros(self.tree.n_nodes, dtype=bool)
         scored[self._targets.nodes] = True
         self._pieces = _Pieces(self.tree, self.bounds, kept, self.loaded.tokenizer)
-        self.walk = Walk(self.loaded, self.tree, scored, self.options.selection, kept)
+        self.walk = Walk(self.loaded, self.tree, scored, self.options.dtype, self.options.selection, kept)
         self._logprobs: dict[int, Tensor] = {}
         self._greedy: dict[int, bool] = {}
 
@@ -193,14 +193,15 @@ class TreeScoring:
         They are the first of the longest, cut to CHECKED tokens, of which the second half is scored. Raises TreeUnsuitable when
         they disagree.
         """
+        most = CHECKED if self.loaded.model.config.model_type in TESTED else 2**62
         before: list[int] = []
         pair: list[list[int]] = []
         for branch in self.tree.branches():
             context, continuation, _ = self.requests[branch.members[0]]
             sequence = [*context, *continuation]
             parts = 0 < branch.shared < len(before) - 1
-            drop = max(0, min(max(len(before), len(sequence)) - CHECKED, branch.shared - 1))
-            found = [each[drop:][:CHECKED] for each in (before, sequence)][not parts :]
+            drop = max(0, min(max(len(before), len(sequence)) - most, branch.shared - 1))
+            found = [each[drop:][:most] for each in (before, sequence)][not parts :]
             if [len(found), len(found[-1])] > [len(pair), len(pair[-1]) if pair else 0]:
                 pair = found
             before = sequence
@@ -231,7 +232,7 @@ class TreeScoring:
         targets = self._targets
         first, last = np.searchsorted(targets.nodes, (stretch.start, stretch.stop))
         if last > first:
-            logprobs = torch.log_softmax(stretch.logits, -1, dtype=self.options.dtype)
+            logprobs = stretch.logprobs
             line = np.unique(targets.nodes[first:last], return_inverse=True)[1]
             lines = torch.from_numpy(line).to(logprobs.device)
             tokens = torch.from_numpy(targets.tokens[first:last]).to(logprobs.device)

@@ -21,17 +21,44 @@ QUANTIZED = 1e-1
 """The same for 8 and 4 bits, which round other numbers in other batches."""
 FEWEST_TOKENS = 16
 """Of a forward over the tree: with fewer a model is better served row by row."""
+TESTED = frozenset(
+    [
+        "cohere",
+        "falcon",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "gpt_neox",
+        "gptj",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "stablelm",
+        "starcoder2",
+    ]
+)
+"""Kinds of model whose attention is known to heed mask and positions alone, at any length, within the limits below."""
 _SERVED = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def refuse_unsuitable(model: Any, longest: int) -> None:
     """Raises TreeUnsuitable for a model that cannot be served. longest: the most tokens that one request feeds."""
-    reason = _why_not(model, longest)
+    reason = why_not(model, longest)
     if reason is not None:
         raise TreeUnsuitable(f"{type(model).__name__}: {reason}")
 
 
-def _why_not(model: Any, longest: int) -> str | None:
+def why_not(model: Any, longest: int) -> str | None:
+    """Why a model cannot be served, as far as it is known beforehand. longest: the most tokens that one request feeds."""
     config = model.config.get_text_config(decoder=True)
     layers = set(getattr(config, "layer_types", None) or ())
     takes = inspect.signature(model.forward).parameters
@@ -49,15 +76,20 @@ def _why_not(model: Any, longest: int) -> str | None:
     window = _window(config, layers)
     if window is not None and longest > window:
         return f"a request of {longest} tokens is longer than its attention window of {window}."
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("longrope", "dynamic"):
+    for rope in _ropes(getattr(config, "rope_parameters", None) or {}):
         trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if longest > trained:
+        if rope.get("rope_type") in ("longrope", "dynamic") and longest > trained:
             return f"beyond {trained} tokens its positions depend on how many are fed at once."
     limit = most_columns(model)
     if limit is not None and limit - longest < FEWEST_TOKENS:
         return f"a request of {longest} tokens leaves no room for others in the {limit} that its attention spans."
     return None
+
+
+def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rotary settings: one for all layers, or one for each kind of layer."""
+    nested = [each for each in parameters.values() if isinstance(each, dict)]
+    return [parameters, *nested]
 
 
 def _window(config: Any, layers: set[str]) -> int | None:

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from AutomaticEval.capture.generation import dtype_of
 from AutomaticEval.capture.prefix_tree import Array, PrefixTree
+from AutomaticEval.capture.serving import most_columns
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.hooks import Keep, Kept, Recording, capturing
 from AutomaticEval.models.loading import LoadedModel
@@ -38,8 +39,8 @@ class Stretch(NamedTuple):
 
     start: int
     stop: int
-    logits: Tensor
-    """[scored nodes of the stretch, d_vocab], on the model's device, in its dtype."""
+    logprobs: Tensor
+    """[scored nodes of the stretch, d_vocab], log-softmax of the logits, on the model's device."""
 
     recording: Recording | None
     """Batch row 0, one column a node."""
@@ -57,6 +58,9 @@ class Walk:
     loaded: LoadedModel
     tree: PrefixTree
     scored: Array
+    dtype: torch.dtype | None = None
+    """Of the log-softmax; None leaves it in the logits' own."""
+
     selection: Selection | None = None
     kept: Array | None = None
     n_computed: int = 0
@@ -109,13 +113,14 @@ class Walk:
                 self._cached,
                 None if keeps_logits else scored,
             )
-        self._cached = cache
-        self._nodes = np.concatenate([self._nodes, np.arange(start, stop)])
-        self.n_computed += stop - start
         logits = out[0][torch.from_numpy(scored).to(out.device)] if keeps_logits else out[0]
         if len(logits) != len(scored):
             raise CaptureError(f"the model gave logits at {len(logits)} of its tokens; {len(scored)} were asked for.")
-        return Stretch(start, stop, logits, recording)
+        logprobs = torch.log_softmax(logits, -1, dtype=self.dtype)
+        self._cached = cache
+        self._nodes = np.concatenate([self._nodes, np.arange(start, stop)])
+        self.n_computed += stop - start
+        return Stretch(start, stop, logprobs, recording)
 
     def _go_to(self, path: Array) -> None:
         """Keep the keys and values of a path alone; zeros stand for those that were not computed."""
@@ -200,7 +205,8 @@ def _keep(columns: Array) -> Keep:
 
 
 def is_out_of_memory(failure: BaseException) -> bool:
-    return isinstance(failure, torch.OutOfMemoryError) or "not enough memory" in str(failure)
+    texts = ("not enough memory", "DefaultCPUAllocator: can't allocate")  # on Windows, on Linux
+    return isinstance(failure, torch.OutOfMemoryError) or any(text in str(failure) for text in texts)
 
 
 def free_memory() -> None:
@@ -222,7 +228,10 @@ def measured_tokens(loaded: LoadedModel, n_past: int) -> int:
             _, cached = tree_forward(
                 loaded.model, np.ones(n_past, np.int64), np.arange(n_past), np.tri(n_past, dtype=bool), [], none
             )
+        limit = most_columns(loaded.model) or 2**62
         for n_tokens in CHOICES:
+            if n_past + n_tokens > limit:
+                break
             ids, depths = np.ones(n_tokens, np.int64), np.full(n_tokens, n_past)
             attended = np.concatenate([np.ones((n_tokens, n_past), dtype=bool), np.eye(n_tokens, dtype=bool)], axis=1)
             try:

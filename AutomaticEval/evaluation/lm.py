@@ -86,7 +86,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         self._scoring = scoring
         measures = str(self.batch_size).startswith("auto")
         self._tree = TreeScorer(loaded, selection, sink, ranks, measures, self.max_length, self.softmax_dtype)
-        self._prefill = Prefill(loaded, selection)
+        self._prefill, self._prefills = Prefill(loaded, selection), scoring == "tree"
         self._shared: list[float] = []
         """Of each request to generate: the part of its prompt that another begins with, too."""
         self._call: Call | None = None
@@ -215,7 +215,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             with torch.autocast(self.device.type, kind, enabled=kind is not None):
                 self._tree.score(call, bar)
         except TreeUnsuitable as why:
-            self._falls_back(why)
+            warnings.warn(f"Scoring request by request, as --scoring stock does: {why}", stacklevel=2)
             return False
         return True
 
@@ -270,7 +270,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         batch = call.fed(len(context))
         pads = [int(row.numel() - row.sum()) for row in kwargs["attention_mask"]]
         prompts = [row[pad:].tolist() for row, pad in zip(context, pads, strict=True)]
-        prefix = self._prefix(prompts, batch)
+        prefix = self._prefix(prompts, batch, max_length, kwargs)
         n_past = 0 if prefix is None else prefix.n_tokens
         if prefix is not None:  # [padding, prompt] becomes [prefix, padding, rest of the prompt]
             context, kwargs["attention_mask"] = (
@@ -305,9 +305,11 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             self._held[-1].fields["random_state"] = random_state(self.device)
         return out
 
-    def _prefix(self, prompts: list[list[int]], batch: Sequence[Sequence[int]]) -> Prefix | None:
+    def _prefix(
+        self, prompts: list[list[int]], batch: Sequence[Sequence[int]], max_length: int, kwargs: dict[str, Any]
+    ) -> Prefix | None:
         """What the prompts of a batch begin with together, prefilled; None when they are computed by themselves."""
-        if self._scoring != "tree":
+        if not self._prefills or not self._prefill.suits(max_length, kwargs):
             return None
         most = len(prompts[0])
         if len(batch) == 1:
@@ -317,12 +319,9 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             with torch.autocast(self.device.type, kind, enabled=kind is not None):
                 return self._prefill.of(prompts, most)
         except TreeUnsuitable as why:
-            self._falls_back(why)
+            warnings.warn(f"Prompts that begin alike are computed one by one: {why}", stacklevel=2)
+            self._prefills = False
             return None
-
-    def _falls_back(self, why: TreeUnsuitable) -> None:
-        warnings.warn(f"Computing request by request, as --scoring stock does: {why}", stacklevel=3)
-        self._scoring = "stock"
 
     def _check_fed(self, expected: list[int], fed: list[int]) -> None:
         if fed != expected:

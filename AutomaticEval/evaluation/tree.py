@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from AutomaticEval.capture.generation import sample_columns
 from AutomaticEval.capture.scoring import Cut, Scored, ScoringOptions, TreeScoring
+from AutomaticEval.capture.serving import refuse_unsuitable
 from AutomaticEval.capture.walking import measured_tokens
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.evaluation.calls import Call
@@ -40,7 +41,6 @@ class TreeScorer:
     n_alone: int = 0
     """Tokens that the same requests would have fed one by one, equal ones once."""
     _tokens: int | None = None
-    _is_checked: bool = False
 
     def score(self, call: Call, bar: str | None) -> None:
         """Answer what a call listed. bar: what the progress bar is called; None shows none.
@@ -49,18 +49,14 @@ class TreeScorer:
         """
         requests = [Cut.of(*call.tokens[index], self.max_length) for index in range(len(call.tokens))]
         answered = call.take_answered()
-        lengths = [len(request.context) + len(request.continuation) for request in requests]
-        if self.measures and self._tokens is None and requests:
-            n_past = sum(lengths) // len(lengths) // 2
-            self._tokens = min(self.ranks.gathered(measured_tokens(self.loaded, n_past)))
-        share = (self.ranks.rank, self.ranks.n_ranks)
-        how = ScoringOptions(self.selection, self._tokens, self.dtype, share)
         why = None
         try:
+            how = ScoringOptions(
+                self.selection, self._measured(requests), self.dtype, (self.ranks.rank, self.ranks.n_ranks)
+            )
             scoring = TreeScoring(self.loaded, requests, how, answered)
-            if not self._is_checked and scoring.wanted.any():
+            if len(answered) < len(requests):
                 scoring.check()
-                self._is_checked = True
         except TreeUnsuitable as unsuitable:
             why = str(unsuitable)
         for each in self.ranks.gathered(why):
@@ -72,6 +68,15 @@ class TreeScorer:
                 progress.update(len(batch))
         self.n_computed += scoring.walk.n_computed
         self.n_alone += scoring.n_alone
+
+    def _measured(self, requests: list[Cut]) -> int | None:
+        """The tokens of a forward, found once; None when they are not measured."""
+        lengths = [len(request.context) + len(request.continuation) for request in requests]
+        refuse_unsuitable(self.loaded.model, max(lengths) - 1)  # in all processes, or in none
+        if self.measures and self._tokens is None:
+            n_past = sum(lengths) // len(lengths) // 2
+            self._tokens = min(self.ranks.gathered(measured_tokens(self.loaded, n_past)))
+        return self._tokens
 
     def _hand_on(self, call: Call, requests: list[Cut], batch: list[Scored], scoring: TreeScoring) -> None:
         for scored in batch:
