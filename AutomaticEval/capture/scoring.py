@@ -24,7 +24,7 @@ from AutomaticEval.store.format import Part, Rows
 
 TOKENS_A_FORWARD = {"cpu": 256, "cuda": 2048}
 """Unless it is measured."""
-CHECKED = 128
+CHECKED = 64
 """Tokens of the requests that are compared with plain forwards, at most; of a kind of model that is not TESTED, all."""
 
 
@@ -188,10 +188,10 @@ class TreeScoring:
         return sum(len(branch.path) for branch in self.tree.branches() if self.wanted[branch.members].any())
 
     def check(self) -> None:
-        """Score two requests that part from each other over a tree of their own, and by plain forwards.
+        """Score two requests that part from each other over a tree of their own, and the second by a plain forward.
 
         They are the first of the longest, cut to CHECKED tokens, of which the second half is scored. Raises TreeUnsuitable when
-        they disagree.
+        its scores disagree.
         """
         most = CHECKED if self.loaded.model.config.model_type in TESTED else 2**62
         before: list[int] = []
@@ -208,8 +208,9 @@ class TreeScoring:
         halves = [Cut(each[: len(each) // 2], each[len(each) // 2 :], 0) for each in pair]
         own = TreeScoring(self.loaded, halves, replace(self.options, selection=None, tokens=CHECKED // 3, share=(0, 1)))
         for scored in itertools.chain.from_iterable(own.results()):
-            context, continuation, _ = halves[scored.request]
-            check_scores(self.loaded.model, context, continuation, scored.logprobs)
+            if scored.request == len(halves) - 1:
+                context, continuation, _ = halves[-1]
+                check_scores(self.loaded.model, context, continuation, scored.logprobs)
 
     def results(self) -> Iterator[list[Scored]]:
         """The requests' scores, as their last tokens are computed."""
