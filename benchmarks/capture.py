@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from gauges import seconds
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from AutomaticEval.capture.generation import Sampling, respond
@@ -22,12 +22,6 @@ from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 from AutomaticEval.selection import Selection
 
 N_PROMPTS, N_TOKENS, N_NEW = 8, 64, 48
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def ratio(name: str, plain: Callable[[], object], captured: Callable[[], object], rounds: int) -> None:

@@ -1,6 +1,6 @@
 """Scoring over the prefix tree beside plain lm-eval: same model, same requests, alternating in one process.
 
-    python benchmarks/scoring.py --mmlu DATA --tokenizer GPT2 [--subject astronomy] [--limit 40] [--rounds 3] [--json FILE]
+    python benchmarks/scoring.py --mmlu DATA --tokenizer GPT2 [--subjects astronomy] [--limit 40] [--rounds 3] [--json FILE]
     python benchmarks/scoring.py --mmlu DATA --tokenizer GPT2 --memory
 
 Four sides, each from lm-eval's requests to their answers: plain lm-eval `hf`; ours; ours with every layer at every position captured
@@ -12,22 +12,19 @@ demo is asked of its own tokenizer. The model has random weights: GPT-2 with 124
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
-import io
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from gauges import peak_memory, quiet, seconds
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -61,22 +58,29 @@ ROW = 256
 """Tokens of a row of the floor."""
 
 
-def shapes(mmlu: str | None, subject: str, folder: Path) -> dict[str, tuple[str, int]]:
-    """What is asked: name -> (task, few-shot examples). Writes the task files."""
+def shapes(mmlu: str | None, asked: str, folder: Path) -> dict[str, tuple[list[str], int]]:
+    """What is asked: name -> (tasks, few-shot examples). Writes the task files."""
     if mmlu is None:
-        return {"demo, 5-shot": ("demo_facts", 5), "demo, 0-shot": ("demo_facts", 0)}
-    about = f"'The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n\n  '"
-    kinds = {
-        "lettered": {"description": about, "text": QUESTION, "choices": '["A", "B", "C", "D"]'},
-        "texts": {"description": "''", "text": '"Question: {{question}}\\nAnswer:"', "choices": '"{{choices}}"'},
-    }
-    for name, kind in kinds.items():
-        written = TASK.format(name=name, data=Path(mmlu).resolve(), subject=subject, **kind)
-        (folder / f"{name}.yaml").write_text(written)
+        return {"demo, 5-shot": (["demo_facts"], 5), "demo, 0-shot": (["demo_facts"], 0)}
+    subjects = asked.split(",") if asked != "all" else sorted(each.stem for each in Path(mmlu, "test").iterdir())
+    tasks: dict[str, list[str]] = {"lettered": [], "texts": []}
+    for subject in subjects:
+        about = (
+            f"'The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n\n  '"
+        )
+        kinds = {
+            "lettered": {"description": about, "text": QUESTION, "choices": '["A", "B", "C", "D"]'},
+            "texts": {"description": "''", "text": '"Question: {{question}}\\nAnswer:"', "choices": '"{{choices}}"'},
+        }
+        for kind, parts in kinds.items():
+            tasks[kind].append(f"{kind}_{subject}")
+            written = TASK.format(name=tasks[kind][-1], data=Path(mmlu).resolve(), subject=subject, **parts)
+            (folder / f"{tasks[kind][-1]}.yaml").write_text(written)
+    title = subjects[0] if len(subjects) == 1 else f"{len(subjects)} subjects"
     return {
-        f"{subject}, 5-shot": ("lettered", 5),
-        f"{subject}, 0-shot": ("lettered", 0),
-        f"{subject}, choices as text": ("texts", 0),
+        f"{title}, 5-shot": (tasks["lettered"], 5),
+        f"{title}, 0-shot": (tasks["lettered"], 0),
+        f"{title}, choices as text": (tasks["texts"], 0),
     }
 
 
@@ -109,12 +113,23 @@ class Asked(HFLM):  # type: ignore[misc]
         return [(0.0, False)] * len(requests)
 
 
-def requests_of(loaded: LoadedModel, task: str, shots: int, limit: int | None, folder: Path) -> Any:
+def requests_of(loaded: LoadedModel, tasks: list[str], shots: int, limit: int | None, folder: Path) -> Any:
     lm = Asked(pretrained=loaded.model, tokenizer=loaded.tokenizer)
     manager = TaskManager(include_path=[str(BUNDLED), str(folder)], include_defaults=False)
     with quiet():
-        simple_evaluate(model=lm, tasks=[task], num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=0)
+        simple_evaluate(model=lm, tasks=tasks, num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=0)
     return lm.requests
+
+
+class Counts(NamedTuple):
+    fed: int
+    """Tokens that plain lm-eval feeds, without its padding."""
+    distinct: int
+    """Tokens that the prefix tree has."""
+    scored: int
+    """Of these: the ones whose logits are needed."""
+    computed: int
+    """Tokens that ours feeds."""
 
 
 class Sides:
@@ -122,10 +137,9 @@ class Sides:
 
     def __init__(self, loaded: LoadedModel, requests: Any, batch_size: int | str) -> None:
         self.loaded, self.requests, self.batch_size = loaded, requests, batch_size
-        self.n_fed, self.n_tree, self.n_scored, self.n_computed = self._counted()
 
-    def _counted(self) -> tuple[int, int, int, int]:
-        """Tokens that plain lm-eval feeds (without its padding), that the prefix tree has, of these scored, and that ours feeds."""
+    @cached_property
+    def counts(self) -> Counts:
         lm = self._ours(None, None)
         with quiet():
             lm.loglikelihood(self.requests)
@@ -134,7 +148,7 @@ class Sides:
         fed = {tuple((context + continuation)[:-1]) for context, continuation in pairs}
         distinct = {row[:n] for row in fed for n in range(1, len(row) + 1)}
         scored = {tuple((a + b)[: len(a) + n]) for a, b in pairs for n in range(len(b))}
-        return sum(map(len, fed)), len(distinct), len(scored), lm.n_tokens[1]
+        return Counts(sum(map(len, fed)), len(distinct), len(scored), lm.n_tokens[1])
 
     def plain(self) -> Any:
         lm = HFLM(pretrained=self.loaded.model, tokenizer=self.loaded.tokenizer, batch_size=self.batch_size)
@@ -157,7 +171,8 @@ class Sides:
 
     def floor(self) -> Any:
         model, device = self.loaded.model, self.loaded.model.device
-        sizes = [ROW] * (self.n_tree // ROW) + ([self.n_tree % ROW] if self.n_tree % ROW else [])
+        n_tokens = self.counts.distinct
+        sizes = [ROW] * (n_tokens // ROW) + ([n_tokens % ROW] if n_tokens % ROW else [])
         rows = 1 if device.type == "cpu" else 8
         with torch.no_grad():
             for at in range(0, len(sizes), rows):
@@ -165,24 +180,10 @@ class Sides:
                 whole = [size for size in batch if size == ROW]
                 for shape in ([(len(whole), ROW)] if whole else []) + [(1, size) for size in batch if size != ROW]:
                     ids = torch.ones(shape, dtype=torch.long, device=device)
-                    n_logits = max(1, round(shape[1] * self.n_scored / self.n_tree))
+                    n_logits = max(1, round(shape[1] * self.counts.scored / n_tokens))
                     model(ids, use_cache=False, logits_to_keep=n_logits)
         if device.type == "cuda":
             torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def quiet() -> Any:
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
-def seconds(work: Callable[[], object]) -> float:
-    gc.collect()
-    started = time.perf_counter()
-    with quiet():
-        work()
-    return time.perf_counter() - started
 
 
 def measured(name: str, sides: Sides, rounds: int) -> dict[str, Any]:
@@ -204,10 +205,10 @@ def measured(name: str, sides: Sides, rounds: int) -> dict[str, Any]:
         "tree / plain": round(ratio("tree", "plain"), 3),
         "captured / plain": round(ratio("captured", "plain"), 3),
         "captured / floor": round(ratio("captured", "floor"), 3),
-        "tokens fed by plain": sides.n_fed,
-        "distinct tokens": sides.n_tree,
-        "of these scored": sides.n_scored,
-        "computed / distinct": round(sides.n_computed / sides.n_tree, 3),
+        "tokens fed by plain": sides.counts.fed,
+        "distinct tokens": sides.counts.distinct,
+        "of these scored": sides.counts.scored,
+        "computed / distinct": round(sides.counts.computed / sides.counts.distinct, 3),
         "log-likelihoods differ by": off,
     }
 
@@ -230,26 +231,26 @@ def peaks(names: list[str]) -> None:
         for side in ("nothing", "plain", "tree", "captured"):
             again = [sys.executable, __file__, *sys.argv[1:], "--peak", name, side]
             printed = subprocess.run(again, check=True, capture_output=True, text=True).stdout
-            print(f"{name}: {side} {int(printed.split()[-1]) / 1024:.0f} MB", flush=True)
+            print(f"{name}: {side} {int(printed.split()[-1]) / 2**20:.0f} MB", flush=True)
 
 
 def peak_here(sides: Callable[[], Sides], side: str) -> None:
     if side != "nothing":
         with quiet():
             getattr(sides(), side)()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peak_memory())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mmlu")
-    parser.add_argument("--subject", default="astronomy")
+    parser.add_argument("--subjects", default="astronomy", help="divided by commas, or all")
     parser.add_argument("--tokenizer", default=str(DEMO_FOLDER))
     parser.add_argument("--model", choices=["gpt2", "llama"], default="gpt2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch_size", default="8")
-    parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--limit", type=int, default=40, help="documents of each subject")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="part of the name of a task")
     parser.add_argument("--json", type=Path)
@@ -258,7 +259,7 @@ def main() -> None:
     given = parser.parse_args()
     quiet_libraries()
     with tempfile.TemporaryDirectory() as temporary:
-        asked = shapes(given.mmlu, given.subject, Path(temporary))
+        asked = shapes(given.mmlu, given.subjects, Path(temporary))
         asked = {name: each for name, each in asked.items() if (given.only or "") in name}
         if given.memory and not given.peak:
             peaks(list(asked))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gauges import peak_memory, seconds
 from store_made import (
     BATCH,
     FULL,
@@ -33,7 +34,6 @@ from store_made import (
     fresh,
     rows_bytes,
     scored,
-    seconds,
     seconds_in,
     show,
     show_ratio,
@@ -222,8 +222,7 @@ def streamed(folder: Path, workload: Workload) -> int:
             for start in range(0, workload.n_samples, BATCH):
                 writer.add([workload.sample(number) for number in range(start, start + BATCH)])
             writer.finish()
-    status = Path("/proc/self/status").read_text()  # not ru_maxrss, which a child has from its parent
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return peak_memory()
 
 
 PARTS: dict[str, Callable[[int, Path], None]] = {

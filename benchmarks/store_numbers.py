@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from store_made import MB, fresh, seconds, size_of
+from gauges import seconds
+from store_made import MB, fresh, size_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -12,8 +12,9 @@ import h5py
 import numpy as np
 import safetensors.torch
 import torch
+from gauges import seconds
 from safetensors import safe_open
-from store_made import BATCH, MB, Workload, fresh, rows_bytes, seconds, size_of, sync_all, write
+from store_made import BATCH, MB, Workload, fresh, rows_bytes, size_of, sync_all, write
 
 from AutomaticEval import open_run
 from AutomaticEval.store.format import Sample, bits, from_bits

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +29,15 @@ STORIES = REAL / "models" / "stories260K"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"put the real models and data into {REAL} to run this")
 
 VOCABULARY = 400
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""Of the configs that name their sizes as Llama's does."""
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(
         vocab_size=VOCABULARY,
@@ -132,6 +142,11 @@ def raw_residuals(model: Any, family: str, ids: Sequence[int]) -> dict[str, Tens
         for handle in handles:
             handle.remove()
     return found
+
+
+def loglikelihoods(pairs: Iterable[tuple[str, str]]) -> list[Instance]:
+    """lm-eval's requests for (context, continuation) pairs."""
+    return [Instance("loglikelihood", {}, pair, 0, metadata=("t", at, 1)) for at, pair in enumerate(pairs)]
 
 
 def n_hooks(model: Any) -> int:

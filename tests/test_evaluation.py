@@ -24,6 +24,7 @@ from AutomaticEval import HFActivations, evaluate_with_activations, open_run
 from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, CaptureError, StoreError
 from AutomaticEval.evaluation import harness
 from AutomaticEval.evaluation import local_files as local_files_module
+from AutomaticEval.evaluation.answers import Answers
 from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, forecast, load_tasks
 from AutomaticEval.evaluation.calls import Call
 from AutomaticEval.evaluation.collating import RecordingCollator
@@ -751,15 +752,12 @@ def evaluate_plainly(loaded: LoadedModel, tasks: str) -> Outcome:
     return run_benchmark(loaded, stock(("empty",), include_path=(tasks,)))
 
 
-def test_answer_ends_where_lm_eval_ends_it_when_later_tokens_change_earlier_text(
-    demo: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answer_ends_where_lm_eval_ends_it_when_later_tokens_change_earlier_text() -> None:
     """Byte fallback: a newline before half a character is no newline any more."""
-    lm = CapturingHFLM(demo, SCORED, list, scoring="stock")
     texts = {(1,): "foo", (1, 2): "foo\n", (1, 2, 3): "foo??", (1, 2, 3, 4): "foo??bar", (1, 2, 3, 4, 2): "foo??bar\n"}
-    monkeypatch.setattr(lm, "tok_decode", lambda ids, **how: texts[tuple(ids)])
-    assert lm._own_tokens([1, 2, 3, 4, 2], ["\n"]) == [1, 2, 3, 4]
-    assert lm._own_tokens([1, 2], ["\n"]) == [1, 2]
+    answers = Answers(lambda ids: texts[tuple(ids)], ["\n"], None)
+    assert answers.own([1, 2, 3, 4, 2]) == [1, 2, 3, 4]
+    assert answers.own([1, 2]) == [1, 2]
 
 
 def test_odd_local_files(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from test_benchmark import as_json
 from test_evaluation import MIXED, own_tasks, plain
 
 from AutomaticEval import evaluate_with_activations, open_run
-from AutomaticEval.capture import walking
+from AutomaticEval.capture import prefill, walking
 from AutomaticEval.capture.scoring import TOKENS_A_FORWARD
 from AutomaticEval.errors import FolderInUse, OtherSettings, StoreError
 from AutomaticEval.evaluation import run as run_module
@@ -82,6 +82,7 @@ def test_resumed_run_computes_the_rest_and_scores_the_same(
     names = (*MIXED, "demo")
     how: dict[str, Any] = {"include_path": own_tasks, "batch_size": batch_size, "limit": 6, "scoring": scoring}
     monkeypatch.setitem(TOKENS_A_FORWARD, "cpu", 24)
+    monkeypatch.setattr(prefill, "CHUNK", 8)  # so that answers, sampled ones too, go on from a shared prefill
     expected = plain(loaded, names, own_tasks, batch_size, limit=6)
     made = forwards(float("inf"))
     whole = evaluate_with_activations(loaded, names, activation_save_dir=tmp_path / "whole", **how)

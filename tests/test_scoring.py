@@ -10,28 +10,18 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, VOCABULARY, build, raw_residuals
-from lm_eval.api.instance import Instance
+from conftest import CONFIGS, SIZES, VOCABULARY, build, loglikelihoods, raw_residuals
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from AutomaticEval import score_continuations
+from AutomaticEval.capture import measuring, serving, walking
 from AutomaticEval.capture import scoring as scoring_module
-from AutomaticEval.capture import serving, walking
 from AutomaticEval.capture.scoring import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 from AutomaticEval.selection import Selection
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 OLD: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 MORE: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: hf.Gemma2Config(**SIZES, head_dim=8, sliding_window=128),
@@ -305,9 +295,9 @@ def test_check_finds_a_model_that_heeds_no(
 def test_check_finds_a_model_that_masks_by_column(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-Neo with a short window, were its limit not known."""
     config = CONFIGS["gpt_neo"]()
-    config.window_size = 40
+    config.window_size = 20
     loaded = LoadedModel(build(config), tokenizer, "gpt_neo")
-    with pytest.raises(TreeUnsuitable, match="no room for others in the 40"):
+    with pytest.raises(TreeUnsuitable, match="no room for others in the 20"):
         scored(loaded, drawn())
     for module in (serving, scoring_module):
         monkeypatch.setattr(module, "most_columns", lambda model: None)
@@ -436,7 +426,7 @@ def test_first_tokens_are_lm_evals(demo: LoadedModel) -> None:
     assert tokenizer("red")["input_ids"][0] == tokenizer.bos_token_id
     lm = HFLM(pretrained=demo.model, tokenizer=tokenizer)
     pairs = [("What is red?", " a"), (f"{first}What is red?", " a"), ("", f"{first}What is"), ("", "What is")]
-    requests = [Instance("loglikelihood", {}, pair, 0, metadata=("t", at, 1)) for at, pair in enumerate(pairs)]
+    requests = loglikelihoods(pairs)
     expected = lm.loglikelihood(requests)
     found = score_continuations(pairs, demo.model, tokenizer=tokenizer)
     assert [each.logprob for each in found] == pytest.approx([each[0] for each in expected], abs=2e-5)
@@ -472,10 +462,10 @@ def test_measured_tokens_stop_where_more_are_no_faster(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return float(len(ids) + 200 if len(ids) <= fastest else 1.5 * len(ids))
 
-    monkeypatch.setattr(walking, "_timed", seconds)
+    monkeypatch.setattr(measuring, "_timed", seconds)
     fastest = 512
-    assert walking.measured_tokens(tiny_llama, 20) == 512
+    assert measuring.measured_tokens(tiny_llama, 20) == 512
     fastest = 10**6
-    assert walking.measured_tokens(tiny_llama, 0) == 1024
+    assert measuring.measured_tokens(tiny_llama, 0) == 1024
     monkeypatch.undo()
-    assert walking.measured_tokens(tiny_llama, 20) in walking.CHOICES
+    assert measuring.measured_tokens(tiny_llama, 20) in measuring.CHOICES

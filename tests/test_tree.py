@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, REAL, ROOT, STORIES, VOCABULARY, build, needs_real, raw_residuals
+from conftest import CONFIGS, REAL, ROOT, SIZES, STORIES, VOCABULARY, build, loglikelihoods, needs_real, raw_residuals
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from test_benchmark import DATA, as_json
@@ -143,6 +143,21 @@ def test_instance_for_simple_evaluate(demo: LoadedModel, tmp_path: Path) -> None
     assert run.settings["scoring"] == "tree"
 
 
+def test_instance_asked_several_times(demo: LoadedModel, tmp_path: Path) -> None:
+    """A tree for each call; the rows of all of them in one run, each its own request's."""
+    lm = HFActivations(demo, positions="all", activation_save_dir=tmp_path)
+    asked = loglikelihoods(
+        [(f"{SHARED}Item {number} is", f" {end}") for number in range(6) for end in ("red", "a dog")]
+    )
+    answers = [answer for at in range(0, 12, 4) for answer in lm.loglikelihood(asked[at : at + 4])]
+    plainly = HFLM(pretrained=demo.model, tokenizer=demo.tokenizer).loglikelihood(asked)
+    assert [each[0] for each in answers] == pytest.approx([each[0] for each in plainly], abs=1e-4)
+    run = open_run(lm.folder)
+    assert_true(run, demo.model, "llama")
+    assert sorted(run.column("doc_id")) == list(range(12))
+    assert len(run.rows("layer_0")) == lm.n_tokens[1]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_generated_answers_share_their_prefill(
@@ -188,14 +203,6 @@ def generated(loaded: LoadedModel, prompts: list[str], scoring: str, **kwargs: A
 
 
 SHARED = "Here is what is asked of you, and you shall answer it. " * 4
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 @pytest.mark.parametrize(
@@ -257,15 +264,11 @@ def test_each_call_is_checked_by_itself(tokenizer: Any) -> None:
     """A model that only long requests show to be unsuitable: the short ones before them prove nothing."""
     loaded = LoadedModel(build(hf.DogeConfig(**SIZES, keep_window_size=20)), tokenizer, "doge")
     lm = CapturingHFLM(loaded, None, list, batch_size=1)
-
-    def asked(pairs: list[tuple[str, str]]) -> list[Any]:
-        return [Instance("loglikelihood", {}, pair, 0, metadata=("t", at, 1)) for at, pair in enumerate(pairs)]
-
-    lm.loglikelihood(asked([("A", "B")]))
+    lm.loglikelihood(loglikelihoods([("A", "B")]))
     long = [(SHARED + "What is red?", " a colour"), (SHARED + "Who is it?", " I am")]
     with pytest.warns(UserWarning, match="in a plain forward"):
-        found = lm.loglikelihood(asked(long))
-    assert found == HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=1).loglikelihood(asked(long))
+        found = lm.loglikelihood(loglikelihoods(long))
+    assert found == HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=1).loglikelihood(loglikelihoods(long))
 
 
 def test_prompts_that_share_less_than_a_chunk_are_lm_evals_own(demo: LoadedModel, tmp_path: Path) -> None:
@@ -331,14 +334,10 @@ def test_real_tasks_on_a_real_model(task: str, shots: int, tmp_path: Path, monke
 
 def test_equal_inputs_with_other_splits_are_scored_each_by_its_own(demo: LoadedModel) -> None:
     """lm-eval's own batches take the longest continuation's tokens for both; over the tree each has its own."""
-
-    def asked(pairs: list[tuple[str, str]]) -> list[Any]:
-        return [Instance("loglikelihood", {}, pair, 0, metadata=("t", at, 1)) for at, pair in enumerate(pairs)]
-
     lm = CapturingHFLM(demo, None, list)
-    both = lm.loglikelihood(asked([("What is", " red? A colour"), ("What is red?", " A colour")]))
+    both = lm.loglikelihood(loglikelihoods([("What is", " red? A colour"), ("What is red?", " A colour")]))
     alone = [
-        CapturingHFLM(demo, None, list).loglikelihood(asked([pair]))[0]
+        CapturingHFLM(demo, None, list).loglikelihood(loglikelihoods([pair]))[0]
         for pair in (("What is", " red? A colour"), ("What is red?", " A colour"))
     ]
     assert [each[0] for each in both] == [pytest.approx(each[0], abs=2e-5) for each in alone]
@@ -377,3 +376,8 @@ def test_weights_spread_over_cpu_and_disk(demo: LoadedModel, tmp_path: Path) -> 
     outcome = evaluate_with_activations(spread, "demo", limit=6, num_fewshot=4, activation_save_dir=tmp_path)
     assert outcome.n_computed
     assert_near(outcome, plain(demo, ("demo",), str(tmp_path), limit=6, num_fewshot=4))
+
+
+def test_a_way_to_score_that_there_is_not(demo: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match="'teee'; write tree or stock"):
+        HFActivations(demo.model, tokenizer=demo.tokenizer, activation_save_dir=tmp_path, scoring="teee")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from AutomaticEval.capture.generation import dtype_of, keep_of, sample_columns, sequence_rows
+from AutomaticEval.capture.generation import keep_of, recording_of, sample_columns, sequence_rows
 from AutomaticEval.capture.scoring import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
-from AutomaticEval.models.hooks import capturing
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
 from AutomaticEval.models.taps import alone_with, input_device
 from AutomaticEval.selection import Positions, Selection
@@ -140,13 +138,8 @@ def _one_by_one(loaded: LoadedModel, cuts: Sequence[Cut], options: ScoringOption
     model, selection = loaded.model, options.selection
     for index, cut in enumerate(cuts):
         context, continuation, _ = cut
-        recorder: Any = nullcontext()
-        if selection is not None:
-            layout = loaded.layout
-            keep = keep_of(selection.positions, [context], [0])
-            taps = layout.pick(selection.sites(layout.n_layers))
-            recorder = capturing(model, taps, layout.embedding, keep, 1, dtype_of(selection))
-        with torch.no_grad(), alone_with(model), recorder as recording:
+        keep = None if selection is None else keep_of(selection.positions, [context], [0])
+        with torch.no_grad(), alone_with(model), recording_of(loaded, selection, keep, 1) as recording:
             logits = model(torch.tensor([cut.fed], device=input_device(model))).logits[0, len(context) - 1 :]
         likely = torch.log_softmax(logits, -1, dtype=options.dtype).cpu()
         logprobs = likely.gather(1, torch.tensor(list(continuation))[:, None])[:, 0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -107,6 +107,17 @@ def dtype_of(selection: Selection) -> torch.dtype | None:
     return None if selection.copied_as is None else getattr(torch, selection.copied_as)
 
 
+def recording_of(
+    loaded: LoadedModel, selection: Selection | None, keep: Keep | None, n_rows: int
+) -> AbstractContextManager[Any]:
+    """`capturing` of a selection; without one nothing is hooked, and the recording is None."""
+    if selection is None or keep is None:
+        return nullcontext()
+    layout = loaded.layout
+    taps = layout.pick(selection.sites(layout.n_layers))
+    return capturing(loaded.model, taps, layout.embedding, keep, n_rows, dtype_of(selection))
+
+
 def respond(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
@@ -125,12 +136,8 @@ def respond(
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     ids = [[filler] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
     mask = [[0] * pad + [1] * (width - pad) for pad in pads]
-    recorder: Any = nullcontext()
-    if selection is not None:
-        layout = loaded.layout
-        taps = layout.pick(selection.sites(layout.n_layers))
-        keep = keep_of(selection.positions, prompts, pads)
-        recorder = capturing(model, taps, layout.embedding, keep, len(prompts), dtype_of(selection))
+    keep = None if selection is None else keep_of(selection.positions, prompts, pads)
+    recorder = recording_of(loaded, selection, keep, len(prompts))
     with torch.no_grad(), alone_with(model), _seeded(sampling), recorder as recording:
         sequences: Tensor = model.generate(  # [batch, width + longest response]
             input_ids=torch.tensor(ids, device=input_device(model)),

@@ -7,19 +7,18 @@ nothing of how the rest is generated.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
-from AutomaticEval.capture.generation import dtype_of
+from AutomaticEval.capture.generation import recording_of, sequence_rows
+from AutomaticEval.capture.prefix_tree import n_shared
 from AutomaticEval.capture.serving import TESTED, check_scores, why_not
-from AutomaticEval.capture.walking import Cached, tree_forward
-from AutomaticEval.errors import CaptureError
-from AutomaticEval.models.hooks import Kept, capturing
+from AutomaticEval.capture.walking import Cached, keep_columns, tree_forward
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.taps import alone_with
 from AutomaticEval.selection import Selection
@@ -74,6 +73,14 @@ class Prefix:
         ]
         return DynamicCache(spread)
 
+    def arranged(self, batch: Tensor, pads: Sequence[int]) -> Tensor:
+        """[padding, prompt] of each row of a batch [n_rows, columns] as [prefix, padding, rest of the prompt]."""
+        end = self.n_tokens
+        rows = [
+            torch.cat([row[pad : pad + end], row[:pad], row[pad + end :]]) for row, pad in zip(batch, pads, strict=True)
+        ]
+        return torch.stack(rows)
+
     def parts(self, positions: Sequence[int]) -> list[Part]:
         """Where the rows of these positions are, as far as they are in the prefix."""
         found = []
@@ -117,15 +124,15 @@ class Prefill:
         Raises TreeUnsuitable when a plain forward gives something else.
         """
         shortest = min(prompts, key=len)
-        n_shared = min(most, len(shortest) - 1, *(_n_alike(shortest, prompt) for prompt in prompts))
-        n_tokens = n_shared // CHUNK * CHUNK
+        n_alike = min(most, len(shortest) - 1, *(n_shared(shortest, prompt) for prompt in prompts))
+        n_tokens = n_alike // CHUNK * CHUNK
         if n_tokens <= 0:
             return None
         ids = list(shortest[:n_tokens])
         keeps = self.selection is not None and any(
             self.selection.positions.window(len(prompt))[0] < n_tokens for prompt in prompts
         )
-        n_kept = _n_alike(self._ids, ids) // CHUNK * CHUNK
+        n_kept = n_shared(self._ids, ids) // CHUNK * CHUNK
         self._go_back(n_kept if bool(self._rows) == keeps else 0)
         for start in range(len(self._ids), n_tokens, CHUNK):
             self._extend(ids[start : start + CHUNK], keeps=keeps)
@@ -144,12 +151,7 @@ class Prefill:
         model, n_past = self.loaded.model, len(self._ids)
         attended = np.concatenate([np.ones((CHUNK, n_past), dtype=bool), np.tri(CHUNK, dtype=bool)], axis=1)
         depths = np.arange(n_past, n_past + CHUNK)
-        recorder: Any = nullcontext()
-        if keeps and self.selection is not None:
-            layout = self.loaded.layout
-            taps = layout.pick(self.selection.sites(layout.n_layers))
-            every = Kept(torch.zeros(CHUNK, dtype=torch.long), torch.arange(CHUNK))
-            recorder = capturing(model, taps, layout.embedding, lambda *_: every, 1, dtype_of(self.selection))
+        recorder = recording_of(self.loaded, self.selection, keep_columns(np.arange(CHUNK)) if keeps else None, 1)
         with torch.no_grad(), alone_with(model), recorder as recording:
             logits, self._cached = tree_forward(
                 model, np.array(ids), depths, attended, self._cached, np.array([CHUNK - 1])
@@ -161,14 +163,5 @@ class Prefill:
             check_scores(model, self._ids, [int(best.indices)], best.values[None])
             self._is_checked = True
         if recording is not None:
-            if recording.fed(0) != ids:
-                raise CaptureError("the model was fed other tokens than the prompts' prefix. Nothing was stored.")
-            strings = self.loaded.tokenizer.convert_ids_to_tokens(ids)
-            self._rows.append(Rows(ids, strings, depths.tolist(), recording.take(0, range(CHUNK))))
-
-
-def _n_alike(first: Sequence[int], second: Sequence[int]) -> int:
-    """The tokens that two sequences begin with together."""
-    return next(
-        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+            begun = [*self._ids, -1]  # what comes next is not fed
+            self._rows.append(sequence_rows(recording, 0, 0, begun, depths.tolist(), self.loaded.tokenizer, n_past))

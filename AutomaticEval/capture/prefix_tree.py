@@ -48,7 +48,7 @@ class PrefixTree:
         before, first = np.empty(0, np.int64), 0
         for key in sorted(found):
             tokens = np.frombuffer(key, ">u4").astype(np.int64)
-            shared = _n_shared(before, tokens)
+            shared = n_shared(before, tokens)
             self._branches.append((found[key], shared, len(tokens)))
             own.append(tokens[shared:])
             before = tokens
@@ -113,8 +113,8 @@ class PrefixTree:
         return mask
 
 
-def _n_shared(first: Array, second: Array) -> int:
+def n_shared(first: Sequence[int] | Array, second: Sequence[int] | Array) -> int:
     """The tokens that two sequences begin with together."""
     length = min(len(first), len(second))
-    differ = first[:length] != second[:length]
+    differ = np.asarray(first[:length]) != np.asarray(second[:length])
     return int(differ.argmax()) if differ.any() else length

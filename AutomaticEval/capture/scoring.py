@@ -8,23 +8,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.prefix_tree import Array, PrefixTree
+from AutomaticEval.capture.pieces import Pieces
+from AutomaticEval.capture.prefix_tree import Array, PrefixTree, n_shared
 from AutomaticEval.capture.serving import TESTED, check_scores, most_columns, refuse_unsuitable
 from AutomaticEval.capture.walking import Stretch, Walk
-from AutomaticEval.errors import CaptureError, PromptError
+from AutomaticEval.errors import PromptError
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.format import Part, Rows
+from AutomaticEval.store.format import Part
 
 TOKENS_A_FORWARD = {"cpu": 256, "cuda": 2048}
 """Unless it is measured."""
-CHECKED = 64
+CHECKED = 32
 """Tokens of the requests that are compared with plain forwards, at most; of a kind of model that is not TESTED, all."""
 
 
@@ -131,7 +132,7 @@ class TreeScoring:
         self._targets, kept = self._planned()
         scored = np.zeros(self.tree.n_nodes, dtype=bool)
         scored[self._targets.nodes] = True
-        self._pieces = _Pieces(self.tree, self.bounds, kept, self.loaded.tokenizer)
+        self._pieces = Pieces(self.tree, self.bounds, kept, self.loaded.tokenizer)
         self.walk = Walk(self.loaded, self.tree, scored, self.options.dtype, self.options.selection, kept)
         self._logprobs: dict[int, Tensor] = {}
         self._greedy: dict[int, bool] = {}
@@ -147,19 +148,18 @@ class TreeScoring:
     def _planned(self) -> tuple[_Targets, Array]:
         """What is scored at each node, and which nodes' activations are kept."""
         nodes, requests = [np.empty(0, np.int64)], []
-        places: list[range] = []
+        places: list[int] = []
         tokens: list[int] = []
         for branch in self.tree.branches():
             for index in branch.members:
                 context, continuation, _ = self.requests[index]
                 nodes.append(branch.path[len(context) - 1 :].copy())
                 tokens += continuation
-                places.append(range(len(continuation)))
-                requests += [index] * len(places[-1])
+                places += range(len(continuation))
+                requests += [index] * len(continuation)
         found = np.concatenate(nodes)
         order = np.argsort(found, kind="stable")
-        flat = [place for each in places for place in each]
-        columns = (np.array(values, np.int64)[order] for values in (requests, flat, tokens))
+        columns = (np.array(values, np.int64)[order] for values in (requests, places, tokens))
         return _Targets(found[order], *columns), self.tree.marked(self._positions)
 
     def _positions(self, index: int) -> list[int]:
@@ -190,8 +190,8 @@ class TreeScoring:
     def check(self) -> None:
         """Score two requests that part from each other over a tree of their own, and the second by a plain forward.
 
-        They are the first of the longest, cut to CHECKED tokens, of which the second half is scored. Raises TreeUnsuitable when
-        its scores disagree.
+        They are the first of the longest, cut to CHECKED tokens; the second's later half is scored. Two forwards make their tree,
+        so that mask and cache both matter. Raises TreeUnsuitable when its scores disagree.
         """
         most = CHECKED if self.loaded.model.config.model_type in TESTED else 2**62
         before: list[int] = []
@@ -205,12 +205,16 @@ class TreeScoring:
             if [len(found), len(found[-1])] > [len(pair), len(pair[-1]) if pair else 0]:
                 pair = found
             before = sequence
-        halves = [Cut(each[: len(each) // 2], each[len(each) // 2 :], 0) for each in pair]
-        own = TreeScoring(self.loaded, halves, replace(self.options, selection=None, tokens=CHECKED // 3, share=(0, 1)))
-        for scored in itertools.chain.from_iterable(own.results()):
-            if scored.request == len(halves) - 1:
-                context, continuation, _ = halves[-1]
-                check_scores(self.loaded.model, context, continuation, scored.logprobs)
+        if not pair:
+            return
+        last = pair[-1]
+        checked = Cut(last[: len(last) // 2], last[len(last) // 2 :], 0)
+        cuts = [*(Cut(each[:-1], each[-1:], 0) for each in pair[:-1]), checked]
+        tokens = min(self.tokens, _in_two([cut.fed for cut in cuts]))
+        options = replace(self.options, selection=None, tokens=tokens, share=(0, 1))
+        for scored in itertools.chain.from_iterable(TreeScoring(self.loaded, cuts, options).results()):
+            if scored.request == len(cuts) - 1:
+                check_scores(self.loaded.model, checked.context, checked.continuation, scored.logprobs)
 
     def results(self) -> Iterator[list[Scored]]:
         """The requests' scores, as their last tokens are computed."""
@@ -224,7 +228,7 @@ class TreeScoring:
                     if self.wanted[index]:
                         done.append(self._scored(index, branch.path))
                 branch = next(branches, None)
-            self._pieces.forget(self.tree, stretch.stop)
+            self._pieces.forget(stretch.stop)
             if done:
                 yield done
 
@@ -259,51 +263,12 @@ class TreeScoring:
         return Scored(index, float(logprobs.sum()), is_greedy, logprobs, parts)
 
 
-class _Pieces:
-    """The kept rows on the path, cut where sequences part, so that what several share is stored by itself."""
+def _in_two(fed: Sequence[Sequence[int]]) -> int:
+    """How many tokens a forward takes so that two make the tree of one or two sequences, and both mask and cache matter.
 
-    def __init__(self, tree: PrefixTree, bounds: Array, kept: Array, tokenizer: Any) -> None:
-        begins = tree.forks.copy()
-        begins[bounds[:-1]] = True
-        self._tree, self._kept, self._tokenizer = tree, kept, tokenizer
-        self._starts = np.append(np.flatnonzero(begins), tree.n_nodes)
-        self._rank = np.cumsum(kept) - kept  # of each node: the kept ones before it
-        self._rows: dict[int, Rows] = {}
-        self._none: Rows | None = None
-
-    def take(self, stretch: Stretch) -> None:
-        assert stretch.recording is not None
-        fed = self._tree.token_ids[stretch.start : stretch.stop].tolist()
-        if stretch.recording.fed(0) != fed:
-            raise CaptureError(f"the model was fed other tokens than the {len(fed)} of the tree. Nothing was stored.")
-        first = int(np.searchsorted(self._starts, stretch.start, side="right")) - 1
-        self._none = self._none or Rows([], [], [], stretch.recording.take(0, []))
-        for number in range(first, len(self._starts) - 1):
-            start = max(int(self._starts[number]), stretch.start)
-            stop = min(int(self._starts[number + 1]), stretch.stop)
-            if start >= stretch.stop:
-                break
-            nodes = np.arange(start, stop)[self._kept[start:stop]]
-            if not len(nodes):
-                continue
-            ids = self._tree.token_ids[nodes].tolist()
-            rows = stretch.recording.take(0, (nodes - stretch.start).tolist())
-            positions = self._tree.depths[nodes].tolist()
-            self._rows[start] = Rows(ids, self._tokenizer.convert_ids_to_tokens(ids), positions, rows)
-
-    def parts(self, nodes: Array) -> list[Part]:
-        """Where the rows of these nodes of one path are."""
-        assert self._none is not None
-        found: list[Part] = []
-        starts = np.array(sorted(self._rows), np.int64)
-        owner = np.searchsorted(starts, nodes, side="right") - 1
-        for number in np.unique(owner).tolist():
-            start = int(starts[number])
-            where = self._rank[nodes[owner == number]] - self._rank[start]
-            found.append(Part(self._rows[start], where.tolist()))
-        return found or [Part(self._none, [])]
-
-    def forget(self, tree: PrefixTree, stop: int) -> None:
-        """Drop what is not on the path to the next stretch."""
-        path = set(tree.path_to(stop).tolist()) if stop < tree.n_nodes else set()
-        self._rows = {start: rows for start, rows in self._rows.items() if start in path}
+    The cut is in what the second has for itself; when that is one token, before it, where it is masked from the first.
+    """
+    n_first = len(fed[0]) if len(fed) == 2 else 0
+    shared = n_shared(*fed) if len(fed) == 2 else 0
+    n_own = len(fed[-1]) - shared
+    return n_first + (n_own + 1) // 2 if n_own > 1 else max(shared, (n_first + 2) // 2)

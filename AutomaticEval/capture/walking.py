@@ -6,9 +6,7 @@ itself only. Knows nothing of what the logits are for.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,21 +15,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from AutomaticEval.capture.generation import dtype_of
+from AutomaticEval.capture.generation import recording_of
 from AutomaticEval.capture.prefix_tree import Array, PrefixTree
-from AutomaticEval.capture.serving import most_columns
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.models.hooks import Keep, Kept, Recording, capturing
+from AutomaticEval.models.hooks import Keep, Kept, Recording
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import Tap, alone_with, input_device
+from AutomaticEval.models.taps import alone_with, input_device
 from AutomaticEval.selection import Selection
 
 Cached = list[tuple[Tensor | None, Tensor | None]]
 """Of each layer, keys and values: [1, n_kv_heads, n_cached, d_head]; None for a layer that uses another's."""
-CHOICES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-"""Tokens a forward that `measured_tokens` tries."""
-GAIN = 1.05
-"""How much faster twice the tokens must be to be worth their memory."""
 
 
 class Stretch(NamedTuple):
@@ -72,19 +65,13 @@ class Walk:
     _cached: Cached = field(default_factory=list)
     """Of each layer, keys and values of `_nodes`: [1, n_kv_heads, n_nodes, d_head]."""
 
-    def __post_init__(self) -> None:
-        self._taps: dict[str, Tap] = {}
-        if self.selection is not None:
-            layout = self.loaded.layout
-            self._taps = layout.pick(self.selection.sites(layout.n_layers))
-
     def over(self, stretches: Iterable[tuple[int, int]]) -> Iterator[Stretch]:
         for start, stop in stretches:
             while start < stop:
                 end = min(stop, start + self.most)
                 try:
                     done = self._forward(start, end)
-                except (torch.OutOfMemoryError, RuntimeError) as failure:
+                except RuntimeError as failure:
                     if not is_out_of_memory(failure) or end - start == 1:
                         raise
                     done, self.most = None, (end - start) // 2
@@ -97,13 +84,9 @@ class Walk:
     def _forward(self, start: int, stop: int) -> Stretch:
         self._go_to(self.tree.path_to(start))
         scored = np.flatnonzero(self.scored[start:stop])
-        keeps_logits = any(tap.module == "" for tap in self._taps.values())
-        recorder: Any = nullcontext()
-        if self.selection is not None:
-            assert self.kept is not None
-            keep = _keep(np.flatnonzero(self.kept[start:stop]))
-            embedding = self.loaded.layout.embedding
-            recorder = capturing(self.loaded.model, self._taps, embedding, keep, 1, dtype_of(self.selection))
+        keeps_logits = self.selection is not None and "logits" in self.selection.kinds
+        keep = None if self.kept is None else keep_columns(np.flatnonzero(self.kept[start:stop]))
+        recorder = recording_of(self.loaded, self.selection, keep, 1)
         with torch.no_grad(), alone_with(self.loaded.model), recorder as recording:
             out, cache = tree_forward(
                 self.loaded.model,
@@ -198,8 +181,8 @@ def _mask(model: Any, attended: Tensor) -> Tensor:
     return added.masked_fill(~attended, torch.finfo(model.dtype).min)
 
 
-def _keep(columns: Array) -> Keep:
-    """What to keep of a stretch: these of its columns."""
+def keep_columns(columns: Array) -> Keep:
+    """What to keep of a forward of one row: these of its columns."""
     chosen = torch.from_numpy(columns)
     return lambda first, n_columns: Kept(torch.zeros_like(chosen), chosen)
 
@@ -212,44 +195,3 @@ def is_out_of_memory(failure: BaseException) -> bool:
 def free_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def measured_tokens(loaded: LoadedModel, n_past: int) -> int:
-    """How many tokens a forward should have: the fewest with which they are computed about as fast as can be.
-
-    n_past: how many the path before a stretch usually has. Tries made-up tokens, until twice as many are no faster or do not
-    fit into memory.
-    """
-    best, best_speed = CHOICES[0], 0.0
-    cached: Cached = []
-    none = np.empty(0, np.int64)
-    with torch.no_grad(), alone_with(loaded.model):
-        if n_past:
-            _, cached = tree_forward(
-                loaded.model, np.ones(n_past, np.int64), np.arange(n_past), np.tri(n_past, dtype=bool), [], none
-            )
-        limit = most_columns(loaded.model) or 2**62
-        for n_tokens in CHOICES:
-            if n_past + n_tokens > limit:
-                break
-            ids, depths = np.ones(n_tokens, np.int64), np.full(n_tokens, n_past)
-            attended = np.concatenate([np.ones((n_tokens, n_past), dtype=bool), np.eye(n_tokens, dtype=bool)], axis=1)
-            try:
-                seconds = min(_timed(loaded.model, ids, depths, attended, cached) for _ in range(2))
-            except (torch.OutOfMemoryError, RuntimeError) as failure:
-                if not is_out_of_memory(failure):
-                    raise
-                break
-            if n_tokens / seconds < best_speed * GAIN:
-                break
-            best, best_speed = n_tokens, n_tokens / seconds
-    free_memory()
-    return best
-
-
-def _timed(model: Any, token_ids: Array, depths: Array, attended: Array, cached: Cached) -> float:
-    """Seconds of one forward."""
-    started = time.perf_counter()
-    logits, _ = tree_forward(model, token_ids, depths, attended, cached, np.arange(1))
-    logits.sum().item()  # waits for the device
-    return time.perf_counter() - started

@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 from AutomaticEval.capture.generation import bytes_per_row
 from AutomaticEval.capture.prefix_tree import PrefixTree
+from AutomaticEval.capture.scoring import Cut
 from AutomaticEval.errors import (
     BenchmarkError,
     BenchmarkUnavailable,
@@ -120,14 +121,19 @@ class Benchmark:
             raise BenchmarkError(f"--repeats is {self.repeats}; at least 1 is needed.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise BenchmarkError(f"--num_fewshot is {self.num_fewshot}; at least 0 is needed.")
-        if self.scoring not in SCORINGS:
-            raise BenchmarkError(f"--scoring is {self.scoring!r}; write {' or '.join(SCORINGS)}.")
+        check_scoring(self.scoring)
         if not self.names:
             raise BenchmarkError("no benchmark was named; write for example demo or mmlu,gsm8k.")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise BenchmarkError(f"--seed is {self.seed}; it must be from 0 to {2**32 - 1}.")
         if not (self.batch_size == "auto" or (str(self.batch_size).isdecimal() and int(self.batch_size) > 0)):
             raise BenchmarkError(f"--batch_size is {self.batch_size!r}; write a number or auto.")
+
+
+def check_scoring(scoring: str) -> None:
+    """Raises BenchmarkError for a way to score that there is not."""
+    if scoring not in SCORINGS:
+        raise BenchmarkError(f"--scoring is {scoring!r}; write {' or '.join(SCORINGS)}.")
 
 
 @dataclass
@@ -386,7 +392,7 @@ def _rows_of(
         else:
             # without a context lm-eval feeds one token in its place; "?" stands for it here
             context, continuation = lm._encode_pair(request.args[0] or "?", request.args[1])
-            whole = (context + continuation)[-(lm.max_length + 1) :]
-            own_positions = positions.resolve(len(whole) - len(continuation), len(continuation))
-            kept.setdefault(tuple(whole[:-1]), set()).update(own_positions)  # one row serves equal inputs
+            cut = Cut.of(context, continuation, lm.max_length)
+            own_positions = positions.resolve(len(cut.context), len(continuation))
+            kept.setdefault(tuple(cut.fed), set()).update(own_positions)  # one row serves equal inputs
     return kept

@@ -34,8 +34,9 @@ from AutomaticEval.store.writer import SHARD_BYTES
 class HFActivations(CapturingHFLM):
     """lm-eval's `hf` model that captures what it is asked into a run folder.
 
-    pretrained: a name, a folder, or a loaded model with tokenizer=. scoring: tree, or stock: lm-eval's own batches. options: of loading (dtype, device, device_map,
-    load_in_8bit, load_in_4bit, revision) and of lm-eval's HFLM (batch_size, max_length, …).
+    pretrained: a name, a folder, or a loaded model with tokenizer=. scoring: tree, or stock: lm-eval's own batches.
+    options: of loading (dtype, device, device_map, load_in_8bit, load_in_4bit, revision) and of lm-eval's HFLM (batch_size,
+    max_length, …).
     After each of lm-eval's calls what was captured is on the disk; `finish` joins it to the scores.
     Raises SelectionError, ModelError, StoreError.
     """

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
+from lm_eval.models.utils import has_bos_prefix
 from torch import Tensor
 
-from AutomaticEval.capture.generation import dtype_of, keep_of, sample_columns, sequence_rows, until_end
+from AutomaticEval.capture.generation import dtype_of, keep_of, sample_columns, sequence_rows
 from AutomaticEval.capture.prefill import Prefill, Prefix
+from AutomaticEval.capture.scoring import Cut
 from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable
-from AutomaticEval.evaluation.benchmark import WHY_NOT, indistinct
+from AutomaticEval.evaluation.answers import Answers
+from AutomaticEval.evaluation.benchmark import WHY_NOT, check_scoring, indistinct
 from AutomaticEval.evaluation.calls import UNKNOWN, Call, Request
 from AutomaticEval.evaluation.collating import AnswerHook, recording
 from AutomaticEval.evaluation.encoding import EncodedAhead, rolling_windows, shared_beginnings, texts_of
@@ -83,6 +85,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             self._positions, self._dtype = selection.positions, dtype_of(selection)
             self._layout = loaded.layout
             self._taps = self._layout.pick(selection.sites(self._layout.n_layers))
+        check_scoring(scoring)
         self._scoring = scoring
         measures = str(self.batch_size).startswith("auto")
         self._tree = TreeScorer(loaded, selection, sink, ranks, measures, self.max_length, self.softmax_dtype)
@@ -205,14 +208,18 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             return [call.answers.get(index, (float("nan"), False)) for index in range(len(listed))]
         return super()._loglikelihood_tokens(listed, *args, **kwargs)
 
+    def _autocast(self) -> torch.autocast:
+        """As lm-eval has it around its own forwards."""
+        kind = self.mixed_precision_dtype
+        return torch.autocast(self.device.type, kind, enabled=kind is not None)
+
     def _over_tree(self, call: Call, *, disable_tqdm: bool) -> bool:
         """Score what a call listed over its prefix tree. False, with a warning, when the model cannot be served so."""
         if self._scoring != "tree" or not call.tokens:
             return False
         bar = None if disable_tqdm or not self._ranks.is_first else "Running loglikelihood requests"
-        kind = self.mixed_precision_dtype
         try:
-            with torch.autocast(self.device.type, kind, enabled=kind is not None):
+            with self._autocast():
                 self._tree.score(call, bar)
         except TreeUnsuitable as why:
             warnings.warn(f"Scoring request by request, as --scoring stock does: {why}", stacklevel=2)
@@ -254,9 +261,8 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         Of each request: its index, the number of prompt tokens, its continuation, and how many tokens were cut off.
         """
         call = self._serves()
-        context, continuation = call.tokens[indices[0]]
-        whole = (context + continuation)[-(self.max_length + 1) :]
-        n_truncated = len(context) + len(continuation) - len(whole)
+        context, continuation, n_truncated = Cut.of(*call.tokens[indices[0]], self.max_length)
+        whole = [*context, *continuation]
         members = []
         wanted: set[int] = set()
         for index in indices:
@@ -272,16 +278,9 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         prompts = [row[pad:].tolist() for row, pad in zip(context, pads, strict=True)]
         prefix = self._prefix(prompts, batch, max_length, kwargs)
         n_past = 0 if prefix is None else prefix.n_tokens
-        if prefix is not None:  # [padding, prompt] becomes [prefix, padding, rest of the prompt]
-            context, kwargs["attention_mask"] = (
-                torch.stack(
-                    [
-                        torch.cat([row[pad : pad + n_past], row[:pad], row[pad + n_past :]])
-                        for row, pad in zip(each, pads, strict=True)
-                    ]
-                )
-                for each in (context, kwargs["attention_mask"])
-            )
+        if prefix is not None:
+            context = prefix.arranged(context, pads)
+            kwargs["attention_mask"] = prefix.arranged(kwargs["attention_mask"], pads)
             kwargs["past_key_values"] = prefix.cache(len(context))
         if self._selection is None:
             plain: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
@@ -289,8 +288,9 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         keep = keep_of(self._positions, prompts, pads, n_past)
         with capturing(self.model, self._taps, self._layout.embedding, keep, len(prompts), self._dtype) as captured:
             out: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
+        answers = Answers(self.tok_decode, stop, self.model.generation_config.eos_token_id)
         for number, (prompt, (index,)) in enumerate(zip(prompts, batch, strict=True)):
-            generated = self._own_tokens(out[number, context.shape[1] :].tolist(), stop)
+            generated = answers.own(out[number, context.shape[1] :].tolist())
             kept = self._positions.resolve(len(prompt), len(generated))
             before = prefix.parts(kept) if prefix is not None else []
             own = [position for position in kept if position >= n_past]
@@ -300,7 +300,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             self._check_fed(whole[len(whole) - n_same :], prompt[len(prompt) - n_same :])
             n_truncated = max(0, len(whole) - len(prompt))
             member = self._hold(index, prompt, generated, stored, tuple(context.shape), n_truncated, before)
-            member.fields["response"] = self._answer(generated, stop)
+            member.fields["response"] = answers.text(generated)
         if kwargs.get("do_sample"):
             self._held[-1].fields["random_state"] = random_state(self.device)
         return out
@@ -314,9 +314,8 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         most = len(prompts[0])
         if len(batch) == 1:
             most = int(most * self._shared[batch[0][0]])
-        kind = self.mixed_precision_dtype
         try:
-            with torch.autocast(self.device.type, kind, enabled=kind is not None):
+            with self._autocast():
                 return self._prefill.of(prompts, most)
         except TreeUnsuitable as why:
             warnings.warn(f"Prompts that begin alike are computed one by one: {why}", stacklevel=2)
@@ -326,33 +325,6 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
     def _check_fed(self, expected: list[int], fed: list[int]) -> None:
         if fed != expected:
             raise CaptureError(f"a row of {len(fed)} tokens is not what its request asks ({len(expected)}); {UNKNOWN}.")
-
-    def _own_tokens(self, generated: list[int], stop: Sequence[str]) -> list[int]:
-        """A row's tokens up to its own end: its end token, or the token that completes its first stop string.
-
-        A row that has stopped goes on generating until the whole batch has.
-        """
-        ended = until_end(generated, self.model.generation_config.eos_token_id)
-        stops = [text for text in stop if text]
-
-        def stopped(n_tokens: int) -> bool:
-            text = self.tok_decode(ended[:n_tokens])
-            return any(each in text for each in stops)
-
-        if not stopped(len(ended)):
-            return ended
-        low, high = 0, len(ended)  # stopped(high), not stopped(low)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if stopped(middle) else (middle, high)
-        answer = self._answer(ended, stop)
-        if self._answer(ended[:high], stop) == answer:
-            return ended[:high]
-        # a later token can change the text of an earlier one (byte fallback), and a stop string be gone again
-        return next((ended[:n] for n in range(1, len(ended)) if self._answer(ended[:n], stop) == answer), ended)
-
-    def _answer(self, generated: list[int], stop: Sequence[str]) -> str:
-        return str(postprocess_generated_text(self.tok_decode(generated), list(stop), None))
 
     def _hold(
         self,

@@ -10,9 +10,9 @@ import torch
 from tqdm import tqdm
 
 from AutomaticEval.capture.generation import sample_columns
+from AutomaticEval.capture.measuring import measured_tokens
 from AutomaticEval.capture.scoring import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.capture.serving import refuse_unsuitable
-from AutomaticEval.capture.walking import measured_tokens
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.evaluation.calls import Call
 from AutomaticEval.evaluation.ranks import Ranks
@@ -71,9 +71,9 @@ class TreeScorer:
 
     def _measured(self, requests: list[Cut]) -> int | None:
         """The tokens of a forward, found once; None when they are not measured."""
-        lengths = [len(request.context) + len(request.continuation) for request in requests]
-        refuse_unsuitable(self.loaded.model, max(lengths) - 1)  # in all processes, or in none
         if self.measures and self._tokens is None:
+            lengths = [len(request.context) + len(request.continuation) for request in requests]
+            refuse_unsuitable(self.loaded.model, max(lengths) - 1)  # in all processes, or in none
             n_past = sum(lengths) // len(lengths) // 2
             self._tokens = min(self.ranks.gathered(measured_tokens(self.loaded, n_past)))
         return self._tokens

@@ -1,8 +1,8 @@
 """What a captured lm-eval run costs beside plain lm-eval: same requests, alternating in one process, medians of the ratios.
 
-    python benchmarks/evaluate.py cost      # a random GPT-2 of 124M parameters; all layers, all positions, on the disk
-    python benchmarks/evaluate.py harness   # lm-eval's own work alone: the model gives nothing, as fast as can be
-    python benchmarks/evaluate.py memory    # peak memory with n and 10 n documents, each in a process of its own
+    python benchmarks/evaluation.py cost      # a random GPT-2 of 124M parameters; all layers, all positions, on the disk
+    python benchmarks/evaluation.py harness   # lm-eval's own work alone: the model gives nothing, as fast as can be
+    python benchmarks/evaluation.py memory    # peak memory with n and 10 n documents, each in a process of its own
 
 Both sides begin with the names of the tasks and end with scores (captured: with a run folder that is finished). By default the
 bundled demo; --tasks, --include_path and --tokenizer take others, such as MMLU at its full scale. Both sides have lm-eval's own
@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gauges import peak_memory, quiet, seconds
 from lm_eval import simple_evaluate
 from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
@@ -61,13 +60,6 @@ def plain(loaded: LoadedModel, asked: Benchmark) -> Any:
 def captured(loaded: LoadedModel, asked: Benchmark, selection: Selection | None) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         return run_benchmark(loaded, asked, selection, keeping=Keeping(Path(folder)))
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        work()
-    return time.perf_counter() - started
 
 
 def compared(name: str, before: Callable[[], object], after: Callable[[], object], rounds: int) -> None:
@@ -189,7 +181,7 @@ def memory(n_docs: int, tokenizer: str) -> None:
             ]
             printed = subprocess.run([*again, "--tokenizer", tokenizer], check=True, capture_output=True, text=True)
         peaks.append(int(printed.stdout.split()[-1]))
-        print(f"{number} documents: peak {peaks[-1] / 1024:.0f} MB", flush=True)
+        print(f"{number} documents: peak {peaks[-1] / 2**20:.0f} MB", flush=True)
     print(f"10 times the documents: {peaks[1] / peaks[0]:.3f} of the peak memory")
 
 
@@ -214,9 +206,9 @@ def main() -> None:
     )
     if given.what == "peak":
         writer.SHARD_BYTES = PEAK_SHARD_BYTES
-        with contextlib.redirect_stderr(io.StringIO()):
+        with quiet():
             captured(gpt2(given.tokenizer), asked, Selection.parse())
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        print(peak_memory())
     elif given.what == "memory":
         memory(given.limit or 100, given.tokenizer)
     else:
