@@ -196,7 +196,10 @@ def test_generated_answers_share_their_prefill(
 
 def generated(loaded: LoadedModel, prompts: list[str], scoring: str, **kwargs: Any) -> list[str]:
     """lm-eval's answers to prompts, uncaptured."""
-    lm = CapturingHFLM(loaded, None, list, scoring=scoring, batch_size=4)
+    return answered(CapturingHFLM(loaded, None, list, scoring=scoring, batch_size=4), prompts, **kwargs)
+
+
+def answered(lm: CapturingHFLM, prompts: list[str], **kwargs: Any) -> list[str]:
     how = {"until": ["\n\n"], "max_gen_toks": 24, **kwargs}
     asked = [Instance("generate_until", {}, (text, how), 0, metadata=("t", at, 1)) for at, text in enumerate(prompts)]
     return list(lm.generate_until(asked))
@@ -236,6 +239,21 @@ def test_answers_that_grow_out_of_a_window_are_lm_evals(config: Any, tokenizer: 
 def test_other_ways_to_generate_are_lm_evals(kwargs: dict[str, Any], demo: LoadedModel) -> None:
     prompts = [SHARED + "A?", SHARED + "What is red?"]
     assert generated(demo, prompts, "tree", **kwargs) == generated(demo, prompts, "stock", **kwargs)
+
+
+def test_a_model_that_changed_between_calls_is_prefilled_anew() -> None:
+    """An edit, or a step of training: what a prefix gave before is not what it gives now."""
+    loaded = load_model("demo")
+    lm = CapturingHFLM(loaded, None, list, batch_size=4)
+    asked = [SHARED + "What is red?", SHARED + "What is 1 + 1?"]
+    before = answered(lm, asked)
+    with torch.no_grad():
+        loaded.model.model.layers[0].mlp.down_proj.weight.mul_(-1)
+    try:
+        assert answered(lm, asked) == generated(loaded, asked, "stock") != before
+    finally:
+        with torch.no_grad():
+            loaded.model.model.layers[0].mlp.down_proj.weight.mul_(-1)
 
 
 def test_empty_prompts_beside_others_that_share(demo: LoadedModel) -> None:

@@ -93,7 +93,7 @@ class Prefix:
 
 @dataclass
 class Prefill:
-    """The prefix that was computed last."""
+    """The prefix that was computed last; `forget` it when the model may change."""
 
     loaded: LoadedModel
     selection: Selection | None
@@ -137,6 +137,10 @@ class Prefill:
         for start in range(len(self._ids), n_tokens, CHUNK):
             self._extend(ids[start : start + CHUNK], keeps=keeps)
         return Prefix(n_tokens, self._cached, tuple(self._rows))
+
+    def forget(self) -> None:
+        """Free what was computed; the next prefix is computed, and checked, anew."""
+        self._ids, self._rows, self._cached, self._is_checked = [], [], [], False
 
     def _go_back(self, n_tokens: int) -> None:
         """Forget what comes after the first so many tokens."""

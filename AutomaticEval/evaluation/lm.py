@@ -195,6 +195,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         finally:
             self._call, self._held, self.cache_hook = None, [], stock
             self._ahead = EncodedAhead((), self._encode_many)
+            self._prefill.forget()
 
     def _serves(self) -> Call:
         if self._call is None:
