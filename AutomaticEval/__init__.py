@@ -9,6 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from AutomaticEval.analysis.compare import ActivationComparator as ActivationComparator
+    from AutomaticEval.analysis.strength import ActivationExtractor as ActivationExtractor
+    from AutomaticEval.analysis.strength import strength_of_run as strength_of_run
     from AutomaticEval.capture.asking import generate_inference as generate_inference
     from AutomaticEval.capture.asking import (
         generate_inference_with_activations as generate_inference_with_activations,
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from AutomaticEval.evaluation.questions import (
         answer_benchmark_question_with_activations as answer_benchmark_question_with_activations,
     )
+    from AutomaticEval.models.editing import Edit as Edit
+    from AutomaticEval.models.editing import editing as editing
     from AutomaticEval.models.loading import load_model as load_model
     from AutomaticEval.store.reader import load_activations as load_activations
     from AutomaticEval.store.reader import open_run as open_run
@@ -28,6 +33,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ActivationComparator": "analysis.compare",
+    "ActivationExtractor": "analysis.strength",
+    "strength_of_run": "analysis.strength",
     "generate_inference": "capture.asking",
     "generate_inference_with_activations": "capture.asking",
     "evaluate_with_activations": "evaluation.evaluating",
@@ -35,6 +43,8 @@ _HOMES = {
     "HFActivations": "evaluation.hf_activations",
     "answer_benchmark_question": "evaluation.questions",
     "answer_benchmark_question_with_activations": "evaluation.questions",
+    "Edit": "models.editing",
+    "editing": "models.editing",
     "load_model": "models.loading",
     "load_activations": "store.reader",
     "open_run": "store.reader",

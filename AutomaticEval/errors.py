@@ -31,6 +31,7 @@
     │   │   └── NewerFormat
     │   ├── RefusedPickle
     │   └── ManySamples
+    ├── EditError                       an intervention that cannot be made as it is asked for
     └── CaptureError                    what the hooks saw is not what was expected; nothing is stored
 
 Messages name the thing, what was found, what was expected and what to do.
@@ -168,6 +169,10 @@ class RefusedPickle(StoreError):
 
 class ManySamples(StoreError):
     """The path holds several samples where one was asked for."""
+
+
+class EditError(AutomaticEvalError, ValueError):
+    """An intervention cannot be made as it is asked for."""
 
 
 class CaptureError(AutomaticEvalError):

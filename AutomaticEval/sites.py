@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from AutomaticEval.errors import UnknownLayer, UnknownSite, did_you_mean
+from AutomaticEval.errors import SelectionError, UnknownLayer, UnknownSite, did_you_mean
 
 LayersLike = int | str | range | Iterable[int | str | range] | None
 """Layers as people write them: 3, -1, "0-2,-1", range(4), [0, 1, -1]; None for all."""
@@ -31,6 +31,7 @@ PER_LAYER = {
     "k": "output of the key projection, before rotary: [pos, n_kv_heads * d_head]",
     "v": "output of the value projection: [pos, n_kv_heads * d_head]",
     "z": "input of the attention's output projection, head after head: [pos, n_heads * d_head]",
+    "head_result_norm": "L2 norm of each head's result z_h W_O^h, without bias and post-norm: [pos, n_heads]",
     "mlp_post": "input of the MLP's down projection: [pos, d_mlp]",
 }
 """Kinds that a model has once a layer."""
@@ -57,6 +58,19 @@ class Site(NamedTuple):
         if self.layer is None:
             return "embeddings" if self.kind == "embed" else self.kind
         return f"layer_{self.layer}" if self.kind == "resid_post" else f"layer_{self.layer}.{self.kind}"
+
+
+def site_of(key: str) -> Site:
+    """The site that a key names; a kind that a model has once may be named by itself.
+
+    Raises UnknownSite.
+    """
+    if key in ONCE or key == "embeddings":
+        return Site("embed" if key == "embeddings" else key)
+    match = re.fullmatch(r"layer_(\d+)(?:\.(\w+))?", key)
+    if match is None or (match[2] or "resid_post") not in PER_LAYER:
+        raise UnknownSite(f"no site {key!r}; write for example layer_3 (its resid_post), layer_3.z or embeddings.")
+    return Site(match[2] or "resid_post", int(match[1]))
 
 
 def key_order(key: str) -> tuple[int, int, int, str]:
@@ -117,6 +131,19 @@ def _parse_item(item: object) -> list[tuple[int, int]]:
         raise UnknownLayer(f"{item!r} is not a layer; write for example 3, -1 (the last) or 0-2.")
     first, last = match.groups()
     return [(int(first), int(first if last is None else last))]
+
+
+def parse_heads(heads: LayersLike, n_heads: int) -> list[int]:
+    """Heads as people write layers: 3, -1, "0-2,-1", range(4), [0, 1]; None for all. In ascending order, each once.
+
+    Raises SelectionError when a head is outside -n_heads .. n_heads - 1.
+    """
+    try:
+        return [int(site.layer or 0) for site in expand(["z"], heads, n_heads)]
+    except UnknownLayer:
+        raise SelectionError(
+            f"no head {heads!r}: there are {n_heads}, 0 to {n_heads - 1}; write for example 3, -1 or 0-2."
+        ) from None
 
 
 def expand(kinds: Iterable[str], layers: LayersLike, n_layers: int) -> tuple[Site, ...]:

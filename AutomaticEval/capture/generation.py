@@ -91,6 +91,9 @@ class Response(NamedTuple):
     sample: Sample | None
     """With its rows, when activations were captured."""
 
+    generated_ids: list[int]
+    """Up to its own end."""
+
 
 def bytes_per_row(loaded: LoadedModel, selection: Selection) -> int:
     """Size of one position over all selected sites. Raises UnknownLayer, SiteUnavailable."""
@@ -157,7 +160,7 @@ def respond(
             asked = texts[row] if texts else tokenizer.decode(prompt)
             columns = sample_columns(asked, text, len(prompt), (len(prompts), width))
             sample = Sample(columns, list(prompt), generated, [Part(rows, range(len(rows.positions)))])
-        responses.append(Response(text, sample))
+        responses.append(Response(text, sample, generated))
     return responses
 
 

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from AutomaticEval.cli import benchmark, export, files, generate, show, sites
+from AutomaticEval.cli import benchmark, export, files, generate, heads, show, sites
 from AutomaticEval.cli.options import SPELLINGS
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("merge")(files.merge)
 app.command("export")(export.export)
 app.command("prune")(files.prune)
 app.command("index")(files.index)
+app.add_typer(heads.app, name="heads")
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def benchmark(
     context: typer.Context,
     capture_activations: options.CaptureActivations = False,
+    head_strength: options.HeadStrength = False,
     benchmark: options.Benchmarks = "demo",
     model: options.Model = "demo",
     num_trials: options.NumTrials = None,
@@ -59,8 +60,10 @@ def benchmark(
     """
     if context.invoked_subcommand is not None:
         return
-    captures = capture_activations
+    captures = capture_activations or head_strength
     how = "--capture_activations"
+    if head_strength:
+        sites, positions = _with_norms(sites, positions, alone=not capture_activations)
     selection = options.chosen(sites, layers, positions, store_dtype, "scored", captures=captures, how=how)
     for name, given in (("--compression", compression), ("--resume", resume)):
         if given is not None and not captures:
@@ -108,6 +111,29 @@ def benchmark(
     )
     if ranks.is_first:
         _print(outcome, f"{benchmark} on {model}")
+        if head_strength and outcome.folder is not None:
+            _write_strength(outcome.folder, model)
+
+
+def _with_norms(sites: str | None, positions: str | None, *, alone: bool) -> tuple[str, str | None]:
+    """What --head_strength keeps: the norms of the heads' results, at every position when nothing else is captured."""
+    if not alone:
+        from AutomaticEval.sites import DEFAULT_KINDS
+
+        return f"{sites or ','.join(DEFAULT_KINDS)},head_result_norm", positions
+    if sites is not None:
+        raise SelectionError("--sites was given with --head_strength alone; add --capture_activations to keep more.")
+    return "head_result_norm", positions or "all"
+
+
+def _write_strength(folder: Path, model: str) -> None:
+    from AutomaticEval.analysis.results import write_strength
+    from AutomaticEval.analysis.strength import strength_of_run
+    from AutomaticEval.store.reader import open_run
+
+    file = folder / "head_strength.json"
+    write_strength(file, strength_of_run(open_run(folder)), model, "result", overwrite=True)
+    typer.echo(f"Heads:       {file}")
 
 
 def _say(line: str) -> None:

@@ -23,6 +23,9 @@ SPELLINGS = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_
 CaptureActivations = Annotated[
     bool, typer.Option("--capture_activations", help="Keep the activations of every question.")
 ]
+HeadStrength = Annotated[
+    bool, typer.Option("--head_strength", help="Measure how strong each head is: head_strength.json in the run folder.")
+]
 Benchmarks = Annotated[str, typer.Option("--benchmark", help="lm-eval tasks or groups, comma-separated.")]
 NumTrials = Annotated[int | None, typer.Option("--num_trials", help="Questions, drawn over the whole benchmark.")]
 NumFewshot = Annotated[int | None, typer.Option("--num_fewshot", help="Examples before each question.")]

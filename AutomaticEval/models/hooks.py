@@ -52,6 +52,11 @@ class Recording:
     def n_forwards(self) -> int:
         return len(self._fed)
 
+    @property
+    def rows(self) -> Mapping[str, Tensor]:
+        """Key -> [n_kept, width]: all that was kept, forward after forward."""
+        return self._rows
+
     def feed(self, ids: Tensor | None) -> None:
         """A forward begins with these token ids [batch, columns]."""
         if ids is None or ids.dim() != 2 or len(ids) != self._n_rows:
@@ -196,6 +201,8 @@ def capturing(
         handle = model.get_submodule(embedding).register_forward_pre_hook(feed, with_kwargs=True)
         hooks.callback(handle.remove)
         for key, tap in taps.items():
+            if tap.then is not None:
+                tap.then.refresh()
             hooks.callback(_install(model.get_submodule(tap.module), key, tap, recording))
         yield recording
     recording.close()

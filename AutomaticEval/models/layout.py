@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import UnsupportedModel
+from AutomaticEval.models.heads import HeadResultNorms
 from AutomaticEval.models.probe import Probe, is_sum
 from AutomaticEval.models.taps import Layout, Tap, alone_with
 from AutomaticEval.sites import Site
@@ -102,7 +103,9 @@ class _Finder:
             self._find_mlp(layer, block)
             self._find_resid_mid(layer, block)
         embedding = self.names[id(self.model.get_input_embeddings())]
-        widths = {site: self._value(tap).shape[-1] for site, tap in self.taps.items()}
+        widths = {
+            site: self._value(tap).shape[-1] if tap.then is None else self.n_heads for site, tap in self.taps.items()
+        }
         shape = (len(self.blocks), self.d_model, self.n_heads, self.n_kv_heads, self.d_head)
         return Layout(*shape, embedding, self.taps, widths, self.missing)
 
@@ -225,7 +228,9 @@ class _Finder:
         path = self.names[id(block)]
         attention = next(iter(self._children(path, ATTENTION)), None)
         if attention is None:
-            self.missing |= dict.fromkeys(("z", "q", "k", "v"), f"no attention module was found in block {layer}")
+            self.missing |= dict.fromkeys(
+                ("z", "head_result_norm", "q", "k", "v"), f"no attention module was found in block {layer}"
+            )
             return
         self._find_z(layer, attention)
         self._find_qkv(layer, attention)
@@ -239,8 +244,12 @@ class _Finder:
             width = self.probe.inputs[path].shape[-1]
             if width == self.n_heads * self.d_head and any(is_sum(out, end) for end in ends):
                 self.taps[Site("z", layer)] = Tap(path, "input")
+                norms = HeadResultNorms(self.model.get_submodule(path), self.n_heads)
+                self.taps[Site("head_result_norm", layer)] = Tap(path, "input", then=norms)
                 return
-        self.missing["z"] = f"no output projection of {self.n_heads} heads was found in {attention}"
+        self.missing["z"] = self.missing["head_result_norm"] = (
+            f"no output projection of {self.n_heads} heads was found in {attention}"
+        )
 
     def _find_qkv(self, layer: int, attention: str) -> None:
         """v is checked against the KV cache; q and k are cut by the same rule."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable
+from AutomaticEval.models.heads import HeadResultNorms
 from AutomaticEval.sites import KINDS, Site
 
 
@@ -30,11 +32,24 @@ class Tap:
     columns: tuple[int, ...] | None = None
     """Features to take, for projections that hold several sites; None for all."""
 
+    then: HeadResultNorms | None = None
+    """What is derived of them."""
+
     def take(self, value: Tensor) -> Tensor:
         """value: [..., width of the module]. Returns [..., width of the site]."""
         if self.columns is not None:
             value = value[..., torch.tensor(self.columns, device=value.device)]
-        return value if self.scale == 1.0 else value * self.scale
+        value = value if self.scale == 1.0 else value * self.scale
+        return value if self.then is None else self.then(value)
+
+    def put(self, value: Tensor, taken: Tensor) -> Tensor:
+        """A copy of value, of which `take` gives `taken`."""
+        unscaled = taken if self.scale == 1.0 else taken / self.scale
+        if self.columns is None:
+            return unscaled
+        changed = value.clone()
+        changed[..., torch.tensor(self.columns, device=value.device)] = unscaled
+        return changed
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,17 @@ def tensor_of(value: Any) -> Tensor | None:
     if isinstance(value, tuple | list) and value:
         value = value[0]
     return value if isinstance(value, Tensor) else None
+
+
+def with_tensor(value: Any, tensor: Tensor) -> Any:
+    """What `tensor_of` reads, with another activation in its place; the rest as it was."""
+    if hasattr(value, "logits"):
+        changed = copy(value)
+        changed.logits = tensor
+        return changed
+    if isinstance(value, tuple | list):
+        return type(value)([tensor, *value[1:]])
+    return tensor
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

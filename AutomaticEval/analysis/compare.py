@@ -1,0 +1,138 @@
+"""How fine-tuning moved the strength of each head: two models over the same inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from AutomaticEval.analysis.results import read_strength, write_json
+from AutomaticEval.analysis.strength import ActivationExtractor
+from AutomaticEval.capture.generation import Sampling, respond
+from AutomaticEval.errors import SelectionError
+from AutomaticEval.models.loading import LoadOptions, load_model
+from AutomaticEval.report.heads import Panel, heatmaps
+from AutomaticEval.store.files import new_file, prepare_file
+
+PerHead = dict[tuple[int, int], float]
+N_RESAMPLES = 2000
+INTERVAL = (2.5, 97.5)
+"""Percentiles of the bootstrap interval."""
+
+
+class ActivationComparator:
+    """pre, fine: the model before and after: an ActivationExtractor, {(layer, head): R_h}, or a file of `save_results`."""
+
+    def __init__(self, pre: Any, fine: Any, *, seed: int = 42) -> None:
+        self.pre, self.fine, self.seed = _strengths(pre), _strengths(fine), seed
+        if self.pre.keys() != self.fine.keys():
+            apart = sorted(self.pre.keys() ^ self.fine.keys())
+            raise SelectionError(
+                f"the two have not the same heads: {len(apart)} are in one alone, first (layer, head) {apart[0]}. Extract the same "
+                "layers and heads from both."
+            )
+
+    def compare(self) -> dict[str, Any]:
+        """pre_tuned, fine_tuned, differences (fine - pre) and ratios (fine / pre; NaN where pre is 0), each (layer, head) -> number;
+        rank_correlation: Spearman's rho over heads of the strength before with the change, and its 95 % bootstrap interval.
+        """
+        differences = {key: self.fine[key] - before for key, before in self.pre.items()}
+        ratios = {key: self.fine[key] / before if before else math.nan for key, before in self.pre.items()}
+        before, change = np.array(list(self.pre.values())), np.array(list(differences.values()))
+        return {
+            "pre_tuned": dict(self.pre),
+            "fine_tuned": dict(self.fine),
+            "differences": differences,
+            "ratios": ratios,
+            "rank_correlation": _correlated(before, change, self.seed),
+        }
+
+    def visualize_comparison(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the heatmaps before, after and change as a PNG. Raises PathExists."""
+        found = self.compare()
+        prepare_file(Path(path), overwrite=overwrite)
+        unit = "R_h: mean L2 norm over tokens"
+        every = [*self.pre.values(), *self.fine.values()]
+        ends = (min(every), max(every))
+        panels = [
+            Panel("Before fine-tuning", found["pre_tuned"], unit, ends=ends),
+            Panel("After fine-tuning", found["fine_tuned"], unit, ends=ends),
+            Panel("Change (after - before)", found["differences"], "change of R_h", diverging=True),
+        ]
+        with new_file(Path(path), overwrite=overwrite) as partial:
+            heatmaps(panels, partial)
+
+    def save_comparison(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write what `compare` gives as JSON: heads as "layer:head", NaN as null. Raises PathExists."""
+        found = self.compare()
+        named = {
+            name: {f"{layer}:{head}": None if math.isnan(value) else value for (layer, head), value in each.items()}
+            for name, each in found.items()
+            if name != "rank_correlation"
+        }
+        write_json(path, {**named, "rank_correlation": found["rank_correlation"]}, overwrite=overwrite)
+
+
+def same_inputs(
+    models: Mapping[str, str],
+    texts: Sequence[str],
+    load: LoadOptions = LoadOptions(),
+    answers_of: str | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+) -> list[list[int]]:
+    """Token ids that two models both read: the texts', and on request one model's greedy answers after them.
+
+    models: name -> model. answers_of: one of the names. Raises SelectionError when the models' tokenizers give other ids.
+    """
+    if answers_of is not None and answers_of not in models:
+        raise SelectionError(f"--answers_of is {answers_of!r}; write {' or '.join(models)}, or leave it out.")
+    encoded = [
+        [load_model(model, options=load).tokenizer(text)["input_ids"] for text in texts] for model in models.values()
+    ]
+    for number, each in enumerate(zip(*encoded, strict=True), 1):
+        if any(ids != each[0] for ids in each):
+            raise SelectionError(
+                f"text {number} has other tokens in {' and '.join(models.values())}: heads are compared over the same tokens only."
+            )
+    if answers_of is None:
+        return encoded[0]
+    loaded = load_model(models[answers_of], options=load)
+    sequences = []
+    for start in range(0, len(texts), batch_size):
+        prompts = encoded[0][start : start + batch_size]
+        responses = respond(loaded, prompts, Sampling(max_new_tokens=max_new_tokens))
+        sequences += [prompt + each.generated_ids for prompt, each in zip(prompts, responses, strict=True)]
+    return sequences
+
+
+def _strengths(given: Any) -> PerHead:
+    if isinstance(given, ActivationExtractor):
+        return given.compute_R_h()
+    if isinstance(given, Mapping):
+        return {(int(layer), int(head)): float(value) for (layer, head), value in given.items()}
+    return {key: stats["R_h"] for key, stats in read_strength(given).items()}
+
+
+def _correlated(first: Any, second: Any, seed: int) -> dict[str, Any]:
+    """Spearman's rho, resampled over heads. None when one side is all one number."""
+    draw = np.random.default_rng(seed)
+    rho = _spearman(first, second)
+    resampled = []
+    for _ in range(N_RESAMPLES if rho is not None else 0):
+        index = draw.integers(0, len(first), len(first))
+        resampled.append(_spearman(first[index], second[index]))
+    known = [value for value in resampled if value is not None]
+    interval = [float(value) for value in np.percentile(known, INTERVAL)] if known else None
+    return {"rho": rho, "interval": interval, "n_heads": len(first), "n_resamples": len(known), "seed": seed}
+
+
+def _spearman(first: Any, second: Any) -> float | None:
+    one, other = rankdata(first), rankdata(second)
+    if len(first) < 2 or one.std() == 0 or other.std() == 0:
+        return None
+    return float(np.corrcoef(one, other)[0, 1])

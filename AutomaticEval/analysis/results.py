@@ -1,0 +1,38 @@
+"""Result files of analyses: JSON, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from AutomaticEval.errors import StoreError
+from AutomaticEval.store.files import new_file, prepare_file
+
+Stats = dict[tuple[int, int], dict[str, float]]
+"""(layer, head) -> R_h, std, min, max, n."""
+
+
+def write_json(path: str | Path, data: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Raises PathExists, FolderNotWritable."""
+    path = Path(path)
+    prepare_file(path, overwrite=overwrite)
+    with new_file(path, overwrite=overwrite) as partial:
+        partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_strength(path: str | Path, stats: Stats, model: str, of: str, *, overwrite: bool = False) -> None:
+    heads = [{"layer": layer, "head": head, **numbers} for (layer, head), numbers in stats.items()]
+    write_json(path, {"model": model, "of": of, "heads": heads}, overwrite=overwrite)
+
+
+def read_strength(path: str | Path) -> Stats:
+    """What `write_strength` wrote. Raises StoreError for another file."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {(each.pop("layer"), each.pop("head")): each for each in found["heads"]}
+    except FileNotFoundError:
+        raise StoreError(f"there is no {path}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise StoreError(f"{path} holds no head strengths; give a file that save_results wrote.") from None

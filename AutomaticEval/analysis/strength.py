@@ -1,0 +1,297 @@
+"""How strong each head is: the mean L2 norm of its result over tokens, `R_h = E[‖z_h W_O^h‖]`."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from AutomaticEval.analysis.moments import Moments
+from AutomaticEval.analysis.results import Stats, write_strength
+from AutomaticEval.errors import ModelError, PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
+from AutomaticEval.models.heads import HeadResultNorms
+from AutomaticEval.models.hooks import Kept, capturing
+from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.models.taps import Layout, Tap, input_device
+from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
+from AutomaticEval.store.reader import Run
+
+SORTED_BATCHES = 64
+"""Texts of so many batches are sorted by length together, so that little is padding."""
+CHUNK_ROWS = 65536
+"""Stored rows that are read at once."""
+
+
+class _Batch(NamedTuple):
+    ids: Tensor
+    """[batch, pos], int64"""
+    mask: Tensor
+    """[batch, pos], bool: the real tokens."""
+
+
+class ActivationExtractor:
+    """The strength of a model's heads over texts.
+
+    model: a name, a folder, a loaded transformers model, or a LoadedModel. of: "result" for z_h W_O^h, "z" for the raw slice.
+
+    >>> with ActivationExtractor("gpt2") as extractor:
+    ...     extractor.extract_activations(["What is the capital of France?"])
+    ...     extractor.compute_R_h()[(0, 3)]  # layer 0, head 3
+    """
+
+    def __init__(self, model: Any, model_name: str | None = None, *, tokenizer: Any = None, of: str = "result") -> None:
+        if of not in ("result", "z"):
+            raise SelectionError(f"of is {of!r}; write result or z.")
+        if isinstance(model, str | Path):
+            model = load_model(model, tokenizer=tokenizer)
+        self._loaded = model if isinstance(model, LoadedModel) else None
+        self.model: Any = model.model if isinstance(model, LoadedModel) else model
+        self.tokenizer = tokenizer or (self._loaded.tokenizer if self._loaded is not None else None)
+        own_name = self._loaded.name if self._loaded is not None else getattr(self.model, "name_or_path", "")
+        self.model_name = str(model_name or own_name)
+        self.of = of
+        self.n_truncated = 0
+        """Texts that were longer than the model's context, and were cut to it."""
+        self._layout: Layout | None = None
+        self._heads: list[int] = []
+        self._taps: dict[str, Tap] = {}
+        self._moments: dict[int, Moments] = {}
+
+    def set_model_structure(
+        self, output_projection: str, n_layers: int, n_heads: int, d_head: int, *, embedding: str | None = None
+    ) -> None:
+        """Name the parts of a model whose module tree is not recognised.
+
+        output_projection: its dotted path with {} for the layer, such as "decoder.blocks.{}.attn.out". embedding: the module
+        that is given the token ids; by default the model's own input embeddings.
+        """
+        names = {id(module): name for name, module in self.model.named_modules()}
+        taps, widths = {}, {}
+        for layer in range(n_layers):
+            path = output_projection.format(layer)
+            try:
+                module = self.model.get_submodule(path)
+            except AttributeError:
+                raise UnsupportedModel(f"{type(self.model).__name__} has no module {path}.") from None
+            site, norms = Site("z", layer), HeadResultNorms(module, n_heads)
+            taps[site] = Tap(path, "input")
+            taps[Site("head_result_norm", layer)] = Tap(path, "input", then=norms)
+            widths[site] = n_heads * d_head
+        embedding = embedding or names[id(self.model.get_input_embeddings())]
+        self._layout = Layout(n_layers, 0, n_heads, n_heads, d_head, embedding, taps, widths)
+        self.remove_hooks()
+
+    @property
+    def layout(self) -> Layout:
+        if self._layout is None:
+            self._layout = LoadedModel(self.model, self.tokenizer, self.model_name).layout
+        return self._layout
+
+    def register_hooks(self, layers: LayersLike = None, heads: LayersLike = None) -> None:
+        """Choose layers and heads (3, "0-2,-1", range(4), [0, 1]), all by default; what was extracted before is forgotten.
+
+        The hooks themselves are on the model only while it runs.
+        Raises UnknownLayer, SelectionError for a head that there is not, SiteUnavailable for a model without heads.
+        """
+        self.remove_hooks()
+        layout = self.layout
+        self._heads = parse_heads(heads, layout.n_heads)
+        kind = "head_result_norm" if self.of == "result" else "z"
+        sites = expand([kind], layers, layout.n_layers)
+        self._taps = layout.pick(sites)
+        self._moments = {int(site.layer or 0): Moments(len(self._heads)) for site in sites}
+
+    def remove_hooks(self) -> None:
+        """Forget layers, heads, and what was extracted."""
+        self._taps, self._moments, self.n_truncated = {}, {}, 0
+
+    def __enter__(self) -> ActivationExtractor:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Nothing is left on the model; what was computed stays."""
+
+    def extract_activations(
+        self,
+        data: Iterable[Any],
+        tokenizer: Any = None,
+        max_batches: int | None = None,
+        *,
+        batch_size: int = 8,
+        progress: bool = False,
+    ) -> None:
+        """Run the model over texts, lists of token ids, or a data loader's batches, and add to the statistics.
+
+        A loader's batch is a mapping with input_ids [batch, pos] and, when there is padding on either side, attention_mask.
+        Only real tokens count, and neither padding nor order changes a number.
+        Raises PromptError for empty texts and no data, ModelError without a tokenizer for texts.
+        """
+        if not self._taps:
+            self.register_hooks()
+        n_before = sum(each.n for each in self._moments.values())
+        batches = self._batches(data, tokenizer or self.tokenizer, batch_size)
+        for batch in tqdm(
+            itertools.islice(batches, max_batches), disable=not progress, desc="Extracting", unit="batch"
+        ):
+            self._add(batch)
+        if sum(each.n for each in self._moments.values()) == n_before:
+            raise PromptError("there were no texts to extract from.")
+        if self.n_truncated:
+            warnings.warn(f"{self.n_truncated} texts were longer than the context and were cut to it.", stacklevel=2)
+
+    def _batches(self, data: Iterable[Any], tokenizer: Any, batch_size: int) -> Iterator[_Batch]:
+        items = iter(data)
+        first = next(items, None)
+        items = itertools.chain([first], items) if first is not None else items
+        if not isinstance(first, str) and not (isinstance(first, list) and first and isinstance(first[0], int)):
+            yield from map(_loaders, items)
+            return
+        while window := list(itertools.islice(items, SORTED_BATCHES * batch_size)):
+            encoded = sorted((self._encoded(item, tokenizer) for item in window), key=len)
+            for start in range(0, len(encoded), batch_size):
+                yield _padded(encoded[start : start + batch_size])
+
+    def _encoded(self, item: Any, tokenizer: Any) -> list[int]:
+        if isinstance(item, str):
+            if tokenizer is None:
+                raise ModelError("texts were given without a tokenizer; pass tokenizer= too.")
+            item = tokenizer(item)["input_ids"]
+        if not item:
+            raise PromptError("an empty text has no tokens; leave it out.")
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and len(item) > limit:
+            self.n_truncated += 1
+            item = item[:limit]
+        return list(item)
+
+    def _add(self, batch: _Batch) -> None:
+        rows, columns = batch.mask.nonzero(as_tuple=True)
+        layout = self.layout
+        device = input_device(self.model)
+        takes = inspect.signature(self.model.forward).parameters
+        given: dict[str, Any] = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.long().to(device)}
+        if "position_ids" in takes:
+            given["position_ids"] = (batch.mask.long().cumsum(1) - 1).clamp(min=0).to(device)
+        given |= {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in takes}
+        keep = Kept(rows, columns)
+        recorder = capturing(self.model, self._taps, layout.embedding, lambda *_: keep, len(batch.ids))
+        with torch.no_grad(), recorder as recording:
+            self.model(**given)
+        for moments, found in zip(self._moments.values(), recording.rows.values(), strict=True):
+            moments.add(self._norms(found)[:, self._heads])
+
+    def _norms(self, found: Tensor) -> Tensor:
+        """[n, n_heads] of what was captured."""
+        if self.of == "result":
+            return found
+        split = found.float().reshape(len(found), self.layout.n_heads, -1)
+        return cast(Tensor, split.norm(dim=-1))
+
+    def compute_R_h(self) -> dict[tuple[int, int], float]:
+        """(layer, head) -> mean norm over tokens."""
+        return {key: each["R_h"] for key, each in self.get_all_stats().items()}
+
+    def get_all_stats(self) -> Stats:
+        """(layer, head) -> R_h, std, min and max over tokens, and n, the number of tokens.
+
+        Raises PromptError before anything was extracted.
+        """
+        if not any(each.n for each in self._moments.values()):
+            raise PromptError("nothing was extracted yet; call extract_activations first.")
+        return stats_of(self._moments, self._heads)
+
+    def save_results(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the statistics as JSON. Raises PathExists."""
+        write_strength(path, self.get_all_stats(), self.model_name, self.of, overwrite=overwrite)
+
+
+def stats_of(moments: Mapping[int, Moments], heads: Sequence[int]) -> Stats:
+    return {
+        (layer, head): {
+            "R_h": float(each.mean[column]),
+            "std": float(each.std[column]),
+            "min": float(each.low[column]),
+            "max": float(each.high[column]),
+            "n": each.n,
+        }
+        for layer, each in moments.items()
+        for column, head in enumerate(heads)
+    }
+
+
+def strength_of_run(run: Run, model: Any = None) -> Stats:
+    """The same statistics over a stored run that kept `head_result_norm`, or `z` together with its model.
+
+    Each stored row counts once: a beginning that requests share is one row a token. Memory does not grow with the run.
+    Raises StoreError when neither was kept.
+    """
+    layers = {site.layer: key for key in run.keys if (site := _site(key)) and site.kind == "head_result_norm"}
+    derive: dict[int, HeadResultNorms] = {}
+    if not layers:
+        layers = {site.layer: key for key in run.keys if (site := _site(key)) and site.kind == "z"}
+        if not layers or model is None:
+            raise StoreError(
+                f"{run!r} has no head_result_norm; keep it (--sites head_result_norm), or keep z and pass the model. It has: "
+                f"{', '.join(run.keys)}."
+            )
+        loaded = load_model(model) if isinstance(model, str | Path) else model
+        layout = loaded.layout
+        for layer in layers:
+            tap = layout.pick([Site("head_result_norm", layer)])[Site("head_result_norm", layer).key]
+            assert tap.then is not None
+            derive[int(layer or 0)] = tap.then
+            tap.then.refresh()
+    moments = {}
+    for layer, key in sorted(layers.items(), key=lambda item: item[0] or 0):
+        rows = run.rows(key)
+        each: Moments | None = None
+        for start in range(0, len(rows), CHUNK_ROWS):
+            found = rows[start : start + CHUNK_ROWS]
+            found = derive[int(layer or 0)](found) if derive else found.float()
+            each = each or Moments(found.shape[1])
+            each.add(found)
+        if each is not None:
+            moments[int(layer or 0)] = each
+    n_heads = next(iter(moments.values())).width if moments else 0
+    return stats_of(moments, range(n_heads))
+
+
+def _site(key: str) -> Site | None:
+    try:
+        return site_of(key)
+    except UnknownSite:
+        return None
+
+
+def _loaders(item: Any) -> _Batch:
+    """A data loader's batch: a mapping, a tensor of ids, or (ids, mask, ...)."""
+    if isinstance(item, Mapping) or hasattr(item, "keys"):
+        if "input_ids" not in item:
+            raise PromptError(f"a batch has no input_ids; it has {', '.join(map(str, item.keys()))}.")
+        ids, mask = item["input_ids"], item.get("attention_mask")
+    elif isinstance(item, tuple | list):
+        ids, mask = item[0], item[1] if len(item) > 1 else None
+    else:
+        ids, mask = item, None
+    ids = torch.as_tensor(ids)
+    if ids.dim() != 2:
+        raise PromptError(f"a batch's input_ids have shape {list(ids.shape)}; expected [batch, pos].")
+    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+    if mask.shape != ids.shape:
+        raise PromptError(f"a batch's attention_mask has shape {list(mask.shape)}; its input_ids {list(ids.shape)}.")
+    return _Batch(ids.cpu(), mask.cpu().bool())
+
+
+def _padded(sequences: Sequence[Sequence[int]]) -> _Batch:
+    """Padding on the right; which token it is does not matter."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[*each, *[0] * (width - len(each))] for each in sequences])
+    mask = torch.tensor([[True] * len(each) + [False] * (width - len(each)) for each in sequences])
+    return _Batch(ids, mask)

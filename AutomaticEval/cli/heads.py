@@ -1,0 +1,166 @@
+"""`main.py heads …`: how strong heads are, and how fine-tuning moved them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from AutomaticEval.cli import options
+from AutomaticEval.cli.options import SPELLINGS, one_line_errors
+
+if TYPE_CHECKING:
+    from AutomaticEval.analysis.strength import ActivationExtractor
+    from AutomaticEval.models.loading import LoadOptions
+
+app = typer.Typer(context_settings=SPELLINGS, no_args_is_help=True, help="Attention heads: strength and comparison.")
+
+DataPath = Annotated[
+    Path, typer.Option("--data_path", help="JSON or JSONL: texts, or objects with input, text or question.")
+]
+SampleNum = Annotated[int | None, typer.Option("--sample_num", help="So many of the texts, drawn at random.")]
+BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Texts a forward.")]
+Heads = Annotated[str | None, typer.Option("--heads", help="Such as 0-3,7. Default: all.")]
+OutputDir = Annotated[Path, typer.Option("--output_dir", help="Where results go; what is there is not overwritten.")]
+Of = Annotated[str, typer.Option("--of", help="result: z_h W_O^h, what a head adds; z: the raw slice.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn at random.")]
+
+
+@app.command()
+@one_line_errors
+def strength(
+    data_path: DataPath,
+    model: options.Model = "demo",
+    sample_num: SampleNum = None,
+    batch_size: BatchSize = 8,
+    layers: options.Layers = None,
+    heads: Heads = None,
+    of: Of = "result",
+    output_dir: OutputDir = Path("results"),
+    seed: Seed = 42,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    load_in_8bit: options.LoadIn8Bit = False,
+    load_in_4bit: options.LoadIn4Bit = False,
+) -> None:
+    """How strong each head is over texts: head_strength.json and head_strength.png."""
+    options.quiet_libraries()
+    from AutomaticEval.analysis.texts import drawn, read_texts
+    from AutomaticEval.models.loading import LoadOptions
+    from AutomaticEval.report.heads import Panel, heatmaps
+    from AutomaticEval.store.files import new_file
+
+    files = _new_files(output_dir, "head_strength.json", "head_strength.png")
+    texts = drawn(read_texts(data_path), sample_num, seed)
+    load = LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit)
+    extractor = _extracted(model, load, texts, layers, heads, of, batch_size)
+    extractor.save_results(files[0])
+    with new_file(files[1]) as partial:
+        heatmaps(
+            [Panel(f"Head strength, {model}", extractor.compute_R_h(), f"mean L2 norm of {of} over tokens")], partial
+        )
+    _say_strongest(extractor.get_all_stats())
+    typer.echo(f"Written:     {files[0]}, {files[1]}")
+
+
+@app.command()
+@one_line_errors
+def compare(
+    pre_tuned_model: Annotated[str, typer.Option("--pre_tuned_model", help="Before: hub name, folder, or demo.")],
+    fine_tuned_model: Annotated[str, typer.Option("--fine_tuned_model", help="After: hub name, folder, or demo.")],
+    data_path: DataPath,
+    sample_num: SampleNum = 100,
+    batch_size: BatchSize = 8,
+    output_dir: OutputDir = Path("results"),
+    layers: options.Layers = None,
+    heads: Heads = None,
+    of: Of = "result",
+    answers_of: Annotated[
+        str | None, typer.Option("--answers_of", help="pre or fine: both read its greedy answers after the texts, too.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="Of these answers.")] = 64,
+    seed: Seed = 42,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    load_in_8bit: options.LoadIn8Bit = False,
+    load_in_4bit: options.LoadIn4Bit = False,
+) -> None:
+    """How fine-tuning moved each head's strength: the same texts through both models."""
+    options.quiet_libraries()
+    from AutomaticEval.analysis.compare import ActivationComparator, same_inputs
+    from AutomaticEval.analysis.texts import drawn, read_texts
+    from AutomaticEval.models.loading import LoadOptions
+
+    names = ("pre_tuned_activations", "fine_tuned_activations", "comparison")
+    files = _new_files(output_dir, *(f"{name}.json" for name in names), "comparison_heatmap.png")
+    texts = drawn(read_texts(data_path), sample_num, seed)
+    load = LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit)
+    models = {"pre": pre_tuned_model, "fine": fine_tuned_model}
+    inputs = same_inputs(models, texts, load, answers_of, max_new_tokens, batch_size)
+    both = []
+    for name, file in zip(models.values(), files, strict=False):
+        both.append(_extracted(name, load, inputs, layers, heads, of, batch_size))
+        both[-1].save_results(file)
+    comparator = ActivationComparator(*both, seed=seed)
+    comparator.save_comparison(files[2])
+    comparator.visualize_comparison(files[3])
+    _say_changes(comparator.compare())
+    typer.echo(f"Written:     {', '.join(map(str, files))}")
+
+
+def _new_files(folder: Path, *names: str) -> list[Path]:
+    """Refused before a model loads when one is there."""
+    from AutomaticEval.store.files import prepare_file, prepare_folder
+
+    prepare_folder(folder)
+    for name in names:
+        prepare_file(folder / name, offer_overwrite=False)
+    return [folder / name for name in names]
+
+
+def _extracted(
+    model: str, load: LoadOptions, inputs: Any, layers: str | None, heads: str | None, of: str, batch_size: int
+) -> ActivationExtractor:
+    from AutomaticEval.analysis.strength import ActivationExtractor
+    from AutomaticEval.models.loading import load_model
+
+    typer.echo(f"Loading {model} …", err=True)
+    extractor = ActivationExtractor(load_model(model, options=load), of=of)
+    extractor.register_hooks(layers, heads)
+    extractor.extract_activations(inputs, batch_size=batch_size, progress=True)
+    return extractor
+
+
+def _say_strongest(stats: dict[tuple[int, int], dict[str, float]], most: int = 10) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"The strongest of {len(stats)} heads", title_justify="left")
+    for name in ("Layer", "Head", "R_h", "std"):
+        table.add_column(name, justify="right")
+    for (layer, head), each in sorted(stats.items(), key=lambda item: -item[1]["R_h"])[:most]:
+        table.add_row(str(layer), str(head), f"{each['R_h']:.4g}", f"{each['std']:.3g}")
+    options.console().print(table)
+
+
+def _say_changes(found: dict[str, Any], most: int = 10) -> None:
+    from rich.table import Table
+
+    table = Table(title="The heads that changed most", title_justify="left")
+    for name in ("Layer", "Head", "Before", "After", "Change", "Ratio"):
+        table.add_column(name, justify="right")
+    for key, change in sorted(found["differences"].items(), key=lambda item: -abs(item[1]))[:most]:
+        numbers = (found["pre_tuned"][key], found["fine_tuned"][key], change, found["ratios"][key])
+        table.add_row(str(key[0]), str(key[1]), *(f"{number:.4g}" for number in numbers))
+    options.console().print(table)
+    correlation = found["rank_correlation"]
+    if correlation["rho"] is None:
+        typer.echo("Rank correlation of the strength before with the change: none, since one of them is all one number")
+        return
+    low, high = correlation["interval"]
+    typer.echo(
+        f"Rank correlation of the strength before with the change: {correlation['rho']:.3f} (95 % interval over heads {low:.3f} to "
+        f"{high:.3f})"
+    )

@@ -1,0 +1,70 @@
+"""Figures of numbers a head: one cell a head, layers down, heads across."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+PerHead = Mapping[tuple[int, int], float]
+"""(layer, head) -> a number."""
+MOST_LABELS = 16
+"""Ticks along one axis; with more heads or layers, only every second or fourth is labelled."""
+
+
+class Panel(NamedTuple):
+    """One heatmap."""
+
+    title: str
+    values: PerHead
+    unit: str
+    """What the colours are, for the colour bar."""
+    diverging: bool = False
+    """Signed numbers: zero is white, and both ends are equally far."""
+    ends: tuple[float, float] | None = None
+    """Of the colours, for panels that are to be compared; by default the panel's own."""
+
+
+def heatmaps(panels: Sequence[Panel], path: str | Path) -> None:
+    """One row of heatmaps as a PNG. Cells without a number stay grey."""
+    grids = [_grid(panel.values) for panel in panels]
+    n_layers, n_heads = (max(grid[0].shape[axis] for grid in grids) for axis in (0, 1))
+    size = (max(4.0, 0.28 * n_heads + 2) * len(panels), max(3.0, 0.28 * n_layers + 1.6))
+    figure = Figure(figsize=size, layout="constrained")
+    for number, (panel, (grid, layers, heads)) in enumerate(zip(panels, grids, strict=True), 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        axes.set_facecolor("0.8")
+        shown = axes.imshow(np.ma.masked_invalid(grid), aspect="equal", origin="lower", **_colours(grid, panel))
+        axes.set(title=panel.title, xlabel="Head", ylabel="Layer")
+        _label(axes.xaxis, heads)
+        _label(axes.yaxis, layers)
+        figure.colorbar(shown, ax=axes, label=panel.unit, shrink=0.8)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _grid(values: PerHead) -> tuple[Any, list[int], list[int]]:
+    """[n_layers, n_heads] with NaN where there is none, and the names of both axes."""
+    layers, heads = sorted({layer for layer, _ in values}), sorted({head for _, head in values})
+    grid = np.full((len(layers), len(heads)), np.nan)
+    for (layer, head), value in values.items():
+        grid[layers.index(layer), heads.index(head)] = value
+    return grid, layers, heads
+
+
+def _colours(grid: Any, panel: Panel) -> dict[str, Any]:
+    if not panel.diverging:
+        low, high = panel.ends or (None, None)
+        return {"cmap": "viridis", "vmin": low, "vmax": high}
+    finite = grid[np.isfinite(grid)]
+    end = float(np.abs(finite).max()) if len(finite) else 1.0
+    return {"cmap": "RdBu_r", "vmin": -(end or 1.0), "vmax": end or 1.0}
+
+
+def _label(axis: Any, names: Sequence[int]) -> None:
+    step = 1
+    while len(names) / step > MOST_LABELS:
+        step *= 2
+    axis.set_ticks(range(0, len(names), step), [str(name) for name in names[::step]])
