@@ -71,8 +71,13 @@ FLOORS = {
     "analysis.moments": 1,
     "analysis.texts": 1,
     "analysis.results": 3,
+    "analysis.reading": 6,
+    "analysis.profiles": 1,
+    "analysis.bootstrap": 0,
+    "analysis.text_metrics": 1,
     "analysis.strength": 8,
     "analysis.compare": 9,
+    "analysis.ablation": 11,
     "report": 1,
     "store.maintenance": 8,
     "store.lens": 2,
@@ -94,6 +99,8 @@ OWNERS = {
     "pyarrow": ("store.arrow",),
     "huggingface_hub": ("store.hub", "models.loading"),
     "pandas": ("store",),
+    "scipy": ("analysis",),
+    "vaderSentiment": ("analysis.text_metrics",),
 }
 WITHIN_A_FLOOR = {("selection", "sites"), ("sites", "errors"), ("selection", "errors")}
 

@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.store.files import new_file, prepare_file
+from AutomaticEval.store.files import new_file, prepare_file, prepare_folder
 
 Stats = dict[tuple[int, int], dict[str, float]]
 """(layer, head) -> R_h, std, min, max, n."""
+
+
+def new_results(folder: Path, *names: str) -> list[Path]:
+    """The paths of files to come, refused while there is time. Raises PathExists, FolderNotWritable."""
+    prepare_folder(folder)
+    for name in names:
+        prepare_file(folder / name, offer_overwrite=False)
+    return [folder / name for name in names]
 
 
 def write_json(path: str | Path, data: Mapping[str, Any], *, overwrite: bool = False) -> None:

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from AutomaticEval.analysis.moments import Moments
+from AutomaticEval.analysis.reading import Reader, read
 from AutomaticEval.analysis.results import Stats, write_strength
-from AutomaticEval.errors import ModelError, PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
+from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
 from AutomaticEval.models.heads import HeadResultNorms
-from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel, load_model
-from AutomaticEval.models.taps import Layout, Tap, input_device
+from AutomaticEval.models.taps import Layout, Tap
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
 from AutomaticEval.store.reader import Run
 
-SORTED_BATCHES = 64
-"""Texts of so many batches are sorted by length together, so that little is padding."""
 CHUNK_ROWS = 65536
 """Stored rows that are read at once."""
-
-
-class _Batch(NamedTuple):
-    ids: Tensor
-    """[batch, pos], int64"""
-    mask: Tensor
-    """[batch, pos], bool: the real tokens."""
 
 
 class ActivationExtractor:
@@ -136,56 +125,17 @@ class ActivationExtractor:
         if not self._taps:
             self.register_hooks()
         n_before = sum(each.n for each in self._moments.values())
-        batches = self._batches(data, tokenizer or self.tokenizer, batch_size)
-        for batch in tqdm(
-            itertools.islice(batches, max_batches), disable=not progress, desc="Extracting", unit="batch"
-        ):
-            self._add(batch)
+        reader = Reader(self.model, tokenizer or self.tokenizer)
+        batches = itertools.islice(reader.batches(data, batch_size), max_batches)
+        for batch in tqdm(batches, disable=not progress, desc="Extracting", unit="batch"):
+            found = read(self.model, self.layout, self._taps, batch)
+            for moments, rows in zip(self._moments.values(), found.values(), strict=True):
+                moments.add(self._norms(rows)[:, self._heads])
+        self.n_truncated += reader.n_truncated
         if sum(each.n for each in self._moments.values()) == n_before:
             raise PromptError("there were no texts to extract from.")
         if self.n_truncated:
             warnings.warn(f"{self.n_truncated} texts were longer than the context and were cut to it.", stacklevel=2)
-
-    def _batches(self, data: Iterable[Any], tokenizer: Any, batch_size: int) -> Iterator[_Batch]:
-        items = iter(data)
-        first = next(items, None)
-        items = itertools.chain([first], items) if first is not None else items
-        if not isinstance(first, str) and not (isinstance(first, list) and first and isinstance(first[0], int)):
-            yield from map(_loaders, items)
-            return
-        while window := list(itertools.islice(items, SORTED_BATCHES * batch_size)):
-            encoded = sorted((self._encoded(item, tokenizer) for item in window), key=len)
-            for start in range(0, len(encoded), batch_size):
-                yield _padded(encoded[start : start + batch_size])
-
-    def _encoded(self, item: Any, tokenizer: Any) -> list[int]:
-        if isinstance(item, str):
-            if tokenizer is None:
-                raise ModelError("texts were given without a tokenizer; pass tokenizer= too.")
-            item = tokenizer(item)["input_ids"]
-        if not item:
-            raise PromptError("an empty text has no tokens; leave it out.")
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and len(item) > limit:
-            self.n_truncated += 1
-            item = item[:limit]
-        return list(item)
-
-    def _add(self, batch: _Batch) -> None:
-        rows, columns = batch.mask.nonzero(as_tuple=True)
-        layout = self.layout
-        device = input_device(self.model)
-        takes = inspect.signature(self.model.forward).parameters
-        given: dict[str, Any] = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.long().to(device)}
-        if "position_ids" in takes:
-            given["position_ids"] = (batch.mask.long().cumsum(1) - 1).clamp(min=0).to(device)
-        given |= {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in takes}
-        keep = Kept(rows, columns)
-        recorder = capturing(self.model, self._taps, layout.embedding, lambda *_: keep, len(batch.ids))
-        with torch.no_grad(), recorder as recording:
-            self.model(**given)
-        for moments, found in zip(self._moments.values(), recording.rows.values(), strict=True):
-            moments.add(self._norms(found)[:, self._heads])
 
     def _norms(self, found: Tensor) -> Tensor:
         """[n, n_heads] of what was captured."""
@@ -268,30 +218,3 @@ def _site(key: str) -> Site | None:
         return site_of(key)
     except UnknownSite:
         return None
-
-
-def _loaders(item: Any) -> _Batch:
-    """A data loader's batch: a mapping, a tensor of ids, or (ids, mask, ...)."""
-    if isinstance(item, Mapping) or hasattr(item, "keys"):
-        if "input_ids" not in item:
-            raise PromptError(f"a batch has no input_ids; it has {', '.join(map(str, item.keys()))}.")
-        ids, mask = item["input_ids"], item.get("attention_mask")
-    elif isinstance(item, tuple | list):
-        ids, mask = item[0], item[1] if len(item) > 1 else None
-    else:
-        ids, mask = item, None
-    ids = torch.as_tensor(ids)
-    if ids.dim() != 2:
-        raise PromptError(f"a batch's input_ids have shape {list(ids.shape)}; expected [batch, pos].")
-    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
-    if mask.shape != ids.shape:
-        raise PromptError(f"a batch's attention_mask has shape {list(mask.shape)}; its input_ids {list(ids.shape)}.")
-    return _Batch(ids.cpu(), mask.cpu().bool())
-
-
-def _padded(sequences: Sequence[Sequence[int]]) -> _Batch:
-    """Padding on the right; which token it is does not matter."""
-    width = max(map(len, sequences))
-    ids = torch.tensor([[*each, *[0] * (width - len(each))] for each in sequences])
-    mask = torch.tensor([[True] * len(each) + [False] * (width - len(each)) for each in sequences])
-    return _Batch(ids, mask)

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from AutomaticEval.cli import options
+from AutomaticEval.cli import ablate, options
 from AutomaticEval.cli.options import SPELLINGS, one_line_errors
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.strength import ActivationExtractor
     from AutomaticEval.models.loading import LoadOptions
 
-app = typer.Typer(context_settings=SPELLINGS, no_args_is_help=True, help="Attention heads: strength and comparison.")
+app = typer.Typer(
+    context_settings=SPELLINGS, no_args_is_help=True, help="Attention heads: strength, comparison, ablation."
+)
+app.command("ablate")(ablate.ablate)
 
 DataPath = Annotated[
     Path, typer.Option("--data_path", help="JSON or JSONL: texts, or objects with input, text or question.")
@@ -47,12 +50,13 @@ def strength(
 ) -> None:
     """How strong each head is over texts: head_strength.json and head_strength.png."""
     options.quiet_libraries()
+    from AutomaticEval.analysis.results import new_results
     from AutomaticEval.analysis.texts import drawn, read_texts
     from AutomaticEval.models.loading import LoadOptions
     from AutomaticEval.report.heads import Panel, heatmaps
     from AutomaticEval.store.files import new_file
 
-    files = _new_files(output_dir, "head_strength.json", "head_strength.png")
+    files = new_results(output_dir, "head_strength.json", "head_strength.png")
     texts = drawn(read_texts(data_path), sample_num, seed)
     load = LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit)
     extractor = _extracted(model, load, texts, layers, heads, of, batch_size)
@@ -91,11 +95,12 @@ def compare(
     """How fine-tuning moved each head's strength: the same texts through both models."""
     options.quiet_libraries()
     from AutomaticEval.analysis.compare import ActivationComparator, same_inputs
+    from AutomaticEval.analysis.results import new_results
     from AutomaticEval.analysis.texts import drawn, read_texts
     from AutomaticEval.models.loading import LoadOptions
 
     names = ("pre_tuned_activations", "fine_tuned_activations", "comparison")
-    files = _new_files(output_dir, *(f"{name}.json" for name in names), "comparison_heatmap.png")
+    files = new_results(output_dir, *(f"{name}.json" for name in names), "comparison_heatmap.png")
     texts = drawn(read_texts(data_path), sample_num, seed)
     load = LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit)
     models = {"pre": pre_tuned_model, "fine": fine_tuned_model}
@@ -109,16 +114,6 @@ def compare(
     comparator.visualize_comparison(files[3])
     _say_changes(comparator.compare())
     typer.echo(f"Written:     {', '.join(map(str, files))}")
-
-
-def _new_files(folder: Path, *names: str) -> list[Path]:
-    """Refused before a model loads when one is there."""
-    from AutomaticEval.store.files import prepare_file, prepare_folder
-
-    prepare_folder(folder)
-    for name in names:
-        prepare_file(folder / name, offer_overwrite=False)
-    return [folder / name for name in names]
 
 
 def _extracted(
@@ -135,26 +130,18 @@ def _extracted(
 
 
 def _say_strongest(stats: dict[tuple[int, int], dict[str, float]], most: int = 10) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"The strongest of {len(stats)} heads", title_justify="left")
-    for name in ("Layer", "Head", "R_h", "std"):
-        table.add_column(name, justify="right")
-    for (layer, head), each in sorted(stats.items(), key=lambda item: -item[1]["R_h"])[:most]:
-        table.add_row(str(layer), str(head), f"{each['R_h']:.4g}", f"{each['std']:.3g}")
-    options.console().print(table)
+    strongest = sorted(stats.items(), key=lambda item: -item[1]["R_h"])[:most]
+    rows = [(str(layer), str(head), f"{each['R_h']:.4g}", f"{each['std']:.3g}") for (layer, head), each in strongest]
+    options.print_table(f"The strongest of {len(stats)} heads", ("Layer", "Head", "R_h", "std"), rows)
 
 
 def _say_changes(found: dict[str, Any], most: int = 10) -> None:
-    from rich.table import Table
-
-    table = Table(title="The heads that changed most", title_justify="left")
-    for name in ("Layer", "Head", "Before", "After", "Change", "Ratio"):
-        table.add_column(name, justify="right")
+    rows = []
     for key, change in sorted(found["differences"].items(), key=lambda item: -abs(item[1]))[:most]:
         numbers = (found["pre_tuned"][key], found["fine_tuned"][key], change, found["ratios"][key])
-        table.add_row(str(key[0]), str(key[1]), *(f"{number:.4g}" for number in numbers))
-    options.console().print(table)
+        rows.append((str(key[0]), str(key[1]), *(f"{number:.4g}" for number in numbers)))
+    columns = ("Layer", "Head", "Before", "After", "Change", "Ratio")
+    options.print_table("The heads that changed most", columns, rows)
     correlation = found["rank_correlation"]
     if correlation["rho"] is None:
         typer.echo("Rank correlation of the strength before with the change: none, since one of them is all one number")

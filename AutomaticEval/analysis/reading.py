@@ -1,0 +1,103 @@
+"""Forwards over texts for an analysis: batches of real tokens and padding, and the rows of the real ones."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from AutomaticEval.errors import ModelError, PromptError
+from AutomaticEval.models.hooks import Kept, capturing
+from AutomaticEval.models.taps import Layout, Tap, input_device
+
+SORTED_BATCHES = 64
+"""Texts of so many batches are sorted by length together, so that little is padding."""
+
+
+class Batch(NamedTuple):
+    """Sequences that are run together."""
+
+    ids: Tensor
+    """[batch, pos], int64"""
+    mask: Tensor
+    """[batch, pos], bool: the real tokens."""
+
+
+class Reader:
+    """Makes batches of texts, of lists of token ids, or of what a data loader gives."""
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        self.n_truncated = 0
+        """Texts that were longer than the model's context, and were cut to it."""
+        self._tokenizer = tokenizer
+        self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def batches(self, data: Iterable[Any], batch_size: int) -> Iterator[Batch]:
+        """Raises PromptError for what is no batch, and for empty texts; ModelError for texts without a tokenizer."""
+        items = iter(data)
+        first = next(items, None)
+        items = itertools.chain([first], items) if first is not None else items
+        if not isinstance(first, str) and not (isinstance(first, list) and first and isinstance(first[0], int)):
+            yield from map(_given, items)
+            return
+        while window := list(itertools.islice(items, SORTED_BATCHES * batch_size)):
+            encoded = sorted((self._encoded(item) for item in window), key=len)
+            for start in range(0, len(encoded), batch_size):
+                yield padded(encoded[start : start + batch_size])
+
+    def _encoded(self, item: Any) -> list[int]:
+        if isinstance(item, str):
+            if self._tokenizer is None:
+                raise ModelError("texts were given without a tokenizer; pass tokenizer= too.")
+            item = self._tokenizer(item)["input_ids"]
+        if not item:
+            raise PromptError("an empty text has no tokens; leave it out.")
+        if self._longest is not None and len(item) > self._longest:
+            self.n_truncated += 1
+            item = item[: self._longest]
+        return list(item)
+
+
+def _given(item: Any) -> Batch:
+    """A data loader's batch: a mapping, a tensor of ids, or (ids, mask, ...)."""
+    if isinstance(item, Mapping) or hasattr(item, "keys"):
+        if "input_ids" not in item:
+            raise PromptError(f"a batch has no input_ids; it has {', '.join(map(str, item.keys()))}.")
+        ids, mask = item["input_ids"], item.get("attention_mask")
+    elif isinstance(item, tuple | list):
+        ids, mask = item[0], item[1] if len(item) > 1 else None
+    else:
+        ids, mask = item, None
+    ids = torch.as_tensor(ids)
+    if ids.dim() != 2:
+        raise PromptError(f"a batch's input_ids have shape {list(ids.shape)}; expected [batch, pos].")
+    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+    if mask.shape != ids.shape:
+        raise PromptError(f"a batch's attention_mask has shape {list(mask.shape)}; its input_ids {list(ids.shape)}.")
+    return Batch(ids.cpu(), mask.cpu().bool())
+
+
+def padded(sequences: Sequence[Sequence[int]]) -> Batch:
+    """Padding on the right; which token it is does not matter."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[*each, *[0] * (width - len(each))] for each in sequences])
+    mask = torch.tensor([[True] * len(each) + [False] * (width - len(each)) for each in sequences])
+    return Batch(ids, mask)
+
+
+def read(model: Any, layout: Layout, taps: Mapping[str, Tap], batch: Batch) -> Mapping[str, Tensor]:
+    """One forward. Returns key -> [real tokens, width], row after row; the side of the padding changes nothing."""
+    takes = inspect.signature(model.forward).parameters
+    device = input_device(model)
+    given: dict[str, Any] = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.long().to(device)}
+    if "position_ids" in takes:
+        given["position_ids"] = (batch.mask.long().cumsum(1) - 1).clamp(min=0).to(device)
+    given |= {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in takes}
+    keep = Kept(*batch.mask.nonzero(as_tuple=True))
+    with torch.no_grad(), capturing(model, taps, layout.embedding, lambda *_: keep, len(batch.ids)) as recording:
+        model(**given)
+    return recording.rows

@@ -1,0 +1,182 @@
+"""`main.py heads ablate`: what a model answers, and how it scores, without some of its heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from AutomaticEval.cli import options
+from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.errors import PromptError, SelectionError
+
+if TYPE_CHECKING:
+    from AutomaticEval.analysis.ablation import Ablation
+    from AutomaticEval.analysis.profiles import Profile
+
+Profiles = Annotated[
+    str | None, typer.Option("--profile", help="baseline, extended, or a .toml file: prompts and keywords.")
+]
+Emotion = Annotated[str | None, typer.Option("--emotion", help="The category of the profile to ask.")]
+Sentiment = Annotated[
+    str, typer.Option("--sentiment", help="vader, or a Hugging Face text classifier, as NAME or NAME@LABEL.")
+]
+
+
+@one_line_errors
+def ablate(
+    head_spec: Annotated[str, typer.Option("--head-spec", help="layer:head, such as 0:0,3:5; 3:* for all of a layer.")],
+    mode: Annotated[
+        str, typer.Option("--mode", help="zero, mean or resample (over the profile's neutral prompts).")
+    ] = "zero",
+    model: options.Model = "demo",
+    profile: Profiles = None,
+    emotion: Emotion = None,
+    data_path: Annotated[
+        Path | None, typer.Option("--data_path", help="Prompts of your own, in place of --profile.")
+    ] = None,
+    benchmark: Annotated[
+        str | None, typer.Option("--benchmark", help="Score these lm-eval tasks with and without.")
+    ] = None,
+    limit: options.Limit = None,
+    num_fewshot: options.NumFewshot = None,
+    include_path: options.IncludePath = None,
+    output: Annotated[Path, typer.Option("--output", help="Folder for results; nothing there is overwritten.")] = Path(
+        "results"
+    ),
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Of each answer.")] = 15,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
+    sentiment: Sentiment = "vader",
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1)] = 8,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn at random.")] = 42,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    load_in_8bit: options.LoadIn8Bit = False,
+    load_in_4bit: options.LoadIn4Bit = False,
+) -> None:
+    """Answers, text metrics and benchmark scores with heads taken out, beside those without."""
+    options.quiet_libraries()
+    from AutomaticEval.analysis.ablation import Ablation, parse_head_spec, reference_z
+    from AutomaticEval.analysis.results import new_results, write_json
+    from AutomaticEval.capture.generation import Sampling
+    from AutomaticEval.models.loading import LoadOptions, load_model
+
+    files = new_results(output, "ablation.json", "ablation_sentiment_comparison.png")
+    found = _profile(profile)
+    prompts = _prompts(found, emotion, data_path)
+    if not prompts and benchmark is None:
+        raise PromptError("nothing is asked: give --profile with --emotion, --data_path, or --benchmark.")
+    if mode != "zero" and found is None:
+        raise SelectionError(f"--mode {mode} takes its values from the neutral prompts of a --profile; name one.")
+    if mode == "resample" and benchmark is not None:
+        raise SelectionError(
+            "--mode resample draws by position, which a benchmark's batches do not keep; use zero or mean."
+        )
+    loaded = load_model(model, options=LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit))
+    heads = parse_head_spec(head_spec, loaded.layout.n_layers, loaded.layout.n_heads)
+    neutral = [] if found is None else found.category(found.neutral)
+    reference = None if mode == "zero" else reference_z(loaded, list(heads), neutral, batch_size)
+    ablation = Ablation(loaded, heads, mode, reference, seed)
+    settings: dict[str, Any] = {
+        "model": model,
+        "heads": head_spec,
+        "mode": mode,
+        "profile": profile,
+        "emotion": emotion,
+        "seed": seed,
+    }
+    settings |= {"temperature": temperature, "max_tokens": max_tokens, "reference": f"{len(neutral)} neutral prompts"}
+    results: dict[str, Any] = {"settings": settings}
+    if prompts:
+        sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, seed=seed)
+        words = None if found is None or emotion is None else found.keywords.get(emotion)
+        results |= _answers(ablation, prompts, sampling, sentiment, words, batch_size, files[1])
+    if benchmark is not None:
+        results["benchmark"] = _scores(ablation, benchmark, limit, num_fewshot, include_path, batch_size)
+    write_json(files[0], results)
+    typer.echo(f"Written:     {files[0]}" + (f", {files[1]}" if prompts else ""))
+
+
+def _profile(name: str | None) -> Profile | None:
+    from AutomaticEval.analysis.profiles import load_profile
+
+    return None if name is None else load_profile(name)
+
+
+def _prompts(profile: Profile | None, emotion: str | None, data_path: Path | None) -> list[str]:
+    from AutomaticEval.analysis.texts import read_texts
+
+    if data_path is not None:
+        if emotion is not None:
+            raise SelectionError("--emotion and --data_path both name prompts; give one of them.")
+        return read_texts(data_path)
+    if emotion is None:
+        return []
+    if profile is None:
+        raise SelectionError("--emotion names a category of a profile; add --profile.")
+    return profile.category(emotion)
+
+
+def _answers(
+    ablation: Ablation,
+    prompts: list[str],
+    sampling: Any,
+    sentiment: str,
+    words: list[str] | None,
+    batch_size: int,
+    file: Path,
+) -> dict[str, Any]:
+    from AutomaticEval.analysis.ablation import ablate
+    from AutomaticEval.analysis.text_metrics import classifier, keywords, vader
+    from AutomaticEval.report.bars import before_and_after
+    from AutomaticEval.store.files import new_file
+
+    name, _, label = sentiment.partition("@")
+    metrics = [vader() if name == "vader" else classifier(name, label or None)]
+    if words:
+        metrics.append(keywords(words))
+    found = ablate(ablation, prompts, metrics, sampling, batch_size=batch_size)
+    units = {metric.name: metric.unit for metric in metrics} | {"logprob": "log-likelihood of the answer before, nats"}
+    with new_file(file) as partial:
+        before_and_after(found["summary"], units, f"{ablation.loaded.name}, {len(prompts)} prompts", partial)
+    rows = [(metric, *(_number(each) for each in values.values())) for metric, values in found["summary"].items()]
+    options.print_table("Without the heads", ("Metric", "Before", "After", "Change (95 % interval)"), rows)
+    return found
+
+
+def _number(found: dict[str, Any]) -> str:
+    interval = found["interval"]
+    return f"{found['mean']:.4g}" + ("" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})")
+
+
+def _scores(
+    ablation: Ablation,
+    names: str,
+    limit: float | None,
+    num_fewshot: int | None,
+    include_path: list[Path] | None,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """Each task's scores with the heads and without them."""
+    from AutomaticEval.evaluation.benchmark import Benchmark
+    from AutomaticEval.evaluation.run import run_benchmark
+
+    asked = Benchmark(
+        names=tuple(name.strip() for name in names.split(",") if name.strip()),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        include_path=tuple(map(str, include_path or ())),
+    )
+    before = run_benchmark(ablation.loaded, asked)
+    with ablation.applied():
+        after = run_benchmark(ablation.loaded, asked)
+    pairs = list(zip(before.scores, after.scores, strict=True))
+    rows = [(one.task, one.metric, f"{one.value:.4f}", f"{other.value:.4f}") for one, other in pairs]
+    options.print_table("Benchmark without the heads", ("Task", "Metric", "Before", "After"), rows)
+    return [
+        {"task": one.task, "metric": one.metric, "before": one.value, "after": other.value, "n": one.answered}
+        for one, other in pairs
+    ]

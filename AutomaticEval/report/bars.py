@@ -1,0 +1,31 @@
+"""Figures of a number before and after, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+COLOURS = {"before": "#4c72b0", "after": "#dd8452", "change": "#55a868"}
+
+
+def before_and_after(summary: Mapping[str, Any], units: Mapping[str, str], title: str, path: str | Path) -> None:
+    """A panel a metric: before, after and change, means with their bootstrap intervals, as a PNG.
+
+    summary: metric -> before, after and change, each with mean and interval. units: metric -> what its axis says.
+    """
+    figure = Figure(figsize=(3.2 * len(summary) + 0.6, 3.6), layout="constrained")
+    figure.suptitle(title)
+    for number, (name, each) in enumerate(summary.items(), 1):
+        axes = figure.add_subplot(1, len(summary), number)
+        for place, (when, found) in enumerate(each.items()):
+            mean = found["mean"]
+            low, high = found["interval"] or (mean, mean)
+            axes.bar(place, mean, color=COLOURS[when], width=0.7)
+            axes.errorbar(place, mean, [[mean - low], [high - mean]], color="0.2", capsize=4)
+        axes.axhline(0, color="0.4", linewidth=0.8)
+        axes.set_xticks(range(len(each)), list(each))
+        axes.set(title=name, ylabel=units.get(name, name))
+    figure.savefig(path, dpi=150, format="png")
