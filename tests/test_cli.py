@@ -111,6 +111,7 @@ STOPPED = """
 import os, signal, sys
 from lm_eval.models.huggingface import HFLM
 from AutomaticEval.cli.app import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell ignores
 forward, calls = HFLM._model_call, []
 def count(self, *args, **kwargs):
     calls.append(1)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -217,9 +218,15 @@ def test_run_killed_while_it_finishes_is_joined_again_without_a_forward(
 
 
 SCRIPT = """
-import sys
+import sys, time
+from lm_eval.models.huggingface import HFLM
 from AutomaticEval.store import writer
 writer.SHARD_SECONDS = 0.05
+generate = HFLM._model_generate
+def slowly(self, *args, **kwargs):  # so that there is time to kill it
+    time.sleep(0.1)
+    return generate(self, *args, **kwargs)
+HFLM._model_generate = slowly
 from AutomaticEval.cli.app import main
 main()
 """
@@ -231,8 +238,13 @@ def command(save_dir: Path, resume: Path | None = None) -> list[str]:
     return [sys.executable, "-c", SCRIPT, *asked, "--activation_save_dir", str(save_dir), *more]
 
 
-def newest_shard(folder: Path | None) -> int:
-    return max((int(path.stem[6:]) for path in folder.glob("shard-*.h5")), default=-1) if folder else -1
+def shards_of(folder: Path | None) -> set[tuple[str, int]]:
+    """Each shard and when it was written: a run that goes on puts small ones together under a name that was there."""
+    found = set()
+    for path in folder.glob("shard-*.h5") if folder else ():
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
 def test_killed_at_random_moments_the_command_goes_on(tmp_path: Path) -> None:
@@ -242,8 +254,8 @@ def test_killed_at_random_moments_the_command_goes_on(tmp_path: Path) -> None:
     folder: Path | None = None
     for _ in range(4):
         process = subprocess.Popen(command(runs, folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
-        wanted = newest_shard(folder) + rng.randint(0, 6)
-        while process.poll() is None and newest_shard(folder) < wanted:
+        before, wanted = shards_of(folder), rng.randint(0, 5)
+        while process.poll() is None and len(shards_of(folder) - before) < wanted:
             folder = folder or next(iter(runs.glob("*")), None)
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.1))
