@@ -18,7 +18,8 @@ import transformers as hf
 from conftest import CONFIGS, ROOT, build, n_hooks
 
 from AutomaticEval import score_continuations
-from AutomaticEval.analysis.ablation import Ablation, ablate, parse_head_spec, reference_z
+from AutomaticEval.analysis.ablation import Ablation, parse_head_spec, reference_z
+from AutomaticEval.analysis.answers import answers_with
 from AutomaticEval.analysis.bootstrap import mean_interval
 from AutomaticEval.analysis.profiles import load_profile
 from AutomaticEval.analysis.text_metrics import classifier, keywords, vader
@@ -67,7 +68,7 @@ def _z(layer: int) -> Any:
 
 def test_zeroed_heads_are_zeroed_weights(loaded: LoadedModel) -> None:
     """Answers, and the log-likelihood of the answer before, of a model whose weights were changed to the same effect."""
-    found = ablate(Ablation(loaded, HEADS), PROMPTS, [WORDS], Sampling(max_new_tokens=8), batch_size=2)
+    found = answers_with(Ablation(loaded, HEADS), PROMPTS, [WORDS], Sampling(max_new_tokens=8), batch_size=2)
     assert not n_hooks(loaded.model)
     ids = [loaded.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     before = [respond(loaded, [each], Sampling(max_new_tokens=8))[0] for each in ids]
@@ -110,21 +111,21 @@ def test_resampled_values_are_a_positions_own(loaded: LoadedModel) -> None:
     """Whatever the batch, and with the cache as without: each step is a forward over all so far."""
     ablation = Ablation(loaded, HEADS, "resample", reference_z(loaded, list(HEADS), REFERENCE))
     sampling = Sampling(max_new_tokens=6)
-    together = ablate(ablation, PROMPTS, [], sampling, batch_size=3)["samples"]
-    alone = ablate(ablation, PROMPTS, [], sampling, batch_size=1)["samples"]
+    together = answers_with(ablation, PROMPTS, [], sampling, batch_size=3)["samples"]
+    alone = answers_with(ablation, PROMPTS, [], sampling, batch_size=1)["samples"]
     for one, other, prompt in zip(together, alone, PROMPTS, strict=True):
         assert one["after"]["text"] == other["after"]["text"]
         assert one["after"]["logprob"] == pytest.approx(other["after"]["logprob"], abs=1e-4)
         ids = torch.tensor([loaded.tokenizer(prompt)["input_ids"]])
         n_prompt = ids.shape[1]
         for _ in range(6):
-            with torch.no_grad(), ablation.applied([0]):
+            with torch.no_grad(), ablation.applied([0], [0]):
                 ids = torch.cat([ids, loaded.model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
         generated = ids[0, n_prompt:].tolist()
         end = generated.index(0) + 1 if 0 in generated else None
         assert loaded.tokenizer.decode(generated[:end], skip_special_tokens=True) == one["after"]["text"]
     other_seed = Ablation(loaded, HEADS, "resample", ablation.reference, seed=1)
-    differs = ablate(other_seed, PROMPTS, [], sampling)["samples"]
+    differs = answers_with(other_seed, PROMPTS, [], sampling)["samples"]
     assert [each["after"]["logprob"] for each in differs] != [each["after"]["logprob"] for each in together]
 
 
@@ -133,14 +134,14 @@ def test_sampled_answers_differ_by_the_ablation_alone(tiny_llama: LoadedModel, t
     loaded = LoadedModel(build(CONFIGS["llama"]()), tokenizer, "llama")
     sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=7)
     with without_weights(loaded):
-        found = ablate(Ablation(loaded, HEADS), PROMPTS, [], sampling)["samples"]
+        found = answers_with(Ablation(loaded, HEADS), PROMPTS, [], sampling)["samples"]
         assert [each["before"]["text"] for each in found] == [each["after"]["text"] for each in found]
-    changed = ablate(Ablation(loaded, HEADS), PROMPTS, [], sampling)["samples"]
+    changed = answers_with(Ablation(loaded, HEADS), PROMPTS, [], sampling)["samples"]
     assert [each["before"]["text"] for each in changed] != [each["after"]["text"] for each in changed]
 
 
 def test_summary_is_of_the_samples(tiny_llama: LoadedModel) -> None:
-    found = ablate(Ablation(tiny_llama, HEADS), PROMPTS, [vader(), WORDS], Sampling(max_new_tokens=8))
+    found = answers_with(Ablation(tiny_llama, HEADS), PROMPTS, [vader(), WORDS], Sampling(max_new_tokens=8))
     for name in ("sentiment", "keywords", "logprob"):
         before, after = ([each[when][name] for each in found["samples"]] for when in ("before", "after"))
         assert found["summary"][name]["before"]["mean"] == pytest.approx(np.mean(before))
@@ -218,7 +219,7 @@ def test_what_cannot_be_ablated(tiny_llama: LoadedModel) -> None:
     ):
         pass
     with pytest.raises(PromptError, match="no prompts"):
-        ablate(Ablation(tiny_llama, HEADS), [], [])
+        answers_with(Ablation(tiny_llama, HEADS), [], [])
 
 
 def own_profile(folder: Path) -> Path:
@@ -271,7 +272,7 @@ def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "ablation_sentiment_comparison.png").read_bytes().startswith(b"\x89PNG")
     heads = {0: [0], 3: [1, 2]}
     ablation = Ablation(demo, heads, "mean", reference_z(demo, list(heads), ["The bus", "Stir the"]))
-    expected = ablate(
+    expected = answers_with(
         ablation, ["The red ball", "A dog and"], [vader(), keywords(["red", "dog"])], Sampling(max_new_tokens=6)
     )
     assert [each["after"]["text"] for each in found["samples"]] == [

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from AutomaticEval.analysis.bootstrap import mean_interval
+from AutomaticEval.analysis.answers import Pairs, logprobs, logprobs_one_by_one
 from AutomaticEval.analysis.reading import Reader, read
-from AutomaticEval.analysis.text_metrics import TextMetric
-from AutomaticEval.capture.continuations import score_continuations
-from AutomaticEval.capture.generation import Response, Sampling, respond
-from AutomaticEval.errors import EditError, PromptError
+from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.hooks import Kept
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import input_device
 from AutomaticEval.sites import Site, parse_heads
 
 MODES = ("zero", "mean", "resample")
@@ -79,10 +74,17 @@ class Ablation:
             raise EditError(f"{self.mode} needs a reference: texts whose z stands in for the heads'.")
 
     @contextmanager
-    def applied(self, pads: Sequence[int] | None = None) -> Iterator[None]:
+    def applied(self, rows: Sequence[int] | None = None, pads: Sequence[int] | None = None) -> Iterator[None]:
         """The model without the heads. pads: of each row of the batch, the padding on its left; only resample needs them."""
         with editing(self.loaded.model, [self._edit(layer, own, pads) for layer, own in self.heads.items()]):
             yield
+
+    def logprobs(self, pairs: Pairs) -> list[float]:
+        """Of answers, by the model without the heads."""
+        if self.mode == "resample":  # what is drawn depends on the position, which a prefix tree does not keep
+            return logprobs_one_by_one(self, pairs)
+        with self.applied():
+            return logprobs(self.loaded, pairs)
 
     def _edit(self, layer: int, heads: Sequence[int], pads: Sequence[int] | None) -> Edit:
         site = Site("z", layer)
@@ -114,77 +116,3 @@ def _resampled(site: Site, reference: Tensor, heads: Sequence[int], pads: Sequen
         return Kept(rows, columns)
 
     return Edit(site, lambda found: reference[current[0]].to(found.device, found.dtype), heads, where)
-
-
-def ablate(
-    ablation: Ablation,
-    prompts: Sequence[str],
-    metrics: Sequence[TextMetric],
-    sampling: Sampling = Sampling(max_new_tokens=15),
-    *,
-    batch_size: int = 8,
-) -> dict[str, Any]:
-    """Answers to prompts with and without the heads.
-
-    Returns samples (prompt, before and after: text, and logprob of the answer before, in nats) and summary: for each metric and
-    for logprob, before, after and change (after - before, prompt by prompt), each with mean, 95 % bootstrap interval and n.
-    Sampled answers are drawn with the same seed before and after. Raises PromptError without prompts.
-    """
-    if not prompts:
-        raise PromptError("there are no prompts to answer.")
-    loaded = ablation.loaded
-    encoded = [loaded.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    before: list[Response] = []
-    after: list[Response] = []
-    for start in range(0, len(encoded), batch_size):
-        some = encoded[start : start + batch_size]
-        drawn = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + start)
-        pads = [max(map(len, some)) - len(ids) for ids in some]
-        before += respond(loaded, some, drawn)
-        with ablation.applied(pads):
-            after += respond(loaded, some, drawn)
-    pairs = [(prompt, response.generated_ids) for prompt, response in zip(encoded, before, strict=True)]
-    likely = {"before": _logprobs(loaded, pairs), "after": _logprobs_without(ablation, pairs)}
-    texts = {"before": [each.text for each in before], "after": [each.text for each in after]}
-    columns = {metric.name: {when: metric.of(each) for when, each in texts.items()} for metric in metrics}
-    columns["logprob"] = likely
-    samples = [
-        {
-            "prompt": prompt,
-            **{
-                when: {"text": each[n], **{name: column[when][n] for name, column in columns.items()}}
-                for when, each in texts.items()
-            },
-        }
-        for n, prompt in enumerate(prompts)
-    ]
-    return {"samples": samples, "summary": {name: _summed_up(column) for name, column in columns.items()}}
-
-
-def _summed_up(column: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    changes = [after - before for before, after in zip(column["before"], column["after"], strict=True)]
-    return {**{when: mean_interval(values) for when, values in column.items()}, "change": mean_interval(changes)}
-
-
-Pairs = Sequence[tuple[list[int], list[int]]]
-"""(prompt, answer), as token ids."""
-
-
-def _logprobs(loaded: LoadedModel, pairs: Pairs) -> list[float]:
-    """Of each answer, in nats; 0 of one without a token."""
-    answered = [pair for pair in pairs if pair[1]]
-    found = iter(score_continuations(answered, loaded) if answered else [])
-    return [next(found).logprob if answer else 0.0 for _, answer in pairs]
-
-
-def _logprobs_without(ablation: Ablation, pairs: Pairs) -> list[float]:
-    if ablation.mode != "resample":
-        with ablation.applied():
-            return _logprobs(ablation.loaded, pairs)
-    model, found = ablation.loaded.model, []
-    for prompt, answer in pairs:  # what is drawn depends on the position, which a prefix tree does not keep
-        ids = torch.tensor([[*prompt, *answer]], device=input_device(model))
-        with torch.no_grad(), ablation.applied([0]):
-            likely = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-        found.append(float(likely.gather(1, ids[0, len(prompt) :, None]).sum()) if answer else 0.0)
-    return found

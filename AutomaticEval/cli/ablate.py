@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from AutomaticEval.cli import options
+from AutomaticEval.cli.answers import (
+    BatchSize,
+    Emotion,
+    MaxTokens,
+    Profiles,
+    SampleNum,
+    Seed,
+    Sentiment,
+    Temperature,
+    answered,
+    metrics_of,
+)
 from AutomaticEval.cli.options import one_line_errors
 from AutomaticEval.errors import PromptError, SelectionError
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.ablation import Ablation
     from AutomaticEval.analysis.profiles import Profile
-
-Profiles = Annotated[
-    str | None, typer.Option("--profile", help="baseline, extended, or a .toml file: prompts and keywords.")
-]
-Emotion = Annotated[str | None, typer.Option("--emotion", help="The category of the profile to ask.")]
-Sentiment = Annotated[
-    str, typer.Option("--sentiment", help="vader, or a Hugging Face text classifier, as NAME or NAME@LABEL.")
-]
 
 
 @one_line_errors
@@ -45,11 +49,12 @@ def ablate(
     output: Annotated[Path, typer.Option("--output", help="Folder for results; nothing there is overwritten.")] = Path(
         "results"
     ),
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Of each answer.")] = 15,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
+    sample_num: SampleNum = None,
+    max_tokens: MaxTokens = 15,
+    temperature: Temperature = 0.0,
     sentiment: Sentiment = "vader",
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1)] = 8,
-    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn at random.")] = 42,
+    batch_size: BatchSize = 8,
+    seed: Seed = 42,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     device_map: options.DeviceMap = None,
@@ -59,13 +64,15 @@ def ablate(
     """Answers, text metrics and benchmark scores with heads taken out, beside those without."""
     options.quiet_libraries()
     from AutomaticEval.analysis.ablation import Ablation, parse_head_spec, reference_z
+    from AutomaticEval.analysis.profiles import load_profile
     from AutomaticEval.analysis.results import new_results, write_json
+    from AutomaticEval.analysis.texts import drawn
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.models.loading import LoadOptions, load_model
 
     files = new_results(output, "ablation.json", "ablation_sentiment_comparison.png")
-    found = _profile(profile)
-    prompts = _prompts(found, emotion, data_path)
+    found = None if profile is None else load_profile(profile)
+    prompts = drawn(_prompts(found, emotion, data_path), sample_num, seed)
     if not prompts and benchmark is None:
         raise PromptError("nothing is asked: give --profile with --emotion, --data_path, or --benchmark.")
     if mode != "zero" and found is None:
@@ -92,17 +99,11 @@ def ablate(
     if prompts:
         sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, seed=seed)
         words = None if found is None or emotion is None else found.keywords.get(emotion)
-        results |= _answers(ablation, prompts, sampling, sentiment, words, batch_size, files[1])
+        results |= answered(ablation, prompts, sampling, metrics_of(sentiment, words), batch_size, files[1])
     if benchmark is not None:
         results["benchmark"] = _scores(ablation, benchmark, limit, num_fewshot, include_path, batch_size)
     write_json(files[0], results)
     typer.echo(f"Written:     {files[0]}" + (f", {files[1]}" if prompts else ""))
-
-
-def _profile(name: str | None) -> Profile | None:
-    from AutomaticEval.analysis.profiles import load_profile
-
-    return None if name is None else load_profile(name)
 
 
 def _prompts(profile: Profile | None, emotion: str | None, data_path: Path | None) -> list[str]:
@@ -117,38 +118,6 @@ def _prompts(profile: Profile | None, emotion: str | None, data_path: Path | Non
     if profile is None:
         raise SelectionError("--emotion names a category of a profile; add --profile.")
     return profile.category(emotion)
-
-
-def _answers(
-    ablation: Ablation,
-    prompts: list[str],
-    sampling: Any,
-    sentiment: str,
-    words: list[str] | None,
-    batch_size: int,
-    file: Path,
-) -> dict[str, Any]:
-    from AutomaticEval.analysis.ablation import ablate
-    from AutomaticEval.analysis.text_metrics import classifier, keywords, vader
-    from AutomaticEval.report.bars import before_and_after
-    from AutomaticEval.store.files import new_file
-
-    name, _, label = sentiment.partition("@")
-    metrics = [vader() if name == "vader" else classifier(name, label or None)]
-    if words:
-        metrics.append(keywords(words))
-    found = ablate(ablation, prompts, metrics, sampling, batch_size=batch_size)
-    units = {metric.name: metric.unit for metric in metrics} | {"logprob": "log-likelihood of the answer before, nats"}
-    with new_file(file) as partial:
-        before_and_after(found["summary"], units, f"{ablation.loaded.name}, {len(prompts)} prompts", partial)
-    rows = [(metric, *(_number(each) for each in values.values())) for metric, values in found["summary"].items()]
-    options.print_table("Without the heads", ("Metric", "Before", "After", "Change (95 % interval)"), rows)
-    return found
-
-
-def _number(found: dict[str, Any]) -> str:
-    interval = found["interval"]
-    return f"{found['mean']:.4g}" + ("" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})")
 
 
 def _scores(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from AutomaticEval.cli import ablate, options
+from AutomaticEval.cli import ablate, options, patch
 from AutomaticEval.cli.options import SPELLINGS, one_line_errors
 
 if TYPE_CHECKING:
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from AutomaticEval.models.loading import LoadOptions
 
 app = typer.Typer(
-    context_settings=SPELLINGS, no_args_is_help=True, help="Attention heads: strength, comparison, ablation."
+    context_settings=SPELLINGS, no_args_is_help=True, help="Attention heads: strength, comparison, ablation, patching."
 )
 app.command("ablate")(ablate.ablate)
+app.command("patch")(patch.patch)
 
 DataPath = Annotated[
     Path, typer.Option("--data_path", help="JSON or JSONL: texts, or objects with input, text or question.")

@@ -1,0 +1,100 @@
+"""`main.py heads patch`: what of a run's answer comes with its values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from AutomaticEval.cli import options
+from AutomaticEval.cli.answers import (
+    BatchSize,
+    Emotion,
+    MaxTokens,
+    Output,
+    Profiles,
+    SampleNum,
+    Seed,
+    Sentiment,
+    Temperature,
+    answered,
+    metrics_of,
+    number,
+)
+from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.errors import EditError, SelectionError
+
+
+@one_line_errors
+def patch(
+    head_spec: Annotated[
+        str, typer.Option("--head-spec", help="layer:head, such as 0:0,3:5 or 3:*; a layer for other sites.")
+    ],
+    model: options.Model = "demo",
+    profile: Profiles = None,
+    emotion: Emotion = None,
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", help="JSONL of clean, corrupted, answer, wrong, in place of --profile.")
+    ] = None,
+    positions: Annotated[
+        str, typer.Option("--positions", help="last, all (prompts of equal length) or aligned.")
+    ] = "last",
+    site: Annotated[str, typer.Option("--site", help="z, mlp_out or resid_post.")] = "z",
+    output: Output = Path("results"),
+    sample_num: SampleNum = None,
+    max_tokens: MaxTokens = 15,
+    temperature: Temperature = 0.0,
+    sentiment: Sentiment = "vader",
+    batch_size: BatchSize = 8,
+    seed: Seed = 42,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    load_in_8bit: options.LoadIn8Bit = False,
+    load_in_4bit: options.LoadIn4Bit = False,
+) -> None:
+    """Put values of emotion prompts into neutral runs, or of clean into corrupted runs and back."""
+    if (pairs is None) == (profile is None) or (profile is None) != (emotion is None):
+        raise SelectionError("give --profile with --emotion, or --pairs.")
+    options.quiet_libraries()
+    from AutomaticEval.analysis.patching import Patching, read_pairs, recovered
+    from AutomaticEval.analysis.profiles import load_profile
+    from AutomaticEval.analysis.results import new_results, write_json
+    from AutomaticEval.analysis.texts import drawn
+    from AutomaticEval.capture.generation import Sampling
+    from AutomaticEval.models.loading import LoadOptions, load_model
+
+    files = new_results(output, "patching.json", "patching_keyword_comparison.png")
+    asked = [] if pairs is None else read_pairs(pairs)
+    found = None if profile is None else load_profile(profile)
+    sources = [] if found is None else found.category(str(emotion))
+    loaded = load_model(model, options=LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit))
+    places = _places(head_spec, site, loaded.layout.n_layers, loaded.layout.n_heads)
+    settings = {"model": model, "places": head_spec, "site": site, "positions": positions, "profile": profile}
+    results: dict[str, Any] = {"settings": {**settings, "emotion": emotion, "temperature": temperature, "seed": seed}}
+    if found is None:
+        results["pairs"] = recovered(loaded, asked, places, positions, site)
+        rows = [(name, number(each)) for name, each in results["pairs"]["summary"].items()]
+        options.print_table("Logit difference recovered", ("", "Part (95 % interval)"), rows)
+    else:
+        destinations = found.category(found.neutral)
+        chosen = drawn(list(map(str, range(min(len(sources), len(destinations))))), sample_num, seed)
+        sources, destinations = ([texts[int(n)] for n in chosen] for texts in (sources, destinations))
+        patching = Patching(loaded, sources, destinations, places, positions, site)
+        sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, seed=seed)
+        metrics = metrics_of(sentiment, found.keywords.get(str(emotion)))
+        results |= answered(patching, destinations, sampling, metrics, batch_size, files[1])
+    write_json(files[0], results)
+    typer.echo(f"Written:     {files[0]}" + (f", {files[1]}" if found is not None else ""))
+
+
+def _places(spec: str, site: str, n_layers: int, n_heads: int) -> dict[int, list[int] | None]:
+    from AutomaticEval.analysis.ablation import parse_head_spec
+    from AutomaticEval.sites import expand
+
+    if site == "z":
+        return dict(parse_head_spec(spec, n_layers, n_heads))
+    if ":" in spec:
+        raise EditError(f"{site} has no heads; write layers, such as 3 or 0-2.")
+    return {int(each.layer or 0): None for each in expand(["z"], spec, n_layers)}
