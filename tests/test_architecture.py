@@ -80,6 +80,8 @@ FLOORS = {
     "analysis.answers": 11,
     "analysis.ablation": 12,
     "analysis.patching": 12,
+    "analysis.sweep": 11,
+    "analysis.sweeping": 13,
     "report": 1,
     "store.maintenance": 8,
     "store.lens": 2,

@@ -81,22 +81,34 @@ def _given(item: Any) -> Batch:
     return Batch(ids.cpu(), mask.cpu().bool())
 
 
-def padded(sequences: Sequence[Sequence[int]]) -> Batch:
-    """Padding on the right; which token it is does not matter."""
+def padded(sequences: Sequence[Sequence[int]], side: str = "right") -> Batch:
+    """side: where the padding is. Which token it is does not matter."""
     width = max(map(len, sequences))
-    ids = torch.tensor([[*each, *[0] * (width - len(each))] for each in sequences])
-    mask = torch.tensor([[True] * len(each) + [False] * (width - len(each)) for each in sequences])
+    ids, mask = (
+        torch.zeros(len(sequences), width, dtype=torch.long),
+        torch.zeros(len(sequences), width, dtype=torch.bool),
+    )
+    for row, each in enumerate(sequences):
+        own = slice(width - len(each), width) if side == "left" else slice(0, len(each))
+        ids[row, own], mask[row, own] = torch.tensor(each), True
     return Batch(ids, mask)
 
 
-def read(model: Any, layout: Layout, taps: Mapping[str, Tap], batch: Batch) -> Mapping[str, Tensor]:
-    """One forward. Returns key -> [real tokens, width], row after row; the side of the padding changes nothing."""
+def inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    """What a forward is given, so that padding on either side changes nothing."""
     takes = inspect.signature(model.forward).parameters
     device = input_device(model)
     given: dict[str, Any] = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.long().to(device)}
     if "position_ids" in takes:
         given["position_ids"] = (batch.mask.long().cumsum(1) - 1).clamp(min=0).to(device)
-    given |= {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in takes}
+    return given | ({"use_cache": False} if "use_cache" in takes else {})
+
+
+def read(model: Any, layout: Layout, taps: Mapping[str, Tap], batch: Batch) -> Mapping[str, Tensor]:
+    """One forward. Returns key -> [real tokens, width], row after row."""
+    given = inputs(model, batch)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        given["logits_to_keep"] = 1
     keep = Kept(*batch.mask.nonzero(as_tuple=True))
     with torch.no_grad(), capturing(model, taps, layout.embedding, lambda *_: keep, len(batch.ids)) as recording:
         model(**given)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from AutomaticEval.cli import ablate, options, patch
+from AutomaticEval.cli import ablate, options, patch, sweep
 from AutomaticEval.cli.options import SPELLINGS, one_line_errors
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("ablate")(ablate.ablate)
 app.command("patch")(patch.patch)
+app.command("sweep")(sweep.sweep)
 
 DataPath = Annotated[
     Path, typer.Option("--data_path", help="JSON or JSONL: texts, or objects with input, text or question.")

@@ -29,3 +29,22 @@ def before_and_after(summary: Mapping[str, Any], units: Mapping[str, str], title
         axes.set_xticks(range(len(each)), list(each))
         axes.set(title=name, ylabel=units.get(name, name))
     figure.savefig(path, dpi=150, format="png")
+
+
+def top_heads(changes: Mapping[tuple[int, int], Any], unit: str, title: str, path: str | Path, most: int = 20) -> None:
+    """The heads with the largest numbers, either sign, with their intervals, as a PNG.
+
+    changes: (layer, head) -> mean and interval.
+    """
+    chosen = sorted(changes.items(), key=lambda item: -abs(item[1]["mean"]))[:most][::-1]
+    figure = Figure(figsize=(6, 0.26 * len(chosen) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (_, found) in enumerate(chosen):
+        mean = found["mean"]
+        low, high = found["interval"] or (mean, mean)
+        axes.barh(place, mean, color="#c44e52" if mean < 0 else "#4c72b0")
+        axes.plot([low, high], [place, place], color="0.2", linewidth=1)
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    axes.set_yticks(range(len(chosen)), [f"{layer}:{head}" for (layer, head), _ in chosen])
+    axes.set(title=title, xlabel=unit, ylabel="Layer:head")
+    figure.savefig(path, dpi=150, format="png")
