@@ -18,6 +18,7 @@ FLOORS = {
     "selection": 0,
     "demo.world": 0,
     "models.heads": 1,
+    "models.edited": 0,
     "models.taps": 2,
     "store.format": 1,
     "store.checksums": 2,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, SIZES, build, n_hooks
+from conftest import CONFIGS, SIZES, build, loglikelihoods, n_hooks
+from lm_eval.api.instance import Instance
 from torch import Tensor
 
-from AutomaticEval import Edit, editing, evaluate_with_activations
-from AutomaticEval.errors import EditError, SiteUnavailable, UnknownSite
+from AutomaticEval import Edit, editing, evaluate_with_activations, open_run
+from AutomaticEval.errors import CaptureError, EditError, OtherSettings, SiteUnavailable, UnknownSite
+from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.layout import find_layout
 from AutomaticEval.models.loading import LoadedModel
@@ -163,7 +168,96 @@ def test_positions_go_on_over_decode_steps(tiny_llama: LoadedModel) -> None:
 
     with editing(tiny_llama.model, [Edit.replace("layer_0", 0.0, where=where)]):
         tiny_llama.model.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    assert seen == [(0, 7), (7, 1), (8, 1)]
+        tiny_llama.model.generate(IDS, max_new_tokens=2, min_new_tokens=2, do_sample=False)  # which begins anew
+        logits(tiny_llama.model)
+        logits(tiny_llama.model)
+    assert seen == [(0, 7), (7, 1), (8, 1), (0, 7), (7, 1), (0, 7), (0, 7)]
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])
+def test_edits_by_column_are_made_in_lm_evals_own_batches(kind: str, demo: LoadedModel) -> None:
+    """What is shared is not computed once, since it would be edited in other columns there."""
+    vector = torch.full((128,), 3.0)
+
+    def last_column(found: Tensor) -> Tensor:
+        changed = found.clone()
+        changed[:, -1] += vector
+        return changed
+
+    shared = "Here is what is asked of you, and you shall answer it. " * 4
+    texts = [shared + "A?", shared + "What is red, and why?"]
+    pairs = [(text, " red") for text in texts] if kind == "loglikelihood" else []
+    asked = loglikelihoods(pairs) or [
+        Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 8}), 0, metadata=("t", at, 1))
+        for at, text in enumerate(texts)
+    ]
+    found = []
+    with editing(demo.model, Edit("layer_0", last_column)):
+        for scoring in ("tree", "stock"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                lm = CapturingHFLM(demo, None, list, scoring=scoring, batch_size=2)
+                found.append(getattr(lm, kind)(asked))
+    assert found[0] == found[1]
+
+
+def test_runs_name_their_edits_and_are_not_resumed_with_others(demo: LoadedModel, tmp_path: Path) -> None:
+    edit = Edit.add("layer_1", torch.ones(128))
+    with editing(demo.model, edit):
+        outcome = evaluate_with_activations(demo, "demo_facts", limit=2, activation_save_dir=tmp_path)
+    (name,) = open_run(outcome.folder or "").settings["edits"]
+    assert name.startswith("add [128] ")
+    assert name.endswith(" at layer_1")
+    (Path(outcome.folder or "") / "run.h5").unlink()  # as if it had been killed before its last step
+    for again in (nullcontext(), editing(demo.model, Edit.add("layer_1", torch.full((128,), 2.0)))):
+        with again, pytest.raises(OtherSettings, match="edits"):
+            evaluate_with_activations(demo, "demo_facts", limit=2, resume=outcome.folder)
+
+
+def test_forwards_that_fail_and_are_made_again(tiny_llama: LoadedModel) -> None:
+    """As after a lack of memory."""
+    fails = [True]
+
+    def sometimes(module: Any, args: Any) -> None:
+        if fails.pop():
+            raise torch.OutOfMemoryError("out of memory")
+        fails.append(False)
+
+    handle = tiny_llama.model.model.layers[1].mlp.register_forward_pre_hook(sometimes)
+    with editing(tiny_llama.model, Edit.scale("layer_2.z", 0.0)):
+        with pytest.raises(torch.OutOfMemoryError):
+            logits(tiny_llama.model)
+        fails.append(False)
+        logits(tiny_llama.model)
+    handle.remove()
+
+
+def test_layouts_are_not_looked_for_within_edits() -> None:
+    """transformers leaves hooks of its own once hidden states were asked for."""
+    model = build(CONFIGS["gpt_neox"]())
+    with torch.no_grad():
+        model(IDS, output_hidden_states=True)
+    seen = []
+    with editing(model, Edit("layer_0", lambda found: seen.append(1) or found * 2)):
+        assert find_layout(model).n_layers == 3
+    assert not seen
+
+
+def test_logits_of_named_columns_are_refused(tiny_llama: LoadedModel) -> None:
+    kept = Kept(torch.tensor([0]), torch.tensor([5]))
+    some = {"input_ids": IDS, "logits_to_keep": torch.tensor([1, 5])}
+    with (
+        pytest.raises(EditError, match="names columns"),
+        editing(tiny_llama.model, Edit.add("logits", 1.0, where=lambda *_: kept)),
+    ):
+        tiny_llama.model(**some)
+    layout = find_layout(tiny_llama.model)
+    taps = layout.pick([Site("logits")])
+    with (
+        pytest.raises(CaptureError, match="names columns"),
+        capturing(tiny_llama.model, taps, layout.embedding, lambda *_: kept, 2),
+    ):
+        tiny_llama.model(**some)
 
 
 @pytest.mark.parametrize("scoring", ["tree", "stock"])
@@ -207,6 +301,16 @@ def flat(values: Any) -> list[float]:
         (Edit.scale("layer_0.z", 0.0, heads=[4]), EditError, "no head 4: it has 4"),
         (Edit.scale("layer_0.k", 0.0, heads=[2]), EditError, "no head 2: it has 2"),
         (Edit.scale("layer_0.mlp_out", 0.0, heads=[0]), EditError, "has no heads"),
+        (Edit.scale("layer_0.z", 0.0, heads=[]), EditError, "write a list of numbers"),
+        (Edit.scale("layer_0.z", 0.0, heads=5), EditError, "write a list of numbers"),
+        (Edit.scale("layer_0.z", 0.0, heads=[1.0]), EditError, "no head 1.0; write numbers"),
+        (Edit.add("layer_0", torch.ones(5)), EditError, r"failed on values of shape \[2, 7, 32\]"),
+        (Edit("layer_0", lambda found: None), EditError, "gave values of NoneType"),
+        (
+            Edit.replace("layer_0", 0.0, where=lambda *_: Kept(torch.tensor([0]), torch.tensor([9]))),
+            EditError,
+            r"\[2, 7\]",
+        ),
         (Edit("layer_0", lambda found: found[..., :3]), EditError, r"shape \[2, 7, 3\]; expected \[2, 7, 32\]"),
     ],
 )

@@ -26,6 +26,7 @@ from AutomaticEval import (
     open_run,
     strength_of_run,
 )
+from AutomaticEval.analysis.compare import same_inputs
 from AutomaticEval.analysis.texts import drawn, read_texts
 from AutomaticEval.errors import ModelError, PathExists, PromptError, SelectionError, SiteUnavailable, StoreError
 from AutomaticEval.models.heads import head_results, output_weight
@@ -137,7 +138,7 @@ def test_strength_is_the_mean_over_real_tokens(side: str, model: Any) -> None:
 def test_raw_slices_chosen_layers_and_heads(tiny_llama: LoadedModel) -> None:
     extractor = ActivationExtractor(tiny_llama, of="z")
     extractor.register_hooks(layers="1-2", heads=[3, 0])
-    extractor.extract_activations(IDS, max_batches=1, batch_size=2)  # the two shortest
+    extractor.extract_activations(IDS, max_batches=1, batch_size=2)  # the first two
     found = extractor.compute_R_h()
     assert list(found) == [(1, 0), (1, 3), (2, 0), (2, 3)]
     for (layer, head), value in found.items():
@@ -166,6 +167,41 @@ def test_trained_weights_are_looked_at_again(tokenizer: Any) -> None:
     ratio = after.compute_R_h()[1, 0] / before.compute_R_h()[1, 0]
     assert ratio == pytest.approx(2, rel=1e-6)
     assert after.compute_R_h()[1, 1] == pytest.approx(before.compute_R_h()[1, 1], rel=1e-6)
+
+
+def test_projections_put_in_later_are_looked_at(tokenizer: Any) -> None:
+    """Another module in the same place, columns exchanged, and a module whose own parameters say nothing of it."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base: Any) -> None:
+            super().__init__()
+            self.base, self.in_features, self.by = base, base.in_features, 1.0
+
+        @property
+        def weight(self) -> Any:
+            return self.base.weight
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.base(z) * self.by  # type: ignore[no-any-return]
+
+    loaded = LoadedModel(build(CONFIGS["llama"]()), tokenizer, "llama")
+
+    def found() -> float:
+        extractor = ActivationExtractor(loaded)
+        extractor.extract_activations(IDS)
+        return extractor.compute_R_h()[2, 1]
+
+    attention = loaded.model.model.layers[2].self_attn
+    before = found()
+    with torch.no_grad():
+        attention.o_proj.weight[:, [8, 22]] = attention.o_proj.weight[:, [22, 8]]
+    exchanged = found()
+    assert exchanged == pytest.approx(norms(loaded.model, 2, IDS)[:, 1].mean().item(), rel=1e-5)
+    assert exchanged != pytest.approx(before, rel=1e-4)
+    attention.o_proj = Adapted(attention.o_proj).eval()
+    assert found() == pytest.approx(exchanged, rel=1e-5)
+    attention.o_proj.by = 3.0
+    assert found() == pytest.approx(3 * exchanged, rel=1e-5)
 
 
 @pytest.mark.parametrize("how", ["load_in_8bit", "load_in_4bit"])
@@ -205,6 +241,13 @@ def test_over_a_stored_run_and_beside_a_benchmark(demo: LoadedModel, tmp_path: P
     from_z = strength_of_run(open_run(only_z or ""), demo)
     assert from_z.keys() == found.keys()
     assert all(from_z[key]["R_h"] == pytest.approx(found[key]["R_h"], rel=1e-5) for key in found)
+    with pytest.raises(StoreError, match="other weights"):
+        strength_of_run(open_run(only_z or ""), LoadedModel(build(CONFIGS["llama"]()), demo.tokenizer, "other"))
+    script = f"import sys; from AutomaticEval import *; print(strength_of_run(open_run({str(only_z)!r}), 'demo')[0, 0]['R_h'])"
+    alone = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )  # nothing is known there
+    assert float(alone.stdout) == pytest.approx(found[0, 0]["R_h"], rel=1e-5)
     with pytest.raises(StoreError, match="keep z and pass the model"):
         strength_of_run(open_run(only_z or ""))
 
@@ -242,6 +285,9 @@ def test_state_space_models_have_no_heads(tokenizer: Any) -> None:
     ("data", "error", "says"),
     [
         ([], PromptError, "no texts"),
+        ("Hello", PromptError, r"write \[text\]"),
+        ([None, "Hello"], PromptError, r"no numbers.*NoneType"),
+        (["Hello", None], PromptError, "found NoneType"),
         (["Hello", ""], PromptError, "empty text"),
         ([{"ids": 1}], PromptError, "no input_ids"),
         ([torch.arange(3)], PromptError, r"\[3\]"),
@@ -328,6 +374,34 @@ def test_a_model_that_did_not_change_has_no_correlation(tiny_llama: LoadedModel,
     assert found["rank_correlation"]["rho"] is None
     comparator.save_comparison(tmp_path / "comparison.json")
     comparator.visualize_comparison(tmp_path / "heat.png")
+
+
+def test_other_inputs_are_not_compared(tiny_llama: LoadedModel, tmp_path: Path) -> None:
+    raw_slices, fewer = ActivationExtractor(tiny_llama, of="z"), ActivationExtractor(tiny_llama)
+    raw_slices.extract_activations(IDS)
+    fewer.extract_activations(IDS[:1])
+    raw_slices.save_results(tmp_path / "z.json")
+    with pytest.raises(SelectionError, match="of is result and z"):
+        ActivationComparator(strengths(tiny_llama), tmp_path / "z.json")
+    with pytest.raises(SelectionError, match="n, the number of tokens, is 22 and 7"):
+        ActivationComparator(strengths(tiny_llama), fewer)
+    with pytest.raises(SelectionError, match="longer than the 448 tokens that both models can read"):
+        same_inputs({"a": "demo", "b": "demo"}, ["Hi", "What is red? " * 400], answers_of="a")
+
+
+def test_training_mode_and_wrong_structures_are_refused(tokenizer: Any) -> None:
+    loaded = LoadedModel(build(CONFIGS["llama"]()), tokenizer, "llama")
+    extractor = ActivationExtractor(loaded)
+    extractor.register_hooks()
+    loaded.model.train()
+    with pytest.raises(ModelError, match="training mode"):
+        extractor.extract_activations(IDS)
+    loaded.model.eval()
+    for path, n_heads, d_head in (("model.layers.{}.self_attn.o_proj", 2, 8), ("model.layers.{}.self_attn", 4, 8)):
+        with pytest.raises(ModelError, match="is no projection"):
+            extractor.set_model_structure(path, 3, n_heads, d_head)
+    with pytest.raises(ModelError, match="for the layer"):
+        extractor.set_model_structure("model.layers.0.self_attn.o_proj", 3, 4, 8)
 
 
 def test_models_of_other_heads_are_not_compared(tiny_llama: LoadedModel) -> None:

@@ -469,3 +469,20 @@ def test_measured_tokens_stop_where_more_are_no_faster(
     assert measuring.measured_tokens(tiny_llama, 0) == 1024
     monkeypatch.undo()
     assert measuring.measured_tokens(tiny_llama, 20) in measuring.CHOICES
+
+
+def test_check_of_unknown_models_looks_at_requests_that_share_nothing(
+    tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which one stretch holds all the same: a mask that is plain causal lets one see the other."""
+    pairs = [([token, 5, 9], [token + 1, 7]) for token in range(20, 60, 10)]
+    real = walking.tree_forward
+
+    def causal(model: Any, ids: Any, depths: Any, attended: Any, *rest: Any) -> Any:
+        n_past = attended.shape[1] - len(ids)
+        return real(model, ids, depths, attended | torch.ones(attended.shape).tril(n_past).bool().numpy(), *rest)
+
+    monkeypatch.setattr(walking, "tree_forward", causal)
+    monkeypatch.setattr(scoring_module, "TESTED", frozenset())
+    with pytest.raises(TreeUnsuitable, match="in a plain forward"):
+        scored(tiny_llama, pairs)

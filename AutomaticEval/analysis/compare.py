@@ -28,7 +28,11 @@ class ActivationComparator:
     """pre, fine: the model before and after: an ActivationExtractor, {(layer, head): R_h}, or a file of `save_results`."""
 
     def __init__(self, pre: Any, fine: Any, *, seed: int = 42) -> None:
-        self.pre, self.fine, self.seed = _strengths(pre), _strengths(fine), seed
+        (self.pre, *before), (self.fine, *after) = _strengths(pre), _strengths(fine)
+        self.seed = seed
+        for name, one, other in zip(("of", "n, the number of tokens,"), before, after, strict=True):
+            if one is not None and other is not None and one != other:
+                raise SelectionError(f"the two are not of the same inputs: {name} is {one} and {other}.")
         if self.pre.keys() != self.fine.keys():
             apart = sorted(self.pre.keys() ^ self.fine.keys())
             raise SelectionError(
@@ -70,7 +74,7 @@ class ActivationComparator:
         """Write what `compare` gives as JSON: heads as "layer:head", NaN as null. Raises PathExists."""
         found = self.compare()
         named = {
-            name: {f"{layer}:{head}": None if math.isnan(value) else value for (layer, head), value in each.items()}
+            name: {f"{layer}:{head}": value if math.isfinite(value) else None for (layer, head), value in each.items()}
             for name, each in found.items()
             if name != "rank_correlation"
         }
@@ -99,6 +103,14 @@ def same_inputs(
             raise SelectionError(
                 f"text {number} has other tokens in {' and '.join(models.values())}: heads are compared over the same tokens only."
             )
+    room = max_new_tokens if answers_of is not None else 0
+    longest = min(load_model(model, options=load).context or 2**62 for model in models.values()) - room
+    too_long = [number for number, ids in enumerate(encoded[0], 1) if len(ids) > longest]
+    if too_long:
+        raise SelectionError(
+            f"{len(too_long)} texts, first number {too_long[0]}, are longer than the {longest} tokens that both models can read"
+            + (f" before {room} of an answer." if room else ".")
+        )
     if answers_of is None:
         return encoded[0]
     loaded = load_model(models[answers_of], options=load)
@@ -110,12 +122,12 @@ def same_inputs(
     return sequences
 
 
-def _strengths(given: Any) -> PerHead:
-    if isinstance(given, ActivationExtractor):
-        return given.compute_R_h()
+def _strengths(given: Any) -> tuple[PerHead, str | None, int | None]:
+    """(layer, head) -> R_h, of what it is, and over how many tokens, as far as that is told."""
     if isinstance(given, Mapping):
-        return {(int(layer), int(head)): float(value) for (layer, head), value in given.items()}
-    return {key: stats["R_h"] for key, stats in read_strength(given).items()}
+        return {(int(layer), int(head)): float(value) for (layer, head), value in given.items()}, None, None
+    stats, of = (given.get_all_stats(), given.of) if isinstance(given, ActivationExtractor) else read_strength(given)
+    return {key: each["R_h"] for key, each in stats.items()}, of, int(next(iter(stats.values()))["n"])
 
 
 def _correlated(first: Any, second: Any, seed: int) -> dict[str, Any]:

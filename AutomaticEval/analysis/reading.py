@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from AutomaticEval.errors import ModelError, PromptError
 from AutomaticEval.models.hooks import Kept, capturing
-from AutomaticEval.models.taps import Layout, Tap, input_device
+from AutomaticEval.models.taps import Layout, Tap, forward_takes, input_device
 
 SORTED_BATCHES = 64
 """Texts of so many batches are sorted by length together, so that little is padding."""
@@ -36,20 +35,30 @@ class Reader:
         self._tokenizer = tokenizer
         self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    def batches(self, data: Iterable[Any], batch_size: int) -> Iterator[Batch]:
-        """Raises PromptError for what is no batch, and for empty texts; ModelError for texts without a tokenizer."""
+    def batches(self, data: Iterable[Any], batch_size: int, most: int | None = None) -> Iterator[Batch]:
+        """most: so many batches at most, of the first texts.
+
+        Raises PromptError for what is no batch, and for empty texts; ModelError for texts without a tokenizer.
+        """
+        if isinstance(data, str):
+            raise PromptError("one text was given where several are expected; write [text].")
+        if hasattr(data, "keys") or (isinstance(data, tuple) and all(isinstance(each, Tensor) for each in data)):
+            data = [data]  # one batch
         items = iter(data)
-        first = next(items, None)
-        items = itertools.chain([first], items) if first is not None else items
-        if not isinstance(first, str) and not (isinstance(first, list) and first and isinstance(first[0], int)):
-            yield from map(_given, items)
+        beginning = list(itertools.islice(items, 1))
+        items = itertools.chain(beginning, items)
+        if not (beginning and _is_text(beginning[0])):
+            yield from map(_given, itertools.islice(items, most))
             return
+        items = itertools.islice(items, None if most is None else most * batch_size)
         while window := list(itertools.islice(items, SORTED_BATCHES * batch_size)):
             encoded = sorted((self._encoded(item) for item in window), key=len)
             for start in range(0, len(encoded), batch_size):
                 yield padded(encoded[start : start + batch_size])
 
     def _encoded(self, item: Any) -> list[int]:
+        if not _is_text(item) and item != []:
+            raise PromptError(f"texts are strings or lists of token ids; found {type(item).__name__} among them.")
         if isinstance(item, str):
             if self._tokenizer is None:
                 raise ModelError("texts were given without a tokenizer; pass tokenizer= too.")
@@ -62,6 +71,10 @@ class Reader:
         return list(item)
 
 
+def _is_text(item: Any) -> bool:
+    return isinstance(item, str) or (isinstance(item, list) and bool(item) and isinstance(item[0], int))
+
+
 def _given(item: Any) -> Batch:
     """A data loader's batch: a mapping, a tensor of ids, or (ids, mask, ...)."""
     if isinstance(item, Mapping) or hasattr(item, "keys"):
@@ -72,7 +85,10 @@ def _given(item: Any) -> Batch:
         ids, mask = item[0], item[1] if len(item) > 1 else None
     else:
         ids, mask = item, None
-    ids = torch.as_tensor(ids)
+    try:
+        ids = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise PromptError(f"a batch's input_ids are no numbers [batch, pos]: {type(ids).__name__}.") from None
     if ids.dim() != 2:
         raise PromptError(f"a batch's input_ids have shape {list(ids.shape)}; expected [batch, pos].")
     mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
@@ -96,7 +112,7 @@ def padded(sequences: Sequence[Sequence[int]], side: str = "right") -> Batch:
 
 def inputs(model: Any, batch: Batch) -> dict[str, Any]:
     """What a forward is given, so that padding on either side changes nothing."""
-    takes = inspect.signature(model.forward).parameters
+    takes = forward_takes(model)
     device = input_device(model)
     given: dict[str, Any] = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.long().to(device)}
     if "position_ids" in takes:
@@ -107,7 +123,7 @@ def inputs(model: Any, batch: Batch) -> dict[str, Any]:
 def read(model: Any, layout: Layout, taps: Mapping[str, Tap], batch: Batch) -> Mapping[str, Tensor]:
     """One forward. Returns key -> [real tokens, width], row after row."""
     given = inputs(model, batch)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if "logits_to_keep" in forward_takes(model):
         given["logits_to_keep"] = 1
     keep = Kept(*batch.mask.nonzero(as_tuple=True))
     with torch.no_grad(), capturing(model, taps, layout.embedding, lambda *_: keep, len(batch.ids)) as recording:

@@ -30,17 +30,23 @@ def write_json(path: str | Path, data: Mapping[str, Any], *, overwrite: bool = F
         partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_strength(path: str | Path, stats: Stats, model: str, of: str, *, overwrite: bool = False) -> None:
+def write_strength(
+    path: str | Path, stats: Stats, model: str, of: str, *, overwrite: bool = False, **about: Any
+) -> None:
+    """about: what else is to be told of it."""
     heads = [{"layer": layer, "head": head, **numbers} for (layer, head), numbers in stats.items()]
-    write_json(path, {"model": model, "of": of, "heads": heads}, overwrite=overwrite)
+    write_json(path, {"model": model, "of": of, **about, "heads": heads}, overwrite=overwrite)
 
 
-def read_strength(path: str | Path) -> Stats:
-    """What `write_strength` wrote. Raises StoreError for another file."""
+def read_strength(path: str | Path) -> tuple[Stats, str]:
+    """What `write_strength` wrote: the statistics, and of what they are. Raises StoreError for another file."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {(each.pop("layer"), each.pop("head")): each for each in found["heads"]}
+        stats = {(each.pop("layer"), each.pop("head")): each for each in found["heads"]}
+        if not all({"R_h", "n"} <= each.keys() for each in stats.values()) or not stats:
+            raise KeyError("R_h")
+        return stats, str(found["of"])
     except FileNotFoundError:
         raise StoreError(f"there is no {path}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise StoreError(f"{path} holds no head strengths; give a file that save_results wrote.") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from AutomaticEval.analysis.moments import Moments
 from AutomaticEval.analysis.reading import Reader, read
 from AutomaticEval.analysis.results import Stats, write_strength
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
-from AutomaticEval.models.heads import HeadResultNorms
+from AutomaticEval.models.heads import HeadResultNorms, n_inputs
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.models.taps import Layout, Tap
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
@@ -61,6 +60,8 @@ class ActivationExtractor:
         output_projection: its dotted path with {} for the layer, such as "decoder.blocks.{}.attn.out". embedding: the module
         that is given the token ids; by default the model's own input embeddings.
         """
+        if "{}" not in output_projection:
+            raise UnsupportedModel(f"{output_projection!r} has no {{}} for the layer.")
         names = {id(module): name for name, module in self.model.named_modules()}
         taps, widths = {}, {}
         for layer in range(n_layers):
@@ -69,7 +70,9 @@ class ActivationExtractor:
                 module = self.model.get_submodule(path)
             except AttributeError:
                 raise UnsupportedModel(f"{type(self.model).__name__} has no module {path}.") from None
-            site, norms = Site("z", layer), HeadResultNorms(module, n_heads)
+            if getattr(module, "weight", None) is None or n_inputs(module) != n_heads * d_head:
+                raise UnsupportedModel(f"{path} is no projection of {n_heads} heads of {d_head} numbers: {module}.")
+            site, norms = Site("z", layer), HeadResultNorms(n_heads)
             taps[site] = Tap(path, "input")
             taps[Site("head_result_norm", layer)] = Tap(path, "input", then=norms)
             widths[site] = n_heads * d_head
@@ -122,11 +125,15 @@ class ActivationExtractor:
         Only real tokens count, and neither padding nor order changes a number.
         Raises PromptError for empty texts and no data, ModelError without a tokenizer for texts.
         """
+        if any(module.training for module in self.model.modules()):
+            raise UnsupportedModel(
+                f"{self.model_name} is in training mode: dropout changes every value. Call model.eval() first."
+            )
         if not self._taps:
             self.register_hooks()
         n_before = sum(each.n for each in self._moments.values())
         reader = Reader(self.model, tokenizer or self.tokenizer)
-        batches = itertools.islice(reader.batches(data, batch_size), max_batches)
+        batches = reader.batches(data, batch_size, max_batches)
         for batch in tqdm(batches, disable=not progress, desc="Extracting", unit="batch"):
             found = read(self.model, self.layout, self._taps, batch)
             for moments, rows in zip(self._moments.values(), found.values(), strict=True):
@@ -191,13 +198,7 @@ def strength_of_run(run: Run, model: Any = None) -> Stats:
                 f"{run!r} has no head_result_norm; keep it (--sites head_result_norm), or keep z and pass the model. It has: "
                 f"{', '.join(run.keys)}."
             )
-        loaded = load_model(model) if isinstance(model, str | Path) else model
-        layout = loaded.layout
-        for layer in layers:
-            tap = layout.pick([Site("head_result_norm", layer)])[Site("head_result_norm", layer).key]
-            assert tap.then is not None
-            derive[int(layer or 0)] = tap.then
-            tap.then.refresh()
+        derive = _norms_of(run, model, [int(layer or 0) for layer in layers])
     moments = {}
     for layer, key in sorted(layers.items(), key=lambda item: item[0] or 0):
         rows = run.rows(key)
@@ -218,3 +219,22 @@ def _site(key: str) -> Site | None:
         return site_of(key)
     except UnknownSite:
         return None
+
+
+def _norms_of(run: Run, model: Any, layers: Sequence[int]) -> dict[int, HeadResultNorms]:
+    """What makes norms of z, of each layer. Raises StoreError for another model than the run's."""
+    if not isinstance(model, LoadedModel):
+        model = load_model(model) if isinstance(model, str | Path) else LoadedModel(model, None, "")
+    made_by, given = run.settings.get("fingerprint"), model.fingerprint()
+    if made_by is not None and made_by != given:
+        raise StoreError(
+            f"{run!r} was made by a model with other weights ({made_by}, not {given}); pass the one that it was made with."
+        )
+    found = {}
+    for layer in layers:
+        site = Site("head_result_norm", layer)
+        tap = model.layout.pick([site])[site.key]
+        assert tap.then is not None
+        tap.then.refresh(model.model.get_submodule(tap.module))
+        found[layer] = tap.then
+    return found

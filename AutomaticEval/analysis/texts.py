@@ -37,13 +37,13 @@ def drawn(texts: list[str], n: int | None, seed: int) -> list[str]:
 def _items(path: Path) -> Iterator[tuple[str, Any]]:
     """(its place, item) of a JSON list, or of a file with an item a line."""
     try:
-        whole = path.read_text(encoding="utf-8")
+        whole = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as broken:
         raise PromptError(f"{path} is not UTF-8: byte {broken.start}.") from None
     if whole.lstrip().startswith("["):
         yield from ((f"item {number}", item) for number, item in enumerate(_parsed(whole, path, 1), 1))
         return
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(whole.split("\n"), 1):
         if line.strip():
             yield f"line {number}", _parsed(line, path, number)
 

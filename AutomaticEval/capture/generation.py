@@ -102,7 +102,8 @@ def bytes_per_row(loaded: LoadedModel, selection: Selection) -> int:
     layout.pick(sites)
     stored = loaded.model.dtype if selection.store_dtype is None else getattr(torch, selection.store_dtype)
     itemsize: int = torch.empty((), dtype=stored).element_size()
-    return sum(layout.widths[site] for site in sites) * itemsize
+    norms = 4 - itemsize if selection.store_dtype is None else 0  # which are float32, whatever the model is
+    return sum(layout.widths[site] * (itemsize + norms * (site.kind == "head_result_norm")) for site in sites)
 
 
 def dtype_of(selection: Selection) -> torch.dtype | None:

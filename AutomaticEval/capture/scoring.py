@@ -193,19 +193,25 @@ class TreeScoring:
         They are the first of the longest, cut to CHECKED tokens; the second's later half is scored. Two forwards make their tree,
         so that mask and cache both matter. Raises TreeUnsuitable when its scores disagree.
         """
-        most = CHECKED if self.loaded.model.config.model_type in TESTED else 2**62
+        is_tested = self.loaded.model.config.model_type in TESTED
+        self._check(CHECKED if is_tested else 2**62, sharing=True)
+        if not is_tested:
+            self._check(2**62, sharing=False)
+
+    def _check(self, most: int, *, sharing: bool) -> None:
+        """The same, of two that share their beginning, or one alone when none do; or of two that share nothing, if there are."""
         before: list[int] = []
         pair: list[list[int]] = []
         for branch in self.tree.branches():
             context, continuation, _ = self.requests[branch.members[0]]
             sequence = [*context, *continuation]
-            parts = 0 < branch.shared < len(before) - 1
+            parts = bool(before) and bool(branch.shared) == sharing and branch.shared < len(before) - 1
             drop = max(0, min(max(len(before), len(sequence)) - most, branch.shared - 1))
             found = [each[drop:][:most] for each in (before, sequence)][not parts :]
             if [len(found), len(found[-1])] > [len(pair), len(pair[-1]) if pair else 0]:
                 pair = found
             before = sequence
-        if not pair:
+        if not pair or not (sharing or len(pair) == 2):
             return
         last = pair[-1]
         checked = Cut(last[: len(last) // 2], last[len(last) // 2 :], 0)

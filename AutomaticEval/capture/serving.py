@@ -5,7 +5,6 @@ What is known to be unsuitable is named beforehand; anything else is found by co
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.errors import TreeUnsuitable
-from AutomaticEval.models.taps import alone_with, input_device
+from AutomaticEval.models.edited import depends_on_position
+from AutomaticEval.models.taps import alone_with, forward_takes, input_device
 
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far a token's log-likelihood l may be from that of a plain forward, as a part of 1 + |l|."""
@@ -61,7 +61,9 @@ def why_not(model: Any, longest: int) -> str | None:
     """Why a model cannot be served, as far as it is known beforehand. longest: the most tokens that one request feeds."""
     config = model.config.get_text_config(decoder=True)
     layers = set(getattr(config, "layer_types", None) or ())
-    takes = inspect.signature(model.forward).parameters
+    takes = forward_takes(model)
+    if depends_on_position(model):
+        return "it is edited by rows and columns, which are others there."
     if getattr(model.config, "is_encoder_decoder", False):
         return "an encoder-decoder has no prefix to share."
     if getattr(model, "_is_stateful", False) or layers - _SERVED:

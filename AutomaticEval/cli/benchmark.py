@@ -132,7 +132,9 @@ def _write_strength(folder: Path, model: str) -> None:
     from AutomaticEval.store.reader import open_run
 
     file = folder / "head_strength.json"
-    write_strength(file, strength_of_run(open_run(folder)), model, "result", overwrite=True)
+    run = open_run(folder)
+    about = {name: run.settings.get(name) for name in ("positions", "scoring")}
+    write_strength(file, strength_of_run(run), model, "result", overwrite=True, **about)
     typer.echo(f"Heads:       {file}")
 
 

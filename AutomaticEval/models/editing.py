@@ -5,6 +5,7 @@ An edit changes what the next part of the model receives; `capturing`, whether a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import EditError
+from AutomaticEval.models.edited import noted
 from AutomaticEval.models.hooks import Keep, Kept
 from AutomaticEval.models.layout import find_layout
 from AutomaticEval.models.taps import Layout, Tap, alone_with, input_of, tensor_of, with_tensor
@@ -47,32 +49,51 @@ class Edit:
     where: Keep | None = None
     """where(first column, number of columns) -> the (row, column) pairs of a forward that are changed; None for all."""
 
+    is_positionwise: bool = False
+    """Whether a position's new values depend on its own alone. An edit of which that is not so, or that has `where`, keeps lm-eval's runs
+    from computing what requests share once: it would be made in other rows and columns there."""
+
+    name: str = "change"
+    """For the settings of runs that are made with it."""
+
     @classmethod
     def replace(cls, site: str | Site, value: Tensor | float, **how: Any) -> Edit:
         """value: broadcast to what is changed. how: heads, where."""
-        return cls(site, lambda found: _like(value, found).expand_as(found).clone(), **how)
+        return cls(site, lambda found: _like(value, found).expand_as(found).clone(), **_of_value("replace", value, how))
 
     @classmethod
     def add(cls, site: str | Site, value: Tensor | float, **how: Any) -> Edit:
-        return cls(site, lambda found: found + _like(value, found), **how)
+        return cls(site, lambda found: found + _like(value, found), **_of_value("add", value, how))
 
     @classmethod
     def scale(cls, site: str | Site, factor: float, **how: Any) -> Edit:
         """factor: 0.0 ablates to zero, also what is infinite or NaN."""
-        return cls(site, lambda found: torch.zeros_like(found) if factor == 0 else found * factor, **how)
+        change = lambda found: torch.zeros_like(found) if factor == 0 else found * factor  # noqa: E731
+        return cls(site, change, **_of_value("scale", float(factor), how))
 
     @classmethod
     def project_out(cls, site: str | Site, direction: Tensor, **how: Any) -> Edit:
         """direction: [width] or [d_head]: what is changed has no part along it any more. Raises EditError for zeros."""
+        direction = torch.as_tensor(direction)
         length = float(direction.double().norm())
         if not 0 < length < float("inf"):
             raise EditError(f"the direction to project out of {site} has the length {length}; it needs one.")
 
         def without(found: Tensor) -> Tensor:
-            unit = _like(direction.double() / length, found)
-            return found - (found * unit).sum(-1, keepdim=True) * unit
+            unit = (direction.double() / length).to(found.device, torch.float32)
+            wide = found.float()
+            return (wide - (wide * unit).sum(-1, keepdim=True) * unit).to(found.dtype)
 
-        return cls(site, without, **how)
+        return cls(site, without, **_of_value("project_out", direction, how))
+
+
+def _of_value(name: str, value: Tensor | float, how: dict[str, Any]) -> dict[str, Any]:
+    """What an edit with a value has: a name that tells values apart, and whether all positions have the same one."""
+    own_axes = 1 if how.get("heads") is None else 2
+    if not isinstance(value, Tensor):
+        return {"name": f"{name} {value}", "is_positionwise": True, **how}
+    digest = hashlib.blake2b(value.detach().cpu().double().numpy().tobytes(), digest_size=6).hexdigest()
+    return {"name": f"{name} {list(value.shape)} {digest}", "is_positionwise": value.dim() <= own_axes, **how}
 
 
 def _like(value: Tensor | float, found: Tensor) -> Tensor:
@@ -80,34 +101,50 @@ def _like(value: Tensor | float, found: Tensor) -> Tensor:
 
 
 @contextmanager
-def editing(model: nn.Module, edits: Iterable[Edit]) -> Iterator[None]:
+def editing(model: Any, edits: Edit | Iterable[Edit]) -> Iterator[None]:
     """Make edits in every forward inside the with; at one site they follow one another as they are listed.
 
-    model: a transformers decoder. Of nested withs the inner one's edits come first.
-    Raises EditError for an edit that cannot be made, SiteUnavailable and UnknownSite for its site; and after the with when an edit
-    was not made in every forward.
+    model: a transformers decoder, or a LoadedModel. Of nested withs the inner one's edits come first.
+    Raises EditError for an edit that cannot be made, SiteUnavailable and UnknownSite for its site; and when a forward ends in which
+    an edit was not made.
     """
-    edits = list(edits)
+    model = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
+    edits = [edits] if isinstance(edits, Edit) else list(edits)
     layout = find_layout(model)
     made = [_Made(model, layout, edit) for edit in edits]
-    columns = _Columns()
+    forward = _Forward(made)
+    by_position = any(edit.where is not None or not edit.is_positionwise for edit in edits)
     with ExitStack() as hooks:
         hooks.enter_context(alone_with(model))
+        hooks.enter_context(noted(model, layout, [each.described for each in made], by_position=by_position))
         embedding = model.get_submodule(layout.embedding)
-        hooks.callback(embedding.register_forward_pre_hook(columns.feed, with_kwargs=True, prepend=True).remove)
+        hooks.callback(model.register_forward_pre_hook(forward.begins, with_kwargs=True, prepend=True).remove)
+        hooks.callback(embedding.register_forward_pre_hook(forward.feed, with_kwargs=True, prepend=True).remove)
         for each in reversed(made):  # each goes before those that are there, capturing's among them
-            hooks.callback(each.install(columns))
+            hooks.callback(each.install(forward))
+        hooks.callback(model.register_forward_hook(forward.ends).remove)
         yield
-    for each in made:
-        if each.n_fired != columns.n_forwards:
-            raise EditError(f"the edit of {each.key} was made in {each.n_fired} of {columns.n_forwards} forwards.")
 
 
-class _Columns:
-    """Which columns the current forward feeds."""
+class _Forward:
+    """The current forward: which columns it feeds, and that every edit is made in it."""
 
-    def __init__(self) -> None:
-        self.first = self.n = self.n_forwards = 0
+    def __init__(self, made: Sequence[_Made]) -> None:
+        self._made = made
+        self.first = self.n = 0
+        self._n_before: int | None = None
+        self.keeps_some_logits = False
+
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The columns go on after those in the cache; without one they begin anew."""
+        cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
+        if cache is None:
+            self._n_before = 0
+        else:
+            self._n_before = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
+        self.keeps_some_logits = isinstance(kwargs.get("logits_to_keep"), Tensor)
+        for each in self._made:
+            each.n_fired = 0
 
     def feed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = input_of(args, kwargs)
@@ -115,9 +152,15 @@ class _Columns:
             raise EditError(
                 f"the embedding was given ids of shape {None if ids is None else tuple(ids.shape)}; expected two axes."
             )
-        self.first += self.n
+        self.first = self.first + self.n if self._n_before is None else self._n_before
         self.n = ids.shape[1]
-        self.n_forwards += 1
+
+    def ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for each in self._made:
+            if each.n_fired != 1:
+                raise EditError(
+                    f"the edit of {each.key} was made {each.n_fired} times in a forward; once was expected."
+                )
 
 
 class _Made:
@@ -132,45 +175,58 @@ class _Made:
         self.tap: Tap = layout.pick([site])[site.key]
         self.module = model.get_submodule(self.tap.module)
         self.n_heads = {"z": layout.n_heads, "q": layout.n_heads}.get(site.kind, layout.n_kv_heads)
+        self.described = f"{edit.name} at {site.key}" + ("" if edit.heads is None else f" heads {edit.heads}")
+        if edit.heads is not None and (isinstance(edit.heads, str | int) or not len(edit.heads)):
+            raise EditError(
+                f"heads of {self.key} are {edit.heads!r}; write a list of numbers, or leave it out for all."
+            )
         for head in edit.heads if edit.heads is not None else ():
+            if isinstance(head, bool) or not isinstance(head, int):
+                raise EditError(f"{self.key} has no head {head!r}; write numbers.")
             if site.kind not in ("z", "q", "k", "v"):
                 raise EditError(f"{self.key} has no heads; z, q, k and v have.")
             if not 0 <= head < self.n_heads:
                 raise EditError(f"{self.key} has no head {head}: it has {self.n_heads}, 0 to {self.n_heads - 1}.")
 
-    def install(self, columns: _Columns) -> Callable[[], None]:
+    def install(self, forward: _Forward) -> Callable[[], None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            changed = self._changed(input_of(args, kwargs), columns)
+            changed = self._changed(input_of(args, kwargs), forward)
             if args:
                 return (with_tensor(args[0], changed), *args[1:]), kwargs
             name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
             return args, {**kwargs, name: with_tensor(kwargs[name], changed)}
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return with_tensor(output, self._changed(tensor_of(output), columns))
+            return with_tensor(output, self._changed(tensor_of(output), forward))
 
         if self.tap.end == "input":
             return self.module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove
         return self.module.register_forward_hook(after, prepend=True).remove
 
-    def _changed(self, value: Tensor | None, columns: _Columns) -> Tensor:
+    def _changed(self, value: Tensor | None, forward: _Forward) -> Tensor:
         """What a module gives or is given, edited. value: [batch, columns, width], or its first two axes as one."""
         if value is None:
             raise EditError(f"the module of {self.key} ({self.tap.module}) gave no tensor.")
         self.n_fired += 1
-        whole = value.view(-1, columns.n, value.shape[-1]) if value.dim() == 2 else value
+        whole = value.view(-1, forward.n, value.shape[-1]) if value.dim() == 2 else value
         if self.edit.where is None:
             changed = self.tap.put(whole, self._of(self.tap.take(whole)))
         else:
-            kept = self.edit.where(columns.first, columns.n)
-            changed = whole if kept is None or not len(kept.rows) else self._at(kept, whole, columns)
+            kept = self.edit.where(forward.first, forward.n)
+            changed = whole if kept is None or not len(kept.rows) else self._at(kept, whole, forward)
         return changed.reshape(value.shape)
 
-    def _at(self, kept: Kept, whole: Tensor, columns: _Columns) -> Tensor:
-        lacking = columns.n - whole.shape[1]  # logits are computed for the last columns only
-        rows, column = kept.rows.to(whole.device), kept.columns.to(whole.device) - columns.first - lacking
-        if int(column.min()) < 0:
-            raise EditError(f"{self.key} was not computed at {int((column < 0).sum())} of the positions to edit.")
+    def _at(self, kept: Kept, whole: Tensor, forward: _Forward) -> Tensor:
+        if forward.keeps_some_logits and self.key == "logits":
+            raise EditError(
+                "logits_to_keep names columns, so that which logits are where is not known; leave it out, or `where`."
+            )
+        lacking = forward.n - whole.shape[1]  # logits are computed for the last columns only
+        rows, column = kept.rows.to(whole.device), kept.columns.to(whole.device) - forward.first - lacking
+        if int(column.min()) < 0 or int(column.max()) >= whole.shape[1] or int(rows.max()) >= len(whole):
+            raise EditError(
+                f"{self.key} was not computed at all of the rows and columns to edit: there are {list(whole.shape[:2])}."
+            )
         changed, some = whole.clone(), whole[rows, column]
         changed[rows, column] = self.tap.put(some, self._of(self.tap.take(some)))
         return changed
@@ -178,17 +234,24 @@ class _Made:
     def _of(self, found: Tensor) -> Tensor:
         """The values of a site, changed in the heads that are edited."""
         if self.edit.heads is None:
-            return self._same_shape(self.edit.change(found), found)
+            return self._change(found)
         heads = torch.tensor(list(self.edit.heads), device=found.device)
         split = found.reshape(*found.shape[:-1], self.n_heads, -1)
         some = split.index_select(-2, heads)
         changed = split.clone()
-        changed[..., heads, :] = self._same_shape(self.edit.change(some), some)
+        changed[..., heads, :] = self._change(some)
         return changed.flatten(-2)
 
-    def _same_shape(self, changed: Tensor, found: Tensor) -> Tensor:
-        if changed.shape != found.shape:
+    def _change(self, found: Tensor) -> Tensor:
+        try:
+            changed = self.edit.change(found)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as failure:  # shapes that do not go together
             raise EditError(
-                f"the edit of {self.key} gave values of shape {list(changed.shape)}; expected {list(found.shape)}."
-            )
+                f"the edit of {self.key} failed on values of shape {list(found.shape)}: {failure}"
+            ) from failure
+        if not isinstance(changed, Tensor) or changed.shape != found.shape:
+            gave = f"shape {list(changed.shape)}" if isinstance(changed, Tensor) else type(changed).__name__
+            raise EditError(f"the edit of {self.key} gave values of {gave}; expected {list(found.shape)}.")
         return changed.to(device=found.device, dtype=found.dtype)

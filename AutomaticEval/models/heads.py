@@ -24,13 +24,13 @@ def output_weight(projection: nn.Module) -> Tensor:
         if type(projection) in (nn.Linear, Conv1D) and not weight.is_meta:
             plain: Tensor = weight.float().T if type(projection) is nn.Linear else weight.float()
             return plain
-        given: Any = torch.eye(_n_in(projection), dtype=_dtype(projection), device=_device(projection))
+        given: Any = torch.eye(n_inputs(projection), dtype=_dtype(projection), device=_device(projection))
         nothing = projection.forward(torch.zeros_like(given[:1]))
         found: Tensor = projection.forward(given).float() - nothing.float()
         return found
 
 
-def _n_in(projection: nn.Module) -> int:
+def n_inputs(projection: nn.Module) -> int:
     for name in ("in_features", "nx"):
         if isinstance(getattr(projection, name, None), int):
             return int(getattr(projection, name))
@@ -64,18 +64,20 @@ class HeadResultNorms:
     Exact, and d_model / d_head times cheaper than the results: with W_O^h = R^T Q^T and orthonormal Q, ‖z_h W_O^h‖ = ‖z_h R^T‖.
     """
 
-    def __init__(self, projection: nn.Module, n_heads: int) -> None:
-        self._projection, self._n_heads = projection, n_heads
+    def __init__(self, n_heads: int) -> None:
+        self._n_heads = n_heads
+        self._projection: nn.Module | None = None
         self._factors: dict[torch.device, Tensor] = {}
-        self._of: tuple[float, ...] = ()
+        self._of: Tensor | None = None
 
-    def refresh(self) -> None:
-        """Look whether the weights are still those that the factors are of: training may have changed them."""
-        flat = self._projection.weight.detach().flatten()  # type: ignore[operator, union-attr]
-        parts = () if flat.is_meta else (flat, flat[::7])
-        sums = tuple(float(part.sum(dtype=torch.float64)) for part in parts)
-        if sums != self._of:
-            self._factors, self._of = {}, sums
+    def refresh(self, projection: nn.Module) -> None:
+        """Before a forward: factors are kept only as long as projection and weights are the same, which training may have changed."""
+        told = _told(projection)
+        is_same = (
+            told is not None and self._of is not None and projection is self._projection and torch.equal(told, self._of)
+        )
+        if not is_same:
+            self._projection, self._factors, self._of = projection, {}, told
 
     def __call__(self, z: Tensor) -> Tensor:
         if z.device not in self._factors:
@@ -86,22 +88,36 @@ class HeadResultNorms:
 
     def _factored(self) -> Tensor:
         """R of each head: [n_heads, d_head, d_head]."""
-        weight = output_weight(self._projection).cpu()
-        self._check(weight)
+        if self._projection is None:
+            raise SiteUnavailable("head_result_norm was asked for outside a capture, so its projection is not known.")
+        weight = output_weight(self._projection).detach().cpu()
+        _check(self._projection, weight)
         by_head = weight.view(self._n_heads, -1, weight.shape[1])  # [n_heads, d_head, d_model]
         found: Tensor = torch.linalg.qr(by_head.transpose(1, 2).double(), mode="r").R.float()
         return found
 
-    def _check(self, weight: Tensor) -> None:
-        """Raises SiteUnavailable when the projection does not do what its weights say."""
-        module = self._projection
-        z = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
-        given: Any = torch.cat([z, torch.zeros_like(z[:1])]).to(_device(module), _dtype(module))
-        with torch.no_grad():
-            out = module.forward(given).float().cpu()
-        off = float((out[:4] - out[4:] - z @ weight).norm() / out[:4].norm())
-        if not off < ROUNDING:
-            raise SiteUnavailable(
-                f"head_result_norm: {type(module).__name__} gives results that are {off:.3f} off its weights', so what each head adds "
-                "is not known. Keep z instead."
-            )
+
+def _told(projection: nn.Module) -> Tensor | None:
+    """A number for each input of a plain projection, that other weights change; None for adapted, quantised and offloaded ones."""
+    weight: Any = projection.weight
+    if type(projection) not in (nn.Linear, Conv1D) or weight.is_meta:
+        return None
+    with torch.no_grad():
+        by_input = weight.T if type(projection) is nn.Linear else weight
+        directions = torch.randn(by_input.shape[1], 2, generator=torch.Generator().manual_seed(0))
+        found: Tensor = (by_input.float() @ directions.to(by_input.device)).cpu()
+        return found
+
+
+def _check(module: nn.Module, weight: Tensor) -> None:
+    """Raises SiteUnavailable when a projection does not do what its weights say."""
+    z = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
+    given: Any = torch.cat([z, torch.zeros_like(z[:1])]).to(_device(module), _dtype(module))
+    with torch.no_grad():
+        out = module.forward(given).float().cpu()
+    off, size = float((out[:4] - out[4:] - z @ weight).norm()), float(out[:4].norm())
+    if not off <= ROUNDING * size:
+        raise SiteUnavailable(
+            f"head_result_norm: {type(module).__name__} gives results that are {off / size:.3f} off its weights', so what each head adds "
+            "is not known. Keep z instead."
+        )

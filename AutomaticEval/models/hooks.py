@@ -198,14 +198,23 @@ def capturing(
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             recording.feed(input_of(args, kwargs))
 
+        if "logits" in taps:
+            hooks.callback(model.register_forward_pre_hook(_refuse_some_logits, with_kwargs=True).remove)
         handle = model.get_submodule(embedding).register_forward_pre_hook(feed, with_kwargs=True)
         hooks.callback(handle.remove)
         for key, tap in taps.items():
             if tap.then is not None:
-                tap.then.refresh()
+                tap.then.refresh(model.get_submodule(tap.module))
             hooks.callback(_install(model.get_submodule(tap.module), key, tap, recording))
         yield recording
     recording.close()
+
+
+def _refuse_some_logits(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        raise CaptureError(
+            "logits_to_keep names columns, so that which logits are where is not known; give a number, or leave it out."
+        )
 
 
 def _install(module: nn.Module, key: str, tap: Tap, recording: Recording) -> Callable[[], None]:

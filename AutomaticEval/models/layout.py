@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import UnsupportedModel
+from AutomaticEval.models.edited import layout_of
 from AutomaticEval.models.heads import HeadResultNorms
 from AutomaticEval.models.probe import Probe, is_sum
 from AutomaticEval.models.taps import Layout, Tap, alone_with
@@ -44,6 +45,9 @@ def find_layout(model: nn.Module) -> Layout:
     with alone_with(model):
         if model in _known:
             return _known[model]
+        while_edited: Layout | None = layout_of(model)
+        if while_edited is not None:  # a forward now would show the edits
+            return while_edited
         others = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
         found = _Finder(model).layout()
         if not (found.missing and others):  # what others' hooks change now may hold again without them
@@ -244,7 +248,7 @@ class _Finder:
             width = self.probe.inputs[path].shape[-1]
             if width == self.n_heads * self.d_head and any(is_sum(out, end) for end in ends):
                 self.taps[Site("z", layer)] = Tap(path, "input")
-                norms = HeadResultNorms(self.model.get_submodule(path), self.n_heads)
+                norms = HeadResultNorms(self.n_heads)
                 self.taps[Site("head_result_norm", layer)] = Tap(path, "input", then=norms)
                 return
         self.missing["z"] = self.missing["head_result_norm"] = (

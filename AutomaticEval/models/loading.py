@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from AutomaticEval import __version__
 from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable, UnsupportedModel, first_line
+from AutomaticEval.models.edited import names_of
 from AutomaticEval.models.layout import find_layout
 from AutomaticEval.models.taps import Layout
 
@@ -103,8 +104,10 @@ class LoadedModel:
     def numbers(self) -> dict[str, Any]:
         """The settings of the model that decide its numbers, for files."""
         model = self.model
+        edits = names_of(model)
         method = getattr(model, "quantization_method", None)
         return {
+            **({"edits": edits} if edits else {}),
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": getattr(model.config, "_attn_implementation", None),
             "device": str(model.device),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -104,6 +105,12 @@ def with_tensor(value: Any, tensor: Tensor) -> Any:
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The activation that a module is called with, positionally or by name."""
     return tensor_of(args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
+
+
+def forward_takes(model: Any) -> Collection[str]:
+    """Names of what a model's forward takes; of one with adapters, the base model's, to which it hands on what it is given."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(base.forward).parameters.keys()
 
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()

@@ -1,0 +1,49 @@
+"""Which models are being edited just now, by what: so that others neither probe them nor share what edits make different."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Active(NamedTuple):
+    """The edits of one `editing`."""
+
+    layout: Any
+    """Found before them."""
+    names: list[str]
+    by_position: bool
+    """Whether some depend on rows or columns, and not on a position's own values alone."""
+
+
+_active: weakref.WeakKeyDictionary[nn.Module, list[Active]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def noted(model: nn.Module, layout: Any, names: Sequence[str], *, by_position: bool) -> Iterator[None]:
+    """While the edits are made."""
+    own = _active.setdefault(model, [])
+    own.append(Active(layout, list(names), by_position))
+    try:
+        yield
+    finally:
+        own.pop()
+
+
+def layout_of(model: nn.Module) -> Any:
+    """The layout of a model that is being edited; None for others."""
+    own = _active.get(model)
+    return own[0].layout if own else None
+
+
+def names_of(model: nn.Module) -> list[str]:
+    """What is edited, outermost first; for the settings of runs."""
+    return [name for each in _active.get(model, ()) for name in each.names]
+
+
+def depends_on_position(model: nn.Module) -> bool:
+    return any(each.by_position for each in _active.get(model, ()))
