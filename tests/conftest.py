@@ -14,10 +14,16 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
     GPT2Config,
     GPTNeoConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen3Config,
 )
 
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
@@ -68,6 +74,18 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         max_position_embeddings=128,
     ),
 }
+FAMILIES: dict[str, Callable[[], Any]] = {
+    **CONFIGS,
+    "gemma2": lambda: Gemma2Config(**SIZES, head_dim=16),  # norms after each branch; d_head is not d_model / n_heads
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
+    "granite": lambda: GraniteConfig(**SIZES, residual_multiplier=0.3, attention_multiplier=0.2),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
+    "phi": lambda: PhiConfig(**SIZES),
+    "opt": lambda: OPTConfig(
+        vocab_size=400, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4
+    ),
+}
+"""And kinds of attention that those have not."""
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "gpt_neo": "transformer.h"}
 FINAL_NORM = {
     "llama": "model.norm",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, SIZES, build, loglikelihoods, n_hooks
+from conftest import CONFIGS, FAMILIES, SIZES, build, loglikelihoods, n_hooks
 from lm_eval.api.instance import Instance
 from torch import Tensor
 
@@ -24,19 +23,11 @@ from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.sites import Site, expand
 
 IDS = torch.tensor([[5, 9, 33, 7, 120, 41, 8], [77, 3, 3, 250, 31, 6, 90]])
-MORE: dict[str, Callable[[], Any]] = {
-    **CONFIGS,
-    "gemma2": lambda: hf.Gemma2Config(**SIZES, head_dim=16),  # norms after each branch; d_head is not d_model / n_heads
-    "qwen3": lambda: hf.Qwen3Config(**SIZES, head_dim=16),
-    "granite": lambda: hf.GraniteConfig(**SIZES, residual_multiplier=0.3, attention_multiplier=0.2),
-    "mixtral": lambda: hf.MixtralConfig(**SIZES, num_local_experts=4),
-    "phi": lambda: hf.PhiConfig(**SIZES),
-}
 
 
-@pytest.fixture(params=list(MORE))
+@pytest.fixture(params=list(FAMILIES))
 def model(request: pytest.FixtureRequest) -> Any:
-    return build(MORE[request.param]())
+    return build(FAMILIES[request.param]())
 
 
 def logits(model: Any) -> Tensor:

@@ -7,14 +7,13 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, ROOT, SIZES, build, n_hooks
+from conftest import CONFIGS, FAMILIES, ROOT, build, n_hooks
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -36,17 +35,6 @@ from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, LoadOptions, 
 from AutomaticEval.sites import Site
 
 IDS = [[5, 9, 33, 7, 120, 41, 8], [77, 3, 3, 250], [31, 6, 90, 12, 200, 111, 45, 8, 19, 20, 21]]
-FAMILIES: dict[str, Callable[[], Any]] = {
-    **CONFIGS,
-    "gemma2": lambda: hf.Gemma2Config(**SIZES, head_dim=16),  # norms after each branch; d_head is not d_model / n_heads
-    "qwen3": lambda: hf.Qwen3Config(**SIZES, head_dim=16),
-    "granite": lambda: hf.GraniteConfig(**SIZES, residual_multiplier=0.3, attention_multiplier=0.2),
-    "mixtral": lambda: hf.MixtralConfig(**SIZES, num_local_experts=4),
-    "phi": lambda: hf.PhiConfig(**SIZES),
-    "opt": lambda: hf.OPTConfig(
-        vocab_size=400, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4
-    ),
-}
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
-from conftest import CONFIGS, ROOT, SIZES, build, n_hooks
+from conftest import FAMILIES, ROOT, build, n_hooks
 
 from AutomaticEval import score_continuations
 from AutomaticEval.analysis import sweep as sweep_module
@@ -24,12 +23,6 @@ from AutomaticEval.errors import EditError
 from AutomaticEval.models.loading import LoadedModel
 
 PAIRS = [([5, 9, 33, 7], [120, 41]), ([77, 3, 250, 31, 6, 90, 12], [200]), ([8, 19], [20, 21, 22])]
-FAMILIES: dict[str, Any] = {
-    **CONFIGS,
-    "gemma2": lambda: hf.Gemma2Config(**SIZES, head_dim=16),
-    "mixtral": lambda: hf.MixtralConfig(**SIZES, num_local_experts=4),
-    "granite": lambda: hf.GraniteConfig(**SIZES, residual_multiplier=0.3),
-}
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
