@@ -1,6 +1,7 @@
 """What a captured lm-eval run costs beside plain lm-eval: same requests, alternating in one process, medians of the ratios.
 
     python benchmarks/evaluation.py cost      # a random GPT-2 of 124M parameters; all layers, all positions, on the disk
+    python benchmarks/evaluation.py generation --tasks demo_arithmetic  # answers alone, in lm-eval's own batches
     python benchmarks/evaluation.py harness   # lm-eval's own work alone: the model gives nothing, as fast as can be
     python benchmarks/evaluation.py memory    # peak memory with n and 10 n documents, each in a process of its own
 
@@ -33,11 +34,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from AutomaticEval.cli.options import quiet_libraries
 from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark
-from AutomaticEval.evaluation.folder import Keeping
+from AutomaticEval.evaluation.folder import Keeping, made_with
+from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store import writer
+from AutomaticEval.store.writer import RunWriter
 
 PEAK_SHARD_BYTES = 32 * 2**20
 """So that the smaller of two runs fills several shards, too."""
@@ -67,7 +70,8 @@ def compared(name: str, before: Callable[[], object], after: Callable[[], object
     pairs = [(seconds(before), seconds(after)) for _ in range(rounds)]
     middle = statistics.median(second / first for first, second in pairs)
     of_plain, of_ours = (statistics.median(each) for each in zip(*pairs, strict=True))
-    print(f"{name}: ours / plain lm-eval = {middle:.3f}  ({of_ours:.1f} s / {of_plain:.1f} s)", flush=True)
+    each = [round(second / first, 3) for first, second in pairs]
+    print(f"{name}: ours / plain lm-eval = {middle:.3f}  ({of_ours:.1f} s / {of_plain:.1f} s) {each}", flush=True)
 
 
 @contextlib.contextmanager
@@ -138,6 +142,39 @@ def cost(asked: Benchmark, tokenizer: str, rounds: int) -> None:
     print(f"captured / plain, without harness:  {statistics.median(added):.3f}  {[round(each, 3) for each in added]}")
 
 
+class Asked(HFLM):  # type: ignore[misc]
+    """lm-eval's model, which only remembers what it is to continue."""
+
+    def generate_until(self, requests: Any, **kwargs: Any) -> Any:
+        self.requests = requests
+        return [""] * len(requests)
+
+
+def generation(asked: Benchmark, tokenizer: str, rounds: int) -> None:
+    """From lm-eval's requests to their answers, in the same batches; captured: every layer and position, on the disk."""
+    loaded = gpt2(tokenizer)
+    lm = Asked(pretrained=loaded.model, tokenizer=loaded.tokenizer)
+    manager = TaskManager(include_path=[str(BUNDLED), *asked.include_path], include_defaults=False)
+    how = {"num_fewshot": asked.num_fewshot, "limit": asked.limit, "bootstrap_iters": 0}
+    with quiet():
+        simple_evaluate(model=lm, tasks=list(asked.names), task_manager=manager, **how)
+
+    def plainly() -> None:
+        HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=8).generate_until(lm.requests)
+
+    def all_captured() -> None:
+        selection = Selection.parse()
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            RunWriter(Path(folder), loaded.name, made_with(loaded, selection)) as into,
+        ):
+            ours = CapturingHFLM(loaded, selection, into.add, scoring=asked.scoring, batch_size=8)
+            ours.generate_until(lm.requests)
+            into.finish()
+
+    compared(f"{len(lm.requests)} answers", plainly, all_captured, rounds)
+
+
 def harness(asked: Benchmark, tokenizer: str, rounds: int) -> None:
     loaded = gpt2(tokenizer, n_layers=1)
     with no_model():
@@ -187,7 +224,7 @@ def memory(n_docs: int, tokenizer: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cost", "harness", "memory", "peak"])
+    parser.add_argument("what", choices=["cost", "generation", "harness", "memory", "peak"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", default="demo_facts")
     parser.add_argument("--include_path", action="append", default=[])
@@ -212,7 +249,7 @@ def main() -> None:
     elif given.what == "memory":
         memory(given.limit or 100, given.tokenizer)
     else:
-        {"cost": cost, "harness": harness}[given.what](asked, given.tokenizer, given.rounds)
+        {"cost": cost, "generation": generation, "harness": harness}[given.what](asked, given.tokenizer, given.rounds)
 
 
 if __name__ == "__main__":
