@@ -364,6 +364,15 @@ def test_a_model_that_did_not_change_has_no_correlation(tiny_llama: LoadedModel,
     comparator.visualize_comparison(tmp_path / "heat.png")
 
 
+def test_numbers_that_are_not_finite_are_null_in_files(tmp_path: Path) -> None:
+    """A head that wrote nothing before has no ratio; one that overflows has no strength."""
+    heads = {(0, 0): 0.0, (0, 1): 1.0, (0, 2): 2.0}
+    ActivationComparator(heads, {**heads, (0, 2): float("inf")}).save_comparison(tmp_path / "comparison.json")
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert found["ratios"] == {"0:0": None, "0:1": 1.0, "0:2": None}
+    assert found["fine_tuned"]["0:2"] is None
+
+
 def test_other_inputs_are_not_compared(tiny_llama: LoadedModel, tmp_path: Path) -> None:
     raw_slices, fewer = ActivationExtractor(tiny_llama, of="z"), ActivationExtractor(tiny_llama)
     raw_slices.extract_activations(IDS)

@@ -74,7 +74,7 @@ class ActivationComparator:
         """Write what `compare` gives as JSON: heads as "layer:head", NaN as null. Raises PathExists."""
         found = self.compare()
         named = {
-            name: {f"{layer}:{head}": value if math.isfinite(value) else None for (layer, head), value in each.items()}
+            name: {f"{layer}:{head}": value for (layer, head), value in each.items()}
             for name, each in found.items()
             if name != "rank_correlation"
         }
