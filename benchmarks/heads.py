@@ -69,7 +69,7 @@ def sweep(loaded: LoadedModel, rounds: int) -> None:
 def strength(loaded: LoadedModel, rounds: int) -> None:
     profile = load_profile("extended")
     texts = [text for category in profile.prompts.values() for text in category][::4]
-    batches = list(Reader(loaded.model, loaded.tokenizer).batches(texts, 8))
+    batches = list(Reader(loaded).batches(texts, 8))
 
     def bare() -> None:
         for batch in batches:

@@ -26,6 +26,8 @@ from AutomaticEval import (
     strength_of_run,
 )
 from AutomaticEval.analysis.compare import same_inputs
+from AutomaticEval.analysis.patching import read_pairs
+from AutomaticEval.analysis.profiles import load_profile
 from AutomaticEval.analysis.texts import drawn, read_texts
 from AutomaticEval.errors import ModelError, PathExists, PromptError, SelectionError, SiteUnavailable, StoreError
 from AutomaticEval.models.heads import head_results, output_weight
@@ -426,6 +428,20 @@ def test_files_without_a_text_say_where(written: str, says: str, tmp_path: Path)
     (tmp_path / "data.json").write_text(written)
     with pytest.raises(PromptError, match=says):
         read_texts(tmp_path / "data.json")
+
+
+def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+    """JSON may hold U+2028 and the like as they are, in every file of texts that is read; and a file may begin with a mark."""
+    odd = "one\u2028two\u0085three"
+    (tmp_path / "texts.jsonl").write_text("\ufeff" + json.dumps({"text": odd}, ensure_ascii=False) + "\n", "utf-8")
+    assert read_texts(tmp_path / "texts.jsonl") == [odd]
+    pair = {"clean": odd, "corrupted": "b", "answer": "c", "wrong": "d"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair, ensure_ascii=False), "utf-8")
+    assert read_pairs(tmp_path / "pairs.jsonl")[0].clean == odd
+    item = {"category": "plain", "text": odd}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(item, ensure_ascii=False) + "\n", "utf-8")
+    (tmp_path / "own.toml").write_text('prompts = "prompts.jsonl"\nneutral = "plain"\n')
+    assert load_profile(tmp_path / "own.toml").category("plain") == [odd]
 
 
 def test_texts_of_files(tmp_path: Path) -> None:

@@ -46,11 +46,16 @@ def reference_z(
     layout = loaded.layout
     taps = layout.pick(Site("z", layer) for layer in layers)
     found: dict[str, list[Tensor]] = {key: [] for key in taps}
-    for batch in Reader(loaded.model, loaded.tokenizer).batches(texts, batch_size):
+    for batch in Reader(loaded).batches(texts, batch_size):
         for key, rows in read(loaded.model, layout, taps, batch).items():
             found[key].append(rows)
     shape = (-1, layout.n_heads, layout.d_head)
     return {layer: torch.cat(found[Site("z", layer).key]).view(shape) for layer in layers}
+
+
+def mean_z(z: Tensor) -> Tensor:
+    """[tokens, n_heads, d_head] -> [n_heads, d_head]"""
+    return z.double().mean(0).float()
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Ablation:
             return Edit.scale(site, 0.0, heads=heads)
         reference = self.reference[layer][:, list(heads)]  # [tokens, heads, d_head]
         if self.mode == "mean":
-            return Edit.replace(site, reference.double().mean(0).float(), heads=heads)
+            return Edit.replace(site, mean_z(reference), heads=heads)
         if pads is None:
             raise EditError(
                 "resample draws by position, which only forwards over left-padded prompts tell; use zero or mean here."

@@ -74,6 +74,17 @@ def answers_with(
     return {"samples": samples, "summary": {name: _summed_up(column) for name, column in columns.items()}}
 
 
+def greedy_answers(
+    loaded: LoadedModel, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int
+) -> list[list[int]]:
+    """Each prompt's answer, as token ids."""
+    found: list[list[int]] = []
+    for start in range(0, len(prompts), batch_size):
+        responses = respond(loaded, prompts[start : start + batch_size], Sampling(max_new_tokens=max_new_tokens))
+        found += [response.generated_ids for response in responses]
+    return found
+
+
 def _numbers(texts: Mapping[str, Sequence[str]], columns: Mapping[str, Any], when: str, n: int) -> dict[str, Any]:
     return {"text": texts[when][n], **{name: column[when][n] for name, column in columns.items()}}
 

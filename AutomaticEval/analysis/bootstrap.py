@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,16 @@ def mean_interval(values: Sequence[float], seed: int = 42) -> dict[str, Any]:
     found = np.asarray(values, np.float64)
     if len(found) < 2:
         return {"mean": float(found.mean()) if len(found) else None, "interval": None, "n": len(found)}
+    interval, _ = resampled(lambda index: float(found[index].mean()), len(found), seed)
+    return {"mean": float(found.mean()), "interval": interval, "n": len(found)}
+
+
+def resampled(statistic: Callable[[Any], float | None], n: int, seed: int) -> tuple[list[float] | None, int]:
+    """The percentiles of a statistic of n things drawn again, and how often it was one; None when it never was.
+
+    statistic: of an index array [n]; None where there is none.
+    """
     draw = np.random.default_rng(seed)
-    means = np.array([found[draw.integers(0, len(found), len(found))].mean() for _ in range(N_RESAMPLES)])
-    low, high = np.percentile(means, PERCENTILES)
-    return {"mean": float(found.mean()), "interval": [float(low), float(high)], "n": len(found)}
+    drawn = (statistic(draw.integers(0, n, n)) for _ in range(N_RESAMPLES))
+    known = [value for value in drawn if value is not None]
+    return ([float(value) for value in np.percentile(known, PERCENTILES)] if known else None), len(known)

@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from AutomaticEval.analysis.answers import greedy_answers
+from AutomaticEval.analysis.bootstrap import resampled
 from AutomaticEval.analysis.results import read_strength, write_json
 from AutomaticEval.analysis.strength import ActivationExtractor
-from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.loading import LoadOptions, load_model
 from AutomaticEval.report.heads import Panel, heatmaps
 from AutomaticEval.store.files import new_file, prepare_file
 
 PerHead = dict[tuple[int, int], float]
-N_RESAMPLES = 2000
-INTERVAL = (2.5, 97.5)
-"""Percentiles of the bootstrap interval."""
 
 
 class ActivationComparator:
@@ -114,12 +112,8 @@ def same_inputs(
     if answers_of is None:
         return encoded[0]
     loaded = load_model(models[answers_of], options=load)
-    sequences = []
-    for start in range(0, len(texts), batch_size):
-        prompts = encoded[0][start : start + batch_size]
-        responses = respond(loaded, prompts, Sampling(max_new_tokens=max_new_tokens))
-        sequences += [prompt + each.generated_ids for prompt, each in zip(prompts, responses, strict=True)]
-    return sequences
+    answers = greedy_answers(loaded, encoded[0], max_new_tokens, batch_size)
+    return [prompt + answer for prompt, answer in zip(encoded[0], answers, strict=True)]
 
 
 def _strengths(given: Any) -> tuple[PerHead, str | None, int | None]:
@@ -132,15 +126,11 @@ def _strengths(given: Any) -> tuple[PerHead, str | None, int | None]:
 
 def _correlated(first: Any, second: Any, seed: int) -> dict[str, Any]:
     """Spearman's rho, resampled over heads. None when one side is all one number."""
-    draw = np.random.default_rng(seed)
     rho = _spearman(first, second)
-    resampled = []
-    for _ in range(N_RESAMPLES if rho is not None else 0):
-        index = draw.integers(0, len(first), len(first))
-        resampled.append(_spearman(first[index], second[index]))
-    known = [value for value in resampled if value is not None]
-    interval = [float(value) for value in np.percentile(known, INTERVAL)] if known else None
-    return {"rho": rho, "interval": interval, "n_heads": len(first), "n_resamples": len(known), "seed": seed}
+    interval, n_resamples = None, 0
+    if rho is not None:
+        interval, n_resamples = resampled(lambda index: _spearman(first[index], second[index]), len(first), seed)
+    return {"rho": rho, "interval": interval, "n_heads": len(first), "n_resamples": n_resamples, "seed": seed}
 
 
 def _spearman(first: Any, second: Any) -> float | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from AutomaticEval.analysis.answers import Pairs, logprobs_one_by_one
 from AutomaticEval.analysis.bootstrap import mean_interval
 from AutomaticEval.analysis.reading import padded, read
+from AutomaticEval.analysis.texts import lines_of
 from AutomaticEval.errors import EditError, PromptError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.hooks import Kept
@@ -138,10 +139,11 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
     Raises PromptError, with the line.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise PromptError(f"no file {path}; give a JSONL file of pairs.")
     pairs = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines_of(path), 1):
         if not line.strip():
             continue
         try:

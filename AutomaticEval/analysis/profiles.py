@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from AutomaticEval.analysis.texts import lines_of
 from AutomaticEval.errors import PromptError, SelectionError, did_you_mean
 
 FOLDER = Path(__file__).parent.parent / "profiles"
@@ -64,7 +65,7 @@ def _prompts(file: Path) -> dict[str, list[str]]:
     if not file.is_file():
         raise PromptError(f"there is no {file}, which the profile names.")
     prompts: dict[str, list[str]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines_of(file), 1):
         try:
             item = json.loads(line)
             category, text = item["category"], item["text"]

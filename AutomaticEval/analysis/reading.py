@@ -11,6 +11,7 @@ from torch import Tensor
 
 from AutomaticEval.errors import ModelError, PromptError
 from AutomaticEval.models.hooks import Kept, capturing
+from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.taps import Layout, Tap, forward_takes, input_device
 
 SORTED_BATCHES = 64
@@ -29,11 +30,10 @@ class Batch(NamedTuple):
 class Reader:
     """Makes batches of texts, of lists of token ids, or of what a data loader gives."""
 
-    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         self.n_truncated = 0
         """Texts that were longer than the model's context, and were cut to it."""
-        self._tokenizer = tokenizer
-        self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._tokenizer, self._longest = loaded.tokenizer, loaded.context
 
     def batches(self, data: Iterable[Any], batch_size: int, most: int | None = None) -> Iterator[Batch]:
         """most: so many batches at most, of the first texts.

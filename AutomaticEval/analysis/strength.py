@@ -15,6 +15,7 @@ from AutomaticEval.analysis.reading import Reader, read
 from AutomaticEval.analysis.results import Stats, write_strength
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
 from AutomaticEval.models.heads import HeadResultNorms, n_inputs
+from AutomaticEval.models.layout import refuse_unready
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.models.taps import Layout, Tap
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
@@ -37,13 +38,10 @@ class ActivationExtractor:
     def __init__(self, model: Any, model_name: str | None = None, *, tokenizer: Any = None, of: str = "result") -> None:
         if of not in ("result", "z"):
             raise SelectionError(f"of is {of!r}; write result or z.")
-        if isinstance(model, str | Path):
-            model = load_model(model, tokenizer=tokenizer)
-        self._loaded = model if isinstance(model, LoadedModel) else None
-        self.model: Any = model.model if isinstance(model, LoadedModel) else model
-        self.tokenizer = tokenizer or (self._loaded.tokenizer if self._loaded is not None else None)
-        own_name = self._loaded.name if self._loaded is not None else getattr(self.model, "name_or_path", "")
-        self.model_name = str(model_name or own_name)
+        loaded = _loaded(model, tokenizer)
+        self.model: Any = loaded.model
+        self.tokenizer = tokenizer or loaded.tokenizer
+        self.model_name = model_name or loaded.name
         self.of = of
         self.n_truncated = 0
         """Texts that were longer than the model's context, and were cut to it."""
@@ -125,14 +123,11 @@ class ActivationExtractor:
         Only real tokens count, and neither padding nor order changes a number.
         Raises PromptError for empty texts and no data, ModelError without a tokenizer for texts.
         """
-        if any(module.training for module in self.model.modules()):
-            raise UnsupportedModel(
-                f"{self.model_name} is in training mode: dropout changes every value. Call model.eval() first."
-            )
+        refuse_unready(self.model)
         if not self._taps:
             self.register_hooks()
         n_before = sum(each.n for each in self._moments.values())
-        reader = Reader(self.model, tokenizer or self.tokenizer)
+        reader = Reader(LoadedModel(self.model, tokenizer or self.tokenizer, self.model_name))
         batches = reader.batches(data, batch_size, max_batches)
         for batch in tqdm(batches, disable=not progress, desc="Extracting", unit="batch"):
             found = read(self.model, self.layout, self._taps, batch)
@@ -214,6 +209,15 @@ def strength_of_run(run: Run, model: Any = None) -> Stats:
     return stats_of(moments, range(n_heads))
 
 
+def _loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
+    """Of a name, a folder, or a model, which needs no tokenizer as long as no texts are read."""
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, str | Path):
+        return load_model(model, tokenizer=tokenizer)
+    return LoadedModel(model, tokenizer, str(getattr(model, "name_or_path", "")))
+
+
 def _site(key: str) -> Site | None:
     try:
         return site_of(key)
@@ -223,9 +227,8 @@ def _site(key: str) -> Site | None:
 
 def _norms_of(run: Run, model: Any, layers: Sequence[int]) -> dict[int, HeadResultNorms]:
     """What makes norms of z, of each layer. Raises StoreError for another model than the run's."""
-    if not isinstance(model, LoadedModel):
-        model = load_model(model) if isinstance(model, str | Path) else LoadedModel(model, None, "")
-    made_by, given = run.settings.get("fingerprint"), model.fingerprint()
+    loaded = _loaded(model)
+    made_by, given = run.settings.get("fingerprint"), loaded.fingerprint()
     if made_by is not None and made_by != given:
         raise StoreError(
             f"{run!r} was made by a model with other weights ({made_by}, not {given}); pass the one that it was made with."
@@ -233,8 +236,8 @@ def _norms_of(run: Run, model: Any, layers: Sequence[int]) -> dict[int, HeadResu
     found = {}
     for layer in layers:
         site = Site("head_result_norm", layer)
-        tap = model.layout.pick([site])[site.key]
+        tap = loaded.layout.pick([site])[site.key]
         assert tap.then is not None
-        tap.then.refresh(model.model.get_submodule(tap.module))
+        tap.then.refresh(loaded.model.get_submodule(tap.module))
         found[layer] = tap.then
     return found

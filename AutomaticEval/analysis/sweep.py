@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from AutomaticEval.analysis.answers import Pairs
 from AutomaticEval.analysis.reading import Batch, inputs, padded, read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing
@@ -20,9 +21,6 @@ ROWS = 64
 """Rows of a forward over several variants."""
 TOLERANCE = 1e-3
 """How far log-likelihoods of a forward that begins at a block may be from those of the whole, as a part of 1 + |l|."""
-
-Pairs = Sequence[tuple[list[int], list[int]]]
-"""(prompt, answer) of each row, as token ids."""
 
 
 class Sweep:

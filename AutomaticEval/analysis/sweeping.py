@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from AutomaticEval.analysis.ablation import reference_z
+from AutomaticEval.analysis.ablation import mean_z, reference_z
+from AutomaticEval.analysis.answers import greedy_answers
 from AutomaticEval.analysis.bootstrap import mean_interval
 from AutomaticEval.analysis.results import write_json
 from AutomaticEval.analysis.sweep import Sweep
-from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.errors import OtherSettings, PromptError
 from AutomaticEval.models.loading import LoadedModel
 
@@ -43,11 +43,9 @@ def sweep_prompts(
     _check_settings(folder / "settings.json", dict(settings))
     layout = loaded.layout
     every = range(layout.n_layers)
-    means = (
-        None
-        if neutral is None
-        else {n: z.double().mean(0).float() for n, z in reference_z(loaded, every, neutral).items()}
-    )
+    means = None
+    if neutral is not None:
+        means = {layer: mean_z(z) for layer, z in reference_z(loaded, every, neutral).items()}
     pairs = _answers(loaded, prompts, max_new_tokens)
     sweeps = [
         Sweep(loaded, pairs[start : start + SWEPT_TOGETHER], means) for start in range(0, len(pairs), SWEPT_TOGETHER)
@@ -65,11 +63,8 @@ def sweep_prompts(
 def _answers(loaded: LoadedModel, prompts: Sequence[str], max_new_tokens: int) -> list[tuple[list[int], list[int]]]:
     """(prompt, greedy answer); prompts whose answer has no token are left out."""
     encoded = [loaded.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    pairs = []
-    for start in range(0, len(encoded), ANSWERED_TOGETHER):
-        some = encoded[start : start + ANSWERED_TOGETHER]
-        responses = respond(loaded, some, Sampling(max_new_tokens=max_new_tokens))
-        pairs += [(ids, each.generated_ids) for ids, each in zip(some, responses, strict=True) if each.generated_ids]
+    answers = greedy_answers(loaded, encoded, max_new_tokens, ANSWERED_TOGETHER)
+    pairs = [(ids, answer) for ids, answer in zip(encoded, answers, strict=True) if answer]
     if not pairs:
         raise PromptError("no prompt was answered with a token, so there is nothing to score.")
     return sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))

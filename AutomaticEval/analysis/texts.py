@@ -6,10 +6,11 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from AutomaticEval.errors import PromptError
 
+T = TypeVar("T")
 FIELDS = ("input", "text", "question")
 """Where an object's text is: the first of these that it has."""
 
@@ -25,7 +26,7 @@ def read_texts(path: str | Path) -> list[str]:
     return texts
 
 
-def drawn(texts: list[str], n: int | None, seed: int) -> list[str]:
+def drawn(texts: list[T], n: int | None, seed: int) -> list[T]:
     """n of the texts at random, in their order; all when there are no more, or n is None."""
     if n is not None and n < 1:
         raise PromptError(f"{n} texts were asked for; at least 1 is needed.")
@@ -34,16 +35,26 @@ def drawn(texts: list[str], n: int | None, seed: int) -> list[str]:
     return [texts[index] for index in sorted(random.Random(seed).sample(range(len(texts)), n))]
 
 
-def _items(path: Path) -> Iterator[tuple[str, Any]]:
-    """(its place, item) of a JSON list, or of a file with an item a line."""
+def lines_of(path: Path) -> list[str]:
+    """A file's lines, divided by newlines alone: JSON strings may hold the other characters that end a line.
+
+    Raises PromptError for what is not UTF-8.
+    """
     try:
         whole = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as broken:
         raise PromptError(f"{path} is not UTF-8: byte {broken.start}.") from None
+    return whole.removesuffix("\n").split("\n") if whole else []
+
+
+def _items(path: Path) -> Iterator[tuple[str, Any]]:
+    """(its place, item) of a JSON list, or of a file with an item a line."""
+    lines = lines_of(path)
+    whole = "\n".join(lines)
     if whole.lstrip().startswith("["):
         yield from ((f"item {number}", item) for number, item in enumerate(_parsed(whole, path, 1), 1))
         return
-    for number, line in enumerate(whole.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip():
             yield f"line {number}", _parsed(line, path, number)
 

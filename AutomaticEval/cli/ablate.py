@@ -12,6 +12,7 @@ from AutomaticEval.cli.answers import (
     BatchSize,
     Emotion,
     MaxTokens,
+    Output,
     Profiles,
     SampleNum,
     Seed,
@@ -46,9 +47,7 @@ def ablate(
     limit: options.Limit = None,
     num_fewshot: options.NumFewshot = None,
     include_path: options.IncludePath = None,
-    output: Annotated[Path, typer.Option("--output", help="Folder for results; nothing there is overwritten.")] = Path(
-        "results"
-    ),
+    output: Output = Path("results"),
     sample_num: SampleNum = None,
     max_tokens: MaxTokens = 15,
     temperature: Temperature = 0.0,

@@ -78,9 +78,8 @@ def patch(
         rows = [(name, number(each)) for name, each in results["pairs"]["summary"].items()]
         options.print_table("Logit difference recovered", ("", "Part (95 % interval)"), rows)
     else:
-        destinations = found.category(found.neutral)
-        chosen = drawn(list(map(str, range(min(len(sources), len(destinations))))), sample_num, seed)
-        sources, destinations = ([texts[int(n)] for n in chosen] for texts in (sources, destinations))
+        both = drawn(list(zip(sources, found.category(found.neutral), strict=False)), sample_num, seed)
+        sources, destinations = map(list, zip(*both, strict=True))
         patching = Patching(loaded, sources, destinations, places, positions, site)
         sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, seed=seed)
         metrics = metrics_of(sentiment, found.keywords.get(str(emotion)))

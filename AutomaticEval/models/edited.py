@@ -15,7 +15,8 @@ class Active(NamedTuple):
 
     layout: Any
     """Found before them."""
-    names: list[str]
+    edits: Sequence[Any]
+    """Each with `described`, a text, which may take time to tell."""
     by_position: bool
     """Whether some depend on rows or columns, and not on a position's own values alone."""
 
@@ -24,10 +25,10 @@ _active: weakref.WeakKeyDictionary[nn.Module, list[Active]] = weakref.WeakKeyDic
 
 
 @contextmanager
-def noted(model: nn.Module, layout: Any, names: Sequence[str], *, by_position: bool) -> Iterator[None]:
+def noted(model: nn.Module, layout: Any, edits: Sequence[Any], *, by_position: bool) -> Iterator[None]:
     """While the edits are made."""
     own = _active.setdefault(model, [])
-    own.append(Active(layout, list(names), by_position))
+    own.append(Active(layout, edits, by_position))
     try:
         yield
     finally:
@@ -42,7 +43,7 @@ def layout_of(model: nn.Module) -> Any:
 
 def names_of(model: nn.Module) -> list[str]:
     """What is edited, outermost first; for the settings of runs."""
-    return [name for each in _active.get(model, ()) for name in each.names]
+    return [edit.described for each in _active.get(model, ()) for edit in each.edits]
 
 
 def depends_on_position(model: nn.Module) -> bool:

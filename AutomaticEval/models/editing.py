@@ -56,6 +56,9 @@ class Edit:
     name: str = "change"
     """For the settings of runs that are made with it."""
 
+    value: Tensor | float | None = None
+    """What it is made with; for the same."""
+
     @classmethod
     def replace(cls, site: str | Site, value: Tensor | float, **how: Any) -> Edit:
         """value: broadcast to what is changed. how: heads, where."""
@@ -88,12 +91,10 @@ class Edit:
 
 
 def _of_value(name: str, value: Tensor | float, how: dict[str, Any]) -> dict[str, Any]:
-    """What an edit with a value has: a name that tells values apart, and whether all positions have the same one."""
+    """What an edit with a value has: name and value, and whether all positions have the same one."""
     own_axes = 1 if how.get("heads") is None else 2
-    if not isinstance(value, Tensor):
-        return {"name": f"{name} {value}", "is_positionwise": True, **how}
-    digest = hashlib.blake2b(value.detach().cpu().double().numpy().tobytes(), digest_size=6).hexdigest()
-    return {"name": f"{name} {list(value.shape)} {digest}", "is_positionwise": value.dim() <= own_axes, **how}
+    is_positionwise = not isinstance(value, Tensor) or value.dim() <= own_axes
+    return {"name": name, "value": value, "is_positionwise": is_positionwise, **how}
 
 
 def _like(value: Tensor | float, found: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def editing(model: Any, edits: Edit | Iterable[Edit]) -> Iterator[None]:
     by_position = any(edit.where is not None or not edit.is_positionwise for edit in edits)
     with ExitStack() as hooks:
         hooks.enter_context(alone_with(model))
-        hooks.enter_context(noted(model, layout, [each.described for each in made], by_position=by_position))
+        hooks.enter_context(noted(model, layout, made, by_position=by_position))
         embedding = model.get_submodule(layout.embedding)
         hooks.callback(model.register_forward_pre_hook(forward.begins, with_kwargs=True, prepend=True).remove)
         hooks.callback(embedding.register_forward_pre_hook(forward.feed, with_kwargs=True, prepend=True).remove)
@@ -175,7 +176,6 @@ class _Made:
         self.tap: Tap = layout.pick([site])[site.key]
         self.module = model.get_submodule(self.tap.module)
         self.n_heads = {"z": layout.n_heads, "q": layout.n_heads}.get(site.kind, layout.n_kv_heads)
-        self.described = f"{edit.name} at {site.key}" + ("" if edit.heads is None else f" heads {edit.heads}")
         if edit.heads is not None and (isinstance(edit.heads, str | int) or not len(edit.heads)):
             raise EditError(
                 f"heads of {self.key} are {edit.heads!r}; write a list of numbers, or leave it out for all."
@@ -187,6 +187,16 @@ class _Made:
                 raise EditError(f"{self.key} has no heads; z, q, k and v have.")
             if not 0 <= head < self.n_heads:
                 raise EditError(f"{self.key} has no head {head}: it has {self.n_heads}, 0 to {self.n_heads - 1}.")
+
+    @property
+    def described(self) -> str:
+        """For the settings of runs: values are told apart by their digest."""
+        edit, value = self.edit, self.edit.value
+        name = edit.name if value is None else f"{edit.name} {value}"
+        if isinstance(value, Tensor):
+            digest = hashlib.blake2b(value.detach().cpu().double().numpy().tobytes(), digest_size=6).hexdigest()
+            name = f"{edit.name} {list(value.shape)} {digest}"
+        return f"{name} at {self.key}" + ("" if edit.heads is None else f" heads {edit.heads}")
 
     def install(self, forward: _Forward) -> Callable[[], None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

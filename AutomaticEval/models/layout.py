@@ -41,7 +41,7 @@ def find_layout(model: nn.Module) -> Layout:
     Raises UnsupportedModel for encoder-decoders, compiled models, models in training mode, and models
     whose blocks are not found.
     """
-    _refuse(model)
+    refuse_unready(model)
     with alone_with(model):
         if model in _known:
             return _known[model]
@@ -55,7 +55,8 @@ def find_layout(model: nn.Module) -> Layout:
         return found
 
 
-def _refuse(model: nn.Module) -> None:
+def refuse_unready(model: nn.Module) -> None:
+    """Raises UnsupportedModel for compiled models, models in training mode, and encoder-decoders."""
     name = type(model).__name__
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise UnsupportedModel(f"{name} is compiled: hooks do not fire reliably. Pass the model before torch.compile.")
