@@ -2,6 +2,7 @@
 
     python benchmarks/heads.py sweep [--rounds 2]     # all 144 heads of a GPT-2 of 124M parameters, 16 prompts
     python benchmarks/heads.py strength [--rounds 5]  # R_h of all heads over texts, tokens a second of a bare forward
+    python benchmarks/heads.py memory                 # peak memory of R_h over 10 times as many texts, by the demo model
 
 The model has random weights. Prompts and texts are those of the profile `extended`.
 """
@@ -10,15 +11,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 
 import torch
-from gauges import seconds
+from gauges import peak_memory, seconds
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from AutomaticEval.analysis.profiles import load_profile
 from AutomaticEval.analysis.reading import Reader, padded
 from AutomaticEval.analysis.strength import ActivationExtractor
-from AutomaticEval.analysis.sweep import Sweep
+from AutomaticEval.analysis.sweep import sweep_of_answers
 from AutomaticEval.analysis.sweeping import SWEPT_TOGETHER
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
@@ -51,7 +54,10 @@ def sweep(loaded: LoadedModel, rounds: int) -> None:
         found["loop"] = torch.stack(rows)
 
     def swept() -> None:
-        some = [Sweep(loaded, pairs[start : start + SWEPT_TOGETHER]) for start in range(0, len(pairs), SWEPT_TOGETHER)]
+        some = [
+            sweep_of_answers(loaded, pairs[start : start + SWEPT_TOGETHER])
+            for start in range(0, len(pairs), SWEPT_TOGETHER)
+        ]
         layers = range(layout.n_layers)
         found["sweep"] = torch.cat([torch.cat([each.layer(layer) for each in some], 1) for layer in layers])
 
@@ -87,16 +93,35 @@ def strength(loaded: LoadedModel, rounds: int) -> None:
     )
 
 
+def memory(n: int) -> None:
+    """The peak of this process after R_h over n texts."""
+    texts = (f"What is {number} + {number % 7}? And is it more than {number % 13}?" for number in range(n))
+    ActivationExtractor("demo").extract_activations(texts)
+    print(peak_memory())
+
+
+def memories() -> None:
+    peaks = []
+    for n in (2_000, 20_000):
+        done = subprocess.run([sys.executable, __file__, "memory", "--texts", str(n)], capture_output=True, text=True)
+        peaks.append(int(done.stdout) / 2**20)
+        print(f"memory: {n} texts, peak {peaks[-1]:.0f} MB")
+    print(f"memory: {peaks[1] / peaks[0]:.3f} of the peak for 10 times the texts")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sweep", "strength"])
+    parser.add_argument("what", choices=["sweep", "strength", "memory"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tokenizer", default=str(DEMO_FOLDER))
+    parser.add_argument("--texts", type=int)
     given = parser.parse_args()
+    if given.what == "memory":
+        return memories() if given.texts is None else memory(given.texts)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(GPT2Config()).eval()
     loaded = LoadedModel(model, AutoTokenizer.from_pretrained(given.tokenizer), "gpt2-shape")
-    {"sweep": sweep, "strength": strength}[given.what](loaded, given.rounds)
+    return {"sweep": sweep, "strength": strength}[given.what](loaded, given.rounds)
 
 
 if __name__ == "__main__":

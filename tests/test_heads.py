@@ -409,7 +409,7 @@ def test_models_of_other_heads_are_not_compared(tiny_llama: LoadedModel) -> None
     some.extract_activations(IDS)
     with pytest.raises(SelectionError, match=r"9 are in one alone, first \(layer, head\) \(0, 1\)"):
         ActivationComparator(strengths(tiny_llama), some)
-    with pytest.raises(StoreError, match="no head strengths"):
+    with pytest.raises(StoreError, match="is no JSON"):
         ActivationComparator(str(Path(__file__)), some)
 
 

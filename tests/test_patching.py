@@ -173,7 +173,8 @@ def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "one" / "patching.json").read_text())
     expected = recovered(demo, [Pair(ONE, OTHER, " the", " is")], {0: range(4), 2: [1]}, "all")
-    assert found["pairs"]["summary"] == expected["summary"]
+    assert found["summary"] == expected["summary"]
+    assert (tmp_path / "one" / "patching_recovered.png").read_bytes().startswith(b"\x89PNG")
     asked = ["--profile", "baseline", "--emotion", "gratitude", "--sample_num", "3", "--max-tokens", "4"]
     done = command("--head-spec", "1", "--site", "mlp_out", *asked, "--output", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -43,19 +43,26 @@ def reference_z(
     loaded: LoadedModel, layers: Sequence[int], texts: Sequence[str], batch_size: int = 8
 ) -> dict[int, Tensor]:
     """Layer -> z at every token of some texts: [tokens, n_heads, d_head]."""
-    layout = loaded.layout
-    taps = layout.pick(Site("z", layer) for layer in layers)
+    shape = (-1, loaded.layout.n_heads, loaded.layout.d_head)
+    found = reference_values(loaded, "z", layers, texts, batch_size)
+    return {layer: each.view(shape) for layer, each in found.items()}
+
+
+def reference_values(
+    loaded: LoadedModel, kind: str, layers: Sequence[int], texts: Sequence[str], batch_size: int = 8
+) -> dict[int, Tensor]:
+    """Layer -> a site at every token of some texts: [tokens, width]."""
+    taps = loaded.layout.pick(Site(kind, layer) for layer in layers)
     found: dict[str, list[Tensor]] = {key: [] for key in taps}
     for batch in Reader(loaded).batches(texts, batch_size):
-        for key, rows in read(loaded.model, layout, taps, batch).items():
+        for key, rows in read(loaded.model, loaded.layout, taps, batch).items():
             found[key].append(rows)
-    shape = (-1, layout.n_heads, layout.d_head)
-    return {layer: torch.cat(found[Site("z", layer).key]).view(shape) for layer in layers}
+    return {layer: torch.cat(found[Site(kind, layer).key]) for layer in layers}
 
 
-def mean_z(z: Tensor) -> Tensor:
-    """[tokens, n_heads, d_head] -> [n_heads, d_head]"""
-    return z.double().mean(0).float()
+def mean_of(values: Tensor) -> Tensor:
+    """Over tokens: [tokens, ...] -> [...]"""
+    return values.double().mean(0).float()
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Ablation:
             return Edit.scale(site, 0.0, heads=heads)
         reference = self.reference[layer][:, list(heads)]  # [tokens, heads, d_head]
         if self.mode == "mean":
-            return Edit.replace(site, mean_z(reference), heads=heads)
+            return Edit.replace(site, mean_of(reference), heads=heads)
         if pads is None:
             raise EditError(
                 "resample draws by position, which only forwards over left-padded prompts tell; use zero or mean here."

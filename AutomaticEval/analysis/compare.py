@@ -16,7 +16,8 @@ from AutomaticEval.analysis.results import read_strength, write_json
 from AutomaticEval.analysis.strength import ActivationExtractor
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.loading import LoadOptions, load_model
-from AutomaticEval.report.heads import Panel, heatmaps
+from AutomaticEval.report.figures import comparison_panels
+from AutomaticEval.report.heads import heatmaps
 from AutomaticEval.store.files import new_file, prepare_file
 
 PerHead = dict[tuple[int, int], float]
@@ -57,14 +58,7 @@ class ActivationComparator:
         """Write the heatmaps before, after and change as a PNG. Raises PathExists."""
         found = self.compare()
         prepare_file(Path(path), overwrite=overwrite)
-        unit = "R_h: mean L2 norm over tokens"
-        every = [*self.pre.values(), *self.fine.values()]
-        ends = (min(every), max(every))
-        panels = [
-            Panel("Before fine-tuning", found["pre_tuned"], unit, ends=ends),
-            Panel("After fine-tuning", found["fine_tuned"], unit, ends=ends),
-            Panel("Change (after - before)", found["differences"], "change of R_h", diverging=True),
-        ]
+        panels = comparison_panels(found["pre_tuned"], found["fine_tuned"], found["differences"])
         with new_file(Path(path), overwrite=overwrite) as partial:
             heatmaps(panels, partial)
 
@@ -76,7 +70,9 @@ class ActivationComparator:
             for name, each in found.items()
             if name != "rank_correlation"
         }
-        write_json(path, {**named, "rank_correlation": found["rank_correlation"]}, overwrite=overwrite)
+        write_json(
+            path, {"kind": "comparison", **named, "rank_correlation": found["rank_correlation"]}, overwrite=overwrite
+        )
 
 
 def same_inputs(

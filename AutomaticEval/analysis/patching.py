@@ -17,6 +17,7 @@ from AutomaticEval.analysis.answers import Pairs, logprobs_one_by_one
 from AutomaticEval.analysis.bootstrap import mean_interval
 from AutomaticEval.analysis.reading import padded, read
 from AutomaticEval.analysis.texts import lines_of
+from AutomaticEval.analysis.tokens import one_token
 from AutomaticEval.errors import EditError, PromptError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.hooks import Kept
@@ -177,7 +178,7 @@ def recovered(
     into_clean = Patching(loaded, corrupted, clean, places, positions, site)
     samples = []
     for row, pair in enumerate(pairs):
-        tokens = _first_tokens(loaded, pair)
+        tokens = told_apart(loaded, pair)
         before, after = (_difference(loaded, text, tokens) for text in (pair.clean, pair.corrupted))
         with into_corrupted.applied([row], [0]):
             denoised = _difference(loaded, pair.corrupted, tokens)
@@ -196,19 +197,12 @@ def recovered(
     return {"samples": samples, "summary": summary}
 
 
-def _first_tokens(loaded: LoadedModel, pair: Pair) -> tuple[int, int]:
+def told_apart(loaded: LoadedModel, pair: Pair) -> tuple[int, int]:
     """The tokens of answer and wrong. Raises PromptError when either is several tokens, or both are the same."""
-    found = []
-    for text in (pair.answer, pair.wrong):
-        ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            raise PromptError(
-                f"{text!r} is {len(ids)} tokens; a logit difference needs one. A space may belong before it."
-            )
-        found.append(int(ids[0]))
-    if found[0] == found[1]:
+    answer, wrong = (one_token(loaded.tokenizer, text) for text in (pair.answer, pair.wrong))
+    if answer == wrong:
         raise PromptError(f"{pair.answer!r} and {pair.wrong!r} are the same token.")
-    return found[0], found[1]
+    return answer, wrong
 
 
 def _difference(loaded: LoadedModel, text: str, tokens: tuple[int, int]) -> float:

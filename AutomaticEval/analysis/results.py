@@ -39,23 +39,34 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote. Raises StoreError for another file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"there is no {path}.") from None
+    except (ValueError, OSError):
+        raise StoreError(f"{path} is no JSON; give a file that one of these commands wrote.") from None
+    if not isinstance(found, dict):
+        raise StoreError(f"{path} holds a {type(found).__name__}; a result is an object with a kind.")
+    return found
+
+
 def write_strength(
     path: str | Path, stats: Stats, model: str, of: str, *, overwrite: bool = False, **about: Any
 ) -> None:
     """about: what else is to be told of it."""
     heads = [{"layer": layer, "head": head, **numbers} for (layer, head), numbers in stats.items()]
-    write_json(path, {"model": model, "of": of, **about, "heads": heads}, overwrite=overwrite)
+    write_json(path, {"kind": "strength", "model": model, "of": of, **about, "heads": heads}, overwrite=overwrite)
 
 
 def read_strength(path: str | Path) -> tuple[Stats, str]:
     """What `write_strength` wrote: the statistics, and of what they are. Raises StoreError for another file."""
+    found = read_json(Path(path))
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
         stats = {(each.pop("layer"), each.pop("head")): each for each in found["heads"]}
         if not all({"R_h", "n"} <= each.keys() for each in stats.values()) or not stats:
             raise KeyError("R_h")
         return stats, str(found["of"])
-    except FileNotFoundError:
-        raise StoreError(f"there is no {path}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(f"{path} holds no head strengths; give a file that save_results wrote.") from None

@@ -1,145 +1,137 @@
-"""Every head taken out, one after the other: what all variants share below the head is computed once, and variants are run together."""
+"""Every place of a site changed by itself, layer by layer: each head of z, or each position of what is no head's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from AutomaticEval.analysis.answers import Pairs
-from AutomaticEval.analysis.reading import Batch, inputs, padded, read
+from AutomaticEval.analysis.reading import padded, read
+from AutomaticEval.analysis.rest import Rest, unpacked
 from AutomaticEval.errors import EditError
-from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.editing import Edit
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import Layout
 from AutomaticEval.sites import Site
 
 ROWS = 64
 """Rows of a forward over several variants."""
-TOLERANCE = 1e-3
-"""How far log-likelihoods of a forward that begins at a block may be from those of the whole, as a part of 1 + |l|."""
+SITES = ("z", "mlp_out", "resid_post")
+Values = Mapping[int, Tensor]
+"""Layer -> what a place becomes: [width] or [batch, pos, width]."""
 
 
 class Sweep:
-    """The log-likelihoods of answers with single heads taken out.
+    """A number for each place and each sequence.
 
-    pairs: each with one token of an answer at least. means: layer -> [n_heads, d_head], what stands in for a head; None for zeros.
-    Raises EditError for a model whose blocks cannot be run from a middle one on.
+    rest: of the sequences. n_prompt: the tokens of each that are prompt, of which positions are counted from the end: 0 is the last. site:
+    z, a head at a time at all positions; mlp_out and resid_post, a position at a time. values: None for zeros. n_positions: how many
+    positions; those of the longest prompt by default.
     """
 
-    def __init__(self, loaded: LoadedModel, pairs: Pairs, means: Mapping[int, Tensor] | None = None) -> None:
-        self.loaded, self.means = loaded, means
-        self._layout: Layout = loaded.layout
-        # padding on the left: the answers are at the end of every row, and logits there alone
-        self._batch: Batch = padded([[*prompt, *answer[:-1]] for prompt, answer in pairs], "left")
-        self._longest = max(len(answer) for _, answer in pairs)
-        asked = [
-            (row, self._longest - len(answer) + place, token)
-            for row, (_, answer) in enumerate(pairs)
-            for place, token in enumerate(answer)
-        ]
-        self._rows = torch.tensor([row for row, _, _ in asked])
-        self._places = torch.tensor([place for _, place, _ in asked])
-        self._targets = torch.tensor([token for _, _, token in asked])
-        self._blocks = _Blocks(loaded.model, self._layout)
-        self._streams = self._read()
-        self.baseline = self._scores(1, None, 0)[0]
-        again = self._scores(1, None, self._layout.n_layers - 1)[0]
-        if not bool(((again - self.baseline).abs() <= TOLERANCE * (1 + self.baseline.abs())).all()):
-            raise EditError(
-                f"{type(loaded.model).__name__} cannot be run from a middle block on; take heads out one by one (heads ablate)."
-            )
+    def __init__(
+        self, rest: Rest, n_prompt: Sequence[int], site: str = "z", values: Values | None = None, n_positions: int = 0
+    ) -> None:
+        if site not in SITES:
+            raise EditError(f"the site {site!r} is not swept; write {', '.join(SITES)}.")
+        self._rest, self._site, self._values = rest, site, values
+        layout, (ids, mask) = rest.layout, rest.batch
+        layout.pick(Site(site, layer) for layer in range(layout.n_layers))
+        self.n_places = layout.n_heads if site == "z" else n_positions or max(n_prompt)
+        first = ids.shape[1] - mask.sum(1)  # [batch]: padding is on the left
+        end = first + torch.tensor(list(n_prompt))
+        self._columns = end[:, None] - 1 - torch.arange(self.n_places)  # [batch, n_places], of positions
+        self._exists = self._columns >= first[:, None]
 
-    def _read(self) -> list[Tensor]:
-        """Of each layer: the stream that enters its block, [batch, pos, d_model], zeros at padding."""
-        sites = [Site("resid_pre", layer) for layer in range(self._layout.n_layers)]
-        with self._blocks.watched():
-            rows = read(self.loaded.model, self._layout, self._layout.pick(sites), self._batch)
-        streams = []
-        for site in sites:
-            whole = rows[site.key].new_zeros((*self._batch.ids.shape, self._layout.d_model))
-            whole[self._batch.mask] = rows[site.key]
-            streams.append(whole)
-        return streams
+    @property
+    def baseline(self) -> Tensor:
+        """[batch]: nothing changed."""
+        return self._rest.baseline
 
     def layer(self, layer: int) -> Tensor:
-        """[n_heads, n_pairs]: each answer's log-likelihood, in nats, without each head of a layer."""
-        n_heads = self._layout.n_heads
-        together = max(1, ROWS // len(self._batch.ids))
-        found = [self._scores(min(together, n_heads - first), first, layer) for first in range(0, n_heads, together)]
-        return torch.cat(found)
+        """[n_places, batch]; NaN where a sequence has no such position."""
+        together = max(1, ROWS // len(self.baseline))
+        change = self._head if self._site == "z" else self._position
+        found = []
+        for first in range(0, self.n_places, together):
+            places = range(first, min(first + together, self.n_places))
+            found.append(self._rest.scores(layer, len(places), Edit(Site(self._site, layer), change(layer, places))))
+        whole: Tensor = torch.cat(found)
+        return whole if self._site == "z" else whole.masked_fill(~self._exists.T, torch.nan)
 
-    def _scores(self, n_variants: int, first: int | None, layer: int) -> Tensor:
-        """[n_variants, n_pairs] without heads first, first + 1, …; first None leaves all in."""
-        model = self.loaded.model
-        stream = self._streams[layer].repeat(n_variants, 1, 1)
-        edits = [Edit.replace(Site("resid_pre", layer), stream)]
-        if first is not None:
-            edits.append(Edit(Site("z", layer), self._without(layer, first, n_variants)))
-        batch = Batch(*(each.repeat(n_variants, 1) for each in self._batch))
-        given = {**inputs(model, batch), "logits_to_keep": self._longest}
-        with torch.no_grad(), self._blocks.handing_on(layer), editing(model, edits):
-            logits = model(**given).logits
-        likely = logits.float().log_softmax(-1).view(n_variants, len(self._batch.ids), self._longest, -1)
-        each = likely[:, self._rows, self._places, self._targets].double().cpu()  # [n_variants, all answers' tokens]
-        return torch.zeros(n_variants, len(self._batch.ids), dtype=torch.float64).index_add_(1, self._rows, each)
-
-    def _without(self, layer: int, first: int, n_variants: int) -> Callable[[Tensor], Tensor]:
-        """z [n_variants * batch, pos, width] without one head in each variant."""
-
+    def _head(self, layer: int, heads: range) -> Callable[[Tensor], Tensor]:
         def change(found: Tensor) -> Tensor:
-            split = found.reshape(n_variants, -1, found.shape[1], self._layout.n_heads, self._layout.d_head).clone()
-            for variant in range(n_variants):
-                head = first + variant
-                instead: Any = 0.0 if self.means is None else self.means[layer][head].to(found.device, found.dtype)
-                split[variant, :, :, head] = instead
-            return split.reshape(found.shape)
+            changed, instead = _split(found, heads).clone(), self._instead(layer, found)
+            changed, instead = (each.view(*each.shape[:-1], self.n_places, -1) for each in (changed, instead))
+            for variant, head in enumerate(heads):
+                changed[variant, :, :, head] = instead[..., head, :]
+            return changed.reshape(found.shape)
 
         return change
 
+    def _position(self, layer: int, places: range) -> Callable[[Tensor], Tensor]:
+        def change(found: Tensor) -> Tensor:
+            changed = _split(found, places).clone()
+            instead = self._instead(layer, found).expand(changed.shape[1:])
+            for variant, place in enumerate(places):
+                rows = self._exists[:, place].nonzero()[:, 0]
+                columns = self._columns[rows, place]
+                changed[variant, rows, columns] = instead[rows, columns]
+            return changed.reshape(found.shape)
 
-class _Blocks:
-    """A model's blocks, of which the first can be made to hand on what they are given."""
+        return change
 
-    def __init__(self, model: nn.Module, layout: Layout) -> None:
-        sites = [Site("resid_pre", layer) for layer in range(layout.n_layers)]
-        self._blocks = [model.get_submodule(layout.taps[site].module) for site in sites]
-        self._give_tuples: set[nn.Module] = set()
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Learn from a forward which blocks give a tuple."""
-
-        def after(block: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, tuple):
-                self._give_tuples.add(block)
-
-        with ExitStack() as hooks:
-            for block in self._blocks:
-                hooks.callback(block.register_forward_hook(after).remove)
-            yield
-
-    @contextmanager
-    def handing_on(self, n_blocks: int) -> Iterator[None]:
-        """The first so many blocks compute nothing."""
-        kept = [(block, block.__dict__.get("forward")) for block in self._blocks[:n_blocks]]
-        for block, _ in kept:
-            block.__dict__["forward"] = _given_as_tuple if block in self._give_tuples else _given
-        try:
-            yield
-        finally:
-            for block, own in kept:
-                del block.__dict__["forward"]
-                if own is not None:  # as accelerate sets it
-                    block.__dict__["forward"] = own
+    def _instead(self, layer: int, found: Tensor) -> Tensor:
+        if self._values is None:
+            return torch.zeros(found.shape[-1], device=found.device, dtype=found.dtype)
+        return self._values[layer].to(found.device, found.dtype)
 
 
-def _given(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
+def _split(found: Tensor, variants: range) -> Tensor:
+    """[n_variants * batch, pos, width] -> [n_variants, batch, pos, width]"""
+    return found.reshape(len(variants), -1, *found.shape[1:])
 
 
-def _given_as_tuple(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return hidden_states, None
+def sweep_of_answers(
+    loaded: LoadedModel, pairs: Pairs, site: str = "z", values: Values | None = None, n_positions: int = 0
+) -> Sweep:
+    """Of the log-likelihoods of answers, in nats. pairs: each with one token of an answer at least. values: [width] each."""
+    longest = max(len(answer) for _, answer in pairs)
+    asked = [  # the answers are at the end of every row, and logits there alone
+        (row, longest - len(answer) + place, token)
+        for row, (_, answer) in enumerate(pairs)
+        for place, token in enumerate(answer)
+    ]
+    rows, places, targets = (torch.tensor(column) for column in zip(*asked, strict=True))
+
+    def score(logits: Tensor) -> Tensor:
+        each = logits.log_softmax(-1)[:, rows, places, targets].double()  # [n_variants, all answers' tokens]
+        return each.new_zeros(len(logits), len(pairs)).index_add_(1, rows.to(each.device), each)
+
+    rest = Rest(loaded, [[*prompt, *answer[:-1]] for prompt, answer in pairs], longest, score)
+    return Sweep(rest, [len(prompt) for prompt, _ in pairs], site, values, n_positions)
+
+
+def sweep_of_differences(
+    loaded: LoadedModel,
+    into: Sequence[Sequence[int]],
+    source: Sequence[Sequence[int]],
+    tokens: Sequence[tuple[int, int]],
+    site: str = "z",
+    n_positions: int = 0,
+) -> Sweep:
+    """Of the difference of two tokens' logits after each prompt, with values of another prompt of the same length put into it."""
+    answer, wrong = torch.tensor(tokens).T
+    rows = torch.arange(len(into))
+
+    def score(logits: Tensor) -> Tensor:
+        last = logits[:, :, -1].double()
+        return last[:, rows, answer] - last[:, rows, wrong]
+
+    rest = Rest(loaded, into, 1, score)
+    batch, layout = padded(source, "left"), loaded.layout
+    taps = layout.pick(Site(site, layer) for layer in range(layout.n_layers))
+    found = read(loaded.model, layout, taps, batch)
+    values = {layer: unpacked(rows, batch) for layer, rows in enumerate(found.values())}
+    return Sweep(rest, [len(each) for each in into], site, values, n_positions)

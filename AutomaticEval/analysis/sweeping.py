@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from AutomaticEval.analysis.ablation import mean_z, reference_z
+from AutomaticEval.analysis.ablation import mean_of, reference_values
 from AutomaticEval.analysis.answers import greedy_answers
-from AutomaticEval.analysis.bootstrap import mean_interval
-from AutomaticEval.analysis.results import write_json
-from AutomaticEval.analysis.sweep import Sweep
+from AutomaticEval.analysis.bootstrap import mean_intervals
+from AutomaticEval.analysis.patching import Pair, told_apart
+from AutomaticEval.analysis.results import read_json, write_json
+from AutomaticEval.analysis.sweep import Sweep, sweep_of_answers, sweep_of_differences
 from AutomaticEval.errors import OtherSettings, PromptError
 from AutomaticEval.models.loading import LoadedModel
 
@@ -30,34 +30,66 @@ def sweep_prompts(
     folder: Path,
     settings: Mapping[str, Any],
     *,
+    site: str = "z",
     neutral: Sequence[str] | None = None,
     max_new_tokens: int = 15,
 ) -> dict[str, Any]:
-    """How much less likely a model's own greedy answers to prompts become without each head.
+    """How much less likely a model's own greedy answers to prompts become without each head, or each position of another site.
 
-    neutral: texts over whose tokens each head's mean stands in for it; None for zeros. settings: what the sweep is of; a folder with others
-    is refused. Returns baseline (the answers' log-likelihoods, in nats) and heads: layer, head, and change (without - with) with mean,
-    95 % bootstrap interval and n. Raises OtherSettings, PromptError when no answer has a token.
+    neutral: texts over whose tokens the mean stands in for what is taken out; None for zeros. settings: what the sweep is of; a folder with
+    others is refused. Returns baseline (the answers' log-likelihoods, in nats), places (layer, head or position, and change: without - with,
+    with mean, 95 % bootstrap interval and n) and units. Raises OtherSettings, PromptError when no answer has a token.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_settings(folder / "settings.json", dict(settings))
-    layout = loaded.layout
-    every = range(layout.n_layers)
-    means = None
+    _check_settings(folder, settings)
+    values = None
     if neutral is not None:
-        means = {layer: mean_z(z) for layer, z in reference_z(loaded, every, neutral).items()}
+        reference = reference_values(loaded, site, range(loaded.layout.n_layers), neutral)
+        values = {layer: mean_of(each) for layer, each in reference.items()}
     pairs = _answers(loaded, prompts, max_new_tokens)
-    sweeps = [
-        Sweep(loaded, pairs[start : start + SWEPT_TOGETHER], means) for start in range(0, len(pairs), SWEPT_TOGETHER)
-    ]
+    longest = max(len(prompt) for prompt, _ in pairs)
+    sweeps = [sweep_of_answers(loaded, some, site, values, longest) for some in _groups(pairs)]
+    likely = _swept(sweeps, folder, "logprobs", loaded.layout.n_layers)  # [n_layers, n_places, n_pairs]
     baseline = torch.cat([sweep.baseline for sweep in sweeps])
-    heads = []
-    for layer in tqdm(every, desc="Layers", unit="layer"):
-        file = folder / f"layer_{layer:03d}.json"
-        found = _kept(file, lambda layer=layer: torch.cat([sweep.layer(layer) for sweep in sweeps], 1))  # type: ignore[misc]
-        for head, likely in enumerate(found):
-            heads.append({"layer": layer, "head": head, "change": mean_interval((likely - baseline).tolist())})
-    return {"baseline": baseline.tolist(), "heads": heads}
+    places = _places({"change": likely - baseline}, site)
+    units = {"change": "change of the answers' log-likelihood, nats"}
+    return {"baseline": baseline.tolist(), "places": places, "units": units}
+
+
+def sweep_pairs(
+    loaded: LoadedModel, pairs: Sequence[Pair], folder: Path, settings: Mapping[str, Any], *, site: str = "z"
+) -> dict[str, Any]:
+    """How much of the logit difference of clean and corrupted prompts comes with each head, or each position of another site.
+
+    Returns baseline (clean and corrupted: the differences, in logits), places (layer, head or position, and denoising and noising as
+    `recovered` defines them) and units. Raises OtherSettings, PromptError for pairs that are not of equal length or not told apart.
+    """
+    _check_settings(folder, settings)
+    encoded = [_encoded(loaded, pair) for pair in pairs]
+    longest = max(len(each) for each, _, _ in encoded)
+    directions = {}
+    for name, order in {"denoising": (1, 0), "noising": (0, 1)}.items():
+        sweeps = []
+        for some in _groups(encoded):
+            columns = list(zip(*some, strict=True))
+            into, source = (columns[place] for place in order)
+            sweeps.append(sweep_of_differences(loaded, into, source, columns[2], site, longest))
+        base = torch.cat([sweep.baseline for sweep in sweeps])
+        directions[name] = base, _swept(sweeps, folder, name, loaded.layout.n_layers)
+    (corrupted, denoised), (clean, noised) = directions.values()
+    whole = (clean - corrupted).where(clean != corrupted, torch.nan)
+    parts = {"denoising": (denoised - corrupted) / whole, "noising": (clean - noised) / whole}
+    baseline = {"clean": clean.tolist(), "corrupted": corrupted.tolist()}
+    units = dict.fromkeys(parts, "part of the logit difference")
+    return {"baseline": baseline, "places": _places(parts, site), "units": units}
+
+
+def _encoded(loaded: LoadedModel, pair: Pair) -> tuple[list[int], list[int], tuple[int, int]]:
+    clean, corrupted = (loaded.tokenizer(text)["input_ids"] for text in (pair.clean, pair.corrupted))
+    if len(clean) != len(corrupted):
+        raise PromptError(
+            f"a sweep needs pairs of equal length; {pair.clean!r} has {len(clean)} tokens and {pair.corrupted!r} {len(corrupted)}."
+        )
+    return clean, corrupted, told_apart(loaded, pair)
 
 
 def _answers(loaded: LoadedModel, prompts: Sequence[str], max_new_tokens: int) -> list[tuple[list[int], list[int]]]:
@@ -70,22 +102,48 @@ def _answers(loaded: LoadedModel, prompts: Sequence[str], max_new_tokens: int) -
     return sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
 
 
-def _kept(file: Path, compute: Callable[[], Tensor]) -> Tensor:
-    """[n_heads, n_pairs] of a layer: from the disk, or computed and put there."""
-    if not file.exists():
-        write_json(file, {"logprobs": compute().tolist()})
-    return torch.tensor(json.loads(file.read_text())["logprobs"], dtype=torch.float64)
+def _groups(items: Sequence[Any]) -> list[Sequence[Any]]:
+    return [items[start : start + SWEPT_TOGETHER] for start in range(0, len(items), SWEPT_TOGETHER)]
 
 
-def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+def _swept(sweeps: Sequence[Sweep], folder: Path, name: str, n_layers: int) -> Tensor:
+    """[n_layers, n_places, n_sequences], float64; each layer from the disk, or computed and put there."""
+    found = []
+    for layer in tqdm(range(n_layers), desc=f"Layers ({name})", unit="layer"):
+        file = folder / f"{name}_layer_{layer:03d}.json"
+        if not file.exists():
+            write_json(file, {name: torch.cat([sweep.layer(layer) for sweep in sweeps], 1).tolist()})
+        kept = [[torch.nan if each is None else each for each in row] for row in read_json(file)[name]]
+        found.append(torch.tensor(kept, dtype=torch.float64))
+    return torch.stack(found)
+
+
+def _places(numbers: Mapping[str, Tensor], site: str) -> list[dict[str, Any]]:
+    """numbers: name -> [n_layers, n_places, n_sequences], NaN where there is none."""
+    n_layers, n_places, _ = next(iter(numbers.values())).shape
+    across = "head" if site == "z" else "position"
+    return [
+        {"layer": layer, across: place, **{name: _interval(each[layer, place]) for name, each in numbers.items()}}
+        for layer in range(n_layers)
+        for place in range(n_places)
+    ]
+
+
+def _interval(values: Tensor) -> dict[str, Any]:
+    return mean_intervals(values[~values.isnan()][:, None].numpy())[0]
+
+
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "settings.json"
     if not file.exists():
         write_json(file, settings)
         return
-    before = json.loads(file.read_text())
+    before = read_json(file)
     apart = [name for name in {*before, *settings} if before.get(name) != settings.get(name)]
     if apart:
         name = min(apart)
         raise OtherSettings(
-            f"the sweep in {file.parent} was made with other settings: {name} was {before.get(name)!r} and is {settings.get(name)!r}. "
+            f"the sweep in {folder} was made with other settings: {name} was {before.get(name)!r} and is {settings.get(name)!r}. "
             "Name another folder."
         )

@@ -63,7 +63,12 @@ def classifier(name: str, label: str | None = None) -> TextMetric:
 
 def keywords(words: Sequence[str]) -> TextMetric:
     """How many of a text's words are among these, whatever their case."""
-    pattern = re.compile(r"\b(?:" + "|".join(re.escape(word) for word in words) + r")\b", re.IGNORECASE)
+    pattern = whole_words(words)
     return TextMetric(
         "keywords", "keywords a response", lambda texts: [float(len(pattern.findall(text))) for text in texts]
     )
+
+
+def whole_words(words: Sequence[str]) -> re.Pattern[str]:
+    """Finds any of these, as whole words and whatever their case."""
+    return re.compile(r"\b(?:" + "|".join(re.escape(word) for word in words) + r")\b", re.IGNORECASE)

@@ -75,7 +75,7 @@ def why_not(model: Any, longest: int) -> str | None:
         return "its attention depends on the distance between columns (ALiBi)."
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"the attention {config._attn_implementation} takes no mask of its own; sdpa and eager do."
-    window = _window(config, layers)
+    window = window_of(model)
     if window is not None and longest > window:
         return f"a request of {longest} tokens is longer than its attention window of {window}."
     for rope in _ropes(getattr(config, "rope_parameters", None) or {}):
@@ -94,8 +94,10 @@ def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
     return [parameters, *nested]
 
 
-def _window(config: Any, layers: set[str]) -> int | None:
+def window_of(model: Any) -> int | None:
     """The tokens that a layer with the shortest reach attends to; None when all attend to all."""
+    config = model.config.get_text_config(decoder=True)
+    layers = set(getattr(config, "layer_types", None) or ())
     if layers and layers == {"full_attention"}:
         return None
     found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]

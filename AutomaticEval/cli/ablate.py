@@ -68,8 +68,9 @@ def ablate(
     from AutomaticEval.analysis.texts import drawn
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.models.loading import LoadOptions, load_model
+    from AutomaticEval.report.figures import draw, names_of
 
-    files = new_results(output, "ablation.json", "ablation_sentiment_comparison.png")
+    file, *_ = new_results(output, "ablation.json", *names_of("ablation"))
     found = None if profile is None else load_profile(profile)
     prompts = drawn(_prompts(found, emotion, data_path), sample_num, seed)
     if not prompts and benchmark is None:
@@ -94,15 +95,16 @@ def ablate(
         "seed": seed,
     }
     settings |= {"temperature": temperature, "max_tokens": max_tokens, "reference": f"{len(neutral)} neutral prompts"}
-    results: dict[str, Any] = {"settings": settings}
+    results: dict[str, Any] = {"kind": "ablation", "settings": settings}
     if prompts:
         sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, seed=seed)
         words = None if found is None or emotion is None else found.keywords.get(emotion)
-        results |= answered(ablation, prompts, sampling, metrics_of(sentiment, words), batch_size, files[1])
+        results |= answered(ablation, prompts, sampling, metrics_of(sentiment, words), batch_size)
     if benchmark is not None:
         results["benchmark"] = _scores(ablation, benchmark, limit, num_fewshot, include_path, batch_size)
-    write_json(files[0], results)
-    typer.echo(f"Written:     {files[0]}" + (f", {files[1]}" if prompts else ""))
+    write_json(file, results)
+    figures = draw(results, output) if prompts else []
+    typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
 
 
 def _prompts(profile: Profile | None, emotion: str | None, data_path: Path | None) -> list[str]:

@@ -27,6 +27,10 @@ MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Of each answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Prompts a forward.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn at random.")]
+Pairs = Annotated[
+    Path | None, typer.Option("--pairs", help="JSONL of clean, corrupted, answer, wrong, in place of a profile.")
+]
+SiteOption = Annotated[str, typer.Option("--site", help="z, mlp_out or resid_post.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder for results; nothing there is overwritten.")]
 
 
@@ -44,20 +48,15 @@ def answered(
     sampling: Sampling,
     metrics: Sequence[TextMetric],
     batch_size: int,
-    figure: Path,
 ) -> dict[str, Any]:
-    """What `answers_with` gives, drawn and printed, too."""
+    """What `answers_with` gives, and the metrics' units; printed, too."""
     from AutomaticEval.analysis.answers import answers_with
-    from AutomaticEval.report.bars import before_and_after
-    from AutomaticEval.store.files import new_file
 
     found = answers_with(intervention, prompts, metrics, sampling, batch_size=batch_size)
     units = {metric.name: metric.unit for metric in metrics} | {"logprob": "log-likelihood of the answer before, nats"}
-    with new_file(figure) as partial:
-        before_and_after(found["summary"], units, f"{intervention.loaded.name}, {len(prompts)} prompts", partial)
     rows = [(metric, *(number(each) for each in values.values())) for metric, values in found["summary"].items()]
     options.print_table("Answers", ("Metric", "Before", "After", "Change (95 % interval)"), rows)
-    return found
+    return {"units": units, **found}
 
 
 def number(found: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from AutomaticEval.cli import ablate, options, patch, sweep
+from AutomaticEval.cli import ablate, options, patch, screen, sweep
 from AutomaticEval.cli.options import SPELLINGS, one_line_errors
 
 if TYPE_CHECKING:
@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from AutomaticEval.models.loading import LoadOptions
 
 app = typer.Typer(
-    context_settings=SPELLINGS, no_args_is_help=True, help="Attention heads: strength, comparison, ablation, patching."
+    context_settings=SPELLINGS,
+    no_args_is_help=True,
+    help="Attention heads: strength, comparison, screening, ablation, patching.",
 )
 app.command("ablate")(ablate.ablate)
 app.command("patch")(patch.patch)
+app.command("screen")(screen.screen)
 app.command("sweep")(sweep.sweep)
+app.command("plot")(screen.plot)
 
 DataPath = Annotated[
     Path, typer.Option("--data_path", help="JSON or JSONL: texts, or objects with input, text or question.")
@@ -52,23 +56,19 @@ def strength(
 ) -> None:
     """How strong each head is over texts: head_strength.json and head_strength.png."""
     options.quiet_libraries()
-    from AutomaticEval.analysis.results import new_results
+    from AutomaticEval.analysis.results import new_results, read_json
     from AutomaticEval.analysis.texts import drawn, read_texts
     from AutomaticEval.models.loading import LoadOptions
-    from AutomaticEval.report.heads import Panel, heatmaps
-    from AutomaticEval.store.files import new_file
+    from AutomaticEval.report.figures import draw, names_of
 
-    files = new_results(output_dir, "head_strength.json", "head_strength.png")
+    file, *_ = new_results(output_dir, "head_strength.json", *names_of("strength"))
     texts = drawn(read_texts(data_path), sample_num, seed)
     load = LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit)
     extractor = _extracted(model, load, texts, layers, heads, of, batch_size)
-    extractor.save_results(files[0])
-    with new_file(files[1]) as partial:
-        heatmaps(
-            [Panel(f"Head strength, {model}", extractor.compute_R_h(), f"mean L2 norm of {of} over tokens")], partial
-        )
+    extractor.save_results(file)
+    figures = draw(read_json(file), output_dir)
     _say_strongest(extractor.get_all_stats())
-    typer.echo(f"Written:     {files[0]}, {files[1]}")
+    typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
 
 
 @app.command()

@@ -13,10 +13,12 @@ from AutomaticEval.cli.answers import (
     Emotion,
     MaxTokens,
     Output,
+    Pairs,
     Profiles,
     SampleNum,
     Seed,
     Sentiment,
+    SiteOption,
     Temperature,
     answered,
     metrics_of,
@@ -34,13 +36,11 @@ def patch(
     model: options.Model = "demo",
     profile: Profiles = None,
     emotion: Emotion = None,
-    pairs: Annotated[
-        Path | None, typer.Option("--pairs", help="JSONL of clean, corrupted, answer, wrong, in place of --profile.")
-    ] = None,
+    pairs: Pairs = None,
     positions: Annotated[
         str, typer.Option("--positions", help="last, all (prompts of equal length) or aligned.")
     ] = "last",
-    site: Annotated[str, typer.Option("--site", help="z, mlp_out or resid_post.")] = "z",
+    site: SiteOption = "z",
     output: Output = Path("results"),
     sample_num: SampleNum = None,
     max_tokens: MaxTokens = 15,
@@ -64,18 +64,27 @@ def patch(
     from AutomaticEval.analysis.texts import drawn
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.models.loading import LoadOptions, load_model
+    from AutomaticEval.report.figures import draw, names_of
 
-    files = new_results(output, "patching.json", "patching_keyword_comparison.png")
+    kind = "patching" if pairs is None else "pairs"
+    file, *_ = new_results(output, "patching.json", *names_of(kind))
     asked = [] if pairs is None else read_pairs(pairs)
     found = None if profile is None else load_profile(profile)
     sources = [] if found is None else found.category(str(emotion))
     loaded = load_model(model, options=LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit))
     places = _places(head_spec, site, loaded.layout.n_layers, loaded.layout.n_heads)
-    settings = {"model": model, "places": head_spec, "site": site, "positions": positions, "profile": profile}
-    results: dict[str, Any] = {"settings": {**settings, "emotion": emotion, "temperature": temperature, "seed": seed}}
+    settings: dict[str, Any] = {
+        "model": model,
+        "places": head_spec,
+        "site": site,
+        "positions": positions,
+        "profile": profile,
+    }
+    settings |= {"emotion": emotion, "temperature": temperature, "seed": seed}
+    results: dict[str, Any] = {"kind": kind, "settings": settings}
     if found is None:
-        results["pairs"] = recovered(loaded, asked, places, positions, site)
-        rows = [(name, number(each)) for name, each in results["pairs"]["summary"].items()]
+        results |= recovered(loaded, asked, places, positions, site)
+        rows = [(name, number(each)) for name, each in results["summary"].items()]
         options.print_table("Logit difference recovered", ("", "Part (95 % interval)"), rows)
     else:
         both = drawn(list(zip(sources, found.category(found.neutral), strict=False)), sample_num, seed)
@@ -83,9 +92,10 @@ def patch(
         patching = Patching(loaded, sources, destinations, places, positions, site)
         sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, seed=seed)
         metrics = metrics_of(sentiment, found.keywords.get(str(emotion)))
-        results |= answered(patching, destinations, sampling, metrics, batch_size, files[1])
-    write_json(files[0], results)
-    typer.echo(f"Written:     {files[0]}" + (f", {files[1]}" if found is not None else ""))
+        results |= answered(patching, destinations, sampling, metrics, batch_size)
+    write_json(file, results)
+    figures = draw(results, output)
+    typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
 
 
 def _places(spec: str, site: str, n_layers: int, n_heads: int) -> dict[int, list[int] | None]:

@@ -1,4 +1,4 @@
-"""`main.py heads sweep`: every head taken out, one after the other."""
+"""`main.py heads sweep`: every head, or every position of another site, changed by itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.answers import Emotion, MaxTokens, Output, Profiles, SampleNum, Seed, number
+from AutomaticEval.cli.answers import Emotion, MaxTokens, Output, Pairs, Profiles, SampleNum, Seed, SiteOption, number
 from AutomaticEval.cli.options import one_line_errors
 from AutomaticEval.errors import SelectionError
 
@@ -16,9 +16,13 @@ from AutomaticEval.errors import SelectionError
 @one_line_errors
 def sweep(
     model: options.Model = "demo",
-    profile: Profiles = "baseline",
+    profile: Profiles = None,
     emotion: Emotion = None,
-    mode: Annotated[str, typer.Option("--mode", help="zero, or mean (over the profile's neutral prompts).")] = "zero",
+    pairs: Pairs = None,
+    site: SiteOption = "z",
+    mode: Annotated[
+        str, typer.Option("--mode", help="zero, or mean (over the profile's neutral prompts); not of pairs.")
+    ] = "zero",
     output: Output = Path("results"),
     sample_num: SampleNum = 16,
     max_tokens: MaxTokens = 15,
@@ -29,44 +33,48 @@ def sweep(
     load_in_8bit: options.LoadIn8Bit = False,
     load_in_4bit: options.LoadIn4Bit = False,
 ) -> None:
-    """How much less likely the model's own answers become without each head. A sweep that was cut short goes on."""
-    if emotion is None or profile is None:
-        raise SelectionError("whose answers? Give --emotion, a category of the --profile.")
+    """Ablate each head over prompts of a profile, or patch each between pairs. A sweep that was cut short goes on."""
+    if (pairs is None) == (emotion is None) or (pairs is not None and profile is not None):
+        raise SelectionError("give --emotion, a category of the --profile, to ablate; or --pairs, to patch.")
     if mode not in ("zero", "mean"):
         raise SelectionError(f"--mode is {mode!r}; write zero or mean.")
     options.quiet_libraries()
+    from AutomaticEval.analysis.patching import read_pairs
     from AutomaticEval.analysis.profiles import load_profile
     from AutomaticEval.analysis.results import new_results, write_json
-    from AutomaticEval.analysis.sweeping import sweep_prompts
+    from AutomaticEval.analysis.sweeping import sweep_pairs, sweep_prompts
     from AutomaticEval.analysis.texts import drawn
     from AutomaticEval.models.loading import LoadOptions, load_model
-    from AutomaticEval.report.bars import top_heads
-    from AutomaticEval.report.heads import Panel, heatmaps
-    from AutomaticEval.store.files import new_file
+    from AutomaticEval.report.figures import draw, names_of
 
-    files = new_results(output, "sweep.json", "head_reaction_heatmap.png", "top_heads.png")
+    file, *_ = new_results(output, "sweep.json", *names_of("sweep"))
+    asked = [] if pairs is None else drawn(read_pairs(pairs), sample_num, seed)
+    profile = profile or "baseline"
     found = load_profile(profile)
-    prompts = drawn(found.category(emotion), sample_num, seed)
+    prompts = [] if emotion is None else drawn(found.category(emotion), sample_num, seed)
     neutral = found.category(found.neutral) if mode == "mean" else None
     loaded = load_model(model, options=LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit))
-    settings: dict[str, Any] = {
-        "model": model,
-        "weights": loaded.fingerprint(),
-        "profile": profile,
-        "emotion": emotion,
-        "mode": mode,
-    }
-    settings |= {"max_tokens": max_tokens, "prompts": prompts, "dtype": str(loaded.model.dtype)}
-    result = sweep_prompts(loaded, prompts, output / "sweep", settings, neutral=neutral, max_new_tokens=max_tokens)
-    changes = {(each["layer"], each["head"]): each["change"] for each in result["heads"]}
-    means = {key: each["mean"] for key, each in changes.items()}
-    unit = "change of the answers' log-likelihood, nats"
-    with new_file(files[1]) as partial:
-        heatmaps([Panel(f"{model}, {emotion}: without each head ({mode})", means, unit, diverging=True)], partial)
-    with new_file(files[2]) as partial:
-        top_heads(changes, unit, f"{model}, {emotion}: heads that matter most ({mode})", partial)
-    write_json(files[0], {"settings": settings, **result})
-    strongest = sorted(changes.items(), key=lambda item: -abs(item[1]["mean"]))[:10]
-    rows = [(f"{layer}:{head}", number(each)) for (layer, head), each in strongest]
-    options.print_table("Heads that matter most", ("Head", "Change of log-likelihood, nats (95 % interval)"), rows)
-    typer.echo(f"Written:     {', '.join(map(str, files))}")
+    settings: dict[str, Any] = {"model": model, "weights": loaded.fingerprint(), "dtype": str(loaded.model.dtype)}
+    settings["site"] = site
+    if pairs is not None:
+        settings["pairs"] = [vars(pair) for pair in asked]
+        result = sweep_pairs(loaded, asked, output / "sweep", settings, site=site)
+    else:
+        settings |= {"profile": profile, "emotion": emotion, "mode": mode, "max_tokens": max_tokens, "prompts": prompts}
+        how: dict[str, Any] = {"site": site, "neutral": neutral, "max_new_tokens": max_tokens}
+        result = sweep_prompts(loaded, prompts, output / "sweep", settings, **how)
+    result = {"kind": "sweep", "settings": settings, **result}
+    write_json(file, result)
+    figures = draw(result, output)
+    _say(result)
+    typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
+
+
+def _say(result: dict[str, Any], most: int = 10) -> None:
+    across = "head" if "head" in result["places"][0] else "position"
+    names = list(result["units"])
+    known = [each for each in result["places"] if each[names[0]]["mean"] is not None]
+    strongest = sorted(known, key=lambda each: -abs(each[names[0]]["mean"]))[:most]
+    rows = [(f"{each['layer']}:{each[across]}", *(number(each[name]) for name in names)) for each in strongest]
+    columns = [f"{name}, {unit} (95 % interval)" for name, unit in result["units"].items()]
+    options.print_table("What matters most", (f"Layer:{across}", *columns), rows)

@@ -23,7 +23,7 @@ def output_weight(projection: nn.Module) -> Tensor:
         weight: Any = projection.weight
         if type(projection) in (nn.Linear, Conv1D) and not weight.is_meta:
             plain: Tensor = weight.float().T if type(projection) is nn.Linear else weight.float()
-            return plain
+            return plain.detach()
         given: Any = torch.eye(n_inputs(projection), dtype=_dtype(projection), device=_device(projection))
         nothing = projection.forward(torch.zeros_like(given[:1]))
         found: Tensor = projection.forward(given).float() - nothing.float()
@@ -90,7 +90,7 @@ class HeadResultNorms:
         """R of each head: [n_heads, d_head, d_head]."""
         if self._projection is None:
             raise SiteUnavailable("head_result_norm was asked for outside a capture, so its projection is not known.")
-        weight = output_weight(self._projection).detach().cpu()
+        weight = output_weight(self._projection).cpu()
         _check(self._projection, weight)
         by_head = weight.view(self._n_heads, -1, weight.shape[1])  # [n_heads, d_head, d_model]
         found: Tensor = torch.linalg.qr(by_head.transpose(1, 2).double(), mode="r").R.float()

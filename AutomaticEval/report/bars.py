@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 COLOURS = {"before": "#4c72b0", "after": "#dd8452", "change": "#55a868"}
+SIGNS = ("#c44e52", "#4c72b0")
+"""Above and below zero, as the heatmaps have them."""
 
 
 def before_and_after(summary: Mapping[str, Any], units: Mapping[str, str], title: str, path: str | Path) -> None:
@@ -31,20 +33,22 @@ def before_and_after(summary: Mapping[str, Any], units: Mapping[str, str], title
     figure.savefig(path, dpi=150, format="png")
 
 
-def top_heads(changes: Mapping[tuple[int, int], Any], unit: str, title: str, path: str | Path, most: int = 20) -> None:
-    """The heads with the largest numbers, either sign, with their intervals, as a PNG.
+def top_heads(panels: Sequence[tuple[str, str, Mapping[str, Any]]], path: str | Path, most: int = 20) -> None:
+    """A panel beside another: what has the largest numbers, either sign, with intervals where there are any, as a PNG.
 
-    changes: (layer, head) -> mean and interval.
+    panels: title, unit, and label -> mean and interval.
     """
-    chosen = sorted(changes.items(), key=lambda item: -abs(item[1]["mean"]))[:most][::-1]
-    figure = Figure(figsize=(6, 0.26 * len(chosen) + 1.2), layout="constrained")
-    axes = figure.add_subplot()
-    for place, (_, found) in enumerate(chosen):
-        mean = found["mean"]
-        low, high = found["interval"] or (mean, mean)
-        axes.barh(place, mean, color="#c44e52" if mean < 0 else "#4c72b0")
-        axes.plot([low, high], [place, place], color="0.2", linewidth=1)
-    axes.axvline(0, color="0.4", linewidth=0.8)
-    axes.set_yticks(range(len(chosen)), [f"{layer}:{head}" for (layer, head), _ in chosen])
-    axes.set(title=title, xlabel=unit, ylabel="Layer:head")
+    n = max(min(most, len(changes)) for _, _, changes in panels)
+    figure = Figure(figsize=(5 * len(panels), 0.26 * n + 1.2), layout="constrained")
+    for number, (title, unit, changes) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        chosen = sorted(changes.items(), key=lambda item: -abs(item[1]["mean"]))[:most][::-1]
+        for place, (_, found) in enumerate(chosen):
+            mean = found["mean"]
+            low, high = found["interval"] or (mean, mean)
+            axes.barh(place, mean, color=SIGNS[mean < 0])
+            axes.plot([low, high], [place, place], color="0.2", linewidth=1)
+        axes.axvline(0, color="0.4", linewidth=0.8)
+        axes.set_yticks(range(len(chosen)), [label for label, _ in chosen])
+        axes.set(title=title, xlabel=unit)
     figure.savefig(path, dpi=150, format="png")

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-PerHead = Mapping[tuple[int, int], float]
-"""(layer, head) -> a number."""
+PerHead = Mapping[tuple[int, int], float | None]
+"""(layer, head) -> a number; None for no number."""
 MOST_LABELS = 16
 """Ticks along one axis; with more heads or layers, only every second or fourth is labelled."""
 
@@ -28,17 +28,19 @@ class Panel(NamedTuple):
     """Of the colours, for panels that are to be compared; by default the panel's own."""
 
 
-def heatmaps(panels: Sequence[Panel], path: str | Path) -> None:
-    """One row of heatmaps as a PNG. Cells without a number stay grey."""
+def heatmaps(panels: Sequence[Panel], path: str | Path, *, columns: int | None = None, across: str = "Head") -> None:
+    """Heatmaps as a PNG, so many in a row; all by default. Cells without a number stay grey."""
+    columns = columns or len(panels)
+    rows = -(-len(panels) // columns)
     grids = [_grid(panel.values) for panel in panels]
-    n_layers, n_heads = (max(grid[0].shape[axis] for grid in grids) for axis in (0, 1))
-    size = (max(4.0, 0.28 * n_heads + 2) * len(panels), max(3.0, 0.28 * n_layers + 1.6))
+    n_layers, n_across = (max(grid[0].shape[axis] for grid in grids) for axis in (0, 1))
+    size = (max(4.0, 0.28 * n_across + 2) * columns, max(3.0, 0.28 * n_layers + 1.0) * rows)
     figure = Figure(figsize=size, layout="constrained")
     for number, (panel, (grid, layers, heads)) in enumerate(zip(panels, grids, strict=True), 1):
-        axes = figure.add_subplot(1, len(panels), number)
+        axes = figure.add_subplot(rows, columns, number)
         axes.set_facecolor("0.8")
         shown = axes.imshow(np.ma.masked_invalid(grid), aspect="equal", origin="lower", **_colours(grid, panel))
-        axes.set(title=panel.title, xlabel="Head", ylabel="Layer")
+        axes.set(title=panel.title, xlabel=across, ylabel="Layer")
         _label(axes.xaxis, heads)
         _label(axes.yaxis, layers)
         figure.colorbar(shown, ax=axes, label=panel.unit, shrink=0.8)
@@ -50,7 +52,7 @@ def _grid(values: PerHead) -> tuple[Any, list[int], list[int]]:
     layers, heads = sorted({layer for layer, _ in values}), sorted({head for _, head in values})
     grid = np.full((len(layers), len(heads)), np.nan)
     for (layer, head), value in values.items():
-        grid[layers.index(layer), heads.index(head)] = value
+        grid[layers.index(layer), heads.index(head)] = np.nan if value is None else value
     return grid, layers, heads
 
 
@@ -58,7 +60,7 @@ def _colours(grid: Any, panel: Panel) -> dict[str, Any]:
     if not panel.diverging:
         low, high = panel.ends or (None, None)
         return {"cmap": "viridis", "vmin": low, "vmax": high}
-    finite = grid[np.isfinite(grid)]
+    finite = np.asarray(panel.ends) if panel.ends else grid[np.isfinite(grid)]
     end = float(np.abs(finite).max()) if len(finite) else 1.0
     return {"cmap": "RdBu_r", "vmin": -(end or 1.0), "vmax": end or 1.0}
 

@@ -1,0 +1,119 @@
+"""The rest of a model's forward, from any block on: what is below it is computed once, and variants of what follows run together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from AutomaticEval.analysis.reading import Batch, inputs, padded, read
+from AutomaticEval.errors import EditError
+from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.taps import Layout, forward_takes
+from AutomaticEval.sites import Site
+
+TOLERANCE = 1e-3
+"""How far scores of a forward that begins at a block may be from those of the whole, as a part of 1 + |score|."""
+
+
+class Rest:
+    """Of forwards over some sequences, which are padded on the left.
+
+    score: logits [n_variants, batch, n_last, d_vocab], float32, of the last columns, to numbers [n_variants, batch].
+    Raises EditError for a model whose blocks cannot be run from a middle one on.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, sequences: Sequence[Sequence[int]], n_last: int, score: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._loaded, self._n_last, self._score = loaded, n_last, score
+        self.layout: Layout = loaded.layout
+        self.batch: Batch = padded(sequences, "left")
+        self._blocks = _Blocks(loaded.model, self.layout)
+        self._streams = self._read()
+        self.baseline = self.scores(0)[0]
+        """[batch]: without a change."""
+        again = self.scores(self.layout.n_layers - 1)[0]
+        if not bool(((again - self.baseline).abs() <= TOLERANCE * (1 + self.baseline.abs())).all()):
+            raise EditError(
+                f"{type(loaded.model).__name__} cannot be run from a middle block on; change its parts one by one (heads ablate, "
+                "heads patch)."
+            )
+
+    def _read(self) -> list[Tensor]:
+        """Of each layer: the stream that enters its block, [batch, pos, d_model], zeros at padding."""
+        sites = [Site("resid_pre", layer) for layer in range(self.layout.n_layers)]
+        with self._blocks.watched():
+            rows = read(self._loaded.model, self.layout, self.layout.pick(sites), self.batch)
+        return [unpacked(rows[site.key], self.batch) for site in sites]
+
+    def scores(self, layer: int, n_variants: int = 1, edit: Edit | None = None) -> Tensor:
+        """[n_variants, batch], float64, of forwards that begin at a layer's block.
+
+        edit: of [n_variants * batch, pos, width], variant after variant, at this layer or above; None changes nothing.
+        """
+        model = self._loaded.model
+        stream = self._streams[layer].repeat(n_variants, 1, 1)
+        edits = [Edit.replace(Site("resid_pre", layer), stream), *([] if edit is None else [edit])]
+        batch = Batch(*(each.repeat(n_variants, 1) for each in self.batch))
+        given = inputs(model, batch)
+        if "logits_to_keep" in forward_takes(model):
+            given["logits_to_keep"] = self._n_last
+        with torch.no_grad(), self._blocks.handing_on(layer), editing(model, edits):
+            logits = model(**given).logits[:, -self._n_last :]
+        return self._score(logits.float().view(n_variants, len(self.batch.ids), self._n_last, -1)).double().cpu()
+
+
+def unpacked(rows: Tensor, batch: Batch) -> Tensor:
+    """rows: [real tokens, width], row after row. Returns [batch, pos, width], zeros at padding."""
+    whole = rows.new_zeros((*batch.ids.shape, rows.shape[-1]))
+    whole[batch.mask] = rows
+    return whole
+
+
+class _Blocks:
+    """A model's blocks, of which the first can be made to hand on what they are given."""
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        sites = [Site("resid_pre", layer) for layer in range(layout.n_layers)]
+        self._blocks = [model.get_submodule(layout.taps[site].module) for site in sites]
+        self._give_tuples: set[nn.Module] = set()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Learn from a forward which blocks give a tuple."""
+
+        def after(block: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, tuple):
+                self._give_tuples.add(block)
+
+        with ExitStack() as hooks:
+            for block in self._blocks:
+                hooks.callback(block.register_forward_hook(after).remove)
+            yield
+
+    @contextmanager
+    def handing_on(self, n_blocks: int) -> Iterator[None]:
+        """The first so many blocks compute nothing."""
+        kept = [(block, block.__dict__.get("forward")) for block in self._blocks[:n_blocks]]
+        for block, _ in kept:
+            block.__dict__["forward"] = _given_as_tuple if block in self._give_tuples else _given
+        try:
+            yield
+        finally:
+            for block, own in kept:
+                del block.__dict__["forward"]
+                if own is not None:  # as accelerate sets it
+                    block.__dict__["forward"] = own
+
+
+def _given(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
+
+
+def _given_as_tuple(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return hidden_states, None

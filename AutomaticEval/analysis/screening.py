@@ -1,0 +1,175 @@
+"""Which heads react to a category of prompts: how their strength changes, what they attend to, what they add to the logits of its words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from AutomaticEval.analysis.bootstrap import mean_intervals
+from AutomaticEval.analysis.direct import DirectEffects
+from AutomaticEval.analysis.permutation import differences
+from AutomaticEval.analysis.profiles import Profile
+from AutomaticEval.analysis.reading import Batch, inputs, padded
+from AutomaticEval.analysis.text_metrics import whole_words
+from AutomaticEval.analysis.tokens import Target, target_of, tokens_within
+from AutomaticEval.capture.serving import most_columns, window_of
+from AutomaticEval.errors import PromptError
+from AutomaticEval.models.hooks import Kept, capturing
+from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.patterns import reading_patterns
+from AutomaticEval.models.taps import forward_takes
+from AutomaticEval.sites import Site
+
+
+class Measured(NamedTuple):
+    """Of each prompt of one category, and each head."""
+
+    strength: Tensor
+    """[n_prompts, n_layers, n_heads]: the mean norm of the head's result over the prompt's tokens."""
+    attention: Tensor
+    """The same shape: attention to keywords above uniform; NaN in prompts where that cannot be told."""
+    direct: Tensor
+    """[n_prompts, n_targets, n_layers, n_heads], in logits, at the last token."""
+
+
+def targets_of(loaded: LoadedModel, profile: Profile) -> dict[str, Target]:
+    """Of each category with keywords: its own against those of all others. Raises PromptError when they cannot be told apart."""
+    return {
+        category: target_of(
+            loaded.tokenizer,
+            words,
+            [word for name, own in profile.keywords.items() if name != category for word in own],
+        )
+        for category, words in profile.keywords.items()
+    }
+
+
+def screen(
+    loaded: LoadedModel,
+    prompts: Mapping[str, Sequence[str]],
+    keywords: Mapping[str, Sequence[str]],
+    targets: Mapping[str, Target],
+    neutral: str = "neutral",
+    *,
+    n_permutations: int = 2000,
+    seed: int = 42,
+    batch_size: int = 8,
+) -> list[dict[str, Any]]:
+    """Scores of every head for every category that has a target: layer, head, category, and strength, attention and direct.
+
+    prompts: category -> at least two texts; `neutral` names those that strengths are compared with. keywords: category -> whole words.
+    strength: change, d and p (`differences`). attention: mean, interval and n over prompts. direct: the same, and its mean over neutral
+    prompts. docs/heads.md tells what they are. Raises PromptError, and SiteUnavailable for a model that lacks what is read.
+    """
+    few = [name for name, texts in prompts.items() if len(texts) < 2]
+    if few:
+        raise PromptError(f"{few[0]} has {len(prompts[few[0]])} prompts; to tell categories apart takes two at least.")
+    reading = _Reading(loaded, list(targets.values()), batch_size)
+    with tqdm(total=sum(map(len, prompts.values())), desc="Screening", unit="prompt") as progress:
+        measured = {name: reading.over(texts, keywords.get(name, ()), progress) for name, texts in prompts.items()}
+    scores = []
+    for number, category in enumerate(targets):
+        own, base = measured[category], measured[neutral]
+        changes = _changes(own.strength, base.strength, n_permutations, seed)
+        attention = _intervals(own.attention, seed)
+        direct = _intervals(own.direct[:, number], seed)
+        at_neutral = base.direct[:, number].double().mean(0).flatten().tolist()
+        for place in range(len(changes)):
+            layer, head = divmod(place, loaded.layout.n_heads)
+            score = {"strength": changes[place], "attention": attention[place]}
+            score["direct"] = {**direct[place], "neutral": at_neutral[place]}
+            scores.append({"layer": layer, "head": head, "category": category, **score})
+    return scores
+
+
+def _changes(own: Tensor, base: Tensor, n_permutations: int, seed: int) -> list[dict[str, float]]:
+    values = torch.cat([own, base]).flatten(1).double().numpy()
+    found = differences(values, np.arange(len(values)) < len(own), n_permutations, seed)
+    return [{"change": float(change), "d": float(d), "p": float(p)} for change, d, p in zip(*found, strict=True)]
+
+
+def _intervals(values: Tensor, seed: int) -> list[dict[str, Any]]:
+    """values: [n_prompts, n_layers, n_heads]. Of each head, over the prompts that have a number."""
+    flat = values.flatten(1)
+    return mean_intervals(flat[~flat.isnan().any(1)].double().numpy(), seed)
+
+
+class _Reading:
+    """One forward of each prompt, read for all three scores."""
+
+    def __init__(self, loaded: LoadedModel, targets: Sequence[Target], batch_size: int) -> None:
+        self._loaded, self._layout, self._batch_size = loaded, loaded.layout, batch_size
+        self._effects = DirectEffects(loaded, targets)
+        norms = [Site("head_result_norm", layer) for layer in range(self._layout.n_layers)]
+        self._norms = self._layout.pick(norms)
+        reach = [window_of(loaded.model), most_columns(loaded.model), loaded.context]
+        self._longest = min((each for each in reach if each is not None), default=None)
+
+    def over(self, texts: Sequence[str], words: Sequence[str], progress: Any) -> Measured:
+        """Padding changes nothing: it is on the right, where no token looks."""
+        pattern = whole_words(words) if words else None
+        found = []
+        for start in range(0, len(texts), self._batch_size):
+            some = [self._encoded(text, pattern) for text in texts[start : start + self._batch_size]]
+            marks = padded([list(map(int, marked)) for _, marked in some]).ids.bool()
+            found.append(self._batch(padded([ids for ids, _ in some]), marks))
+            progress.update(len(some))
+        return Measured(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+    def _encoded(self, text: str, pattern: Any) -> tuple[list[int], list[bool]]:
+        """Token ids, and which of them are in keywords."""
+        if pattern is None:
+            ids = self._loaded.tokenizer(text)["input_ids"]
+            marks = [False] * len(ids)
+        else:
+            ids, marks = tokens_within(self._loaded.tokenizer, text, pattern)
+        if not ids or (self._longest is not None and len(ids) > self._longest):
+            raise PromptError(
+                f"a prompt of {len(ids)} tokens cannot be screened: 1 to {self._longest} can, for all of it must be seen by its last "
+                f"token. It begins {text[:40]!r}."
+            )
+        return ids, marks
+
+    def _batch(self, batch: Batch, marks: Tensor) -> Measured:
+        """marks: [batch, pos]: the tokens of keywords."""
+        loaded, layout = self._loaded, self._layout
+        given = inputs(loaded.model, batch)
+        if "logits_to_keep" in forward_takes(loaded.model):
+            given["logits_to_keep"] = 1
+        keep = Kept(*batch.mask.nonzero(as_tuple=True))
+        taps = {**self._norms, **self._effects.taps}
+        with (
+            torch.no_grad(),
+            reading_patterns(loaded.model, layout) as patterns,
+            capturing(loaded.model, taps, layout.embedding, lambda *_: keep, len(batch.ids)) as recording,
+        ):
+            loaded.model(**given)
+            attention = torch.stack([_above_uniform(patterns[n], batch.mask, marks) for n in range(layout.n_layers)], 1)
+        lengths = batch.mask.sum(1)
+        last = lengths.cumsum(0) - 1
+        strength = torch.stack([_mean_a_row(recording.rows[key], lengths) for key in self._norms], 1)
+        return Measured(strength, attention, self._effects.of({k: v[last] for k, v in recording.rows.items()}))
+
+
+def _mean_a_row(values: Tensor, lengths: Tensor) -> Tensor:
+    """values: [real tokens, n_heads], row after row. Returns [batch, n_heads]."""
+    return torch.stack([each.float().mean(0) for each in torch.split(values, lengths.tolist())])
+
+
+def _above_uniform(pattern: Tensor, mask: Tensor, marks: Tensor) -> Tensor:
+    """Attention to marked tokens less their part of what is visible: [batch, n_heads], the mean over positions that see both kinds.
+
+    pattern: [batch, n_heads, query_pos, key_pos]. mask: [batch, pos], the real tokens. marks: [batch, pos]. NaN where no position sees both.
+    """
+    marked = marks.to(pattern.device).float()
+    paid = torch.einsum("bhqk,bk->bhq", pattern.float(), marked)
+    n_seen = torch.arange(1, marked.shape[1] + 1, device=pattern.device)
+    n_marked = marked.cumsum(1)  # [batch, query_pos]
+    counts = (n_marked > 0) & (n_marked < n_seen) & mask.to(pattern.device)
+    above = (paid - (n_marked / n_seen)[:, None]) * counts[:, None]
+    return (above.sum(-1) / counts.sum(-1)[:, None]).cpu()

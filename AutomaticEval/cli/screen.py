@@ -1,0 +1,115 @@
+"""`main.py heads screen`: which heads react to categories of prompts; `heads plot`: figures of result files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from AutomaticEval.cli import options
+from AutomaticEval.cli.answers import BatchSize, SampleNum, Seed, number
+from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.errors import SelectionError
+
+if TYPE_CHECKING:
+    from AutomaticEval.analysis.profiles import Profile
+    from AutomaticEval.analysis.tokens import Target
+    from AutomaticEval.models.loading import LoadedModel
+
+
+@one_line_errors
+def screen(
+    model: options.Model = "demo",
+    profile: Annotated[str, typer.Option("--profile", help="baseline, extended, or a .toml file.")] = "baseline",
+    output: Annotated[
+        Path, typer.Option("--output", help="A .json file, or a folder for scores.json; figures go beside it.")
+    ] = Path("results"),
+    target: Annotated[
+        str | None, typer.Option("--target", help='A token, such as " thanks", in place of the category\'s keywords.')
+    ] = None,
+    against: Annotated[str | None, typer.Option("--against", help="Another, whose logit is taken off.")] = None,
+    permutations: Annotated[int, typer.Option("--permutations", min=1, help="For p.")] = 2000,
+    sample_num: SampleNum = None,
+    batch_size: BatchSize = 8,
+    seed: Seed = 42,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    load_in_8bit: options.LoadIn8Bit = False,
+    load_in_4bit: options.LoadIn4Bit = False,
+) -> None:
+    """Three scores of every head for every category: strength, attention to keywords, direct effect on logits."""
+    if (target is None) != (against is None):
+        raise SelectionError("a logit difference takes two tokens: give --target and --against.")
+    options.quiet_libraries()
+    from AutomaticEval.analysis.profiles import load_profile
+    from AutomaticEval.analysis.results import new_results, write_json
+    from AutomaticEval.analysis.screening import screen
+    from AutomaticEval.analysis.texts import drawn
+    from AutomaticEval.models.loading import LoadOptions, load_model
+    from AutomaticEval.report.figures import draw, names_of
+
+    file = output if output.suffix == ".json" else output / "scores.json"
+    new_results(file.parent, file.name, *names_of("screening"))
+    found = load_profile(profile)
+    prompts = {category: drawn(texts, sample_num, seed) for category, texts in found.prompts.items()}
+    loaded = load_model(model, options=LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit))
+    targets = _targets(loaded, found, target, against)
+    scores = screen(
+        loaded,
+        prompts,
+        found.keywords,
+        targets,
+        found.neutral,
+        n_permutations=permutations,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    settings: dict[str, Any] = {"model": model, "profile": profile, "permutations": permutations, "seed": seed}
+    settings["prompts"] = {category: len(texts) for category, texts in prompts.items()}
+    settings["targets"] = {
+        category: {name: loaded.tokenizer.convert_ids_to_tokens(ids) for name, ids in each._asdict().items()}
+        for category, each in targets.items()
+    }
+    result = {"kind": "screening", "settings": settings, "scores": scores}
+    write_json(file, result)
+    figures = draw(result, file.parent)
+    _say(scores)
+    typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
+
+
+def _targets(loaded: LoadedModel, profile: Profile, target: str | None, against: str | None) -> dict[str, Target]:
+    from AutomaticEval.analysis.screening import targets_of
+    from AutomaticEval.analysis.tokens import Target, one_token
+
+    if target is None or against is None:
+        return targets_of(loaded, profile)
+    both = Target([one_token(loaded.tokenizer, target)], [one_token(loaded.tokenizer, against)])
+    return dict.fromkeys(profile.keywords, both)
+
+
+def _say(scores: list[dict[str, Any]], most: int = 10) -> None:
+    rows = []
+    for each in sorted(scores, key=lambda each: -abs(each["strength"]["d"]))[:most]:
+        strength = each["strength"]
+        numbers = (f"{strength['d']:.2f}", f"{strength['p']:.3g}", number(each["attention"]), number(each["direct"]))
+        rows.append((f"{each['layer']}:{each['head']}", each["category"], *numbers))
+    columns = ("Head", "Category", "Strength: d", "p", "Attention above uniform", "Direct effect, logits")
+    options.print_table(f"The largest changes of strength, of {len(scores)} scores", columns, rows)
+
+
+@one_line_errors
+def plot(
+    files: Annotated[list[Path], typer.Argument(help="Result files: scores.json, sweep.json, ablation.json, …")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder for the figures. Default: beside each file.")
+    ] = None,
+) -> None:
+    """Draw result files again: head_reaction_heatmap.png, top_heads.png, comparison_heatmap.png, …"""
+    from AutomaticEval.analysis.results import read_json
+    from AutomaticEval.report.figures import draw
+
+    for file in files:
+        for figure in draw(read_json(file), output or file.parent):
+            typer.echo(f"Written:     {figure}")

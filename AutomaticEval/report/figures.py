@@ -1,0 +1,160 @@
+"""What is drawn of each kind of result file, as PNGs beside one another in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from AutomaticEval.errors import StoreError
+from AutomaticEval.report.bars import before_and_after, top_heads
+from AutomaticEval.report.heads import Panel, PerHead, heatmaps
+from AutomaticEval.store.files import new_file, prepare_file
+
+Result = Mapping[str, Any]
+SIGNIFICANT = 0.05
+
+
+def draw(result: Result, folder: Path) -> list[Path]:
+    """Draw a result, as its file holds it. Returns the figures. Raises StoreError for one without figures, PathExists."""
+    files = [folder / name for name in names_of(str(result.get("kind")))]
+    for file in files:
+        prepare_file(file, offer_overwrite=False)
+    for file in files:
+        with new_file(file) as partial:
+            try:
+                _FIGURES[result["kind"]][file.name](result, partial)
+            except KeyError as absent:
+                raise StoreError(f"a result of the kind {result['kind']!r} lacks {absent.args[0]!r}.") from None
+    return files
+
+
+def names_of(kind: str) -> list[str]:
+    if kind not in _FIGURES:
+        raise StoreError(f"there are no figures of {kind!r}; there are of {', '.join(_FIGURES)}.")
+    return list(_FIGURES[kind])
+
+
+def comparison_panels(pre: PerHead, fine: PerHead, change: PerHead) -> list[Panel]:
+    """Both on one scale of colours."""
+    unit = "R_h: mean L2 norm over tokens"
+    every = [value for value in (*pre.values(), *fine.values()) if value is not None]
+    ends = (min(every), max(every))
+    return [
+        Panel("Before fine-tuning", pre, unit, ends=ends),
+        Panel("After fine-tuning", fine, unit, ends=ends),
+        Panel("Change (after - before)", change, "change of R_h", diverging=True),
+    ]
+
+
+def _strength(result: Result, path: Path) -> None:
+    values = {(each["layer"], each["head"]): each["R_h"] for each in result["heads"]}
+    unit = f"mean L2 norm of {result['of']} over tokens"
+    heatmaps([Panel(f"Head strength, {result['model']}", values, unit)], path)
+
+
+def _comparison(result: Result, path: Path) -> None:
+    heatmaps(comparison_panels(*(_by_head(result[name]) for name in ("pre_tuned", "fine_tuned", "differences"))), path)
+
+
+def _by_head(named: Mapping[str, float]) -> PerHead:
+    found = {}
+    for name, value in named.items():
+        layer, _, head = name.partition(":")
+        found[int(layer), int(head)] = value
+    return found
+
+
+def _answers(result: Result, path: Path) -> None:
+    title = f"{result['settings']['model']}, {len(result['samples'])} prompts"
+    before_and_after(result["summary"], result["units"], title, path)
+
+
+def _recovered(result: Result, path: Path) -> None:
+    """Of pairs: how much of the logit difference came with the values."""
+    about = result["settings"]
+    title = f"{about['model']}, {len(result['samples'])} pairs: {about['site']} of {about['places']}"
+    known = {name: found for name, found in result["summary"].items() if found["mean"] is not None}
+    top_heads([(title, "part of the logit difference", known)], path)
+
+
+def _screened(result: Result, path: Path) -> None:
+    """A row a score, on one scale of colours; a column a category."""
+    panels = []
+    for score, (name, unit, _) in _SCORES.items():
+        known = [each[score][name] for each in result["scores"] if each[score][name] is not None]
+        ends = (min(known), max(known)) if known else None
+        for category, scores in _by_category(result).items():
+            values = {place: each[score][name] for place, each in scores.items()}
+            panels.append(Panel(f"{category}: {score}", values, unit, diverging=True, ends=ends))
+    heatmaps(panels, path, columns=len(_by_category(result)))
+
+
+_SCORES: dict[str, tuple[str, str, str]] = {
+    "strength": ("d", "Cohen's d against neutral", "Change of strength"),
+    "attention": ("mean", "attention above uniform", "Attention to keywords"),
+    "direct": ("mean", "logits", "Direct effect"),
+}
+"""Score -> its number, the unit, and a title."""
+
+
+def _by_category(result: Result) -> dict[str, dict[tuple[int, int], Any]]:
+    found: dict[str, dict[tuple[int, int], Any]] = {}
+    for each in result["scores"]:
+        found.setdefault(each["category"], {})[each["layer"], each["head"]] = each
+    return found
+
+
+def _screened_top(result: Result, path: Path) -> None:
+    panels = []
+    for score, (name, unit, title) in _SCORES.items():
+        changes = {}
+        for each in result["scores"]:
+            found, star = each[score], "*" if each[score].get("p", 1.0) < SIGNIFICANT else ""
+            if found[name] is not None:
+                label = f"{each['layer']}:{each['head']} {each['category']}{star}"
+                changes[label] = {"mean": found[name], "interval": found.get("interval")}
+        panels.append((f"{title}{f' (*: p < {SIGNIFICANT})' if score == 'strength' else ''}", unit, changes))
+    top_heads(panels, path)
+
+
+def _swept(result: Result, path: Path) -> None:
+    panels = [Panel(title, values, unit, diverging=True) for title, unit, values in _means(result)]
+    across = "Position, counted from the end" if "position" in result["places"][0] else "Head"
+    heatmaps(panels, path, across=across)
+
+
+def _means(result: Result) -> list[tuple[str, str, PerHead]]:
+    """Of each measure: title, unit, and its means."""
+    places, about = result["places"], result["settings"]
+    return [
+        (
+            f"{about['model']}: {name} ({about['site']})",
+            unit,
+            {_place(each): each[name]["mean"] for each in places},
+        )
+        for name, unit in result["units"].items()
+    ]
+
+
+def _place(each: Mapping[str, Any]) -> tuple[int, int]:
+    return each["layer"], each["head"] if "head" in each else each["position"]
+
+
+def _swept_top(result: Result, path: Path) -> None:
+    panels = []
+    for (title, unit, _), name in zip(_means(result), result["units"], strict=True):
+        own = {_place(each): each[name] for each in result["places"] if each[name]["mean"] is not None}
+        panels.append((title, unit, {f"{layer}:{place}": found for (layer, place), found in own.items()}))
+    top_heads(panels, path)
+
+
+_FIGURES: dict[str, dict[str, Callable[[Result, Path], None]]] = {
+    "strength": {"head_strength.png": _strength},
+    "comparison": {"comparison_heatmap.png": _comparison},
+    "screening": {"head_reaction_heatmap.png": _screened, "top_heads.png": _screened_top},
+    "ablation": {"ablation_sentiment_comparison.png": _answers},
+    "patching": {"patching_keyword_comparison.png": _answers},
+    "pairs": {"patching_recovered.png": _recovered},
+    "sweep": {"head_reaction_heatmap.png": _swept, "top_heads.png": _swept_top},
+}

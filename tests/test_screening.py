@@ -1,0 +1,384 @@
+"""Scores of heads: models whose answer is known, and the same numbers by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGS, FAMILIES, ROOT, build, n_hooks
+from scipy.stats import permutation_test
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from transformers import GPT2Config, GPTNeoConfig, PreTrainedTokenizerFast
+
+from AutomaticEval.analysis.direct import DirectEffects
+from AutomaticEval.analysis.permutation import differences
+from AutomaticEval.analysis.profiles import load_profile
+from AutomaticEval.analysis.reading import padded
+from AutomaticEval.analysis.screening import screen, targets_of
+from AutomaticEval.analysis.text_metrics import whole_words
+from AutomaticEval.analysis.texts import drawn
+from AutomaticEval.analysis.tokens import Target, first_tokens, target_of, tokens_within
+from AutomaticEval.errors import PromptError, SiteUnavailable, StoreError
+from AutomaticEval.models.heads import head_results
+from AutomaticEval.models.hooks import Kept, capturing
+from AutomaticEval.models.layout import find_layout
+from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.patterns import reading_patterns
+from AutomaticEval.report.figures import draw
+from AutomaticEval.sites import Site
+
+IDS = [5, 9, 33, 7, 120, 41, 8]
+PROMPTS = {
+    "gratitude": ["I want to thank you for the", "So many thanks to", "we thank all of", "a big thanks and"],
+    "neutral": ["I want to give you the", "So many people go to", "we know all of", "a big house and"],
+}
+KEYWORDS = {"gratitude": ["thank", "thanks"]}
+
+
+@pytest.fixture(params=list(FAMILIES))
+def model(request: pytest.FixtureRequest) -> Any:
+    return build(FAMILIES[request.param]())
+
+
+def read(model: Any, taps: dict[str, Any], sequences: Sequence[Sequence[int]]) -> Any:
+    """Key -> [real tokens, width]"""
+    batch = padded(sequences)
+    keep = Kept(*batch.mask.nonzero(as_tuple=True))
+    given = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+    embedding = find_layout(model).embedding
+    with torch.no_grad(), capturing(model, taps, embedding, lambda *_: keep, len(sequences)) as found:
+        model(**given, use_cache=False)
+    return found.rows
+
+
+def test_patterns_times_values_are_z(model: Any) -> None:
+    """The definition of attention, from the projection of the values; then the model attends as before."""
+    layout = find_layout(model)
+    kinds, before = ("v", "z"), (model.config._attn_implementation, n_hooks(model))
+    taps = layout.pick(Site(kind, layer) for layer in range(layout.n_layers) for kind in kinds)
+    with reading_patterns(model, layout) as patterns:
+        rows = read(model, taps, [IDS])
+        found = dict(patterns)
+    assert (model.config._attn_implementation, n_hooks(model)) == before
+    for layer in range(layout.n_layers):
+        v = rows[f"layer_{layer}.v"].view(len(IDS), layout.n_kv_heads, -1)
+        v = v.repeat_interleave(layout.n_heads // layout.n_kv_heads, 1)  # grouped queries
+        z = torch.einsum("hqk,khd->qhd", found[layer][0], v).flatten(1)
+        torch.testing.assert_close(z, rows[f"layer_{layer}.z"], atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_no_pattern_is_refused(tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layout, before = tiny_llama.model, tiny_llama.layout, n_hooks(tiny_llama.model)
+    attention = model.model.layers[1].self_attn
+    halve = attention.register_forward_hook(lambda module, args, out: (out[0], out[1] / 2))
+    refused = pytest.raises(SiteUnavailable, match=r"block 1 gives is no pattern: a position pays 1\.5")
+    with refused, torch.no_grad(), reading_patterns(model, layout):
+        model(torch.tensor([IDS]))
+    halve.remove()
+    drop = attention.register_forward_hook(lambda module, args, out: (out[0], None))
+    refused = pytest.raises(SiteUnavailable, match="block 1 gives no weights")
+    with refused, torch.no_grad(), reading_patterns(model, layout):
+        model(torch.tensor([IDS]))
+    drop.remove()
+    assert (model.config._attn_implementation, n_hooks(model)) == ("sdpa", before)
+
+    def cannot(name: str) -> None:
+        raise ValueError("no eager")
+
+    monkeypatch.setattr(model, "set_attn_implementation", cannot)
+    with pytest.raises(SiteUnavailable, match="cannot attend eagerly"), reading_patterns(model, layout):
+        pass
+
+
+TARGETS = [Target([11], [250]), Target([3, 4, 5], [77, 90])]
+
+
+def test_direct_effects_and_everything_else_are_the_logit_difference(model: Any, tokenizer: Any) -> None:
+    """Of all heads, of their biases, of the MLPs and the embedding, in float64 through the norm with its size left as it was."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases and gains that are not 0 and 1
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    loaded = LoadedModel(model, tokenizer, "tiny")
+    effects, layout = DirectEffects(loaded, TARGETS), loaded.layout
+    every = range(layout.n_layers)
+    sites = [Site("embed"), Site("logits"), *(Site(kind, n) for n in every for kind in ("attn_out", "mlp_out"))]
+    rows = {key: value[-1:] for key, value in read(model, effects.taps | layout.pick(sites), [IDS]).items()}
+    found = effects.of(rows)  # [1, n_targets, n_layers, n_heads]
+    last, norm = rows["final_norm_input"][0].double(), model.get_submodule(layout.taps[Site("final_norm")].module)
+
+    def through(part: Tensor, module: Any, at: Tensor) -> Tensor:
+        """The change of a norm's output along a part, its size held: the derivative without that of the size."""
+        module = module.double()
+        gave = module(at) - module(torch.zeros_like(at))
+        centred = at - at.mean() if "LayerNorm" in type(module).__name__ else at
+        part = part - part.mean() if "LayerNorm" in type(module).__name__ else part
+        size = (centred @ centred) / (centred @ (gave / gain(module)))
+        module.float()
+        return gain(module) * part / size
+
+    def gain(module: Any) -> Tensor:
+        weight = module.weight.double()
+        return 1 + weight if "Gemma" in type(module).__name__ else weight
+
+    @torch.no_grad()
+    def difference(stream: Tensor, target: Target) -> float:
+        unembedding = model.get_output_embeddings().weight.double()
+        return float((unembedding[target.answer].mean(0) - unembedding[target.against].mean(0)) @ stream)
+
+    for number, target in enumerate(TARGETS):
+        for layer in every:
+            tap = layout.taps[Site("attn_out", layer)]
+            projection = model.get_submodule(layout.taps[Site("z", layer)].module)
+            parts = head_results(rows[f"layer_{layer}.z"][0], projection, layout.n_heads).double()
+            if layer in effects._post:
+                given = rows[f"{layer}.given"][0].double()
+                parts = torch.stack([through(part, model.get_submodule(tap.module), given) for part in parts])
+            expected = [difference(through(part * tap.scale, norm, last), target) for part in parts]
+            assert found[0, number, layer].tolist() == pytest.approx(expected, abs=1e-5, rel=1e-4)
+        whole = sum(
+            difference(through(rows[f"layer_{n}.{k}"][0].double(), norm, last), target)
+            for n in every
+            for k in ("attn_out", "mlp_out")
+        )
+        whole += difference(through(rows["embeddings"][0].double(), norm, last), target)
+        offset = getattr(norm, "bias", None)
+        whole += 0.0 if offset is None else difference(offset.double(), target)
+        bias = getattr(model.get_output_embeddings(), "bias", None)
+        if bias is not None:
+            whole += float((bias[target.answer].mean() - bias[target.against].mean()).detach())
+        logits = rows["logits"][0].double()
+        if getattr(model.config, "final_logit_softcapping", None):
+            cap = model.config.final_logit_softcapping
+            logits = torch.atanh(logits / cap) * cap
+        logits = logits * getattr(model.config, "logits_scaling", 1.0)
+        told = float(logits[target.answer].mean() - logits[target.against].mean())
+        assert whole == pytest.approx(told, abs=1e-4, rel=1e-4)
+
+
+def test_an_unembedding_that_reads_something_else_is_refused(tokenizer: Any) -> None:
+    model = build(CONFIGS["llama"]())
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    with pytest.raises(SiteUnavailable, match="not what its final norm gives"):
+        DirectEffects(LoadedModel(model, tokenizer, "tiny"), TARGETS)
+
+
+def of_words() -> Any:
+    """A tokenizer whose tokens are the words of PROMPTS."""
+    words = sorted({word for texts in PROMPTS.values() for text in texts for word in text.split()})
+    made = Tokenizer(WordLevel({"?": 0, **{word: number for number, word in enumerate(words, 1)}}, unk_token="?"))
+    made.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def constructed() -> LoadedModel:
+    """One block of two heads. Head 0 attends to keywords, and writes the direction of token 11; head 1 attends to all alike, writes nothing."""
+    config = GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=64, tie_word_embeddings=False)
+    model = build(config)
+    tokenizer = of_words()
+    own = tokenizer("thank thanks")["input_ids"]
+    block, zeros = model.transformer.h[0], torch.nn.init.zeros_
+    with torch.no_grad():
+        for parameter in (model.transformer.wpe.weight, *block.attn.parameters(), *block.mlp.parameters()):
+            zeros(parameter)
+        model.transformer.wte.weight.mul_(0.1)[:, 0] = 0
+        model.transformer.wte.weight[own, 0] = 5.0  # keywords are told by the first feature
+        block.attn.c_attn.bias[0] = 30.0  # q of head 0 looks at feature 0 of its keys
+        block.attn.c_attn.weight[0, 32] = 10.0
+        block.attn.c_attn.weight[0, 64] = 1.0  # v of head 0: that feature; of head 1: another
+        block.attn.c_attn.weight[1, 64 + 16] = 1.0
+        direction = model.lm_head.weight[11] - model.lm_head.weight[250]
+        block.attn.c_proj.weight[0] = (
+            0.01 * direction
+        )  # small beside the stream, so that it does not make the norm's size
+    return LoadedModel(model, tokenizer, "constructed")
+
+
+def test_heads_whose_answer_is_known(same_hooks_after: Any) -> None:
+    loaded = constructed()
+    same_hooks_after(loaded.model)
+    target = {"gratitude": Target([11], [250])}
+    scores = screen(loaded, PROMPTS, KEYWORDS, target, n_permutations=500)
+    assert [(each["layer"], each["head"], each["category"]) for each in scores] == [
+        (0, 0, "gratitude"),
+        (0, 1, "gratitude"),
+    ]
+    attending, uniform = scores
+    assert attending["attention"]["mean"] > 0.5
+    assert attending["strength"]["change"] > 0
+    assert attending["strength"]["d"] > 2
+    assert attending["strength"]["p"] < 0.05
+    assert attending["direct"]["mean"] > 3 * abs(attending["direct"]["neutral"]) > 0
+    assert uniform["attention"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert uniform["strength"] == {"change": 0.0, "d": 0.0, "p": 1.0}
+    assert uniform["direct"]["mean"] == uniform["direct"]["neutral"] == 0.0
+    assert uniform["direct"]["n"] == uniform["attention"]["n"] == 4
+
+
+def test_scores_are_those_of_each_prompt_by_itself(tiny: LoadedModel) -> None:
+    """Strength from results, attention from the softmax of transformers' own output, prompt by prompt, whatever the batch."""
+    target = {"gratitude": Target([11], [250])}
+    found = screen(tiny, PROMPTS, KEYWORDS, target, n_permutations=10, batch_size=3)
+    alone = screen(tiny, PROMPTS, KEYWORDS, target, n_permutations=10, batch_size=1)
+    layout, tokenizer = tiny.layout, tiny.tokenizer
+    taps = layout.pick(Site("z", layer) for layer in range(layout.n_layers))
+    strengths: dict[str, list[Tensor]] = {name: [] for name in PROMPTS}
+    attention = []
+    before = tiny.model.config._attn_implementation
+    for name, texts in PROMPTS.items():
+        for text in texts:
+            ids = tokenizer(text)["input_ids"]
+            rows = read(tiny.model, taps, [ids])
+            per_layer = []
+            for layer in range(layout.n_layers):
+                projection = tiny.model.get_submodule(layout.taps[Site("z", layer)].module)
+                results = head_results(rows[f"layer_{layer}.z"], projection, layout.n_heads)
+                per_layer.append(results.norm(dim=-1).mean(0))
+            strengths[name].append(torch.stack(per_layer))
+            if name == "gratitude":
+                _, marks = tokens_within(tokenizer, text, whole_words(KEYWORDS["gratitude"]))
+                tiny.model.set_attn_implementation("eager")
+                with torch.no_grad():
+                    patterns = tiny.model(torch.tensor([ids]), output_attentions=True).attentions
+                tiny.model.set_attn_implementation(before)
+                per_position = []
+                for q in range(len(ids)):
+                    marked = [k for k in range(q + 1) if marks[k]]
+                    if 0 < len(marked) < q + 1:
+                        paid = torch.stack([pattern[0, :, q, marked].sum(-1) for pattern in patterns])
+                        per_position.append(paid - len(marked) / (q + 1))
+                attention.append(torch.stack(per_position).mean(0))
+    for score, other in zip(found, alone, strict=True):
+        layer, head = score["layer"], score["head"]
+        own, base = (np.array([float(each[layer, head]) for each in strengths[name]]) for name in PROMPTS)
+        pooled = np.sqrt((own.var(ddof=1) * 3 + base.var(ddof=1) * 3) / 6)
+        assert score["strength"]["change"] == pytest.approx(own.mean() - base.mean(), abs=1e-5)
+        assert score["strength"]["d"] == pytest.approx((own.mean() - base.mean()) / pooled, rel=1e-3, abs=1e-4)
+        expected = float(torch.stack(attention)[:, layer, head].mean())
+        assert score["attention"]["mean"] == pytest.approx(expected, abs=1e-5)
+        for name in ("attention", "direct"):
+            assert score[name]["mean"] == pytest.approx(other[name]["mean"], abs=1e-4)
+    assert len({score["strength"]["d"] for score in found}) == len(found)  # no two heads tie
+
+
+def test_permutations_are_those_of_scipy() -> None:
+    """One column: the plain permutation test, here with all 252 permutations; and a column that is pure chance costs the others nothing."""
+    draw = np.random.default_rng(0)
+    values = np.concatenate([draw.normal(1.0, 1, 5), draw.normal(0, 1, 5)])[:, None]
+    labels = np.arange(10) < 5
+    exact = permutation_test(
+        (values[:5, 0], values[5:, 0]), lambda a, b: abs(a.mean() - b.mean()), n_resamples=10_000, alternative="greater"
+    )
+    found = differences(values, labels, n_permutations=20_000)
+    assert found.p[0] == pytest.approx(exact.pvalue, abs=0.01)
+    pooled = np.sqrt((values[:5].var(ddof=1) + values[5:].var(ddof=1)) / 2)
+    assert found.d[0] == pytest.approx((values[:5].mean() - values[5:].mean()) / pooled)
+    constant = differences(np.hstack([values, np.full((10, 1), 3.0)]), labels, n_permutations=2000)
+    assert (constant.d[1], constant.p[1], constant.change[1]) == (0, 1, 0)
+
+
+def test_p_is_corrected_over_heads() -> None:
+    """Where labels mean nothing, the smallest p of 50 heads is below 0.05 in about one of twenty draws, not in nearly all."""
+    draw = np.random.default_rng(1)
+    labels = np.arange(24) < 12
+    smallest = np.array([differences(draw.normal(size=(24, 50)), labels, 200, seed).p.min() for seed in range(120)])
+    assert (smallest <= 0.05).mean() < 0.12
+    strong = draw.normal(size=(24, 50))
+    strong[:12, 7] += 4
+    found = differences(strong, labels, 500)
+    assert found.p[7] == pytest.approx(1 / 501)
+    assert (np.delete(found.p, 7) > 0.05).all()
+
+
+def test_tokens_of_words(tokenizer: Any) -> None:
+    text = "Thanks a lot, but unthankful"
+    ids, marks = tokens_within(tokenizer, text, whole_words(["thanks", "thankful"]))
+    pieces = [tokenizer.decode([token]) for token, marked in zip(ids, marks, strict=True) if marked]
+    assert "".join(pieces).strip() == "Thanks"
+    with pytest.raises(PromptError, match="same first tokens"):
+        target_of(tokenizer, ["thanks"], ["thanks"])
+
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(PromptError, match="Slow does not tell"):
+        tokens_within(Slow(), text, re.compile("a"))
+    assert first_tokens(tokenizer, ["red"]) != []
+
+
+def test_what_cannot_be_screened(tokenizer: Any, tiny_llama: LoadedModel) -> None:
+    target = {"gratitude": Target([11], [250])}
+    with pytest.raises(PromptError, match="neutral has 1 prompts"):
+        screen(tiny_llama, {**PROMPTS, "neutral": ["one"]}, KEYWORDS, target)
+    config = GPTNeoConfig(
+        vocab_size=400,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=64,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        max_position_embeddings=64,
+    )
+    narrow = LoadedModel(build(config), tokenizer, "narrow")
+    with pytest.raises(PromptError, match=r"1 to 4 can.*It begins 'I want to"):
+        screen(narrow, PROMPTS, KEYWORDS, target)
+    assert not n_hooks(narrow.model)
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    whole = [sys.executable, str(ROOT / "main.py"), "heads", *arguments]
+    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
+    done = command("screen", "--sample_num", "6", "--permutations", "50", "--output", "scores.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert len(found["scores"]) == 4 * 4 * 3
+    assert found["settings"]["prompts"] == dict.fromkeys(["gratitude", "anger", "apology", "neutral"], 6)
+    profile = load_profile("baseline")
+    prompts = {category: drawn(texts, 6, 42) for category, texts in profile.prompts.items()}
+    expected = screen(demo, prompts, profile.keywords, targets_of(demo, profile), n_permutations=50)
+    assert found["scores"] == expected
+    figures = ["head_reaction_heatmap.png", "top_heads.png"]
+    again = command("plot", "scores.json", "--output", "figures", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    for name in figures:
+        assert (tmp_path / name).read_bytes() == (tmp_path / "figures" / name).read_bytes()
+    kept = command("plot", "scores.json", cwd=tmp_path)
+    assert (kept.returncode, kept.stderr.startswith("PathExists")) == (2, True)
+    asked = ["--sample_num", "3", "--permutations", "5", "--target", "a", "--against", "b", "--output", "two"]
+    done = command("screen", *asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two" / "scores.json").read_text())["settings"]["targets"]["anger"] == {
+        "answer": ["a"],
+        "against": ["b"],
+    }
+    alone = command("screen", "--target", "a", "--output", "three", cwd=tmp_path)
+    assert (alone.returncode, "takes two tokens" in alone.stderr) == (2, True)
+    assert not (tmp_path / "three").exists()
+
+
+def test_what_cannot_be_drawn(tmp_path: Path) -> None:
+    for result, says in (
+        ({"kind": "poem"}, "no figures of 'poem'; there are of strength"),
+        ({}, "no figures of 'None'"),
+        ({"kind": "sweep", "places": [{"head": 0}], "settings": {}}, "of the kind 'sweep' lacks"),
+    ):
+        with pytest.raises(StoreError, match=says):
+            draw(result, tmp_path)
+    assert not list(tmp_path.iterdir())
