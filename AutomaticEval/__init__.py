@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         generate_inference_with_activations as generate_inference_with_activations,
     )
     from AutomaticEval.capture.continuations import score_continuations as score_continuations
+    from AutomaticEval.capture.features import ExtractSingleSample as ExtractSingleSample
+    from AutomaticEval.capture.features import FromHuggingFace as FromHuggingFace
     from AutomaticEval.evaluation.evaluating import evaluate_with_activations as evaluate_with_activations
     from AutomaticEval.evaluation.extraction import extract_answer as extract_answer
     from AutomaticEval.evaluation.hf_activations import HFActivations as HFActivations
@@ -43,6 +45,8 @@ _HOMES = {
     "HFActivations": "evaluation.hf_activations",
     "answer_benchmark_question": "evaluation.questions",
     "answer_benchmark_question_with_activations": "evaluation.questions",
+    "ExtractSingleSample": "capture.features",
+    "FromHuggingFace": "capture.features",
     "Edit": "models.editing",
     "editing": "models.editing",
     "load_model": "models.loading",

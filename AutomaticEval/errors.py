@@ -7,7 +7,8 @@
     │   └── UnknownPositions
     ├── PromptError                     the question itself
     │   ├── EmptyPrompt
-    │   └── PromptTooLong
+    │   ├── PromptTooLong
+    │   └── DatasetUnavailable
     ├── ModelError                      the model cannot be had, or cannot be captured
     │   ├── ModelUnavailable
     │   ├── DeviceUnavailable
@@ -75,6 +76,10 @@ class EmptyPrompt(PromptError):
 
 class PromptTooLong(PromptError):
     """The prompt does not fit into the model's context."""
+
+
+class DatasetUnavailable(PromptError):
+    """Texts cannot be had: no such data set, or not reachable."""
 
 
 class ModelError(AutomaticEvalError):

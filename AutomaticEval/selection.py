@@ -1,7 +1,7 @@
 """What to keep: sites x layers x positions, and in how many bits.
 
 Positions are derived from the sequence alone: P prompt tokens and R response tokens give P + R - 1
-positions, because the last token is never fed to the model. Knows nothing of models or files.
+positions, because the last token is never fed to the model; a text without a response is fed to its end. Knows nothing of models or files.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Positions:
 
     def resolve(self, n_prompt: int, n_response: int) -> range:
         """The positions kept of a sequence of n_prompt + n_response tokens, ascending."""
-        end = n_prompt + n_response - 1
+        end = n_prompt + max(n_response - 1, 0)
         whole = {
             "all": range(end),
             "prompt": range(n_prompt),

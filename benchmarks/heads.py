@@ -19,10 +19,11 @@ from gauges import peak_memory, seconds
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from AutomaticEval.analysis.profiles import load_profile
-from AutomaticEval.analysis.reading import Reader, padded
+from AutomaticEval.analysis.reading import Reader
 from AutomaticEval.analysis.strength import ActivationExtractor
 from AutomaticEval.analysis.sweep import sweep_of_answers
 from AutomaticEval.analysis.sweeping import SWEPT_TOGETHER
+from AutomaticEval.capture.forwards import padded
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 

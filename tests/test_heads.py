@@ -28,7 +28,7 @@ from AutomaticEval import (
 from AutomaticEval.analysis.compare import same_inputs
 from AutomaticEval.analysis.patching import read_pairs
 from AutomaticEval.analysis.profiles import load_profile
-from AutomaticEval.analysis.texts import drawn, read_texts
+from AutomaticEval.capture.texts import drawn, read_texts
 from AutomaticEval.errors import ModelError, PathExists, PromptError, SelectionError, SiteUnavailable, StoreError
 from AutomaticEval.models.heads import head_results, output_weight
 from AutomaticEval.models.hooks import Kept, capturing
@@ -417,7 +417,7 @@ def test_models_of_other_heads_are_not_compared(tiny_llama: LoadedModel) -> None
     ("written", "says"),
     [
         ('{"input": "a"}\n{"input": " "}\n', r"line 2, field 'input': an empty text"),
-        ('{"input": "a"}\n{"prompt": "b"}\n', r"line 2: none of the fields input, text, question; found prompt"),
+        ('{"input": "a"}\n{"body": "b"}\n', r"line 2: none of the fields text, input, question, prompt\. Found body"),
         ('{"input": "a"}\n{"text"\n', "line 2: not JSON"),
         ('["a", 3]', "item 2: int, not a text"),
         ("[]", "holds no texts"),

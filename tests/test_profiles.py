@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from AutomaticEval.analysis.profiles import Profile, load_profile
+from AutomaticEval.errors import PromptError
 
 SIZES = {"baseline": 70, "extended": 100}
 
@@ -61,3 +63,19 @@ def test_the_larger_profile_begins_with_the_smaller() -> None:
     small, large = load_profile("baseline"), load_profile("extended")
     assert all(large.prompts[category][:70] == texts for category, texts in small.prompts.items())
     assert small.keywords == large.keywords
+
+
+@pytest.mark.parametrize(
+    ("toml", "line", "says"),
+    [
+        ('[keywords]\na = "thank"', '{"category": "a", "text": "b"}', "keywords of 'a' are no list of words: 'thank'"),
+        ('keywords = ["thank"]', '{"category": "a", "text": "b"}', "keywords is no table"),
+        ('[keywords]\na = [""]', '{"category": "a", "text": "b"}', "are no list of words"),
+        ("", '{"category": "a", "text": null}', "line 1: an empty text, or no text"),
+    ],
+)
+def test_profiles_that_are_not_what_they_should(toml: str, line: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(line)
+    (tmp_path / "mine.toml").write_text(f'neutral = "a"\nprompts = "mine.jsonl"\n{toml}')
+    with pytest.raises(PromptError, match=says):
+        load_profile(tmp_path / "mine.toml")

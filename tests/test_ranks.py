@@ -18,7 +18,7 @@ from conftest import ROOT
 from test_evaluation import own_tasks
 
 from AutomaticEval import open_run
-from AutomaticEval.evaluation.ranks import Ranks, join_ranks
+from AutomaticEval.ranks import Ranks, join_ranks
 from AutomaticEval.store.reader import Run
 
 assert own_tasks  # a fixture

@@ -20,22 +20,22 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import GPT2Config, GPTNeoConfig, PreTrainedTokenizerFast
+from transformers import DiffLlamaConfig, GPT2Config, GPTNeoConfig, PreTrainedTokenizerFast
 
-from AutomaticEval.analysis.direct import DirectEffects
+from AutomaticEval.analysis.direct import DirectEffects, _unembedded
 from AutomaticEval.analysis.permutation import differences
 from AutomaticEval.analysis.profiles import load_profile
-from AutomaticEval.analysis.reading import padded
-from AutomaticEval.analysis.screening import screen, targets_of
+from AutomaticEval.analysis.screening import screen
 from AutomaticEval.analysis.text_metrics import whole_words
-from AutomaticEval.analysis.texts import drawn
-from AutomaticEval.analysis.tokens import Target, first_tokens, target_of, tokens_within
+from AutomaticEval.analysis.tokens import Target, first_tokens, targets_of, tokens_within
+from AutomaticEval.capture.forwards import padded
+from AutomaticEval.capture.texts import drawn
 from AutomaticEval.errors import PromptError, SiteUnavailable, StoreError
 from AutomaticEval.models.heads import head_results
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.layout import find_layout
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.patterns import reading_patterns
+from AutomaticEval.models.patterns import check_patterns, reading_patterns
 from AutomaticEval.report.figures import draw
 from AutomaticEval.sites import Site
 
@@ -70,7 +70,7 @@ def test_patterns_times_values_are_z(model: Any) -> None:
     taps = layout.pick(Site(kind, layer) for layer in range(layout.n_layers) for kind in kinds)
     with reading_patterns(model, layout) as patterns:
         rows = read(model, taps, [IDS])
-        found = dict(patterns)
+        found = [patterns[layer] for layer in range(layout.n_layers)]
     assert (model.config._attn_implementation, n_hooks(model)) == before
     for layer in range(layout.n_layers):
         v = rows[f"layer_{layer}.v"].view(len(IDS), layout.n_kv_heads, -1)
@@ -83,14 +83,16 @@ def test_what_is_no_pattern_is_refused(tiny_llama: LoadedModel, monkeypatch: pyt
     model, layout, before = tiny_llama.model, tiny_llama.layout, n_hooks(tiny_llama.model)
     attention = model.model.layers[1].self_attn
     halve = attention.register_forward_hook(lambda module, args, out: (out[0], out[1] / 2))
-    refused = pytest.raises(SiteUnavailable, match=r"block 1 gives is no pattern: a position pays 1\.5")
-    with refused, torch.no_grad(), reading_patterns(model, layout):
+    refused = pytest.raises(SiteUnavailable, match=r"block 1 gives is no pattern: a position pays 0\.5")
+    with refused, torch.no_grad(), reading_patterns(model, layout) as patterns:
         model(torch.tensor([IDS]))
+        patterns[1]
     halve.remove()
     drop = attention.register_forward_hook(lambda module, args, out: (out[0], None))
     refused = pytest.raises(SiteUnavailable, match="block 1 gives no weights")
-    with refused, torch.no_grad(), reading_patterns(model, layout):
+    with refused, torch.no_grad(), reading_patterns(model, layout) as patterns:
         model(torch.tensor([IDS]))
+        patterns[1]
     drop.remove()
     assert (model.config._attn_implementation, n_hooks(model)) == ("sdpa", before)
 
@@ -168,6 +170,24 @@ def test_direct_effects_and_everything_else_are_the_logit_difference(model: Any,
         assert whole == pytest.approx(told, abs=1e-4, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["plain", "wrapped"])
+def test_several_tokens_in_bfloat16(kind: str, tokenizer: Any) -> None:
+    """What all tokens' unembeddings share cancels out exactly, however many there are on either side."""
+    model = build(CONFIGS["llama"]()).to(torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight.add_(3 * model.lm_head.weight.std() * torch.randn(1, 32, dtype=torch.bfloat16))
+    target = Target(list(range(15)), list(range(100, 137)))
+    rows = model.lm_head.weight.detach().double()
+    expected = (rows[target.answer].mean(0) - rows[target.against].mean(0)).float()
+    if kind == "wrapped":  # no plain projection: by derivatives
+
+        class Wrapped(torch.nn.Linear):
+            pass
+
+        model.lm_head.__class__ = Wrapped
+    torch.testing.assert_close(_unembedded(model, [target], 32)[0], expected, atol=1e-6, rtol=1e-5)
+
+
 def test_an_unembedding_that_reads_something_else_is_refused(tokenizer: Any) -> None:
     model = build(CONFIGS["llama"]())
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
@@ -225,6 +245,19 @@ def test_heads_whose_answer_is_known(same_hooks_after: Any) -> None:
     assert uniform["strength"] == {"change": 0.0, "d": 0.0, "p": 1.0}
     assert uniform["direct"]["mean"] == uniform["direct"]["neutral"] == 0.0
     assert uniform["direct"]["n"] == uniform["attention"]["n"] == 4
+
+
+def test_categories_without_keywords_and_what_is_neutral(tiny_llama: LoadedModel) -> None:
+    """They have strengths; the neutral one has no score, keywords or not."""
+    prompts = {**PROMPTS, "other": ["It is late in", "So he went to the"]}
+    words = {**KEYWORDS, "neutral": ["house"]}
+    found = screen(tiny_llama, prompts, words, {"gratitude": Target([11], [250])}, n_permutations=5)
+    assert {each["category"] for each in found} == {"gratitude", "other"}
+    other = next(each for each in found if each["category"] == "other")
+    assert np.isfinite(other["strength"]["d"])
+    assert (other["attention"]["mean"], other["direct"]["mean"]) == (None, None)
+    without = screen(tiny_llama, PROMPTS, {}, n_permutations=5)
+    assert {each["direct"]["mean"] for each in without} == {None}
 
 
 def test_scores_are_those_of_each_prompt_by_itself(tiny: LoadedModel) -> None:
@@ -289,6 +322,17 @@ def test_permutations_are_those_of_scipy() -> None:
     assert (constant.d[1], constant.p[1], constant.change[1]) == (0, 1, 0)
 
 
+def test_rounding_is_no_difference_and_nan_is_no_number() -> None:
+    draw = np.random.default_rng(2)
+    labels = np.arange(12) < 6
+    noise = 1 + 5e-8 * (labels + 0.1 * draw.normal(size=12))  # as float32 rounds with the length of a prompt
+    found = differences(np.stack([noise, draw.normal(size=12), np.where(labels, np.nan, 1.0)], 1), labels, 200)
+    assert (found.d[0], found.p[0]) == (0, 1)
+    assert np.isfinite(found.d[1])
+    assert found.p[1] < 1.01
+    assert np.isnan([found.d[2], found.p[2]]).all()
+
+
 def test_p_is_corrected_over_heads() -> None:
     """Where labels mean nothing, the smallest p of 50 heads is below 0.05 in about one of twenty draws, not in nearly all."""
     draw = np.random.default_rng(1)
@@ -307,21 +351,36 @@ def test_tokens_of_words(tokenizer: Any) -> None:
     ids, marks = tokens_within(tokenizer, text, whole_words(["thanks", "thankful"]))
     pieces = [tokenizer.decode([token]) for token, marked in zip(ids, marks, strict=True) if marked]
     assert "".join(pieces).strip() == "Thanks"
-    with pytest.raises(PromptError, match="same first tokens"):
-        target_of(tokenizer, ["thanks"], ["thanks"])
+    with pytest.raises(PromptError, match="no token tells the keywords of 'one'"):
+        targets_of(tokenizer, {"one": ["thanks"], "two": ["thanks"]})
 
     class Slow:
         is_fast = False
 
     with pytest.raises(PromptError, match="Slow does not tell"):
         tokens_within(Slow(), text, re.compile("a"))
-    assert first_tokens(tokenizer, ["red"]) != []
+    told = tokenizer.convert_ids_to_tokens(first_tokens(tokenizer, ["thanks", "red"]))
+    assert told == ["Ġth", "re"]  # " red" begins with a space alone, which tells nothing
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_patterns_that_do_not_weigh_the_values(tokenizer: Any) -> None:
+    """DiffLlama's heads read differences of two patterns, of which its attention gives one."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = build(DiffLlamaConfig(vocab_size=400, num_key_value_heads=4, **sizes))
+    with pytest.raises(SiteUnavailable, match="pattern of block 0 is not what its heads read"):
+        check_patterns(model, find_layout(model))
 
 
 def test_what_cannot_be_screened(tokenizer: Any, tiny_llama: LoadedModel) -> None:
     target = {"gratitude": Target([11], [250])}
     with pytest.raises(PromptError, match="neutral has 1 prompts"):
         screen(tiny_llama, {**PROMPTS, "neutral": ["one"]}, KEYWORDS, target)
+    with pytest.raises(PromptError, match="'neutral' and another category are needed"):
+        screen(tiny_llama, {"gratitude": PROMPTS["gratitude"]}, KEYWORDS, target)
+    for bad in (Target([3], [3]), Target([], [3]), Target([3], [4000])):
+        with pytest.raises(PromptError, match=r"Target\(answer="):
+            screen(tiny_llama, PROMPTS, KEYWORDS, {"gratitude": bad})
     config = GPTNeoConfig(
         vocab_size=400,
         hidden_size=32,
@@ -352,13 +411,21 @@ def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     assert found["settings"]["prompts"] == dict.fromkeys(["gratitude", "anger", "apology", "neutral"], 6)
     profile = load_profile("baseline")
     prompts = {category: drawn(texts, 6, 42) for category, texts in profile.prompts.items()}
-    expected = screen(demo, prompts, profile.keywords, targets_of(demo, profile), n_permutations=50)
+    expected = screen(demo, prompts, profile.keywords, n_permutations=50)
     assert found["scores"] == expected
     figures = ["head_reaction_heatmap.png", "top_heads.png"]
     again = command("plot", "scores.json", "--output", "figures", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     for name in figures:
         assert (tmp_path / name).read_bytes() == (tmp_path / "figures" / name).read_bytes()
+    both = command("plot", "scores.json", "figures/../scores.json", "--output", "other", cwd=tmp_path)
+    assert (both.returncode, "two of these results draw" in both.stderr, (tmp_path / "other").exists()) == (
+        2,
+        True,
+        False,
+    )
+    over = command("plot", "scores.json", "--overwrite", cwd=tmp_path)
+    assert over.returncode == 0, over.stderr
     kept = command("plot", "scores.json", cwd=tmp_path)
     assert (kept.returncode, kept.stderr.startswith("PathExists")) == (2, True)
     asked = ["--sample_num", "3", "--permutations", "5", "--target", "a", "--against", "b", "--output", "two"]
@@ -377,7 +444,7 @@ def test_what_cannot_be_drawn(tmp_path: Path) -> None:
     for result, says in (
         ({"kind": "poem"}, "no figures of 'poem'; there are of strength"),
         ({}, "no figures of 'None'"),
-        ({"kind": "sweep", "places": [{"head": 0}], "settings": {}}, "of the kind 'sweep' lacks"),
+        ({"kind": "sweep", "places": [{"head": 0}], "settings": {}}, "no whole result of the kind 'sweep': KeyError"),
     ):
         with pytest.raises(StoreError, match=says):
             draw(result, tmp_path)

@@ -21,9 +21,9 @@ from AutomaticEval.analysis.ablation import Ablation, reference_z
 from AutomaticEval.analysis.patching import Pair, recovered, told_apart
 from AutomaticEval.analysis.profiles import load_profile
 from AutomaticEval.analysis.sweep import sweep_of_answers
-from AutomaticEval.analysis.sweeping import sweep_pairs
+from AutomaticEval.analysis.sweeping import sweep_pairs, sweep_prompts
 from AutomaticEval.capture.generation import Sampling, respond
-from AutomaticEval.errors import EditError, PromptError
+from AutomaticEval.errors import EditError, OtherSettings, PromptError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel
@@ -131,6 +131,16 @@ def test_positions_of_prompts_are_taken_out(site: str, mode: str, tiny_llama: Lo
                 assert float(found[place, row]) == pytest.approx(float(likely), abs=1e-4)
 
 
+def test_means_of_other_texts_are_not_mixed(demo: LoadedModel, tmp_path: Path) -> None:
+    """A sweep goes on with the same means and answers only."""
+    prompts = ["What is red?", "Is a dog an animal?"]
+    sweep_prompts(demo, prompts, tmp_path, {}, neutral=["The bus"], max_new_tokens=2)
+    with pytest.raises(OtherSettings, match=r"neutral was \['The bus'\] and is \['The car'\]"):
+        sweep_prompts(demo, prompts, tmp_path, {}, neutral=["The car"], max_new_tokens=2)
+    with pytest.raises(OtherSettings, match="answers was"):
+        sweep_prompts(demo, prompts, tmp_path, {}, neutral=["The bus"], max_new_tokens=3)
+
+
 def test_pairs_and_sites_that_cannot_be_swept(tiny_llama: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="pairs of equal length; 'a b c d' has"):
         sweep_pairs(tiny_llama, [Pair("a b c d", "a", "a", "b")], tmp_path, {})
@@ -166,9 +176,14 @@ def test_pairs_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     last = next(each for each in found["places"] if (each["layer"], each["position"]) == (3, 0))
     assert last["denoising"]["mean"] == pytest.approx(1, abs=1e-4)
     assert last["noising"]["mean"] == pytest.approx(1, abs=1e-4)
-    assert (tmp_path / "out" / "head_reaction_heatmap.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "sweep_heatmap.png").read_bytes().startswith(b"\x89PNG")
     both = command("--pairs", "pairs.jsonl", "--emotion", "anger", cwd=tmp_path)
     assert (both.returncode, "give --emotion" in both.stderr) == (2, True)
+    ignored = command("--pairs", "pairs.jsonl", "--mode", "mean", cwd=tmp_path)
+    assert (ignored.returncode, "are of --emotion" in ignored.stderr) == (2, True)
+    some = command("--pairs", "pairs.jsonl", "--sample_num", "2", "--output", "two", cwd=tmp_path)
+    assert some.returncode == 0, some.stderr
+    assert len(json.loads((tmp_path / "two" / "sweep.json").read_text())["samples"]) == 2
 
 
 def test_from_the_command_line_and_cut_short(demo: LoadedModel, tmp_path: Path) -> None:
@@ -178,7 +193,7 @@ def test_from_the_command_line_and_cut_short(demo: LoadedModel, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert [(each["layer"], each["head"]) for each in found["places"]] == [(n, h) for n in range(4) for h in range(4)]
-    for name in ("head_reaction_heatmap.png", "top_heads.png"):
+    for name in ("sweep_heatmap.png", "sweep_top_heads.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
         (tmp_path / "out" / name).unlink()
     profile = load_profile("baseline")
@@ -202,8 +217,12 @@ def test_from_the_command_line_and_cut_short(demo: LoadedModel, tmp_path: Path) 
     assert resumed["places"][4:] == found["places"][4:]
     assert resumed["places"][0] != found["places"][0]
     (tmp_path / "out" / "sweep.json").unlink()
-    for name in ("head_reaction_heatmap.png", "top_heads.png"):
+    for name in ("sweep_heatmap.png", "sweep_top_heads.png"):
         (tmp_path / "out" / name).unlink()
+    assert [each["prompt"] for each in found["samples"]] == [
+        prompt for prompt, each in zip(found["settings"]["prompts"], answers, strict=True) if each
+    ]
+    assert [each["logprob"] for each in found["samples"]] == pytest.approx(plainly, abs=1e-4)
     other = command(*asked, "--seed", "1", cwd=tmp_path)
     assert (other.returncode, other.stderr.splitlines()[-1].startswith("OtherSettings")) == (2, True)
     assert command("--emotion", "joy", "--output", "no", cwd=tmp_path).returncode == 2

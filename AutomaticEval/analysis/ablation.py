@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.analysis.answers import Pairs, logprobs, logprobs_one_by_one
-from AutomaticEval.analysis.reading import Reader, read
+from AutomaticEval.analysis.reading import Reader
+from AutomaticEval.capture.forwards import read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.hooks import Kept

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from AutomaticEval.analysis.tokens import Target
+from AutomaticEval.analysis.tokens import Target, check_target
 from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.heads import output_weight
 from AutomaticEval.models.loading import LoadedModel
@@ -23,11 +23,14 @@ FINAL = Site("final_norm")
 class DirectEffects:
     """Of all heads of a model, on some targets.
 
-    Raises SiteUnavailable for a model whose final norm or unembedding are not what they are elsewhere.
+    targets: one at least. Raises PromptError for one without tokens, SiteUnavailable for a model whose final norm or unembedding are not what
+    they are elsewhere.
     Source: direct logit attribution, Elhage et al. 2021.
     """
 
     def __init__(self, loaded: LoadedModel, targets: Sequence[Target]) -> None:
+        for target in targets:
+            check_target(target, loaded.model.config.get_text_config().vocab_size)
         self._layout = layout = loaded.layout
         self._final_tap = layout.pick([FINAL])[FINAL.key]
         _check_unembedding(loaded.model, self._final_tap.module)
@@ -82,17 +85,29 @@ class DirectEffects:
 
 
 def _unembedded(model: Any, targets: Sequence[Target], d_model: int) -> Tensor:
-    """[n_targets, d_model]: what the difference of a target's logits is the product of the final norm's output with."""
+    """[n_targets, d_model], float32: what the difference of a target's logits is the product of the final norm's output with."""
+    tokens = sorted({token for target in targets for token in (*target.answer, *target.against)})
+    rows = dict(zip(tokens, _unembedding_rows(model, tokens, d_model), strict=True))
+    found = [
+        torch.stack([rows[t] for t in one]).mean(0) - torch.stack([rows[t] for t in o]).mean(0) for one, o in targets
+    ]
+    return torch.stack(found)
+
+
+def _unembedding_rows(model: Any, tokens: Sequence[int], d_model: int) -> Tensor:
+    """[n_tokens, d_model], float32. Of a quantised, adapted or offloaded unembedding as the derivative of each logit."""
     head = model.get_output_embeddings()
     weight = head.weight
+    if type(head) is nn.Linear and not weight.is_meta:
+        plain: Tensor = weight.detach()[list(tokens)].float().cpu()
+        return plain
     given = torch.zeros(1, d_model, dtype=model.dtype, device="cpu" if weight.is_meta else weight.device)
     given.requires_grad_()
     found: list[Tensor] = []
     with torch.enable_grad():
-        logits = head.forward(given)[0].float()
-        for answer, against in targets:
-            difference = logits[answer].mean() - logits[against].mean()
-            found += torch.autograd.grad(difference, given, retain_graph=True)
+        logits = head.forward(given)[0]
+        for token in tokens:  # one by one: sums would be rounded in the model's dtype
+            found += torch.autograd.grad(logits[token], given, retain_graph=True)
     return torch.cat(found).float().cpu()
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from AutomaticEval.analysis.answers import Pairs, logprobs_one_by_one
 from AutomaticEval.analysis.bootstrap import mean_interval
-from AutomaticEval.analysis.reading import padded, read
-from AutomaticEval.analysis.texts import lines_of
 from AutomaticEval.analysis.tokens import one_token
+from AutomaticEval.capture.forwards import padded, read
+from AutomaticEval.capture.texts import lines_of
 from AutomaticEval.errors import EditError, PromptError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.hooks import Kept

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from AutomaticEval.analysis.texts import lines_of
+from AutomaticEval.capture.texts import lines_of
 from AutomaticEval.errors import PromptError, SelectionError, did_you_mean
 
 FOLDER = Path(__file__).parent.parent / "profiles"
@@ -49,7 +49,7 @@ def load_profile(name: str | Path) -> Profile:
     try:
         found = tomllib.loads(file.read_text(encoding="utf-8"))
         neutral, texts = str(found["neutral"]), file.parent / str(found["prompts"])
-        words = {category: [str(word) for word in each] for category, each in found.get("keywords", {}).items()}
+        words = _keywords(found.get("keywords", {}), file)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as broken:
         raise PromptError(f"{file} is not TOML: {broken}") from None
     except KeyError as absent:
@@ -59,6 +59,16 @@ def load_profile(name: str | Path) -> Profile:
         if category not in prompts:
             raise PromptError(f"{file} names the category {category!r}, of which {texts} has no text.")
     return Profile(file.stem, prompts, words, neutral, tuple(found.get("models", ())))
+
+
+def _keywords(found: object, file: Path) -> dict[str, list[str]]:
+    """Category -> its words. Raises PromptError for what is no list of them."""
+    if not isinstance(found, dict):
+        raise PromptError(f"{file}: keywords is no table of categories; write [keywords].")
+    for category, words in found.items():
+        if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
+            raise PromptError(f"{file}: the keywords of {category!r} are no list of words: {words!r}.")
+    return found
 
 
 def _prompts(file: Path) -> dict[str, list[str]]:
@@ -71,7 +81,7 @@ def _prompts(file: Path) -> dict[str, list[str]]:
             category, text = item["category"], item["text"]
         except (json.JSONDecodeError, KeyError, TypeError):
             raise PromptError(f"{file}, line {number}: not an object with category and text.") from None
-        if not str(text).strip():
-            raise PromptError(f"{file}, line {number}: an empty text.")
-        prompts.setdefault(str(category), []).append(str(text))
+        if not isinstance(text, str) or not isinstance(category, str) or not text.strip():
+            raise PromptError(f"{file}, line {number}: an empty text, or no text; category and text are texts.")
+        prompts.setdefault(category, []).append(text)
     return prompts

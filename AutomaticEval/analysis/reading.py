@@ -1,30 +1,20 @@
-"""Forwards over texts for an analysis: batches of real tokens and padding, and the rows of the real ones."""
+"""Texts for an analysis, or what a data loader gives, as batches of real tokens and padding."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.forwards import Batch, padded
 from AutomaticEval.errors import ModelError, PromptError
-from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import Layout, Tap, forward_takes, input_device
 
 SORTED_BATCHES = 64
 """Texts of so many batches are sorted by length together, so that little is padding."""
-
-
-class Batch(NamedTuple):
-    """Sequences that are run together."""
-
-    ids: Tensor
-    """[batch, pos], int64"""
-    mask: Tensor
-    """[batch, pos], bool: the real tokens."""
 
 
 class Reader:
@@ -95,37 +85,3 @@ def _given(item: Any) -> Batch:
     if mask.shape != ids.shape:
         raise PromptError(f"a batch's attention_mask has shape {list(mask.shape)}; its input_ids {list(ids.shape)}.")
     return Batch(ids.cpu(), mask.cpu().bool())
-
-
-def padded(sequences: Sequence[Sequence[int]], side: str = "right") -> Batch:
-    """side: where the padding is. Which token it is does not matter."""
-    width = max(map(len, sequences))
-    ids, mask = (
-        torch.zeros(len(sequences), width, dtype=torch.long),
-        torch.zeros(len(sequences), width, dtype=torch.bool),
-    )
-    for row, each in enumerate(sequences):
-        own = slice(width - len(each), width) if side == "left" else slice(0, len(each))
-        ids[row, own], mask[row, own] = torch.tensor(each), True
-    return Batch(ids, mask)
-
-
-def inputs(model: Any, batch: Batch) -> dict[str, Any]:
-    """What a forward is given, so that padding on either side changes nothing."""
-    takes = forward_takes(model)
-    device = input_device(model)
-    given: dict[str, Any] = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.long().to(device)}
-    if "position_ids" in takes:
-        given["position_ids"] = (batch.mask.long().cumsum(1) - 1).clamp(min=0).to(device)
-    return given | ({"use_cache": False} if "use_cache" in takes else {})
-
-
-def read(model: Any, layout: Layout, taps: Mapping[str, Tap], batch: Batch) -> Mapping[str, Tensor]:
-    """One forward. Returns key -> [real tokens, width], row after row."""
-    given = inputs(model, batch)
-    if "logits_to_keep" in forward_takes(model):
-        given["logits_to_keep"] = 1
-    keep = Kept(*batch.mask.nonzero(as_tuple=True))
-    with torch.no_grad(), capturing(model, taps, layout.embedding, lambda *_: keep, len(batch.ids)) as recording:
-        model(**given)
-    return recording.rows

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from AutomaticEval.analysis.reading import Batch, inputs, padded, read
+from AutomaticEval.capture.forwards import Batch, inputs, padded, read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.loading import LoadedModel
@@ -40,8 +40,8 @@ class Rest:
         again = self.scores(self.layout.n_layers - 1)[0]
         if not bool(((again - self.baseline).abs() <= TOLERANCE * (1 + self.baseline.abs())).all()):
             raise EditError(
-                f"{type(loaded.model).__name__} cannot be run from a middle block on; change its parts one by one (heads ablate, "
-                "heads patch)."
+                f"{type(loaded.model).__name__} cannot be run from a middle block on (LLM.int8 cannot: how it rounds depends on the "
+                "whole batch); change its parts one by one (heads ablate, heads patch)."
             )
 
     def _read(self) -> list[Tensor]:

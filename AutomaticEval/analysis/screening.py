@@ -13,15 +13,14 @@ from tqdm import tqdm
 from AutomaticEval.analysis.bootstrap import mean_intervals
 from AutomaticEval.analysis.direct import DirectEffects
 from AutomaticEval.analysis.permutation import differences
-from AutomaticEval.analysis.profiles import Profile
-from AutomaticEval.analysis.reading import Batch, inputs, padded
 from AutomaticEval.analysis.text_metrics import whole_words
-from AutomaticEval.analysis.tokens import Target, target_of, tokens_within
+from AutomaticEval.analysis.tokens import Target, targets_of, tokens_within
+from AutomaticEval.capture.forwards import Batch, inputs, padded
 from AutomaticEval.capture.serving import most_columns, window_of
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.patterns import reading_patterns
+from AutomaticEval.models.patterns import check_patterns, reading_patterns
 from AutomaticEval.models.taps import forward_takes
 from AutomaticEval.sites import Site
 
@@ -37,66 +36,76 @@ class Measured(NamedTuple):
     """[n_prompts, n_targets, n_layers, n_heads], in logits, at the last token."""
 
 
-def targets_of(loaded: LoadedModel, profile: Profile) -> dict[str, Target]:
-    """Of each category with keywords: its own against those of all others. Raises PromptError when they cannot be told apart."""
-    return {
-        category: target_of(
-            loaded.tokenizer,
-            words,
-            [word for name, own in profile.keywords.items() if name != category for word in own],
-        )
-        for category, words in profile.keywords.items()
-    }
-
-
 def screen(
     loaded: LoadedModel,
     prompts: Mapping[str, Sequence[str]],
     keywords: Mapping[str, Sequence[str]],
-    targets: Mapping[str, Target],
+    targets: Mapping[str, Target] | None = None,
     neutral: str = "neutral",
     *,
     n_permutations: int = 2000,
     seed: int = 42,
     batch_size: int = 8,
 ) -> list[dict[str, Any]]:
-    """Scores of every head for every category that has a target: layer, head, category, and strength, attention and direct.
+    """Scores of every head for every category but the neutral one: layer, head, category, and strength, attention and direct.
 
     prompts: category -> at least two texts; `neutral` names those that strengths are compared with. keywords: category -> whole words.
-    strength: change, d and p (`differences`). attention: mean, interval and n over prompts. direct: the same, and its mean over neutral
-    prompts. docs/heads.md tells what they are. Raises PromptError, and SiteUnavailable for a model that lacks what is read.
+    targets: category -> tokens; by default those of the keywords. strength: change, d and p (`differences`). attention: mean, interval and n
+    over prompts; mean None for a category without keywords. direct: the same, and its mean over neutral prompts; for one without a target.
+    docs/heads.md tells what they are. Raises PromptError, and SiteUnavailable for a model that lacks what is read.
     """
+    categories = [name for name in prompts if name != neutral]
+    if neutral not in prompts or not categories:
+        raise PromptError(
+            f"there are prompts of {', '.join(prompts) or 'nothing'}; {neutral!r} and another category are needed."
+        )
     few = [name for name, texts in prompts.items() if len(texts) < 2]
     if few:
         raise PromptError(f"{few[0]} has {len(prompts[few[0]])} prompts; to tell categories apart takes two at least.")
-    reading = _Reading(loaded, list(targets.values()), batch_size)
+    if batch_size < 1:
+        raise PromptError(f"batch_size is {batch_size}; it must be 1 or more.")
+    words = {name: list(keywords.get(name, ())) for name in categories}
+    targets = targets_of(loaded.tokenizer, words) if targets is None else targets
+    reading = _Reading(loaded, [targets[name] for name in categories if name in targets], batch_size)
     with tqdm(total=sum(map(len, prompts.values())), desc="Screening", unit="prompt") as progress:
-        measured = {name: reading.over(texts, keywords.get(name, ()), progress) for name, texts in prompts.items()}
+        measured = {name: reading.over(texts, words.get(name, ()), progress) for name, texts in prompts.items()}
+    places = {name: number for number, name in enumerate(each for each in categories if each in targets)}
+    rounding = max(1e-6, torch.finfo(loaded.model.dtype).eps)
     scores = []
-    for number, category in enumerate(targets):
+    for category in categories:
         own, base = measured[category], measured[neutral]
-        changes = _changes(own.strength, base.strength, n_permutations, seed)
-        attention = _intervals(own.attention, seed)
-        direct = _intervals(own.direct[:, number], seed)
-        at_neutral = base.direct[:, number].double().mean(0).flatten().tolist()
-        for place in range(len(changes)):
+        columns = {
+            "strength": _changes(own.strength, base.strength, n_permutations, seed, rounding),
+            "attention": _attention(own.attention, seed),
+            "direct": _direct(own.direct, base.direct, places.get(category), seed),
+        }
+        for place in range(loaded.layout.n_layers * loaded.layout.n_heads):
             layer, head = divmod(place, loaded.layout.n_heads)
-            score = {"strength": changes[place], "attention": attention[place]}
-            score["direct"] = {**direct[place], "neutral": at_neutral[place]}
-            scores.append({"layer": layer, "head": head, "category": category, **score})
+            scores.append(
+                {"layer": layer, "head": head, "category": category, **{n: c[place] for n, c in columns.items()}}
+            )
     return scores
 
 
-def _changes(own: Tensor, base: Tensor, n_permutations: int, seed: int) -> list[dict[str, float]]:
-    values = torch.cat([own, base]).flatten(1).double().numpy()
-    found = differences(values, np.arange(len(values)) < len(own), n_permutations, seed)
-    return [{"change": float(change), "d": float(d), "p": float(p)} for change, d, p in zip(*found, strict=True)]
-
-
-def _intervals(values: Tensor, seed: int) -> list[dict[str, Any]]:
-    """values: [n_prompts, n_layers, n_heads]. Of each head, over the prompts that have a number."""
+def _attention(values: Tensor, seed: int) -> list[dict[str, Any]]:
+    """Of each head, over the prompts in which it can be told."""
     flat = values.flatten(1)
-    return mean_intervals(flat[~flat.isnan().any(1)].double().numpy(), seed)
+    return mean_intervals(flat[~flat.isnan().all(1)].double().numpy(), seed)
+
+
+def _direct(own: Tensor, base: Tensor, place: int | None, seed: int) -> list[dict[str, Any]]:
+    """Of each head, on the target of one category."""
+    if place is None:
+        return [{"mean": None, "interval": None, "n": 0, "neutral": None}] * own[0, 0].numel()
+    at_neutral = base[:, place].double().mean(0).flatten().tolist()
+    found = mean_intervals(own[:, place].flatten(1).double().numpy(), seed)
+    return [{**each, "neutral": mean} for each, mean in zip(found, at_neutral, strict=True)]
+
+
+def _changes(own: Tensor, base: Tensor, n_permutations: int, seed: int, rounding: float) -> list[dict[str, float]]:
+    values = torch.cat([own, base]).flatten(1).double().numpy()
+    found = differences(values, np.arange(len(values)) < len(own), n_permutations, seed, rounding)
+    return [{"change": float(change), "d": float(d), "p": float(p)} for change, d, p in zip(*found, strict=True)]
 
 
 class _Reading:
@@ -104,7 +113,8 @@ class _Reading:
 
     def __init__(self, loaded: LoadedModel, targets: Sequence[Target], batch_size: int) -> None:
         self._loaded, self._layout, self._batch_size = loaded, loaded.layout, batch_size
-        self._effects = DirectEffects(loaded, targets)
+        check_patterns(loaded.model, self._layout)
+        self._effects = DirectEffects(loaded, targets) if targets else None
         norms = [Site("head_result_norm", layer) for layer in range(self._layout.n_layers)]
         self._norms = self._layout.pick(norms)
         reach = [window_of(loaded.model), most_columns(loaded.model), loaded.context]
@@ -142,7 +152,7 @@ class _Reading:
         if "logits_to_keep" in forward_takes(loaded.model):
             given["logits_to_keep"] = 1
         keep = Kept(*batch.mask.nonzero(as_tuple=True))
-        taps = {**self._norms, **self._effects.taps}
+        taps = {**self._norms, **(self._effects.taps if self._effects else {})}
         with (
             torch.no_grad(),
             reading_patterns(loaded.model, layout) as patterns,
@@ -153,7 +163,9 @@ class _Reading:
         lengths = batch.mask.sum(1)
         last = lengths.cumsum(0) - 1
         strength = torch.stack([_mean_a_row(recording.rows[key], lengths) for key in self._norms], 1)
-        return Measured(strength, attention, self._effects.of({k: v[last] for k, v in recording.rows.items()}))
+        none = strength.new_zeros(len(strength), 1, *strength.shape[1:])
+        rows = {key: each[last] for key, each in recording.rows.items()}
+        return Measured(strength, attention, self._effects.of(rows) if self._effects else none)
 
 
 def _mean_a_row(values: Tensor, lengths: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from AutomaticEval.analysis.moments import Moments
-from AutomaticEval.analysis.reading import Reader, read
+from AutomaticEval.analysis.reading import Reader
 from AutomaticEval.analysis.results import Stats, write_strength
+from AutomaticEval.capture.forwards import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
 from AutomaticEval.models.heads import HeadResultNorms, n_inputs
 from AutomaticEval.models.layout import refuse_unready

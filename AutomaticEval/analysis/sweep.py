@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.analysis.answers import Pairs
-from AutomaticEval.analysis.reading import padded, read
 from AutomaticEval.analysis.rest import Rest, unpacked
+from AutomaticEval.capture.forwards import padded, read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit
 from AutomaticEval.models.loading import LoadedModel

@@ -37,22 +37,28 @@ def sweep_prompts(
     """How much less likely a model's own greedy answers to prompts become without each head, or each position of another site.
 
     neutral: texts over whose tokens the mean stands in for what is taken out; None for zeros. settings: what the sweep is of; a folder with
-    others is refused. Returns baseline (the answers' log-likelihoods, in nats), places (layer, head or position, and change: without - with,
-    with mean, 95 % bootstrap interval and n) and units. Raises OtherSettings, PromptError when no answer has a token.
+    others is refused. Returns samples (prompt, answer, and logprob with nothing taken out, in nats; prompts that were answered by nothing are left
+    out), places (layer, head or position, and change: without - with, with mean, 95 % bootstrap interval and n) and units. Raises OtherSettings, PromptError when no answer has a token.
     """
-    _check_settings(folder, settings)
+    asked, pairs = _answers(loaded, prompts, max_new_tokens)
+    # a sweep that goes on goes on with the same answers and the same means
+    _check_settings(
+        folder, {**settings, "answers": [answer for _, answer in pairs], "neutral": neutral and list(neutral)}
+    )
     values = None
     if neutral is not None:
         reference = reference_values(loaded, site, range(loaded.layout.n_layers), neutral)
         values = {layer: mean_of(each) for layer, each in reference.items()}
-    pairs = _answers(loaded, prompts, max_new_tokens)
     longest = max(len(prompt) for prompt, _ in pairs)
     sweeps = [sweep_of_answers(loaded, some, site, values, longest) for some in _groups(pairs)]
     likely = _swept(sweeps, folder, "logprobs", loaded.layout.n_layers)  # [n_layers, n_places, n_pairs]
     baseline = torch.cat([sweep.baseline for sweep in sweeps])
     places = _places({"change": likely - baseline}, site)
-    units = {"change": "change of the answers' log-likelihood, nats"}
-    return {"baseline": baseline.tolist(), "places": places, "units": units}
+    samples = [
+        {"prompt": prompts[number], "answer": loaded.tokenizer.decode(answer), "logprob": logprob}
+        for number, (_, answer), logprob in sorted(zip(asked, pairs, baseline.tolist(), strict=True))
+    ]
+    return {"samples": samples, "places": places, "units": {"change": "change of log-likelihood, nats"}}
 
 
 def sweep_pairs(
@@ -60,7 +66,7 @@ def sweep_pairs(
 ) -> dict[str, Any]:
     """How much of the logit difference of clean and corrupted prompts comes with each head, or each position of another site.
 
-    Returns baseline (clean and corrupted: the differences, in logits), places (layer, head or position, and denoising and noising as
+    Returns samples (each pair, and clean and corrupted: the differences, in logits), places (layer, head or position, and denoising and noising as
     `recovered` defines them) and units. Raises OtherSettings, PromptError for pairs that are not of equal length or not told apart.
     """
     _check_settings(folder, settings)
@@ -78,9 +84,12 @@ def sweep_pairs(
     (corrupted, denoised), (clean, noised) = directions.values()
     whole = (clean - corrupted).where(clean != corrupted, torch.nan)
     parts = {"denoising": (denoised - corrupted) / whole, "noising": (clean - noised) / whole}
-    baseline = {"clean": clean.tolist(), "corrupted": corrupted.tolist()}
+    samples = [
+        {"prompts": vars(pair), "clean": one, "corrupted": other}
+        for pair, one, other in zip(pairs, clean.tolist(), corrupted.tolist(), strict=True)
+    ]
     units = dict.fromkeys(parts, "part of the logit difference")
-    return {"baseline": baseline, "places": _places(parts, site), "units": units}
+    return {"samples": samples, "places": _places(parts, site), "units": units}
 
 
 def _encoded(loaded: LoadedModel, pair: Pair) -> tuple[list[int], list[int], tuple[int, int]]:
@@ -92,14 +101,17 @@ def _encoded(loaded: LoadedModel, pair: Pair) -> tuple[list[int], list[int], tup
     return clean, corrupted, told_apart(loaded, pair)
 
 
-def _answers(loaded: LoadedModel, prompts: Sequence[str], max_new_tokens: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt, greedy answer); prompts whose answer has no token are left out."""
+def _answers(
+    loaded: LoadedModel, prompts: Sequence[str], max_new_tokens: int
+) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+    """Which prompts were answered with a token at least, and (prompt, greedy answer) of each, the short ones first."""
     encoded = [loaded.tokenizer(prompt)["input_ids"] for prompt in prompts]
     answers = greedy_answers(loaded, encoded, max_new_tokens, ANSWERED_TOGETHER)
-    pairs = [(ids, answer) for ids, answer in zip(encoded, answers, strict=True) if answer]
-    if not pairs:
+    pairs = list(zip(encoded, answers, strict=True))
+    asked = sorted((n for n, pair in enumerate(pairs) if pair[1]), key=lambda n: len(pairs[n][0]) + len(pairs[n][1]))
+    if not asked:
         raise PromptError("no prompt was answered with a token, so there is nothing to score.")
-    return sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    return asked, [pairs[number] for number in asked]
 
 
 def _groups(items: Sequence[Any]) -> list[Sequence[Any]]:

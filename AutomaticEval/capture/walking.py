@@ -162,7 +162,7 @@ def tree_forward(
         logits_to_keep = torch.from_numpy(scored if len(scored) else np.array([len(token_ids) - 1])).to(device)
     out = model(
         input_ids=torch.from_numpy(token_ids)[None].to(device),
-        attention_mask=_mask(model, torch.from_numpy(attended)[None, None].to(device)),
+        attention_mask=as_mask(model, torch.from_numpy(attended)[None, None].to(device)),
         position_ids=torch.from_numpy(depths)[None].to(device),
         past_key_values=cache,
         use_cache=True,
@@ -173,7 +173,7 @@ def tree_forward(
     return logits, layers
 
 
-def _mask(model: Any, attended: Tensor) -> Tensor:
+def as_mask(model: Any, attended: Tensor) -> Tensor:
     """As the attention takes it: sdpa yes and no, others something to add."""
     if getattr(model.config, "_attn_implementation", None) == "sdpa":
         return attended

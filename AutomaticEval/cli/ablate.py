@@ -64,9 +64,9 @@ def ablate(
     options.quiet_libraries()
     from AutomaticEval.analysis.ablation import Ablation, parse_head_spec, reference_z
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.results import new_results, write_json
-    from AutomaticEval.analysis.texts import drawn
+    from AutomaticEval.analysis.results import new_results, read_json, write_json
     from AutomaticEval.capture.generation import Sampling
+    from AutomaticEval.capture.texts import drawn
     from AutomaticEval.models.loading import LoadOptions, load_model
     from AutomaticEval.report.figures import draw, names_of
 
@@ -103,12 +103,12 @@ def ablate(
     if benchmark is not None:
         results["benchmark"] = _scores(ablation, benchmark, limit, num_fewshot, include_path, batch_size)
     write_json(file, results)
-    figures = draw(results, output) if prompts else []
+    figures = draw(read_json(file), output) if prompts else []
     typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
 
 
 def _prompts(profile: Profile | None, emotion: str | None, data_path: Path | None) -> list[str]:
-    from AutomaticEval.analysis.texts import read_texts
+    from AutomaticEval.capture.texts import read_texts
 
     if data_path is not None:
         if emotion is not None:

@@ -26,7 +26,7 @@ SampleNum = Annotated[int | None, typer.Option("--sample_num", help="So many of 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Of each answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Prompts a forward.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn at random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn at random.")]
 Pairs = Annotated[
     Path | None, typer.Option("--pairs", help="JSONL of clean, corrupted, answer, wrong, in place of a profile.")
 ]

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from AutomaticEval.cli import benchmark, export, files, generate, heads, show, sites
+from AutomaticEval.cli import benchmark, export, extract, files, generate, heads, show, sites
 from AutomaticEval.cli.options import SPELLINGS
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.callback(invoke_without_command=True)(benchmark.benchmark)
 app.command("generate")(generate.generate)
+app.command("extract")(extract.extract)
 app.command("show")(show.show)
 app.command("sites")(sites.sites)
 app.command("verify")(files.verify)

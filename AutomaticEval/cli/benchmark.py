@@ -71,9 +71,9 @@ def benchmark(
     options.quiet_libraries()
     from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark, load_tasks
     from AutomaticEval.evaluation.folder import Keeping
-    from AutomaticEval.evaluation.ranks import join_ranks, own_device
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import LoadOptions, load_model, n_layers_of
+    from AutomaticEval.ranks import join_ranks, own_device
     from AutomaticEval.store.sealing import check_compression
 
     for name, given in (("use_cache", use_cache), ("cache_requests", cache_requests)):

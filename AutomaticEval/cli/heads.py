@@ -33,7 +33,7 @@ BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Texts a for
 Heads = Annotated[str | None, typer.Option("--heads", help="Such as 0-3,7. Default: all.")]
 OutputDir = Annotated[Path, typer.Option("--output_dir", help="Where results go; what is there is not overwritten.")]
 Of = Annotated[str, typer.Option("--of", help="result: z_h W_O^h, what a head adds; z: the raw slice.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn at random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn at random.")]
 
 
 @app.command()
@@ -57,7 +57,7 @@ def strength(
     """How strong each head is over texts: head_strength.json and head_strength.png."""
     options.quiet_libraries()
     from AutomaticEval.analysis.results import new_results, read_json
-    from AutomaticEval.analysis.texts import drawn, read_texts
+    from AutomaticEval.capture.texts import drawn, read_texts
     from AutomaticEval.models.loading import LoadOptions
     from AutomaticEval.report.figures import draw, names_of
 
@@ -98,7 +98,7 @@ def compare(
     options.quiet_libraries()
     from AutomaticEval.analysis.compare import ActivationComparator, same_inputs
     from AutomaticEval.analysis.results import new_results
-    from AutomaticEval.analysis.texts import drawn, read_texts
+    from AutomaticEval.capture.texts import drawn, read_texts
     from AutomaticEval.models.loading import LoadOptions
 
     names = ("pre_tuned_activations", "fine_tuned_activations", "comparison")

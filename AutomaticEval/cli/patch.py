@@ -60,15 +60,15 @@ def patch(
     options.quiet_libraries()
     from AutomaticEval.analysis.patching import Patching, read_pairs, recovered
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.results import new_results, write_json
-    from AutomaticEval.analysis.texts import drawn
+    from AutomaticEval.analysis.results import new_results, read_json, write_json
     from AutomaticEval.capture.generation import Sampling
+    from AutomaticEval.capture.texts import drawn
     from AutomaticEval.models.loading import LoadOptions, load_model
     from AutomaticEval.report.figures import draw, names_of
 
     kind = "patching" if pairs is None else "pairs"
     file, *_ = new_results(output, "patching.json", *names_of(kind))
-    asked = [] if pairs is None else read_pairs(pairs)
+    asked = [] if pairs is None else drawn(read_pairs(pairs), sample_num, seed)
     found = None if profile is None else load_profile(profile)
     sources = [] if found is None else found.category(str(emotion))
     loaded = load_model(model, options=LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit))
@@ -94,7 +94,7 @@ def patch(
         metrics = metrics_of(sentiment, found.keywords.get(str(emotion)))
         results |= answered(patching, destinations, sampling, metrics, batch_size)
     write_json(file, results)
-    figures = draw(results, output)
+    figures = draw(read_json(file), output)
     typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
 
 

@@ -44,9 +44,9 @@ def screen(
         raise SelectionError("a logit difference takes two tokens: give --target and --against.")
     options.quiet_libraries()
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.results import new_results, write_json
+    from AutomaticEval.analysis.results import new_results, read_json, write_json
     from AutomaticEval.analysis.screening import screen
-    from AutomaticEval.analysis.texts import drawn
+    from AutomaticEval.capture.texts import drawn
     from AutomaticEval.models.loading import LoadOptions, load_model
     from AutomaticEval.report.figures import draw, names_of
 
@@ -55,7 +55,7 @@ def screen(
     found = load_profile(profile)
     prompts = {category: drawn(texts, sample_num, seed) for category, texts in found.prompts.items()}
     loaded = load_model(model, options=LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit))
-    targets = _targets(loaded, found, target, against)
+    targets = _targets(loaded, prompts, found, target, against)
     scores = screen(
         loaded,
         prompts,
@@ -66,32 +66,36 @@ def screen(
         seed=seed,
         batch_size=batch_size,
     )
-    settings: dict[str, Any] = {"model": model, "profile": profile, "permutations": permutations, "seed": seed}
+    settings: dict[str, Any] = {"model": model, "weights": loaded.fingerprint(), "dtype": str(loaded.model.dtype)}
+    settings |= {"profile": profile, "permutations": permutations, "seed": seed, "keywords": found.keywords}
     settings["prompts"] = {category: len(texts) for category, texts in prompts.items()}
     settings["targets"] = {
         category: {name: loaded.tokenizer.convert_ids_to_tokens(ids) for name, ids in each._asdict().items()}
         for category, each in targets.items()
     }
-    result = {"kind": "screening", "settings": settings, "scores": scores}
-    write_json(file, result)
-    figures = draw(result, file.parent)
+    write_json(file, {"kind": "screening", "settings": settings, "scores": scores})
+    figures = draw(read_json(file), file.parent)
     _say(scores)
     typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
 
 
-def _targets(loaded: LoadedModel, profile: Profile, target: str | None, against: str | None) -> dict[str, Target]:
-    from AutomaticEval.analysis.screening import targets_of
-    from AutomaticEval.analysis.tokens import Target, one_token
+def _targets(
+    loaded: LoadedModel, prompts: dict[str, list[str]], profile: Profile, target: str | None, against: str | None
+) -> dict[str, Target]:
+    """Of each category: the two tokens, or its keywords."""
+    from AutomaticEval.analysis.tokens import Target, check_target, one_token, targets_of
 
     if target is None or against is None:
-        return targets_of(loaded, profile)
+        return targets_of(loaded.tokenizer, {n: w for n, w in profile.keywords.items() if n != profile.neutral})
     both = Target([one_token(loaded.tokenizer, target)], [one_token(loaded.tokenizer, against)])
-    return dict.fromkeys(profile.keywords, both)
+    check_target(both, loaded.model.config.get_text_config().vocab_size)
+    return dict.fromkeys((category for category in prompts if category != profile.neutral), both)
 
 
 def _say(scores: list[dict[str, Any]], most: int = 10) -> None:
     rows = []
-    for each in sorted(scores, key=lambda each: -abs(each["strength"]["d"]))[:most]:
+    known = [each for each in scores if each["strength"]["d"] == each["strength"]["d"]]
+    for each in sorted(known, key=lambda each: -abs(each["strength"]["d"]))[:most]:
         strength = each["strength"]
         numbers = (f"{strength['d']:.2f}", f"{strength['p']:.3g}", number(each["attention"]), number(each["direct"]))
         rows.append((f"{each['layer']}:{each['head']}", each["category"], *numbers))
@@ -105,11 +109,14 @@ def plot(
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder for the figures. Default: beside each file.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace figures that are there.")] = False,
 ) -> None:
     """Draw result files again: head_reaction_heatmap.png, top_heads.png, comparison_heatmap.png, …"""
     from AutomaticEval.analysis.results import read_json
-    from AutomaticEval.report.figures import draw
+    from AutomaticEval.report.figures import check_figures, draw
 
-    for file in files:
-        for figure in draw(read_json(file), output or file.parent):
+    found = [(read_json(file), output or file.parent) for file in files]
+    check_figures(found, overwrite=overwrite)  # all, before the first is drawn
+    for result, folder in found:
+        for figure in draw(result, folder, overwrite=overwrite):
             typer.echo(f"Written:     {figure}")

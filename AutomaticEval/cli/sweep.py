@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.answers import Emotion, MaxTokens, Output, Pairs, Profiles, SampleNum, Seed, SiteOption, number
+from AutomaticEval.cli.answers import Emotion, Output, Pairs, Profiles, Seed, SiteOption, number
 from AutomaticEval.cli.options import one_line_errors
 from AutomaticEval.errors import SelectionError
 
@@ -21,11 +21,13 @@ def sweep(
     pairs: Pairs = None,
     site: SiteOption = "z",
     mode: Annotated[
-        str, typer.Option("--mode", help="zero, or mean (over the profile's neutral prompts); not of pairs.")
-    ] = "zero",
+        str | None, typer.Option("--mode", help="zero (default), or mean (over the profile's neutral prompts).")
+    ] = None,
     output: Output = Path("results"),
-    sample_num: SampleNum = 16,
-    max_tokens: MaxTokens = 15,
+    sample_num: Annotated[
+        int | None, typer.Option("--sample_num", help="So many prompts (default: 16) or pairs (all), drawn at random.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Of each answer; default: 15.")] = None,
     seed: Seed = 42,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -36,14 +38,17 @@ def sweep(
     """Ablate each head over prompts of a profile, or patch each between pairs. A sweep that was cut short goes on."""
     if (pairs is None) == (emotion is None) or (pairs is not None and profile is not None):
         raise SelectionError("give --emotion, a category of the --profile, to ablate; or --pairs, to patch.")
+    if pairs is not None and (mode, max_tokens) != (None, None):
+        raise SelectionError("--mode and --max-tokens are of --emotion: pairs are patched, and nothing is answered.")
+    mode, max_tokens = mode or "zero", max_tokens or 15
     if mode not in ("zero", "mean"):
         raise SelectionError(f"--mode is {mode!r}; write zero or mean.")
     options.quiet_libraries()
     from AutomaticEval.analysis.patching import read_pairs
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.results import new_results, write_json
+    from AutomaticEval.analysis.results import new_results, read_json, write_json
     from AutomaticEval.analysis.sweeping import sweep_pairs, sweep_prompts
-    from AutomaticEval.analysis.texts import drawn
+    from AutomaticEval.capture.texts import drawn
     from AutomaticEval.models.loading import LoadOptions, load_model
     from AutomaticEval.report.figures import draw, names_of
 
@@ -51,7 +56,7 @@ def sweep(
     asked = [] if pairs is None else drawn(read_pairs(pairs), sample_num, seed)
     profile = profile or "baseline"
     found = load_profile(profile)
-    prompts = [] if emotion is None else drawn(found.category(emotion), sample_num, seed)
+    prompts = [] if emotion is None else drawn(found.category(emotion), sample_num or 16, seed)
     neutral = found.category(found.neutral) if mode == "mean" else None
     loaded = load_model(model, options=LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit))
     settings: dict[str, Any] = {"model": model, "weights": loaded.fingerprint(), "dtype": str(loaded.model.dtype)}
@@ -65,7 +70,7 @@ def sweep(
         result = sweep_prompts(loaded, prompts, output / "sweep", settings, **how)
     result = {"kind": "sweep", "settings": settings, **result}
     write_json(file, result)
-    figures = draw(result, output)
+    figures = draw(read_json(file), output)
     _say(result)
     typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
 
@@ -77,4 +82,6 @@ def _say(result: dict[str, Any], most: int = 10) -> None:
     strongest = sorted(known, key=lambda each: -abs(each[names[0]]["mean"]))[:most]
     rows = [(f"{each['layer']}:{each[across]}", *(number(each[name]) for name in names)) for each in strongest]
     columns = [f"{name}, {unit} (95 % interval)" for name, unit in result["units"].items()]
-    options.print_table("What matters most", (f"Layer:{across}", *columns), rows)
+    options.print_table(
+        f"What matters most, over {len(result['samples'])} prompts or pairs", (f"Layer:{across}", *columns), rows
+    )

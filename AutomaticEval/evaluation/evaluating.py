@@ -10,9 +10,9 @@ from typing import Any, TypedDict, Unpack
 from AutomaticEval.errors import BenchmarkError, unknown_option
 from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark, load_tasks
 from AutomaticEval.evaluation.folder import Keeping
-from AutomaticEval.evaluation.ranks import own_device
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.models.loading import LoadOptions, load_model
+from AutomaticEval.ranks import own_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 

@@ -14,12 +14,13 @@ import lm_eval
 
 from AutomaticEval.errors import BenchmarkError, StoreError
 from AutomaticEval.evaluation.join import join
-from AutomaticEval.evaluation.ranks import Ranks
 from AutomaticEval.evaluation.repeats import Verdicts
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, answered_in
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import prepare_folder
+from AutomaticEval.store.sharing import SharedRun
 from AutomaticEval.store.writer import LOCK, RunWriter, is_finished, refuse_finished
 
 
@@ -77,34 +78,23 @@ class RunFolder:
     @contextmanager
     def writing(self) -> Iterator[Opened]:
         """Open the folder in every process of the run; on every exit what was captured is sealed."""
-        opened, shared = None, None
-        if self.ranks.is_first:
-            folder = self.keeping.resume or new_folder(self.keeping.save_dir, self.name)
-            opened = self._open_first(folder)
-            shared = (folder, {**self.settings, "run_id": opened.writer.run_id}, opened.answered)
-        folder, settings, answered = self.ranks.from_first(shared)
-        share = (self.ranks.rank, self.ranks.n_ranks)
-        writer = opened.writer if opened else self._writer(folder, settings, share=share)
-        self.path = folder
+        resume = self.keeping.resume
+        run = self._shared.writing(
+            lambda: resume or new_folder(self.keeping.save_dir, self.name),
+            resume=resume is not None,
+            tell=lambda writer: answered_in(writer.records()) if resume else {},
+        )
+        writer: RunWriter | None = None
         try:
-            with writer:
+            with run as (writer, answered):
+                self.path = writer.folder
                 yield Opened(writer, answered)
         finally:
-            self.n_samples = writer.n_samples
+            self.n_samples = 0 if writer is None else writer.n_samples
 
-    def _open_first(self, folder: Path) -> Opened:
-        writer = self._writer(
-            folder, self.settings, resume=self.keeping.resume is not None, share=(0, self.ranks.n_ranks)
-        )
-        try:
-            return Opened(writer, answered_in(writer.records()) if self.keeping.resume else {})
-        except BaseException:
-            writer.close(failed=True)
-            raise
-
-    def _writer(self, folder: Path, settings: Mapping[str, Any], **how: Any) -> RunWriter:
-        compression = self.keeping.compression
-        return RunWriter(folder, self.model, settings, shard_bytes=self.shard_bytes, compression=compression, **how)
+    @property
+    def _shared(self) -> SharedRun:
+        return SharedRun(self.model, self.settings, self.shard_bytes, self.keeping.compression, self.ranks)
 
     @property
     def is_finished(self) -> bool:
@@ -121,12 +111,8 @@ class RunFolder:
 
         doc_ids: task -> the documents' own indices, when the samples count within them.
         """
-        self.ranks.gathered(None)  # all have sealed
-        if not self.ranks.is_first:
-            return
-        assert self.path is not None
-        with self._writer(self.path, self.settings, resume=True) as writer:
-            records = writer.records()
+
+        def joined(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             self.n_truncated = sum((record["n_truncated"] or 0) > 0 for record in records)
             unknown = sorted({record["task"] for record in records} - set(samples))
             if unknown:
@@ -135,20 +121,18 @@ class RunFolder:
                 )
             for record in records if doc_ids else ():
                 record["doc_id"] = (doc_ids or {})[record["task"]][record["doc_id"]]
-            writer.finish(join(records, samples, repeats or {}))
-            self.n_samples, self.size_bytes = writer.n_samples, writer.size_bytes
+            return join(records, samples, repeats or {})
+
+        assert self.path is not None
+        done = self._shared.finish(self.path, joined)
+        if done is not None:
+            self.n_samples, self.size_bytes = done
 
 
 def made_with(loaded: LoadedModel, selection: Selection) -> dict[str, Any]:
     """The settings that decide a run's numbers."""
-    numbers = loaded.numbers()
-    return {
-        **numbers,
-        "fingerprint": loaded.fingerprint(),
-        "shape": loaded.shape,
-        "versions": {**numbers["versions"], "lm_eval": lm_eval.__version__},
-        **selection.as_dict(),
-    }
+    made = loaded.made_with()
+    return {**made, "versions": {**made["versions"], "lm_eval": lm_eval.__version__}, **selection.as_dict()}
 
 
 def new_folder(save_dir: Path, name: str) -> Path:

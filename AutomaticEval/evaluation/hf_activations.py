@@ -23,8 +23,8 @@ from AutomaticEval.errors import BenchmarkError, StoreError, unknown_option
 from AutomaticEval.evaluation.calls import Call, Request
 from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.lm import CapturingHFLM
-from AutomaticEval.evaluation.ranks import join_ranks, own_device
 from AutomaticEval.models.loading import LoadOptions, load_model
+from AutomaticEval.ranks import join_ranks, own_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.writer import SHARD_BYTES

@@ -29,11 +29,11 @@ from AutomaticEval.evaluation.benchmark import WHY_NOT, check_scoring, indistinc
 from AutomaticEval.evaluation.calls import UNKNOWN, Call, Request
 from AutomaticEval.evaluation.collating import AnswerHook, recording
 from AutomaticEval.evaluation.encoding import EncodedAhead, rolling_windows, shared_beginnings, texts_of
-from AutomaticEval.evaluation.ranks import Ranks
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, random_state
 from AutomaticEval.evaluation.tree import TreeScorer
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.format import Part, Rows, Sample
 

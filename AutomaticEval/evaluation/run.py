@@ -21,9 +21,9 @@ from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, mad
 from AutomaticEval.evaluation.harness import LoadedBefore, quick_templates
 from AutomaticEval.evaluation.join import Score, scores_of
 from AutomaticEval.evaluation.lm import CapturingHFLM
-from AutomaticEval.evaluation.ranks import Ranks, join_ranks
 from AutomaticEval.evaluation.repeats import score_repeats
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.ranks import Ranks, join_ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import ensure_space, prepare_folder, size_text
 from AutomaticEval.store.writer import shard_bytes_for, shards_bytes

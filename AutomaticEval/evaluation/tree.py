@@ -15,8 +15,8 @@ from AutomaticEval.capture.scoring import Cut, Scored, ScoringOptions, TreeScori
 from AutomaticEval.capture.serving import refuse_unsuitable
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.evaluation.calls import Call
-from AutomaticEval.evaluation.ranks import Ranks
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.format import Sample
 

@@ -30,11 +30,18 @@ Keep = Callable[[int, int], Kept | None]
 """keep(first column, number of columns) -> what to keep of that forward; None for nothing."""
 
 
+class Enough(Exception):
+    """A forward was stopped, because all that is wanted of it was read."""
+
+
 class Recording:
     """What `capturing` saw: for every kept (batch row, column) pair, one row a key. Read it after the with."""
 
-    def __init__(self, keys: list[str], keep: Keep, n_rows: int, dtype: torch.dtype | None = None) -> None:
-        self._keep, self._n_rows, self._dtype = keep, n_rows, dtype
+    def __init__(
+        self, keys: list[str], keep: Keep, n_rows: int, dtype: torch.dtype | None = None, *, stops: bool = False
+    ) -> None:
+        self._keep, self._n_rows, self._dtype, self._stops = keep, n_rows, dtype, stops
+        self._n_unread = 0
         self._fed: list[Tensor] = []
         self._kept: list[Kept] = []
         self._current: Kept | None = None
@@ -66,6 +73,7 @@ class Recording:
                 "assisted decoding and several sequences a prompt cannot be captured."
             )
         self._send()
+        self._n_unread = len(self._fired)
         self._first += self._n_columns
         self._fed.append(ids.detach())
         self._n_columns = ids.shape[1]
@@ -84,7 +92,16 @@ class Recording:
         return torch.equal(place, torch.arange(n_positions, device=place.device))
 
     def read(self, key: str, tap: Tap, value: Tensor | None) -> None:
-        """A site's value [batch, columns, width] in the current forward: keep what is wanted of it."""
+        """A site's value [batch, columns, width] in the current forward: keep what is wanted of it.
+
+        Raises Enough after the last site of a forward that is to stop there.
+        """
+        self._take(key, tap, value)
+        self._n_unread -= 1
+        if self._stops and not self._n_unread:
+            raise Enough
+
+    def _take(self, key: str, tap: Tap, value: Tensor | None) -> None:
         if value is None:
             raise CaptureError(f"the module of {key} ({tap.module}) gave no tensor.")
         self._fired[key] += 1
@@ -158,6 +175,10 @@ class Recording:
                     f"{key} holds values that float16 cannot hold (65504 at most); store it as bfloat16."
                 )
 
+    def fed_ids(self) -> Tensor:
+        """The token ids of all forwards: [batch, columns], on the CPU."""
+        return torch.cat([ids.cpu() for ids in self._fed], 1)
+
     def fed(self, row: int) -> list[int]:
         """The token ids that the model was given in one batch row, column after column."""
         return torch.cat([ids[row].cpu() for ids in self._fed]).tolist() if self._fed else []
@@ -183,15 +204,18 @@ def capturing(
     keep: Keep,
     n_rows: int,
     dtype: torch.dtype | None = None,
+    *,
+    stops: bool = False,
 ) -> Iterator[Recording]:
     """Record taps of a model in every forward inside the with.
 
     taps: key -> place, from `Layout.pick`. embedding: `Layout.embedding`. keep: what to keep of a forward.
     n_rows: the rows of the batch, which every forward must have. dtype: to narrow what is kept to; None leaves it.
+    stops: whether a forward ends, by Enough, when all taps were read; what calls it must catch that.
     Raises CaptureError when a forward has other rows, a hook does not fire exactly once a forward, or a value does
     not fit into float16.
     """
-    recording = Recording(list(taps), keep, n_rows, dtype)
+    recording = Recording(list(taps), keep, n_rows, dtype, stops=stops)
     with ExitStack() as hooks:
         hooks.enter_context(alone_with(model))
 

@@ -101,6 +101,10 @@ class LoadedModel:
                 found.update(numbers.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
+    def made_with(self) -> dict[str, Any]:
+        """`numbers`, and which model it is, for the settings of runs."""
+        return {**self.numbers(), "fingerprint": self.fingerprint(), "shape": self.shape}
+
     def numbers(self) -> dict[str, Any]:
         """The settings of the model that decide its numbers, for files."""
         model = self.model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,34 +10,100 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable
-from AutomaticEval.models.taps import Layout, alone_with
+from AutomaticEval.models.hooks import Kept, capturing
+from AutomaticEval.models.probe import PROBE_LENGTH
+from AutomaticEval.models.taps import Layout, alone_with, input_device
 from AutomaticEval.sites import Site
 
 SUM_IS_ONE = 0.01
 """How far the attention that a position pays may be from 1 in all: of bfloat16, many small numbers."""
 
 
+class Patterns:
+    """What the attention of some layers gave in the last forward."""
+
+    def __init__(self, n_heads: int) -> None:
+        self._n_heads = n_heads
+        self._found: dict[int, Tensor] = {}
+
+    def __getitem__(self, layer: int) -> Tensor:
+        """[batch, n_heads, query_pos, key_pos], in the model's dtype.
+
+        Raises SiteUnavailable for a model without such attention, or whose positions do not pay 1 in all to themselves and what is before
+        them (padding on the right is allowed, on the left not).
+        """
+        if layer not in self._found:
+            raise SiteUnavailable(f"this model has no 'pattern': the attention of block {layer} gives no weights.")
+        pattern = self._found[layer]
+        paid = pattern.float().sum(-1).flatten()
+        worst = paid[(paid - 1).abs().argmax()].item()
+        later = torch.ones(pattern.shape[-2:], dtype=torch.bool, device=pattern.device).triu(1)
+        ahead = pattern.masked_fill(~later, 0).abs().max().item()
+        if not (abs(worst - 1) <= SUM_IS_ONE and ahead == 0):  # nan is off, too
+            raise SiteUnavailable(
+                f"what the attention of block {layer} gives is no pattern: a position pays {worst:.3g} in all (less where some goes to a "
+                f"sink), and {ahead:.3g} to one that comes after it; 1 and 0 were expected."
+            )
+        return pattern
+
+    def forget(self, *_: Any) -> None:
+        """A forward begins."""
+        self._found.clear()
+
+    def hook(self, layer: int) -> Any:
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            for each in output[1:] if isinstance(output, tuple) else ():
+                if isinstance(each, Tensor) and each.dim() == 4 and each.shape[1] == self._n_heads:
+                    self._found[layer] = each.detach()
+                    return
+
+        return after
+
+
 @contextmanager
-def reading_patterns(model: Any, layout: Layout) -> Iterator[dict[int, Tensor]]:
-    """Layer -> the pattern of the last forward inside the with: [batch, n_heads, query_pos, key_pos], in the model's dtype.
+def reading_patterns(model: Any, layout: Layout, layers: Iterable[int] | None = None) -> Iterator[Patterns]:
+    """The patterns of some layers, by default of all.
 
     The model attends eagerly inside, and as it did before afterwards: scores differ by rounding, and memory grows with the square of the
-    length. Raises SiteUnavailable for a model without such attention, or whose positions do not pay 1 in all to themselves and what is
-    before them (padding on the right is allowed, on the left not).
+    length. Raises SiteUnavailable for a model that cannot.
     """
-    found: dict[int, Tensor] = {}
+    found = Patterns(layout.n_heads)
     with ExitStack() as undo:
         undo.enter_context(alone_with(model))
         undo.enter_context(_eager(model))
-        for layer in range(layout.n_layers):
+        for layer in range(layout.n_layers) if layers is None else layers:
             path = layout.pick([Site("z", layer)])[f"layer_{layer}.z"].module
             block = layout.taps[Site("resid_pre", layer)].module
             for parent in _parents(path, block):
-                hook = _hook(found, layer, layout.n_heads)
-                undo.callback(model.get_submodule(parent).register_forward_hook(hook).remove)
-        undo.callback(model.register_forward_pre_hook(lambda *_: found.clear()).remove)
-        undo.callback(model.register_forward_hook(lambda *_: _check(found, layout.n_layers)).remove)
+                undo.callback(model.get_submodule(parent).register_forward_hook(found.hook(layer)).remove)
+        undo.callback(model.register_forward_pre_hook(found.forget).remove)
         yield found
+
+
+def check_patterns(model: Any, layout: Layout) -> None:
+    """Raises SiteUnavailable when the values, as patterns weigh them, are not z: then a head's pattern is not what the head reads.
+
+    It is not checked in layers whose values are not found.
+    """
+    layers = [layer for layer in range(layout.n_layers) if {Site("v", layer), Site("z", layer)} <= layout.taps.keys()]
+    taps = layout.pick(Site(kind, layer) for layer in layers for kind in "vz")
+    ids = (
+        torch.arange(1, PROBE_LENGTH + 1, device=input_device(model))[None]
+        % model.get_input_embeddings().num_embeddings
+    )
+    kept = Kept(torch.zeros(PROBE_LENGTH, dtype=torch.long), torch.arange(PROBE_LENGTH))
+    with torch.no_grad(), reading_patterns(model, layout) as patterns:
+        with capturing(model, taps, layout.embedding, lambda *_: kept, 1) as found:
+            model(input_ids=ids)
+        for layer in layers:
+            v, z = (found.rows[Site(kind, layer).key].float() for kind in "vz")
+            each = v.view(PROBE_LENGTH, layout.n_kv_heads, -1).repeat_interleave(layout.n_heads // layout.n_kv_heads, 1)
+            weighed = torch.einsum("hqk,khd->qhd", patterns[layer][0].float().cpu(), each).flatten(1)
+            off, size = (weighed - z).abs().max().item(), z.abs().max().item()
+            if not off <= max(1e-3, 8 * torch.finfo(model.dtype).eps) * (size + 1e-6):  # nan is off, too
+                raise SiteUnavailable(
+                    f"the pattern of block {layer} is not what its heads read: values weighed by it are {off:.2g} from z, which is {size:.2g}."
+                )
 
 
 def _parents(path: str, block: str) -> list[str]:
@@ -46,31 +112,6 @@ def _parents(path: str, block: str) -> list[str]:
     while (path := path.rpartition(".")[0]) != block:
         found.append(path)
     return found
-
-
-def _hook(found: dict[int, Tensor], layer: int, n_heads: int) -> Any:
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        for each in output[1:] if isinstance(output, tuple) else ():
-            if isinstance(each, Tensor) and each.dim() == 4 and each.shape[1] == n_heads:
-                found[layer] = each.detach()
-                return
-
-    return after
-
-
-def _check(found: dict[int, Tensor], n_layers: int) -> None:
-    for layer in range(n_layers):
-        if layer not in found:
-            raise SiteUnavailable(f"this model has no 'pattern': the attention of block {layer} gives no weights.")
-        pattern = found[layer]
-        off = (pattern.float().sum(-1) - 1).abs().max().item()
-        later = torch.ones(pattern.shape[-2:], dtype=torch.bool, device=pattern.device).triu(1)
-        ahead = pattern.masked_fill(~later, 0).abs().max().item()
-        if not (off <= SUM_IS_ONE and ahead == 0):  # nan is off, too
-            raise SiteUnavailable(
-                f"what the attention of block {layer} gives is no pattern: a position pays {1 + off:.3g} in all, and {ahead:.3g} "
-                "to one that comes after it; 1 and 0 were expected."
-            )
 
 
 @contextmanager

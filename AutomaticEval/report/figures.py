@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,29 @@ Result = Mapping[str, Any]
 SIGNIFICANT = 0.05
 
 
-def draw(result: Result, folder: Path) -> list[Path]:
-    """Draw a result, as its file holds it. Returns the figures. Raises StoreError for one without figures, PathExists."""
+def draw(result: Result, folder: Path, *, overwrite: bool = False) -> list[Path]:
+    """Draw a result, as `read_json` reads it. Returns the figures. Raises StoreError for one that is not whole, PathExists."""
+    check_figures([(result, folder)], overwrite=overwrite)
     files = [folder / name for name in names_of(str(result.get("kind")))]
     for file in files:
-        prepare_file(file, offer_overwrite=False)
-    for file in files:
-        with new_file(file) as partial:
+        with new_file(file, overwrite=overwrite) as partial:
             try:
                 _FIGURES[result["kind"]][file.name](result, partial)
-            except KeyError as absent:
-                raise StoreError(f"a result of the kind {result['kind']!r} lacks {absent.args[0]!r}.") from None
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as broken:
+                raise StoreError(
+                    f"this is no whole result of the kind {result['kind']!r}: {type(broken).__name__} {broken}."
+                ) from broken
     return files
+
+
+def check_figures(results: Sequence[tuple[Result, Path]], *, overwrite: bool = False) -> None:
+    """Raises StoreError for a kind without figures, and for results whose figures would be the same files; PathExists."""
+    files = [folder / name for result, folder in results for name in names_of(str(result.get("kind")))]
+    for number, file in enumerate(files):
+        if file in files[:number]:
+            raise StoreError(f"two of these results draw {file}; name a folder for each.")
+    for file in files:
+        prepare_file(file, overwrite=overwrite)
 
 
 def names_of(kind: str) -> list[str]:
@@ -50,7 +61,7 @@ def comparison_panels(pre: PerHead, fine: PerHead, change: PerHead) -> list[Pane
 def _strength(result: Result, path: Path) -> None:
     values = {(each["layer"], each["head"]): each["R_h"] for each in result["heads"]}
     unit = f"mean L2 norm of {result['of']} over tokens"
-    heatmaps([Panel(f"Head strength, {result['model']}", values, unit)], path)
+    heatmaps([Panel(f"Head strength, {Path(result['model']).name}", values, unit)], path)
 
 
 def _comparison(result: Result, path: Path) -> None:
@@ -66,14 +77,14 @@ def _by_head(named: Mapping[str, float]) -> PerHead:
 
 
 def _answers(result: Result, path: Path) -> None:
-    title = f"{result['settings']['model']}, {len(result['samples'])} prompts"
+    title = f"{Path(result['settings']['model']).name}, {len(result['samples'])} prompts"
     before_and_after(result["summary"], result["units"], title, path)
 
 
 def _recovered(result: Result, path: Path) -> None:
     """Of pairs: how much of the logit difference came with the values."""
     about = result["settings"]
-    title = f"{about['model']}, {len(result['samples'])} pairs: {about['site']} of {about['places']}"
+    title = f"{Path(about['model']).name}, {len(result['samples'])} pairs: {about['site']} of {about['places']}"
     known = {name: found for name, found in result["summary"].items() if found["mean"] is not None}
     top_heads([(title, "part of the logit difference", known)], path)
 
@@ -110,16 +121,21 @@ def _screened_top(result: Result, path: Path) -> None:
     for score, (name, unit, title) in _SCORES.items():
         changes = {}
         for each in result["scores"]:
-            found, star = each[score], "*" if each[score].get("p", 1.0) < SIGNIFICANT else ""
+            found, star = each[score], "*" if (each[score].get("p") or 1.0) < SIGNIFICANT else ""
             if found[name] is not None:
                 label = f"{each['layer']}:{each['head']} {each['category']}{star}"
                 changes[label] = {"mean": found[name], "interval": found.get("interval")}
-        panels.append((f"{title}{f' (*: p < {SIGNIFICANT})' if score == 'strength' else ''}", unit, changes))
+        panels.append(
+            (f"{title}{f' (*: p < {SIGNIFICANT} in its category)' if score == 'strength' else ''}", unit, changes)
+        )
     top_heads(panels, path)
 
 
 def _swept(result: Result, path: Path) -> None:
-    panels = [Panel(title, values, unit, diverging=True) for title, unit, values in _means(result)]
+    means = _means(result)
+    known = [value for _, _, values in means for value in values.values() if value is not None]
+    ends = (min(known), max(known)) if known else None
+    panels = [Panel(title, values, unit, diverging=True, ends=ends) for title, unit, values in means]
     across = "Position, counted from the end" if "position" in result["places"][0] else "Head"
     heatmaps(panels, path, across=across)
 
@@ -129,7 +145,7 @@ def _means(result: Result) -> list[tuple[str, str, PerHead]]:
     places, about = result["places"], result["settings"]
     return [
         (
-            f"{about['model']}: {name} ({about['site']})",
+            f"{Path(about['model']).name}: {name} ({about['site']})",
             unit,
             {_place(each): each[name]["mean"] for each in places},
         )
@@ -156,5 +172,5 @@ _FIGURES: dict[str, dict[str, Callable[[Result, Path], None]]] = {
     "ablation": {"ablation_sentiment_comparison.png": _answers},
     "patching": {"patching_keyword_comparison.png": _answers},
     "pairs": {"patching_recovered.png": _recovered},
-    "sweep": {"head_reaction_heatmap.png": _swept, "top_heads.png": _swept_top},
+    "sweep": {"sweep_heatmap.png": _swept, "sweep_top_heads.png": _swept_top},
 }

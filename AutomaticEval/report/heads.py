@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ from matplotlib.figure import Figure
 
 PerHead = Mapping[tuple[int, int], float | None]
 """(layer, head) -> a number; None for no number."""
+MOST_PIXELS = 8000
+"""Along one side of a figure."""
 MOST_LABELS = 16
 """Ticks along one axis; with more heads or layers, only every second or fourth is labelled."""
 
@@ -40,11 +43,11 @@ def heatmaps(panels: Sequence[Panel], path: str | Path, *, columns: int | None =
         axes = figure.add_subplot(rows, columns, number)
         axes.set_facecolor("0.8")
         shown = axes.imshow(np.ma.masked_invalid(grid), aspect="equal", origin="lower", **_colours(grid, panel))
-        axes.set(title=panel.title, xlabel=across, ylabel="Layer")
+        axes.set(title="\n".join(wrap(panel.title, 36)), xlabel=across, ylabel="Layer")
         _label(axes.xaxis, heads)
         _label(axes.yaxis, layers)
-        figure.colorbar(shown, ax=axes, label=panel.unit, shrink=0.8)
-    figure.savefig(path, dpi=150, format="png")
+        figure.colorbar(shown, ax=axes, label="\n".join(wrap(panel.unit, 24)), shrink=0.8)
+    figure.savefig(path, dpi=min(150.0, MOST_PIXELS / max(size)), format="png")
 
 
 def _grid(values: PerHead) -> tuple[Any, list[int], list[int]]:

@@ -98,6 +98,11 @@ class Part(NamedTuple):
     """Indices into rows, ascending by position."""
 
 
+def fed_of(input_ids: Sequence[int], generated_ids: Sequence[int]) -> list[int]:
+    """What a model is fed of a sample: all but the last token of a response; a text without one to its end."""
+    return [*input_ids, *list(generated_ids)[:-1]]
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One prompt (or context) with one response (or continuation), and where its rows are."""
@@ -114,14 +119,14 @@ class Sample:
         """Refuse rows that are not this sample's tokens."""
         if not self.parts:
             raise CaptureError("a sample needs the rows it points into, of which it may keep none.")
-        sequence = [*self.input_ids, *self.generated_ids]
+        fed = fed_of(self.input_ids, self.generated_ids)
         for rows, where in self.parts:
             for index in where:
                 position, found = rows.positions[index], rows.token_ids[index]
-                if index < 0 or not 0 <= position < len(sequence) - 1 or sequence[position] != found:
+                if index < 0 or not 0 <= position < len(fed) or fed[position] != found:
                     raise CaptureError(
-                        f"a row of token {found} at position {position} does not belong to its sample of "
-                        f"{len(sequence)} tokens (prompt {self.fields.get('prompt', '')[:40]!r})."
+                        f"a row of token {found} at position {position} does not belong to its sample, which was fed "
+                        f"{len(fed)} tokens (prompt {self.fields.get('prompt', '')[:40]!r})."
                     )
 
     @property

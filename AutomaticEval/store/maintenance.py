@@ -181,7 +181,7 @@ def _strangers(shard: Shard) -> list[str]:
     token_ids, positions = held.token_ids[:], held.positions[:]
     for number in range(held.n_samples):
         rows = indices_of(held.segments.item(number))
-        sequence = np.concatenate([held.input_ids.item(number), held.generated_ids.item(number)])[:-1]
+        sequence = np.concatenate([held.input_ids.item(number), held.generated_ids.item(number)[:-1]])
         places = positions[rows]
         inside = np.all((places >= 0) & (places < len(sequence)))
         if not inside or np.any(sequence[places] != token_ids[rows]):

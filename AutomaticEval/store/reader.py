@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from AutomaticEval.store.files import PICKLE_SUFFIXES
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.rows import Kind, RowArray, RowsDataset, ShardedRows
 from AutomaticEval.store.shard import FileColumns, Shard
+from AutomaticEval.store.shuffling import BUFFER_ROWS, ShuffledRows
 from AutomaticEval.store.writer import INDEX, Placed, living, order_of, shard_names
 
 _BOOKKEEPING = ("shard", "index", "batch_rows", "batch_columns")
@@ -114,7 +116,7 @@ class Run(Sequence[dict[str, Any]]):
             [int(v) for a, b in ranges for v in ints[a:b]] for ints in (held.token_ids, held.positions)
         )
         prompt, response = held.input_ids.item(number).tolist(), held.generated_ids.item(number).tolist()
-        fed = dict(enumerate((prompt + response)[:-1]))
+        fed = dict(enumerate(contract.fed_of(prompt, response)))
         with naming(self.path):
             if [fed.get(position) for position in positions] != token_ids:
                 raise ValueError(f"the rows of sample {number} are not its tokens")
@@ -136,6 +138,28 @@ class Run(Sequence[dict[str, Any]]):
         """One site of one sample: [n_positions, width]. Reads no more than those bytes."""
         self._check_key(key)
         return self._store.read(key, self._contents.segments.item(int(self._order[index])))
+
+    def layers(self, kind: str = "resid_post") -> dict[int, LayerSamples]:
+        """One kind of site of every layer that has it: `run.layers("mlp_out")[layer][sample]` is [n_positions, width].
+
+        Nothing is read before it is asked for. Raises StoreError for a kind that no layer has.
+        """
+        ending = "" if kind == "resid_post" else f".{kind}"
+        found = {key: re.fullmatch(rf"layer_(\d+){re.escape(ending)}", key) for key in self.keys}
+        layers = {int(match[1]): LayerSamples(self, key) for key, match in found.items() if match}
+        if not layers:
+            raise StoreError(f"{self.path} holds no {kind!r}. It has {', '.join(self.keys)}.")
+        return layers
+
+    def pattern(self, index: int, layer: int) -> Tensor:
+        """What one sample's positions attend to: [n_heads, n_positions, key_pos], key_pos up to the sample's length.
+
+        Raises StoreError for a run that kept no pattern of the layer.
+        """
+        rows = self.read(index, f"layer_{layer}.pattern")
+        n_heads = int(self.settings["shape"]["n_heads"])
+        n_ids = len(self._contents.input_ids.item(int(self._order[index])))
+        return rows.view(len(rows), n_heads, -1).transpose(0, 1)[:, :, :n_ids]
 
     @property
     def keys(self) -> list[str]:
@@ -217,21 +241,48 @@ class Run(Sequence[dict[str, Any]]):
         self._check_key(key)
         return self._store.take(key, self._rows_at(position))
 
-    def rows(self, key: str) -> RowArray:
-        """All rows of these samples, each once, as an array-like [n_rows, width] on the disk."""
+    def rows(self, key: str, *, by_sample: bool = False) -> RowArray:
+        """All rows of these samples, each once, in the files' order, as an array-like [n_rows, width] on the disk.
+
+        by_sample: sample after sample, with the rows that samples share in each.
+        """
         self._check_key(key)
         numbers = indices_of(self._contents.segments.take(self._order).values)
+        if by_sample:
+            return self._rows(key, numbers)
         return self._rows(key, numbers if np.all(numbers[1:] > numbers[:-1]) else np.unique(numbers))
 
     def _rows(self, key: str, numbers: Array) -> RowArray:
         return RowArray(self._store, key, numbers, self._contents.token_ids, self._contents.positions)
 
-    def dataset(self, key: str, position: str | int | None = None, label: str | None = None) -> RowsDataset:
+    @overload
+    def dataset(self, key: str, position: str | int | None = None, label: str | None = None) -> RowsDataset: ...
+    @overload
+    def dataset(
+        self, key: str, *, shuffle: Literal[True], seed: int = 0, buffer_rows: int = BUFFER_ROWS
+    ) -> ShuffledRows: ...
+    def dataset(
+        self,
+        key: str,
+        position: str | int | None = None,
+        label: str | None = None,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        buffer_rows: int = BUFFER_ROWS,
+    ) -> RowsDataset | ShuffledRows:
         """A torch Dataset for a DataLoader, also with workers.
 
         Without position: each item is one row [width], each row once. With a position, as for `activations`: one item
-        a sample. label: a column; items are then (row, the sample's value). Raises StoreError.
+        a sample. label: a column; items are then (row, the sample's value).
+        shuffle: all rows as a stream in an order drawn by seed, anew each time, through a buffer of buffer_rows. Raises StoreError.
         """
+        if shuffle:
+            if position is not None or label is not None:
+                raise StoreError(
+                    "shuffle streams all rows; leave position and label out, or have a DataLoader shuffle."
+                )
+            return ShuffledRows(self.rows(key), seed, buffer_rows)
         if label is not None and position is None:
             raise StoreError(f'rows are shared by samples and have no {label!r}; choose one a sample: position="last".')
         if position is None:
@@ -284,6 +335,25 @@ class Run(Sequence[dict[str, Any]]):
     def __repr__(self) -> str:
         ending = "" if self.finished or self.path.is_file() else ", not finished"
         return f"<Run {self.path}: {len(self)} samples, {len(self.keys)} sites{ending}>"
+
+
+class LayerSamples(Sequence[Tensor]):
+    """One site of every sample of a run, each read when it is asked for."""
+
+    def __init__(self, run: Run, key: str) -> None:
+        self._run, self._key = run, key
+
+    def __len__(self) -> int:
+        return len(self._run)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return self._run.read(index, self._key)
 
 
 def _matches(found: Any, wanted: Any) -> bool:

@@ -1,0 +1,111 @@
+"""Features for sparse autoencoders: the neurons of one layer over a data set, or of one text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from AutomaticEval.capture.corpus import Forwards, as_text, extract
+from AutomaticEval.capture.packing import Feeding, Pieces
+from AutomaticEval.capture.texts import DatasetTexts, Text, texts_in
+from AutomaticEval.errors import PromptError
+from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
+from AutomaticEval.selection import Selection
+from AutomaticEval.store.reader import open_run
+from AutomaticEval.store.rows import RowArray
+
+
+class FromHuggingFace:
+    """`mlp_post` of one layer (the input of the MLP's down projection) at every token of a data set.
+
+    hf_model: a name, a folder, a loaded transformers model with tokenizer=, or a LoadedModel. dataset_name: a data set on the hub, a folder,
+    a file of texts, or the texts themselves. num_samples: so many texts; None for all. seq_length: longer texts are cut to it.
+    inference_batch_size: texts a forward; None for as many as are fastest. save_features: a folder to keep them in; True for a new one in
+    `activations`; False for memory alone.
+    On gated MLPs these are the activation of the gate times the up projection, not the activation of the gate alone.
+    """
+
+    def __init__(
+        self,
+        hf_model: Any,
+        layer: int,
+        dataset_name: str | Path | Iterable[str],
+        num_samples: int | None = None,
+        seq_length: int | None = None,
+        inference_batch_size: int | None = None,
+        device: str = "auto",
+        save_features: bool | str | Path = False,
+        *,
+        tokenizer: Any = None,
+        split: str = "train",
+        text_field: str | None = None,
+    ) -> None:
+        self.loaded = _loaded(hf_model, device, tokenizer)
+        self.selection = Selection.parse("mlp_post", layer)
+        (site,) = self.selection.sites(self.loaded.layout.n_layers)
+        self.key = site.key
+        self._feeding = Feeding(seq_length=seq_length, batch_size=inference_batch_size)
+        is_named = isinstance(dataset_name, str | Path)
+        self._most, self.name = num_samples, Path(str(dataset_name)).stem if is_named else "texts"
+        self._texts = _found(dataset_name, split, text_field)
+        self._folder: Path | None = None
+        if save_features:
+            stem = f"features_{self.name}_{datetime.now():%Y%m%d_%H%M%S_%f}"
+            self._folder = Path("activations") / stem if save_features is True else Path(save_features)
+
+    def extract_features(self) -> Tensor | RowArray:
+        """[total_tokens, width], text after text, without padding: a tensor; or, when they are saved, an array-like on the disk.
+
+        Raises PromptError for no texts, SiteUnavailable, StoreError for a folder that holds a run.
+        """
+        texts = islice(self._texts, self._most)
+        if self._folder is not None:
+            extract(self.loaded, texts, self.selection, self._folder, feeding=self._feeding, name=self.name)
+            return open_run(self._folder).rows(self.key, by_sample=True)
+        return self._in_memory(texts)
+
+    def _in_memory(self, texts: Iterable[str | Text]) -> Tensor:
+        forwards = Forwards(self.loaded, self.selection, self._feeding)
+        pieces = Pieces(self.loaded.tokenizer, self._feeding, forwards.longest)
+        found: dict[int, Tensor] = {}
+        for window in pieces.windows(enumerate(map(as_text, texts))):
+            for _, samples in forwards.over(window):
+                for sample in samples:
+                    found[sample.fields["doc_id"]] = sample.parts[0].rows.activations[self.key]
+        if not found:
+            raise PromptError(f"{self.name}: there were no texts.")
+        return torch.cat([found[number] for number in sorted(found)])
+
+
+class ExtractSingleSample:
+    """The same of one text at a time. max_length: longer texts are cut to it; None for the model's context."""
+
+    def __init__(
+        self, hf_model: Any, layer: int, max_length: int | None = None, device: str = "auto", *, tokenizer: Any = None
+    ) -> None:
+        self._features = FromHuggingFace(hf_model, layer, (), None, max_length, 1, device, tokenizer=tokenizer)
+
+    def get_mlp_acts(self, text: str) -> Tensor:
+        """[seq_length, width]. Raises PromptError for an empty text."""
+        return self._features._in_memory([text])
+
+
+def _loaded(model: Any, device: str, tokenizer: Any) -> LoadedModel:
+    if isinstance(model, str | Path):
+        return load_model(model, tokenizer=tokenizer, options=LoadOptions(device=device))
+    return load_model(model, tokenizer=tokenizer)
+
+
+def _found(name: str | Path | Iterable[str], split: str, field: str | None) -> Iterable[str | Text]:
+    """A file's texts, a data set's, or these themselves."""
+    if not isinstance(name, str | Path):
+        return name
+    if Path(name).is_file():
+        return texts_in(name, field)
+    return DatasetTexts(str(name), split, field=field)

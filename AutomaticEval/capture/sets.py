@@ -1,0 +1,188 @@
+"""Several models x several sets of texts, a run folder each: one that fails does not lose the others, one that is there is not made again."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from AutomaticEval.capture.corpus import Extracted, as_text, extract
+from AutomaticEval.capture.packing import Feeding
+from AutomaticEval.capture.texts import Text
+from AutomaticEval.errors import AutomaticEvalError, OtherSettings, first_line
+from AutomaticEval.models.loading import LoadOptions, load_model
+from AutomaticEval.ranks import Ranks
+from AutomaticEval.selection import Selection
+from AutomaticEval.store.files import new_file, prepare_folder
+from AutomaticEval.store.format import plain
+from AutomaticEval.store.reader import Run, open_run
+from AutomaticEval.store.writer import LOCK, is_finished
+
+NUMBERS = "extraction.json"
+"""In each run folder: what the extraction gave."""
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Texts that go into one run folder a model."""
+
+    name: str
+    texts: Any
+    """Strings or Texts; iterated once a model."""
+    about: Mapping[str, Any]
+    """What they are, so that others are not taken for them."""
+    total: int | None = None
+
+    @classmethod
+    def of(cls, name: str, texts: Iterable[str | Text], **about: Any) -> TextSet:
+        """Goes through the texts once, so that what is wrong with one is told before a model runs. Raises what they raise."""
+        digest, total = xxhash.xxh3_64(), 0
+        for text in texts:
+            digest.update(json.dumps(as_text(text).text).encode())
+            total += 1
+        return cls(name, texts, {**about, "texts_xxh3_64": digest.hexdigest()}, total)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to every set and model."""
+
+    selection: Selection
+    feeding: Feeding
+    load: LoadOptions
+    compression: str | None
+    ranks: Ranks
+
+
+@dataclass
+class Unit:
+    """One model on one set."""
+
+    model: str
+    name: str
+    folder: Path
+    status: str = "captured"
+    """captured, was there, or failed"""
+    error: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """Of Extracted."""
+
+    def run(self) -> Run:
+        return open_run(self.folder)
+
+
+def extract_sets(
+    models: Sequence[str],
+    sets: Sequence[TextSet],
+    plan: Plan,
+    folder_of: Callable[[str, str], Path],
+    announce: Callable[[str], None] = lambda line: None,
+) -> list[Unit]:
+    """Each model on each set. folder_of: model and set -> the run folder.
+
+    A unit whose folder is finished is not made again, one that was cut short goes on. Errors of this project, and of torch while a model
+    runs, are told in the unit. Raises OtherSettings for a folder that was made otherwise, before anything is done.
+    """
+    units = [Unit(model, each.name, folder_of(model, each.name)) for model in models for each in sets]
+    by_name = {each.name: each for each in sets}
+    for unit in units:
+        unit.status = _there(unit, by_name[unit.name], plan)
+    for unit in units:
+        label = f"{unit.model}, {unit.name}"
+        if unit.status == "was there":
+            announce(f"{label}: is there already")
+            continue
+        try:
+            unit.numbers = _one(unit, by_name[unit.name], plan)
+            rate = unit.numbers["n_tokens"] / max(unit.numbers["seconds"], 1e-9)
+            announce(f"{label}: {unit.numbers['n_samples']} samples, {rate:.0f} tokens a second, {unit.folder}")
+        except (AutomaticEvalError, torch.OutOfMemoryError) as failure:
+            if plan.ranks.n_ranks > 1 or len(units) == 1:
+                raise  # other processes wait for this one; and there is nothing else to lose
+            unit.status, unit.error = "failed", f"{type(failure).__name__}: {first_line(failure)}"
+            announce(f"{label}: {unit.error}")
+    return units
+
+
+def folder_name(*parts: str) -> str:
+    """Of characters that every file system takes."""
+    return "_".join(re.sub(r"[^\w.-]+", "-", Path(part).name[:80]) for part in parts)
+
+
+def _one(unit: Unit, texts: TextSet, plan: Plan) -> dict[str, Any]:
+    loaded = load_model(unit.model, options=plan.load)
+    was_begun = (unit.folder / LOCK).exists()
+    done = extract(
+        loaded,
+        texts.texts,
+        plan.selection,
+        unit.folder,
+        feeding=plan.feeding,
+        name=texts.name,
+        about=_about(texts, plan),
+        compression=plan.compression,
+        ranks=plan.ranks,
+        resume=was_begun,
+        total=texts.total,
+    )
+    numbers = _numbers(done) | _of_tokenizer(loaded.tokenizer, loaded.context)
+    if plan.ranks.is_first:
+        with new_file(unit.folder / NUMBERS, overwrite=True) as partial:
+            partial.write_text(json.dumps(numbers, indent=1, default=plain) + "\n", encoding="utf-8")
+    return numbers
+
+
+def _about(texts: TextSet, plan: Plan) -> dict[str, Any]:
+    return {**texts.about, "asked_seq_length": plan.feeding.seq_length, "patterns": plan.feeding.patterns}
+
+
+def _numbers(done: Extracted) -> dict[str, Any]:
+    lengths = torch.tensor(done.lengths, dtype=torch.float64)
+    found = {name: value for name, value in asdict(done).items() if name not in ("folder", "lengths")}
+    low, middle, high = (lengths.quantile(q).item() for q in (0.0, 0.5, 1.0)) if done.lengths else (None, None, None)
+    spread = {
+        "shortest": low,
+        "median": middle,
+        "mean": lengths.mean().item() if done.lengths else None,
+        "longest": high,
+    }
+    return {**found, "lengths": spread}
+
+
+def _of_tokenizer(tokenizer: Any, context: int | None) -> dict[str, Any]:
+    begins = tokenizer("a")["input_ids"][:1] != tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    return {
+        "tokenizer": {
+            "class": type(tokenizer).__name__,
+            "n_tokens": len(tokenizer),
+            "first_token_added": tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"][0]) if begins else None,
+            "context": context,
+        }
+    }
+
+
+def _there(unit: Unit, texts: TextSet, plan: Plan) -> str:
+    """The status of a unit before it is made. Raises OtherSettings."""
+    if not unit.folder.exists():
+        return "captured"
+    if not is_finished(unit.folder):
+        prepare_folder(unit.folder)
+        return "captured"
+    run = unit.run()
+    wanted = {"model": unit.model, **plan.selection.as_dict(), **_about(texts, plan), "packing": plan.feeding.packing}
+    found = {"model": run.model, "store_dtype": None, **run.settings, **run.settings.get("corpus", {})}
+    apart = [name for name, value in wanted.items() if found.get(name) != value]
+    if apart:
+        name = apart[0]
+        raise OtherSettings(
+            f"{unit.folder} was made with other settings: {name} was {found.get(name)!r} and is {wanted[name]!r}. Name another folder."
+        )
+    if (unit.folder / NUMBERS).exists():
+        unit.numbers = json.loads((unit.folder / NUMBERS).read_text(encoding="utf-8"))
+    return "was there"

@@ -1,0 +1,212 @@
+"""Where texts come from: a file (JSONL, JSON, CSV, a text a line), or a Hugging Face data set; one after the other, never all at once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from AutomaticEval.errors import DatasetUnavailable, PromptError, SelectionError, did_you_mean, first_line
+
+T = TypeVar("T")
+FIELDS = ("text", "input", "question", "prompt")
+"""Where an item's text is: the first of these that it has."""
+
+
+class Text(NamedTuple):
+    """One text, and where it was found."""
+
+    text: str
+    place: str
+
+
+def read_texts(path: str | Path, field: str | None = None) -> list[str]:
+    """All texts of a file. Raises PromptError as `texts_in` does."""
+    return [text for text, _ in texts_in(path, field)]
+
+
+def texts_in(path: str | Path, field: str | None = None) -> Iterator[Text]:
+    """The texts of a file, in their order. field: of its objects; by default the first of FIELDS that each has.
+
+    Raises PromptError, with the line, for what is no text or an empty one, for a file without texts, and for what is not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PromptError(f"no file {path}; give a JSONL, JSON, CSV or txt file of texts.")
+    found = None
+    for found in _read(path, field):
+        yield found
+    if found is None:
+        raise PromptError(f"{path} holds no texts.")
+
+
+def drawn(texts: list[T], n: int | None, seed: int) -> list[T]:
+    """n of the texts at random, in their order; all when there are no more, or n is None."""
+    if n is not None and n < 1:
+        raise PromptError(f"{n} texts were asked for; at least 1 is needed.")
+    if n is None or n >= len(texts):
+        return texts
+    return [texts[index] for index in sorted(random.Random(seed).sample(range(len(texts)), n))]
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """A file's lines, divided by newlines alone: JSON strings may hold the other characters that end a line.
+
+    Raises PromptError for what is not UTF-8.
+    """
+    with path.open("rb") as file:
+        begins_at = 0
+        for number, raw in enumerate(file):
+            try:
+                line = raw.decode("utf-8-sig" if number == 0 else "utf-8")
+            except UnicodeDecodeError as broken:
+                raise PromptError(
+                    f"{path}, line {number + 1}, is not UTF-8: byte {begins_at + broken.start} of the file."
+                ) from None
+            begins_at += len(raw)
+            yield line.removesuffix("\n")
+
+
+def _read(path: Path, field: str | None) -> Iterator[Text]:
+    items = {".txt": _txt, ".csv": _csv}.get(path.suffix.lower(), _json)(path)
+    for place, item in items:
+        yield _text_of(item, f"{path}, {place}", field)
+
+
+def _txt(path: Path) -> Iterator[tuple[str, Any]]:
+    return ((f"line {number}", line.removesuffix("\r")) for number, line in enumerate(lines_of(path), 1))
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+    """(line that it ends in, line as an object)"""
+    reader = csv.DictReader((f"{line}\n" for line in lines_of(path)), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise PromptError(f"{path}, line {reader.line_num}: more fields than the first line names.")
+            yield f"line {reader.line_num}", row
+    except csv.Error as broken:
+        raise PromptError(f"{path}, line {reader.line_num}: not CSV ({broken}).") from None
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    """A list in a JSON file, or an item a line."""
+    first = next((line for line in lines_of(path) if line.strip()), "")
+    if first.lstrip().startswith("["):
+        whole = _parsed("\n".join(lines_of(path)), path, 1)
+        yield from ((f"item {number}", item) for number, item in enumerate(whole, 1))
+        return
+    for number, line in enumerate(lines_of(path), 1):
+        if line.strip():
+            yield f"line {number}", _parsed(line, path, number)
+
+
+def _parsed(text: str, path: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as broken:
+        raise PromptError(f"{path}, line {line + broken.lineno - 1}: not JSON ({broken.msg}).") from None
+
+
+def _text_of(item: Any, place: str, field: str | None) -> Text:
+    if isinstance(item, Mapping):
+        name = field_of(list(item), field, place)
+        item, place = item[name], f"{place}, field {name!r}"
+    elif field is not None:
+        raise PromptError(f"{place}: a {type(item).__name__}, in which there is no field {field!r}.")
+    if not isinstance(item, str) or not item.strip():
+        raise PromptError(
+            f"{place}: {'an empty text' if isinstance(item, str) else type(item).__name__ + ', not a text'}."
+        )
+    return Text(item, place)
+
+
+def field_of(names: Sequence[str], field: str | None, place: str) -> str:
+    """The name of the field that holds a text. Raises PromptError when there is none."""
+    wanted = FIELDS if field is None else (field,)
+    name = next((each for each in wanted if each in names), None)
+    if name is None:
+        near = "" if field is None else did_you_mean(field, names)
+        raise PromptError(f"{place}: none of the fields {', '.join(wanted)}.{near} Found {', '.join(names) or 'none'}.")
+    return name
+
+
+@dataclass(frozen=True)
+class FileTexts:
+    """The texts of a file, read anew each time they are gone through."""
+
+    path: Path
+    field: str | None = None
+    most: int | None = None
+    """So many texts; None for all."""
+
+    def __iter__(self) -> Iterator[Text]:
+        return islice(texts_in(self.path, self.field), self.most)
+
+
+@dataclass
+class DatasetTexts:
+    """The texts of a Hugging Face data set, streamed; or of a folder with files that `datasets` reads, or that it saved."""
+
+    name: str
+    split: str = "train"
+    config: str | None = None
+    field: str | None = None
+    most: int | None = None
+    """So many texts; None for all."""
+    strict: bool = False
+    """Whether an empty text is an error, and not counted and left out."""
+    n_empty: int = 0
+
+    def __post_init__(self) -> None:
+        if self.most is not None and self.most < 1:
+            raise PromptError(f"{self.most} texts were asked for; at least 1 is needed.")
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """For settings: what decides which texts they are."""
+        about = {"dataset": self.name, "config": self.config, "split": self.split, "field": self.field}
+        return {**about, "num_samples": self.most}
+
+    def __iter__(self) -> Iterator[Text]:
+        """Raises DatasetUnavailable, PromptError for a field that there is not, or what is no text."""
+        self.n_empty = 0
+        yield from islice(self._all(), self.most)
+
+    def _all(self) -> Iterator[Text]:
+        name = None
+        for number, item in enumerate(_streamed(self.name, self.config, self.split)):
+            place = f"{self.name}, {self.split}, item {number}"
+            name = name or field_of(list(item), self.field, place)
+            text = item.get(name)
+            if not isinstance(text, str):
+                raise PromptError(f"{place}, field {name!r}: {type(text).__name__}, not a text.")
+            if text.strip():
+                yield Text(text, place)
+            elif self.strict:
+                raise PromptError(f"{place}, field {name!r}: an empty text.")
+            else:
+                self.n_empty += 1
+
+
+def _streamed(name: str, config: str | None, split: str) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    try:
+        if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
+            found = datasets.load_from_disk(name)
+            found = found[split] if isinstance(found, dict) else found
+        else:
+            found = datasets.load_dataset(name, config, split=split, streaming=True)
+        yield from found
+    except KeyError as absent:
+        raise SelectionError(f"{name} has no split {absent.args[0]!r}.") from None
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as failure:
+        raise DatasetUnavailable(
+            f"the data set {name!r} ({config or 'default'}, {split}) cannot be read: {first_line(failure)}"
+        ) from None

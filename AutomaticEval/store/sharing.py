@@ -1,0 +1,70 @@
+"""A run folder that several processes write: the first opens it, then the others; the first finishes it when all have closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from AutomaticEval.ranks import Ranks
+from AutomaticEval.store.writer import RunWriter
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SharedRun:
+    """What a run is made with."""
+
+    model: str
+    settings: Mapping[str, Any]
+    shard_bytes: int
+    compression: str | None
+    ranks: Ranks
+
+    @contextmanager
+    def writing(
+        self, new_folder: Callable[[], Path], *, resume: bool, tell: Callable[[RunWriter], T]
+    ) -> Iterator[tuple[RunWriter, T]]:
+        """This process's writer, and what the first process tells all of what is there. On every exit what was gathered is sealed.
+
+        new_folder: asked in the first process alone.
+        """
+        opened, shared = None, None
+        if self.ranks.is_first:
+            folder = new_folder()
+            opened, told = self._open_first(folder, tell, resume=resume)
+            shared = (folder, {**self.settings, "run_id": opened.run_id}, told)
+        folder, settings, told = self.ranks.from_first(shared)
+        share = (self.ranks.rank, self.ranks.n_ranks)
+        with opened or self._writer(folder, settings, share=share) as writer:
+            yield writer, told
+
+    def _open_first(self, folder: Path, tell: Callable[[RunWriter], T], *, resume: bool) -> tuple[RunWriter, T]:
+        writer = self._writer(folder, self.settings, resume=resume, share=(0, self.ranks.n_ranks))
+        try:
+            return writer, tell(writer)
+        except BaseException:
+            writer.close(failed=True)
+            raise
+
+    def finish(
+        self, folder: Path, records_of: Callable[[list[dict[str, Any]]], Sequence[Mapping[str, Any]]]
+    ) -> tuple[int, int] | None:
+        """In the first process, when all have closed: write `run.h5` over all records, as `records_of` makes them of the sealed ones.
+
+        Returns samples and bytes; None in the others.
+        """
+        self.ranks.gathered(None)  # all have sealed
+        if not self.ranks.is_first:
+            return None
+        with self._writer(folder, self.settings, resume=True) as writer:
+            writer.finish(records_of(writer.records()))
+            return writer.n_samples, writer.size_bytes
+
+    def _writer(self, folder: Path, settings: Mapping[str, Any], **how: Any) -> RunWriter:
+        return RunWriter(
+            folder, self.model, settings, shard_bytes=self.shard_bytes, compression=self.compression, **how
+        )

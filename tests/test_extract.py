@@ -1,0 +1,197 @@
+"""`main.py extract`: profiles over several models, files and data sets, what fails, what is there already, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONFIGS, ROOT, build
+
+from AutomaticEval import open_run
+from AutomaticEval.analysis.profiles import load_profile
+from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.store.maintenance import verify
+
+
+def command(*arguments: str, cwd: Path, launcher: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    whole = [*(launcher or [sys.executable]), str(ROOT / "main.py"), "extract", *arguments]
+    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> list[str]:
+    """Small models of the profile's three families, in folders."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("gpt2", "gpt_neox", "gpt_neo"):
+        build(CONFIGS[name]()).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return [str(folder / name) for name in ("gpt2", "gpt_neox", "gpt_neo")]
+
+
+class Cells(HTMLParser):
+    """The text of a page's table cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self._is_cell = False
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self._is_cell = tag == "td"
+
+    def handle_data(self, data: str) -> None:
+        if self._is_cell:
+            self.cells.append(data)
+            self._is_cell = False
+
+
+def test_a_profile_over_three_families(three: list[str], tmp_path: Path, tokenizer: Any) -> None:
+    asked = ["--profile", "baseline", "--num_samples", "6", "--model", ",".join([three[0], "/no/model", *three[1:]])]
+    done = command(*asked, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr  # one model is not there; the others are
+    root = tmp_path / "activations" / "baseline"
+    profile = load_profile("baseline")
+    names = [f"{Path(model).name}_{category}" for model in three for category in profile.prompts]
+    assert sorted(path.name for path in root.iterdir()) == sorted([*names, "summary.html", "summary.md"])
+    for name in names:
+        run = open_run(root / name)
+        category = name.rpartition("_")[2]
+        assert run.column("prompt") == profile.prompts[category][:6]
+        assert run.column("task") == [category] * 6
+        n_layers = run.settings["shape"]["n_layers"]
+        assert run.keys == ["embeddings", *(f"layer_{n}{kind}" for n in range(n_layers) for kind in ("", ".mlp_out"))]
+        assert [len(rows) for rows in run.layers()[1]] == [
+            len(tokenizer(text)["input_ids"]) for text in run.column("prompt")
+        ]
+        assert not verify(root / name)
+    summary = (root / "summary.md").read_text()
+    for part in ("## Tokenisation", "## Structure", "## Lengths", "## Problems", "/no/model, anger: ModelUnavailable"):
+        assert part in summary
+    page = Cells()
+    page.feed((root / "summary.html").read_text())
+    line = next(line for line in summary.splitlines() if line.startswith(f"| {three[1]} | apology | captured"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[3] == "6"
+    at = page.cells.index("apology", page.cells.index(three[1]))
+    assert page.cells[at - 1 : at + 8] == cells
+
+    stamps = {name: (root / name / "run.h5").stat().st_mtime_ns for name in names}
+    (root / names[0] / "run.h5").unlink()  # one that was cut short
+    for shard in (root / names[0]).glob("shard*"):
+        shard.unlink()
+    again = command(*[*asked[:-1], ",".join(three)], cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("is there already") == len(names) - 1
+    now = {name: (root / name / "run.h5").stat().st_mtime_ns for name in names}
+    assert [name for name in names if now[name] != stamps[name]] == [names[0]]
+    assert "- None." in (root / "summary.md").read_text()
+    other = command(*[*asked[:-1], three[0]], "--layers", "0", cwd=tmp_path)
+    assert (other.returncode, "layers was 'all' and is '0'" in other.stderr) == (2, True)
+
+
+def test_a_file_of_texts_and_what_is_wrong(demo: LoadedModel, tmp_path: Path) -> None:
+    texts = ["What is red?", "The bus is late, and so are we, and so is everybody else here.", "A"]
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in texts))
+    asked = ["--texts", "mine.jsonl", "--model", "demo", "--text_field", "body", "--sites", "mlp_post,pattern"]
+    done = command(*asked, "--layers", "2", "--seq_length", "16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = open_run(tmp_path / "activations" / "mine_demo")
+    assert run.keys == ["layer_2.mlp_post", "layer_2.pattern"]
+    assert [count > 0 for count in run.column("n_truncated")] == [False, True, False]
+    assert run.pattern(2, 2).shape == (4, 1, 1)
+    assert "1 texts were cut to fit" in (tmp_path / "activations" / "mine_demo" / "summary.md").read_text()
+    wrong: list[tuple[list[str], str]] = [
+        (["--profile", "basline"], "no profile 'basline'. Did you mean 'baseline'?"),
+        (["--profile", "baseline", "--category", "joy"], "no category 'joy'"),
+        (["--texts", "mine.jsonl", "--model", "demo"], "line 1: none of the fields text, input, question, prompt"),
+        (["--texts", "none.jsonl", "--model", "demo"], "no file none.jsonl"),
+        (["--dataset", "no/such", "--model", "demo"], "DatasetUnavailable: the data set 'no/such'"),
+        ([*asked[:2], "--model", "/no/model", *asked[4:]], "ModelUnavailable"),
+        ([*asked, "--seq_length", "9000", "--output", "x"], "demo can be fed 512"),
+        ([*asked, "--seq_length", "4", "--strict", "--output", "x"], "PromptTooLong"),
+        ([*asked, "--layers", "9", "--output", "x"], "UnknownLayer"),
+        ([*asked, "--sites", "mlp_pots", "--output", "x"], "UnknownSite"),
+        ([*asked, "--batch_size", "many", "--output", "x"], "write a number, or auto"),
+        ([*asked, "--positions", "scored", "--output", "x"], "texts have no response"),
+        (["--texts", "mine.jsonl"], "take a --model"),
+        ([], "which texts?"),
+    ]
+    for arguments, says in wrong:
+        refused = command(*arguments, cwd=tmp_path)
+        assert (refused.returncode, says in refused.stderr) == (2, True), (arguments, refused.stderr[-2000:])
+        assert "Traceback" not in refused.stderr
+    assert not list(tmp_path.rglob("x/shard*"))
+
+
+def test_a_data_set(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    lines = [json.dumps({"text": f"What is {number} + 1?" if number % 3 else ""}) for number in range(30)]
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
+    asked = ["--dataset", "set", "--model", "demo", "--num_samples", "12", "--layers", "-1", "--sites", "resid_post"]
+    done = command(*asked, "--seq_length", "32", "--packing", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = open_run(tmp_path / "activations" / "set_demo")
+    assert run.column("prompt") == [f"What is {number} + 1?" for number in range(18) if number % 3]
+
+
+def test_a_killed_extraction_goes_on(tmp_path: Path) -> None:
+    """SIGTERM in the middle; the same command makes the rest, and the run is that of one that was never stopped."""
+    (tmp_path / "texts.txt").write_text("\n".join(f"What is {number} + {number % 50}?" for number in range(6000)))
+    asked = ["--texts", "texts.txt", "--model", "demo", "--layers", "0", "--sites", "embed", "--batch_size", "4"]
+    whole = [sys.executable, str(ROOT / "main.py"), "extract", *asked]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(whole, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    seen = ""
+    while "2048/6000" not in seen:
+        assert process.poll() is None, seen
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    folder = tmp_path / "activations" / "texts_demo"
+    left = open_run(folder)
+    assert 2048 <= len(left) < 6000
+    assert not left.finished
+    started = time.time()
+    done = command(*asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = open_run(folder)
+    assert run.finished
+    assert run.column("doc_id") == list(range(6000))
+    stamps = run.column("timestamp")
+    assert sum(stamp < time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(started)) for stamp in stamps) >= 2048
+    once = command(*asked, "--output", "once", cwd=tmp_path)
+    assert once.returncode == 0, once.stderr
+    other = open_run(tmp_path / "once")
+    for number in range(0, 6000, 371):
+        assert torch.equal(run.read(number, "embeddings"), other.read(number, "embeddings"))
+    assert not verify(folder)
+
+
+def test_two_processes_share_the_texts(tmp_path: Path) -> None:
+    texts = [f"What is {number} + {number % 5}? It is {number * 3}." for number in range(40)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    asked = ["--texts", "texts.txt", "--model", "demo", "--layers", "1", "--sites", "resid_post,z"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    for launcher, output in ((torchrun, "two"), (None, "one")):
+        done = command(*asked, "--output", output, cwd=tmp_path, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+    two, one = open_run(tmp_path / "two"), open_run(tmp_path / "one")
+    assert two.column("prompt") == one.column("prompt") == texts
+    for number in range(40):
+        for key in two.keys:
+            torch.testing.assert_close(two.read(number, key), one.read(number, key), atol=1e-5, rtol=1e-5)
+    numbers = json.loads((tmp_path / "two" / "extraction.json").read_text())
+    assert (numbers["n_texts"], numbers["n_samples"]) == (40, 40)
+    assert numbers["n_tokens"] == json.loads((tmp_path / "one" / "extraction.json").read_text())["n_tokens"]
+    assert not verify(tmp_path / "two")
