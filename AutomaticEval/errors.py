@@ -33,6 +33,7 @@
     │   ├── RefusedPickle
     │   └── ManySamples
     ├── EditError                       an intervention that cannot be made as it is asked for
+    ├── TrackingUnavailable             an experiment tracker that was asked for
     └── CaptureError                    what the hooks saw is not what was expected; nothing is stored
 
 Messages name the thing, what was found, what was expected and what to do.
@@ -178,6 +179,10 @@ class ManySamples(StoreError):
 
 class EditError(AutomaticEvalError, ValueError):
     """An intervention cannot be made as it is asked for."""
+
+
+class TrackingUnavailable(AutomaticEvalError):
+    """The experiment tracker that was asked for is not installed, or did not take the run."""
 
 
 class CaptureError(AutomaticEvalError):

@@ -122,6 +122,7 @@ OWNERS = {
     "pandas": ("store",),
     "scipy": ("analysis",),
     "vaderSentiment": ("analysis.text_metrics",),
+    "mlflow": ("report.tracking",),
 }
 WITHIN_A_FLOOR = {("selection", "sites"), ("sites", "errors"), ("selection", "errors")}
 

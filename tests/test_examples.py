@@ -16,6 +16,7 @@ EXPECTED = {
     "04_in_your_own_evaluation.py": "correct=True: 29 questions",
     "05_score_continuations.py": "' green': -6.77 nats over 4 tokens",
     "06_heads.py": "right: 6 of 6; without\n  head 0 of layer 2 1",
+    "07_sparse_autoencoder.py": "loss went down: True",
 }
 
 

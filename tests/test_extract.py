@@ -105,6 +105,7 @@ def test_a_file_of_texts_and_what_is_wrong(demo: LoadedModel, tmp_path: Path) ->
     asked = ["--texts", "mine.jsonl", "--model", "demo", "--text_field", "body", "--sites", "mlp_post,pattern"]
     done = command(*asked, "--layers", "2", "--seq_length", "16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert f"{(4 * 128 * 4 + 4 * 16 * 4) / 1024:.1f} KB a token" in done.stderr
     run = open_run(tmp_path / "activations" / "mine_demo")
     assert run.keys == ["layer_2.mlp_post", "layer_2.pattern"]
     assert [count > 0 for count in run.column("n_truncated")] == [False, True, False]

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from AutomaticEval.capture.forwards import Batch, inputs, padded, recorded
-from AutomaticEval.capture.generation import dtype_of, sample_columns
+from AutomaticEval.capture.generation import bytes_per_row, dtype_of, sample_columns
 from AutomaticEval.capture.packing import Feeding, Piece, Pieces, Place, batches_of, shared_rows
 from AutomaticEval.capture.serving import why_not
 from AutomaticEval.capture.texts import Text
@@ -138,7 +138,7 @@ class Forwards:
 
     def __init__(self, loaded: LoadedModel, selection: Selection, feeding: Feeding) -> None:
         refuse_unready(loaded.model)
-        self._loaded, self._feeding, self._positions = loaded, feeding, selection.positions
+        self._loaded, self._feeding, self._selection = loaded, feeding, selection
         self._layout, self._dtype = loaded.layout, dtype_of(selection)
         self._taps = self._layout.pick(selection.sites(self._layout.n_layers))
         self._patterns = self._pattern_layers(selection) if feeding.patterns else []
@@ -161,6 +161,13 @@ class Forwards:
         found = [layer for layer in layers if layer is not None]
         self._layout.pick(Site("z", layer) for layer in found)
         return found
+
+    @property
+    def bytes_per_token(self) -> int:
+        """On the disk, of all sites; patterns have n_heads numbers for each of the longest piece's tokens."""
+        dtype = self._dtype or self._loaded.model.dtype
+        patterns = len(self._patterns) * self._layout.n_heads * self.longest
+        return bytes_per_row(self._loaded, self._selection) + patterns * dtype.itemsize
 
     def over(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, list[Sample]]]:
         """Of each batch, the tokens that were fed, and the samples."""
@@ -188,7 +195,7 @@ class Forwards:
 
     def _samples(self, places: Sequence[Place]) -> list[Sample]:
         sequences = [place.pieces[0].ids for place in places]
-        positions = [self._positions.resolve(len(ids), 0) for ids in sequences]
+        positions = [self._selection.positions.resolve(len(ids), 0) for ids in sequences]
         kept = Kept(
             torch.tensor(
                 [place.row for place, own in zip(places, positions, strict=True) for _ in own], dtype=torch.long

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import xxhash
 
-from AutomaticEval.capture.corpus import Extracted, as_text, extract
+from AutomaticEval.capture.corpus import Extracted, Forwards, as_text, extract
 from AutomaticEval.capture.packing import Feeding
 from AutomaticEval.capture.texts import Text
 from AutomaticEval.errors import AutomaticEvalError, OtherSettings, first_line
 from AutomaticEval.models.loading import LoadOptions, load_model
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.files import new_file, prepare_folder
+from AutomaticEval.store.files import new_file, prepare_folder, size_text
 from AutomaticEval.store.format import plain
 from AutomaticEval.store.reader import Run, open_run
 from AutomaticEval.store.writer import LOCK, is_finished
@@ -99,7 +99,7 @@ def extract_sets(
             announce(f"{label}: is there already")
             continue
         try:
-            unit.numbers = _one(unit, by_name[unit.name], plan)
+            unit.numbers = _one(unit, by_name[unit.name], plan, announce)
             rate = unit.numbers["n_tokens"] / max(unit.numbers["seconds"], 1e-9)
             announce(f"{label}: {unit.numbers['n_samples']} samples, {rate:.0f} tokens a second, {unit.folder}")
         except (AutomaticEvalError, torch.OutOfMemoryError) as failure:
@@ -115,8 +115,10 @@ def folder_name(*parts: str) -> str:
     return "_".join(re.sub(r"[^\w.-]+", "-", Path(part).name[:80]) for part in parts)
 
 
-def _one(unit: Unit, texts: TextSet, plan: Plan) -> dict[str, Any]:
+def _one(unit: Unit, texts: TextSet, plan: Plan, announce: Callable[[str], None]) -> dict[str, Any]:
     loaded = load_model(unit.model, options=plan.load)
+    per_token = Forwards(loaded, plan.selection, plan.feeding).bytes_per_token
+    announce(f"{unit.model}, {unit.name}: {size_text(per_token)} a token")
     was_begun = (unit.folder / LOCK).exists()
     done = extract(
         loaded,

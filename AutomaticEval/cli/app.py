@@ -33,7 +33,16 @@ app.add_typer(heads.app, name="heads")
 def main() -> None:
     """The entry point of `main.py` and of the `automatic-eval` script."""
     signal.signal(signal.SIGTERM, _stop)
-    app()
+    app(args=_with_values(sys.argv[1:]))
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """`--mlflow` may have no value, which the parser does not know of."""
+    found = list(arguments)
+    for at, each in enumerate(arguments):
+        if each == "--mlflow" and (at + 1 == len(arguments) or arguments[at + 1].startswith("-")):
+            found[at] = "--mlflow=local"
+    return found
 
 
 def _stop(*signal_and_frame: object) -> None:

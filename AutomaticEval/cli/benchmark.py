@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -51,6 +53,7 @@ def benchmark(
     load_in_8bit: options.LoadIn8Bit = False,
     load_in_4bit: options.LoadIn4Bit = False,
     revision: options.Revision = None,
+    mlflow: options.Mlflow = None,
     use_cache: options.UseCache = None,
     cache_requests: options.CacheRequests = None,
 ) -> None:
@@ -74,13 +77,16 @@ def benchmark(
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import LoadOptions, load_model, n_layers_of
     from AutomaticEval.ranks import join_ranks, own_device
+    from AutomaticEval.report.tracking import require_mlflow
     from AutomaticEval.store.sealing import check_compression
 
     for name, given in (("use_cache", use_cache), ("cache_requests", cache_requests)):
         if given is not None:
             raise BenchmarkError(f"--{name}: {WHY_NOT[name]}")
     ranks = join_ranks()
-    say = _say if ranks.is_first else _say_nothing
+    say = options.Log(speaks=ranks.is_first)
+    if mlflow is not None:
+        require_mlflow()
     say("Loading …")
     check_compression(compression)
     keeping = Keeping(activation_save_dir, resume, compression)
@@ -106,6 +112,7 @@ def benchmark(
         selection.sites(n_layers_of(model, load))  # a wrong layer is refused before the weights load
     found = load_tasks(asked)  # what is wrong with a task is told before a large model loads
     loaded = load_model(model, options=load)
+    started = time.perf_counter()
     outcome = run_benchmark(
         loaded, asked, selection, found=found, keeping=keeping, output_path=output_path, announce=say
     )
@@ -113,6 +120,10 @@ def benchmark(
         _print(outcome, f"{benchmark} on {model}")
         if head_strength and outcome.folder is not None:
             _write_strength(outcome.folder, model)
+        if mlflow is not None:
+            about = {"model": model, "benchmark": asdict(asked), "load": asdict(load)}
+            about |= {} if selection is None else {"selection": selection.as_dict()}
+            _track(outcome, f"{benchmark} on {model}", about, mlflow, say, time.perf_counter() - started)
 
 
 def _with_norms(sites: str | None, positions: str | None, *, alone: bool) -> tuple[str, str | None]:
@@ -138,12 +149,16 @@ def _write_strength(folder: Path, model: str) -> None:
     typer.echo(f"Heads:       {file}")
 
 
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
+def _track(outcome: Outcome, name: str, about: dict[str, Any], uri: str, log: options.Log, seconds: float) -> None:
+    """Log a run to MLflow: its settings, scores, sizes, lm-eval's results and what was said."""
+    from AutomaticEval.report.tracking import track
 
-
-def _say_nothing(line: str) -> None:
-    """What the first process says is said for all."""
+    metrics: dict[str, float | None] = {f"{each.task}/{each.metric}": each.value for each in outcome.scores}
+    metrics |= {"seconds": seconds, "n_samples": outcome.n_samples, "size_bytes": outcome.size_bytes}
+    if outcome.n_computed:
+        metrics["tokens_per_second"] = outcome.n_computed / seconds
+    files = [] if outcome.results_file is None else [outcome.results_file]
+    typer.echo(f"MLflow:      run {track(uri, name, about, metrics, files, chr(10).join(log.lines))}")
 
 
 def _print(outcome: Outcome, title: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ from AutomaticEval.cli.options import one_line_errors
 from AutomaticEval.errors import PromptError, SelectionError
 
 if TYPE_CHECKING:
-    from AutomaticEval.capture.sets import TextSet, Unit
+    from AutomaticEval.capture.sets import Plan, TextSet, Unit
 
 
 @one_line_errors
@@ -62,6 +62,7 @@ def extract(
     load_in_8bit: options.LoadIn8Bit = False,
     load_in_4bit: options.LoadIn4Bit = False,
     revision: options.Revision = None,
+    mlflow: options.Mlflow = None,
 ) -> None:
     """Capture texts without generating: each token once, no layer above the deepest that is kept. The same command goes on."""
     if sum(given is not None for given in (profile, texts, dataset)) != 1:
@@ -76,9 +77,12 @@ def extract(
     from AutomaticEval.capture.texts import DatasetTexts, FileTexts
     from AutomaticEval.models.loading import LoadOptions
     from AutomaticEval.ranks import join_ranks, own_device
+    from AutomaticEval.report.tracking import require_mlflow
     from AutomaticEval.selection import Selection
     from AutomaticEval.store.sealing import check_compression
 
+    if mlflow is not None:
+        require_mlflow()
     check_compression(compression)
     ranks = join_ranks()
     kinds = [kind.strip() for kind in sites.split(",")]
@@ -101,7 +105,7 @@ def extract(
         sets = [TextSet(name, streamed, streamed.about, num_samples)]
     if not models:
         raise SelectionError(f"the profile {profile!r} names no models; give --model.")
-    say = _say if ranks.is_first else _say_nothing
+    say = options.Log(speaks=ranks.is_first)
     root = output or activation_save_dir / (name if profile is not None else folder_name(name, models[0]))
     alone = profile is None and len(models) == 1
     units = extract_sets(
@@ -112,7 +116,7 @@ def extract(
         say,
     )
     if ranks.is_first:
-        _finish(units, name, root)
+        _finish(units, name, root, plan, mlflow, say)
 
 
 def _of_profile(profile: str, category: str | None, most: int | None) -> tuple[str, list[TextSet], list[str]]:
@@ -126,8 +130,8 @@ def _of_profile(profile: str, category: str | None, most: int | None) -> tuple[s
     return found.name, sets, list(found.models)
 
 
-def _finish(units: list[Unit], name: str, root: Path) -> None:
-    """Summary and exit code: 1 when some failed, 2 when nothing was captured."""
+def _finish(units: list[Unit], name: str, root: Path, plan: Plan, mlflow: str | None, log: options.Log) -> None:
+    """Summary, tracking and exit code: 1 when some failed, 2 when nothing was captured."""
     from AutomaticEval.report.summary import write_summary
 
     failed = [unit for unit in units if unit.status == "failed"]
@@ -138,17 +142,31 @@ def _finish(units: list[Unit], name: str, root: Path) -> None:
     options.print_table("Extracted", ("Model", "Texts", "Status", "Samples"), rows)
     typer.echo(f"Summary:     {', '.join(map(str, files))}")
     typer.echo(f"Load them:   from AutomaticEval import open_run; run = open_run({str(_first(units).folder)!r})")
+    if mlflow is not None:
+        _track(units, name, plan, mlflow, files, log)
     if failed:
         raise typer.Exit(1)
 
 
+def _track(units: list[Unit], name: str, plan: Plan, uri: str, files: list[Path], log: options.Log) -> None:
+    from dataclasses import asdict
+
+    from AutomaticEval.report.tracking import track
+
+    captured = [unit for unit in units if unit.status == "captured"]
+    metrics: dict[str, float | None] = {"failed": len([unit for unit in units if unit.status == "failed"])}
+    for number in ("n_samples", "n_tokens", "size_bytes", "seconds", "n_truncated"):
+        metrics[number] = sum(unit.numbers[number] for unit in captured)
+        metrics |= {f"{Path(unit.model).name}/{unit.name}/{number}": unit.numbers[number] for unit in captured}
+    metrics["tokens_per_second"] = (metrics["n_tokens"] or 0) / (metrics["seconds"] or 1e-9)
+    params: dict[str, Any] = {
+        "texts": name,
+        "models": ",".join(dict.fromkeys(unit.model for unit in units)),
+        **plan.selection.as_dict(),
+    }
+    params |= {"feeding": asdict(plan.feeding), "load": asdict(plan.load)}
+    typer.echo(f"MLflow:      run {track(uri, f'extract {name}', params, metrics, files, chr(10).join(log.lines))}")
+
+
 def _first(units: list[Unit]) -> Unit:
     return next(unit for unit in units if unit.status != "failed")
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _say_nothing(line: str) -> None:
-    """What the first process says is said for all."""

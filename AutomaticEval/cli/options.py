@@ -76,6 +76,10 @@ DeviceMap = Annotated[str | None, typer.Option("--device_map", help='"auto" spre
 LoadIn8Bit = Annotated[bool, typer.Option("--load_in_8bit", help="LLM.int8 through bitsandbytes.")]
 LoadIn4Bit = Annotated[bool, typer.Option("--load_in_4bit", help="NF4 through bitsandbytes.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
+Mlflow = Annotated[
+    str | None,
+    typer.Option("--mlflow", metavar="[URI]", help="Log the run to MLflow; without a URI into its local store."),
+]
 SaveDir = Annotated[Path, typer.Option("--activation_save_dir", help="Where activations go.")]
 
 P = ParamSpec("P")
@@ -149,6 +153,19 @@ def console() -> Any:
 
     plain = Console()
     return plain if plain.is_terminal else Console(width=140)
+
+
+class Log:
+    """Says lines on the error stream, and keeps them; processes but the first keep silent."""
+
+    def __init__(self, *, speaks: bool = True) -> None:
+        self._speaks = speaks
+        self.lines: list[str] = []
+
+    def __call__(self, line: str) -> None:
+        if self._speaks:
+            self.lines.append(line)
+            typer.echo(line, err=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

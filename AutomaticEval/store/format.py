@@ -121,13 +121,14 @@ class Sample:
             raise CaptureError("a sample needs the rows it points into, of which it may keep none.")
         fed = fed_of(self.input_ids, self.generated_ids)
         for rows, where in self.parts:
-            for index in where:
-                position, found = rows.positions[index], rows.token_ids[index]
-                if index < 0 or not 0 <= position < len(fed) or fed[position] != found:
-                    raise CaptureError(
-                        f"a row of token {found} at position {position} does not belong to its sample, which was fed "
-                        f"{len(fed)} tokens (prompt {self.fields.get('prompt', '')[:40]!r})."
-                    )
+            positions = [rows.positions[index] for index in where]
+            found = [rows.token_ids[index] for index in where]
+            inside = not positions or (min(where) >= 0 and min(positions) >= 0 and max(positions) < len(fed))
+            if not inside or [fed[position] for position in positions] != found:
+                raise CaptureError(
+                    f"rows of the tokens {found[:8]} at the positions {positions[:8]} do not belong to their sample, which was fed "
+                    f"{len(fed)} tokens (prompt {self.fields.get('prompt', '')[:40]!r})."
+                )
 
     @property
     def memory_bytes(self) -> int:

@@ -1,0 +1,157 @@
+"""What an extraction costs beside other ways of the same: one middle layer over short sentences, in one process, alternating.
+
+    python benchmarks/corpora.py speed --texts TEXTS [--tokenizer GPT2] [--n 2000] [--rounds 5] [--ways bare,naive,lens]
+    python benchmarks/corpora.py memory --texts TEXTS   # peak memory over 10 times as many texts, by the demo model
+
+`bare` runs the same batches through the model, cut off after the same layer, and keeps nothing. `naive` pads texts as they come, eight
+at a time, runs the whole model with output_hidden_states, and copies every layer to the CPU. `lens` is TransformerLens' run_with_cache with
+names_filter and stop_at_layer over the same sorted batches, kept in a list (where it is installed: extra `bench`).
+The model is a GPT-2 of 124M parameters with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gauges import peak_memory, seconds
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from AutomaticEval.capture.corpus import TOKENS, extract
+from AutomaticEval.capture.forwards import inputs, padded
+from AutomaticEval.capture.packing import Feeding, Pieces, batches_of
+from AutomaticEval.capture.texts import Text, read_texts
+from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model
+from AutomaticEval.selection import Selection
+
+LAYER = 6
+
+
+def sorted_batches(loaded: LoadedModel, texts: list[str]) -> list[list[list[int]]]:
+    """The very batches that an extraction runs."""
+    pieces = Pieces(loaded.tokenizer, Feeding(), loaded.context or 1024)
+    windows = pieces.windows(enumerate(Text(text, "") for text in texts))
+    every = [batch for window in windows for batch in batches_of(window, Feeding(), 1024, TOKENS["cpu"])]
+    return [[place.pieces[0].ids for place in batch] for batch in every]
+
+
+def lens_of(model: Any) -> Any:
+    """The same weights as a HookedTransformer; None where TransformerLens 3 is not installed."""
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+        from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+    except ImportError:
+        return None
+    sizes: dict[str, Any] = {"n_layers": 12, "d_model": 768, "n_ctx": 1024, "d_head": 64, "n_heads": 12, "d_mlp": 3072}
+    config = HookedTransformerConfig(**sizes, d_vocab=50257, act_fn="gelu_new", normalization_type="LN", eps=1e-5)
+    theirs = HookedTransformer(config)
+    plain = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False, "fold_value_biases": False}
+    theirs.load_and_process_state_dict(convert_gpt2_weights(model, config), **plain)
+    return theirs.eval()
+
+
+def speed(texts: list[str], tokenizer: str, rounds: int, chosen: list[str]) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPT2Config()).eval()
+    loaded = LoadedModel(model, AutoTokenizer.from_pretrained(tokenizer), "gpt2-shape")
+    batches = sorted_batches(loaded, texts)
+    n_tokens = sum(len(ids) for batch in batches for ids in batch)
+    half = AutoModelForCausalLM.from_config(GPT2Config(n_layer=LAYER + 1)).eval().transformer
+    half.ln_f = torch.nn.Identity()
+    half.load_state_dict(
+        {name: value for name, value in model.transformer.state_dict().items() if name in half.state_dict()}
+    )
+    theirs = lens_of(model) if "lens" in chosen else None
+    selection = Selection.parse("resid_post", LAYER)
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            extract(loaded, texts, selection, Path(folder) / "run")
+
+    def bare() -> None:
+        for batch in batches:
+            with torch.no_grad():
+                half(**inputs(model, padded(batch)))
+
+    def naive() -> None:
+        kept = []
+        for start in range(0, len(texts), 8):
+            some = padded([loaded.tokenizer(text)["input_ids"] for text in texts[start : start + 8]])
+            with torch.no_grad():
+                out = model(input_ids=some.ids, attention_mask=some.mask.long(), output_hidden_states=True)
+            kept.append([each.cpu() for each in out.hidden_states][LAYER + 1])
+
+    def lens() -> None:
+        kept, name = [], f"blocks.{LAYER}.hook_resid_post"
+        for batch in batches:
+            given = padded(batch)
+            with torch.no_grad():
+                _, cache = theirs.run_with_cache(
+                    given.ids, names_filter=name, stop_at_layer=LAYER + 1, prepend_bos=False
+                )
+            kept.append(cache[name])
+
+    every: dict[str, Callable[[], None]] = {"bare": bare, "naive": naive}
+    if theirs is not None:
+        every["lens"] = lens
+    ways = {"ours": ours, **{name: way for name, way in every.items() if name in chosen}}
+    for way in ways.values():
+        way()  # warm
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        taken = {name: seconds(way) for name, way in ways.items()}
+        for name in ways:
+            found[name].append(taken[name] / taken["ours"])
+        print({name: round(n_tokens / each) for name, each in taken.items()}, "tokens a second", flush=True)
+    for name in [each for each in ways if each != "ours"]:
+        print(
+            f"ours / {name}: {statistics.median(found[name]):.3f} of its tokens a second {[round(r, 3) for r in found[name]]}"
+        )
+
+
+def memory(texts: list[str], n: int) -> None:
+    """The peak of this process after an extraction of n texts."""
+    folder = Path(tempfile.mkdtemp())
+    many = (f"{texts[number % len(texts)]} {number}" for number in range(n))
+    extract(load_model("demo"), many, Selection.parse("resid_post", 1, "last"), folder / "run")
+    shutil.rmtree(folder)
+    print(peak_memory())
+
+
+def memories(path: Path) -> None:
+    peaks = []
+    for n in (4_000, 40_000):
+        whole = [sys.executable, __file__, "memory", "--texts", str(path), "--only", str(n)]
+        done = subprocess.run(whole, capture_output=True, text=True)
+        peaks.append(int(done.stdout) / 2**20)
+        print(f"memory: {n} texts, peak {peaks[-1]:.0f} MB", flush=True)
+    print(f"memory: {peaks[1] / peaks[0]:.3f} of the peak for 10 times the texts")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "memory"])
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--tokenizer", default=str(DEMO_FOLDER))
+    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", default="bare,naive,lens")
+    parser.add_argument("--only", type=int)
+    given = parser.parse_args()
+    if given.what == "speed":
+        return speed(read_texts(given.texts)[: given.n], given.tokenizer, given.rounds, given.ways.split(","))
+    if given.only is None:
+        return memories(given.texts)
+    return memory(read_texts(given.texts), given.only)
+
+
+if __name__ == "__main__":
+    main()
