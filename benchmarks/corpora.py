@@ -1,11 +1,12 @@
 """What an extraction costs beside other ways of the same: one middle layer over short sentences, in one process, alternating.
 
-    python benchmarks/corpora.py speed --texts TEXTS [--tokenizer GPT2] [--n 2000] [--rounds 5] [--ways bare,naive,lens]
+    python benchmarks/corpora.py speed --texts TEXTS [--tokenizer GPT2] [--n 2000] [--rounds 5] [--ways bare,naive,lens,sae]
     python benchmarks/corpora.py memory --texts TEXTS   # peak memory over 10 times as many texts, by the demo model
 
 `bare` runs the same batches through the model, cut off after the same layer, and keeps nothing. `naive` pads texts as they come, eight
 at a time, runs the whole model with output_hidden_states, and copies every layer to the CPU. `lens` is TransformerLens' run_with_cache with
-names_filter and stop_at_layer over the same sorted batches, kept in a list (where it is installed: extra `bench`).
+names_filter and stop_at_layer over the same sorted batches, kept in a list; `sae` is SAELens' ActivationsStore, which joins texts, lets them see one another, and
+cuts them every 128 tokens (where they are installed: extra `bench`). `lens` and `sae` write nothing.
 The model is a GPT-2 of 124M parameters with random weights.
 """
 
@@ -58,6 +59,30 @@ def lens_of(model: Any) -> Any:
     return theirs.eval()
 
 
+def sae_store(theirs: Any, tokenizer: Any, texts: list[str]) -> Any:
+    from datasets import Dataset
+    from sae_lens.training.activations_store import ActivationsStore
+
+    theirs.set_tokenizer(tokenizer, default_padding_side="right")
+    return ActivationsStore(
+        theirs,
+        Dataset.from_dict({"text": texts}),
+        streaming=False,
+        hook_name=f"blocks.{LAYER}.hook_resid_post",
+        hook_head_index=None,
+        context_size=128,
+        d_in=768,
+        n_batches_in_buffer=2,
+        total_training_tokens=10**9,
+        store_batch_size_prompts=8,
+        train_batch_size_tokens=1024,
+        prepend_bos=True,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+    )
+
+
 def speed(texts: list[str], tokenizer: str, rounds: int, chosen: list[str]) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(GPT2Config()).eval()
@@ -69,7 +94,7 @@ def speed(texts: list[str], tokenizer: str, rounds: int, chosen: list[str]) -> N
     half.load_state_dict(
         {name: value for name, value in model.transformer.state_dict().items() if name in half.state_dict()}
     )
-    theirs = lens_of(model) if "lens" in chosen else None
+    theirs = lens_of(model) if {"lens", "sae"} & set(chosen) else None
     selection = Selection.parse("resid_post", LAYER)
 
     def ours() -> None:
@@ -99,9 +124,15 @@ def speed(texts: list[str], tokenizer: str, rounds: int, chosen: list[str]) -> N
                 )
             kept.append(cache[name])
 
+    def sae() -> None:
+        store = sae_store(theirs, loaded.tokenizer, texts)
+        kept = []
+        while sum(len(each) for each in kept) * 128 < n_tokens:
+            kept.append(store.get_activations(store.get_batch_tokens()))
+
     every: dict[str, Callable[[], None]] = {"bare": bare, "naive": naive}
     if theirs is not None:
-        every["lens"] = lens
+        every |= {"lens": lens, "sae": sae}
     ways = {"ours": ours, **{name: way for name, way in every.items() if name in chosen}}
     for way in ways.values():
         way()  # warm
@@ -143,7 +174,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default=str(DEMO_FOLDER))
     parser.add_argument("--n", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ways", default="bare,naive,lens")
+    parser.add_argument("--ways", default="bare,naive,lens,sae")
     parser.add_argument("--only", type=int)
     given = parser.parse_args()
     if given.what == "speed":

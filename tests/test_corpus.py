@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -147,6 +148,32 @@ def test_no_text_sees_another(loaded: LoadedModel, tmp_path: Path) -> None:
         assert same != is_changed
 
 
+def test_packed_rows_have_a_width_of_their_own(tiny_llama: LoadedModel) -> None:
+    """However long the context is: the mask of a row is as wide as it is high."""
+    pieces = [Piece(number, 0, [number] * 100, "", 0) for number in range(1, 300)]
+    batch = next(batches_of(pieces, Feeding(packing=True), 131072, 10**9))
+    assert max(place.column for place in batch) < 2048
+    (long,) = batches_of([Piece(0, 0, [1] * 5000, "", 0)], Feeding(packing=True), 131072, 2048)
+    assert len(long) == 1  # one that is longer has a row to itself
+
+
+def test_patterns_do_not_depend_on_what_is_not_kept(tokenizer: Any, tmp_path: Path) -> None:
+    model = build(FAMILIES["llama"]())
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e9)  # a stream that float16 cannot hold
+    chosen = Selection.parse("z", 0, store_dtype="float16")
+    extract(
+        LoadedModel(model, tokenizer, "x"),
+        TEXTS,
+        chosen,
+        tmp_path / "run",
+        feeding=Feeding(seq_length=24, patterns=True),
+    )
+    run = open_run(tmp_path / "run")
+    assert run.keys == ["layer_0.z", "layer_0.pattern"]
+    assert run.pattern(0, 0).dtype == torch.float16
+
+
 def test_a_model_that_lets_texts_see_one_another_is_refused(
     tiny_llama: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,15 +196,14 @@ def test_patterns(packing: bool, tiny_llama: LoadedModel, tmp_path: Path) -> Non
     assert not ran
     run = open_run(tmp_path / "run")
     assert run.keys == ["layer_0.mlp_out", "layer_0.pattern", "layer_1.mlp_out", "layer_1.pattern"]
-    before = tiny_llama.model.config._attn_implementation
-    tiny_llama.model.set_attn_implementation("eager")
+    assert tiny_llama.model.config._attn_implementation == "sdpa"
+    eager = copy.deepcopy(tiny_llama.model)  # transformers leaves hooks where it was asked for attentions
+    eager.set_attn_implementation("eager")
     for number in range(len(run)):
         with torch.no_grad():
-            patterns = tiny_llama.model(run[number]["input_ids"], output_attentions=True).attentions
+            patterns = eager(run[number]["input_ids"], output_attentions=True).attentions
         for layer in (0, 1):
             torch.testing.assert_close(run.pattern(number, layer), patterns[layer][0], atol=1e-6, rtol=1e-5)
-    tiny_llama.model.set_attn_implementation(before)
-    assert before == "sdpa"
     assert not verify(tmp_path / "run")
 
 
@@ -270,6 +296,10 @@ def test_an_extraction_goes_on(
         extract(tiny_llama, TEXTS, chosen, tmp_path / "run", feeding=feeding, about=about)
     left = open_run(tmp_path / "run")
     assert (len(left), left.finished) == (4 + 1, False)  # two batches of two, in which one text is there twice
+    with pytest.raises(OtherSettings, match=r"text 0 \('What is 9"):
+        extract(
+            tiny_llama, ["What is 9?", *TEXTS[1:]], chosen, tmp_path / "run", feeding=feeding, about=about, resume=True
+        )
     for wrong in ({"about": {"texts": "others"}}, {"feeding": Feeding(batch_size=2, seq_length=5)}):
         with pytest.raises(OtherSettings):
             extract(
@@ -362,6 +392,12 @@ def test_rows_in_random_order(tiny_llama: LoadedModel, tmp_path: Path) -> None:
     assert sizes == [50] * (n // 50) + ([n % 50] if n % 50 else [])
     from_workers = [row for batch in DataLoader(stream, batch_size=16, num_workers=2) for row in batch]
     assert sorted(order(from_workers)) == every
+    lasting = DataLoader(stream, batch_size=16, num_workers=2, persistent_workers=True)
+    one, other = ([row for batch in lasting for row in order(batch)] for _ in range(2))
+    assert sorted(one) == sorted(other) == every
+    assert one != other
+    with pytest.raises(StoreError, match="batches of 0 rows"):
+        next(stream.batches(0))
     tags = torch.arange(n)  # how far rows come from in the first batch
 
     class Tagged:

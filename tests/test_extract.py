@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from conftest import CONFIGS, ROOT, build
 
 from AutomaticEval import open_run
 from AutomaticEval.analysis.profiles import load_profile
+from AutomaticEval.capture.sets import folder_names
+from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.store.maintenance import verify
 
@@ -105,7 +108,7 @@ def test_a_file_of_texts_and_what_is_wrong(demo: LoadedModel, tmp_path: Path) ->
     asked = ["--texts", "mine.jsonl", "--model", "demo", "--text_field", "body", "--sites", "mlp_post,pattern"]
     done = command(*asked, "--layers", "2", "--seq_length", "16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"{(4 * 128 * 4 + 4 * 16 * 4) / 1024:.1f} KB a token" in done.stderr
+    assert f"{(384 * 4 + 4 * 16 * 4) / 1024:.1f} KB a token" in done.stderr
     run = open_run(tmp_path / "activations" / "mine_demo")
     assert run.keys == ["layer_2.mlp_post", "layer_2.pattern"]
     assert [count > 0 for count in run.column("n_truncated")] == [False, True, False]
@@ -134,6 +137,13 @@ def test_a_file_of_texts_and_what_is_wrong(demo: LoadedModel, tmp_path: Path) ->
     assert not list(tmp_path.rglob("x/shard*"))
 
 
+def test_names_of_folders() -> None:
+    assert folder_names(["gpt2", "EleutherAI/pythia-160m"]) == {"gpt2": "gpt2", "EleutherAI/pythia-160m": "pythia-160m"}
+    assert folder_names(["/a/x/", "b/x", "ä: ?"]) == {"/a/x/": "a-x", "b/x": "b-x", "ä: ?": "ä-"}
+    with pytest.raises(SelectionError, match="gpt2 was named twice"):
+        folder_names(["gpt2", "b", "gpt2"])
+
+
 def test_a_data_set(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     lines = [json.dumps({"text": f"What is {number} + 1?" if number % 3 else ""}) for number in range(30)]
@@ -143,6 +153,62 @@ def test_a_data_set(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     run = open_run(tmp_path / "activations" / "set_demo")
     assert run.column("prompt") == [f"What is {number} + 1?" for number in range(18) if number % 3]
+
+
+def test_what_changed_is_not_taken_for_what_is_there(three: list[str], tmp_path: Path) -> None:
+    """Texts, how they are fed, how the model is loaded, and its weights."""
+    (tmp_path / "set").mkdir()
+    data = tmp_path / "set" / "train.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in ("one", None, "two", 3)))
+    model = tmp_path / "model"
+    shutil.copytree(three[0], model)
+    asked = ["--dataset", "set", "--model", "model", "--layers", "0", "--sites", "embed", "--batch_size", "1"]
+    broken = command(*asked, cwd=tmp_path)
+    assert (broken.returncode, "item 3, field 'text': int, not a text" in broken.stderr) == (2, True)
+    data.write_text("\n".join(json.dumps({"text": text}) for text in ("one", None, "two", "three")))
+    mended = command(*asked, cwd=tmp_path)  # nothing was on the disk
+    assert mended.returncode == 0, mended.stderr
+    done = command(*asked, "--output", "done", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 texts were empty, and left out" in done.stderr
+    assert "1 texts were empty" in (tmp_path / "done" / "summary.md").read_text()
+    assert open_run(tmp_path / "done").column("prompt") == ["one", "two", "three"]
+    same = command(*asked, "--output", "done", cwd=tmp_path)
+    assert (same.returncode, "is there already" in same.stderr) == (0, True)
+    for changed in (["--dtype", "bfloat16"], ["--strict"], ["--seq_length", "9"]):
+        refused = command(*asked, "--output", "done", *changed, cwd=tmp_path)
+        assert (refused.returncode, "was made with other settings" in refused.stderr) == (2, True), refused.stderr
+    data.write_text("\n".join(json.dumps({"text": text}) for text in ("one", None, "two", "four")))
+    assert "files was" in command(*asked, "--output", "done", cwd=tmp_path).stderr
+    data.write_text("\n".join(json.dumps({"text": text}) for text in ("one", None, "two", "three")))
+    again = command("--texts", "set/train.jsonl", *asked[2:], "--output", "weights", cwd=tmp_path)
+    assert "not a text" in again.stderr  # null in a file is an error
+    (tmp_path / "a.txt").write_text("one\ntwo")
+    for stderr in ("captured", "is there already"):
+        assert command("--texts", "a.txt", *asked[2:], "--output", "weights", cwd=tmp_path).returncode == 0, stderr
+    (model / "model.safetensors").touch()
+    refused = command("--texts", "a.txt", *asked[2:], "--output", "weights", cwd=tmp_path)
+    assert (refused.returncode, "model_files was" in refused.stderr) == (2, True)
+
+
+def test_a_model_that_breaks_does_not_lose_the_others(tmp_path: Path, tokenizer: Any) -> None:
+    """One whose tokenizer has tokens that it has not; and categories with names that figures and tables could stumble over."""
+    small = CONFIGS["gpt2"]()
+    small.vocab_size = 50
+    build(small).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    lines = [
+        {"category": category, "text": text} for category in (r"$\frac$", "<b>日本|x") for text in ("What", "The bus")
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "mine.toml").write_text('neutral = "<b>日本|x"\nprompts = "mine.jsonl"\nmodels = ["small", "demo"]')
+    done = command("--profile", "mine.toml", "--layers", "0", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("IndexError") == 2
+    summary = (tmp_path / "activations" / "mine" / "summary.md").read_text()
+    assert r"| demo | $\frac$ | captured | 2 |" in summary
+    assert r"| demo | &lt;b&gt;日本\|x | captured | 2 |" in summary
 
 
 def test_a_killed_extraction_goes_on(tmp_path: Path) -> None:

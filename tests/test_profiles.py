@@ -71,6 +71,7 @@ def test_the_larger_profile_begins_with_the_smaller() -> None:
         ('[keywords]\na = "thank"', '{"category": "a", "text": "b"}', "keywords of 'a' are no list of words: 'thank'"),
         ('keywords = ["thank"]', '{"category": "a", "text": "b"}', "keywords is no table"),
         ('[keywords]\na = [""]', '{"category": "a", "text": "b"}', "are no list of words"),
+        ('models = "demo"', '{"category": "a", "text": "b"}', "models is no list of names"),
         ("", '{"category": "a", "text": null}', "line 1: an empty text, or no text"),
     ],
 )

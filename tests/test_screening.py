@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -269,7 +270,8 @@ def test_scores_are_those_of_each_prompt_by_itself(tiny: LoadedModel) -> None:
     taps = layout.pick(Site("z", layer) for layer in range(layout.n_layers))
     strengths: dict[str, list[Tensor]] = {name: [] for name in PROMPTS}
     attention = []
-    before = tiny.model.config._attn_implementation
+    eager = copy.deepcopy(tiny.model)  # transformers leaves hooks where it was asked for attentions
+    eager.set_attn_implementation("eager")
     for name, texts in PROMPTS.items():
         for text in texts:
             ids = tokenizer(text)["input_ids"]
@@ -282,10 +284,8 @@ def test_scores_are_those_of_each_prompt_by_itself(tiny: LoadedModel) -> None:
             strengths[name].append(torch.stack(per_layer))
             if name == "gratitude":
                 _, marks = tokens_within(tokenizer, text, whole_words(KEYWORDS["gratitude"]))
-                tiny.model.set_attn_implementation("eager")
                 with torch.no_grad():
-                    patterns = tiny.model(torch.tensor([ids]), output_attentions=True).attentions
-                tiny.model.set_attn_implementation(before)
+                    patterns = eager(torch.tensor([ids]), output_attentions=True).attentions
                 per_position = []
                 for q in range(len(ids)):
                     marked = [k for k in range(q + 1) if marks[k]]

@@ -190,9 +190,9 @@ def test_sample_without_rows_is_stored_and_read(tmp_path: Path) -> None:
 
 def test_rows_that_are_not_the_samples_tokens_are_refused() -> None:
     sample = make_sample()
-    with pytest.raises(CaptureError, match="does not belong"):
+    with pytest.raises(CaptureError, match="do not belong"):
         Sample(sample.fields, [1, 1, 1, 1], sample.generated_ids, sample.parts)
-    with pytest.raises(CaptureError, match="does not belong"):  # the last token is never fed
+    with pytest.raises(CaptureError, match="do not belong"):  # the last token is never fed
         Sample(sample.fields, sample.input_ids, sample.generated_ids[:-1], sample.parts)
 
 

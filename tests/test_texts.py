@@ -27,6 +27,8 @@ def test_files(name: str, tmp_path: Path) -> None:
 
 
 def test_text_over_several_lines_of_csv_and_a_named_field(tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text(f"text\n{'x' * 200_000}\n")
+    assert len(read_texts(tmp_path / "long.csv")[0]) == 200_000
     (tmp_path / "a.csv").write_text('text,body\nx,"one\nmore"\ny,two\n')
     assert read_texts(tmp_path / "a.csv", "body") == ["one\nmore", "two"]
     with pytest.raises(PromptError, match=r"line 3: none of the fields bodi\. Did you mean 'body'\? Found text, body"):
@@ -45,6 +47,9 @@ def test_text_over_several_lines_of_csv_and_a_named_field(tmp_path: Path) -> Non
         ("a.csv", b"text\na,b\n", "line 2: more fields than the first line names"),
         ("a.csv", b"id,text\n1\n", "line 2, field 'text': NoneType, not a text"),
         ("a.csv", b"", "holds no texts"),
+        ("a.jsonl", b'{"text": "half \\ud800"}', "half a character"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1: JSON that cannot be read"),
+        ("a.jsonl", b'"a"\n' + b"[" * 100_000, "line 2: JSON that cannot be read"),
         ("a.json", b"[]", "holds no texts"),
         ("a.txt", b"", "holds no texts"),
     ],
@@ -89,5 +94,8 @@ def test_data_sets(tmp_path: Path) -> None:
     saved = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"prompt": ["one", "two"]})})
     saved.save_to_disk(str(tmp_path / "saved"))
     assert [text for text, _ in DatasetTexts(str(tmp_path / "saved"))] == ["one", "two"]
+    datasets.Dataset.from_dict({"prompt": ["one"]}, split="train").save_to_disk(str(tmp_path / "single"))
+    with pytest.raises(SelectionError, match="holds the split 'train', not 'test'"):
+        list(DatasetTexts(str(tmp_path / "single"), split="test"))
     with pytest.raises(SelectionError, match="has no split 'test'"):
         list(DatasetTexts(str(tmp_path / "saved"), split="test"))

@@ -54,11 +54,14 @@ def load_profile(name: str | Path) -> Profile:
         raise PromptError(f"{file} is not TOML: {broken}") from None
     except KeyError as absent:
         raise PromptError(f"{file} lacks {absent.args[0]!r}; a profile has prompts, neutral and keywords.") from None
+    models = found.get("models", [])
+    if not isinstance(models, list) or not all(isinstance(model, str) for model in models):
+        raise PromptError(f"{file}: models is no list of names: {models!r}.")
     prompts = _prompts(texts)
     for category in (neutral, *words):
         if category not in prompts:
             raise PromptError(f"{file} names the category {category!r}, of which {texts} has no text.")
-    return Profile(file.stem, prompts, words, neutral, tuple(found.get("models", ())))
+    return Profile(file.stem, prompts, words, neutral, tuple(models))
 
 
 def _keywords(found: object, file: Path) -> dict[str, list[str]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from tqdm import tqdm
 
 from AutomaticEval.capture.forwards import Batch, inputs, padded, recorded
 from AutomaticEval.capture.generation import bytes_per_row, dtype_of, sample_columns
-from AutomaticEval.capture.packing import Feeding, Piece, Pieces, Place, batches_of, shared_rows
+from AutomaticEval.capture.packing import ROW_TOKENS, Feeding, Piece, Pieces, Place, batches_of, shared_rows
 from AutomaticEval.capture.serving import why_not
 from AutomaticEval.capture.texts import Text
 from AutomaticEval.capture.walking import as_mask, free_memory, is_out_of_memory
-from AutomaticEval.errors import CaptureError, PromptError, SelectionError, TreeUnsuitable
+from AutomaticEval.errors import CaptureError, OtherSettings, PromptError, SelectionError, TreeUnsuitable
 from AutomaticEval.models.hooks import Kept, Recording
 from AutomaticEval.models.layout import refuse_unready
 from AutomaticEval.models.loading import LoadedModel
@@ -87,11 +88,11 @@ def extract(
     started = time.perf_counter()
     pieces = Pieces(loaded.tokenizer, feeding, forwards.longest)
     mine = ((number, as_text(text)) for number, text in enumerate(texts) if number % ranks.n_ranks == ranks.rank)
-    with shared.writing(lambda: folder, resume=resume, tell=_keys) as (writer, there):
+    with shared.writing(lambda: folder, resume=resume, tell=_keys) as (writer, _, there):
         bar = tqdm(total=total and -(-total // ranks.n_ranks), desc=name, unit="text", disable=not ranks.is_first)
         with bar:
             for window in pieces.windows(mine):
-                for batch, samples in forwards.over([piece for piece in window if piece.key not in there]):
+                for batch, samples in forwards.over(_missing(window, there)):
                     writer.add(_named(samples, name))
                     done.n_tokens += batch
                 bar.update(len({piece.doc_id for piece in window}))
@@ -112,9 +113,24 @@ def as_text(text: str | Text) -> Text:
     return Text(text, "a text")
 
 
-def _keys(writer: RunWriter) -> set[tuple[int, int]]:
-    """(doc_id, window) of what is on the disk."""
-    return {(record["doc_id"], record["window"]) for record in writer.records()} if writer.n_samples else set()
+def _keys(writer: RunWriter) -> dict[tuple[int, int], int]:
+    """(doc_id, window) of what is on the disk -> a hash of its text."""
+    records = writer.records() if writer.n_samples else []
+    return {(record["doc_id"], record["window"]): _hash(record["prompt"]) for record in records}
+
+
+def _hash(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
+def _missing(window: Sequence[Piece], there: Mapping[tuple[int, int], int]) -> list[Piece]:
+    """The pieces that are not on the disk. Raises OtherSettings when another text is there in place of one."""
+    for piece in window:
+        if there.get(piece.key, _hash(piece.text)) != _hash(piece.text):
+            raise OtherSettings(
+                f"text {piece.doc_id} ({piece.text[:40]!r} …) is another than the one on the disk: the texts changed. Name another folder."
+            )
+    return [piece for piece in window if piece.key not in there]
 
 
 def _named(samples: Sequence[Sample], name: str) -> list[Sample]:
@@ -152,7 +168,8 @@ class Forwards:
             if reason is not None:
                 raise TreeUnsuitable(f"texts cannot share rows of {loaded.name}: {reason} Leave packing out.")
         self._n_tokens = max(
-            TOKENS.get(loaded.model.device.type, TOKENS["cuda"]), self.longest if feeding.packing else 0
+            TOKENS.get(loaded.model.device.type, TOKENS["cuda"]),
+            min(self.longest, ROW_TOKENS) if feeding.packing else 0,
         )
         self._is_checked = not feeding.packing
 
@@ -228,7 +245,10 @@ class Forwards:
         if not self._patterns:
             return self._recorded(places, sequences, kept, self._taps), {}
         # the stream that leaves the deepest block is read after its pattern, so that the forward does not stop before
-        taps = {**self._taps, "deepest": self._layout.taps[Site("resid_post", max(self._patterns))]}
+        taps = {
+            **self._taps,
+            "deepest": replace(self._layout.taps[Site("resid_post", max(self._patterns))], columns=()),
+        }
         with reading_patterns(self._loaded.model, self._layout, self._patterns) as patterns:
             recording = self._recorded(places, sequences, kept, taps)
             return recording, {layer: patterns[layer].to("cpu", self._dtype) for layer in self._patterns}

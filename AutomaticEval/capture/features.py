@@ -51,6 +51,8 @@ class FromHuggingFace:
         (site,) = self.selection.sites(self.loaded.layout.n_layers)
         self.key = site.key
         self._feeding = Feeding(seq_length=seq_length, batch_size=inference_batch_size)
+        if num_samples is not None and num_samples < 1:
+            raise PromptError(f"{num_samples} texts were asked for; at least 1 is needed.")
         is_named = isinstance(dataset_name, str | Path)
         self._most, self.name = num_samples, Path(str(dataset_name)).stem if is_named else "texts"
         self._texts = _found(dataset_name, split, text_field)

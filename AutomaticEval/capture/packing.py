@@ -13,6 +13,8 @@ from torch import Tensor
 from AutomaticEval.capture.texts import Text
 from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong
 
+ROW_TOKENS = 2048
+"""The most tokens of a row that several pieces share: the mask of a row is as wide as it is high."""
 TEXTS_TOGETHER = 2048
 """Texts that are encoded and sorted by length together, at most."""
 
@@ -145,6 +147,7 @@ def _width(row: Sequence[Sequence[Piece]]) -> int:
 
 def _packed(alike: list[list[Piece]], longest: int) -> list[list[list[Piece]]]:
     """Rows of at most so many tokens; the longest pieces first, each into the fullest row that it fits into."""
+    longest = max(min(longest, ROW_TOKENS), *(len(each[0].ids) for each in alike), 1)
     by_room: dict[int, list[list[list[Piece]]]] = {}
     for each in sorted(alike, key=lambda each: -len(each[0].ids)):
         length = len(each[0].ids)

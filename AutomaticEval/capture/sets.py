@@ -9,20 +9,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 import xxhash
 
 from AutomaticEval.capture.corpus import Extracted, Forwards, as_text, extract
 from AutomaticEval.capture.packing import Feeding
 from AutomaticEval.capture.texts import Text
-from AutomaticEval.errors import AutomaticEvalError, OtherSettings, first_line
-from AutomaticEval.models.loading import LoadOptions, load_model
+from AutomaticEval.errors import OtherSettings, SelectionError, first_line
+from AutomaticEval.models.loading import LoadOptions, load_model, state_of
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import new_file, prepare_folder, size_text
 from AutomaticEval.store.format import plain
 from AutomaticEval.store.reader import Run, open_run
-from AutomaticEval.store.writer import LOCK, is_finished
+from AutomaticEval.store.writer import LOCK, is_finished, shards_bytes
 
 NUMBERS = "extraction.json"
 """In each run folder: what the extraction gave."""
@@ -86,8 +86,8 @@ def extract_sets(
 ) -> list[Unit]:
     """Each model on each set. folder_of: model and set -> the run folder.
 
-    A unit whose folder is finished is not made again, one that was cut short goes on. Errors of this project, and of torch while a model
-    runs, are told in the unit. Raises OtherSettings for a folder that was made otherwise, before anything is done.
+    A unit whose folder is finished is not made again, one that was cut short goes on. What goes wrong in one
+    is told in the unit. Raises OtherSettings for a folder that was made otherwise, before anything is done.
     """
     units = [Unit(model, each.name, folder_of(model, each.name)) for model in models for each in sets]
     by_name = {each.name: each for each in sets}
@@ -102,7 +102,7 @@ def extract_sets(
             unit.numbers = _one(unit, by_name[unit.name], plan, announce)
             rate = unit.numbers["n_tokens"] / max(unit.numbers["seconds"], 1e-9)
             announce(f"{label}: {unit.numbers['n_samples']} samples, {rate:.0f} tokens a second, {unit.folder}")
-        except (AutomaticEvalError, torch.OutOfMemoryError) as failure:
+        except Exception as failure:  # whatever it is, the others are not lost for it
             if plan.ranks.n_ranks > 1 or len(units) == 1:
                 raise  # other processes wait for this one; and there is nothing else to lose
             unit.status, unit.error = "failed", f"{type(failure).__name__}: {first_line(failure)}"
@@ -110,9 +110,22 @@ def extract_sets(
     return units
 
 
-def folder_name(*parts: str) -> str:
-    """Of characters that every file system takes."""
-    return "_".join(re.sub(r"[^\w.-]+", "-", Path(part).name[:80]) for part in parts)
+def folder_names(names: Sequence[str]) -> dict[str, str]:
+    """Each name's last part, or the whole where several end alike, of characters that every file system takes.
+
+    Raises SelectionError for a name that is there twice.
+    """
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise SelectionError(f"{name} was named twice.")
+    short = {name: _plain(Path(name).name) for name in names}
+    if len(set(short.values())) == len(short):
+        return short
+    return {name: _plain(name.strip("/")) for name in names}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)[-80:] or "-"
 
 
 def _one(unit: Unit, texts: TextSet, plan: Plan, announce: Callable[[str], None]) -> dict[str, Any]:
@@ -127,34 +140,42 @@ def _one(unit: Unit, texts: TextSet, plan: Plan, announce: Callable[[str], None]
         unit.folder,
         feeding=plan.feeding,
         name=texts.name,
-        about=_about(texts, plan),
+        about=_about(unit.model, texts, plan),
         compression=plan.compression,
         ranks=plan.ranks,
         resume=was_begun,
         total=texts.total,
     )
     numbers = _numbers(done) | _of_tokenizer(loaded.tokenizer, loaded.context)
+    numbers["n_empty"] = getattr(texts.texts, "n_empty", 0)
+    if numbers["n_empty"]:
+        announce(f"{unit.model}, {unit.name}: {numbers['n_empty']} texts were empty, and left out")
     if plan.ranks.is_first:
         with new_file(unit.folder / NUMBERS, overwrite=True) as partial:
             partial.write_text(json.dumps(numbers, indent=1, default=plain) + "\n", encoding="utf-8")
     return numbers
 
 
-def _about(texts: TextSet, plan: Plan) -> dict[str, Any]:
-    return {**texts.about, "asked_seq_length": plan.feeding.seq_length, "patterns": plan.feeding.patterns}
+def _about(model: str, texts: TextSet, plan: Plan) -> dict[str, Any]:
+    """What a run must have been made with, as far as it is known without loading the model."""
+    feeding = {
+        "asked_seq_length": plan.feeding.seq_length,
+        "patterns": plan.feeding.patterns,
+        "strict": plan.feeding.strict,
+    }
+    return {**texts.about, **feeding, "load": asdict(plan.load), "model_files": state_of(model)}
 
 
 def _numbers(done: Extracted) -> dict[str, Any]:
-    lengths = torch.tensor(done.lengths, dtype=torch.float64)
     found = {name: value for name, value in asdict(done).items() if name not in ("folder", "lengths")}
-    low, middle, high = (lengths.quantile(q).item() for q in (0.0, 0.5, 1.0)) if done.lengths else (None, None, None)
-    spread = {
-        "shortest": low,
-        "median": middle,
-        "mean": lengths.mean().item() if done.lengths else None,
-        "longest": high,
-    }
-    return {**found, "lengths": spread}
+    return {**found, "lengths": _spread(done.lengths)}
+
+
+def _spread(lengths: Sequence[int]) -> dict[str, float | None]:
+    if not lengths:
+        return dict.fromkeys(("shortest", "median", "mean", "longest"))
+    low, middle, high = (float(each) for each in np.percentile(lengths, (0, 50, 100)))
+    return {"shortest": low, "median": middle, "mean": float(np.mean(lengths)), "longest": high}
 
 
 def _of_tokenizer(tokenizer: Any, context: int | None) -> dict[str, Any]:
@@ -177,14 +198,31 @@ def _there(unit: Unit, texts: TextSet, plan: Plan) -> str:
         prepare_folder(unit.folder)
         return "captured"
     run = unit.run()
-    wanted = {"model": unit.model, **plan.selection.as_dict(), **_about(texts, plan), "packing": plan.feeding.packing}
+    wanted = {
+        "model": unit.model,
+        **plan.selection.as_dict(),
+        **_about(unit.model, texts, plan),
+        "packing": plan.feeding.packing,
+    }
     found = {"model": run.model, "store_dtype": None, **run.settings, **run.settings.get("corpus", {})}
+    wanted = json.loads(json.dumps(wanted, default=str))
     apart = [name for name, value in wanted.items() if found.get(name) != value]
     if apart:
         name = apart[0]
         raise OtherSettings(
             f"{unit.folder} was made with other settings: {name} was {found.get(name)!r} and is {wanted[name]!r}. Name another folder."
         )
-    if (unit.folder / NUMBERS).exists():
-        unit.numbers = json.loads((unit.folder / NUMBERS).read_text(encoding="utf-8"))
+    unit.numbers = _kept_numbers(unit.folder, run)
     return "was there"
+
+
+def _kept_numbers(folder: Path, run: Run) -> dict[str, Any]:
+    """What is written of a run; without that, what the run itself tells."""
+    try:
+        found = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # killed before it was written
+        found = None
+    if isinstance(found, dict):
+        return found
+    lengths = _spread(run.column("n_prompt_tokens"))
+    return {"n_samples": len(run), "size_bytes": shards_bytes(folder), "lengths": lengths}

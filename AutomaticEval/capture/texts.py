@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,6 +85,7 @@ def _txt(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     """(line that it ends in, line as an object)"""
+    csv.field_size_limit(2**31 - 1)  # texts are long
     reader = csv.DictReader((f"{line}\n" for line in lines_of(path)), strict=True)
     try:
         for row in reader:
@@ -111,6 +113,8 @@ def _parsed(text: str, path: Path, line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as broken:
         raise PromptError(f"{path}, line {line + broken.lineno - 1}: not JSON ({broken.msg}).") from None
+    except (ValueError, RecursionError) as broken:  # numbers of thousands of digits, thousands of brackets
+        raise PromptError(f"{path}, line {line}: JSON that cannot be read ({first_line(broken)}).") from None
 
 
 def _text_of(item: Any, place: str, field: str | None) -> Text:
@@ -123,6 +127,8 @@ def _text_of(item: Any, place: str, field: str | None) -> Text:
         raise PromptError(
             f"{place}: {'an empty text' if isinstance(item, str) else type(item).__name__ + ', not a text'}."
         )
+    if not item.isascii() and any("\ud800" <= each <= "\udfff" for each in item):
+        raise PromptError(f"{place}: half a character (a lone surrogate), which no tokenizer takes.")
     return Text(item, place)
 
 
@@ -171,7 +177,7 @@ class DatasetTexts:
     def about(self) -> dict[str, Any]:
         """For settings: what decides which texts they are."""
         about = {"dataset": self.name, "config": self.config, "split": self.split, "field": self.field}
-        return {**about, "num_samples": self.most}
+        return {**about, "num_samples": self.most, "files": _state_of_folder(Path(self.name))}
 
     def __iter__(self) -> Iterator[Text]:
         """Raises DatasetUnavailable, PromptError for a field that there is not, or what is no text."""
@@ -183,7 +189,7 @@ class DatasetTexts:
         for number, item in enumerate(_streamed(self.name, self.config, self.split)):
             place = f"{self.name}, {self.split}, item {number}"
             name = name or field_of(list(item), self.field, place)
-            text = item.get(name)
+            text = "" if item.get(name) is None else item[name]
             if not isinstance(text, str):
                 raise PromptError(f"{place}, field {name!r}: {type(text).__name__}, not a text.")
             if text.strip():
@@ -194,6 +200,15 @@ class DatasetTexts:
                 self.n_empty += 1
 
 
+def _state_of_folder(folder: Path) -> str | None:
+    """A hash of names, sizes and times of a local folder's files; None of a data set on the hub."""
+    if not folder.is_dir():
+        return None
+    files = [(str(path.relative_to(folder)), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    told = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
+    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
+
+
 def _streamed(name: str, config: str | None, split: str) -> Iterator[Mapping[str, Any]]:
     import datasets
 
@@ -201,9 +216,13 @@ def _streamed(name: str, config: str | None, split: str) -> Iterator[Mapping[str
         if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
             found = datasets.load_from_disk(name)
             found = found[split] if isinstance(found, dict) else found
+            if found.split is not None and str(found.split) != split:
+                raise SelectionError(f"{name} holds the split {str(found.split)!r}, not {split!r}.")
         else:
             found = datasets.load_dataset(name, config, split=split, streaming=True)
         yield from found
+    except SelectionError:
+        raise
     except KeyError as absent:
         raise SelectionError(f"{name} has no split {absent.args[0]!r}.") from None
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as failure:

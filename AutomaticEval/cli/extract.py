@@ -73,7 +73,7 @@ def extract(
         raise PromptError(f"--batch_size is {batch_size!r}; write a number, or auto.")
     options.quiet_libraries()
     from AutomaticEval.capture.packing import Feeding
-    from AutomaticEval.capture.sets import Plan, TextSet, extract_sets, folder_name
+    from AutomaticEval.capture.sets import Plan, TextSet, extract_sets, folder_names
     from AutomaticEval.capture.texts import DatasetTexts, FileTexts
     from AutomaticEval.models.loading import LoadOptions
     from AutomaticEval.ranks import join_ranks, own_device
@@ -104,17 +104,18 @@ def extract(
         name = Path(str(dataset)).name
         sets = [TextSet(name, streamed, streamed.about, num_samples)]
     if not models:
-        raise SelectionError(f"the profile {profile!r} names no models; give --model.")
+        raise SelectionError("no model is named; give --model.")
     say = options.Log(speaks=ranks.is_first)
-    root = output or activation_save_dir / (name if profile is not None else folder_name(name, models[0]))
-    alone = profile is None and len(models) == 1
-    units = extract_sets(
-        models,
-        sets,
-        plan,
-        lambda model, each: root if alone else root / folder_name(model, *([each] if profile is not None else [])),
-        say,
-    )
+    places, parts = folder_names(models), folder_names([each.name for each in sets])
+    of_texts = parts.get(name, name)
+    root = output or activation_save_dir / (name if profile is not None else f"{of_texts}_{places[models[0]]}")
+
+    def folder_of(model: str, texts: str) -> Path:
+        if profile is not None:
+            return root / f"{places[model]}_{parts[texts]}"
+        return root / places[model] if len(models) > 1 else root
+
+    units = extract_sets(models, sets, plan, folder_of, say)
     if ranks.is_first:
         _finish(units, name, root, plan, mlflow, say)
 

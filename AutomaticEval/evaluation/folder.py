@@ -86,8 +86,8 @@ class RunFolder:
         )
         writer: RunWriter | None = None
         try:
-            with run as (writer, answered):
-                self.path = writer.folder
+            with run as (writer, folder, answered):
+                self.path = folder
                 yield Opened(writer, answered)
         finally:
             self.n_samples = 0 if writer is None else writer.n_samples

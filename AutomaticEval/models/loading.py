@@ -216,6 +216,12 @@ def _source(model: str | Path) -> str:
     return str(folder.resolve()) if folder.is_dir() else str(model)
 
 
+def state_of(model: str | Path) -> str | None:
+    """A hash of names, sizes and times of a folder's files; None of a hub name, whose revision tells its state."""
+    found = _state(_source(model))
+    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest() if found else None
+
+
 def _state(source: str) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and times of a folder's files: a checkpoint that was trained further is another model."""
     if not Path(source).is_dir():

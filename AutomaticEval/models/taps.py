@@ -39,7 +39,7 @@ class Tap:
     def take(self, value: Tensor) -> Tensor:
         """value: [..., width of the module]. Returns [..., width of the site]."""
         if self.columns is not None:
-            value = value[..., torch.tensor(self.columns, device=value.device)]
+            value = value[..., torch.tensor(self.columns, dtype=torch.long, device=value.device)]
         value = value if self.scale == 1.0 else value * self.scale
         return value if self.then is None else self.then(value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
@@ -126,6 +127,8 @@ def _problems(units: Sequence[Unit]) -> list[str]:
     for unit in units:
         if unit.numbers.get("n_truncated"):
             found.append(f"{unit.model}, {unit.name}: {unit.numbers['n_truncated']} texts were cut to fit.")
+        if unit.numbers.get("n_empty"):
+            found.append(f"{unit.model}, {unit.name}: {unit.numbers['n_empty']} texts were empty, and left out.")
     return found
 
 
@@ -136,13 +139,24 @@ def _lengths(units: Sequence[Unit]) -> str:
         return ""
     figure = Figure(figsize=(7, 0.35 * len(done) + 1.2), layout="constrained")
     axes = figure.add_subplot()
-    labels = [f"{Path(unit.model).name}, {unit.name}" for unit in done]
+    labels = [_drawn(f"{Path(unit.model).name}, {unit.name}") for unit in done]
     axes.boxplot([unit.run().column("n_prompt_tokens") for unit in done], vert=False, tick_labels=labels)
     axes.set(xlabel="tokens a sample")
     axes.invert_yaxis()
     kept = io.BytesIO()
-    figure.savefig(kept, format="png", dpi=120)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # characters that the font has not
+        figure.savefig(kept, format="png", dpi=120)
     return base64.b64encode(kept.getvalue()).decode()
+
+
+def _drawn(label: str) -> str:
+    """As matplotlib takes it: $ begins a formula."""
+    return label.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
+def _cell(text: str) -> str:
+    return escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
 
 
 def _markdown(title: str, sections: Sequence[Section]) -> str:
@@ -151,7 +165,7 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
         lines += [f"## {section.title}", ""]
         if section.columns:
             table = [section.columns, ["---"] * len(section.columns), *section.rows]
-            lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+            lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in table]
         lines += [f"- {line}" for line in section.lines]
         lines.append("")
     return "\n".join(lines)

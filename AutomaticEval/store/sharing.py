@@ -27,8 +27,8 @@ class SharedRun:
     @contextmanager
     def writing(
         self, new_folder: Callable[[], Path], *, resume: bool, tell: Callable[[RunWriter], T]
-    ) -> Iterator[tuple[RunWriter, T]]:
-        """This process's writer, and what the first process tells all of what is there. On every exit what was gathered is sealed.
+    ) -> Iterator[tuple[RunWriter, Path, T]]:
+        """This process's writer, the folder, and what the first process tells all of what is there. On every exit what was gathered is sealed.
 
         new_folder: asked in the first process alone.
         """
@@ -40,7 +40,7 @@ class SharedRun:
         folder, settings, told = self.ranks.from_first(shared)
         share = (self.ranks.rank, self.ranks.n_ranks)
         with opened or self._writer(folder, settings, share=share) as writer:
-            yield writer, told
+            yield writer, folder, told
 
     def _open_first(self, folder: Path, tell: Callable[[RunWriter], T], *, resume: bool) -> tuple[RunWriter, T]:
         writer = self._writer(folder, self.settings, resume=resume, share=(0, self.ranks.n_ranks))

@@ -19,7 +19,7 @@ BLOCKS = 64
 class ShuffledRows(IterableDataset[Tensor]):
     """Every row once, [width] each, in an order that is drawn anew each time.
 
-    About twice buffer_rows are in memory. The order follows from seed and the number of passes begun before; over one pass the workers of
+    About three times buffer_rows are in memory. The order follows from seed and the number of passes begun before; over one pass the workers of
     a DataLoader have different rows, and the order follows from torch's own seed, too.
     """
 
@@ -38,7 +38,9 @@ class ShuffledRows(IterableDataset[Tensor]):
             yield from some
 
     def batches(self, n_rows: int) -> Iterator[Tensor]:
-        """[n_rows, width] each; the last one may be smaller."""
+        """[n_rows, width] each; the last one may be smaller. Raises StoreError for less than one row."""
+        if n_rows < 1:
+            raise StoreError(f"batches of {n_rows} rows were asked for; at least 1 is needed.")
         left: list[Tensor] = []
         n_left = 0
         for some in self._mixed():
@@ -56,8 +58,8 @@ class ShuffledRows(IterableDataset[Tensor]):
         """The rows in pieces [n, width], each drawn from a full buffer."""
         worker = get_worker_info()
         number, n_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        of_pass = self.n_passes if worker is None else worker.seed - worker.id  # the same in all workers of a pass
-        draw = torch.Generator().manual_seed((self.seed + of_pass) % 2**63)
+        of_workers = 0 if worker is None else worker.seed - worker.id  # the same in all workers of a pass
+        draw = torch.Generator().manual_seed((self.seed + of_workers + self.n_passes) % 2**63)
         self.n_passes += 1
         n_block = max(1, self.buffer_rows // BLOCKS)
         order = torch.randperm(-(-len(self.rows) // n_block), generator=draw)[number::n_workers].tolist()
