@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from AutomaticEval.capture.corpus import TOKENS, extract
 from AutomaticEval.capture.forwards import inputs, padded
-from AutomaticEval.capture.packing import Feeding, Pieces, batches_of
+from AutomaticEval.capture.packing import Feeding, TextPieces, batches_of
 from AutomaticEval.capture.texts import Text, read_texts
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model
 from AutomaticEval.selection import Selection
@@ -38,7 +38,7 @@ LAYER = 6
 
 def sorted_batches(loaded: LoadedModel, texts: list[str]) -> list[list[list[int]]]:
     """The very batches that an extraction runs."""
-    pieces = Pieces(loaded.tokenizer, Feeding(), loaded.context or 1024)
+    pieces = TextPieces(loaded.tokenizer, Feeding(), loaded.context or 1024)
     windows = pieces.windows(enumerate(Text(text, "") for text in texts))
     every = [batch for window in windows for batch in batches_of(window, Feeding(), 1024, TOKENS["cpu"])]
     return [[place.pieces[0].ids for place in batch] for batch in every]

@@ -95,8 +95,8 @@ FLOORS = {
     "analysis.direct": 8,
     "analysis.screening": 9,
     "analysis.rest": 8,
-    "analysis.sweep": 12,
-    "analysis.sweeping": 13,
+    "analysis.sweep": 13,
+    "analysis.sweeping": 14,
     "report": 1,
     "report.figures": 3,
     "report.summary": 10,
@@ -107,7 +107,7 @@ FLOORS = {
     "store.arrow": 9,
     "store.export": 10,
     "demo.train": 9,
-    "cli": 14,
+    "cli": 15,
 }
 OWNERS = {
     "h5py": ("store",),

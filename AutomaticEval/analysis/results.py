@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from AutomaticEval.errors import StoreError
+from AutomaticEval.errors import OtherSettings, StoreError
 from AutomaticEval.store.files import new_file, prepare_file, prepare_folder
 
 Stats = dict[tuple[int, int], dict[str, float]]
@@ -50,6 +50,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise StoreError(f"{path} holds a {type(found).__name__}; a result is an object with a kind.")
     return found
+
+
+def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises OtherSettings when a folder was made with others than are asked for now; what it has besides does not matter."""
+    apart = [name for name, value in now.items() if before.get(name) != value]
+    if apart:
+        name = min(apart)
+        raise OtherSettings(
+            f"{folder} was made with other settings: {name} was {before.get(name)!r} and is {now[name]!r}. Name another folder."
+        )
 
 
 def write_strength(

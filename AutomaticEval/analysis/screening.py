@@ -15,13 +15,12 @@ from AutomaticEval.analysis.direct import DirectEffects
 from AutomaticEval.analysis.permutation import differences
 from AutomaticEval.analysis.text_metrics import whole_words
 from AutomaticEval.analysis.tokens import Target, targets_of, tokens_within
-from AutomaticEval.capture.forwards import Batch, inputs, padded
+from AutomaticEval.capture.forwards import Batch, padded, recorded
 from AutomaticEval.capture.serving import most_columns, window_of
 from AutomaticEval.errors import PromptError
-from AutomaticEval.models.hooks import Kept, capturing
+from AutomaticEval.models.hooks import Kept
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.patterns import check_patterns, reading_patterns
-from AutomaticEval.models.taps import forward_takes
 from AutomaticEval.sites import Site
 
 
@@ -148,17 +147,10 @@ class _Reading:
     def _batch(self, batch: Batch, marks: Tensor) -> Measured:
         """marks: [batch, pos]: the tokens of keywords."""
         loaded, layout = self._loaded, self._layout
-        given = inputs(loaded.model, batch)
-        if "logits_to_keep" in forward_takes(loaded.model):
-            given["logits_to_keep"] = 1
         keep = Kept(*batch.mask.nonzero(as_tuple=True))
         taps = {**self._norms, **(self._effects.taps if self._effects else {})}
-        with (
-            torch.no_grad(),
-            reading_patterns(loaded.model, layout) as patterns,
-            capturing(loaded.model, taps, layout.embedding, lambda *_: keep, len(batch.ids)) as recording,
-        ):
-            loaded.model(**given)
+        with reading_patterns(loaded.model, layout) as patterns:
+            recording = recorded(loaded.model, layout, {**taps, "after": patterns.after}, batch, keep)
             attention = torch.stack([_above_uniform(patterns[n], batch.mask, marks) for n in range(layout.n_layers)], 1)
         lengths = batch.mask.sum(1)
         last = lengths.cumsum(0) - 1

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.analysis.answers import Pairs
+from AutomaticEval.analysis.patching import SITES
 from AutomaticEval.analysis.rest import Rest, unpacked
 from AutomaticEval.capture.forwards import padded, read
 from AutomaticEval.errors import EditError
@@ -17,7 +18,6 @@ from AutomaticEval.sites import Site
 
 ROWS = 64
 """Rows of a forward over several variants."""
-SITES = ("z", "mlp_out", "resid_post")
 Values = Mapping[int, Tensor]
 """Layer -> what a place becomes: [width] or [batch, pos, width]."""
 

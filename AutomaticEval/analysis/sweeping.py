@@ -14,9 +14,9 @@ from AutomaticEval.analysis.ablation import mean_of, reference_values
 from AutomaticEval.analysis.answers import greedy_answers
 from AutomaticEval.analysis.bootstrap import mean_intervals
 from AutomaticEval.analysis.patching import Pair, told_apart
-from AutomaticEval.analysis.results import read_json, write_json
+from AutomaticEval.analysis.results import read_json, refuse_others, write_json
 from AutomaticEval.analysis.sweep import Sweep, sweep_of_answers, sweep_of_differences
-from AutomaticEval.errors import OtherSettings, PromptError
+from AutomaticEval.errors import PromptError
 from AutomaticEval.models.loading import LoadedModel
 
 ANSWERED_TOGETHER = 16
@@ -152,10 +152,4 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         write_json(file, settings)
         return
     before = read_json(file)
-    apart = [name for name in {*before, *settings} if before.get(name) != settings.get(name)]
-    if apart:
-        name = min(apart)
-        raise OtherSettings(
-            f"the sweep in {folder} was made with other settings: {name} was {before.get(name)!r} and is {settings.get(name)!r}. "
-            "Name another folder."
-        )
+    refuse_others(folder, before, {**dict.fromkeys(before), **settings})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from AutomaticEval.capture.forwards import Batch, inputs, padded, recorded
 from AutomaticEval.capture.generation import bytes_per_row, dtype_of, sample_columns
-from AutomaticEval.capture.packing import ROW_TOKENS, Feeding, Piece, Pieces, Place, batches_of, shared_rows
+from AutomaticEval.capture.packing import ROW_TOKENS, Feeding, Piece, Place, TextPieces, batches_of, shared_rows
 from AutomaticEval.capture.serving import why_not
 from AutomaticEval.capture.texts import Text
 from AutomaticEval.capture.walking import as_mask, free_memory, is_out_of_memory
@@ -86,7 +86,7 @@ def extract(
     shared = SharedRun(loaded.name, settings, SHARD_BYTES, compression, ranks)
     done = Extracted(folder)
     started = time.perf_counter()
-    pieces = Pieces(loaded.tokenizer, feeding, forwards.longest)
+    pieces = TextPieces(loaded.tokenizer, feeding, forwards.longest)
     mine = ((number, as_text(text)) for number, text in enumerate(texts) if number % ranks.n_ranks == ranks.rank)
     with shared.writing(lambda: folder, resume=resume, tell=_keys) as (writer, _, there):
         bar = tqdm(total=total and -(-total // ranks.n_ranks), desc=name, unit="text", disable=not ranks.is_first)
@@ -137,7 +137,7 @@ def _named(samples: Sequence[Sample], name: str) -> list[Sample]:
     return [Sample({**each.fields, "task": name}, each.input_ids, each.generated_ids, each.parts) for each in samples]
 
 
-def _add_up(done: Extracted, pieces: Pieces, ranks: Ranks) -> None:
+def _add_up(done: Extracted, pieces: TextPieces, ranks: Ranks) -> None:
     """Over all processes."""
     own = (pieces.n_texts, done.n_tokens, pieces.n_truncated, pieces.n_tokens_cut, pieces.lengths)
     for n_texts, n_tokens, n_truncated, n_tokens_cut, lengths in ranks.gathered(own):
@@ -244,12 +244,8 @@ class Forwards:
         """What was read, and of some layers the patterns [batch, n_heads, query_pos, key_pos]."""
         if not self._patterns:
             return self._recorded(places, sequences, kept, self._taps), {}
-        # the stream that leaves the deepest block is read after its pattern, so that the forward does not stop before
-        taps = {
-            **self._taps,
-            "deepest": replace(self._layout.taps[Site("resid_post", max(self._patterns))], columns=()),
-        }
         with reading_patterns(self._loaded.model, self._layout, self._patterns) as patterns:
+            taps = {**self._taps, "after": patterns.after}
             recording = self._recorded(places, sequences, kept, taps)
             return recording, {layer: patterns[layer].to("cpu", self._dtype) for layer in self._patterns}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.capture.corpus import Forwards, as_text, extract
-from AutomaticEval.capture.packing import Feeding, Pieces
+from AutomaticEval.capture.packing import Feeding, TextPieces
 from AutomaticEval.capture.texts import DatasetTexts, Text, texts_in
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
@@ -74,7 +74,7 @@ class FromHuggingFace:
 
     def _in_memory(self, texts: Iterable[str | Text]) -> Tensor:
         forwards = Forwards(self.loaded, self.selection, self._feeding)
-        pieces = Pieces(self.loaded.tokenizer, self._feeding, forwards.longest)
+        pieces = TextPieces(self.loaded.tokenizer, self._feeding, forwards.longest)
         found: dict[int, Tensor] = {}
         for window in pieces.windows(enumerate(map(as_text, texts))):
             for _, samples in forwards.over(window):

@@ -68,7 +68,7 @@ class Place(NamedTuple):
 
 
 @dataclass
-class Pieces:
+class TextPieces:
     """Cuts texts into pieces, and counts what it cut."""
 
     tokenizer: Any

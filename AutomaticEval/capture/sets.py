@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from AutomaticEval.analysis.results import read_json, refuse_others, write_json
 from AutomaticEval.capture.corpus import Extracted, Forwards, as_text, extract
 from AutomaticEval.capture.packing import Feeding
 from AutomaticEval.capture.texts import Text
-from AutomaticEval.errors import OtherSettings, SelectionError, first_line
+from AutomaticEval.errors import SelectionError, StoreError, first_line
 from AutomaticEval.models.loading import LoadOptions, load_model, state_of
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.files import new_file, prepare_folder, size_text
-from AutomaticEval.store.format import plain
+from AutomaticEval.store.files import plain_name, prepare_folder, size_text
 from AutomaticEval.store.reader import Run, open_run
 from AutomaticEval.store.writer import LOCK, is_finished, shards_bytes
 
@@ -125,7 +125,7 @@ def folder_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name)[-80:] or "-"
+    return plain_name(name)[-80:] or "-"
 
 
 def _one(unit: Unit, texts: TextSet, plan: Plan, announce: Callable[[str], None]) -> dict[str, Any]:
@@ -151,8 +151,7 @@ def _one(unit: Unit, texts: TextSet, plan: Plan, announce: Callable[[str], None]
     if numbers["n_empty"]:
         announce(f"{unit.model}, {unit.name}: {numbers['n_empty']} texts were empty, and left out")
     if plan.ranks.is_first:
-        with new_file(unit.folder / NUMBERS, overwrite=True) as partial:
-            partial.write_text(json.dumps(numbers, indent=1, default=plain) + "\n", encoding="utf-8")
+        write_json(unit.folder / NUMBERS, numbers, overwrite=True)
     return numbers
 
 
@@ -205,24 +204,14 @@ def _there(unit: Unit, texts: TextSet, plan: Plan) -> str:
         "packing": plan.feeding.packing,
     }
     found = {"model": run.model, "store_dtype": None, **run.settings, **run.settings.get("corpus", {})}
-    wanted = json.loads(json.dumps(wanted, default=str))
-    apart = [name for name, value in wanted.items() if found.get(name) != value]
-    if apart:
-        name = apart[0]
-        raise OtherSettings(
-            f"{unit.folder} was made with other settings: {name} was {found.get(name)!r} and is {wanted[name]!r}. Name another folder."
-        )
+    refuse_others(unit.folder, found, json.loads(json.dumps(wanted, default=str)))
     unit.numbers = _kept_numbers(unit.folder, run)
     return "was there"
 
 
 def _kept_numbers(folder: Path, run: Run) -> dict[str, Any]:
     """What is written of a run; without that, what the run itself tells."""
-    try:
-        found = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # killed before it was written
-        found = None
-    if isinstance(found, dict):
-        return found
+    with suppress(StoreError):  # killed before it was written
+        return read_json(folder / NUMBERS)
     lengths = _spread(run.column("n_prompt_tokens"))
     return {"n_samples": len(run), "size_bytes": shards_bytes(folder), "lengths": lengths}

@@ -158,7 +158,7 @@ def _track(outcome: Outcome, name: str, about: dict[str, Any], uri: str, log: op
     if outcome.n_computed:
         metrics["tokens_per_second"] = outcome.n_computed / seconds
     files = [] if outcome.results_file is None else [outcome.results_file]
-    typer.echo(f"MLflow:      run {track(uri, name, about, metrics, files, chr(10).join(log.lines))}")
+    typer.echo(f"MLflow:      run {track(uri, name, about, metrics, files, log.text)}")
 
 
 def _print(outcome: Outcome, title: str) -> None:

@@ -166,7 +166,7 @@ def _track(units: list[Unit], name: str, plan: Plan, uri: str, files: list[Path]
         **plan.selection.as_dict(),
     }
     params |= {"feeding": asdict(plan.feeding), "load": asdict(plan.load)}
-    typer.echo(f"MLflow:      run {track(uri, f'extract {name}', params, metrics, files, chr(10).join(log.lines))}")
+    typer.echo(f"MLflow:      run {track(uri, f'extract {name}', params, metrics, files, log.text)}")
 
 
 def _first(units: list[Unit]) -> Unit:

@@ -160,11 +160,16 @@ class Log:
 
     def __init__(self, *, speaks: bool = True) -> None:
         self._speaks = speaks
-        self.lines: list[str] = []
+        self._lines: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """What was said."""
+        return "\n".join(self._lines)
 
     def __call__(self, line: str) -> None:
         if self._speaks:
-            self.lines.append(line)
+            self._lines.append(line)
             typer.echo(line, err=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from AutomaticEval.evaluation.resuming import Answered, RequestKey, answered_in
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.files import prepare_folder
+from AutomaticEval.store.files import plain_name, prepare_folder
 from AutomaticEval.store.sharing import SharedRun
 from AutomaticEval.store.writer import LOCK, RunWriter, is_finished, refuse_finished
 
@@ -152,4 +151,4 @@ def new_folder(save_dir: Path, name: str) -> Path:
 
 def folder_name(benchmarks: Sequence[str], model: str) -> str:
     """`<benchmark>_<model>`, of characters that every file system takes."""
-    return "_".join(re.sub(r"[^\w.-]+", "-", part) for part in ("-".join(benchmarks)[:60], Path(model).name[:60]))
+    return "_".join(plain_name(part) for part in ("-".join(benchmarks)[:60], Path(model).name[:60]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.probe import PROBE_LENGTH
-from AutomaticEval.models.taps import Layout, alone_with, input_device
+from AutomaticEval.models.taps import Layout, Tap, alone_with, input_device
 from AutomaticEval.sites import Site
 
 SUM_IS_ONE = 0.01
@@ -22,8 +23,10 @@ SUM_IS_ONE = 0.01
 class Patterns:
     """What the attention of some layers gave in the last forward."""
 
-    def __init__(self, n_heads: int) -> None:
+    def __init__(self, n_heads: int, after: Tap) -> None:
         self._n_heads = n_heads
+        self.after = after
+        """Nothing wide, of what is read behind the deepest pattern: with it a forward that stops when all is read does not stop before."""
         self._found: dict[int, Tensor] = {}
 
     def __getitem__(self, layer: int) -> Tensor:
@@ -67,11 +70,12 @@ def reading_patterns(model: Any, layout: Layout, layers: Iterable[int] | None = 
     The model attends eagerly inside, and as it did before afterwards: scores differ by rounding, and memory grows with the square of the
     length. Raises SiteUnavailable for a model that cannot.
     """
-    found = Patterns(layout.n_heads)
+    layers = list(range(layout.n_layers) if layers is None else layers)
+    found = Patterns(layout.n_heads, replace(layout.taps[Site("resid_post", max(layers))], columns=()))
     with ExitStack() as undo:
         undo.enter_context(alone_with(model))
         undo.enter_context(_eager(model))
-        for layer in range(layout.n_layers) if layers is None else layers:
+        for layer in layers:
             path = layout.pick([Site("z", layer)])[f"layer_{layer}.z"].module
             block = layout.taps[Site("resid_pre", layer)].module
             for parent in _parents(path, block):

@@ -82,6 +82,11 @@ def size_text(size_bytes: float) -> str:
     return f"{size_bytes:.1f} TB"
 
 
+def plain_name(text: str) -> str:
+    """Of characters that every file system takes."""
+    return re.sub(r"[^\w.-]+", "-", text)
+
+
 def file_stem(prefix: str, text: str, now: datetime | None = None) -> str:
     """`<prefix>_20240915_143022_123456_What_is_the_capital_of`: time to the microsecond, first words of the text."""
     name = "_".join(re.findall(r"\w+", text)[:5])
