@@ -52,6 +52,8 @@ def join_ranks() -> Ranks:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return Ranks()
     if not dist.is_initialized():
+        import torch.distributed.nn  # noqa: F401  imported later, its defaults would hold the group for ever
+
         dist.init_process_group("gloo", timeout=PATIENCE)
         atexit.register(_leave)
     group = None if dist.get_backend() == "gloo" else _gloo_group()
@@ -59,7 +61,7 @@ def join_ranks() -> Ranks:
 
 
 def _leave() -> None:
-    """Before the interpreter goes: gloo's threads must not outlive what they use, or the process ends in SIGABRT."""
+    """Before the interpreter goes: gloo's threads, which give Python's tensors back, must not outlive it, or the process ends in SIGABRT."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

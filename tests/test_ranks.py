@@ -144,6 +144,26 @@ def test_shared_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     assert not table.duplicated(["task", "doc_id", "choice"]).any()
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the threads in /proc, which Linux has")
+def test_no_thread_of_gloo_outlives_the_group(tmp_path: Path) -> None:
+    """One that does gives tensors back while the interpreter ends, and the process dies of SIGABRT, now and then."""
+    script = tmp_path / "leaving.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from AutomaticEval import ranks\n"
+        "from AutomaticEval.models.loading import load_model\n"
+        "threads = lambda: [path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')]\n"
+        "joined = ranks.join_ranks()\n"
+        "load_model('demo')  # imports much of torch, as runs do\n"
+        "assert joined.gathered(joined.rank) == [0, 1]\n"
+        "assert any('gloo' in name for name in threads())\n"
+        "ranks._leave()\n"
+        "assert not any('gloo' in name for name in threads()), threads()\n"
+    )
+    done = subprocess.run([*TORCHRUN, str(script)], capture_output=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+
+
 def test_one_process_is_alone() -> None:
     ranks = join_ranks()
     assert ranks == Ranks()
