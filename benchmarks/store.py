@@ -194,7 +194,7 @@ def write_many(folder: Path, n_samples: int) -> None:
                 rows = Rows([ids[i] for i in where], [f"Ġt{ids[i]}" for i in where], list(where), {"layer_0": tensor})
                 batch.append(Sample(columns(number, n_tokens), ids[:-1], ids[-1:], [Part(rows, range(n_kept))]))
             writer.add(batch)
-        writer.finish([scored(record) for record in writer.records()])
+        writer.finish(contents.Listed.of([scored(record) for record in writer.records()]))
 
 
 def memory(rounds: int, folder: Path) -> None:

@@ -30,6 +30,7 @@ from AutomaticEval.errors import (
     TruncatedFile,
 )
 from AutomaticEval.store import files, sealing, writer
+from AutomaticEval.store.contents import Listed
 from AutomaticEval.store.files import ensure_space, file_stem, hdf5_path
 from AutomaticEval.store.format import Part, Rows, Sample
 from AutomaticEval.store.sealing import write_named, write_shard
@@ -480,7 +481,9 @@ def write_run(folder: Path, n_samples: int, shard_bytes: int) -> list[Sample]:
     with RunWriter(folder, "m", SETTINGS, shard_bytes=shard_bytes) as made:
         for sample in samples:
             made.add([sample])
-        made.finish([{**record, "correct": record["doc_id"] % 2 == 0} for record in reversed(made.records())])
+        made.finish(
+            Listed.of([{**record, "correct": record["doc_id"] % 2 == 0} for record in reversed(made.records())])
+        )
     return samples
 
 

@@ -21,6 +21,7 @@ from test_store import SETTINGS, make_sample, same
 from AutomaticEval import open_run
 from AutomaticEval.errors import CaptureError, DiskFull, FolderInUse, OtherSettings, StoreError
 from AutomaticEval.store import writer
+from AutomaticEval.store.contents import Listed
 from AutomaticEval.store.maintenance import rebuild_index
 from AutomaticEval.store.writer import RunWriter, shard_bytes_for, shard_names
 
@@ -196,7 +197,7 @@ def test_run_h5_shows_all_shards_as_one_file_to_plain_h5py(tmp_path: Path) -> No
         made._shard_bytes = 1  # none is merged
         for sample in samples:
             made.add([sample])
-        made.finish([{**record, "correct": True} for record in reversed(made.records())])
+        made.finish(Listed.of([{**record, "correct": True} for record in reversed(made.records())]))
     assert len(shard_names(tmp_path)) == 9
     with h5py.File(tmp_path / "run.h5") as file:
         for number, sample in enumerate(reversed(samples)):
@@ -221,7 +222,7 @@ def test_run_h5_shows_all_shards_as_one_file_to_plain_h5py(tmp_path: Path) -> No
 def test_records_that_are_out_of_date_are_refused_and_nothing_is_deleted(tmp_path: Path) -> None:
     with RunWriter(tmp_path, "m", SETTINGS) as made:
         made.add([numbered(0)])
-        early = made.records()
+        early = made.table()
         made.add([numbered(1)])
         with pytest.raises(StoreError, match="1 records for"):
             made.finish(early)
@@ -250,7 +251,7 @@ def test_interrupt_while_waiting_for_the_disk_forgets_no_shard(tmp_path: Path, m
 def test_finished_run_is_not_resumed_and_keeps_its_scores(tmp_path: Path) -> None:
     with RunWriter(tmp_path, "m", SETTINGS) as made:
         made.add([numbered(0)])
-        made.finish([{**record, "correct": True} for record in made.records()])
+        made.finish(Listed.of([{**record, "correct": True} for record in made.records()]))
     with pytest.raises(StoreError, match="is finished"):
         RunWriter(tmp_path, "m", SETTINGS, resume=True)
     assert open_run(tmp_path)[0]["correct"] is True
@@ -333,6 +334,7 @@ FULL_DISK = """
 import sys, threading, time
 from pathlib import Path
 from AutomaticEval.store import writer
+from AutomaticEval.store.contents import Listed
 from AutomaticEval.store.maintenance import rebuild_index
 writer.SHARD_BYTES = 20_000
 folder = Path.cwd() / "activations"

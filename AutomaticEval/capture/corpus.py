@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from AutomaticEval.models.taps import Tap, input_device
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site, expand
+from AutomaticEval.store.contents import Columns, Ordered
 from AutomaticEval.store.format import Part, Rows, Sample
 from AutomaticEval.store.sharing import SharedRun
 from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
@@ -100,7 +102,7 @@ def extract(
     _add_up(done, pieces, ranks)
     if not done.n_texts:
         raise PromptError(f"{name}: there were no texts.")
-    finished = shared.finish(folder, lambda records: sorted(records, key=lambda each: (each["doc_id"], each["window"])))
+    finished = shared.finish(folder, _sorted)
     done.n_samples, done.size_bytes = finished or (0, 0)
     return done
 
@@ -115,8 +117,16 @@ def as_text(text: str | Text) -> Text:
 
 def _keys(writer: RunWriter) -> dict[tuple[int, int], int]:
     """(doc_id, window) of what is on the disk -> a hash of its text."""
-    records = writer.records() if writer.n_samples else []
-    return {(record["doc_id"], record["window"]): _hash(record["prompt"]) for record in records}
+    if not writer.n_samples:
+        return {}
+    columns = writer.table()
+    keys = zip(columns.whole("doc_id"), columns.whole("window"), strict=True)
+    return {key: _hash(prompt) for key, prompt in zip(keys, columns.whole("prompt"), strict=True)}
+
+
+def _sorted(columns: Columns) -> Columns:
+    """By text and piece."""
+    return Ordered(columns, np.lexsort([columns.whole("window"), columns.whole("doc_id")]))
 
 
 def _hash(text: str) -> int:

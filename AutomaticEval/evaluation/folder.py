@@ -18,6 +18,7 @@ from AutomaticEval.evaluation.resuming import Answered, RequestKey, answered_in
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
+from AutomaticEval.store.contents import Columns, Listed, records_of
 from AutomaticEval.store.files import plain_name, prepare_folder
 from AutomaticEval.store.sharing import SharedRun
 from AutomaticEval.store.writer import LOCK, RunWriter, is_finished, refuse_finished
@@ -111,7 +112,8 @@ class RunFolder:
         doc_ids: task -> the documents' own indices, when the samples count within them.
         """
 
-        def joined(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        def joined(columns: Columns) -> Columns:
+            records = records_of(columns)
             self.n_truncated = sum((record["n_truncated"] or 0) > 0 for record in records)
             unknown = sorted({record["task"] for record in records} - set(samples))
             if unknown:
@@ -120,7 +122,7 @@ class RunFolder:
                 )
             for record in records if doc_ids else ():
                 record["doc_id"] = (doc_ids or {})[record["task"]][record["doc_id"]]
-            return join(records, samples, repeats or {})
+            return Listed.of(join(records, samples, repeats or {}))
 
         assert self.path is not None
         done = self._shared.finish(self.path, joined)

@@ -53,6 +53,25 @@ class Listed:
         return {name: values[index] for name, values in self.columns.items()}
 
 
+@dataclass(frozen=True)
+class Ordered:
+    """A sample table in another order, or some of its samples; a column is read when it is asked for."""
+
+    columns: Columns
+    order: Array
+
+    @property
+    def names(self) -> list[str]:
+        return self.columns.names
+
+    def whole(self, name: str) -> list[Any]:
+        values = self.columns.whole(name)
+        return [values[index] for index in self.order.tolist()]
+
+    def record(self, index: int) -> dict[str, Any]:
+        return self.columns.record(int(self.order[index]))
+
+
 def listed(columns: Columns) -> Listed:
     """A table read into memory."""
     return Listed({name: columns.whole(name) for name in columns.names})
@@ -254,14 +273,12 @@ def _joined_blocks(parts: Sequence[Contents]) -> Array | None:
 
 def reordered(contents: Contents, order: Array, columns: Columns | None = None) -> Contents:
     """The samples in another order, or some of them; all rows stay. columns: other columns, in the new order."""
-    old = contents.columns
-    taken = columns or Listed({name: [old.whole(name)[i] for i in order.tolist()] for name in old.names})
     return replace(
         contents,
         segments=contents.segments.take(order),
         input_ids=contents.input_ids.take(order),
         generated_ids=contents.generated_ids.take(order),
-        columns=taken,
+        columns=columns or Ordered(contents.columns, order),
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from AutomaticEval.ranks import Ranks
+from AutomaticEval.store.contents import Columns
 from AutomaticEval.store.writer import RunWriter
 
 T = TypeVar("T")
@@ -50,10 +51,8 @@ class SharedRun:
             writer.close(failed=True)
             raise
 
-    def finish(
-        self, folder: Path, records_of: Callable[[list[dict[str, Any]]], Sequence[Mapping[str, Any]]]
-    ) -> tuple[int, int] | None:
-        """In the first process, when all have closed: write `run.h5` over all records, as `records_of` makes them of the sealed ones.
+    def finish(self, folder: Path, columns_of: Callable[[Columns], Columns]) -> tuple[int, int] | None:
+        """In the first process, when all have closed: write `run.h5` over all samples, with the columns made of the sealed ones.
 
         Returns samples and bytes; None in the others.
         """
@@ -61,7 +60,7 @@ class SharedRun:
         if not self.ranks.is_first:
             return None
         with self._writer(folder, self.settings, resume=True) as writer:
-            writer.finish(records_of(writer.records()))
+            writer.finish(columns_of(writer.table()))
             return writer.n_samples, writer.size_bytes
 
     def _writer(self, folder: Path, settings: Mapping[str, Any], **how: Any) -> RunWriter:

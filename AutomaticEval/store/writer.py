@@ -244,10 +244,11 @@ class RunWriter:
         return Source(name, held.n_rows, path.stat().st_size, stamp)
 
     def records(self) -> list[dict[str, Any]]:
-        """The columns of every sealed sample, with its shard and index. Seals what is gathered; merges small shards."""
-        return contents.records_of(self._table())
+        """`table()`, one dict a sample."""
+        return contents.records_of(self.table())
 
-    def _table(self) -> Placed:
+    def table(self) -> Columns:
+        """The columns of every sealed sample, with its shard and index, read when they are asked for. Seals what is gathered; merges small shards."""
         self.flush()
         self._merge_small()
         return Placed(self._shards())
@@ -270,17 +271,17 @@ class RunWriter:
             merged.append(self._write_contents(self._take_name(), contents.joined(parts), names))
         self._sealed = merged
 
-    def finish(self, records: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """Write `run.h5`: these records, one a sample, with what the evaluation said of each; None: as `records()`."""
+    def finish(self, columns: Columns | None = None) -> None:
+        """Write `run.h5`: these columns, in the order wanted, with what the evaluation said of each sample; None: as `table()`."""
         with self._mutex:
             self._check_open()
             if is_finished(self.folder):
                 raise StoreError(f"{self.folder} is finished already.")
-            columns: Columns = self._table() if records is None else Listed.of(records)
+            columns = columns or self.table()
             n_records = len(columns.whole("shard")) if columns.names else 0
             if self._gathered or self._sealing is not None or n_records != self._n_samples:
                 raise StoreError(
-                    f"{n_records} records for {self._n_samples} sealed samples; ask records() after the last add."
+                    f"{n_records} records for {self._n_samples} sealed samples; ask table() after the last add."
                 )
             write_index(self.folder, self._sealed, self._shards(), columns, finished=True)
             if len(shard_names(self.folder)) > len(self._sealed):  # some were merged
