@@ -1,7 +1,7 @@
 """What an extraction costs beside other ways of the same: one middle layer over short sentences, in one process, alternating.
 
     python benchmarks/corpora.py speed --texts TEXTS [--tokenizer GPT2] [--n 2000] [--rounds 5] [--ways bare,naive,lens,sae]
-    python benchmarks/corpora.py memory --texts TEXTS   # peak memory over 10 times as many texts, by the demo model
+    python benchmarks/corpora.py memory --texts TEXTS   # peak memory over 10 and 40 times as many texts, by the demo model
 
 `bare` runs the same batches through the model, cut off after the same layer, and keeps nothing. `naive` pads texts as they come, eight
 at a time, runs the whole model with output_hidden_states, and copies every layer to the CPU. `lens` is TransformerLens' run_with_cache with
@@ -26,6 +26,7 @@ import torch
 from gauges import peak_memory, seconds
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from AutomaticEval.capture import corpus
 from AutomaticEval.capture.corpus import TOKENS, extract
 from AutomaticEval.capture.forwards import inputs, padded
 from AutomaticEval.capture.packing import Feeding, TextPieces, batches_of
@@ -149,22 +150,25 @@ def speed(texts: list[str], tokenizer: str, rounds: int, chosen: list[str]) -> N
 
 
 def memory(texts: list[str], n: int) -> None:
-    """The peak of this process after an extraction of n texts."""
+    """The peak of this process after an extraction of n texts, in shards so small that the fewest texts fill several."""
+    corpus.SHARD_BYTES = 16 * 2**20
     folder = Path(tempfile.mkdtemp())
     many = (f"{texts[number % len(texts)]} {number}" for number in range(n))
-    extract(load_model("demo"), many, Selection.parse("resid_post", 1, "last"), folder / "run")
+    extract(load_model("demo"), many, Selection.parse("resid_post", 1), folder / "run")
     shutil.rmtree(folder)
     print(peak_memory())
 
 
 def memories(path: Path) -> None:
     peaks = []
-    for n in (4_000, 40_000):
+    for n in (4_000, 40_000, 160_000):
         whole = [sys.executable, __file__, "memory", "--texts", str(path), "--only", str(n)]
         done = subprocess.run(whole, capture_output=True, text=True)
         peaks.append(int(done.stdout) / 2**20)
         print(f"memory: {n} texts, peak {peaks[-1]:.0f} MB", flush=True)
-    print(f"memory: {peaks[1] / peaks[0]:.3f} of the peak for 10 times the texts")
+    print(
+        f"memory: {peaks[1] / peaks[0]:.3f} of the peak for 10 times the texts, {peaks[2] / peaks[0]:.3f} for 40 times"
+    )
 
 
 def main() -> None:

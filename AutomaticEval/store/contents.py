@@ -16,7 +16,7 @@ import torch
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.store import eight_bits
 from AutomaticEval.store.format import Rows, Sample, bits, bits_type, from_bits
-from AutomaticEval.store.ragged import Array, Ragged, gathered, ranges_of, rechunked
+from AutomaticEval.store.ragged import Array, Ragged, chained, gathered, ranges_of, rechunked
 
 
 class Columns(Protocol):
@@ -223,8 +223,8 @@ def joined(parts: Sequence[Contents], settings: Mapping[str, Any] | None = None)
     return Contents(
         parts[0].model,
         parts[0].settings if settings is None else settings,
-        np.concatenate([part.token_ids[:] for part in parts]),
-        np.concatenate([part.positions[:] for part in parts]),
+        chained([part.token_ids for part in parts]),
+        chained([part.positions for part in parts]),
         _joined_blocks(parts),
         Ragged.joined(segments),
         Ragged.joined([part.input_ids for part in parts]),

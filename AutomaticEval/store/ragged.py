@@ -31,18 +31,74 @@ class Ragged(NamedTuple):
     def joined(cls, parts: Sequence[Ragged]) -> Ragged:
         ends = np.cumsum([0, *(part.offset[-1] for part in parts)], dtype=np.int64)
         offsets = [part.offset[:-1] + end for part, end in zip(parts, ends, strict=False)]
-        return cls(np.concatenate([*offsets, ends[-1:]]), np.concatenate([part.values[:] for part in parts]))
+        return cls(np.concatenate([*offsets, ends[-1:]]), chained([part.values for part in parts]))
 
     def item(self, index: int) -> Array:
         found: Array = self.values[int(self.offset[index]) : int(self.offset[index + 1])]
         return found
 
     def take(self, order: Array) -> Ragged:
-        """The items in another order, or some of them."""
-        lengths = np.diff(self.offset)[order]
-        offset = np.cumsum([0, *lengths], dtype=np.int64)
-        starts = np.repeat(self.offset[:-1][order] - offset[:-1], lengths)
-        return Ragged(offset, self.values[:][starts + np.arange(offset[-1])])
+        """The items in another order, or some of them; values that are in files stay there."""
+        taken = Taken(self.values, self.offset[:-1][order], self.offset[1:][order])
+        return Ragged(taken.offset, taken[:] if isinstance(self.values, np.ndarray) else taken)
+
+
+def chained(parts: Sequence[Any]) -> Any:
+    """Arrays one after the other; where some are in files, sliced like one, and read when they are asked for."""
+    return np.concatenate(parts) if all(isinstance(part, np.ndarray) for part in parts) else Chained(parts)
+
+
+class Chained:
+    """What is sliced like an array, one after the other, sliced like one."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._parts = list(parts)
+        self._first = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, at: slice | Array) -> Array:
+        if not isinstance(at, slice):
+            return self._picked(np.asarray(at))
+        start, stop, step = at.indices(len(self))
+        assert step == 1
+        found = [self._parts[0][:0]]
+        for part, first in zip(self._parts, self._first.tolist(), strict=False):
+            if start < first + len(part) and first < stop:
+                found.append(part[max(start - first, 0) : stop - first])
+        return np.concatenate(found)
+
+    def _picked(self, at: Array) -> Array:
+        none = self._parts[0][:0]
+        found: Array = np.empty((len(at), *none.shape[1:]), none.dtype)
+        owner = np.searchsorted(self._first, at, "right") - 1
+        for number in np.unique(owner).tolist():
+            here = owner == number
+            found[here] = self._parts[number][at[here] - self._first[number]]
+        return found
+
+
+class Taken:
+    """Ranges of what is sliced like an array, one after the other, sliced like one."""
+
+    def __init__(self, values: Any, start: Array, stop: Array) -> None:
+        self._values, self._start = values, start
+        self.offset: Array = np.concatenate([[0], np.cumsum(stop - start, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return int(self.offset[-1])
+
+    def __getitem__(self, at: slice) -> Array:
+        start, stop, step = at.indices(len(self))
+        assert step == 1
+        if stop <= start:
+            return np.asarray(self._values[:0])
+        first, last = np.searchsorted(self.offset, [start, stop - 1], "right") - 1
+        edges = np.clip(self.offset[first : last + 2], start, stop)
+        begins = self._start[first : last + 1] + edges[:-1] - self.offset[first : last + 1]
+        found: Array = self._values[indices_of(np.column_stack([begins, begins + np.diff(edges)]))]
+        return found
 
 
 def ranges_of(indices: Iterable[int]) -> list[tuple[int, int]]:

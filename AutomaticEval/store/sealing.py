@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -25,6 +26,7 @@ from AutomaticEval.store.ragged import Array, rechunked
 
 COMPRESSIONS = ("zstd", "lz4", "gzip")
 _PIECE_BYTES = 8 * 2**20
+_PIECE_NUMBERS = 2**18
 _CHUNK_BYTES = 512 * 2**10
 """Below the 1 MiB that older HDF5 libraries keep in memory for each dataset."""
 
@@ -249,12 +251,18 @@ def _write_virtual(file: h5py.File, key: str, activation: Activation, sources: S
 
 
 def _write_ints(file: h5py.File, name: str, values: Any, dtype: str) -> None:
-    given = np.asarray(values[:])
-    whole = np.ascontiguousarray(given, dtype=dtype)
-    if given.dtype.kind in "iu" and not np.array_equal(given, whole):
-        raise CaptureError(f"/{name} holds numbers that {dtype} cannot hold: {given.min()} to {given.max()}.")
-    dataset = file.create_dataset(name, data=whole, track_times=False)
-    dataset.attrs[checksums.NAME] = checksums.of_numbers([whole])
+    shape = values[:0].shape[1:]
+    dataset = file.create_dataset(name, (len(values), *shape), dtype, track_times=False)
+    hashed = checksums.Running()
+    step = max(1, _PIECE_NUMBERS // max(1, math.prod(shape)))
+    for at in range(0, len(values), step):
+        given = np.asarray(values[at : at + step])
+        piece = np.ascontiguousarray(given, dtype=dtype)
+        if given.dtype.kind in "iu" and not np.array_equal(given, piece):
+            raise CaptureError(f"/{name} holds numbers that {dtype} cannot hold: {given.min()} to {given.max()}.")
+        dataset[at : at + step] = piece
+        hashed.add(piece)
+    dataset.attrs[checksums.NAME] = hashed.hexdigest()
 
 
 def _write_text(file: h5py.File, name: str, values: Sequence[str]) -> None:
