@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+# before torch is there: workers whose threads wait for each other's cores take four times as long
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -25,7 +33,10 @@ from transformers import (
     PhiConfig,
     Qwen3Config,
 )
+from typer.testing import CliRunner
 
+from AutomaticEval.cli import options
+from AutomaticEval.cli.app import app
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +104,42 @@ FINAL_NORM = {
     "gpt_neox": "gpt_neox.final_layer_norm",
     "gpt_neo": "transformer.ln_f",
 }
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    *(
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ),
+]
+"""Launchers of two processes."""
+
+
+def process(
+    *arguments: str, cwd: Path, launcher: Sequence[str] = (sys.executable,)
+) -> subprocess.CompletedProcess[str]:
+    """`main.py` in a process of its own, as users run it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    whole = [*launcher, str(ROOT / "main.py"), *arguments]
+    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def within(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported everything already."""
+    with chdir(cwd), patch.object(options, "quiet_libraries"):
+        done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 def build(config: Any, dtype: torch.dtype = torch.float32) -> Any:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, ROOT, build, n_hooks
+from conftest import CONFIGS, build, n_hooks, process, within
 
 from AutomaticEval import score_continuations
 from AutomaticEval.analysis.ablation import Ablation, parse_head_spec, reference_z
@@ -246,10 +244,7 @@ def test_profiles(tmp_path: Path) -> None:
         load_profile(file)
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    whole = [sys.executable, str(ROOT / "main.py"), "heads", "ablate", *arguments]
-    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True)
+command = partial(within, "heads", "ablate")
 
 
 def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
@@ -266,7 +261,7 @@ def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
         "--max-tokens",
         "6",
     ]
-    done = command(*asked, "--benchmark", "demo", "--limit", "20", "--output", "out", cwd=tmp_path)
+    done = process("heads", "ablate", *asked, "--benchmark", "demo", "--limit", "20", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert (tmp_path / "out" / "ablation_sentiment_comparison.png").read_bytes().startswith(b"\x89PNG")

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, build
+from conftest import ACCELERATE, CONFIGS, ROOT, TORCHRUN, build, process, within
 
 from AutomaticEval import open_run
 from AutomaticEval.analysis.profiles import load_profile
@@ -24,11 +25,7 @@ from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.store.maintenance import verify
 
-
-def command(*arguments: str, cwd: Path, launcher: list[str] | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    whole = [*(launcher or [sys.executable]), str(ROOT / "main.py"), "extract", *arguments]
-    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True)
+command = partial(within, "extract")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +57,7 @@ class Cells(HTMLParser):
 
 def test_a_profile_over_three_families(three: list[str], tmp_path: Path, tokenizer: Any) -> None:
     asked = ["--profile", "baseline", "--num_samples", "6", "--model", ",".join([three[0], "/no/model", *three[1:]])]
-    done = command(*asked, cwd=tmp_path)
+    done = process("extract", *asked, cwd=tmp_path)
     assert done.returncode == 1, done.stderr  # one model is not there; the others are
     root = tmp_path / "activations" / "baseline"
     profile = load_profile("baseline")
@@ -119,7 +116,6 @@ def test_a_file_of_texts_and_what_is_wrong(demo: LoadedModel, tmp_path: Path) ->
         (["--profile", "baseline", "--category", "joy"], "no category 'joy'"),
         (["--texts", "mine.jsonl", "--model", "demo"], "line 1: none of the fields text, input, question, prompt"),
         (["--texts", "none.jsonl", "--model", "demo"], "no file none.jsonl"),
-        (["--dataset", "no/such", "--model", "demo"], "DatasetUnavailable: the data set 'no/such'"),
         ([*asked[:2], "--model", "/no/model", *asked[4:]], "ModelUnavailable"),
         ([*asked, "--seq_length", "9000", "--output", "x"], "demo can be fed 512"),
         ([*asked, "--seq_length", "4", "--strict", "--output", "x"], "PromptTooLong"),
@@ -134,6 +130,8 @@ def test_a_file_of_texts_and_what_is_wrong(demo: LoadedModel, tmp_path: Path) ->
         refused = command(*arguments, cwd=tmp_path)
         assert (refused.returncode, says in refused.stderr) == (2, True), (arguments, refused.stderr[-2000:])
         assert "Traceback" not in refused.stderr
+    absent = process("extract", "--dataset", "no/such", "--model", "demo", cwd=tmp_path)  # offline from its start
+    assert (absent.returncode, "DatasetUnavailable: the data set 'no/such'" in absent.stderr) == (2, True)
     assert not list(tmp_path.rglob("x/shard*"))
 
 
@@ -245,13 +243,13 @@ def test_a_killed_extraction_goes_on(tmp_path: Path) -> None:
     assert not verify(folder)
 
 
-def test_two_processes_share_the_texts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_share_the_texts(launcher: list[str], tmp_path: Path) -> None:
     texts = [f"What is {number} + {number % 5}? It is {number * 3}." for number in range(40)]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     asked = ["--texts", "texts.txt", "--model", "demo", "--layers", "1", "--sites", "resid_post,z"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    for launcher, output in ((torchrun, "two"), (None, "one")):
-        done = command(*asked, "--output", output, cwd=tmp_path, launcher=launcher)
+    for how, output in ((partial(process, launcher=launcher), "two"), (within, "one")):
+        done = how("extract", *asked, "--output", output, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     two, one = open_run(tmp_path / "two"), open_run(tmp_path / "one")
     assert two.column("prompt") == one.column("prompt") == texts

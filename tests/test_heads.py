@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, FAMILIES, ROOT, build, n_hooks
+from conftest import CONFIGS, FAMILIES, build, n_hooks, process, within
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -465,14 +464,7 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return "demo", str(folder)
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+command = within
 
 
 @pytest.mark.parametrize("answers", [[], ["--answers_of", "fine", "--max-new-tokens", "6"]])
@@ -480,7 +472,7 @@ def test_heads_compare_from_the_command_line(answers: list[str], two_models: tup
     (tmp_path / "data.json").write_text(json.dumps([{"input": f"What is {n} + 1?"} for n in range(12)]))
     asked = ["heads", "compare", "--pre_tuned_model", two_models[0], "--fine_tuned_model", two_models[1]]
     asked += ["--data_path", "data.json", "--sample_num", "5", "--output_dir", "results", *answers]
-    done = command(*asked, cwd=tmp_path)
+    done = process(*asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     written = sorted(path.name for path in (tmp_path / "results").iterdir())
     assert written == [

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, build, n_hooks
+from conftest import CONFIGS, build, n_hooks, process, within
 
 from AutomaticEval.analysis.answers import answers_with
 from AutomaticEval.analysis.patching import Pair, Patching, matched, read_pairs, recovered
@@ -157,18 +155,25 @@ def test_files_of_pairs(line: str, says: str, tmp_path: Path) -> None:
         read_pairs(tmp_path / "pairs.jsonl")
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    whole = [sys.executable, str(ROOT / "main.py"), "heads", "patch", *arguments]
-    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True)
+command = partial(within, "heads", "patch")
 
 
 def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(
         json.dumps({"clean": ONE, "corrupted": OTHER, "answer": " the", "wrong": " is"})
     )
-    done = command(
-        "--head-spec", "0:*,2:1", "--pairs", "pairs.jsonl", "--positions", "all", "--output", "one", cwd=tmp_path
+    done = process(
+        "heads",
+        "patch",
+        "--head-spec",
+        "0:*,2:1",
+        "--pairs",
+        "pairs.jsonl",
+        "--positions",
+        "all",
+        "--output",
+        "one",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "one" / "patching.json").read_text())

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ACCELERATE, ROOT, TORCHRUN
 from test_evaluation import own_tasks
 
 from AutomaticEval import open_run
@@ -22,23 +22,6 @@ from AutomaticEval.ranks import Ranks, join_ranks
 from AutomaticEval.store.reader import Run
 
 assert own_tasks  # a fixture
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-ACCELERATE = [
-    sys.executable,
-    "-m",
-    "accelerate.commands.launch",
-    *(
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ),
-]
 
 
 def run(launcher: list[str], folder: Path, *options: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:

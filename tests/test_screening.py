@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, FAMILIES, ROOT, build, n_hooks
+from conftest import CONFIGS, FAMILIES, build, n_hooks, process, within
 from scipy.stats import permutation_test
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -397,14 +395,13 @@ def test_what_cannot_be_screened(tokenizer: Any, tiny_llama: LoadedModel) -> Non
     assert not n_hooks(narrow.model)
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    whole = [sys.executable, str(ROOT / "main.py"), "heads", *arguments]
-    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True)
+command = partial(within, "heads")
 
 
 def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
-    done = command("screen", "--sample_num", "6", "--permutations", "50", "--output", "scores.json", cwd=tmp_path)
+    done = process(
+        "heads", "screen", "--sample_num", "6", "--permutations", "50", "--output", "scores.json", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "scores.json").read_text())
     assert len(found["scores"]) == 4 * 4 * 3

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, build, n_hooks
+from conftest import FAMILIES, build, n_hooks, process, within
 from torch import Tensor
 
 from AutomaticEval import score_continuations
@@ -158,16 +156,13 @@ def test_blocks_that_cannot_be_skipped_are_refused(tiny_llama: LoadedModel, monk
     assert not n_hooks(tiny_llama.model)
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    whole = [sys.executable, str(ROOT / "main.py"), "heads", "sweep", *arguments]
-    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True)
+command = partial(within, "heads", "sweep")
 
 
 def test_pairs_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     pairs = OF_EQUAL_LENGTH
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(vars(pair)) for pair in pairs))
-    done = command("--pairs", "pairs.jsonl", "--site", "resid_post", "--output", "out", cwd=tmp_path)
+    done = process("heads", "sweep", "--pairs", "pairs.jsonl", "--site", "resid_post", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "sweep.json").read_text())
     expected = sweep_pairs(demo, pairs, tmp_path / "again", {}, site="resid_post")

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import process
 
 from AutomaticEval.cli.app import _with_values
 
 needs_mlflow = pytest.mark.skipif(find_spec("mlflow") is None, reason="pip install '.[mlflow]' to log into MLflow")
-
-
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    whole = [sys.executable, str(ROOT / "main.py"), *arguments]
-    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_a_flag_without_a_value() -> None:
@@ -32,7 +23,7 @@ def test_a_flag_without_a_value() -> None:
 def test_without_mlflow_nothing_is_run(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("a")
     for arguments in (["extract", "--texts", "texts.txt", "--model", "demo"], ["--limit", "1"]):
-        done = command(*arguments, "--mlflow", cwd=tmp_path)
+        done = process(*arguments, "--mlflow", cwd=tmp_path)
         assert (done.returncode, "pip install 'AutomaticEval[mlflow]'" in done.stderr) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
 
@@ -43,12 +34,12 @@ def test_extractions_and_benchmarks_are_logged(tmp_path: Path) -> None:
 
     (tmp_path / "texts.txt").write_text("What is red?\nThe bus")
     store = f"sqlite:///{tmp_path}/runs.db"
-    done = command(
+    done = process(
         "extract", "--texts", "texts.txt", "--model", "demo", "--layers", "1", "--mlflow", store, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     asked = ["--benchmark", "demo", "--limit", "2", "--capture_activations", "--layers", "0"]
-    done = command(*asked, "--mlflow", store, cwd=tmp_path)
+    done = process(*asked, "--mlflow", store, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     client = mlflow.MlflowClient(tracking_uri=store)
     experiment = client.get_experiment_by_name("AutomaticEval")
@@ -67,7 +58,7 @@ def test_extractions_and_benchmarks_are_logged(tmp_path: Path) -> None:
     assert files["extract texts"] == {"summary.md", "summary.html", "log.txt"}
     assert "log.txt" in files["demo on demo"]
     assert any(name.startswith("results_") for name in files["demo on demo"])
-    bad = command(
+    bad = process(
         "extract", "--texts", "texts.txt", "--model", "demo", "--layers", "1", "--mlflow", "nonsense://x", cwd=tmp_path
     )
     assert (bad.returncode, "TrackingUnavailable: MLflow (nonsense://x)" in bad.stderr) == (2, True)
