@@ -20,9 +20,13 @@ from conftest import ACCELERATE, CONFIGS, ROOT, TORCHRUN, build, process, within
 
 from AutomaticEval import open_run
 from AutomaticEval.analysis.profiles import load_profile
-from AutomaticEval.capture.sets import folder_names
+from AutomaticEval.capture import sets as capture_sets
+from AutomaticEval.capture.packing import Feeding
+from AutomaticEval.capture.sets import Plan, TextSet, extract_sets, folder_names
 from AutomaticEval.errors import SelectionError
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
+from AutomaticEval.ranks import Ranks
+from AutomaticEval.selection import Selection
 from AutomaticEval.store.maintenance import verify
 
 command = partial(within, "extract")
@@ -111,11 +115,15 @@ def test_a_file_of_texts_and_what_is_wrong(demo: LoadedModel, tmp_path: Path) ->
     assert [count > 0 for count in run.column("n_truncated")] == [False, True, False]
     assert run.pattern(2, 2).shape == (4, 1, 1)
     assert "1 texts were cut to fit" in (tmp_path / "activations" / "mine_demo" / "summary.md").read_text()
+    (tmp_path / "notes.md").write_text("A text.")
     wrong: list[tuple[list[str], str]] = [
         (["--profile", "basline"], "no profile 'basline'. Did you mean 'baseline'?"),
         (["--profile", "baseline", "--category", "joy"], "no category 'joy'"),
         (["--texts", "mine.jsonl", "--model", "demo"], "line 1: none of the fields text, input, question, prompt"),
         (["--texts", "none.jsonl", "--model", "demo"], "no file none.jsonl"),
+        (["--texts", "notes.md", "--model", "demo"], "notes.md ends in '.md'; give a JSONL, JSON, CSV or txt file"),
+        (["--dataset", "mine.jsonl", "--model", "demo"], "mine.jsonl is a file; give it as texts"),
+        ([*asked[:2], "--model", "/no/model", *asked[4:], "--positions", "response"], "texts have no response"),
         ([*asked[:2], "--model", "/no/model", *asked[4:]], "ModelUnavailable"),
         ([*asked, "--seq_length", "9000", "--output", "x"], "demo can be fed 512"),
         ([*asked, "--seq_length", "4", "--strict", "--output", "x"], "PromptTooLong"),
@@ -260,3 +268,21 @@ def test_two_processes_share_the_texts(launcher: list[str], tmp_path: Path) -> N
     assert (numbers["n_texts"], numbers["n_samples"]) == (40, 40)
     assert numbers["n_tokens"] == json.loads((tmp_path / "one" / "extraction.json").read_text())["n_tokens"]
     assert not verify(tmp_path / "two")
+
+
+def test_each_model_is_loaded_once(demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that cannot be: a name that is not there may take half a minute to be told."""
+    asked: list[str] = []
+
+    def load(name: str, *, options: LoadOptions) -> LoadedModel:
+        asked.append(name)
+        return load_model(name, options=options)
+
+    monkeypatch.setattr(capture_sets, "load_model", load)
+    every = [TextSet.of(name, [f"{name} is here."]) for name in ("anger", "joy")]
+    plan = Plan(Selection.parse("embed", "0"), Feeding(), LoadOptions(), None, Ranks())
+    units = extract_sets(["/no/model", "demo"], every, plan, lambda model, name: tmp_path / Path(model).name / name)
+    assert asked == ["/no/model", "demo"]
+    assert [unit.status for unit in units] == ["failed", "failed", "captured", "captured"]
+    assert all("ModelUnavailable" in unit.error for unit in units[:2])
+    assert units[3].run().column("prompt") == ["joy is here."]

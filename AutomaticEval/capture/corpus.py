@@ -78,10 +78,7 @@ def extract(
     folder. total: how many texts there are, for the progress.
     Raises PromptError for texts that cannot be fed, SelectionError, SiteUnavailable, StoreError.
     """
-    if selection.positions.part in ("response", "scored"):
-        raise SelectionError(
-            f"texts have no response, so that there are no {selection.positions}; keep all, last, or a slice."
-        )
+    refuse_response(selection)
     forwards = Forwards(loaded, selection, feeding)
     settings = {**loaded.made_with(), **selection.as_dict(), "corpus": {"name": name, **(about or {})}}
     settings["corpus"] |= {"seq_length": forwards.longest, "packing": feeding.packing}
@@ -105,6 +102,14 @@ def extract(
     finished = shared.finish(folder, _sorted)
     done.n_samples, done.size_bytes = finished or (0, 0)
     return done
+
+
+def refuse_response(selection: Selection) -> None:
+    """Raises SelectionError for positions that texts without a response have not."""
+    if selection.positions.part in ("response", "scored"):
+        raise SelectionError(
+            f"texts have no response, so that there are no {selection.positions}; keep all, last, or a slice."
+        )
 
 
 def as_text(text: str | Text) -> Text:

@@ -13,11 +13,11 @@ import numpy as np
 import xxhash
 
 from AutomaticEval.analysis.results import read_json, refuse_others, write_json
-from AutomaticEval.capture.corpus import Extracted, Forwards, as_text, extract
+from AutomaticEval.capture.corpus import Extracted, Forwards, as_text, extract, refuse_response
 from AutomaticEval.capture.packing import Feeding
 from AutomaticEval.capture.texts import Text
 from AutomaticEval.errors import SelectionError, StoreError, first_line
-from AutomaticEval.models.loading import LoadOptions, load_model, state_of
+from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, state_of
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import plain_name, prepare_folder, size_text
@@ -89,17 +89,19 @@ def extract_sets(
     A unit whose folder is finished is not made again, one that was cut short goes on. What goes wrong in one
     is told in the unit. Raises OtherSettings for a folder that was made otherwise, before anything is done.
     """
+    refuse_response(plan.selection)
     units = [Unit(model, each.name, folder_of(model, each.name)) for model in models for each in sets]
     by_name = {each.name: each for each in sets}
     for unit in units:
         unit.status = _there(unit, by_name[unit.name], plan)
+    models_of = _LoadedLast(plan.load)
     for unit in units:
         label = f"{unit.model}, {unit.name}"
         if unit.status == "was there":
             announce(f"{label}: is there already")
             continue
         try:
-            unit.numbers = _one(unit, by_name[unit.name], plan, announce)
+            unit.numbers = _one(unit, models_of.named(unit.model), by_name[unit.name], plan, announce)
             rate = unit.numbers["n_tokens"] / max(unit.numbers["seconds"], 1e-9)
             announce(f"{label}: {unit.numbers['n_samples']} samples, {rate:.0f} tokens a second, {unit.folder}")
         except Exception as failure:  # whatever it is, the others are not lost for it
@@ -128,8 +130,31 @@ def _plain(name: str) -> str:
     return plain_name(name)[-80:] or "-"
 
 
-def _one(unit: Unit, texts: TextSet, plan: Plan, announce: Callable[[str], None]) -> dict[str, Any]:
-    loaded = load_model(unit.model, options=plan.load)
+class _LoadedLast:
+    """The model that was loaded last, or why it could not be: the sets of one model follow one another."""
+
+    def __init__(self, load: LoadOptions) -> None:
+        self._load = load
+        self._name: str | None = None
+        self._found: LoadedModel | Exception | None = None
+
+    def named(self, name: str) -> LoadedModel:
+        """Raises what loading it raised."""
+        if name != self._name:
+            self._name, self._found = name, None  # the last one goes before the next one comes
+            try:
+                self._found = load_model(name, options=self._load)
+            except Exception as failure:  # whatever it is, it is told of each set
+                self._found = failure
+        if isinstance(self._found, Exception):
+            raise self._found
+        assert self._found is not None
+        return self._found
+
+
+def _one(
+    unit: Unit, loaded: LoadedModel, texts: TextSet, plan: Plan, announce: Callable[[str], None]
+) -> dict[str, Any]:
     per_token = Forwards(loaded, plan.selection, plan.feeding).bytes_per_token
     announce(f"{unit.model}, {unit.name}: {size_text(per_token)} a token")
     was_begun = (unit.folder / LOCK).exists()

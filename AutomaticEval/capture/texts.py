@@ -74,8 +74,12 @@ def lines_of(path: Path) -> Iterator[str]:
 
 
 def _read(path: Path, field: str | None) -> Iterator[Text]:
-    items = {".txt": _txt, ".csv": _csv}.get(path.suffix.lower(), _json)(path)
-    for place, item in items:
+    read = {".txt": _txt, ".csv": _csv, ".json": _json, ".jsonl": _json, ".ndjson": _json}.get(path.suffix.lower())
+    if read is None:
+        raise PromptError(
+            f"{path} ends in {path.suffix or 'nothing'!r}; give a JSONL, JSON, CSV or txt file, or a data set's folder."
+        )
+    for place, item in read(path):
         yield _text_of(item, f"{path}, {place}", field)
 
 
@@ -172,6 +176,8 @@ class DatasetTexts:
     def __post_init__(self) -> None:
         if self.most is not None and self.most < 1:
             raise PromptError(f"{self.most} texts were asked for; at least 1 is needed.")
+        if Path(self.name).is_file():
+            raise SelectionError(f"{self.name} is a file; give it as texts (--texts), or name a folder or a data set.")
 
     @property
     def about(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         trial = folder / f".{uuid4().hex}.partial"
         trial.touch()
-        trial.unlink()
+        trial.unlink(missing_ok=True)  # another process may clear up here just now
 
 
 def ensure_space(folder: Path, size_bytes: int) -> None:

@@ -110,7 +110,7 @@ class RunWriter:
         if not resume and (found or (self.folder / INDEX).exists()):
             raise StoreError(f"{self.folder} holds a run; choose another folder, or resume it.")
         for left in self.folder.glob(".*.partial"):
-            left.unlink()
+            left.unlink(missing_ok=True)
         shards = [Shard(self.folder / name) for name in living(self.folder, found)]
         refuse_finished(self.folder)
         (self.folder / INDEX).unlink(missing_ok=True)  # it was built over the shards of the unfinished run
