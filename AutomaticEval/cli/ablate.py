@@ -21,7 +21,7 @@ from AutomaticEval.cli.answers import (
     answered,
     metrics_of,
 )
-from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.options import one_line_errors, with_load
 from AutomaticEval.errors import PromptError, SelectionError
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 
 @one_line_errors
+@with_load
 def ablate(
+    load: options.Load,
     head_spec: Annotated[str, typer.Option("--head-spec", help="layer:head, such as 0:0,3:5; 3:* for all of a layer.")],
     mode: Annotated[
         str, typer.Option("--mode", help="zero, mean or resample (over the profile's neutral prompts).")
@@ -54,11 +56,6 @@ def ablate(
     sentiment: Sentiment = "vader",
     batch_size: BatchSize = 8,
     seed: Seed = 42,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    load_in_8bit: options.LoadIn8Bit = False,
-    load_in_4bit: options.LoadIn4Bit = False,
 ) -> None:
     """Answers, text metrics and benchmark scores with heads taken out, beside those without."""
     options.quiet_libraries()
@@ -67,7 +64,7 @@ def ablate(
     from AutomaticEval.analysis.results import new_results, read_json, write_json
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.capture.texts import drawn
-    from AutomaticEval.models.loading import LoadOptions, load_model
+    from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import draw, names_of
 
     file, *_ = new_results(output, "ablation.json", *names_of("ablation"))
@@ -81,7 +78,7 @@ def ablate(
         raise SelectionError(
             "--mode resample draws by position, which a benchmark's batches do not keep; use zero or mean."
         )
-    loaded = load_model(model, options=LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit))
+    loaded = load_model(model, options=load())
     heads = parse_head_spec(head_spec, loaded.layout.n_layers, loaded.layout.n_heads)
     neutral = [] if found is None else found.category(found.neutral)
     reference = None if mode == "zero" else reference_z(loaded, list(heads), neutral, batch_size)

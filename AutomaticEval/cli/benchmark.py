@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.options import one_line_errors, with_load
 from AutomaticEval.errors import BenchmarkError, SelectionError
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 @one_line_errors
+@with_load
 def benchmark(
+    load: options.Load,
     context: typer.Context,
     capture_activations: options.CaptureActivations = False,
     head_strength: options.HeadStrength = False,
@@ -47,12 +49,6 @@ def benchmark(
     batch_size: options.BatchSize = "8",
     scoring: options.Scoring = "tree",
     seed: options.Seed = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    load_in_8bit: options.LoadIn8Bit = False,
-    load_in_4bit: options.LoadIn4Bit = False,
-    revision: options.Revision = None,
     mlflow: options.Mlflow = None,
     use_cache: options.UseCache = None,
     cache_requests: options.CacheRequests = None,
@@ -75,8 +71,8 @@ def benchmark(
     from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark, load_tasks
     from AutomaticEval.evaluation.folder import Keeping
     from AutomaticEval.evaluation.run import run_benchmark
-    from AutomaticEval.models.loading import LoadOptions, load_model, n_layers_of
-    from AutomaticEval.ranks import join_ranks, own_device
+    from AutomaticEval.models.loading import load_model, n_layers_of
+    from AutomaticEval.ranks import join_ranks
     from AutomaticEval.report.tracking import require_mlflow
     from AutomaticEval.store.sealing import check_compression
 
@@ -107,11 +103,10 @@ def benchmark(
         predict_only=predict_only,
         confirm_run_unsafe_code=confirm_run_unsafe_code,
     )
-    load = LoadOptions(dtype, own_device(device), device_map, load_in_8bit, load_in_4bit, revision)
     if selection is not None:
-        selection.sites(n_layers_of(model, load))  # a wrong layer is refused before the weights load
+        selection.sites(n_layers_of(model, load()))  # a wrong layer is refused before the weights load
     found = load_tasks(asked)  # what is wrong with a task is told before a large model loads
-    loaded = load_model(model, options=load)
+    loaded = load_model(model, options=load())
     started = time.perf_counter()
     outcome = run_benchmark(
         loaded, asked, selection, found=found, keeping=keeping, output_path=output_path, announce=say
@@ -121,7 +116,7 @@ def benchmark(
         if head_strength and outcome.folder is not None:
             _write_strength(outcome.folder, model)
         if mlflow is not None:
-            about = {"model": model, "benchmark": asdict(asked), "load": asdict(load)}
+            about = {"model": model, "benchmark": asdict(asked), "load": asdict(load())}
             about |= {} if selection is None else {"selection": selection.as_dict()}
             _track(outcome, f"{benchmark} on {model}", about, mlflow, say, time.perf_counter() - started)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.options import one_line_errors, with_load
 from AutomaticEval.errors import PromptError, SelectionError
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 @one_line_errors
+@with_load
 def extract(
+    load: options.Load,
     profile: Annotated[
         str | None, typer.Option("--profile", help="baseline, extended, or a .toml file: labelled prompts, and models.")
     ] = None,
@@ -56,12 +58,6 @@ def extract(
         Path | None, typer.Option("--output", help="Default: below --activation_save_dir, named after the texts.")
     ] = None,
     activation_save_dir: options.SaveDir = Path("activations"),
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    load_in_8bit: options.LoadIn8Bit = False,
-    load_in_4bit: options.LoadIn4Bit = False,
-    revision: options.Revision = None,
     mlflow: options.Mlflow = None,
 ) -> None:
     """Capture texts without generating: each token once, no layer above the deepest that is kept. The same command goes on."""
@@ -75,8 +71,7 @@ def extract(
     from AutomaticEval.capture.packing import Feeding
     from AutomaticEval.capture.sets import Plan, TextSet, extract_sets, folder_names
     from AutomaticEval.capture.texts import DatasetTexts, FileTexts
-    from AutomaticEval.models.loading import LoadOptions
-    from AutomaticEval.ranks import join_ranks, own_device
+    from AutomaticEval.ranks import join_ranks
     from AutomaticEval.report.tracking import require_mlflow
     from AutomaticEval.selection import Selection
     from AutomaticEval.store.sealing import check_compression
@@ -91,8 +86,7 @@ def extract(
     )
     many = None if batch_size == "auto" else int(batch_size)
     feeding = Feeding(seq_length, packing, strict, "pattern" in kinds, many)
-    load = LoadOptions(dtype, own_device(device), device_map, load_in_8bit, load_in_4bit, revision)
-    plan = Plan(selection, feeding, load, compression, ranks)
+    plan = Plan(selection, feeding, load(), compression, ranks)
     models = [] if model is None else [name.strip() for name in model.split(",") if name.strip()]
     if profile is not None:
         name, sets, its_models = _of_profile(profile, category, num_samples)

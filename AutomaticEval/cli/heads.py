@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from AutomaticEval.cli import ablate, options, patch, screen, sweep
-from AutomaticEval.cli.options import SPELLINGS, one_line_errors
+from AutomaticEval.cli.options import SPELLINGS, one_line_errors, with_load
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.strength import ActivationExtractor
@@ -38,7 +38,9 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn at ra
 
 @app.command()
 @one_line_errors
+@with_load
 def strength(
+    load: options.Load,
     data_path: DataPath,
     model: options.Model = "demo",
     sample_num: SampleNum = None,
@@ -48,23 +50,16 @@ def strength(
     of: Of = "result",
     output_dir: OutputDir = Path("results"),
     seed: Seed = 42,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    load_in_8bit: options.LoadIn8Bit = False,
-    load_in_4bit: options.LoadIn4Bit = False,
 ) -> None:
     """How strong each head is over texts: head_strength.json and head_strength.png."""
     options.quiet_libraries()
     from AutomaticEval.analysis.results import new_results, read_json
     from AutomaticEval.capture.texts import drawn, read_texts
-    from AutomaticEval.models.loading import LoadOptions
     from AutomaticEval.report.figures import draw, names_of
 
     file, *_ = new_results(output_dir, "head_strength.json", *names_of("strength"))
     texts = drawn(read_texts(data_path), sample_num, seed)
-    load = LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit)
-    extractor = _extracted(model, load, texts, layers, heads, of, batch_size)
+    extractor = _extracted(model, load(), texts, layers, heads, of, batch_size)
     extractor.save_results(file)
     figures = draw(read_json(file), output_dir)
     _say_strongest(extractor.get_all_stats())
@@ -73,7 +68,9 @@ def strength(
 
 @app.command()
 @one_line_errors
+@with_load
 def compare(
+    load: options.Load,
     pre_tuned_model: Annotated[str, typer.Option("--pre_tuned_model", help="Before: hub name, folder, or demo.")],
     fine_tuned_model: Annotated[str, typer.Option("--fine_tuned_model", help="After: hub name, folder, or demo.")],
     data_path: DataPath,
@@ -88,28 +85,21 @@ def compare(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="Of these answers.")] = 64,
     seed: Seed = 42,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    load_in_8bit: options.LoadIn8Bit = False,
-    load_in_4bit: options.LoadIn4Bit = False,
 ) -> None:
     """How fine-tuning moved each head's strength: the same texts through both models."""
     options.quiet_libraries()
     from AutomaticEval.analysis.compare import ActivationComparator, same_inputs
     from AutomaticEval.analysis.results import new_results
     from AutomaticEval.capture.texts import drawn, read_texts
-    from AutomaticEval.models.loading import LoadOptions
 
     names = ("pre_tuned_activations", "fine_tuned_activations", "comparison")
     files = new_results(output_dir, *(f"{name}.json" for name in names), "comparison_heatmap.png")
     texts = drawn(read_texts(data_path), sample_num, seed)
-    load = LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit)
     models = {"pre": pre_tuned_model, "fine": fine_tuned_model}
-    inputs = same_inputs(models, texts, load, answers_of, max_new_tokens, batch_size)
+    inputs = same_inputs(models, texts, load(), answers_of, max_new_tokens, batch_size)
     both = []
     for name, file in zip(models.values(), files, strict=False):
-        both.append(_extracted(name, load, inputs, layers, heads, of, batch_size))
+        both.append(_extracted(name, load(), inputs, layers, heads, of, batch_size))
         both[-1].save_results(file)
     comparator = ActivationComparator(*both, seed=seed)
     comparator.save_comparison(files[2])

@@ -6,6 +6,7 @@ Options are declared with underscores; `SPELLINGS` makes `--capture-activations`
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,6 +99,39 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(error.exit_code) from None
 
     return run
+
+
+Load = Callable[[], Any]
+"""Gives the LoadOptions; asked when the imports are made."""
+
+
+def with_load(command: Callable[..., R]) -> Callable[..., R]:
+    """Gives a command the options that say how its model is loaded; it takes them together, as `load`."""
+    own, added = (inspect.signature(each, eval_str=True) for each in (command, _load))
+    parameters = [each for each in own.parameters.values() if each.name != "load"] + list(added.parameters.values())
+
+    @functools.wraps(command)
+    def run(**given: Any) -> R:
+        load = functools.partial(_load, **{name: given.pop(name) for name in added.parameters})
+        return command(**given, load=load)
+
+    run.__dict__["__signature__"] = own.replace(parameters=parameters)
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def _load(
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    load_in_8bit: LoadIn8Bit = False,
+    load_in_4bit: LoadIn4Bit = False,
+    revision: Revision = None,
+) -> Any:
+    from AutomaticEval.models.loading import LoadOptions
+    from AutomaticEval.ranks import own_device
+
+    return LoadOptions(dtype, own_device(device), device_map, load_in_8bit, load_in_4bit, revision)
 
 
 def chosen(

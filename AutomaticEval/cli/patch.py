@@ -24,12 +24,14 @@ from AutomaticEval.cli.answers import (
     metrics_of,
     number,
 )
-from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.options import one_line_errors, with_load
 from AutomaticEval.errors import EditError, SelectionError
 
 
 @one_line_errors
+@with_load
 def patch(
+    load: options.Load,
     head_spec: Annotated[
         str, typer.Option("--head-spec", help="layer:head, such as 0:0,3:5 or 3:*; a layer for other sites.")
     ],
@@ -48,11 +50,6 @@ def patch(
     sentiment: Sentiment = "vader",
     batch_size: BatchSize = 8,
     seed: Seed = 42,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    load_in_8bit: options.LoadIn8Bit = False,
-    load_in_4bit: options.LoadIn4Bit = False,
 ) -> None:
     """Put values of emotion prompts into neutral runs, or of clean into corrupted runs and back."""
     if (pairs is None) == (profile is None) or (profile is None) != (emotion is None):
@@ -63,7 +60,7 @@ def patch(
     from AutomaticEval.analysis.results import new_results, read_json, write_json
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.capture.texts import drawn
-    from AutomaticEval.models.loading import LoadOptions, load_model
+    from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import draw, names_of
 
     kind = "patching" if pairs is None else "pairs"
@@ -71,7 +68,7 @@ def patch(
     asked = [] if pairs is None else drawn(read_pairs(pairs), sample_num, seed)
     found = None if profile is None else load_profile(profile)
     sources = [] if found is None else found.category(str(emotion))
-    loaded = load_model(model, options=LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit))
+    loaded = load_model(model, options=load())
     places = _places(head_spec, site, loaded.layout.n_layers, loaded.layout.n_heads)
     settings: dict[str, Any] = {
         "model": model,

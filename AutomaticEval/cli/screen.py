@@ -9,7 +9,7 @@ import typer
 
 from AutomaticEval.cli import options
 from AutomaticEval.cli.answers import BatchSize, SampleNum, Seed, number
-from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.options import one_line_errors, with_load
 from AutomaticEval.errors import SelectionError
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 @one_line_errors
+@with_load
 def screen(
+    load: options.Load,
     model: options.Model = "demo",
     profile: Annotated[str, typer.Option("--profile", help="baseline, extended, or a .toml file.")] = "baseline",
     output: Annotated[
@@ -33,11 +35,6 @@ def screen(
     sample_num: SampleNum = None,
     batch_size: BatchSize = 8,
     seed: Seed = 42,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    load_in_8bit: options.LoadIn8Bit = False,
-    load_in_4bit: options.LoadIn4Bit = False,
 ) -> None:
     """Three scores of every head for every category: strength, attention to keywords, direct effect on logits."""
     if (target is None) != (against is None):
@@ -47,14 +44,14 @@ def screen(
     from AutomaticEval.analysis.results import new_results, read_json, write_json
     from AutomaticEval.analysis.screening import screen
     from AutomaticEval.capture.texts import drawn
-    from AutomaticEval.models.loading import LoadOptions, load_model
+    from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import draw, names_of
 
     file = output if output.suffix == ".json" else output / "scores.json"
     new_results(file.parent, file.name, *names_of("screening"))
     found = load_profile(profile)
     prompts = {category: drawn(texts, sample_num, seed) for category, texts in found.prompts.items()}
-    loaded = load_model(model, options=LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit))
+    loaded = load_model(model, options=load())
     targets = _targets(loaded, prompts, found, target, against)
     scores = screen(
         loaded,

@@ -5,29 +5,24 @@ from __future__ import annotations
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.options import one_line_errors, with_load
 
 
 @one_line_errors
+@with_load
 def sites(
+    load: options.Load,
     model: options.Model = "demo",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    load_in_8bit: options.LoadIn8Bit = False,
-    load_in_4bit: options.LoadIn4Bit = False,
-    revision: options.Revision = None,
 ) -> None:
     """List the sites of a model that can be captured."""
     options.quiet_libraries()
     from rich.markup import escape
     from rich.table import Table
 
-    from AutomaticEval.models.loading import LoadOptions, load_model
+    from AutomaticEval.models.loading import load_model
     from AutomaticEval.sites import KINDS, PER_LAYER, Site
 
-    load = LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit, revision)
-    layout = load_model(model, options=load).layout
+    layout = load_model(model, options=load()).layout
     table = Table("Site", "Width", "Keys", "What it is")
     for kind, meaning in KINDS.items():
         found = [site for site in layout.taps if site.kind == kind]

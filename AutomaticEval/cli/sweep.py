@@ -9,12 +9,14 @@ import typer
 
 from AutomaticEval.cli import options
 from AutomaticEval.cli.answers import Emotion, Output, Pairs, Profiles, Seed, SiteOption, number
-from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.options import one_line_errors, with_load
 from AutomaticEval.errors import SelectionError
 
 
 @one_line_errors
+@with_load
 def sweep(
+    load: options.Load,
     model: options.Model = "demo",
     profile: Profiles = None,
     emotion: Emotion = None,
@@ -29,11 +31,6 @@ def sweep(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Of each answer; default: 15.")] = None,
     seed: Seed = 42,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    load_in_8bit: options.LoadIn8Bit = False,
-    load_in_4bit: options.LoadIn4Bit = False,
 ) -> None:
     """Ablate each head over prompts of a profile, or patch each between pairs. A sweep that was cut short goes on."""
     if (pairs is None) == (emotion is None) or (pairs is not None and profile is not None):
@@ -49,7 +46,7 @@ def sweep(
     from AutomaticEval.analysis.results import new_results, read_json, write_json
     from AutomaticEval.analysis.sweeping import sweep_pairs, sweep_prompts
     from AutomaticEval.capture.texts import drawn
-    from AutomaticEval.models.loading import LoadOptions, load_model
+    from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import draw, names_of
 
     file, *_ = new_results(output, "sweep.json", *names_of("sweep"))
@@ -58,7 +55,7 @@ def sweep(
     found = load_profile(profile)
     prompts = [] if emotion is None else drawn(found.category(emotion), sample_num or 16, seed)
     neutral = found.category(found.neutral) if mode == "mean" else None
-    loaded = load_model(model, options=LoadOptions(dtype, device, device_map, load_in_8bit, load_in_4bit))
+    loaded = load_model(model, options=load())
     settings: dict[str, Any] = {"model": model, "weights": loaded.fingerprint(), "dtype": str(loaded.model.dtype)}
     settings["site"] = site
     if pairs is not None:
