@@ -140,7 +140,8 @@ def test_a_file_of_texts_and_what_is_wrong(demo: LoadedModel, tmp_path: Path) ->
         assert "Traceback" not in refused.stderr
     absent = process("extract", "--dataset", "no/such", "--model", "demo", cwd=tmp_path)  # offline from its start
     assert (absent.returncode, "DatasetUnavailable: the data set 'no/such'" in absent.stderr) == (2, True)
-    assert not list(tmp_path.rglob("x/shard*"))
+    assert not (tmp_path / "x").exists()
+    assert [path.name for path in (tmp_path / "activations").iterdir()] == ["mine_demo"]
 
 
 def test_names_of_folders() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,20 +157,20 @@ def _one(
 ) -> dict[str, Any]:
     per_token = Forwards(loaded, plan.selection, plan.feeding).bytes_per_token
     announce(f"{unit.model}, {unit.name}: {size_text(per_token)} a token")
-    was_begun = (unit.folder / LOCK).exists()
-    done = extract(
-        loaded,
-        texts.texts,
-        plan.selection,
-        unit.folder,
-        feeding=plan.feeding,
-        name=texts.name,
-        about=_about(unit.model, texts, plan),
-        compression=plan.compression,
-        ranks=plan.ranks,
-        resume=was_begun,
-        total=texts.total,
-    )
+    with _leaving_nothing(unit.folder):
+        done = extract(
+            loaded,
+            texts.texts,
+            plan.selection,
+            unit.folder,
+            feeding=plan.feeding,
+            name=texts.name,
+            about=_about(unit.model, texts, plan),
+            compression=plan.compression,
+            ranks=plan.ranks,
+            resume=(unit.folder / LOCK).exists(),
+            total=texts.total,
+        )
     numbers = _numbers(done) | _of_tokenizer(loaded.tokenizer, loaded.context)
     numbers["n_empty"] = getattr(texts.texts, "n_empty", 0)
     if numbers["n_empty"]:
@@ -178,6 +178,20 @@ def _one(
     if plan.ranks.is_first:
         write_json(unit.folder / NUMBERS, numbers, overwrite=True)
     return numbers
+
+
+@contextmanager
+def _leaving_nothing(folder: Path) -> Iterator[None]:
+    """A folder that is made inside goes again after a failure before the first rows."""
+    was_there = folder.exists()
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if not was_there and [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
+        raise
 
 
 def _about(model: str, texts: TextSet, plan: Plan) -> dict[str, Any]:
