@@ -271,6 +271,19 @@ def test_two_processes_share_the_texts(launcher: list[str], tmp_path: Path) -> N
     assert not verify(tmp_path / "two")
 
 
+def test_a_model_that_is_not_there_does_not_lose_the_others_of_two_processes(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('neutral = "a"\nprompts = "mine.jsonl"\nmodels = ["/no/model", "demo"]')
+    lines = [json.dumps({"category": name, "text": f"{name} {number}"}) for name in "ab" for number in range(3)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    asked = ["extract", "--profile", "mine.toml", "--layers", "0", "--sites", "embed"]
+    done = process(*asked, cwd=tmp_path, launcher=TORCHRUN)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("/no/model, a: ModelUnavailable") == 1  # the first process says so
+    for name in "ab":
+        prompts = open_run(tmp_path / "activations" / "mine" / f"demo_{name}").column("prompt")
+        assert prompts == [f"{name} {number}" for number in range(3)]
+
+
 def test_each_model_is_loaded_once(demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that cannot be: a name that is not there may take half a minute to be told."""
     asked: list[str] = []

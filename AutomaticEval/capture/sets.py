@@ -16,7 +16,7 @@ from AutomaticEval.analysis.results import read_json, refuse_others, write_json
 from AutomaticEval.capture.corpus import Extracted, Forwards, as_text, extract, refuse_response
 from AutomaticEval.capture.packing import Feeding
 from AutomaticEval.capture.texts import Text
-from AutomaticEval.errors import SelectionError, StoreError, first_line
+from AutomaticEval.errors import ModelUnavailable, SelectionError, StoreError, first_line
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, state_of
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
@@ -94,19 +94,22 @@ def extract_sets(
     by_name = {each.name: each for each in sets}
     for unit in units:
         unit.status = _there(unit, by_name[unit.name], plan)
-    models_of = _LoadedLast(plan.load)
+    models_of = _LoadedLast(plan.load, plan.ranks)
     for unit in units:
         label = f"{unit.model}, {unit.name}"
         if unit.status == "was there":
             announce(f"{label}: is there already")
             continue
+        loaded = None
         try:
-            unit.numbers = _one(unit, models_of.named(unit.model), by_name[unit.name], plan, announce)
+            loaded = models_of.named(unit.model)
+            unit.numbers = _one(unit, loaded, by_name[unit.name], plan, announce)
             rate = unit.numbers["n_tokens"] / max(unit.numbers["seconds"], 1e-9)
             announce(f"{label}: {unit.numbers['n_samples']} samples, {rate:.0f} tokens a second, {unit.folder}")
         except Exception as failure:  # whatever it is, the others are not lost for it
-            if plan.ranks.n_ranks > 1 or len(units) == 1:
-                raise  # other processes wait for this one; and there is nothing else to lose
+            is_awaited = plan.ranks.n_ranks > 1 and loaded is not None  # by the other processes, in the middle of it
+            if is_awaited or len(units) == 1:  # or there is nothing else to lose
+                raise
             unit.status, unit.error = "failed", f"{type(failure).__name__}: {first_line(failure)}"
             announce(f"{label}: {unit.error}")
     return units
@@ -131,10 +134,13 @@ def _plain(name: str) -> str:
 
 
 class _LoadedLast:
-    """The model that was loaded last, or why it could not be: the sets of one model follow one another."""
+    """The model that was loaded last, or why it could not be: the sets of one model follow one another.
 
-    def __init__(self, load: LoadOptions) -> None:
-        self._load = load
+    When a process cannot load it, none has it.
+    """
+
+    def __init__(self, load: LoadOptions, ranks: Ranks) -> None:
+        self._load, self._ranks = load, ranks
         self._name: str | None = None
         self._found: LoadedModel | Exception | None = None
 
@@ -146,6 +152,10 @@ class _LoadedLast:
                 self._found = load_model(name, options=self._load)
             except Exception as failure:  # whatever it is, it is told of each set
                 self._found = failure
+            own = self._found if isinstance(self._found, Exception) else None
+            whys = [why for why in self._ranks.gathered(own and first_line(own)) if why is not None]
+            if whys and own is None:
+                self._found = ModelUnavailable(f"another process could not load {name!r}: {whys[0]}")
         if isinstance(self._found, Exception):
             raise self._found
         assert self._found is not None
