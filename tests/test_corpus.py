@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, REAL, STORIES, build, n_hooks, needs_real
+from conftest import FAMILIES, REAL, SIZES, STORIES, build, n_hooks, needs_real
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import Gemma2Config, MistralConfig
 
 from AutomaticEval import ExtractSingleSample, FromHuggingFace, open_run
 from AutomaticEval.capture import corpus
@@ -207,6 +208,24 @@ def test_patterns(packing: bool, tiny_llama: LoadedModel, tmp_path: Path) -> Non
     assert not verify(tmp_path / "run")
 
 
+@pytest.mark.parametrize("config", [MistralConfig, Gemma2Config])
+def test_patterns_of_a_window_shorter_than_the_padding(config: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """Padding whose whole window is padding attends to anything."""
+    sizes = {**SIZES, "sliding_window": 6, **({"head_dim": 16} if config is Gemma2Config else {})}
+    loaded = LoadedModel(build(config(**sizes)), tokenizer, "windowed")
+    feeding = Feeding(seq_length=24, patterns=True, batch_size=4)
+    extract(loaded, TEXTS, selection(loaded, "resid_post", "0-1"), tmp_path / "run", feeding=feeding)
+    run = open_run(tmp_path / "run")
+    eager = copy.deepcopy(loaded.model)
+    eager.set_attn_implementation("eager")
+    for number in range(len(run)):
+        with torch.no_grad():
+            patterns = eager(run[number]["input_ids"], output_attentions=True).attentions
+        for layer in (0, -1):
+            torch.testing.assert_close(run.pattern(number, layer), patterns[layer][0], atol=1e-6, rtol=1e-5)
+    assert max(run.column("n_prompt_tokens")) > 6 + min(run.column("n_prompt_tokens"))
+
+
 def test_layers_of_samples(tiny_llama: LoadedModel, tmp_path: Path) -> None:
     extract(tiny_llama, TEXTS, selection(tiny_llama, "embed,resid_post,mlp_out"), tmp_path / "run")
     run = open_run(tmp_path / "run")
@@ -364,11 +383,18 @@ def test_features(tiny_llama: LoadedModel, tmp_path: Path) -> None:
     assert not torch.allclose(expected, gate.act_fn(expected))
     with pytest.raises(PromptError, match="an empty text"):
         alone.get_mlp_acts(" ")
-    with pytest.raises(StoreError, match="holds a run"):
+    with pytest.raises(StoreError, match="is finished, there is nothing to resume; read it with open_run"):
         FromHuggingFace(tiny_llama, save_features=tmp_path / "kept", **how).extract_features()
+    with pytest.raises(SelectionError, match="layer is '0,1'; name one"):
+        FromHuggingFace(tiny_llama, **{**how, "layer": "0,1"})
+    once = FromHuggingFace(tiny_llama, **{**how, "dataset_name": iter(TEXTS)})
+    torch.testing.assert_close(once.extract_features(), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(PromptError, match="an iterator, which can be gone through once"):
+        once.extract_features()
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    of_file = FromHuggingFace(tiny_llama, **{**how, "dataset_name": tmp_path / "texts.jsonl"}).extract_features()
-    torch.testing.assert_close(of_file, expected, atol=1e-5, rtol=1e-5)
+    of_file = FromHuggingFace(tiny_llama, **{**how, "dataset_name": tmp_path / "texts.jsonl"})
+    for _ in range(2):
+        torch.testing.assert_close(of_file.extract_features(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_in_random_order(tiny_llama: LoadedModel, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_patterns_times_values_are_z(model: Any) -> None:
     taps = layout.pick(Site(kind, layer) for layer in range(layout.n_layers) for kind in kinds)
     with reading_patterns(model, layout) as patterns:
         rows = read(model, taps, [IDS])
-        found = [patterns[layer] for layer in range(layout.n_layers)]
+        found = [patterns.of(layer) for layer in range(layout.n_layers)]
     assert (model.config._attn_implementation, n_hooks(model)) == before
     for layer in range(layout.n_layers):
         v = rows[f"layer_{layer}.v"].view(len(IDS), layout.n_kv_heads, -1)
@@ -85,13 +85,13 @@ def test_what_is_no_pattern_is_refused(tiny_llama: LoadedModel, monkeypatch: pyt
     refused = pytest.raises(SiteUnavailable, match=r"block 1 gives is no pattern: a position pays 0\.5")
     with refused, torch.no_grad(), reading_patterns(model, layout) as patterns:
         model(torch.tensor([IDS]))
-        patterns[1]
+        patterns.of(1)
     halve.remove()
     drop = attention.register_forward_hook(lambda module, args, out: (out[0], None))
     refused = pytest.raises(SiteUnavailable, match="block 1 gives no weights")
     with refused, torch.no_grad(), reading_patterns(model, layout) as patterns:
         model(torch.tensor([IDS]))
-        patterns[1]
+        patterns.of(1)
     drop.remove()
     assert (model.config._attn_implementation, n_hooks(model)) == ("sdpa", before)
 

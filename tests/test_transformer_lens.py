@@ -111,7 +111,7 @@ def test_z_results_and_patterns(both: tuple[LoadedModel, Any]) -> None:
         projection = loaded.model.get_submodule(loaded.layout.taps[Site("z", layer)].module)
         close(head_results(z, projection, 4), cache["result", layer][0])
         close(rows[f"layer_{layer}.head_result_norm"], cache["result", layer][0].norm(dim=-1))
-        close(patterns[layer], cache["pattern", layer])
+        close(patterns.of(layer), cache["pattern", layer])
 
 
 @pytest.mark.parametrize("heads", [{0: [1]}, {1: [0, 3], 2: [2]}])

@@ -219,6 +219,20 @@ def test_run_h5_shows_all_shards_as_one_file_to_plain_h5py(tmp_path: Path) -> No
         open_run(tmp_path)
 
 
+def test_folder_that_another_process_of_a_shared_run_still_writes_is_refused(tmp_path: Path) -> None:
+    """The first was killed, and the second lives on: neither its files nor its numbers are touched."""
+    RunWriter(tmp_path, "m", SETTINGS, share=(0, 2)).close()
+    with RunWriter(tmp_path, "m", SETTINGS, share=(1, 2)) as second:
+        second.add([numbered(1)])
+        (tmp_path / ".its.partial").touch()
+        with pytest.raises(FolderInUse):
+            RunWriter(tmp_path, "m", SETTINGS, resume=True)
+        assert (tmp_path / ".its.partial").exists()
+    with RunWriter(tmp_path, "m", {**SETTINGS, "run_id": second.run_id}, resume=True) as alone:
+        alone.finish()
+    assert [sample["doc_id"] for sample in open_run(tmp_path)] == [1]
+
+
 def test_records_that_are_out_of_date_are_refused_and_nothing_is_deleted(tmp_path: Path) -> None:
     with RunWriter(tmp_path, "m", SETTINGS) as made:
         made.add([numbered(0)])

@@ -151,7 +151,9 @@ class _Reading:
         taps = {**self._norms, **(self._effects.taps if self._effects else {})}
         with reading_patterns(loaded.model, layout) as patterns:
             recording = recorded(loaded.model, layout, {**taps, "after": patterns.after}, batch, keep)
-            attention = torch.stack([_above_uniform(patterns[n], batch.mask, marks) for n in range(layout.n_layers)], 1)
+            attention = torch.stack(
+                [_above_uniform(patterns.of(n, batch.mask), batch.mask, marks) for n in range(layout.n_layers)], 1
+            )
         lengths = batch.mask.sum(1)
         last = lengths.cumsum(0) - 1
         strength = torch.stack([_mean_a_row(recording.rows[key], lengths) for key in self._norms], 1)

@@ -262,7 +262,10 @@ class Forwards:
         with reading_patterns(self._loaded.model, self._layout, self._patterns) as patterns:
             taps = {**self._taps, "after": patterns.after}
             recording = self._recorded(places, sequences, kept, taps)
-            return recording, {layer: patterns[layer].to("cpu", self._dtype) for layer in self._patterns}
+            mask = torch.zeros(recording.fed_ids().shape, dtype=torch.bool)
+            for place, ids in zip(places, sequences, strict=True):
+                mask[place.row, place.column : place.column + len(ids)] = True
+            return recording, {layer: patterns.of(layer, mask).to("cpu", self._dtype) for layer in self._patterns}
 
     def _recorded(
         self, places: Sequence[Place], sequences: Sequence[list[int]], kept: Kept, taps: Mapping[str, Tap]

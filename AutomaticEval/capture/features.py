@@ -13,12 +13,13 @@ from torch import Tensor
 
 from AutomaticEval.capture.corpus import Forwards, as_text, extract
 from AutomaticEval.capture.packing import Feeding, TextPieces
-from AutomaticEval.capture.texts import DatasetTexts, Text, texts_in
-from AutomaticEval.errors import PromptError
+from AutomaticEval.capture.texts import DatasetTexts, FileTexts, Text
+from AutomaticEval.errors import PromptError, SelectionError
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.reader import open_run
 from AutomaticEval.store.rows import RowArray
+from AutomaticEval.store.writer import LOCK
 
 
 class FromHuggingFace:
@@ -48,14 +49,17 @@ class FromHuggingFace:
     ) -> None:
         self.loaded = _loaded(hf_model, device, tokenizer)
         self.selection = Selection.parse("mlp_post", layer)
-        (site,) = self.selection.sites(self.loaded.layout.n_layers)
-        self.key = site.key
+        sites = self.selection.sites(self.loaded.layout.n_layers)
+        if len(sites) != 1:
+            raise SelectionError(f"layer is {layer!r}; name one, such as 6, or -1 for the last.")
+        self.key = sites[0].key
         self._feeding = Feeding(seq_length=seq_length, batch_size=inference_batch_size)
         if num_samples is not None and num_samples < 1:
             raise PromptError(f"{num_samples} texts were asked for; at least 1 is needed.")
         is_named = isinstance(dataset_name, str | Path)
         self._most, self.name = num_samples, Path(str(dataset_name)).stem if is_named else "texts"
         self._texts = _found(dataset_name, split, text_field)
+        self._is_used_up = False
         self._folder: Path | None = None
         if save_features:
             stem = f"features_{self.name}_{datetime.now():%Y%m%d_%H%M%S_%f}"
@@ -66,9 +70,14 @@ class FromHuggingFace:
 
         Raises PromptError for no texts, SiteUnavailable, StoreError for a folder that holds a run.
         """
+        if self._is_used_up:
+            raise PromptError("the texts were an iterator, which can be gone through once; give a list.")
+        self._is_used_up = iter(self._texts) is self._texts
         texts = islice(self._texts, self._most)
         if self._folder is not None:
-            extract(self.loaded, texts, self.selection, self._folder, feeding=self._feeding, name=self.name)
+            how: dict[str, Any] = {"feeding": self._feeding, "name": self.name}
+            how["resume"] = (self._folder / LOCK).exists()  # one that was cut short goes on
+            extract(self.loaded, texts, self.selection, self._folder, **how)
             return open_run(self._folder).rows(self.key, by_sample=True)
         return self._in_memory(texts)
 
@@ -109,5 +118,5 @@ def _found(name: str | Path | Iterable[str], split: str, field: str | None) -> I
     if not isinstance(name, str | Path):
         return name
     if Path(name).is_file():
-        return texts_in(name, field)
+        return FileTexts(Path(name), field)
     return DatasetTexts(str(name), split, field=field)

@@ -29,19 +29,22 @@ class Patterns:
         """Nothing wide, of what is read behind the deepest pattern: with it a forward that stops when all is read does not stop before."""
         self._found: dict[int, Tensor] = {}
 
-    def __getitem__(self, layer: int) -> Tensor:
+    def of(self, layer: int, mask: Tensor | None = None) -> Tensor:
         """[batch, n_heads, query_pos, key_pos], in the model's dtype.
 
-        Raises SiteUnavailable for a model without such attention, or whose positions do not pay 1 in all to themselves and what is before
-        them (padding on the right is allowed, on the left not).
+        mask: [batch, pos], the tokens that are no padding, which is on the right; None: all.
+        Raises SiteUnavailable for a model without such attention, or whose tokens do not pay 1 in all to themselves and what is before them.
         """
         if layer not in self._found:
             raise SiteUnavailable(f"this model has no 'pattern': the attention of block {layer} gives no weights.")
         pattern = self._found[layer]
-        paid = pattern.float().sum(-1).flatten()
-        worst = paid[(paid - 1).abs().argmax()].item()
         later = torch.ones(pattern.shape[-2:], dtype=torch.bool, device=pattern.device).triu(1)
-        ahead = pattern.masked_fill(~later, 0).abs().max().item()
+        paid, ahead_of = pattern.float().sum(-1), pattern.masked_fill(~later, 0).abs().amax(-1)
+        real = (
+            slice(None) if mask is None else mask.to(pattern.device)
+        )  # beyond a window, padding may attend to anything
+        paid, ahead_of = (each.transpose(1, 2)[real].flatten() for each in (paid, ahead_of))
+        worst, ahead = paid[(paid - 1).abs().argmax()].item(), ahead_of.max().item()
         if not (abs(worst - 1) <= SUM_IS_ONE and ahead == 0):  # nan is off, too
             raise SiteUnavailable(
                 f"what the attention of block {layer} gives is no pattern: a position pays {worst:.3g} in all (less where some goes to a "
@@ -102,7 +105,7 @@ def check_patterns(model: Any, layout: Layout) -> None:
         for layer in layers:
             v, z = (found.rows[Site(kind, layer).key].float() for kind in "vz")
             each = v.view(PROBE_LENGTH, layout.n_kv_heads, -1).repeat_interleave(layout.n_heads // layout.n_kv_heads, 1)
-            weighed = torch.einsum("hqk,khd->qhd", patterns[layer][0].float().cpu(), each).flatten(1)
+            weighed = torch.einsum("hqk,khd->qhd", patterns.of(layer)[0].float().cpu(), each).flatten(1)
             off, size = (weighed - z).abs().max().item(), z.abs().max().item()
             if not off <= max(1e-3, 8 * torch.finfo(model.dtype).eps) * (size + 1e-6):  # nan is off, too
                 raise SiteUnavailable(

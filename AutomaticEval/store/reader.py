@@ -156,8 +156,8 @@ class Run(Sequence[dict[str, Any]]):
 
         Raises StoreError for a run that kept no pattern of the layer.
         """
-        rows = self.read(index, f"layer_{layer}.pattern")
-        n_heads = int(self.settings["shape"]["n_heads"])
+        n_layers, n_heads = (int(self.settings["shape"][name]) for name in ("n_layers", "n_heads"))
+        rows = self.read(index, f"layer_{layer + n_layers if layer < 0 else layer}.pattern")
         n_ids = len(self._contents.input_ids.item(int(self._order[index])))
         return rows.view(len(rows), n_heads, -1).transpose(0, 1)[:, :, :n_ids]
 

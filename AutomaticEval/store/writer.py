@@ -107,6 +107,8 @@ class RunWriter:
         self._next = first + (self._rank - first) % self._n_ranks
         if self._rank:
             return  # the first has seen to the folder
+        for left in self.folder.glob(f"{LOCK}-[0-9]*"):  # a process may have outlived the first
+            locked(self.folder, int(left.name.removeprefix(f"{LOCK}-"))).release()
         if not resume and (found or (self.folder / INDEX).exists()):
             raise StoreError(f"{self.folder} holds a run; choose another folder, or resume it.")
         for left in self.folder.glob(".*.partial"):
