@@ -158,6 +158,22 @@ def test_packed_rows_have_a_width_of_their_own(tiny_llama: LoadedModel) -> None:
     assert len(long) == 1  # one that is longer has a row to itself
 
 
+def test_packed_rows_wider_than_a_local_window(tokenizer: Any, tmp_path: Path) -> None:
+    """GPT-Neo's window goes by columns, which within a piece are positions."""
+    config = FAMILIES["gpt_neo"]()
+    config.window_size = 6
+    loaded = LoadedModel(build(config), tokenizer, "local")
+    feeding = Feeding(seq_length=24, packing=True)
+    extract(loaded, TEXTS, selection(loaded, "resid_post"), tmp_path / "run", feeding=feeding)
+    run = open_run(tmp_path / "run")
+    keys = [f"layer_{layer}" for layer in range(4)]
+    for number in range(len(run)):
+        alone = raw(loaded, keys, run[number]["input_ids"][0].tolist())
+        for key in keys:
+            torch.testing.assert_close(run[number]["activations"][key], alone[key], atol=1e-5, rtol=1e-5)
+    assert max(run.column("n_prompt_tokens")) == 24
+
+
 def test_patterns_do_not_depend_on_what_is_not_kept(tokenizer: Any, tmp_path: Path) -> None:
     model = build(FAMILIES["llama"]())
     with torch.no_grad():

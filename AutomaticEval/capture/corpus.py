@@ -18,7 +18,7 @@ from tqdm import tqdm
 from AutomaticEval.capture.forwards import Batch, inputs, padded, recorded
 from AutomaticEval.capture.generation import bytes_per_row, dtype_of, sample_columns
 from AutomaticEval.capture.packing import ROW_TOKENS, Feeding, Piece, Place, TextPieces, batches_of, shared_rows
-from AutomaticEval.capture.serving import why_not
+from AutomaticEval.capture.serving import why_not_masked
 from AutomaticEval.capture.texts import Text
 from AutomaticEval.capture.walking import as_mask, free_memory, is_out_of_memory
 from AutomaticEval.errors import CaptureError, OtherSettings, PromptError, SelectionError, TreeUnsuitable
@@ -179,7 +179,7 @@ class Forwards:
         if context is not None and feeding.seq_length is not None and feeding.seq_length > context:
             raise PromptError(f"seq_length is {feeding.seq_length}; {loaded.name} can be fed {context} tokens.")
         if feeding.packing:
-            reason = why_not(loaded.model, self.longest)
+            reason = why_not_masked(loaded.model, self.longest)
             if reason is not None:
                 raise TreeUnsuitable(f"texts cannot share rows of {loaded.name}: {reason} Leave packing out.")
         self._n_tokens = max(

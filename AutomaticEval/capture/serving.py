@@ -59,6 +59,15 @@ def refuse_unsuitable(model: Any, longest: int) -> None:
 
 def why_not(model: Any, longest: int) -> str | None:
     """Why a model cannot be served, as far as it is known beforehand. longest: the most tokens that one request feeds."""
+    reason = why_not_masked(model, longest)
+    limit = most_columns(model)
+    if reason is None and limit is not None and limit - longest < FEWEST_TOKENS:
+        return f"a request of {longest} tokens leaves no room for others in the {limit} that its attention spans."
+    return reason
+
+
+def why_not_masked(model: Any, longest: int) -> str | None:
+    """Why sequences of up to so many tokens cannot share a row, each with its own mask and positions, its tokens side by side."""
     config = model.config.get_text_config(decoder=True)
     layers = set(getattr(config, "layer_types", None) or ())
     takes = forward_takes(model)
@@ -82,9 +91,6 @@ def why_not(model: Any, longest: int) -> str | None:
         trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if rope.get("rope_type") in ("longrope", "dynamic") and longest > trained:
             return f"beyond {trained} tokens its positions depend on how many are fed at once."
-    limit = most_columns(model)
-    if limit is not None and limit - longest < FEWEST_TOKENS:
-        return f"a request of {longest} tokens leaves no room for others in the {limit} that its attention spans."
     return None
 
 
