@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,11 +21,11 @@ from conftest import ACCELERATE, CONFIGS, ROOT, TORCHRUN, build, process, within
 
 from AutomaticEval import open_run
 from AutomaticEval.analysis.profiles import load_profile
-from AutomaticEval.capture import sets as capture_sets
 from AutomaticEval.capture.packing import Feeding
 from AutomaticEval.capture.sets import Plan, TextSet, extract_sets, folder_names
 from AutomaticEval.errors import SelectionError
-from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
+from AutomaticEval.models import loading
+from AutomaticEval.models.loading import LoadedModel, LoadOptions
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.maintenance import verify
@@ -288,11 +289,13 @@ def test_each_model_is_loaded_once(demo: LoadedModel, tmp_path: Path, monkeypatc
     """Also one that cannot be: a name that is not there may take half a minute to be told."""
     asked: list[str] = []
 
-    def load(name: str, *, options: LoadOptions) -> LoadedModel:
+    def load(name: str, source: str, options: LoadOptions) -> Any:
         asked.append(name)
-        return load_model(name, options=options)
+        return really(name, source, options)
 
-    monkeypatch.setattr(capture_sets, "load_model", load)
+    really = loading._load
+    monkeypatch.setattr(loading, "_load", load)
+    monkeypatch.setattr(loading, "_loaded", OrderedDict())  # nothing is kept from other tests
     every = [TextSet.of(name, [f"{name} is here."]) for name in ("anger", "joy")]
     plan = Plan(Selection.parse("embed", "0"), Feeding(), LoadOptions(), None, Ranks())
     units = extract_sets(["/no/model", "demo"], every, plan, lambda model, name: tmp_path / Path(model).name / name)

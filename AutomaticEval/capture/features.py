@@ -75,9 +75,15 @@ class FromHuggingFace:
         self._is_used_up = iter(self._texts) is self._texts
         texts = islice(self._texts, self._most)
         if self._folder is not None:
-            how: dict[str, Any] = {"feeding": self._feeding, "name": self.name}
-            how["resume"] = (self._folder / LOCK).exists()  # one that was cut short goes on
-            extract(self.loaded, texts, self.selection, self._folder, **how)
+            extract(
+                self.loaded,
+                texts,
+                self.selection,
+                self._folder,
+                feeding=self._feeding,
+                name=self.name,
+                resume=(self._folder / LOCK).exists(),  # one that was cut short goes on
+            )
             return open_run(self._folder).rows(self.key, by_sample=True)
         return self._in_memory(texts)
 

@@ -94,7 +94,7 @@ def extract_sets(
     by_name = {each.name: each for each in sets}
     for unit in units:
         unit.status = _there(unit, by_name[unit.name], plan)
-    models_of = _LoadedLast(plan.load, plan.ranks)
+    failures: dict[str, Exception] = {}
     for unit in units:
         label = f"{unit.model}, {unit.name}"
         if unit.status == "was there":
@@ -102,7 +102,7 @@ def extract_sets(
             continue
         loaded = None
         try:
-            loaded = models_of.named(unit.model)
+            loaded = _load(unit.model, plan, failures)
             unit.numbers = _one(unit, loaded, by_name[unit.name], plan, announce)
             rate = unit.numbers["n_tokens"] / max(unit.numbers["seconds"], 1e-9)
             announce(f"{label}: {unit.numbers['n_samples']} samples, {rate:.0f} tokens a second, {unit.folder}")
@@ -133,33 +133,22 @@ def _plain(name: str) -> str:
     return plain_name(name)[-80:] or "-"
 
 
-class _LoadedLast:
-    """The model that was loaded last, or why it could not be: the sets of one model follow one another.
+def _load(name: str, plan: Plan, failures: dict[str, Exception]) -> LoadedModel:
+    """A model, of which load_model keeps the last ones. When a process cannot load it, none has it.
 
-    When a process cannot load it, none has it.
+    failures: model -> why it could not be loaded; it is told of each set, and not tried again. Raises it.
     """
-
-    def __init__(self, load: LoadOptions, ranks: Ranks) -> None:
-        self._load, self._ranks = load, ranks
-        self._name: str | None = None
-        self._found: LoadedModel | Exception | None = None
-
-    def named(self, name: str) -> LoadedModel:
-        """Raises what loading it raised."""
-        if name != self._name:
-            self._name, self._found = name, None  # the last one goes before the next one comes
-            try:
-                self._found = load_model(name, options=self._load)
-            except Exception as failure:  # whatever it is, it is told of each set
-                self._found = failure
-            own = self._found if isinstance(self._found, Exception) else None
-            whys = [why for why in self._ranks.gathered(own and first_line(own)) if why is not None]
-            if whys and own is None:
-                self._found = ModelUnavailable(f"another process could not load {name!r}: {whys[0]}")
-        if isinstance(self._found, Exception):
-            raise self._found
-        assert self._found is not None
-        return self._found
+    if name not in failures:
+        try:
+            loaded = load_model(name, options=plan.load)
+        except Exception as failure:  # whatever it is, the other models are not lost for it
+            failures[name] = failure
+        own = failures.get(name)
+        whys = [why for why in plan.ranks.gathered(own and first_line(own)) if why is not None]
+        if not whys:
+            return loaded
+        failures.setdefault(name, ModelUnavailable(f"another process could not load {name!r}: {whys[0]}"))
+    raise failures[name]
 
 
 def _one(
