@@ -477,6 +477,25 @@ def test_real_texts_through_a_trained_model(tmp_path: Path) -> None:
             torch.testing.assert_close(rows, expected[key], atol=1e-5, rtol=1e-5)
 
 
+@needs_real
+def test_real_paragraphs_packed_through_a_trained_model(tmp_path: Path) -> None:
+    """Long ones go on in the next piece; nothing is lost, and each piece's rows are those of the piece alone."""
+    loaded = load_model(STORIES)
+    lines = (REAL / "data" / "wikitext2" / "valid.txt").read_text("utf-8").splitlines()
+    texts = [line for line in lines if line.strip()][:80]
+    feeding = Feeding(seq_length=128, packing=True)
+    extract(loaded, texts, Selection.parse("resid_post,mlp_post", "2"), tmp_path / "run", feeding=feeding)
+    run = open_run(tmp_path / "run")
+    whole = [loaded.tokenizer(text)["input_ids"] for text in texts]
+    pieces = [ids[start : start + 128] for ids in whole for start in range(0, len(ids), 128)]
+    assert len(pieces) > len(texts)
+    assert [sample["token_ids"].tolist() for sample in run] == pieces
+    for number in random.Random(0).sample(range(len(pieces)), 20):
+        expected = raw(loaded, run.keys, pieces[number])
+        for key, rows in run[number]["activations"].items():
+            torch.testing.assert_close(rows, expected[key], atol=1e-5, rtol=1e-5)
+
+
 def test_layouts_are_found_before_anything_is_written(tokenizer: Any, tmp_path: Path) -> None:
     model = build(FAMILIES["llama"]()).train()
     with pytest.raises(Exception, match="training mode"):
