@@ -15,6 +15,7 @@ from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.errors import SiteUnavailable, UnsupportedModel
 from AutomaticEval.models.layout import find_layout
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.taps import cache_in
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site
 
@@ -128,7 +129,7 @@ def test_values_equal_the_cache(any_family: tuple[str, LoadedModel]) -> None:
     _, loaded = any_family
     kept, layout = capture(loaded, "q,k,v"), loaded.layout
     with torch.no_grad():
-        cache = loaded.model(torch.tensor([[5, 17, 99, 3, 250, 41]]), use_cache=True).past_key_values
+        cache = cache_in(loaded.model(torch.tensor([[5, 17, 99, 3, 250, 41]]), use_cache=True))
     for layer in range(layout.n_layers):
         cached = cache.layers[layer].values[0].transpose(0, 1).flatten(1)  # [pos, n_kv_heads * d_head]
         torch.testing.assert_close(kept[f"layer_{layer}.v"][:6], cached, atol=1e-5, rtol=1e-5)

@@ -49,14 +49,19 @@ def assert_near(outcome: Outcome, expected: dict[str, Any], within: float = 1e-4
 
 
 def assert_true(run: Run, model: Any, family: str, within: float = 1e-5) -> None:
-    """Every sample's rows, through its segments, are those of raw hooks on one unpadded row."""
+    """Every sample's rows, through its segments, are those of raw hooks on one unpadded row.
+
+    within: as a part of each row's largest number, since float32 rounds sums as parts of what is summed; which way, the processor decides.
+    """
     assert len(run)
     for sample in run:
         sequence = [*sample["input_ids"][0].tolist(), *sample["generated_ids"].tolist()][:-1]
         assert sample["token_ids"].tolist() == [sequence[at] for at in sample["positions"].tolist()]
         raw = raw_residuals(model, family, sequence)
         for key, rows in sample["activations"].items():
-            assert torch.allclose(rows, raw[key][sample["positions"]], atol=within)
+            expected = raw[key][sample["positions"]]
+            off = (rows - expected).abs().amax(-1)
+            assert bool((off <= within * expected.abs().amax(-1).clamp(min=1)).all())
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))

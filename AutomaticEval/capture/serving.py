@@ -13,7 +13,7 @@ from torch import Tensor
 
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.models.edited import depends_on_position
-from AutomaticEval.models.taps import alone_with, forward_takes, input_device
+from AutomaticEval.models.taps import alone_with, cache_name, forward_takes, input_device
 
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far a token's log-likelihood l may be from that of a plain forward, as a part of 1 + |l|."""
@@ -77,9 +77,11 @@ def why_not_masked(model: Any, longest: int) -> str | None:
         return "an encoder-decoder has no prefix to share."
     if getattr(model, "_is_stateful", False) or layers - _SERVED:
         return "its state is not keys and values of each token."
-    for name in ("position_ids", "past_key_values", "attention_mask", "logits_to_keep"):
+    for name in ("position_ids", "attention_mask", "logits_to_keep"):
         if name not in takes:
             return f"its forward takes no {name}."
+    if cache_name(model) is None:
+        return "its forward takes no keys and values of earlier tokens."
     if getattr(config, "alibi", False):
         return "its attention depends on the distance between columns (ALiBi)."
     if config._attn_implementation not in ("sdpa", "eager"):

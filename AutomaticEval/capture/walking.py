@@ -20,7 +20,7 @@ from AutomaticEval.capture.prefix_tree import Array, PrefixTree
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.hooks import Keep, Kept, Recording
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import alone_with, input_device
+from AutomaticEval.models.taps import alone_with, cache_name, input_device
 from AutomaticEval.selection import Selection
 
 Cached = list[tuple[Tensor | None, Tensor | None]]
@@ -164,9 +164,9 @@ def tree_forward(
         input_ids=torch.from_numpy(token_ids)[None].to(device),
         attention_mask=as_mask(model, torch.from_numpy(attended)[None, None].to(device)),
         position_ids=torch.from_numpy(depths)[None].to(device),
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=logits_to_keep,
+        **{str(cache_name(model)): cache},
     )
     logits = out.logits[:, : len(scored)] if scored is not None else out.logits
     layers: list[Any] = [(layer.keys, layer.values) if layer.is_initialized else (None, None) for layer in cache.layers]

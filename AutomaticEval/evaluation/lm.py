@@ -33,6 +33,7 @@ from AutomaticEval.evaluation.resuming import Answered, RequestKey, random_state
 from AutomaticEval.evaluation.tree import TreeScorer
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.taps import cache_name
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.format import Part, Rows, Sample
@@ -282,7 +283,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         if prefix is not None:
             context = prefix.arranged(context, pads)
             kwargs["attention_mask"] = prefix.arranged(kwargs["attention_mask"], pads)
-            kwargs["past_key_values"] = prefix.cache(len(context))
+            kwargs[str(cache_name(self.model))] = prefix.cache(len(context))
         if self._selection is None:
             plain: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
             return plain

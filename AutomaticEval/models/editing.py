@@ -18,7 +18,7 @@ from AutomaticEval.errors import EditError
 from AutomaticEval.models.edited import noted
 from AutomaticEval.models.hooks import Keep, Kept
 from AutomaticEval.models.layout import find_layout
-from AutomaticEval.models.taps import Layout, Tap, alone_with, input_of, tensor_of, with_tensor
+from AutomaticEval.models.taps import Layout, Tap, alone_with, cache_in, input_of, tensor_of, with_tensor
 from AutomaticEval.sites import Site, site_of
 
 NOT_EDITED = {
@@ -138,7 +138,7 @@ class _Forward:
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The columns go on after those in the cache; without one they begin anew."""
-        cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
+        cache = cache_in(kwargs)
         if cache is None:
             self._n_before = 0
         else:

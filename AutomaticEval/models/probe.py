@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from AutomaticEval.models.taps import input_device, input_of, tensor_of
+from AutomaticEval.models.taps import cache_in, input_device, input_of, tensor_of
 
 PROBE_LENGTH = 6
 
@@ -51,7 +51,7 @@ class Probe:
         finally:
             for handle in handles:
                 handle.remove()
-        layers = getattr(getattr(out, "past_key_values", None), "layers", [])
+        layers = getattr(cache_in(out), "layers", [])
         self.values = [getattr(layer, "values", None) for layer in layers]  # each [1, n_kv_heads, pos, d_head]
 
 

@@ -113,6 +113,23 @@ def forward_takes(model: Any) -> Collection[str]:
     return inspect.signature(base.forward).parameters.keys()
 
 
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What transformers calls keys and values: `cache` from 5.24 on, before that one of the others."""
+
+
+def cache_name(model: Any) -> str | None:
+    """What a model's forward, and its `generate`, call keys and values; None when it takes none."""
+    takes = forward_takes(model)
+    return next((name for name in CACHE_NAMES[:2] if name in takes), None)
+
+
+def cache_in(given: object) -> Any:
+    """The keys and values among what a forward is given by name, or in its output; None without any."""
+    if not isinstance(given, Mapping):
+        return None
+    return next((found for name in CACHE_NAMES if (found := given.get(name)) is not None), None)
+
+
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _making_locks = threading.Lock()
 
