@@ -12,7 +12,7 @@ import torch
 from AutomaticEval.analysis.bootstrap import mean_interval
 from AutomaticEval.analysis.text_metrics import TextMetric
 from AutomaticEval.capture.continuations import score_continuations
-from AutomaticEval.capture.generation import Response, Sampling, respond
+from AutomaticEval.capture.generation import Response, Sampling, harmless_groups, respond
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.taps import input_device
@@ -54,15 +54,17 @@ def answers_with(
         raise PromptError("there are no prompts to answer.")
     loaded = intervention.loaded
     encoded = [loaded.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    before: list[Response] = []
-    after: list[Response] = []
+    found: dict[int, tuple[Response, Response]] = {}
     for start in range(0, len(encoded), batch_size):
-        some = encoded[start : start + batch_size]
-        drawn = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + start)
-        pads = [max(map(len, some)) - len(ids) for ids in some]
-        before += respond(loaded, some, drawn)
-        with intervention.applied(range(start, start + len(some)), pads):
-            after += respond(loaded, some, drawn)
+        batch = encoded[start : start + batch_size]
+        for group in harmless_groups(loaded, batch, sampling):
+            rows, some = [start + row for row in group], [batch[row] for row in group]
+            drawn = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + rows[0])
+            pads = [max(map(len, some)) - len(ids) for ids in some]
+            without = respond(loaded, some, drawn)
+            with intervention.applied(rows, pads):
+                found |= zip(rows, zip(without, respond(loaded, some, drawn), strict=True), strict=True)
+    before, after = zip(*(found[row] for row in range(len(encoded))), strict=True)
     pairs = [(prompt, response.generated_ids) for prompt, response in zip(encoded, before, strict=True)]
     texts = {"before": [each.text for each in before], "after": [each.text for each in after]}
     columns = {metric.name: {when: metric.of(each) for when, each in texts.items()} for metric in metrics}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.capture.forwards import Batch, padded
+from AutomaticEval.capture.neighbours import Span, apart
 from AutomaticEval.errors import ModelError, PromptError
 from AutomaticEval.models.loading import LoadedModel
 
@@ -23,7 +24,7 @@ class Reader:
     def __init__(self, loaded: LoadedModel) -> None:
         self.n_truncated = 0
         """Texts that were longer than the model's context, and were cut to it."""
-        self._tokenizer, self._longest = loaded.tokenizer, loaded.context
+        self._model, self._tokenizer, self._longest = loaded.model, loaded.tokenizer, loaded.context
 
     def batches(self, data: Iterable[Any], batch_size: int, most: int | None = None) -> Iterator[Batch]:
         """most: so many batches at most, of the first texts.
@@ -44,7 +45,9 @@ class Reader:
         while window := list(itertools.islice(items, SORTED_BATCHES * batch_size)):
             encoded = sorted((self._encoded(item) for item in window), key=len)
             for start in range(0, len(encoded), batch_size):
-                yield padded(encoded[start : start + batch_size])
+                batch = encoded[start : start + batch_size]
+                for group in apart(self._model, [Span(len(each), len(each)) for each in batch]):
+                    yield padded([batch[row] for row in group])
 
     def _encoded(self, item: Any) -> list[int]:
         if not _is_text(item) and item != []:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.capture.forwards import Batch, inputs, padded, read
+from AutomaticEval.capture.neighbours import Span, apart, rope_limit
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.loading import LoadedModel
@@ -30,6 +31,11 @@ class Rest:
     def __init__(
         self, loaded: LoadedModel, sequences: Sequence[Sequence[int]], n_last: int, score: Callable[[Tensor], Tensor]
     ) -> None:
+        if len(apart(loaded.model, [Span(len(each), len(each)) for each in sequences])) > 1:
+            raise EditError(
+                f"prompts of up to and of more than {rope_limit(loaded.model)} tokens change one another in {type(loaded.model).__name__}; "
+                "sweep over them separately."
+            )
         self._loaded, self._n_last, self._score = loaded, n_last, score
         self.layout: Layout = loaded.layout
         self.batch: Batch = padded(sequences, "left")

@@ -16,6 +16,7 @@ from AutomaticEval.analysis.permutation import differences
 from AutomaticEval.analysis.text_metrics import whole_words
 from AutomaticEval.analysis.tokens import Target, targets_of, tokens_within
 from AutomaticEval.capture.forwards import Batch, padded, recorded
+from AutomaticEval.capture.neighbours import Span, apart
 from AutomaticEval.capture.serving import most_columns, window_of
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.hooks import Kept
@@ -122,13 +123,18 @@ class _Reading:
     def over(self, texts: Sequence[str], words: Sequence[str], progress: Any) -> Measured:
         """Padding changes nothing: it is on the right, where no token looks."""
         pattern = whole_words(words) if words else None
-        found = []
+        found: list[Measured] = []
+        order: list[int] = []
         for start in range(0, len(texts), self._batch_size):
-            some = [self._encoded(text, pattern) for text in texts[start : start + self._batch_size]]
-            marks = padded([list(map(int, marked)) for _, marked in some]).ids.bool()
-            found.append(self._batch(padded([ids for ids, _ in some]), marks))
-            progress.update(len(some))
-        return Measured(*(torch.cat(column) for column in zip(*found, strict=True)))
+            batch = [self._encoded(text, pattern) for text in texts[start : start + self._batch_size]]
+            groups = apart(self._loaded.model, [Span(len(ids), len(ids)) for ids, _ in batch])
+            for some in ([batch[row] for row in group] for group in groups):
+                marks = padded([list(map(int, marked)) for _, marked in some]).ids.bool()
+                found.append(self._batch(padded([ids for ids, _ in some]), marks))
+            order += [start + row for group in groups for row in group]
+            progress.update(len(batch))
+        place = torch.tensor(order).argsort()
+        return Measured(*(torch.cat(column)[place] for column in zip(*found, strict=True)))
 
     def _encoded(self, text: str, pattern: Any) -> tuple[list[int], list[bool]]:
         """Token ids, and which of them are in keywords."""

@@ -103,29 +103,33 @@ def score_continuations(
 
 
 def _tokens(tokenizer: Any, context: Text, continuation: Text) -> tuple[list[int], list[int]]:
-    """A pair's tokens: both are encoded as one text, and spaces before the continuation belong to it."""
+    """A pair's tokens, as lm-eval encodes them: spaces before the continuation belong to it; the context has the tokens that it has by
+    itself, and the continuation those of both as one text, less as many as the context has.
+    """
     if isinstance(context, str) != isinstance(continuation, str):
         raise PromptError("a request is a pair of texts, or a pair of lists of token ids; found one of each.")
     if not isinstance(context, str) or not isinstance(continuation, str):
         return list(map(int, context)), list(map(int, continuation))
-    if not continuation:
-        raise PromptError(f"the continuation of {context[-60:]!r} is empty; there is nothing to score.")
-    if not context:
-        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        if first is None:
-            raise PromptError(
-                "a context is empty, and the tokenizer has neither a first nor a last token to stand for it."
-            )
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if context:
+        n_text = len(context.rstrip())
+        before = _encoded(tokenizer, context[:n_text], first)
+        own = _encoded(tokenizer, context + continuation, first)[len(before) :]
+    elif first is None:
+        raise PromptError("a context is empty, and the tokenizer has neither a first nor a last token to stand for it.")
+    else:
         own = list(tokenizer.encode(continuation, add_special_tokens=False))
-        return (own[:1], own[1:]) if own[:1] == [first] else ([int(first)], own)
-    whole = _encoded(tokenizer, context + continuation)
-    n_context = len(_encoded(tokenizer, context.rstrip()))
-    return whole[:n_context], whole[n_context:]
+        before, own = (own[:1], own[1:]) if own[:1] == [first] else ([int(first)], own)
+    if not own:
+        raise PromptError(
+            f"the continuation {continuation[:60]!r} of {context[-60:]!r} has no token of its own, so that there is nothing to score."
+        )
+    return before, own
 
 
-def _encoded(tokenizer: Any, text: str) -> list[int]:
-    """With the first token that the tokenizer adds, unless the text begins with it."""
-    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+def _encoded(tokenizer: Any, text: str, first: int | None) -> list[int]:
+    """With the special tokens that the tokenizer adds, unless the text begins with the first one, as lm-eval does."""
+    begins = first is not None and text.startswith(tokenizer.decode(first))
     return list(tokenizer.encode(text, **({"add_special_tokens": False} if begins else {})))
 
 
@@ -140,7 +144,8 @@ def _one_by_one(loaded: LoadedModel, cuts: Sequence[Cut], options: ScoringOption
         context, continuation, _ = cut
         keep = None if selection is None else keep_of(selection.positions, [context], [0])
         with torch.no_grad(), alone_with(model), recording_of(loaded, selection, keep, 1) as recording:
-            logits = model(torch.tensor([cut.fed], device=input_device(model))).logits[0, len(context) - 1 :]
+            out = model(torch.tensor([cut.fed], device=input_device(model)))
+        logits = out.logits[0, -len(continuation) :]  # counted from the end: an adapter may put tokens before the first
         likely = torch.log_softmax(logits, -1, dtype=options.dtype).cpu()
         logprobs = likely.gather(1, torch.tensor(list(continuation))[:, None])[:, 0]
         parts: list[Part] = []

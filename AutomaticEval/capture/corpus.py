@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from AutomaticEval.capture.forwards import Batch, inputs, padded, recorded
 from AutomaticEval.capture.generation import bytes_per_row, dtype_of, sample_columns
+from AutomaticEval.capture.neighbours import rope_limit
 from AutomaticEval.capture.packing import ROW_TOKENS, Feeding, Piece, Place, TextPieces, batches_of, shared_rows
 from AutomaticEval.capture.serving import why_not_masked
 from AutomaticEval.capture.texts import Text
@@ -203,7 +204,8 @@ class Forwards:
 
     def over(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, list[Sample]]]:
         """Of each batch, the tokens that were fed, and the samples."""
-        waiting = list(batches_of(pieces, self._feeding, self.longest, self._n_tokens))[::-1]
+        limit = rope_limit(self._loaded.model)
+        waiting = list(batches_of(pieces, self._feeding, self.longest, self._n_tokens, limit))[::-1]
         while waiting:
             places = waiting.pop()
             samples = self._fitting(places)

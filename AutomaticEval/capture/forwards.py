@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.neighbours import counts_from_zero
+from AutomaticEval.errors import ModelError
 from AutomaticEval.models.hooks import Enough, Kept, Recording, capturing
 from AutomaticEval.models.taps import Layout, Tap, forward_takes, input_device
 
@@ -36,11 +38,20 @@ def padded(sequences: Sequence[Sequence[int]], side: str = "right") -> Batch:
 
 
 def inputs(model: Any, batch: Batch) -> dict[str, Any]:
-    """What a forward is given, so that padding on either side changes nothing."""
+    """What a forward is given, so that padding on either side changes nothing.
+
+    Positions are the model's own wherever a row begins with its first token. Raises ModelError for padding on the left where they
+    do not begin at 0.
+    """
     takes = forward_takes(model)
     device = input_device(model)
     given: dict[str, Any] = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.long().to(device)}
-    if "position_ids" in takes:
+    if "position_ids" in takes and not bool(batch.mask[:, 0].all()):
+        if not counts_from_zero(model):
+            raise ModelError(
+                f"{type(model).__name__} does not begin its positions at 0, so that prompts of different lengths cannot be run together "
+                "here; give prompts of one length."
+            )
         given["position_ids"] = (batch.mask.long().cumsum(1) - 1).clamp(min=0).to(device)
     return given | ({"use_cache": False} if "use_cache" in takes else {})
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.neighbours import Span, apart, company_of
 from AutomaticEval.errors import CaptureError, PromptError
 from AutomaticEval.models.hooks import Keep, Kept, Recording, capturing
 from AutomaticEval.models.loading import LoadedModel
@@ -129,11 +130,34 @@ def respond(
     selection: Selection | None = None,
     texts: Sequence[str] | None = None,
 ) -> list[Response]:
-    """Responses to a batch of token sequences, run together, left-padded.
+    """Responses to token sequences, run together, left-padded, as far as they change nothing of one another.
 
     selection: what to capture; None captures nothing. texts: what was asked, for the samples' `prompt`.
     Raises CaptureError when what the model was fed is not what it answered.
     """
+    found: dict[int, Response] = {}
+    with _seeded(sampling):
+        for group in harmless_groups(loaded, prompts, sampling):
+            some = [prompts[row] for row in group]
+            asked = [texts[row] if texts else loaded.tokenizer.decode(prompts[row]) for row in group]
+            found |= zip(group, _respond_together(loaded, some, sampling, selection, asked), strict=True)
+    return [found[row] for row in range(len(prompts))]
+
+
+def harmless_groups(loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    """The prompts (by number) that may be answered in one batch, because they change nothing of one another."""
+    spans = [Span(len(prompt), len(prompt) + sampling.max_new_tokens - 1) for prompt in prompts]
+    return apart(loaded.model, spans, company_of(loaded.model, sampling.kwargs(), spans))
+
+
+def _respond_together(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    selection: Selection | None,
+    texts: Sequence[str],
+) -> list[Response]:
+    """Responses to one batch."""
     model, tokenizer = loaded.model, loaded.tokenizer
     width = max(map(len, prompts))
     pads = [width - len(ids) for ids in prompts]
@@ -142,7 +166,7 @@ def respond(
     mask = [[0] * pad + [1] * (width - pad) for pad in pads]
     keep = None if selection is None else keep_of(selection.positions, prompts, pads)
     recorder = recording_of(loaded, selection, keep, len(prompts))
-    with torch.no_grad(), alone_with(model), _seeded(sampling), recorder as recording:
+    with torch.no_grad(), alone_with(model), recorder as recording:
         sequences: Tensor = model.generate(  # [batch, width + longest response]
             input_ids=torch.tensor(ids, device=input_device(model)),
             attention_mask=torch.tensor(mask, device=input_device(model)),
@@ -158,8 +182,7 @@ def respond(
         if selection is not None:
             kept = selection.positions.resolve(len(prompt), len(generated))
             rows = sequence_rows(recording, row, pads[row], [*prompt, *generated], kept, tokenizer)
-            asked = texts[row] if texts else tokenizer.decode(prompt)
-            columns = sample_columns(asked, text, len(prompt), (len(prompts), width))
+            columns = sample_columns(texts[row], text, len(prompt), (len(prompts), width))
             sample = Sample(columns, list(prompt), generated, [Part(rows, range(len(rows.positions)))])
         responses.append(Response(text, sample, generated))
     return responses

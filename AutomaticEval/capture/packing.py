@@ -118,8 +118,13 @@ class TextPieces:
         return Piece(number, window, ids, self.tokenizer.decode(ids, skip_special_tokens=True), n_truncated)
 
 
-def batches_of(pieces: Sequence[Piece], feeding: Feeding, longest: int, n_tokens: int) -> Iterator[list[Place]]:
-    """Batches of at most n_tokens columns in all (one row at least), or of feeding.batch_size rows, short pieces first."""
+def batches_of(
+    pieces: Sequence[Piece], feeding: Feeding, longest: int, n_tokens: int, limit: int | None = None
+) -> Iterator[list[Place]]:
+    """Batches of at most n_tokens columns in all (one row at least), or of feeding.batch_size rows, short pieces first.
+
+    limit: tokens beyond which a row changes the shorter ones beside it; None when none does.
+    """
     alike: dict[tuple[int, ...], list[Piece]] = {}
     for piece in pieces:
         alike.setdefault(tuple(piece.ids), []).append(piece)
@@ -127,9 +132,11 @@ def batches_of(pieces: Sequence[Piece], feeding: Feeding, longest: int, n_tokens
     rows.sort(key=_width)
     batch: list[Place] = []
     n_rows = 0
-    for row in rows:
+    for number, row in enumerate(rows):
         is_full = n_rows == feeding.batch_size if feeding.batch_size else (n_rows + 1) * _width(row) > n_tokens
-        if n_rows and is_full:
+        before = _width(rows[number - 1]) if number else 0
+        is_other = limit is not None and before <= limit < _width(row)
+        if n_rows and (is_full or is_other):
             yield batch
             batch, n_rows = [], 0
         column = 0

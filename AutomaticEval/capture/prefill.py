@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from AutomaticEval.capture.generation import recording_of, sequence_rows
+from AutomaticEval.capture.neighbours import is_tested
 from AutomaticEval.capture.prefix_tree import n_shared
-from AutomaticEval.capture.serving import TESTED, check_scores, why_not
+from AutomaticEval.capture.serving import check_scores, why_not
 from AutomaticEval.capture.walking import Cached, keep_columns, tree_forward
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.taps import alone_with
@@ -115,7 +116,7 @@ class Prefill:
         is_plain = set(kwargs) <= PLAIN and all(
             getattr(own, name, None) in (None, value) for name, value in ONE_PASS.items()
         )
-        return is_plain and model.config.model_type in TESTED and why_not(model, max_length) is None
+        return is_plain and is_tested(model) and why_not(model, max_length) is None
 
     def of(self, prompts: Sequence[Sequence[int]], most: int) -> Prefix | None:
         """What prompts share, in whole chunks, or None when they share none.

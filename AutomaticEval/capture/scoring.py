@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.neighbours import is_tested
 from AutomaticEval.capture.pieces import Pieces
 from AutomaticEval.capture.prefix_tree import Array, PrefixTree, n_shared
-from AutomaticEval.capture.serving import TESTED, check_scores, most_columns, refuse_unsuitable
+from AutomaticEval.capture.serving import check_scores, most_columns, refuse_unsuitable
 from AutomaticEval.capture.walking import Stretch, Walk
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.loading import LoadedModel
@@ -26,7 +27,7 @@ from AutomaticEval.store.format import Part
 TOKENS_A_FORWARD = {"cpu": 256, "cuda": 2048}
 """Unless it is measured."""
 CHECKED = 32
-"""Tokens of the requests that are compared with plain forwards, at most; of a kind of model that is not TESTED, all."""
+"""Tokens of the requests that are compared with plain forwards, at most; of a kind of model that is not tested, all."""
 
 
 class Scored(NamedTuple):
@@ -193,9 +194,9 @@ class TreeScoring:
         They are the first of the longest, cut to CHECKED tokens; the second's later half is scored. Two forwards make their tree,
         so that mask and cache both matter. Raises TreeUnsuitable when its scores disagree.
         """
-        is_tested = self.loaded.model.config.model_type in TESTED
-        self._check(CHECKED if is_tested else 2**62, sharing=True)
-        if not is_tested:
+        is_known = is_tested(self.loaded.model)
+        self._check(CHECKED if is_known else 2**62, sharing=True)
+        if not is_known:
             self._check(2**62, sharing=False)
 
     def _check(self, most: int, *, sharing: bool) -> None:

@@ -11,42 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.neighbours import counts_from_zero, has_virtual_tokens, is_close, rope_limit
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.models.edited import depends_on_position
 from AutomaticEval.models.taps import alone_with, cache_name, forward_takes, input_device
 
-TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""How far a token's log-likelihood l may be from that of a plain forward, as a part of 1 + |l|."""
-QUANTIZED = 1e-1
-"""The same for 8 and 4 bits, which round other numbers in other batches."""
 FEWEST_TOKENS = 16
 """Of a forward over the tree: with fewer a model is better served row by row."""
-TESTED = frozenset(
-    [
-        "cohere",
-        "falcon",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "gpt_neox",
-        "gptj",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "opt",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "stablelm",
-        "starcoder2",
-    ]
-)
-"""Kinds of model whose attention is known to heed mask and positions alone, at any length, within the limits below."""
 _SERVED = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -75,6 +46,8 @@ def why_not_masked(model: Any, longest: int) -> str | None:
         return "it is edited by rows and columns, which are others there."
     if getattr(model.config, "is_encoder_decoder", False):
         return "an encoder-decoder has no prefix to share."
+    if has_virtual_tokens(model):
+        return "an adapter puts virtual tokens before every sequence."
     if getattr(model, "_is_stateful", False) or layers - _SERVED:
         return "its state is not keys and values of each token."
     for name in ("position_ids", "attention_mask", "logits_to_keep"):
@@ -89,17 +62,12 @@ def why_not_masked(model: Any, longest: int) -> str | None:
     window = window_of(model)
     if window is not None and longest > window:
         return f"a request of {longest} tokens is longer than its attention window of {window}."
-    for rope in _ropes(getattr(config, "rope_parameters", None) or {}):
-        trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if rope.get("rope_type") in ("longrope", "dynamic") and longest > trained:
-            return f"beyond {trained} tokens its positions depend on how many are fed at once."
+    limit = rope_limit(model)
+    if limit is not None and longest > limit:
+        return f"beyond {limit} tokens its positions depend on how many are fed at once."
+    if not counts_from_zero(model):
+        return "its positions do not begin at 0."
     return None
-
-
-def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rotary settings: one for all layers, or one for each kind of layer."""
-    nested = [each for each in parameters.values() if isinstance(each, dict)]
-    return [parameters, *nested]
 
 
 def window_of(model: Any) -> int | None:
@@ -134,10 +102,7 @@ def check_scores(model: Any, context: Sequence[int], continuation: Sequence[int]
         logits = model(ids, use_cache=False, logits_to_keep=len(logprobs)).logits[0]  # [n_continuation, d_vocab]
     plain = torch.log_softmax(logits.float(), -1).cpu()
     expected = plain.gather(1, torch.tensor(list(continuation))[:, None])[:, 0]
-    is_quantized = getattr(model, "quantization_method", None) is not None
-    part = QUANTIZED if is_quantized else TOLERANCES.get(model.dtype, QUANTIZED)
-    off = (logprobs.float() - expected).abs()
-    if not bool((off <= part * (1 + expected.abs())).all()):  # nan is off, too
+    if not is_close(model, logprobs, expected):
         raise TreeUnsuitable(
             f"{type(model).__name__}: over the prefix tree a continuation scored {float(logprobs.sum()):.5f}, in a plain forward "
             f"{float(expected.sum()):.5f}."

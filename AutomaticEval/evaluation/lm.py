@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lm_eval.api.instance import Instance
@@ -21,6 +21,7 @@ from lm_eval.models.utils import has_bos_prefix
 from torch import Tensor
 
 from AutomaticEval.capture.generation import dtype_of, keep_of, sample_columns, sequence_rows
+from AutomaticEval.capture.neighbours import Company, Span, apart, company_of, rope_limit
 from AutomaticEval.capture.prefill import Prefill, Prefix
 from AutomaticEval.capture.scoring import Cut
 from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable
@@ -33,7 +34,7 @@ from AutomaticEval.evaluation.resuming import Answered, RequestKey, random_state
 from AutomaticEval.evaluation.tree import TreeScorer
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import cache_name
+from AutomaticEval.models.taps import cache_name, input_device
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.format import Part, Rows, Sample
@@ -53,6 +54,19 @@ class _Captured:
     rows: Rows
     before: Sequence[Part] = ()
     """Where the rows of its beginning are, that it shares with others."""
+
+
+class _Prompts(NamedTuple):
+    """Prompts that are answered together."""
+
+    batch: list[list[int]]
+    """Of each, the request that it asks."""
+    context: Tensor
+    """[n_prompts, width], left-padded."""
+    mask: Tensor
+    """[n_prompts, width]"""
+    first: str | None
+    """The prompt that decided about special tokens for all of them; None when each decided for itself."""
 
 
 class CapturingHFLM(HFLM):  # type: ignore[misc]
@@ -79,6 +93,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         self._ahead = EncodedAhead((), self._encode_many)
         with _quiet():  # lm-eval warns that a model which is loaded already is not shared out; here it is
             super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)
+        self._device = input_device(loaded.model)  # lm-eval takes the first weight's, which may be offloaded
         self._sink, self._doc_ids, self._ranks = sink, doc_ids or {}, ranks
         self._answered = answered or {}
         self._selection = selection
@@ -91,6 +106,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         measures = str(self.batch_size).startswith("auto")
         self._tree = TreeScorer(loaded, selection, sink, ranks, measures, self.max_length, self.softmax_dtype)
         self._prefill, self._prefills = Prefill(loaded, selection), scoring == "tree"
+        self._said: set[str] = set()
         self._shared: list[float] = []
         """Of each request to generate: the part of its prompt that another begins with, too."""
         self._call: Call | None = None
@@ -242,20 +258,39 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             probed: Tensor = super()._model_call(inps, attn_mask, labels)
             return probed
         batch = self._serves().fed(len(inps))
+        lengths = [len(self._cut(indices).fed) for indices in batch]
+        groups = self._groups([Span(each, each) for each in lengths])  # padding on the right changes nothing
+        parts = []
+        for group in groups:
+            width = inps.shape[1] if len(groups) == 1 else max(lengths[row] for row in group)
+            parts.append(self._called([batch[row] for row in group], inps[group, :width]))
+        if len(groups) == 1:
+            return parts[0]
+        out = parts[0].new_zeros((*inps.shape, parts[0].shape[-1]))
+        for group, logits in zip(groups, parts, strict=True):
+            out[group, : logits.shape[1]] = logits
+        return out
+
+    def _called(self, batch: list[list[int]], inps: Tensor) -> Tensor:
+        """The logits of rows that are run together [n_rows, width, d_vocab]; keeps what was captured."""
         if self._selection is None:
-            plain: Tensor = super()._model_call(inps, attn_mask, labels)
+            plain: Tensor = super()._model_call(inps)
             return plain
         rows = [self._scored_row(indices) for indices in batch]
         for (sequence, _, _), fed in zip(rows, inps, strict=True):
             self._check_fed(sequence[:-1], fed[: len(sequence) - 1].tolist())
         keep = _keep_rows([kept for _, _, kept in rows])
         with capturing(self.model, self._taps, self._layout.embedding, keep, len(rows), self._dtype) as captured:
-            out: Tensor = super()._model_call(inps, attn_mask, labels)
+            out: Tensor = super()._model_call(inps)
         for number, (sequence, members, kept) in enumerate(rows):
             stored = sequence_rows(captured, number, 0, sequence, kept, self.tokenizer)
             for index, n_prompt, continuation, n_truncated in members:
                 self._hold(index, sequence[:n_prompt], continuation, stored, tuple(inps.shape), n_truncated)
         return out
+
+    def _cut(self, indices: Sequence[int]) -> Cut:
+        """What a row that serves these requests holds."""
+        return Cut.of(*self._serves().tokens[indices[0]], self.max_length)
 
     def _scored_row(self, indices: list[int]) -> tuple[list[int], list[tuple[int, int, list[int], int]], list[int]]:
         """A row's sequence (of which the last token is not fed), the requests it serves, and the positions they keep.
@@ -263,7 +298,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         Of each request: its index, the number of prompt tokens, its continuation, and how many tokens were cut off.
         """
         call = self._serves()
-        context, continuation, n_truncated = Cut.of(*call.tokens[indices[0]], self.max_length)
+        context, continuation, n_truncated = self._cut(indices)
         whole = [*context, *continuation]
         members = []
         wanted: set[int] = set()
@@ -273,23 +308,89 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             wanted.update(self._positions.resolve(len(whole) - len(own), len(own)))
         return whole, members, sorted(wanted)
 
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """lm-eval adds special tokens to all prompts of a batch or to none, as the first of them has it; over the tree each has its own."""
+        if self._scoring == "stock" or len({self._writes_bos(text) for text in strings}) == 1:
+            encoded: tuple[Tensor, Tensor] = super().tok_batch_encode(strings, *args, **kwargs)
+            return encoded
+        each = [super(CapturingHFLM, self).tok_batch_encode([text], *args, **kwargs) for text in strings]
+        width = max(ids.shape[1] for ids, _ in each)
+        ids, masks = (
+            torch.cat(
+                [torch.nn.functional.pad(row[part], (width - row[part].shape[1], 0), value=filler) for row in each]
+            )
+            for part, filler in ((0, self.tokenizer.pad_token_id), (1, 0))
+        )
+        return ids, masks
+
+    def _writes_bos(self, text: str) -> bool:
+        return bool(has_bos_prefix(text, getattr(self.tokenizer, "bos_token", None)))
+
+    def _prompt_ids(self, text: str, first: str) -> list[int]:
+        """A prompt's tokens in a batch that begins with `first`."""
+        with_special = False if self._writes_bos(first) else self.add_bos_token
+        special = {} if with_special is None else {"add_special_tokens": with_special}
+        return list(self.tokenizer.encode(text, truncation=self.truncation, **special))
+
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         call = self._serves()
         batch = call.fed(len(context))
-        pads = [int(row.numel() - row.sum()) for row in kwargs["attention_mask"]]
+        mask = kwargs.pop("attention_mask")
+        lengths = [int(row.sum()) for row in mask]
+        n_new = max_length - context.shape[1]
+        first = call.requests[batch[0][0]].prompt if self._scoring == "stock" else None
+        answers: dict[int, Tensor] = {}
+        n_most = max(n_new, kwargs.get("max_new_tokens") or 0)
+        spans = [Span(each, each + n_most - 1) for each in lengths]
+        for group in self._groups(spans, company_of(self.model, kwargs, spans)):
+            width = max(lengths[row] for row in group)
+            rows = _Prompts([batch[row] for row in group], context[group, -width:], mask[group, -width:], first)
+            answers |= zip(group, self._generated(rows, width + n_new, stop, kwargs)[:, width:], strict=True)
+        if self._selection is not None and kwargs.get("do_sample"):
+            self._held[-1].fields["random_state"] = random_state(self.device)
+        longest = max(map(len, answers.values()))
+        out = context.new_full((len(context), longest), self.tokenizer.pad_token_id)
+        for row, answer in answers.items():
+            out[row, : len(answer)] = answer
+        return torch.cat([context, out], 1)
+
+    def _groups(self, spans: Sequence[Span], company: Company = Company()) -> list[list[int]]:
+        """The rows of a batch in groups that change nothing of one another; lm-eval's own batches stay whole."""
+        groups = apart(self.model, spans, company)
+        if len(groups) == 1:
+            return groups
+        why = company.why or f"beyond {rope_limit(self.model)} tokens positions depend on the longest row of a batch"
+        if self._scoring == "stock":
+            self._say(f"Rows of a batch change one another, as in lm-eval's own batches: {why}.")
+            return [list(range(len(spans)))]
+        self._say(f"Rows are computed apart from others of their batch: {why}.")
+        return groups
+
+    def _say(self, line: str) -> None:
+        """Warn, once."""
+        if line not in self._said:
+            self._said.add(line)
+            warnings.warn(line, stacklevel=2)
+
+    def _generated(self, rows: _Prompts, max_length: int, stop: list[str], kwargs: Mapping[str, Any]) -> Tensor:
+        """Generate for prompts that are run together, and keep what was captured."""
+        call = self._serves()
+        batch, context, mask, first = rows
+        pads = [int(row.numel() - row.sum()) for row in mask]
         prompts = [row[pad:].tolist() for row, pad in zip(context, pads, strict=True)]
         prefix = self._prefix(prompts, batch, max_length, kwargs)
         n_past = 0 if prefix is None else prefix.n_tokens
+        given = {**kwargs, "attention_mask": mask}
         if prefix is not None:
             context = prefix.arranged(context, pads)
-            kwargs["attention_mask"] = prefix.arranged(kwargs["attention_mask"], pads)
-            kwargs[str(cache_name(self.model))] = prefix.cache(len(context))
+            given["attention_mask"] = prefix.arranged(mask, pads)
+            given[str(cache_name(self.model))] = prefix.cache(len(context))
         if self._selection is None:
-            plain: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
+            plain: Tensor = super()._model_generate(context, max_length, stop, **given)
             return plain
         keep = keep_of(self._positions, prompts, pads, n_past)
         with capturing(self.model, self._taps, self._layout.embedding, keep, len(prompts), self._dtype) as captured:
-            out: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
+            out: Tensor = super()._model_generate(context, max_length, stop, **given)
         answers = Answers(self.tok_decode, stop, self.model.generation_config.eos_token_id)
         for number, (prompt, (index,)) in enumerate(zip(prompts, batch, strict=True)):
             generated = answers.own(out[number, context.shape[1] :].tolist())
@@ -297,18 +398,16 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             before = prefix.parts(kept) if prefix is not None else []
             own = [position for position in kept if position >= n_past]
             stored = sequence_rows(captured, number, pads[number], [*prompt, *generated], own, self.tokenizer, n_past)
-            whole = self.tok_encode(call.requests[index].prompt)
-            n_same = max(0, min(len(whole), len(prompt)) - 1)  # lm-eval may add a first token to one and not the other
-            self._check_fed(whole[len(whole) - n_same :], prompt[len(prompt) - n_same :])
-            n_truncated = max(0, len(whole) - len(prompt))
+            text = call.requests[index].prompt
+            whole = self._prompt_ids(text, text if first is None else first)
+            self._check_fed(whole[len(whole) - len(prompt) :], prompt)
+            n_truncated = len(whole) - len(prompt)
             member = self._hold(index, prompt, generated, stored, tuple(context.shape), n_truncated, before)
             member.fields["response"] = answers.text(generated)
-        if kwargs.get("do_sample"):
-            self._held[-1].fields["random_state"] = random_state(self.device)
         return out
 
     def _prefix(
-        self, prompts: list[list[int]], batch: Sequence[Sequence[int]], max_length: int, kwargs: dict[str, Any]
+        self, prompts: list[list[int]], batch: Sequence[Sequence[int]], max_length: int, kwargs: Mapping[str, Any]
     ) -> Prefix | None:
         """What the prompts of a batch begin with together, prefilled; None when they are computed by themselves."""
         if not self._prefills or not self._prefill.suits(max_length, kwargs):
