@@ -80,7 +80,7 @@ class _Blocks:
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         sites = [Site("resid_pre", layer) for layer in range(layout.n_layers)]
-        self._blocks = [model.get_submodule(layout.taps[site].module) for site in sites]
+        self._blocks = [model.get_submodule(tap.module) for tap in layout.pick(sites).values()]
         self._give_tuples: set[nn.Module] = set()
 
     @contextmanager

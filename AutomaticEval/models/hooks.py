@@ -223,7 +223,8 @@ def capturing(
             recording.feed(input_of(args, kwargs))
 
         if "logits" in taps:
-            hooks.callback(model.register_forward_pre_hook(_refuse_some_logits, with_kwargs=True).remove)
+            whole = model.get_submodule(taps["logits"].module)
+            hooks.callback(whole.register_forward_pre_hook(_refuse_some_logits, with_kwargs=True).remove)
         handle = model.get_submodule(embedding).register_forward_pre_hook(feed, with_kwargs=True)
         hooks.callback(handle.remove)
         for key, tap in taps.items():
