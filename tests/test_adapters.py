@@ -248,6 +248,16 @@ def test_wrapper_that_does_not_call_the_models_hooks_is_refused() -> None:
         find_layout(model)
 
 
+def test_adapters_around_a_compiled_model_are_refused() -> None:
+    model = build(CONFIGS["llama"]())
+    model.compile(backend="eager")
+    with pytest.raises(UnsupportedModel, match="LlamaForCausalLM is compiled"):
+        find_layout(peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM")).eval())
+    outside = torch.compile(build(CONFIGS["llama"]()), backend="eager")
+    with pytest.raises(UnsupportedModel, match="OptimizedModule is compiled"):
+        find_layout(peft.get_peft_model(outside, peft.LoraConfig(task_type="CAUSAL_LM")).eval())
+
+
 def test_edit_that_a_part_of_the_model_never_makes_raises() -> None:
     """Its body, run by itself, computes no logits: that is seen although the model's own forward never ends."""
     model = build(CONFIGS["llama"]())

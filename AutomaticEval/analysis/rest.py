@@ -13,7 +13,7 @@ from AutomaticEval.capture.forwards import Batch, inputs, padded, read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import Layout, forward_takes
+from AutomaticEval.models.taps import Layout, takes_few_logits
 from AutomaticEval.sites import Site
 
 TOLERANCE = 1e-3
@@ -61,7 +61,7 @@ class Rest:
         edits = [Edit.replace(Site("resid_pre", layer), stream), *([] if edit is None else [edit])]
         batch = Batch(*(each.repeat(n_variants, 1) for each in self.batch))
         given = inputs(model, batch)
-        if "logits_to_keep" in forward_takes(model):
+        if takes_few_logits(model):
             given["logits_to_keep"] = self._n_last
         with torch.no_grad(), self._blocks.handing_on(layer), editing(model, edits):
             logits = model(**given).logits[:, -self._n_last :]

@@ -144,8 +144,8 @@ class Recording:
         columns = columns - self._first - lacking
         if lacking and int(columns.min()) < 0:
             raise CaptureError(
-                f"{key} was not computed at {int((columns < 0).sum())} of the positions asked for: a model that "
-                'generates computes no logits over the prompt but its last token. Use positions="scored".'
+                f"{key} was not computed at {int((columns < 0).sum())} of the positions asked for: a model that generates computes it, of the "
+                'prompt, for the last token only (logits, and layers that share their keys and values). Use positions="scored".'
             )
         return value[rows, columns]
 

@@ -16,7 +16,8 @@ def inner(model: Any) -> Any:
     """The module whose forward gives the logits in every way of calling a model: the model itself, but for one with adapters."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     owner = getattr(getattr(base, "generate", None), "__self__", None)  # peft's tuners hand on their model's generate
-    return owner if isinstance(owner, nn.Module) else base
+    is_within = owner is not base and any(owner is module for module in base.modules())
+    return owner if is_within else base
 
 
 def virtual_tokens(model: Any) -> str | None:
@@ -26,6 +27,6 @@ def virtual_tokens(model: Any) -> str | None:
     return str(getattr(kind, "value", kind)) if getattr(active, "is_prompt_learning", False) else None
 
 
-def is_compiled(module: Any) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """By torch.compile. Hooks on it fire; hooks on what is in it do so only by chance."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None

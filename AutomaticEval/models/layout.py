@@ -75,8 +75,14 @@ def _seen_from(model: nn.Module, layout: Layout) -> Layout:
 def refuse_unready(model: nn.Module) -> None:
     """Raises UnsupportedModel for compiled models, models in training mode, and encoder-decoders."""
     name = type(model).__name__
-    if is_compiled(model):
-        raise UnsupportedModel(f"{name} is compiled: hooks do not fire reliably. Pass the model before torch.compile.")
+    whole = inner(model)
+    for module in model.modules():  # what is around the inner model comes first
+        if is_compiled(module):
+            raise UnsupportedModel(
+                f"{type(module).__name__} is compiled: hooks do not fire reliably. Pass the model before torch.compile."
+            )
+        if module is whole:
+            break
     if any(module.training for module in model.modules()):
         raise UnsupportedModel(f"{name} is in training mode: dropout changes every value. Call model.eval() first.")
     if getattr(model.config, "is_encoder_decoder", False):

@@ -157,6 +157,15 @@ def forward_takes(model: Any) -> Collection[str]:
     return inspect.signature(inner(model).forward).parameters.keys()
 
 
+def takes_few_logits(model: Any) -> bool:
+    """Whether a forward can be told to compute the logits of its last columns alone, and all else as ever.
+
+    Layers that share keys and values with those below compute no other columns either, when they are told so.
+    """
+    shares = getattr(inner(model).config.get_text_config(), "num_kv_shared_layers", None)
+    return "logits_to_keep" in forward_takes(model) and not shares
+
+
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _making_locks = threading.Lock()
 
