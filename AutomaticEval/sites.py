@@ -6,6 +6,7 @@ Knows nothing of any model: `models/layout.py` says where a site lives in one.
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ ONCE = {
     "final_norm": "output of the last norm: [pos, d_model]",
     "logits": "before softmax; logits[t] predicts token t+1: [pos, d_vocab]",
 }
-"""Kinds that a model has once."""
+"""Kinds that a model has once, in a forward's order: the first stands before the layers, the others behind them."""
 
 PER_LAYER = {
     "resid_pre": "residual stream entering the block: [pos, d_model]",
@@ -42,7 +43,8 @@ NOT_ROWS = {
 }
 """Kinds with a name that are not captured, and what to do instead."""
 
-KINDS = {**ONCE, **PER_LAYER}
+KINDS = ChainMap(PER_LAYER, ONCE)
+"""All kinds: a row of either table is all that a kind needs to be parsed, expanded, keyed and ordered."""
 DEFAULT_KINDS = ("embed", "resid_post")
 
 
@@ -74,13 +76,19 @@ def site_of(key: str) -> Site:
 
 
 def key_order(key: str) -> tuple[int, int, int, str]:
-    """For sorting keys as `expand` orders them: embeddings, layer_0.resid_pre, layer_0, …, final_norm, logits."""
+    """For sorting keys as `expand` orders them: embeddings, layer_0.resid_pre, layer_0, …, final_norm, logits; others last."""
     head, _, kind = key.partition(".")
     number = head.removeprefix("layer_")
-    kinds = list(PER_LAYER)
-    if not number.isdigit():
-        return (0 if key == "embeddings" else 2, 0, 0, key)
-    return (1, int(number), kinds.index(kind or "resid_post") if (kind or "resid_post") in kinds else len(kinds), key)
+    if number.isdigit():
+        return (1, int(number), _rank(kind or "resid_post", PER_LAYER), key)
+    rank = _rank("embed" if key == "embeddings" else key, ONCE)
+    return (2 if rank else 0, 0, rank, key)
+
+
+def _rank(kind: str, table: Iterable[str]) -> int:
+    """Where a kind stands in a table; behind all that are there when it is not."""
+    kinds = list(table)
+    return kinds.index(kind) if kind in kinds else len(kinds)
 
 
 def parse_kinds(sites: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -162,6 +170,7 @@ def expand(kinds: Iterable[str], layers: LayersLike, n_layers: int) -> tuple[Sit
         if low > high:
             raise UnknownLayer(f"the layers {first}-{last} run backwards (layer {low} to {high}).")
         wanted.update(range(low, high + 1))
-    sites = [Site("embed")] if "embed" in kinds else []
-    sites += [Site(kind, layer) for layer in sorted(wanted) for kind in PER_LAYER if kind in kinds]
-    return (*sites, *(Site(kind) for kind in ("final_norm", "logits") if kind in kinds))
+    kinds = set(kinds)
+    before, *behind = (Site(kind) if kind in kinds else None for kind in ONCE)
+    by_layer = [Site(kind, layer) for layer in sorted(wanted) for kind in PER_LAYER if kind in kinds]
+    return tuple(site for site in (before, *by_layer, *behind) if site is not None)

@@ -18,7 +18,8 @@ FLOORS = {
     "selection": 0,
     "demo.world": 0,
     "models.heads": 1,
-    "models.edited": 0,
+    "models.inner": 0,
+    "models.edited": 1,
     "models.taps": 2,
     "store.format": 1,
     "store.checksums": 2,
@@ -32,6 +33,9 @@ FLOORS = {
     "models.norms": 1,
     "models.patterns": 6,
     "store.contents": 2,
+    "models.parts": 4,
+    "models.branches": 4,
+    "models.projections": 4,
     "models.layout": 4,
     "store.shard": 3,
     "models.hooks": 5,
@@ -124,7 +128,16 @@ OWNERS = {
     "vaderSentiment": ("analysis.text_metrics",),
     "mlflow": ("report.tracking",),
 }
-WITHIN_A_FLOOR = {("selection", "sites"), ("sites", "errors"), ("selection", "errors")}
+WITHIN_A_FLOOR = {
+    ("selection", "sites"),
+    ("sites", "errors"),
+    ("selection", "errors"),
+    ("models.branches", "models.parts"),
+    ("models.projections", "models.parts"),
+    ("models.layout", "models.parts"),
+    ("models.layout", "models.branches"),
+    ("models.layout", "models.projections"),
+}
 
 
 def modules() -> dict[str, Path]:

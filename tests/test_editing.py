@@ -54,7 +54,7 @@ def captured(model: Any, edits: list[Edit], *kinds: str, around: bool = False) -
 
 
 def present(model: Any, *kinds: str) -> list[str]:
-    return [kind for kind in kinds if kind not in find_layout(model).missing]
+    return [kind for kind in kinds if not find_layout(model).lacking(kind)]
 
 
 def test_its_own_values_change_nothing(model: Any) -> None:

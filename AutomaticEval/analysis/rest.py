@@ -14,7 +14,7 @@ from AutomaticEval.capture.neighbours import Span, apart, rope_limit
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import Layout, forward_takes
+from AutomaticEval.models.taps import Layout, takes_few_logits
 from AutomaticEval.sites import Site
 
 TOLERANCE = 1e-3
@@ -67,7 +67,7 @@ class Rest:
         edits = [Edit.replace(Site("resid_pre", layer), stream), *([] if edit is None else [edit])]
         batch = Batch(*(each.repeat(n_variants, 1) for each in self.batch))
         given = inputs(model, batch)
-        if "logits_to_keep" in forward_takes(model):
+        if takes_few_logits(model):
             given["logits_to_keep"] = self._n_last
         with torch.no_grad(), self._blocks.handing_on(layer), editing(model, edits):
             logits = model(**given).logits[:, -self._n_last :]
@@ -86,7 +86,7 @@ class _Blocks:
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         sites = [Site("resid_pre", layer) for layer in range(layout.n_layers)]
-        self._blocks = [model.get_submodule(layout.taps[site].module) for site in sites]
+        self._blocks = [model.get_submodule(tap.module) for tap in layout.pick(sites).values()]
         self._give_tuples: set[nn.Module] = set()
 
     @contextmanager

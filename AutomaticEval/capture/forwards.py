@@ -12,7 +12,7 @@ from torch import Tensor
 from AutomaticEval.capture.neighbours import counts_from_zero
 from AutomaticEval.errors import ModelError
 from AutomaticEval.models.hooks import Enough, Kept, Recording, capturing
-from AutomaticEval.models.taps import Layout, Tap, forward_takes, input_device
+from AutomaticEval.models.taps import Layout, Tap, forward_takes, input_device, takes_few_logits
 
 
 class Batch(NamedTuple):
@@ -75,7 +75,7 @@ def recorded(
     dtype: to narrow what is kept to. given: in place of `inputs`.
     """
     given = inputs(model, batch) if given is None else dict(given)
-    if "logits_to_keep" in forward_takes(model) and "logits" not in taps:
+    if takes_few_logits(model) and "logits" not in taps:
         given["logits_to_keep"] = 1
     stops = not any(weight.is_meta for weight in model.parameters())  # accelerate puts what it fetched back at the end
     recorder = capturing(model, taps, layout.embedding, lambda *_: kept, len(batch.ids), dtype, stops=stops)

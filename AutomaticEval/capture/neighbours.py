@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.models.edited import depends_on_position
-from AutomaticEval.models.taps import alone_with, input_device
+from AutomaticEval.models.inner import virtual_tokens
+from AutomaticEval.models.taps import alone_with, few_ids, input_device
 
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far a number may be from that of a plain forward, as a part of 1 + its size: rounding, no more."""
@@ -180,12 +181,7 @@ _counts_from_zero: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyD
 
 def is_tested(model: Any) -> bool:
     """Whether a model is of a kind that is TESTED, as it was tested."""
-    return model.config.model_type in TESTED and not has_virtual_tokens(model)
-
-
-def has_virtual_tokens(model: Any) -> bool:
-    """Whether an adapter puts tokens of its own before each sequence (prompt and prefix tuning)."""
-    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+    return model.config.model_type in TESTED and virtual_tokens(model) is None
 
 
 def batches_are_harmless(model: Any) -> bool:
@@ -226,7 +222,7 @@ def counts_from_zero(model: Any) -> bool:
     if is_tested(model):
         return True
     if model not in _counts_from_zero:
-        ids = torch.tensor([[5, 3, 7, 4]], device=input_device(model)) % model.get_input_embeddings().num_embeddings
+        ids = few_ids(model, 4)
         with torch.no_grad(), alone_with(model):
             own = model(input_ids=ids).logits
             given = model(input_ids=ids, position_ids=torch.arange(4, device=ids.device)[None]).logits
@@ -237,7 +233,7 @@ def counts_from_zero(model: Any) -> bool:
 def _continued(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     """The logits of the first tokens that a left-padded batch generates: [batch, STEPS, d_vocab], float32, on the CPU."""
     width = max(map(len, rows))
-    n_tokens = model.get_input_embeddings().num_embeddings
+    n_tokens = model.get_input_embeddings().weight.shape[0]
     ids = (
         torch.tensor([[9] * (width - len(row)) + list(row) for row in rows]) % n_tokens
     )  # the embedding of 0 may be zeros

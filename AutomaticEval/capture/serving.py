@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.neighbours import counts_from_zero, has_virtual_tokens, is_close, rope_limit
+from AutomaticEval.capture.neighbours import counts_from_zero, is_close, rope_limit
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.models.edited import depends_on_position
+from AutomaticEval.models.inner import virtual_tokens
 from AutomaticEval.models.taps import alone_with, cache_name, forward_takes, input_device
 
 FEWEST_TOKENS = 16
@@ -46,8 +47,9 @@ def why_not_masked(model: Any, longest: int) -> str | None:
         return "it is edited by rows and columns, which are others there."
     if getattr(model.config, "is_encoder_decoder", False):
         return "an encoder-decoder has no prefix to share."
-    if has_virtual_tokens(model):
-        return "an adapter puts virtual tokens before every sequence."
+    tuned = virtual_tokens(model)
+    if tuned is not None:
+        return f"its adapter ({tuned}) puts tokens of its own before every sequence."
     if getattr(model, "_is_stateful", False) or layers - _SERVED:
         return "its state is not keys and values of each token."
     for name in ("position_ids", "attention_mask", "logits_to_keep"):

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import typer
 
 from AutomaticEval.cli import options
 from AutomaticEval.cli.options import one_line_errors, with_load
+
+if TYPE_CHECKING:
+    from AutomaticEval.models.taps import Layout
+    from AutomaticEval.sites import Site
 
 
 @one_line_errors
@@ -20,19 +27,37 @@ def sites(
     from rich.table import Table
 
     from AutomaticEval.models.loading import load_model
-    from AutomaticEval.sites import KINDS, PER_LAYER, Site
+    from AutomaticEval.sites import KINDS
 
     layout = load_model(model, options=load()).layout
     table = Table("Site", "Width", "Keys", "What it is")
     for kind, meaning in KINDS.items():
-        found = [site for site in layout.taps if site.kind == kind]
-        if kind in layout.missing or not found:
-            table.add_row(kind, "–", "–", f"not in this model: {layout.missing.get(kind, 'not found')}")
-        else:
-            last = Site(kind, layout.n_layers - 1).key if kind in PER_LAYER else ""
-            keys = found[0].key + (f" … {last}" if last and last != found[0].key else "")
-            table.add_row(kind, str(layout.widths[found[0]]), keys, escape(meaning))
+        found = [site for site in layout.sites(kind) if site in layout.taps]
+        widths = dict.fromkeys(str(layout.widths[site]) for site in found)
+        table.add_row(
+            kind, ", ".join(widths) or "–", escape(_keys(found)), escape(f"{meaning}{_lacking(layout, kind)}")
+        )
     typer.echo(
         f"{model}: {layout.n_layers} layers, {layout.n_heads} heads of {layout.d_head}, d_model {layout.d_model}"
     )
     options.console().print(table)
+
+
+def _keys(found: Sequence[Site]) -> str:
+    """The first and the last; all, where layers between them lack it."""
+    keys = [site.key for site in found]
+    if len(keys) > 2 and found[-1].layer == (found[0].layer or 0) + len(found) - 1:
+        return f"{keys[0]} … {keys[-1]}"
+    return ", ".join(keys) or "–"
+
+
+def _lacking(layout: Layout, kind: str) -> str:
+    """Which layers lack a kind, and why."""
+    from AutomaticEval.models.taps import layers_text
+
+    text = ""
+    for reason, sites in layout.lacking(kind).items():
+        layers = [site.layer for site in sites if site.layer is not None]
+        where = "in this model" if len(layers) in (0, layout.n_layers) else f"in {layers_text(layers)}"
+        text += f"\nnot {where}: {reason}"
+    return text

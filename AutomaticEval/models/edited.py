@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from AutomaticEval.models.inner import inner
+
 
 class Active(NamedTuple):
     """The edits of one `editing`."""
 
     layout: Any
-    """Found before them."""
+    """Of the inner model, found before them."""
     edits: Sequence[Any]
     """Each with `described`, a text, which may take time to tell."""
     by_position: bool
@@ -27,7 +29,7 @@ _active: weakref.WeakKeyDictionary[nn.Module, list[Active]] = weakref.WeakKeyDic
 @contextmanager
 def noted(model: nn.Module, layout: Any, edits: Sequence[Any], *, by_position: bool) -> Iterator[None]:
     """While the edits are made."""
-    own = _active.setdefault(model, [])
+    own = _active.setdefault(inner(model), [])
     own.append(Active(layout, edits, by_position))
     try:
         yield
@@ -36,15 +38,15 @@ def noted(model: nn.Module, layout: Any, edits: Sequence[Any], *, by_position: b
 
 
 def layout_of(model: nn.Module) -> Any:
-    """The layout of a model that is being edited; None for others."""
-    own = _active.get(model)
+    """The layout of a model that is being edited, as its inner model has it; None for others."""
+    own = _active.get(inner(model))
     return own[0].layout if own else None
 
 
 def names_of(model: nn.Module) -> list[str]:
     """What is edited, outermost first; for the settings of runs."""
-    return [edit.described for each in _active.get(model, ()) for edit in each.edits]
+    return [edit.described for each in _active.get(inner(model), ()) for edit in each.edits]
 
 
 def depends_on_position(model: nn.Module) -> bool:
-    return any(each.by_position for each in _active.get(model, ()))
+    return any(each.by_position for each in _active.get(inner(model), ()))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.edited import noted
 from AutomaticEval.models.hooks import Keep, Kept
+from AutomaticEval.models.inner import inner
 from AutomaticEval.models.layout import find_layout
 from AutomaticEval.models.taps import Layout, Tap, alone_with, cache_in, input_of, tensor_of, with_tensor
 from AutomaticEval.sites import Site, site_of
@@ -107,10 +108,12 @@ def editing(model: Any, edits: Edit | Iterable[Edit]) -> Iterator[None]:
 
     model: a transformers decoder, or a LoadedModel. Of nested withs the inner one's edits come first.
     Raises EditError for an edit that cannot be made, SiteUnavailable and UnknownSite for its site; and when a forward ends in which
-    an edit was not made.
+    an edit was not made, also one of a part of the model, at the latest when the with ends.
     """
-    model = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
+    model = model if isinstance(model, nn.Module) else _instance(model)
     edits = [edits] if isinstance(edits, Edit) else list(edits)
+    find_layout(model)  # as it is called: what wraps it may forbid it
+    model = inner(model)
     layout = find_layout(model)
     made = [_Made(model, layout, edit) for edit in edits]
     forward = _Forward(made)
@@ -124,16 +127,38 @@ def editing(model: Any, edits: Edit | Iterable[Edit]) -> Iterator[None]:
         for each in reversed(made):  # each goes before those that are there, capturing's among them
             hooks.callback(each.install(forward))
         hooks.callback(model.register_forward_hook(forward.ends).remove)
+        hooks.callback(model.register_forward_hook(forward.leaves, always_call=True).remove)
         yield
+        forward.settle()
+
+
+def _instance(model: Any) -> nn.Module:
+    """The model of a LoadedModel. Raises EditError for what is none, such as a name."""
+    found = getattr(model, "model", None)
+    if not isinstance(found, nn.Module):
+        raise EditError(
+            f"editing changes a model that is loaded, not {model!r}: write loaded = load_model(...), and pass loaded to editing and to what "
+            "runs within it."
+        )
+    return found
 
 
 class _Forward:
-    """The current forward: which columns it feeds, and that every edit is made in it."""
+    """The current forward: which columns it feeds, and that every edit is made in it once.
+
+    Begun by the model, or by its embedding alone, where people call a part of the model: then the columns are not known, and whether
+    the edits were made is seen when the next one begins, or at the end.
+    """
 
     def __init__(self, made: Sequence[_Made]) -> None:
         self._made = made
-        self.first = self.n = 0
+        self.first: int | None = None
+        """The first column that it feeds, where that is known."""
+        self.n = 0
+        """Of columns; 0 before ids were fed."""
+        self._end = 0
         self._n_before: int | None = None
+        self._is_whole = self._is_part = False
         self.keeps_some_logits = False
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -143,9 +168,8 @@ class _Forward:
             self._n_before = 0
         else:
             self._n_before = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
-        self.keeps_some_logits = isinstance(kwargs.get("logits_to_keep"), Tensor)
-        for each in self._made:
-            each.n_fired = 0
+        self._starts(isinstance(kwargs.get("logits_to_keep"), Tensor))
+        self._is_whole = True
 
     def feed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = input_of(args, kwargs)
@@ -153,8 +177,20 @@ class _Forward:
             raise EditError(
                 f"the embedding was given ids of shape {None if ids is None else tuple(ids.shape)}; expected two axes."
             )
-        self.first = self.first + self.n if self._n_before is None else self._n_before
+        if self._is_whole:
+            self.first = self._end if self._n_before is None else self._n_before
+        else:
+            self._starts(keeps_some_logits=False)
+            self._is_part = True
         self.n = ids.shape[1]
+        self._end = (self.first or 0) + self.n
+
+    def _starts(self, keeps_some_logits: bool) -> None:
+        self.settle()
+        self.keeps_some_logits = keeps_some_logits
+        self.first, self.n = None, 0
+        for each in self._made:
+            each.n_fired = 0
 
     def ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for each in self._made:
@@ -162,6 +198,21 @@ class _Forward:
                 raise EditError(
                     f"the edit of {each.key} was made {each.n_fired} times in a forward; once was expected."
                 )
+
+    def leaves(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The model's forward is over, or failed."""
+        self._is_whole = False
+
+    def settle(self) -> None:
+        """A forward of a part of the model, if that was the last, is over."""
+        if self._is_part:
+            self._is_part = False
+            for each in self._made:
+                if each.n_fired != 1:
+                    raise EditError(
+                        f"the edit of {each.key} was made {each.n_fired} times when a part of the model was run by itself; once was "
+                        "expected. Run the whole model."
+                    )
 
 
 class _Made:
@@ -218,21 +269,27 @@ class _Made:
         if value is None:
             raise EditError(f"the module of {self.key} ({self.tap.module}) gave no tensor.")
         self.n_fired += 1
+        if not forward.n and (value.dim() == 2 or self.edit.where is not None):
+            raise EditError(f"{self.key}: which columns are edited is not known in a forward that is fed no token ids.")
         whole = value.view(-1, forward.n, value.shape[-1]) if value.dim() == 2 else value
         if self.edit.where is None:
             changed = self.tap.put(whole, self._of(self.tap.take(whole)))
+        elif forward.first is None:
+            raise EditError(
+                f"{self.key}: `where` is asked for columns, which are known when the whole model runs, and a part of it was run by itself."
+            )
         else:
             kept = self.edit.where(forward.first, forward.n)
-            changed = whole if kept is None or not len(kept.rows) else self._at(kept, whole, forward)
+            changed = whole if kept is None or not len(kept.rows) else self._at(kept, whole, forward, forward.first)
         return changed.reshape(value.shape)
 
-    def _at(self, kept: Kept, whole: Tensor, forward: _Forward) -> Tensor:
+    def _at(self, kept: Kept, whole: Tensor, forward: _Forward, first: int) -> Tensor:
         if forward.keeps_some_logits and self.key == "logits":
             raise EditError(
                 "logits_to_keep names columns, so that which logits are where is not known; leave it out, or `where`."
             )
         lacking = forward.n - whole.shape[1]  # logits are computed for the last columns only
-        rows, column = kept.rows.to(whole.device), kept.columns.to(whole.device) - forward.first - lacking
+        rows, column = kept.rows.to(whole.device), kept.columns.to(whole.device) - first - lacking
         if int(column.min()) < 0 or int(column.max()) >= whole.shape[1] or int(rows.max()) >= len(whole):
             raise EditError(
                 f"{self.key} was not computed at all of the rows and columns to edit: there are {list(whole.shape[:2])}."

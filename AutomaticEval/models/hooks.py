@@ -144,8 +144,8 @@ class Recording:
         columns = columns - self._first - lacking
         if lacking and int(columns.min()) < 0:
             raise CaptureError(
-                f"{key} was not computed at {int((columns < 0).sum())} of the positions asked for: a model that "
-                'generates computes no logits over the prompt but its last token. Use positions="scored".'
+                f"{key} was not computed at {int((columns < 0).sum())} of the positions asked for: a model that generates computes it, of the "
+                'prompt, for the last token only (logits, and layers that share their keys and values). Use positions="scored".'
             )
         return value[rows, columns]
 
@@ -223,7 +223,8 @@ def capturing(
             recording.feed(input_of(args, kwargs))
 
         if "logits" in taps:
-            hooks.callback(model.register_forward_pre_hook(_refuse_some_logits, with_kwargs=True).remove)
+            whole = model.get_submodule(taps["logits"].module)
+            hooks.callback(whole.register_forward_pre_hook(_refuse_some_logits, with_kwargs=True).remove)
         handle = model.get_submodule(embedding).register_forward_pre_hook(feed, with_kwargs=True)
         hooks.callback(handle.remove)
         for key, tap in taps.items():

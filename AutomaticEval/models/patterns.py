@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.hooks import Kept, capturing
+from AutomaticEval.models.inner import inner
 from AutomaticEval.models.probe import PROBE_LENGTH
-from AutomaticEval.models.taps import Layout, Tap, alone_with, input_device
+from AutomaticEval.models.taps import Layout, Tap, alone_with, few_ids
 from AutomaticEval.sites import Site
 
 SUM_IS_ONE = 0.01
@@ -74,7 +75,8 @@ def reading_patterns(model: Any, layout: Layout, layers: Iterable[int] | None = 
     length. Raises SiteUnavailable for a model that cannot.
     """
     layers = list(range(layout.n_layers) if layers is None else layers)
-    found = Patterns(layout.n_heads, replace(layout.taps[Site("resid_post", max(layers))], columns=()))
+    deepest = Site("resid_post", max(layers))
+    found = Patterns(layout.n_heads, replace(layout.pick([deepest])[deepest.key], columns=()))
     with ExitStack() as undo:
         undo.enter_context(alone_with(model))
         undo.enter_context(_eager(model))
@@ -83,7 +85,7 @@ def reading_patterns(model: Any, layout: Layout, layers: Iterable[int] | None = 
             block = layout.taps[Site("resid_pre", layer)].module
             for parent in _parents(path, block):
                 undo.callback(model.get_submodule(parent).register_forward_hook(found.hook(layer)).remove)
-        undo.callback(model.register_forward_pre_hook(found.forget).remove)
+        undo.callback(model.get_submodule(layout.whole).register_forward_pre_hook(found.forget).remove)
         yield found
 
 
@@ -94,10 +96,7 @@ def check_patterns(model: Any, layout: Layout) -> None:
     """
     layers = [layer for layer in range(layout.n_layers) if {Site("v", layer), Site("z", layer)} <= layout.taps.keys()]
     taps = layout.pick(Site(kind, layer) for layer in layers for kind in "vz")
-    ids = (
-        torch.arange(1, PROBE_LENGTH + 1, device=input_device(model))[None]
-        % model.get_input_embeddings().num_embeddings
-    )
+    ids = few_ids(model, PROBE_LENGTH)
     kept = Kept(torch.zeros(PROBE_LENGTH, dtype=torch.long), torch.arange(PROBE_LENGTH))
     with torch.no_grad(), reading_patterns(model, layout) as patterns:
         with capturing(model, taps, layout.embedding, lambda *_: kept, 1) as found:
@@ -123,7 +122,7 @@ def _parents(path: str, block: str) -> list[str]:
 
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inner(model)
     before = base.config._attn_implementation
     if before == "eager":
         yield

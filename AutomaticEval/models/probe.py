@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from AutomaticEval.models.taps import cache_in, input_device, input_of, tensor_of
+from AutomaticEval.models.taps import cache_in, few_ids, input_of, tensor_of
 
 PROBE_LENGTH = 6
 
 
 class Probe:
-    """The inputs and outputs of every module of interest in one forward over PROBE_LENGTH tokens."""
+    """The inputs and outputs of every module of interest in one forward over PROBE_LENGTH tokens.
+
+    model: as people call it. modules: path -> module, anywhere in it.
+    """
 
     def __init__(self, model: Any, modules: Mapping[str, nn.Module]) -> None:
         self.inputs: dict[str, Tensor] = {}
@@ -40,8 +43,7 @@ class Probe:
 
             return hook
 
-        embedding = model.get_input_embeddings()
-        ids = torch.arange(1, PROBE_LENGTH + 1, device=input_device(model))[None] % embedding.num_embeddings
+        self.ids = ids = few_ids(model, PROBE_LENGTH)
         try:
             for name, module in modules.items():
                 handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))

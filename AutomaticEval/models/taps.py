@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Collection, Iterable, Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.heads import HeadResultNorms
-from AutomaticEval.sites import KINDS, Site
+from AutomaticEval.models.inner import inner
+from AutomaticEval.sites import KINDS, ONCE, Site
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Tap:
     """One place to read: a module's input or output, and what to take of it."""
 
     module: str
-    """Dotted path in the model; "" is the model itself, whose output is its logits."""
+    """Dotted path in the model; "" is the model itself, whose output is its logits. Of one with adapters, its inner model's is."""
 
     end: Literal["input", "output"]
 
@@ -67,19 +68,63 @@ class Layout:
 
     taps: Mapping[Site, Tap]
     widths: Mapping[Site, int]
-    missing: Mapping[str, str] = field(default_factory=dict)
-    """Kinds that this model lacks somewhere, and why."""
+    missing: Mapping[Site, str] = field(default_factory=dict)
+    """Sites that this model lacks, and why: of a layer, said of its block."""
+
+    @property
+    def whole(self) -> str:
+        """Dotted path of the module that runs in every way of calling the model (`inner`); "" is the model itself."""
+        return self.taps[Site("logits")].module
+
+    def under(self, prefix: str) -> Layout:
+        """The same places, of a model in which this one is found at a path."""
+        taps = {site: replace(tap, module=f"{prefix}.{tap.module}".strip(".")) for site, tap in self.taps.items()}
+        return replace(self, embedding=f"{prefix}.{self.embedding}", taps=taps)
+
+    def sites(self, kind: str) -> list[Site]:
+        """All of a kind, whether the model has them or not."""
+        return [Site(kind)] if kind in ONCE else [Site(kind, layer) for layer in range(self.n_layers)]
+
+    def lacking(self, kind: str) -> dict[str, list[Site]]:
+        """Why the model has not all sites of a kind: reason -> the sites that it holds for."""
+        found: dict[str, list[Site]] = {}
+        for site in self.sites(kind):
+            if site not in self.taps:
+                found.setdefault(self._reason(site), []).append(site)
+        return found
 
     def pick(self, sites: Iterable[Site]) -> dict[str, Tap]:
-        """Key -> tap. Raises SiteUnavailable, with the reason, for a site that this model lacks."""
+        """Key -> tap. Raises SiteUnavailable, with its own reason, for a site that this model lacks."""
         chosen = {}
         for site in sites:
             if site not in self.taps:
-                have = ", ".join(kind for kind in KINDS if kind not in self.missing)
-                reason = self.missing.get(site.kind, "it was not found in the module tree")
-                raise SiteUnavailable(f"this model has no {site.kind!r} at {site.key}: {reason}. It has: {have}.")
+                others = [
+                    other.layer for other in self.sites(site.kind) if other in self.taps and other.layer is not None
+                ]
+                elsewhere = f" It has {site.kind!r} in {layers_text(others)}." if others else ""
+                have = ", ".join(kind for kind in KINDS if not self.lacking(kind))
+                raise SiteUnavailable(
+                    f"this model has no {site.kind!r} at {site.key}: {self._reason(site)}.{elsewhere} It has everywhere: {have}."
+                )
             chosen[site.key] = self.taps[site]
         return chosen
+
+    def _reason(self, site: Site) -> str:
+        if site.layer is not None and not 0 <= site.layer < self.n_layers:
+            return f"it has {self.n_layers} layers, 0 to {self.n_layers - 1}"
+        return self.missing.get(site, "it was not found in the module tree")
+
+
+def layers_text(layers: Iterable[int]) -> str:
+    """Ascending layers as people read them: "layer 3", "layers 0-2, 5"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"layer{'s' if sum(map(len, runs)) > 1 else ''} {text}"
 
 
 def tensor_of(value: Any) -> Tensor | None:
@@ -109,8 +154,16 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 def forward_takes(model: Any) -> Collection[str]:
     """Names of what a model's forward takes; of one with adapters, the base model's, to which it hands on what it is given."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inspect.signature(base.forward).parameters.keys()
+    return inspect.signature(inner(model).forward).parameters.keys()
+
+
+def takes_few_logits(model: Any) -> bool:
+    """Whether a forward can be told to compute the logits of its last columns alone, and all else as ever.
+
+    Layers that share keys and values with those below compute no other columns either, when they are told so.
+    """
+    shares = getattr(inner(model).config.get_text_config(), "num_kv_shared_layers", None)
+    return "logits_to_keep" in forward_takes(model) and not shares
 
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -137,10 +190,17 @@ _making_locks = threading.Lock()
 def alone_with(model: nn.Module) -> threading.RLock:
     """The lock of a model: hooks see every forward, so that only one thread may run it at a time."""
     with _making_locks:
-        return _locks.setdefault(model, threading.RLock())
+        return _locks.setdefault(inner(model), threading.RLock())
 
 
 def input_device(model: Any) -> torch.device:
     """Where token ids go: beside the embedding, or to the CPU when the embedding is offloaded."""
     device: torch.device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device
+
+
+def few_ids(model: Any, n_tokens: int) -> Tensor:
+    """Token ids to look at a model with: [1, n_tokens], where it takes them."""
+    n_ids = model.get_input_embeddings().weight.shape[0]  # of adapted embeddings, too, which say no num_embeddings
+    ids: Tensor = torch.arange(1, n_tokens + 1, device=input_device(model))[None] % n_ids
+    return ids

@@ -1,0 +1,203 @@
+"""The parts of one model by their names, and what each was given and gave in one small forward.
+
+Architecture knowledge is the lists of names below and nothing else. What they point at is checked by `layout.py`, `branches.py` and
+`projections.py`; why a site is missing is said here, of its block, so that blocks that are built alike lack it for the same reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from AutomaticEval.errors import UnsupportedModel
+from AutomaticEval.models.inner import inner, is_compiled
+from AutomaticEval.models.probe import Probe
+from AutomaticEval.models.taps import Tap
+from AutomaticEval.sites import Site
+
+ATTENTION = ("self_attn", "attn", "attention", "self_attention", "temporal_block")
+MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+OUT_PROJECTION = ("o_proj", "out_proj", "c_proj", "dense", "wo")
+DOWN_PROJECTION = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "w2")
+POST_ATTENTION_NORM = ("post_attention_layernorm", "post_self_attn_layernorm", "post_attention_norm")
+POST_MLP_NORM = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_feedforward_norm")
+FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "final_norm", "ln_out")
+QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
+FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
+N_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+N_HEADS = ("num_attention_heads", "n_head", "n_heads")
+"""Of the config; remote code has names of its own."""
+
+
+class Heads(NamedTuple):
+    """Of one layer, as the config says."""
+
+    n: int
+    """0: it says none, as of a state-space model."""
+    d_head: int
+
+
+class Parts:
+    """One model's blocks and the modules in them, and what was found so far of its sites.
+
+    model: as people call it; paths are those of its inner model. Raises UnsupportedModel when its blocks are not found.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = inner(model)
+        self.name = type(self.model).__name__
+        self.config = self.model.config.get_text_config()
+        self.taps: dict[Site, Tap] = {}
+        self.missing: dict[Site, str] = {}
+        self._names = {id(module): name for name, module in self.model.named_modules(remove_duplicate=False)}
+        self.blocks = self._find_blocks()
+        """Paths."""
+        self.owner = self.blocks[0].rsplit(".", 2)[0] if self.blocks[0].count(".") > 1 else ""
+        """The module that has the list of blocks."""
+        self.norm = self._find_norm()
+        self.embedding = self._find_embedding()
+        self.probe = Probe(model, {path: self.model.get_submodule(path) for path in self._to_probe()})
+        self.ran = [self.probe.n_fired[block] == 1 for block in self.blocks]
+        """Of each block: whether it runs over text alone."""
+        if self.probe.n_fired[""] != 1:
+            raise UnsupportedModel(
+                f"a forward of {type(model).__name__} runs its {self.name} {self.probe.n_fired['']} times; once was expected. Another version "
+                f"of what wraps it may do so, or pass the {self.name} itself."
+            )
+        times = [self.probe.n_fired[block] for block in self.blocks]
+        if max(times) != 1:
+            raise UnsupportedModel(
+                f"{self.name}: in a forward the blocks of {self.blocks[0].rpartition('.')[0]} run {times} times; once was expected, so that a "
+                "token has one row of each."
+            )
+
+    def _find_blocks(self) -> list[str]:
+        n_layers = _first(self.config, N_LAYERS)
+        if not isinstance(n_layers, int):
+            raise UnsupportedModel(
+                f"{self.name}: its config says no number of layers ({', '.join(N_LAYERS)}), so that its blocks cannot be told."
+            )
+        lists = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and len(module) == n_layers
+            and not any(part.startswith(("visual", "vision", "audio")) for part in name.split("."))
+        ]
+        if not lists:
+            raise UnsupportedModel(
+                f"{self.name}: no list of {n_layers} blocks in the module tree, so layers cannot be named."
+            )
+        blocks = [self._names[id(block)] for block in min(lists, key=lambda item: item[0].count("."))[1]]
+        for above in self._above(blocks[0]):
+            if is_compiled(self.model.get_submodule(above)):
+                raise UnsupportedModel(
+                    f"{above or self.name} of {self.name} is compiled: hooks on the blocks in it fire only by chance. Pass the model before "
+                    "torch.compile, or compile block by block."
+                )
+        return blocks
+
+    def _find_norm(self) -> str | None:
+        parent = self.model.get_submodule(self.owner)
+        norms = (name for name in FINAL_NORM if isinstance(getattr(parent, name, None), nn.Module))
+        return next((f"{self.owner}.{name}".strip(".") for name in norms), None)
+
+    def _find_embedding(self) -> str:
+        try:
+            path: str = self._names[id(self.model.get_input_embeddings())]
+        except (NotImplementedError, KeyError):
+            raise UnsupportedModel(
+                f"{self.name}: get_input_embeddings gives no module of it, so that which tokens are fed cannot be seen."
+            ) from None
+        return path
+
+    def _to_probe(self) -> Iterator[str]:
+        yield from ("", self.embedding, *self.blocks)
+        if self.norm is not None:
+            yield self.norm
+        for block in self.blocks:
+            below = (f"{block}.{name}" for name, _ in self.model.get_submodule(block).named_modules() if name)
+            yield from (path for path in below if self._compiled_around(path, block) is None)
+
+    @staticmethod
+    def _above(path: str) -> list[str]:
+        """The modules that one is in, the model first."""
+        parts = path.split(".")
+        return [".".join(parts[:end]) for end in range(len(parts))]
+
+    def _compiled_around(self, path: str, block: str) -> str | None:
+        """The module of a block, or the block, that a part of it is in and that is compiled."""
+        within = (above for above in self._above(path) if above == block or above.startswith(f"{block}."))
+        return next((above for above in within if is_compiled(self.model.get_submodule(above))), None)
+
+    def heads(self, layer: int) -> Heads:
+        config = self.config
+        if getattr(config, "is_heterogeneous", False):  # what differs among layers is not to be had of the whole
+            config = config.per_layer_config[layer]
+        n_heads = _first(config, N_HEADS)
+        n_heads = n_heads if isinstance(n_heads, int) else 0
+        return Heads(n_heads, getattr(config, "head_dim", None) or self.d_model // max(n_heads, 1))
+
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream."""
+        return self.probe.inputs[self.blocks[self.ran.index(True)]].shape[-1]
+
+    def cached(self, layer: int) -> Tensor | None:
+        """The values that a layer keeps in the cache: [1, n_kv_heads, pos, d_head]."""
+        return self.probe.values[layer] if layer < len(self.probe.values) else None
+
+    def value(self, tap: Tap) -> Tensor:
+        return tap.take((self.probe.inputs if tap.end == "input" else self.probe.outputs)[tap.module])
+
+    def named(self, parent: str, names: Iterable[str]) -> Iterator[str]:
+        """Probed modules below a path whose last name is one of names, in the order of names."""
+        for name in names:
+            yield from (
+                path for path in self.probe.outputs if path.startswith(f"{parent}.") and path.endswith(f".{name}")
+            )
+
+    def children(self, block: str, names: Iterable[str]) -> list[str]:
+        return [f"{block}.{name}" for name in names if f"{block}.{name}" in self.probe.outputs]
+
+    # Why a site is missing: said of "its block", with paths below it.
+
+    def lack(self, kinds: Iterable[str], layer: int, reason: str) -> None:
+        self.missing |= {Site(kind, layer): reason for kind in kinds}
+
+    def below(self, layer: int, path: str) -> str:
+        """A path as its block has it."""
+        return path[len(self.blocks[layer]) + 1 :] or "its block"
+
+    def described(self, path: str) -> str:
+        """What a module consists of."""
+        children = [
+            f"{name} ({type(module).__name__})" for name, module in self.model.get_submodule(path).named_children()
+        ]
+        return ", ".join(children) or "none"
+
+    def why(self, layer: int, path: str, otherwise: str) -> str:
+        """A reason for what was not found in a part of a block: that it is compiled, or else the other."""
+        block = self.blocks[layer]
+        inside = (f"{path}.{name}".rstrip(".") for name, _ in self.model.get_submodule(path).named_modules())
+        found = self._compiled_around(f"{path}.", block) or next(
+            (each for each in inside if is_compiled(self.model.get_submodule(each))), None
+        )
+        if found is None:
+            return otherwise
+        return f"{self.below(layer, found)} is compiled, and hooks within what is compiled fire only by chance; capture before torch.compile"
+
+    def no_child(self, layer: int, what: str, names: Sequence[str]) -> str:
+        block = self.blocks[layer]
+        return self.why(
+            layer,
+            block,
+            f"no {what} ({', '.join(names)}) was found in its block, whose parts are {self.described(block)}",
+        )
+
+
+def _first(config: Any, names: Iterable[str]) -> Any:
+    """What a config says by the first of some names that it has."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

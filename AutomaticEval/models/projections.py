@@ -1,0 +1,123 @@
+"""What attention is made of: the heads' values before its output projection (z), and its queries, keys and values (q, k, v)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from AutomaticEval.models.heads import HeadResultNorms
+from AutomaticEval.models.parts import ATTENTION, FUSED, OUT_PROJECTION, QUERY_KEY_VALUE, Heads, Parts
+from AutomaticEval.models.probe import is_sum
+from AutomaticEval.models.taps import Tap
+from AutomaticEval.sites import Site
+
+Z = ("z", "head_result_norm")
+NO_HEADS = "its config says no number of attention heads (num_attention_heads)"
+
+
+def find_projections(parts: Parts, heads: Heads, n_kv_heads: int) -> None:
+    """heads, n_kv_heads: of most layers; one that has others is refused, since rows are cut into heads by one rule in all layers."""
+    for layer, ran in enumerate(parts.ran):
+        if not ran:
+            continue
+        attention = next(iter(parts.children(parts.blocks[layer], ATTENTION)), None)
+        own = parts.heads(layer)
+        if attention is None:
+            parts.lack((*Z, *"qkv"), layer, parts.no_child(layer, "attention module", ATTENTION))
+        elif not own.n:
+            parts.lack((*Z, *"qkv"), layer, NO_HEADS)
+        elif own != heads:
+            found = f"its layer has {own.n} heads of {own.d_head}, and most have {heads.n} of {heads.d_head}"
+            parts.lack((*Z, *"qkv"), layer, found)
+        else:
+            _find_z(parts, layer, attention, own)
+            _find_qkv(parts, layer, attention, own, n_kv_heads)
+
+
+def _find_z(parts: Parts, layer: int, attention: str, heads: Heads) -> None:
+    """The output projection is the module whose output is what attention adds (before any norm of it)."""
+    added = parts.taps.get(Site("attn_out", layer))
+    ends = [parts.probe.outputs[attention], *([parts.probe.outputs[added.module]] if added else [])]
+    candidates = list(parts.named(attention, OUT_PROJECTION))
+    right = [path for path in candidates if any(is_sum(parts.probe.outputs[path], end) for end in ends)]
+    for path in right:
+        if parts.probe.inputs[path].shape[-1] == heads.n * heads.d_head:
+            parts.taps[Site("z", layer)] = Tap(path, "input")
+            parts.taps[Site("head_result_norm", layer)] = Tap(path, "input", then=HeadResultNorms(heads.n))
+            return
+    below = parts.below(layer, attention)
+    if right:
+        width = parts.probe.inputs[right[0]].shape[-1]
+        found = (
+            f"{parts.below(layer, right[0])} is given {width} features, not {heads.n} heads of {heads.d_head} (d_head): "
+            f"the values of its heads have another width ({width / heads.n:g})"
+        )
+    elif candidates:
+        found = f"what {parts.below(layer, candidates[0])} gives is not what {below} gives: something comes between"
+    else:
+        names = ", ".join(OUT_PROJECTION)
+        found = f"no output projection ({names}) was found in {below}, whose parts are {parts.described(attention)}"
+    parts.lack(Z, layer, parts.why(layer, attention, found))
+
+
+def _find_qkv(parts: Parts, layer: int, attention: str, heads: Heads, n_kv_heads: int) -> None:
+    """v is checked against the KV cache; q and k are cut by the same rule."""
+    cached = parts.cached(layer)
+    if cached is None:
+        parts.lack("qkv", layer, "its layer keeps no values in the cache to check them against")
+        return
+    if cached.dim() != 4 or cached.shape[1] != n_kv_heads:
+        found = f"its layer keeps values of shape {list(cached.shape)} in the cache; [1, {n_kv_heads}, pos, d_head] was expected"
+        parts.lack("qkv", layer, found)
+        return
+    expected = cached.transpose(1, 2).flatten(2)  # [1, pos, n_kv_heads * d_head]
+    for taps in _qkv_candidates(parts, attention, heads, n_kv_heads):
+        if is_sum(parts.value(taps[2]), expected):
+            for kind, tap in zip("qkv", taps, strict=True):
+                parts.taps[Site(kind, layer)] = tap
+            return
+    parts.lack("qkv", layer, parts.why(layer, attention, _why_no_qkv(parts, layer, attention, heads, expected)))
+
+
+def _qkv_candidates(parts: Parts, attention: str, heads: Heads, n_kv_heads: int) -> Iterator[list[Tap]]:
+    separate = _separate(parts, attention)
+    if all(separate):
+        yield [Tap(str(path), "output") for path in separate]
+    wide, narrow = heads.n * heads.d_head, n_kv_heads * heads.d_head
+    for path in parts.named(attention, FUSED):
+        whole = Tap(path, "output")
+        if parts.probe.outputs[path].shape[-1] != wide + 2 * narrow:
+            continue
+        ends = [0, wide, wide + narrow, wide + 2 * narrow]  # query, key, value one after the other
+        yield [replace(whole, columns=tuple(range(ends[i], ends[i + 1]))) for i in range(3)]
+        if wide == narrow:  # head after head: its query, key and value together
+            columns = torch.arange(3 * wide).view(heads.n, 3, heads.d_head)
+            yield [replace(whole, columns=tuple(columns[:, i].flatten().tolist())) for i in range(3)]
+
+
+def _separate(parts: Parts, attention: str) -> list[str | None]:
+    return [next(parts.named(attention, [name]), None) for name in QUERY_KEY_VALUE]
+
+
+def _why_no_qkv(parts: Parts, layer: int, attention: str, heads: Heads, expected: Tensor) -> str:
+    separate, fused = _separate(parts, attention), next(parts.named(attention, FUSED), None)
+    path = separate[2] if all(separate) else fused
+    if path is None:
+        names = ", ".join((*QUERY_KEY_VALUE, *FUSED))
+        below = parts.below(layer, attention)
+        return f"no projections of queries, keys and values ({names}) were found in {below}, whose parts are {parts.described(attention)}"
+    below, width = parts.below(layer, path), parts.probe.outputs[path].shape[-1]
+    kept, queries = expected.shape[-1], heads.n * heads.d_head
+    needed = queries + 2 * kept if path == fused else kept
+    if width != needed:
+        return (
+            f"{below} gives {width} features, not the {needed} of "
+            + (f"{queries} for queries and twice " if path == fused else "")
+            + f"the {kept} that the cache keeps as values"
+        )
+    if path == fused:
+        return f"no known order of queries, keys and values in {below} gives the values in the cache"
+    return f"what {below} gives is not what the cache holds: values are changed in between (clipped or normed, perhaps)"
