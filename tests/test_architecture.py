@@ -51,6 +51,7 @@ FLOORS = {
     "capture.features": 9,
     "capture.sets": 9,
     "capture.prefix_tree": 1,
+    "capture.neighbours": 2,
     "capture.serving": 3,
     "capture.walking": 7,
     "capture.pieces": 8,

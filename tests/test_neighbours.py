@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MiniMaxConfig,
+    OpenAIGPTConfig,
     Phi3Config,
     RecurrentGemmaConfig,
     RobertaConfig,
@@ -40,11 +41,12 @@ from AutomaticEval.capture.neighbours import (
     settings_that_look,
 )
 from AutomaticEval.capture.packing import Feeding, TextPieces
-from AutomaticEval.errors import ModelError, TreeUnsuitable
+from AutomaticEval.errors import ModelError, SelectionError, TreeUnsuitable
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.models.editing import Edit, editing
-from AutomaticEval.models.hooks import Kept
+from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.taps import cache_in, cache_name
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.format import Sample
 
@@ -67,6 +69,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
         **SIZES, num_local_experts=4, head_dim=8, layer_types=["linear_attention", "full_attention"]
     ),
     "mamba": lambda: MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=8),
+    "gpt-1": lambda: OpenAIGPTConfig(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=200),
     "roberta": lambda: RobertaConfig(
         **{**SIZES, "num_key_value_heads": None}, is_decoder=True, max_position_embeddings=200
     ),
@@ -223,7 +226,7 @@ def test_extracted_rows(loaded: LoadedModel) -> None:
 
     def read(module: Any, args: Any, kwargs: Any, out: Any = None) -> None:
         value = (args[0] if args else kwargs["hidden_states"]) if end == "input" else out
-        kept.append((value[0] if isinstance(value, tuple) else value)[0].clone())
+        kept.append((value[0] if isinstance(value, tuple | list) else value)[0].clone())
 
     handle = (
         module.register_forward_pre_hook(read, with_kwargs=True)
@@ -388,3 +391,50 @@ def test_padding_on_the_left_is_refused_where_positions_do_not_begin_at_0(tokeni
     with pytest.raises(ModelError, match="does not begin its positions at 0"):
         inputs(model, padded([[5, 6], [5, 6, 7]], "left"))
     assert "position_ids" not in inputs(model, padded([[5, 6], [5, 6, 7]]))
+
+
+@pytest.mark.parametrize("name", ["phi3-longrope", "gpt-1"])
+def test_rows_of_tokens_that_are_fed_again_are_those_of_the_last_time(name: str, tokenizer: Any) -> None:
+    """Phi-3 feeds all again when it crosses 24 tokens, GPT-1 has no cache: rows are those of one forward of all that was fed."""
+    loaded = LoadedModel(build(OTHERS[name]()), tokenizer, name)
+    prompt = [random.Random(3).randrange(1, 400) for _ in range(21)]
+    (answer,) = respond(loaded, [prompt], Sampling(max_new_tokens=8), Selection.parse("embed,resid_post"))
+    (plain,) = respond(loaded, [prompt], Sampling(max_new_tokens=8))
+    assert answer.generated_ids == plain.generated_ids
+    fed = [*prompt, *answer.generated_ids[:-1]]
+    with torch.no_grad():
+        hidden = loaded.model(torch.tensor([fed]), output_hidden_states=True).hidden_states
+    assert answer.sample is not None
+    found = answer.sample.activation_data("m", {})
+    assert found["token_ids"].tolist() == fed
+    assert len(fed) == 28
+    for key, expected in zip(("embeddings", "layer_0"), hidden, strict=False):
+        assert_near(found["activations"][key], expected[0])
+
+
+def test_logits_of_tokens_that_are_fed_again_are_refused_before_the_model_runs(tokenizer: Any) -> None:
+    loaded = LoadedModel(build(OTHERS["phi3-longrope"]()), tokenizer, "phi3")
+    selection = Selection.parse("logits", None, "scored")
+    ran: list[int] = []
+    handle = loaded.model.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(SelectionError, match="crosses 24, feeds all tokens again"):
+        respond(loaded, [[5] * 20], Sampling(max_new_tokens=8), selection)
+    handle.remove()
+    assert not ran
+    (answer,) = respond(loaded, [[5] * 10], Sampling(max_new_tokens=8), selection)
+    assert answer.sample is not None
+    assert len(answer.sample.parts[0].rows.activations["logits"]) == 8
+
+
+def test_chunks_that_repeat_themselves_are_not_taken_for_tokens_fed_again(tiny_llama: LoadedModel) -> None:
+    """Two chunks of one token, of which the second is longer than what was before: only the cache tells."""
+    ids = torch.tensor([[7] * 9])
+    keep = lambda first, n: Kept(torch.zeros(n, dtype=torch.long), torch.arange(first, first + n))  # noqa: E731
+    taps = tiny_llama.layout.pick(Selection.parse(None).sites(tiny_llama.layout.n_layers))
+    with torch.no_grad(), capturing(tiny_llama.model, taps, tiny_llama.layout.embedding, keep, 1) as recording:
+        cache = cache_in(tiny_llama.model(ids[:, :3], use_cache=True))
+        tiny_llama.model(ids[:, 3:], use_cache=True, **{str(cache_name(tiny_llama.model)): cache})
+    with torch.no_grad():
+        expected = tiny_llama.model(ids, output_hidden_states=True).hidden_states[1][0]
+    assert recording.fed(0) == [7] * 9
+    assert_near(recording.take(0, range(9))["layer_0"], expected)

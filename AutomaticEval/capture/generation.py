@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.neighbours import Span, apart, company_of
-from AutomaticEval.errors import CaptureError, PromptError
+from AutomaticEval.capture.neighbours import Span, apart, company_of, is_fed_again, rope_limit
+from AutomaticEval.errors import CaptureError, PromptError, SelectionError
 from AutomaticEval.models.hooks import Keep, Kept, Recording, capturing
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.taps import alone_with, input_device
@@ -136,6 +136,7 @@ def respond(
     Raises CaptureError when what the model was fed is not what it answered.
     """
     found: dict[int, Response] = {}
+    refuse_logits_fed_again(loaded.model, selection, _spans(prompts, sampling))
     with _seeded(sampling):
         for group in harmless_groups(loaded, prompts, sampling):
             some = [prompts[row] for row in group]
@@ -146,8 +147,24 @@ def respond(
 
 def harmless_groups(loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
     """The prompts (by number) that may be answered in one batch, because they change nothing of one another."""
-    spans = [Span(len(prompt), len(prompt) + sampling.max_new_tokens - 1) for prompt in prompts]
+    spans = _spans(prompts, sampling)
     return apart(loaded.model, spans, company_of(loaded.model, sampling.kwargs(), spans))
+
+
+def _spans(prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Span]:
+    return [Span(len(prompt), len(prompt) + sampling.max_new_tokens - 1) for prompt in prompts]
+
+
+def refuse_logits_fed_again(model: Any, selection: Selection | None, spans: Sequence[Span]) -> None:
+    """Raises SelectionError where logits are wanted of tokens that are fed again without them."""
+    if selection is None or "logits" not in selection.kinds:
+        return
+    for span in spans:
+        if is_fed_again(model, span):
+            raise SelectionError(
+                f"logits cannot be kept: between {span.first} and {span.last} tokens {type(model).__name__} crosses {rope_limit(model)}, feeds all "
+                "tokens again, and computes logits for the last alone. Leave logits out, or ask for fewer tokens."
+            )
 
 
 def _respond_together(

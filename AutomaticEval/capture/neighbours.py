@@ -135,6 +135,12 @@ def rope_limit(model: Any) -> int | None:
     return min(limits, default=None)
 
 
+def is_fed_again(model: Any, span: Span) -> bool:
+    """Whether a model feeds a row's first tokens again while it answers: Phi-3 does when it crosses its short context."""
+    config, limit = model.config.get_text_config(decoder=True), rope_limit(model)
+    return limit is not None and span.first <= limit < span.last and hasattr(config, "original_max_position_embeddings")
+
+
 def _ropes(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Rotary settings: one for all layers, or one for each kind of layer."""
     yield parameters

@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from torch import Tensor
 
-from AutomaticEval.capture.generation import dtype_of, keep_of, sample_columns, sequence_rows
+from AutomaticEval.capture.generation import dtype_of, keep_of, refuse_logits_fed_again, sample_columns, sequence_rows
 from AutomaticEval.capture.neighbours import Company, Span, apart, company_of, rope_limit
 from AutomaticEval.capture.prefill import Prefill, Prefix
 from AutomaticEval.capture.scoring import Cut
@@ -342,6 +342,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         answers: dict[int, Tensor] = {}
         n_most = max(n_new, kwargs.get("max_new_tokens") or 0)
         spans = [Span(each, each + n_most - 1) for each in lengths]
+        refuse_logits_fed_again(self.model, self._selection, spans)
         for group in self._groups(spans, company_of(self.model, kwargs, spans)):
             width = max(lengths[row] for row in group)
             rows = _Prompts([batch[row] for row in group], context[group, -width:], mask[group, -width:], first)

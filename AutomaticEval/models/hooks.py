@@ -1,8 +1,9 @@
 """`capturing`: read chosen sites of a model while it runs, whoever runs it.
 
 Hooks are installed on entry and removed, by handle, on every exit. What is kept is cut on the device at
-once, then copied to the CPU (from a GPU by `staging.py`). Which columns a forward fed is known from the token ids that reached the
-embedding, never from counting calls: chunked prefill and deferred stops change the count.
+once, then copied to the CPU (from a GPU by `staging.py`). A model that is fed everything again (without a cache, or when long ropes change) has the
+rows of the last time. Which columns a forward fed is known from the token ids that reached the
+embedding and from the keys and values beside them, never from counting calls: chunked prefill and deferred stops change the count.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.models.inner import inner
 from AutomaticEval.models.staging import Staging
-from AutomaticEval.models.taps import Tap, alone_with, input_of, tensor_of
+from AutomaticEval.models.taps import Tap, alone_with, cache_in, input_of, tensor_of
 
 
 class Kept(NamedTuple):
@@ -42,6 +44,8 @@ class Recording:
     ) -> None:
         self._keep, self._n_rows, self._dtype, self._stops = keep, n_rows, dtype, stops
         self._n_unread = 0
+        self._n_forwards = 0
+        self._given: Any = None
         self._fed: list[Tensor] = []
         self._kept: list[Kept] = []
         self._current: Kept | None = None
@@ -57,15 +61,19 @@ class Recording:
 
     @property
     def n_forwards(self) -> int:
-        return len(self._fed)
+        return self._n_forwards
 
     @property
     def rows(self) -> Mapping[str, Tensor]:
         """Key -> [n_kept, width]: all that was kept, forward after forward."""
         return self._rows
 
+    def begins(self, given: Mapping[str, Any]) -> None:
+        """The model is called with what is given by name."""
+        self._given = given
+
     def feed(self, ids: Tensor | None) -> None:
-        """A forward begins with these token ids [batch, columns]."""
+        """A forward begins with these token ids [batch, columns]: those after the ones before, or all of them again."""
         if ids is None or ids.dim() != 2 or len(ids) != self._n_rows:
             found = None if ids is None else tuple(ids.shape)
             raise CaptureError(
@@ -74,7 +82,12 @@ class Recording:
             )
         self._send()
         self._n_unread = len(self._fired)
-        self._first += self._n_columns
+        self._n_forwards += 1
+        if self._is_fed_again(ids):
+            self._forget()
+        else:
+            self._first += self._n_columns
+        self._given = None
         self._fed.append(ids.detach())
         self._n_columns = ids.shape[1]
         kept = self._keep(self._first, self._n_columns)
@@ -82,6 +95,23 @@ class Recording:
         self._keeps_all = self._current is not None and self._is_whole(self._current)
         if self._current is not None:
             self._kept.append(self._current)
+
+    def _is_fed_again(self, ids: Tensor) -> bool:
+        """Whether a forward without earlier keys and values is fed all columns before it again, and more."""
+        n_before = self._first + self._n_columns
+        if not self._fed or ids.shape[1] <= n_before or self._given is None:
+            return False
+        cache = cache_in(self._given)
+        is_empty = cache is None or (hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) == 0)
+        return is_empty and torch.equal(ids[:, :n_before].cpu(), self.fed_ids())
+
+    def _forget(self) -> None:
+        """Drop what was kept: the forward that begins computes it again, and what follows goes on from that."""
+        for staging in self._staging.values():
+            staging.finish()
+        self._pieces = {key: pieces[:1] for key, pieces in self._pieces.items()}  # the first has no rows
+        self._fed, self._kept = [], []
+        self._first = 0
 
     def _is_whole(self, kept: Kept) -> bool:
         """Whether every position of the forward is kept, row after row."""
@@ -222,8 +252,12 @@ def capturing(
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             recording.feed(input_of(args, kwargs))
 
+        def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            recording.begins(kwargs)
+
+        whole = inner(model)
+        hooks.callback(whole.register_forward_pre_hook(begins, with_kwargs=True).remove)
         if "logits" in taps:
-            whole = model.get_submodule(taps["logits"].module)
             hooks.callback(whole.register_forward_pre_hook(_refuse_some_logits, with_kwargs=True).remove)
         handle = model.get_submodule(embedding).register_forward_pre_hook(feed, with_kwargs=True)
         hooks.callback(handle.remove)
