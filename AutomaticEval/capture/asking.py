@@ -15,7 +15,7 @@ from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, n
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.files import ensure_space, hdf5_path, prepare_file
-from AutomaticEval.store.format import Sample
+from AutomaticEval.store.format import Sample, as_json
 from AutomaticEval.store.sealing import write_shard
 
 
@@ -203,7 +203,7 @@ def ask(loaded: LoadedModel, request: Request, *, capture: bool, folder: Path | 
         "system_prompt": request.system_prompt,
         "chat_template": request.apply_chat_template and bool(loaded.tokenizer.chat_template),
     }
-    settings = json.loads(json.dumps(settings, default=str))  # as the file will give them back
+    settings = json.loads(as_json(settings))  # as the file will give them back
     return Asked(response.text, response.sample, loaded.name, settings)
 
 

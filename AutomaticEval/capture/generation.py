@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.vocabulary import text_of, token_strings
 from AutomaticEval.errors import CaptureError, PromptError
 from AutomaticEval.models.hooks import Keep, Kept, Recording, capturing
 from AutomaticEval.models.loading import LoadedModel
@@ -153,12 +154,12 @@ def respond(
     responses = []
     for row, prompt in enumerate(prompts):
         generated = until_end(sequences[row, width:].tolist(), model.generation_config.eos_token_id)
-        text = tokenizer.decode(generated, skip_special_tokens=True)
+        text = text_of(tokenizer, generated, skip_special_tokens=True)
         sample = None
         if selection is not None:
             kept = selection.positions.resolve(len(prompt), len(generated))
             rows = sequence_rows(recording, row, pads[row], [*prompt, *generated], kept, tokenizer)
-            asked = texts[row] if texts else tokenizer.decode(prompt)
+            asked = texts[row] if texts else text_of(tokenizer, prompt)
             columns = sample_columns(asked, text, len(prompt), (len(prompts), width))
             sample = Sample(columns, list(prompt), generated, [Part(rows, range(len(rows.positions)))])
         responses.append(Response(text, sample, generated))
@@ -239,4 +240,4 @@ def sequence_rows(
         )
     token_ids = [sequence[position] for position in positions]
     activations: Mapping[str, Tensor] = recording.take(row, [pad + position - n_past for position in positions])
-    return Rows(token_ids, tokenizer.convert_ids_to_tokens(token_ids), list(positions), activations)
+    return Rows(token_ids, token_strings(tokenizer, token_ids), list(positions), activations)

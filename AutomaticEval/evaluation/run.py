@@ -26,6 +26,7 @@ from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.ranks import Ranks, join_ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import ensure_space, prepare_folder, size_text
+from AutomaticEval.store.format import as_json
 from AutomaticEval.store.writer import shard_bytes_for, shards_bytes
 
 
@@ -214,7 +215,7 @@ def save_results(outcome: Outcome, loaded: LoadedModel, benchmark: Benchmark, fo
         chat_template=loaded.tokenizer.chat_template if benchmark.apply_chat_template else None,
         fewshot_as_multiturn=True,
     )
-    samples = json.loads(json.dumps(outcome.samples, default=str))  # saving changes them
+    samples = json.loads(as_json(outcome.samples))  # saving changes them
     tracker.save_results_aggregated(results=dict(outcome.results), samples=samples)
     for task in samples:
         tracker.save_results_samples(task_name=task, samples=samples[task])

@@ -232,9 +232,9 @@ def encode_column(name: str, values: Sequence[Any]) -> tuple[np.ndarray[Any, Any
     """A column's values as they are written, and its `encoding` attribute."""
     kind = COLUMNS[name]
     if kind == "json":
-        return [json.dumps(value, default=plain) for value in values], "json"
+        return [as_json(value) for value in values], "json"
     if kind == "text":
-        return encode_text(["" if value is None else value for value in values])
+        return encode_text(["" if value is None else str(value) for value in values])
     if kind == "bool" and any(value not in (None, False, True) for value in values):
         raise CaptureError(
             f"the column {name} holds {next(v for v in values if v not in (None, False, True))!r}, which is neither true nor false."
@@ -243,9 +243,32 @@ def encode_column(name: str, values: Sequence[Any]) -> tuple[np.ndarray[Any, Any
     return np.array([none if value is None else value for value in values], dtype=_NUMPY[kind]), kind
 
 
+def as_json(value: Any) -> str:
+    """Any value as JSON. Keys that JSON does not have are text, and so is what holds itself."""
+    try:
+        return json.dumps(value, default=plain)
+    except (TypeError, ValueError):
+        pass
+    try:
+        return json.dumps(_with_text_keys(value), default=plain)
+    except RecursionError:
+        return json.dumps(str(value))
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _with_text_keys(each) for key, each in value.items()}
+    return [_with_text_keys(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def plain(value: Any) -> Any:
-    """For JSON: a number of numpy or torch as Python's, anything else that it has no type for as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """For JSON: numbers of numpy or torch as Python's, anything else that it has no type for as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def attribute_text(text: str) -> str:
+    """Text as a root attribute: HDF5 holds neither U+0000 nor lone surrogates, which stand there escaped (`\\udc80`)."""
+    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
 
 
 def encode_text(values: Sequence[str]) -> tuple[list[str], str]:
