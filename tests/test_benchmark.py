@@ -433,13 +433,13 @@ def entry(doc_id: int, **metrics: Any) -> dict[str, Any]:
 
 
 def test_correct_is_the_first_metric_that_says_right_or_wrong() -> None:
-    assert join_module._main_metric([entry(0, ppl=3.2, acc=1.0), entry(1, ppl=1.0, acc=0.0)]) == "acc"
-    assert join_module._main_metric([entry(0, f1=1.0), entry(1, f1=0.5)]) is None
-    assert join_module._main_metric([entry(0)]) is None
+    assert join_module.main_metric([entry(0, ppl=3.2, acc=1.0), entry(1, ppl=1.0, acc=0.0)]) == "acc"
+    assert join_module.main_metric([entry(0, f1=1.0), entry(1, f1=0.5)]) is None
+    assert join_module.main_metric([entry(0)]) is None
     fractions = {"squad": [entry(0, f1=1.0), entry(1, f1=0.5)], "quiz": [entry(0, acc=1.0), entry(1, acc=0.0)]}
-    (overall,) = join_module._overall(fractions, 10)
+    (overall,) = join_module._overall({}, fractions, 10)
     assert (overall.value, overall.answered, overall.total) == (0.5, 2, 10)
-    assert join_module._overall({"squad": [entry(0, f1=0.5)]}, 10) == []
+    assert join_module._overall({}, {"squad": [entry(0, f1=0.5)]}, 10) == []
     assert join_module._verdict([entry(0, acc=1.0)], "acc")["prediction"] == 0
     assert join_module._verdict([entry(0, acc_norm=0.0)], "acc_norm")["prediction"] is None
 

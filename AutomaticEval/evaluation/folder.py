@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import lm_eval
 
 from AutomaticEval.errors import BenchmarkError, StoreError
-from AutomaticEval.evaluation.join import join
+from AutomaticEval.evaluation.join import Directions, join
 from AutomaticEval.evaluation.repeats import Verdicts
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, answered_in
 from AutomaticEval.models.loading import LoadedModel
@@ -106,10 +106,11 @@ class RunFolder:
         *,
         repeats: Verdicts | None = None,
         doc_ids: Mapping[str, Sequence[int]] | None = None,
+        directions: Directions | None = None,
     ) -> None:
         """Join every sample of every process to what lm-eval logged of it, and write `run.h5`.
 
-        doc_ids: task -> the documents' own indices, when the samples count within them.
+        doc_ids: task -> the documents' own indices, when the samples count within them. directions: of the tasks' metrics.
         """
 
         def joined(columns: Columns) -> Columns:
@@ -122,7 +123,7 @@ class RunFolder:
                 )
             for record in records if doc_ids else ():
                 record["doc_id"] = (doc_ids or {})[record["task"]][record["doc_id"]]
-            return Listed.of(join(records, samples, repeats or {}))
+            return Listed.of(join(records, samples, repeats, directions))
 
         assert self.path is not None
         done = self._shared.finish(self.path, joined)

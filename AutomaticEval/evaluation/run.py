@@ -19,7 +19,7 @@ from AutomaticEval.errors import BenchmarkError, DiskFull, StoreError
 from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, forecast, load_tasks
 from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.harness import LoadedBefore, quick_templates
-from AutomaticEval.evaluation.join import Score, scores_of
+from AutomaticEval.evaluation.join import Score, scores_of, without_verdict
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.evaluation.repeats import score_repeats
 from AutomaticEval.models.loading import LoadedModel
@@ -48,6 +48,9 @@ class Outcome:
     size_bytes: int = 0
     n_truncated: int = 0
     """Samples whose prompt was cut on the left to fit the context."""
+
+    without_verdict: list[str] = field(default_factory=list)
+    """Tasks whose metrics say of no answer whether it is right: their `correct` is none."""
 
     results_file: Path | None = None
     n_tokens: int = 0
@@ -126,7 +129,8 @@ def _captured(
             outcome = _evaluate(CapturingHFLM(loaded, selection, writer.add, **how), loaded, benchmark, found, ranks)
             if ranks.is_first:  # before the join, so that the scores outlive one that fails
                 outcome.results_file = save_results(outcome, loaded, benchmark, output_path or writer.folder)
-        folder.finish(outcome.samples, repeats=score_repeats(found.tasks, found.drawn) if ranks.is_first else None)
+        repeats = score_repeats(found.tasks, found.drawn) if ranks.is_first else None
+        folder.finish(outcome.samples, repeats=repeats, directions=outcome.results.get("higher_is_better"))
     except DiskFull as full:
         full.exit_code = 1  # the run had begun
         raise
@@ -193,7 +197,8 @@ def _evaluate(
         return Outcome([], {}, {})
     samples = results.pop("samples")
     scores = scores_of(results, samples, found.totals, found.n_questions)
-    return Outcome(scores, results, samples, n_tokens=n_tokens, n_computed=n_computed)
+    unjudged = without_verdict(results, samples)
+    return Outcome(scores, results, samples, without_verdict=unjudged, n_tokens=n_tokens, n_computed=n_computed)
 
 
 def _settings(loaded: LoadedModel, benchmark: Benchmark, selection: Selection) -> dict[str, Any]:
