@@ -6,7 +6,7 @@ Knows nothing of models, of runs, or of when a file is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from AutomaticEval.errors import CaptureError
+from AutomaticEval.errors import CaptureError, did_you_mean
 
 SHARD_FORMAT = "automatic-eval/activations"
 RUN_FORMAT = "automatic-eval/run"
@@ -50,7 +50,7 @@ COLUMNS = {
     "shard": "int",
     "index": "int",
 }
-"""Column -> type. What is not here is not written."""
+"""Column -> type. Nothing else can be written."""
 
 ENCODINGS = ("utf-8", "json", "int", "float", "bool")
 _NUMPY: dict[str, np.dtype[Any]] = {"int": np.dtype("<i8"), "float": np.dtype("<f8"), "bool": np.dtype("i1")}
@@ -116,7 +116,8 @@ class Sample:
     """Its rows, one part after the other: a prefix that many samples share, then its own."""
 
     def __post_init__(self) -> None:
-        """Refuse rows that are not this sample's tokens."""
+        """Refuse rows that are not this sample's tokens, and columns that could not be written."""
+        check_columns(self.fields)
         if not self.parts:
             raise CaptureError("a sample needs the rows it points into, of which it may keep none.")
         fed = fed_of(self.input_ids, self.generated_ids)
@@ -226,6 +227,16 @@ def raw_bytes(array: np.ndarray[Any, Any]) -> memoryview:
 def bits_type(dtype: torch.dtype) -> np.dtype[Any]:
     """The unsigned integer type as wide as a dtype."""
     return _BITS[torch.empty((), dtype=dtype).element_size()][0]
+
+
+def check_columns(names: Iterable[str]) -> None:
+    """Raises CaptureError for a column that the format does not have: it would be lost."""
+    for name in names:
+        if name not in COLUMNS:
+            raise CaptureError(
+                f"a sample has the column {name!r}, which format {'.'.join(map(str, VERSION))} does not have, and nothing was written."
+                f"{did_you_mean(name, COLUMNS)} Columns: {', '.join(COLUMNS)}."
+            )
 
 
 def encode_column(name: str, values: Sequence[Any]) -> tuple[np.ndarray[Any, Any] | list[str], str]:

@@ -278,7 +278,8 @@ def _write_strings(file: h5py.File, name: str, texts: Sequence[str], encoding: s
 
 
 def _write_columns(file: h5py.File, columns: Columns) -> None:
-    """`/samples`: one dataset a column of the format; a newer version's others are left out."""
+    """`/samples`: one dataset a column. Raises CaptureError for one that the format does not have, such as a newer version's."""
+    contract.check_columns(columns.names)
     group = file.require_group("samples")
     for name in contract.COLUMNS:
         if name not in columns.names:
