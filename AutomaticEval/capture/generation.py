@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.capture.vocabulary import text_of, token_strings
-from AutomaticEval.errors import CaptureError, PromptError
+from AutomaticEval.errors import CaptureError, PromptError, SelectionError
 from AutomaticEval.models.hooks import Keep, Kept, Recording, capturing
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import alone_with, input_device
+from AutomaticEval.models.taps import alone_with, forward_takes, input_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.store.format import Part, Rows, Sample
 
@@ -105,6 +105,21 @@ def bytes_per_row(loaded: LoadedModel, selection: Selection) -> int:
     itemsize: int = torch.empty((), dtype=stored).element_size()
     norms = 4 - itemsize if selection.store_dtype is None else 0  # which are float32, whatever the model is
     return sum(layout.widths[site] * (itemsize + norms * (site.kind == "head_result_norm")) for site in sites)
+
+
+def refuse_uncomputed_logits(model: Any, selection: Selection, n_prompt: int, n_new: int) -> None:
+    """Raises SelectionError for logits that a model which generates does not compute: those of a prompt but for its last token.
+
+    n_prompt: tokens of the prompt. n_new: the most that are generated; the answer may be any shorter.
+    """
+    if "logits" not in selection.kinds or "logits_to_keep" not in forward_takes(model):
+        return
+    kept = [selection.positions.resolve(n_prompt, n_response) for n_response in (1, n_new)]
+    if any(positions and positions[0] < n_prompt - 1 for positions in kept):
+        raise SelectionError(
+            f"positions={selection.positions} would keep logits of the prompt, which a model that generates does not compute but at its "
+            "last token; use positions scored (the logits that gave the answer), or leave the site logits out."
+        )
 
 
 def dtype_of(selection: Selection) -> torch.dtype | None:

@@ -19,7 +19,7 @@ from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.contents import Columns, Listed, records_of
-from AutomaticEval.store.files import plain_name, prepare_folder
+from AutomaticEval.store.files import named_failures, plain_name, prepare_folder, shortened
 from AutomaticEval.store.sharing import SharedRun
 from AutomaticEval.store.writer import LOCK, RunWriter, is_finished, refuse_finished
 
@@ -40,7 +40,9 @@ class Keeping:
     def __post_init__(self) -> None:
         if self.resume is None:
             return
-        if not self.resume.is_dir():
+        with named_failures(self.resume):
+            is_folder = self.resume.is_dir()
+        if not is_folder:
             raise StoreError(f"{self.resume} is no folder; resume needs the run folder that is to go on.")
         if not (self.resume / LOCK).exists():
             raise StoreError(f"{self.resume} holds no run that was cut short; resume needs the run folder itself.")
@@ -154,4 +156,4 @@ def new_folder(save_dir: Path, name: str) -> Path:
 
 def folder_name(benchmarks: Sequence[str], model: str) -> str:
     """`<benchmark>_<model>`, of characters that every file system takes."""
-    return "_".join(plain_name(part) for part in ("-".join(benchmarks)[:60], Path(model).name[:60]))
+    return "_".join(shortened(plain_name(part), 80) for part in ("-".join(benchmarks), Path(model).name))
