@@ -93,7 +93,9 @@ class Positions:
             kept = self.resolve(n_prompt, 1)
             return (kept[0], kept[-1] + 1) if kept else (0, 0)
         base = {"all": 0, "response": n_prompt, "scored": n_prompt - 1}[self.part]
-        low = base + self.start if self.start is not None and self.start >= 0 else base
+        low = base if self.start is None else base + self.start
+        if self.start is not None and self.start < 0:  # counted from the end, which is the prompt's or comes later
+            low = max(base, n_prompt + self.start)
         return low, base + self.stop if self.stop is not None and self.stop >= 0 else None
 
 

@@ -25,11 +25,12 @@ from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, CaptureEr
 from AutomaticEval.evaluation import harness
 from AutomaticEval.evaluation import local_files as local_files_module
 from AutomaticEval.evaluation.answers import Answers
-from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, forecast, load_tasks
+from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
 from AutomaticEval.evaluation.calls import Call
 from AutomaticEval.evaluation.collating import RecordingCollator
 from AutomaticEval.evaluation.encoding import EncodedAhead, texts_of
 from AutomaticEval.evaluation.folder import Keeping
+from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.evaluation.local_files import read_documents
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
@@ -232,7 +233,7 @@ def test_forecast_knows_how_much_context_the_last_window_has(
     run = open_run(outcome.folder or "")
     assert run.column("n_prompt_tokens")[-1] > 1
     stored = sum(rows.numel() * rows.element_size() for sample in run for rows in sample["activations"].values())
-    assert stored == expected
+    assert stored == expected.rows_bytes
 
 
 # An lm-eval model in code that calls simple_evaluate itself

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,25 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, within
 from test_store import SETTINGS, make_sample, same, write_run
 
 from AutomaticEval import load_activations, open_run
-from AutomaticEval.errors import DamagedFile, OtherSettings, PathExists, SelectionError, StoreError
+from AutomaticEval.errors import (
+    CaptureError,
+    DamagedFile,
+    OtherSettings,
+    PathExists,
+    SelectionError,
+    StoreError,
+    TruncatedFile,
+)
+from AutomaticEval.store import contents
 from AutomaticEval.store.export import export
+from AutomaticEval.store.extents import naming
+from AutomaticEval.store.format import Part
 from AutomaticEval.store.maintenance import convert, merge, prune, rebuild_index, verify
+from AutomaticEval.store.sealing import write_file, write_shard
 from AutomaticEval.store.writer import RunWriter, shard_names
 
 DATA = ROOT / "tests" / "data"
@@ -352,3 +366,79 @@ def test_copies_say_what_they_were_made_of(tmp_path: Path) -> None:
     again = open_run(prune(last, tmp_path / "again.h5", layers="0")).settings
     assert again["pruned_from"] == [{"positions": "scored"}, {"layers": "all"}]
     assert open_run(convert(one, tmp_path / "half.h5", dtype="bfloat16")).settings["converted_from"] == "float32"
+
+
+def patterned(folder: Path) -> Path:
+    """Three layers' streams, and the patterns of two of them."""
+    rows = {f"layer_{n}": torch.full((2, 4), float(n)) for n in range(3)}
+    rows |= {f"layer_{n}.pattern": torch.full((2, 6), n + 0.5) for n in (0, 2)}
+    sample = make_sample()
+    whole = replace(sample.parts[0].rows, token_ids=[1, 2], tokens=["a", "b"], positions=[0, 1], activations=rows)
+    kept = replace(sample, input_ids=[1, 2], generated_ids=[3], parts=[Part(whole, [0, 1])])
+    write_shard(folder / "patterns.h5", [kept], "m", {**SETTINGS, "shape": {"n_layers": 3}})
+    return folder / "patterns.h5"
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ({"positions": "last"}, ["layer_0", "layer_0.pattern", "layer_1", "layer_2", "layer_2.pattern"]),
+        ({"layers": "0-1"}, ["layer_0", "layer_0.pattern", "layer_1"]),
+        ({"sites": "pattern"}, ["layer_0.pattern", "layer_2.pattern"]),
+        ({"sites": "pattern,resid_post", "layers": "-1"}, ["layer_2", "layer_2.pattern"]),
+        ({"sites": "resid_post", "layers": [1]}, ["layer_1"]),
+    ],
+)
+def test_pruned_copy_keeps_stored_patterns(asked: dict[str, Any], kept: list[str], tmp_path: Path) -> None:
+    pruned = prune(patterned(tmp_path), tmp_path / "small.h5", **asked)
+    assert open_run(pruned).keys == kept
+    whole = open_run(tmp_path / "patterns.h5")
+    for key in kept:
+        assert torch.equal(open_run(pruned).read(0, key), whole.read(0, key)[-1 if "positions" in asked else 0 :])
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"sites": "pattern", "layers": "1"}, "layer 1"),
+        ({"sites": "resid_post,mlp_out"}, "mlp_out"),
+        ({"layers": "5"}, "no layer 5"),
+    ],
+)
+def test_pruning_names_what_is_not_there(asked: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(SelectionError, match=says):
+        prune(patterned(tmp_path), tmp_path / "small.h5", **asked)
+
+
+def test_command_names_what_it_left_out(tmp_path: Path) -> None:
+    patterned(tmp_path)
+    done = within("prune", "patterns.h5", "-o", "small.h5", "--sites", "resid_post", "--layers", "0,2", cwd=tmp_path)
+    assert "Left out: layer_0.pattern, layer_1, layer_2.pattern" in done.stdout
+
+
+def test_column_that_the_format_lacks_is_refused_and_named() -> None:
+    sample = make_sample()
+    with pytest.raises(CaptureError, match=r"'logprobs'.*Did you mean 'logprob'"):
+        replace(sample, fields={**sample.fields, "logprobs": 1.0})
+
+
+def test_column_of_a_newer_version_is_not_dropped_from_a_copy(tmp_path: Path) -> None:
+    write_shard(tmp_path / "one.h5", [make_sample()], "m", SETTINGS)
+    held = open_run(tmp_path / "one.h5").contents
+    newer = replace(held, columns=contents.Listed({**contents.listed(held.columns).columns, "mood": ["calm"]}))
+    with pytest.raises(CaptureError, match="'mood'"):
+        write_file(tmp_path / "two.h5", newer)
+    assert not (tmp_path / "two.h5").exists()
+
+
+@pytest.mark.parametrize("mistake", [lambda: len(3), lambda: [].shape, lambda: [][0]])  # type: ignore[arg-type, attr-defined]
+def test_mistake_of_our_own_is_not_called_damage(mistake: Callable[[], Any], tmp_path: Path) -> None:
+    with pytest.raises((TypeError, AttributeError, IndexError)), naming(tmp_path):
+        mistake()
+
+
+def test_what_hdf5_says_of_unknown_types_is_damage(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        h5py.h5d.create(file.id, b"odd", h5py.h5t.UNIX_D32LE, h5py.h5s.create_simple((2,)))
+        with pytest.raises(TruncatedFile, match=r"x\.h5 cannot be read .*damaged"), naming(tmp_path / "x.h5"):
+            file["odd"][()]

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
-from AutomaticEval.capture.generation import Sampling, bytes_per_row, respond
+from AutomaticEval.capture.generation import Sampling, bytes_per_row, refuse_uncomputed_logits, respond
 from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, SelectionError, unknown_option
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, n_layers_of
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.files import ensure_space, hdf5_path, prepare_file
-from AutomaticEval.store.format import Sample
+from AutomaticEval.store.format import Sample, as_json
 from AutomaticEval.store.sealing import write_shard
 
 
@@ -26,8 +26,8 @@ class AskOptions(TypedDict, total=False):
     """With a loaded model: its tokenizer. With a name: another one, or the name of one."""
     sites: str | Iterable[str] | None
     """Kinds of sites: "resid_post,mlp_out". Default embed and resid_post."""
-    positions: str | slice | Positions
-    """all (default), prompt, response, scored, last, or a slice such as prompt[-1:]."""
+    positions: str | slice | Positions | None
+    """all (default; with the site logits: scored), prompt, response, scored, last, or a slice such as prompt[-1:]."""
     store_dtype: str | None
     """float16 or bfloat16: narrower numbers than the model's own."""
     max_new_tokens: int
@@ -65,9 +65,12 @@ class Request:
     def parse(cls, prompt: str, model: Any, layers: LayersLike, options: AskOptions) -> Request:
         """Raises SelectionError, PromptError, ModelError; TypeError for an option there is not."""
         given: dict[str, Any] = dict(options)
+        sites, positions = given.pop("sites", None), given.pop("positions", None)
         selection = Selection.parse(
-            given.pop("sites", None), layers, given.pop("positions", "all"), given.pop("store_dtype", None)
+            sites, layers, "all" if positions is None else positions, given.pop("store_dtype", None)
         )
+        if positions is None and "logits" in selection.kinds:  # which are computed nowhere else
+            selection = replace(selection, positions=Positions.parse("scored"))
         if selection.store_dtype == "int8":
             raise SelectionError("store_dtype int8 needs the rows of many samples together; use float16 or bfloat16.")
         check_prompt(prompt)
@@ -190,6 +193,8 @@ def ask(loaded: LoadedModel, request: Request, *, capture: bool, folder: Path | 
     sampling = fit(request.sampling, loaded.context, len(ids))
     if sampling.temperature > 0 and sampling.seed is None:
         sampling = replace(sampling, seed=secrets.randbits(31))
+    if capture:
+        refuse_uncomputed_logits(loaded.model, request.selection, len(ids), sampling.max_new_tokens)
     if capture and folder is not None:
         n_rows = len(request.selection.positions.resolve(len(ids), sampling.max_new_tokens))
         ensure_space(folder, n_rows * bytes_per_row(loaded, request.selection) + 2**16)
@@ -203,7 +208,7 @@ def ask(loaded: LoadedModel, request: Request, *, capture: bool, folder: Path | 
         "system_prompt": request.system_prompt,
         "chat_template": request.apply_chat_template and bool(loaded.tokenizer.chat_template),
     }
-    settings = json.loads(json.dumps(settings, default=str))  # as the file will give them back
+    settings = json.loads(as_json(settings))  # as the file will give them back
     return Asked(response.text, response.sample, loaded.name, settings)
 
 

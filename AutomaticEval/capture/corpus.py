@@ -21,6 +21,7 @@ from AutomaticEval.capture.neighbours import rope_limit
 from AutomaticEval.capture.packing import ROW_TOKENS, Feeding, Piece, Place, TextPieces, batches_of, shared_rows
 from AutomaticEval.capture.serving import why_not_masked
 from AutomaticEval.capture.texts import Text
+from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.capture.walking import as_mask, free_memory, is_out_of_memory
 from AutomaticEval.errors import CaptureError, OtherSettings, PromptError, SelectionError, TreeUnsuitable
 from AutomaticEval.models.hooks import Kept, Recording
@@ -293,7 +294,7 @@ class Forwards:
     ) -> list[Sample]:
         ids = place.pieces[0].ids
         token_ids = [ids[position] for position in positions]
-        rows = Rows(token_ids, self._loaded.tokenizer.convert_ids_to_tokens(token_ids), list(positions), found)
+        rows = Rows(token_ids, token_strings(self._loaded.tokenizer, token_ids), list(positions), found)
         part = Part(rows, range(len(positions)))
         return [
             Sample(

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.capture.neighbours import Span, apart, company_of, is_fed_again, rope_limit
+from AutomaticEval.capture.vocabulary import text_of, token_strings
 from AutomaticEval.errors import CaptureError, PromptError, SelectionError
 from AutomaticEval.models.hooks import Keep, Kept, Recording, capturing
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import alone_with, input_device
+from AutomaticEval.models.taps import alone_with, forward_takes, input_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.store.format import Part, Rows, Sample
 
@@ -107,6 +108,21 @@ def bytes_per_row(loaded: LoadedModel, selection: Selection) -> int:
     return sum(layout.widths[site] * (itemsize + norms * (site.kind == "head_result_norm")) for site in sites)
 
 
+def refuse_uncomputed_logits(model: Any, selection: Selection, n_prompt: int, n_new: int) -> None:
+    """Raises SelectionError for logits that a model which generates does not compute: those of a prompt but for its last token.
+
+    n_prompt: tokens of the prompt. n_new: the most that are generated; the answer may be any shorter.
+    """
+    if "logits" not in selection.kinds or "logits_to_keep" not in forward_takes(model):
+        return
+    kept = [selection.positions.resolve(n_prompt, n_response) for n_response in (1, n_new)]
+    if any(positions and positions[0] < n_prompt - 1 for positions in kept):
+        raise SelectionError(
+            f"positions={selection.positions} would keep logits of the prompt, which a model that generates does not compute but at its "
+            "last token; use positions scored (the logits that gave the answer), or leave the site logits out."
+        )
+
+
 def dtype_of(selection: Selection) -> torch.dtype | None:
     """What rows are narrowed to when they are copied out of the model; None leaves them."""
     return None if selection.copied_as is None else getattr(torch, selection.copied_as)
@@ -140,7 +156,7 @@ def respond(
     with _seeded(sampling):
         for group in harmless_groups(loaded, prompts, sampling):
             some = [prompts[row] for row in group]
-            asked = [texts[row] if texts else loaded.tokenizer.decode(prompts[row]) for row in group]
+            asked = [texts[row] if texts else text_of(loaded.tokenizer, prompts[row]) for row in group]
             found |= zip(group, _respond_together(loaded, some, sampling, selection, asked), strict=True)
     return [found[row] for row in range(len(prompts))]
 
@@ -194,7 +210,7 @@ def _respond_together(
     responses = []
     for row, prompt in enumerate(prompts):
         generated = until_end(sequences[row, width:].tolist(), model.generation_config.eos_token_id)
-        text = tokenizer.decode(generated, skip_special_tokens=True)
+        text = text_of(tokenizer, generated, skip_special_tokens=True)
         sample = None
         if selection is not None:
             kept = selection.positions.resolve(len(prompt), len(generated))
@@ -279,4 +295,4 @@ def sequence_rows(
         )
     token_ids = [sequence[position] for position in positions]
     activations: Mapping[str, Tensor] = recording.take(row, [pad + position - n_past for position in positions])
-    return Rows(token_ids, tokenizer.convert_ids_to_tokens(token_ids), list(positions), activations)
+    return Rows(token_ids, token_strings(tokenizer, token_ids), list(positions), activations)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from AutomaticEval.capture.prefix_tree import Array, PrefixTree
+from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.capture.walking import Stretch
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.store.format import Part, Rows
@@ -42,7 +43,7 @@ class Pieces:
             ids = self._tree.token_ids[nodes].tolist()
             rows = stretch.recording.take(0, (nodes - stretch.start).tolist())
             positions = self._tree.depths[nodes].tolist()
-            self._rows[start] = Rows(ids, self._tokenizer.convert_ids_to_tokens(ids), positions, rows)
+            self._rows[start] = Rows(ids, token_strings(self._tokenizer, ids), positions, rows)
 
     def parts(self, nodes: Array) -> list[Part]:
         """Where the rows of these nodes of one path are."""

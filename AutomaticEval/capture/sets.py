@@ -16,11 +16,13 @@ from AutomaticEval.analysis.results import read_json, refuse_others, write_json
 from AutomaticEval.capture.corpus import Extracted, Forwards, as_text, extract, refuse_response
 from AutomaticEval.capture.packing import Feeding
 from AutomaticEval.capture.texts import Text
+from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import ModelUnavailable, SelectionError, StoreError, first_line
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, state_of
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import plain_name, prepare_folder, size_text
+from AutomaticEval.store.format import as_json
 from AutomaticEval.store.reader import Run, open_run
 from AutomaticEval.store.writer import LOCK, is_finished, shards_bytes
 
@@ -221,7 +223,7 @@ def _of_tokenizer(tokenizer: Any, context: int | None) -> dict[str, Any]:
         "tokenizer": {
             "class": type(tokenizer).__name__,
             "n_tokens": len(tokenizer),
-            "first_token_added": tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"][0]) if begins else None,
+            "first_token_added": token_strings(tokenizer, tokenizer("a")["input_ids"][:1])[0] if begins else None,
             "context": context,
         }
     }
@@ -242,7 +244,7 @@ def _there(unit: Unit, texts: TextSet, plan: Plan) -> str:
         "packing": plan.feeding.packing,
     }
     found = {"model": run.model, "store_dtype": None, **run.settings, **run.settings.get("corpus", {})}
-    refuse_others(unit.folder, found, json.loads(json.dumps(wanted, default=str)))
+    refuse_others(unit.folder, found, json.loads(as_json(wanted)))
     unit.numbers = _kept_numbers(unit.folder, run)
     return "was there"
 

@@ -58,6 +58,7 @@ def benchmark(
     Without a command: run a benchmark through lm-evaluation-harness.
     """
     if context.invoked_subcommand is not None:
+        _refuse_options_before(context)
         return
     captures = capture_activations or head_strength
     how = "--capture_activations"
@@ -121,6 +122,18 @@ def benchmark(
             _track(outcome, f"{benchmark} on {model}", about, mlflow, say, time.perf_counter() - started)
 
 
+def _refuse_options_before(context: typer.Context) -> None:
+    """Raises SelectionError for options that stand before a command, which would not be heeded."""
+    sources = {each: context.get_parameter_source(each.name or "") for each in context.command.params}
+    given = [each.opts[0] for each, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        command = context.invoked_subcommand
+        raise SelectionError(
+            f"{', '.join(given)} before the command {command!r} would be ignored; write what it takes of them after it: "
+            f"{command} … {given[0]} …"
+        )
+
+
 def _with_norms(sites: str | None, positions: str | None, *, alone: bool) -> tuple[str, str | None]:
     """What --head_strength keeps: the norms of the heads' results, at every position when nothing else is captured."""
     if not alone:
@@ -171,6 +184,8 @@ def _print(outcome: Outcome, title: str) -> None:
             f"Scoring: {outcome.n_computed} tokens computed over the requests' prefix tree; one by one they have {outcome.n_tokens} "
             f"({times:.1f} times as many)"
         )
+    if outcome.without_verdict:
+        typer.echo(f"No verdict:  {', '.join(outcome.without_verdict)} (column correct is none)")
     if outcome.n_truncated:
         typer.echo(
             f"Cut prompts: {outcome.n_truncated} of {outcome.n_samples} samples lost their beginning (column n_truncated)"

@@ -59,6 +59,7 @@ def prune(
     from AutomaticEval.errors import SelectionError
     from AutomaticEval.store.maintenance import prune as cut
     from AutomaticEval.store.maintenance import size_of
+    from AutomaticEval.store.reader import open_run
 
     if (sites, layers, positions) == (None, None, None):
         raise SelectionError("nothing to drop; say what to keep with --sites, --layers or --positions.")
@@ -73,6 +74,10 @@ def prune(
             advance=advance,
         )
     _written(output)
+    kept = open_run(output).keys
+    left_out = [key for key in open_run(path).keys if key not in kept]
+    if left_out:
+        typer.echo(f"Left out: {', '.join(left_out)}")
 
 
 @one_line_errors

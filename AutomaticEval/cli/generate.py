@@ -26,7 +26,10 @@ def generate(
     layers: options.Layers = None,
     sites: options.Sites = None,
     positions: Annotated[
-        str | None, typer.Option("--positions", help="all (default), prompt, response, scored, last, or a slice.")
+        str | None,
+        typer.Option(
+            "--positions", help="all (default; of logits: scored), prompt, response, scored, last, or a slice."
+        ),
     ] = None,
     store_dtype: options.StoreDtype = None,
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="The most tokens to generate.")] = 256,
@@ -55,7 +58,7 @@ def generate(
 
     asked: AskOptions = {
         "sites": sites,
-        "positions": positions or "all",
+        "positions": positions,
         "store_dtype": store_dtype,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

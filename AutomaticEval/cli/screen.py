@@ -44,6 +44,7 @@ def screen(
     from AutomaticEval.analysis.results import new_results, read_json, write_json
     from AutomaticEval.analysis.screening import screen
     from AutomaticEval.capture.texts import drawn
+    from AutomaticEval.capture.vocabulary import token_strings
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import draw, names_of
 
@@ -67,7 +68,7 @@ def screen(
     settings |= {"profile": profile, "permutations": permutations, "seed": seed, "keywords": found.keywords}
     settings["prompts"] = {category: len(texts) for category, texts in prompts.items()}
     settings["targets"] = {
-        category: {name: loaded.tokenizer.convert_ids_to_tokens(ids) for name, ids in each._asdict().items()}
+        category: {name: token_strings(loaded.tokenizer, ids) for name, ids in each._asdict().items()}
         for category, each in targets.items()
     }
     write_json(file, {"kind": "screening", "settings": settings, "scores": scores})

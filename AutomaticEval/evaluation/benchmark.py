@@ -1,4 +1,4 @@
-"""Which questions a benchmark asks: its tasks loaded, the questions drawn, and what capturing them would write."""
+"""Which questions a benchmark asks: its tasks loaded, the questions drawn, and the requests they become."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,16 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 from transformers import GenerationConfig
 
-from AutomaticEval.capture.generation import bytes_per_row
-from AutomaticEval.capture.prefix_tree import PrefixTree
-from AutomaticEval.capture.scoring import Cut
 from AutomaticEval.errors import (
     BenchmarkError,
     BenchmarkUnavailable,
-    SelectionError,
     UnknownBenchmark,
     did_you_mean,
     first_line,
 )
-from AutomaticEval.evaluation.encoding import rolling_windows
 from AutomaticEval.evaluation.harness import RandomStates, quick_templates, random_states, seed_everything, task_manager
 from AutomaticEval.evaluation.local_files import local_files, missing
-from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.selection import Positions, Selection
-from AutomaticEval.store.writer import SHARD_BYTES
+from AutomaticEval.evaluation.refusals import refuse_unknown_metric, refused_by
 
 BUNDLED = Path(__file__).parent / "tasks" / "demo"
 BUNDLED_NAMES = ("demo", "demo_facts", "demo_arithmetic")
@@ -48,8 +40,6 @@ WHY_NOT = {
     "may ask the wrong ones; leave it out.",
 }
 """lm-eval's options that would break the link between a request and its forward."""
-FORECAST_DOCS = 16
-"""Documents of each task that the forecast of the size is made from."""
 
 
 @dataclass(frozen=True)
@@ -199,10 +189,15 @@ def _known(name: str, manager: TaskManager) -> list[str]:
 def _load(manager: TaskManager, names: list[str]) -> dict[str, Any]:
     try:
         return dict(manager.load(names))
-    except ValueError as failure:
-        if "Duplicate task" not in str(failure):
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as failure:
+        if "Duplicate task" in str(failure):
+            raise BenchmarkError(f"{', '.join(names)}: {failure}; name each task once.") from failure
+        made = refused_by(failure)
+        if made is None:
             raise
-        raise BenchmarkError(f"{', '.join(names)}: {failure}; name each task once.") from failure
+        raise BenchmarkError(
+            f"{made} cannot be made ({type(failure).__name__}: {first_line(failure)}); mend its YAML file, or leave it out."
+        ) from failure
 
 
 def _unavailable(benchmark: Benchmark, failure: OSError) -> str:
@@ -220,6 +215,8 @@ def _prepare(name: str, task: Task, benchmark: Benchmark) -> None:
             f"the task {name!r} ({task.OUTPUT_TYPE}) is none that a text model answers in one pass; tasks of the types "
             f"{', '.join(OUTPUT_TYPES)} are."
         )
+    if not benchmark.predict_only:
+        refuse_unknown_metric(name, task)
     if getattr(task, "UNSAFE_CODE", False) and not benchmark.confirm_run_unsafe_code:
         raise BenchmarkError(
             f"the task {name!r} runs code that the model wrote; where that is safe, add --confirm_run_unsafe_code."
@@ -265,6 +262,9 @@ def _given_kwargs(benchmark: Benchmark) -> dict[str, Any]:
     given = benchmark.gen_kwargs or {}
     parsed: dict[str, Any] = simple_parse_args_string(given) if isinstance(given, str) else dict(given)
     known = {"until", "max_gen_toks", *GenerationConfig().to_dict()}
+    for name in ("use_cache", "pad_token_id"):
+        if name in parsed:
+            raise BenchmarkError(f"--gen_kwargs {name}: lm-eval gives it to the model itself; leave it out.")
     for name in parsed:
         if name not in known:
             raise BenchmarkError(f"--gen_kwargs: nothing is called {name!r}.{did_you_mean(name, known)}")
@@ -307,39 +307,7 @@ def _prune(item: Task | Group, drawn: Mapping[str, list[int]]) -> Task | Group |
     return item if len(item) else None
 
 
-def forecast(loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, selection: Selection) -> int:
-    """The most bytes that the run is expected to write, from the first FORECAST_DOCS documents of each task."""
-    row = bytes_per_row(loaded, selection)
-    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
-    shares = benchmark.scoring == "tree"
-    total, longest = 0.0, 0
-    for name, task in found.tasks.items():
-        docs = task.eval_docs
-        asked = _asked(len(docs), benchmark, found.drawn, name)
-        trial = [docs[index] for index in asked[:FORECAST_DOCS]]
-        task.set_fewshot_seed(benchmark.seed or 0)  # which is set again when the run begins
-        with quick_templates():
-            wanted = [_rows_of(lm, task, doc, benchmark, selection.positions) for doc in trial]
-        is_scored = task.OUTPUT_TYPE != "generate_until"
-        rows = [sum(map(len, each.values())) for each in wanted]
-        if shares and is_scored:  # each document adds what it does not share with those before it
-            rows = [_n_distinct(each) for each in wanted]
-            own = max(0, _n_distinct(dict(chain.from_iterable(each.items() for each in wanted))) - rows[0])
-            total += rows[0] + own / max(1, len(rows) - 1) * (len(asked) - 1)
-        else:
-            total += sum(rows) / len(rows) * len(asked) * task.config.repeats
-        longest = max(longest, *rows)
-    if shares:
-        total += total * row // SHARD_BYTES * longest  # what is shared is written into each shard
-    if total == 0:
-        raise SelectionError(
-            f"positions={selection.positions} keep nothing of {', '.join(benchmark.names)}: choices of one token are never "
-            "fed to the model. Use scored (the positions that scored them), prompt or all."
-        )
-    return round(total * row)
-
-
-def _asked(n_docs: int, benchmark: Benchmark, drawn: Mapping[str, list[int]] | None, task: str) -> Sequence[int]:
+def asked_of(n_docs: int, benchmark: Benchmark, drawn: Mapping[str, list[int]] | None, task: str) -> Sequence[int]:
     """The documents of a task that are asked: the drawn ones, the first so many, or all."""
     if drawn is not None:
         return drawn[task]
@@ -348,7 +316,7 @@ def _asked(n_docs: int, benchmark: Benchmark, drawn: Mapping[str, list[int]] | N
     return range(n_docs)[: math.ceil(n_docs * benchmark.limit) if benchmark.limit < 1 else int(benchmark.limit)]
 
 
-def _requests_of(lm: HFLM, task: Task, doc: Any, benchmark: Benchmark) -> list[Instance]:
+def requests_of(lm: HFLM, task: Task, doc: Any, benchmark: Benchmark) -> list[Instance]:
     """The requests that lm-eval will make of one document."""
     chat = {
         "apply_chat_template": bool(benchmark.apply_chat_template),
@@ -364,35 +332,3 @@ def _requests_of(lm: HFLM, task: Task, doc: Any, benchmark: Benchmark) -> list[I
     )
     made = task.construct_requests(doc=doc, ctx=context, metadata=(None, 0, 1), **chat)
     return made if isinstance(made, list) else [made]
-
-
-def _n_distinct(wanted: Mapping[tuple[int, ...], set[int]]) -> int:
-    """The rows that sequences give over their prefix tree."""
-    places = list(wanted.values())
-    return int(PrefixTree(list(wanted)).marked(lambda index: sorted(places[index])).sum())
-
-
-def _rows_of(
-    lm: HFLM, task: Task, doc: Any, benchmark: Benchmark, positions: Positions
-) -> dict[tuple[int, ...], set[int]]:
-    """The rows that one document will give, at most: what is fed, and the positions kept of it."""
-    requests = _requests_of(lm, task, doc, benchmark)
-    kept: dict[tuple[int, ...], set[int]] = {}
-    if len({request.idx for request in requests}) < len(requests):
-        raise BenchmarkError(indistinct(task.config.task))
-    for request in requests:
-        if request.request_type == "generate_until":
-            new = request.args[1].get("max_gen_toks", lm.max_gen_toks)
-            prompt = lm.tok_encode(request.args[0])[-(lm.max_length - new) :]
-            kept[tuple(prompt)] = set(positions.resolve(len(prompt), new))
-        elif request.request_type == "loglikelihood_rolling":
-            for context, continuation in rolling_windows(lm, request.args[0]):
-                own_positions = positions.resolve(len(context), len(continuation))
-                kept.setdefault((*context, *continuation[:-1]), set()).update(own_positions)
-        else:
-            # without a context lm-eval feeds one token in its place; "?" stands for it here
-            context, continuation = lm._encode_pair(request.args[0] or "?", request.args[1])
-            cut = Cut.of(context, continuation, lm.max_length)
-            own_positions = positions.resolve(len(cut.context), len(continuation))
-            kept.setdefault(tuple(cut.fed), set()).update(own_positions)  # one row serves equal inputs
-    return kept

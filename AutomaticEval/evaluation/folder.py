@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import lm_eval
 
 from AutomaticEval.errors import BenchmarkError, StoreError
-from AutomaticEval.evaluation.join import join
+from AutomaticEval.evaluation.join import Directions, join
 from AutomaticEval.evaluation.repeats import Verdicts
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, answered_in
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.contents import Columns, Listed, records_of
-from AutomaticEval.store.files import plain_name, prepare_folder
+from AutomaticEval.store.files import named_failures, plain_name, prepare_folder, shortened
 from AutomaticEval.store.sharing import SharedRun
 from AutomaticEval.store.writer import LOCK, RunWriter, is_finished, refuse_finished
 
@@ -40,7 +40,9 @@ class Keeping:
     def __post_init__(self) -> None:
         if self.resume is None:
             return
-        if not self.resume.is_dir():
+        with named_failures(self.resume):
+            is_folder = self.resume.is_dir()
+        if not is_folder:
             raise StoreError(f"{self.resume} is no folder; resume needs the run folder that is to go on.")
         if not (self.resume / LOCK).exists():
             raise StoreError(f"{self.resume} holds no run that was cut short; resume needs the run folder itself.")
@@ -106,10 +108,11 @@ class RunFolder:
         *,
         repeats: Verdicts | None = None,
         doc_ids: Mapping[str, Sequence[int]] | None = None,
+        directions: Directions | None = None,
     ) -> None:
         """Join every sample of every process to what lm-eval logged of it, and write `run.h5`.
 
-        doc_ids: task -> the documents' own indices, when the samples count within them.
+        doc_ids: task -> the documents' own indices, when the samples count within them. directions: of the tasks' metrics.
         """
 
         def joined(columns: Columns) -> Columns:
@@ -122,7 +125,7 @@ class RunFolder:
                 )
             for record in records if doc_ids else ():
                 record["doc_id"] = (doc_ids or {})[record["task"]][record["doc_id"]]
-            return Listed.of(join(records, samples, repeats or {}))
+            return Listed.of(join(records, samples, repeats, directions))
 
         assert self.path is not None
         done = self._shared.finish(self.path, joined)
@@ -153,4 +156,4 @@ def new_folder(save_dir: Path, name: str) -> Path:
 
 def folder_name(benchmarks: Sequence[str], model: str) -> str:
     """`<benchmark>_<model>`, of characters that every file system takes."""
-    return "_".join(plain_name(part) for part in ("-".join(benchmarks)[:60], Path(model).name[:60]))
+    return "_".join(shortened(plain_name(part), 80) for part in ("-".join(benchmarks), Path(model).name))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 import tempfile
@@ -22,10 +23,31 @@ import numpy as np
 import torch
 from lm_eval import utils
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
+from AutomaticEval.models.loading import LoadedModel
+
 STOCK = Path(lm_eval.tasks.__file__).parent
+
+
+def stock_model(loaded: LoadedModel) -> HFLM:
+    """lm-eval's own model, for its limits and its encoding."""
+    with quiet(HFLM.__module__):  # it warns that a model which is loaded already is not shared out
+        return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
+
+
+@contextmanager
+def quiet(module: str) -> Iterator[None]:
+    """Keep a module's warnings off the log."""
+    logger = logging.getLogger(module)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

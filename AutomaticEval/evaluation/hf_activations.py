@@ -112,7 +112,7 @@ class HFActivations(CapturingHFLM):
         samples = (results or {}).get("samples", {})
         doc_ids = {task: _asked(task, logged) for task, logged in samples.items()}
         self._open.close()
-        self._folder.finish(samples, doc_ids=doc_ids)
+        self._folder.finish(samples, doc_ids=doc_ids, directions=(results or {}).get("higher_is_better"))
         return self.folder
 
 

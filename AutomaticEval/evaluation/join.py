@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.evaluation.repeats import Verdicts
 from AutomaticEval.evaluation.resuming import RequestKey, key_of, logprob_of
+
+VERDICTS = re.compile(
+    r"(acc|accuracy|correct|exact|exact_match|em|acc_\w+|exact_match_\w+|prompt_level_(strict|loose)_acc|pass(@|_at_)1|math_verify|numerical_match)"
+)
+"""Names of metrics that say whether an answer is right. Of others 0 or 1 means something else, or chances to be all there is."""
+
+Directions = Mapping[str, Mapping[str, Any]]
+"""Task -> metric -> whether higher is better, as lm-eval's results have it."""
 
 
 class Score(NamedTuple):
@@ -26,10 +37,12 @@ def join(
     records: Sequence[Mapping[str, Any]],
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     repeats: Verdicts | None = None,
+    directions: Directions | None = None,
 ) -> list[dict[str, Any]]:
     """Each captured sample with what lm-eval logged for its request, in the order of (task, doc, choice, repeat, window).
 
-    repeats: of answers that are several to one question, what each is worth by itself.
+    repeats: of answers that are several to one question, what each is worth by itself; one that is not there has no verdict.
+    directions: of the metrics; one whose lower values are better gives no verdict.
     Raises CaptureError when a request was captured twice or not at all, or when its text is not what was logged.
     """
     captured = {key_of(record): dict(record) for record in records}
@@ -37,7 +50,7 @@ def join(
         raise CaptureError(f"{len(records)} samples were captured for {len(captured)} requests.")
     joined = []
     for task, logged in samples.items():
-        main = _main_metric(logged)
+        main = main_metric(logged, (directions or {}).get(task))
         for doc_id, entries in sorted(_by_document(logged).items()):
             verdict = _verdict(entries, main)
             for choice, responses in enumerate(entries[0]["resps"]):
@@ -45,7 +58,9 @@ def join(
                     key = RequestKey(task, doc_id, choice, repeat)
                     own = _windows(captured, key)
                     _check(own, key, entries[0]["arguments"][choice], response)
-                    alone = _verdict_of_repeat(verdict, (repeats or {}).get(key), entries[0]["filter"], main)
+                    alone: Mapping[str, Any] = verdict
+                    if len(responses) > 1 and isinstance(response, str):
+                        alone = _verdict_of_repeat(verdict, (repeats or {}).get(key), entries[0]["filter"], main)
                     joined += [{"logprob": None, "is_greedy": None, **record, **alone} for record in own]
     if captured:
         raise CaptureError(f"{len(captured)} captured samples have no logged request, first {next(iter(captured))}.")
@@ -91,14 +106,22 @@ def _by_document(logged: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[
     return found
 
 
-def _main_metric(logged: Sequence[Mapping[str, Any]]) -> str | None:
-    """The first metric of a task that says right or wrong: 0 or 1 for each of its documents; None when none does."""
-    names = logged[0]["metrics"] if logged else []
-    return next((name for name in names if all(_is_verdict(entry.get(name)) for entry in logged)), None)
+def main_metric(logged: Sequence[Mapping[str, Any]], higher_is_better: Mapping[str, Any] | None = None) -> str | None:
+    """The first metric of a task that says right or wrong of an answer; None when none does.
+
+    It is one by its name, higher values are not worse, and of each of the task's documents it is 0 or 1.
+    """
+    better = higher_is_better or {}
+    names = [
+        name
+        for name in (logged[0]["metrics"] if logged else [])
+        if VERDICTS.fullmatch(name) and better.get(name) is not False
+    ]
+    return next((name for name in names if all(_is_one_or_zero(entry.get(name)) for entry in logged)), None)
 
 
-def _is_verdict(value: Any) -> bool:
-    return isinstance(value, int | float) and value in (0, 1)
+def _is_one_or_zero(value: Any) -> bool:
+    return isinstance(value, int | float | np.generic) and value in (0, 1)
 
 
 def _verdict(entries: Sequence[Mapping[str, Any]], main: str | None) -> dict[str, Any]:
@@ -116,16 +139,16 @@ def _verdict(entries: Sequence[Mapping[str, Any]], main: str | None) -> dict[str
 def _verdict_of_repeat(
     verdict: Mapping[str, Any], alone: Mapping[str, Mapping[str, Any]] | None, first_filter: str, main: str | None
 ) -> Mapping[str, Any]:
-    """The verdict on one of several answers: its own, not that of the question."""
+    """The verdict on one of several answers: its own, or none; never that of the question."""
     if alone is None:
-        return verdict
+        return {**verdict, "prediction": None, "correct": None}
     first = alone.get(first_filter, {"filtered": None, "metrics": {}})
     correct = first["metrics"].get(main)
     return {
         **verdict,
         "prediction": first["filtered"],
         "metrics": {name: each["metrics"] for name, each in alone.items()},
-        "correct": None if correct is None else bool(correct),
+        "correct": bool(correct) if _is_one_or_zero(correct) else None,
     }
 
 
@@ -155,7 +178,7 @@ def scores_of(
     totals: Mapping[str, int],
     n_questions: int,
 ) -> list[Score]:
-    """The lines of the results table: every metric of each task and group, and all questions together.
+    """The lines of the results table: every metric of each task and group, and all questions that have a verdict together.
 
     totals: task or group -> its number of documents. n_questions: those of the whole benchmark.
     """
@@ -169,8 +192,15 @@ def scores_of(
         for metric, value, stderr in _metrics(values):
             scores.append(Score(group, metric, value, stderr, None, asked, totals[group]))
     if len(totals) > 1:
-        scores += _overall(samples, n_questions)
+        n_judged = n_questions - sum(totals[task] for task in without_verdict(results, samples))
+        scores += _overall(results, samples, n_judged)
     return scores
+
+
+def without_verdict(results: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The tasks of which no metric says right or wrong of an answer."""
+    better = results.get("higher_is_better", {})
+    return [task for task, logged in samples.items() if main_metric(logged, better.get(task)) is None]
 
 
 def _metrics(values: Mapping[str, Any]) -> list[tuple[str, float, float | None]]:
@@ -198,11 +228,13 @@ def _chance(metric: str, logged: Sequence[Mapping[str, Any]]) -> float | None:
     return sum(1 / n for n in n_choices) / len(n_choices)
 
 
-def _overall(samples: Mapping[str, Sequence[Mapping[str, Any]]], n_questions: int) -> list[Score]:
+def _overall(
+    results: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]], n_questions: int
+) -> list[Score]:
     """The share of right answers among all questions that have a verdict, whatever their task."""
     verdicts = []
-    for logged in samples.values():
-        main = _main_metric(logged)
+    for task, logged in samples.items():
+        main = main_metric(logged, results.get("higher_is_better", {}).get(task))
         if main is not None:
             verdicts += [bool(entries[0][main]) for entries in _by_document(logged).values()]
     if not verdicts:

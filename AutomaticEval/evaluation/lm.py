@@ -6,7 +6,6 @@ fed: a change inside lm-eval fails here, loudly.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,8 @@ from AutomaticEval.evaluation.benchmark import WHY_NOT, check_scoring, indistinc
 from AutomaticEval.evaluation.calls import UNKNOWN, Call, Request
 from AutomaticEval.evaluation.collating import AnswerHook, recording
 from AutomaticEval.evaluation.encoding import EncodedAhead, rolling_windows, shared_beginnings, texts_of
+from AutomaticEval.evaluation.harness import quiet
+from AutomaticEval.evaluation.refusals import document, refuse_generating, refuse_pair
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, random_state
 from AutomaticEval.evaluation.tree import TreeScorer
 from AutomaticEval.models.hooks import Kept, capturing
@@ -91,7 +92,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self._ahead = EncodedAhead((), self._encode_many)
-        with _quiet():  # lm-eval warns that a model which is loaded already is not shared out; here it is
+        with quiet(HFLM.__module__):  # lm-eval warns that a model which is loaded already is not shared out; here it is
             super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)
         self._device = input_device(loaded.model)  # lm-eval takes the first weight's, which may be offloaded
         self._sink, self._doc_ids, self._ranks = sink, doc_ids or {}, ranks
@@ -140,13 +141,21 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         asked = [Request(key, *request.args) for key, request in self._keyed(requests)]
+        for request in asked:  # over which lm-eval would fail while it encodes
+            key, prompt, response = request
+            if not response or (not prompt and not self.tok_encode(response, add_special_tokens=False)):
+                refuse_pair(document(key.task, key.doc_id), [0], [], (prompt, response or ""), self.max_length)
         self._ahead = EncodedAhead(texts_of(request.args for request in requests), self._encode_many)
         with self._serving(asked, placeholder=(float("nan"), False)) as call:
             own = super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self._ranks.is_first)
             return call.complete(own)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        asked = [Request(key, request.args[0], None) for key, request in self._keyed(requests)]
+        keyed = self._keyed(requests)
+        asked = [Request(key, request.args[0], None) for key, request in keyed]
+        for key, how in {(key.task, repr(each.args[1])): (key, each.args[1]) for key, each in reversed(keyed)}.values():
+            where = document(key.task, key.doc_id)
+            refuse_generating(self.model, self._selection, where, how, self.max_length, self.max_gen_toks)
         for request in asked if self._selection is not None else ():
             if not request.prompt and not self.tok_encode(""):
                 raise BenchmarkError(
@@ -222,6 +231,11 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         call = self._serves()
         listed = call.listed(requests)
+        for index, context, continuation in listed:
+            key, prompt, response = call.requests[index]
+            refuse_pair(
+                document(key.task, key.doc_id), context, continuation, (prompt, response or ""), self.max_length
+            )
         if self._over_tree(call, disable_tqdm=kwargs.get("disable_tqdm", False)):
             return [call.answers.get(index, (float("nan"), False)) for index in range(len(listed))]
         return super()._loglikelihood_tokens(listed, *args, **kwargs)
@@ -466,17 +480,6 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         kept = set(self._positions.resolve(len(member.input_ids), len(member.generated_ids)))
         where = [index for index, position in enumerate(member.rows.positions) if position in kept]
         return Sample(fields, member.input_ids, member.generated_ids, [*member.before, Part(member.rows, where)])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger(HFLM.__module__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _keep_rows(positions: Sequence[Sequence[int]]) -> Callable[[int, int], Kept]:

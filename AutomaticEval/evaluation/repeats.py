@@ -7,13 +7,15 @@ what those filters and metrics say of that answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from copy import copy
 from typing import Any
 
+from lm_eval.api.filter import FilterEnsemble
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
+from lm_eval.filters.selection import TakeKFilter
 
+from AutomaticEval.errors import BenchmarkError, first_line
 from AutomaticEval.evaluation.resuming import RequestKey
 
 Verdicts = dict[RequestKey, dict[str, dict[str, Any]]]
@@ -24,6 +26,7 @@ def score_repeats(tasks: Mapping[str, Task], doc_ids: Mapping[str, Sequence[int]
     """What each answer is worth, of the questions that were answered more than once.
 
     tasks: as they are after the evaluation. doc_ids: task -> the documents' own indices, when only some were asked.
+    Raises BenchmarkError when a task's own filter or metric fails over an answer.
     """
     found: Verdicts = {}
     for name, task in tasks.items():
@@ -33,19 +36,37 @@ def score_repeats(tasks: Mapping[str, Task], doc_ids: Mapping[str, Sequence[int]
                 continue
             doc_id = instance.doc_id if own is None else own[instance.doc_id]
             for repeat, response in enumerate(instance.resps):
-                found[RequestKey(name, doc_id, instance.idx, repeat)] = _score(task, instance, response)
+                key = RequestKey(name, doc_id, instance.idx, repeat)
+                found[key] = _score(task, instance, response, key)
     return found
 
 
-def _score(task: Task, instance: Instance, response: str) -> dict[str, dict[str, Any]]:
-    """By each filter that can take one answer alone: a majority of eight cannot."""
+def _score(task: Task, instance: Instance, response: str, key: RequestKey) -> dict[str, dict[str, Any]]:
+    """By each filter that takes one answer alone: the first of eight is one, a majority of eight is not."""
     found = {}
     for ensemble in task._filters:
+        if needs_several(ensemble):
+            continue
         alone = copy(instance)
         alone.resps, alone.filtered_resps = [response], {}
-        with suppress(AssertionError, ValueError, TypeError, IndexError, KeyError):
+        try:
             ensemble.apply([alone])
             filtered = alone.filtered_resps[ensemble.name]
             metrics = dict(task.process_results(instance.doc, [filtered]))
-            found[ensemble.name] = {"filtered": filtered, "metrics": metrics}
+        except Exception as failure:  # filters and metrics are a task's own programs, and raise what they like
+            raise BenchmarkError(
+                f"the task {key.task!r} cannot score answer {key.repeat} to document {key.doc_id} by itself: its filter "
+                f"{ensemble.name!r}, or the metric after it, failed over {response[:60]!r} ({type(failure).__name__}: "
+                f"{first_line(failure)}). Mend the task; then the same command with --resume finishes the run, and computes nothing again."
+            ) from failure
+        found[ensemble.name] = {"filtered": filtered, "metrics": metrics}
     return found
+
+
+def needs_several(ensemble: FilterEnsemble) -> bool:
+    """Whether a filter asks for several answers to a question: lm-eval's take_first_k of more than one does.
+
+    No other of lm-eval's filters does, and a task's own is asked about one answer as about any number of them.
+    """
+    steps = [make() for make in ensemble.filters]
+    return any(isinstance(step, TakeKFilter) and step.k > 1 for step in steps)

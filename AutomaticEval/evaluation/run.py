@@ -6,6 +6,7 @@ Scores are lm-eval's. With a selection, every request's activations are in one f
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,17 +16,20 @@ from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.loggers import EvaluationTracker
 
-from AutomaticEval.errors import BenchmarkError, DiskFull, StoreError
-from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, forecast, load_tasks
+from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError
+from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, load_tasks
 from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
-from AutomaticEval.evaluation.harness import LoadedBefore, quick_templates
-from AutomaticEval.evaluation.join import Score, scores_of
+from AutomaticEval.evaluation.forecast import forecast
+from AutomaticEval.evaluation.harness import LoadedBefore, quick_templates, stock_model
+from AutomaticEval.evaluation.join import Score, scores_of, without_verdict
 from AutomaticEval.evaluation.lm import CapturingHFLM
+from AutomaticEval.evaluation.refusals import refuse_tasks
 from AutomaticEval.evaluation.repeats import score_repeats
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.ranks import Ranks, join_ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.files import ensure_space, prepare_folder, size_text
+from AutomaticEval.store.files import ensure_space, prepare_folder, shortened, size_text
+from AutomaticEval.store.format import as_json
 from AutomaticEval.store.writer import shard_bytes_for, shards_bytes
 
 
@@ -47,6 +51,9 @@ class Outcome:
     size_bytes: int = 0
     n_truncated: int = 0
     """Samples whose prompt was cut on the left to fit the context."""
+
+    without_verdict: list[str] = field(default_factory=list)
+    """Tasks whose metrics say of no answer whether it is right: their `correct` is none."""
 
     results_file: Path | None = None
     n_tokens: int = 0
@@ -81,6 +88,7 @@ def run_benchmark(
         raise BenchmarkError(
             f"--apply_chat_template: the tokenizer of {loaded.name} has no chat template; leave it out."
         )
+    refuse_tasks(loaded.model, selection, found.tasks, stock_model(loaded))
     if output_path is not None:
         prepare_folder(output_path)
     if selection is not None:
@@ -102,19 +110,18 @@ def _captured(
     ranks: Ranks,
     announce: Callable[[str], None],
 ) -> Outcome:
-    size = forecast(loaded, benchmark, found, selection)
+    size = forecast(loaded, benchmark, found, selection, ranks.n_ranks)
     there = 0 if keeping.resume is None else shards_bytes(keeping.resume)
     if ranks.is_first:
         already = f", {size_text(there)} of it already there" if there else ""
-        announce(f"Activations: at most {size_text(size)} expected{already}")
-    ensure_space(keeping.resume or keeping.save_dir, size - there)
-    gathered = size * loaded.model.dtype.itemsize if selection.store_dtype == "int8" else size  # narrowed when sealed
+        announce(f"Activations: {size} expected{already}")
+    ensure_space(keeping.resume or keeping.save_dir, size.room_bytes - there)
     folder = RunFolder(
         keeping,
         folder_name(benchmark.names, loaded.name),
         loaded.name,
         _settings(loaded, benchmark, selection),
-        shard_bytes_for(gathered),
+        shard_bytes_for(size.rows_bytes),
         ranks,
     )
     try:
@@ -125,20 +132,31 @@ def _captured(
             outcome = _evaluate(CapturingHFLM(loaded, selection, writer.add, **how), loaded, benchmark, found, ranks)
             if ranks.is_first:  # before the join, so that the scores outlive one that fails
                 outcome.results_file = save_results(outcome, loaded, benchmark, output_path or writer.folder)
-        folder.finish(outcome.samples, repeats=score_repeats(found.tasks, found.drawn) if ranks.is_first else None)
+        repeats = score_repeats(found.tasks, found.drawn) if ranks.is_first else None
+        folder.finish(outcome.samples, repeats=repeats, directions=outcome.results.get("higher_is_better"))
     except DiskFull as full:
         full.exit_code = 1  # the run had begun
         raise
-    except BaseException:
+    except BaseException as failure:
         if folder.path is not None:
-            announce(
-                f"\nThe run was cut short; {folder.n_samples} samples captured until then are in {folder.path}. The same command "
-                "with --resume and that folder goes on."
-            )
+            there_now = f"{folder.n_samples} samples captured until then are in {folder.path}"
+            announce(f"\nThe run was cut short; {there_now}. {_what_next(failure)}")
         raise
     outcome.folder, outcome.n_samples, outcome.size_bytes = folder.path, folder.n_samples, folder.size_bytes
     outcome.n_truncated = folder.n_truncated
     return outcome
+
+
+def _what_next(failure: BaseException) -> str:
+    """Whether a resume can go on after a failure: not where it would meet the same refusal again."""
+    if isinstance(failure, OtherSettings) or (
+        isinstance(failure, AutomaticEvalError) and not isinstance(failure, StoreError)
+    ):
+        return "Resumed as it is, it would end in the same way."
+    is_stopped = isinstance(failure, KeyboardInterrupt | SystemExit)
+    return (
+        f"{'The' if is_stopped else 'Once its cause is gone, the'} same command with --resume and that folder goes on."
+    )
 
 
 def _how(benchmark: Benchmark, found: LoadedTasks, ranks: Ranks) -> dict[str, Any]:
@@ -192,7 +210,8 @@ def _evaluate(
         return Outcome([], {}, {})
     samples = results.pop("samples")
     scores = scores_of(results, samples, found.totals, found.n_questions)
-    return Outcome(scores, results, samples, n_tokens=n_tokens, n_computed=n_computed)
+    unjudged = without_verdict(results, samples)
+    return Outcome(scores, results, samples, without_verdict=unjudged, n_tokens=n_tokens, n_computed=n_computed)
 
 
 def _settings(loaded: LoadedModel, benchmark: Benchmark, selection: Selection) -> dict[str, Any]:
@@ -200,8 +219,8 @@ def _settings(loaded: LoadedModel, benchmark: Benchmark, selection: Selection) -
 
 
 def _short(model: str) -> str:
-    """How lm-eval names its folder: a hub name as it is, a folder by its last name."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    """How lm-eval names its folder: a hub name as it is, a folder by its last name, neither too long for a file system."""
+    return shortened(Path(model).resolve().name if os.path.isdir(model) else model, 120)  # noqa: PTH112 - no error for a long name
 
 
 def save_results(outcome: Outcome, loaded: LoadedModel, benchmark: Benchmark, folder: Path) -> Path:
@@ -214,10 +233,10 @@ def save_results(outcome: Outcome, loaded: LoadedModel, benchmark: Benchmark, fo
         chat_template=loaded.tokenizer.chat_template if benchmark.apply_chat_template else None,
         fewshot_as_multiturn=True,
     )
-    samples = json.loads(json.dumps(outcome.samples, default=str))  # saving changes them
+    samples = json.loads(as_json(outcome.samples))  # saving changes them
     tracker.save_results_aggregated(results=dict(outcome.results), samples=samples)
     for task in samples:
-        tracker.save_results_samples(task_name=task, samples=samples[task])
+        tracker.save_results_samples(task_name=shortened(task, 180), samples=samples[task])
     written = sorted(folder.rglob(f"results_{getattr(tracker, 'date_id', '')}*.json"))
     if not written:
         raise StoreError(f"lm-eval could not write its results into {folder}; the scores were printed nowhere else.")

@@ -132,15 +132,27 @@ def load_filters(what: Path | str, name: str) -> Any:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Failures inside carry the file."""
+    """What damage raises inside carries the file. A mistake of our own stays what it is: it is in no frame of h5py's."""
     try:
         yield
     except OSError as failure:
         if failure.errno in _REFUSED:
             raise StoreError(f"{path} cannot be opened: {os.strerror(failure.errno)}.") from failure
         raise TruncatedFile(_DAMAGED.format(path, failure)) from failure
-    except (LookupError, ValueError, RuntimeError, AttributeError, TypeError, MemoryError) as failure:
+    except (KeyError, ValueError, RuntimeError, MemoryError) as failure:
         raise TruncatedFile(_DAMAGED.format(path, failure)) from failure
+    except (TypeError, AttributeError, IndexError) as failure:
+        if not _is_of_hdf5(failure):
+            raise
+        raise TruncatedFile(_DAMAGED.format(path, failure)) from failure
+
+
+def _is_of_hdf5(failure: BaseException) -> bool:
+    """Whether it was raised in h5py, which says so of types that it does not know."""
+    trace = failure.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == "h5py"
 
 
 def group_of(file: h5py.File, name: str) -> h5py.Group:

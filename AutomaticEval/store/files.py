@@ -18,6 +18,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import h5py
+import xxhash
 
 from AutomaticEval.errors import DiskFull, FolderNotWritable, PathExists, StoreError
 from AutomaticEval.store.trailer import arrays_of, write_trailer
@@ -45,9 +46,11 @@ def prepare_file(path: Path, *, overwrite: bool = False, offer_overwrite: bool =
 
     Raises PathExists, FolderNotWritable.
     """
-    if path.is_dir():
+    with named_failures(path):
+        is_folder, is_there = path.is_dir(), path.exists()
+    if is_folder:
         raise PathExists(f"{path} is a folder; give the name of a file in it.")
-    if path.exists() and not overwrite:
+    if is_there and not overwrite:
         offered = " or pass overwrite=True (--overwrite)" if offer_overwrite else ""
         raise PathExists(f"{path} exists and is not overwritten; choose another name{offered}.")
     prepare_folder(path.parent)
@@ -85,6 +88,18 @@ def size_text(size_bytes: float) -> str:
 def plain_name(text: str) -> str:
     """Of characters that every file system takes."""
     return re.sub(r"[^\w.-]+", "-", text)
+
+
+def shortened(name: str, most_bytes: int) -> str:
+    """A name of at most so many bytes: file systems take 255, and a Chinese character is three.
+
+    Of a longer one the beginning, and a hash of it all, so that two names stay two.
+    """
+    raw = name.encode("utf-8", "surrogatepass")
+    if len(raw) <= most_bytes:
+        return name
+    mark = f"-{xxhash.xxh3_64_hexdigest(raw)[:8]}"
+    return raw[: most_bytes - len(mark)].decode("utf-8", "ignore") + mark
 
 
 def file_stem(prefix: str, text: str, now: datetime | None = None) -> str:
@@ -136,7 +151,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises PathExists, FolderNotWritable, DiskFull.
     """
-    if path.exists():
+    with named_failures(path):
+        is_there = path.exists()
+    if is_there:
         raise PathExists(f"{path} exists and is not overwritten; choose another name.")
     prepare_folder(path.parent)
     partial = _partial(path)

@@ -6,7 +6,7 @@ Knows nothing of models, of runs, or of when a file is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from AutomaticEval.errors import CaptureError
+from AutomaticEval.errors import CaptureError, did_you_mean
 
 SHARD_FORMAT = "automatic-eval/activations"
 RUN_FORMAT = "automatic-eval/run"
@@ -50,7 +50,7 @@ COLUMNS = {
     "shard": "int",
     "index": "int",
 }
-"""Column -> type. What is not here is not written."""
+"""Column -> type. Nothing else can be written."""
 
 ENCODINGS = ("utf-8", "json", "int", "float", "bool")
 _NUMPY: dict[str, np.dtype[Any]] = {"int": np.dtype("<i8"), "float": np.dtype("<f8"), "bool": np.dtype("i1")}
@@ -116,7 +116,8 @@ class Sample:
     """Its rows, one part after the other: a prefix that many samples share, then its own."""
 
     def __post_init__(self) -> None:
-        """Refuse rows that are not this sample's tokens."""
+        """Refuse rows that are not this sample's tokens, and columns that could not be written."""
+        check_columns(self.fields)
         if not self.parts:
             raise CaptureError("a sample needs the rows it points into, of which it may keep none.")
         fed = fed_of(self.input_ids, self.generated_ids)
@@ -228,13 +229,23 @@ def bits_type(dtype: torch.dtype) -> np.dtype[Any]:
     return _BITS[torch.empty((), dtype=dtype).element_size()][0]
 
 
+def check_columns(names: Iterable[str]) -> None:
+    """Raises CaptureError for a column that the format does not have: it would be lost."""
+    for name in names:
+        if name not in COLUMNS:
+            raise CaptureError(
+                f"a sample has the column {name!r}, which format {'.'.join(map(str, VERSION))} does not have, and nothing was written."
+                f"{did_you_mean(name, COLUMNS)} Columns: {', '.join(COLUMNS)}."
+            )
+
+
 def encode_column(name: str, values: Sequence[Any]) -> tuple[np.ndarray[Any, Any] | list[str], str]:
     """A column's values as they are written, and its `encoding` attribute."""
     kind = COLUMNS[name]
     if kind == "json":
-        return [json.dumps(value, default=plain) for value in values], "json"
+        return [as_json(value) for value in values], "json"
     if kind == "text":
-        return encode_text(["" if value is None else value for value in values])
+        return encode_text(["" if value is None else str(value) for value in values])
     if kind == "bool" and any(value not in (None, False, True) for value in values):
         raise CaptureError(
             f"the column {name} holds {next(v for v in values if v not in (None, False, True))!r}, which is neither true nor false."
@@ -243,9 +254,32 @@ def encode_column(name: str, values: Sequence[Any]) -> tuple[np.ndarray[Any, Any
     return np.array([none if value is None else value for value in values], dtype=_NUMPY[kind]), kind
 
 
+def as_json(value: Any) -> str:
+    """Any value as JSON. Keys that JSON does not have are text, and so is what holds itself."""
+    try:
+        return json.dumps(value, default=plain)
+    except (TypeError, ValueError):
+        pass
+    try:
+        return json.dumps(_with_text_keys(value), default=plain)
+    except RecursionError:
+        return json.dumps(str(value))
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _with_text_keys(each) for key, each in value.items()}
+    return [_with_text_keys(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def plain(value: Any) -> Any:
-    """For JSON: a number of numpy or torch as Python's, anything else that it has no type for as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """For JSON: numbers of numpy or torch as Python's, anything else that it has no type for as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def attribute_text(text: str) -> str:
+    """Text as a root attribute: HDF5 holds neither U+0000 nor lone surrogates, which stand there escaped (`\\udc80`)."""
+    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
 
 
 def encode_text(values: Sequence[str]) -> tuple[list[str], str]:

@@ -6,7 +6,7 @@ time, whatever the size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from AutomaticEval.errors import (
     StoreError,
 )
 from AutomaticEval.selection import Positions
-from AutomaticEval.sites import KINDS, LayersLike, expand, parse_kinds, parse_layers
+from AutomaticEval.sites import LayersLike, expand, parse_kinds, parse_layers
 from AutomaticEval.store import checksums, contents, trailer
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.contents import Activation, Contents
@@ -292,8 +292,8 @@ def prune(
 ) -> Path:
     """A smaller copy in one file: only some sites, layers or positions.
 
-    sites, layers, positions: as for a capture; None keeps what there is.
-    Raises SelectionError when nothing of it was stored, PathExists.
+    sites, layers, positions: as for a capture, and `pattern` where it is stored; None keeps what there is.
+    Raises SelectionError when one of them was not stored, PathExists.
     """
     check(path)
     run = open_run(path)
@@ -311,19 +311,44 @@ def prune(
 
 
 def _kept_keys(run: Run, sites: str | None, layers: LayersLike) -> list[str]:
-    found = [int(key.partition(".")[0].removeprefix("layer_")) for key in run.keys if key.startswith("layer_")]
-    n_layers = run.settings.get("shape", {}).get("n_layers", max(found, default=-1) + 1)
-    pairs = parse_layers(layers)
-    every = set() if sites is None else set(parse_kinds(sites))
-    named = (
-        {site.key for site in expand(every or KINDS, layers if pairs else None, n_layers)}
-        if n_layers
-        else set(run.keys)
-    )
-    kept = [key for key in run.keys if key in named]
-    if not kept:
-        raise SelectionError(f"{run.path} holds none of these sites and layers; it has {', '.join(run.keys)}.")
-    return kept
+    """The stored keys that are asked for: of these kinds, and of these layers what a model has once a layer.
+
+    Raises SelectionError for a kind or layer of which nothing is stored.
+    """
+    stored = {key: _parts(key) for key in run.keys}
+    kinds = {kind for kind, _ in stored.values()} if sites is None else _kinds_of(sites, stored)
+    of_kinds = {key: layer for key, (kind, layer) in stored.items() if kind in kinds}
+    found = {layer for layer in of_kinds.values() if layer is not None}
+    wanted = found if parse_layers(layers) is None else _layers_of(run, layers, stored)
+    missing = [kind for kind in kinds if kind not in {kind for kind, _ in stored.values()}]
+    missing += [f"layer {layer}" for layer in sorted(wanted - found) if found or not of_kinds]
+    if missing:
+        raise SelectionError(f"{run.path} holds none of these: {', '.join(missing)}; it has {', '.join(run.keys)}.")
+    return [key for key, layer in of_kinds.items() if layer is None or layer in wanted]
+
+
+def _parts(key: str) -> tuple[str, int | None]:
+    """(kind, layer) of a stored key, also of one that is not captured by name, such as `layer_3.pattern`."""
+    head, _, kind = key.partition(".")
+    number = head.removeprefix("layer_")
+    if number == head or not number.isdigit():
+        return ("embed" if key == "embeddings" else key), None
+    return kind or "resid_post", int(number)
+
+
+def _kinds_of(sites: str, stored: Mapping[str, tuple[str, int | None]]) -> set[str]:
+    """The kinds that are named. Raises UnknownSite for what is neither stored nor a kind."""
+    names = [name.strip() for name in sites.split(",")]
+    there = {kind for kind, _ in stored.values()}
+    others = [name for name in names if name not in there]
+    return {*(name for name in names if name in there), *(parse_kinds(others) if others else ())}
+
+
+def _layers_of(run: Run, layers: LayersLike, stored: Mapping[str, tuple[str, int | None]]) -> set[int]:
+    """The layers that are named. Raises UnknownLayer for one that the model does not have."""
+    deepest = max((layer for _, layer in stored.values() if layer is not None), default=-1)
+    n_layers = run.settings.get("shape", {}).get("n_layers", deepest + 1)
+    return {site.layer or 0 for site in expand(["resid_post"], layers, n_layers)} if n_layers else set()
 
 
 def _kept_rows(held: Contents, number: int, wanted: Positions | None) -> Array:

@@ -126,16 +126,16 @@ def _table_bytes(held: Contents) -> int:
     strings = held.strings()
     numbers = 12 * held.n_rows + 8 * ids + 4 * scales * widths
     texts = 2 * text + 64 * len(names) * held.n_samples + sum(64 + 4 * len(each) for each in strings.values())
-    return 2**18 + 4096 * len(held.activations) + len(json.dumps(held.settings, default=str)) + numbers + texts
+    return 2**18 + 4096 * len(held.activations) + len(contract.as_json(held.settings)) + numbers + texts
 
 
 def _write_attributes(file: h5py.File, kind: str, held: Contents, more: Mapping[str, str]) -> str:
     attributes = {
         "format": kind,
         "format_version": ".".join(map(str, contract.VERSION)),
-        "model": held.model,
+        "model": contract.attribute_text(held.model),
         "created": datetime.now().astimezone().isoformat(),
-        "settings": json.dumps(held.settings, default=str),
+        "settings": contract.as_json(held.settings),
         **more,
     }
     stamp = checksums.of_attributes(attributes)
@@ -278,7 +278,8 @@ def _write_strings(file: h5py.File, name: str, texts: Sequence[str], encoding: s
 
 
 def _write_columns(file: h5py.File, columns: Columns) -> None:
-    """`/samples`: one dataset a column of the format; a newer version's others are left out."""
+    """`/samples`: one dataset a column. Raises CaptureError for one that the format does not have, such as a newer version's."""
+    contract.check_columns(columns.names)
     group = file.require_group("samples")
     for name in contract.COLUMNS:
         if name not in columns.names:

@@ -28,7 +28,7 @@ from AutomaticEval.store import contents
 from AutomaticEval.store.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.contents import Columns, Contents, Listed
 from AutomaticEval.store.files import named_failures, prepare_folder
-from AutomaticEval.store.format import RUN_FORMAT, Sample
+from AutomaticEval.store.format import RUN_FORMAT, Sample, as_json, attribute_text
 from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.sealing import Source, check_compression, write_file, write_run
 from AutomaticEval.store.shard import Shard
@@ -78,8 +78,8 @@ class RunWriter:
     ) -> None:
         check_compression(compression)
         self.folder = folder = folder.expanduser().absolute()
-        self._model, self._shard_bytes, self._compression = model, shard_bytes, compression
-        self._settings = json.loads(json.dumps({"run_id": uuid4().hex, **settings}, default=str))
+        self._model, self._shard_bytes, self._compression = attribute_text(model), shard_bytes, compression
+        self._settings = json.loads(as_json({"run_id": uuid4().hex, **settings}))
         self._kinds: dict[str, tuple[torch.dtype, int]] | None = None
         self._mutex = threading.RLock()
         self._gathered: list[Sample] = []

@@ -1,0 +1,268 @@
+"""How much a captured benchmark run will write, foreseen from its requests before the model runs.
+
+Of a benchmark of up to EXACT_DOCS documents every request is made and encoded, and what is said is a bound. Of a larger one a few of
+each task are, spread over all of them, and it is said to be about so much: to encode 14,042 questions with five examples each
+takes as long as lm-eval's own encoding of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import Task
+from lm_eval.models.huggingface import HFLM
+
+from AutomaticEval.capture.generation import bytes_per_row
+from AutomaticEval.capture.prefix_tree import PrefixTree
+from AutomaticEval.capture.scoring import Cut
+from AutomaticEval.errors import BenchmarkError, SelectionError
+from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, asked_of, indistinct, requests_of
+from AutomaticEval.evaluation.encoding import rolling_windows
+from AutomaticEval.evaluation.harness import quick_templates, stock_model
+from AutomaticEval.evaluation.refusals import document, new_tokens, refuse_generating, refuse_pair
+from AutomaticEval.evaluation.resuming import random_state
+from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.selection import Selection
+from AutomaticEval.store.eight_bits import BLOCK_ROWS
+from AutomaticEval.store.files import size_text
+from AutomaticEval.store.writer import shard_bytes_for
+
+EXACT_DOCS = 512
+"""Documents of a benchmark up to which all are looked at."""
+SAMPLED_DOCS = 16
+"""Of each task of a larger one."""
+TIGHT = 1.5
+"""A bound is said when it is no more than so many times what is expected; else rows that requests share make it useless."""
+MARGIN = 1.25
+"""The room that is asked for where the size is no bound, as a part of it."""
+_FILE_BYTES, _DATASET_BYTES = 2**15, 2**10
+"""HDF5's own structures: of an empty file, and of each dataset of activations. Measured: 24 KB, and 0.6 to 0.8 KB."""
+_SAMPLE_BYTES, _TEXT_BYTES = 256, 48
+"""Of a sample in one file: its columns of numbers and offsets; of each of its values that are text, beside the text. Measured: 410 bytes
+for a sample with five texts.
+"""
+_N_TEXTS = 11
+"""Columns of text, JSON included."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will write."""
+
+    size_bytes: int
+    """Of all its HDF5 files."""
+
+    is_bound: bool
+    """Whether it cannot be more."""
+
+    rows_bytes: int
+    """Of the activations alone, as they are gathered before they are narrowed to int8."""
+
+    text_bytes: int
+    """Of the texts that lm-eval's own files repeat."""
+
+    def __str__(self) -> str:
+        return f"{'at most' if self.is_bound else 'about'} {size_text(self.size_bytes)}"
+
+    @property
+    def room_bytes(self) -> int:
+        """The free space with which a run may begin."""
+        return round(self.size_bytes * (1 if self.is_bound else MARGIN)) + self.text_bytes
+
+
+class _Document(NamedTuple):
+    """What one document's requests will leave."""
+
+    kept: dict[tuple[int, ...], set[int]]
+    """What is fed -> the positions kept of it; equal inputs share their rows."""
+
+    n_samples: int
+    n_positions: int
+    """Kept of all its samples, those that they share counted for each."""
+
+    n_ids: int
+    text_bytes: int
+    """Of prompts and responses, as JSON."""
+
+    verdict_bytes: int
+    """Of target, prediction and metrics."""
+
+    @property
+    def n_rows(self) -> int:
+        return sum(map(len, self.kept.values()))
+
+
+@dataclass
+class _Sum:
+    """Over all documents that are asked."""
+
+    rows: float = 0
+    distinct: float = 0
+    """With what requests share counted once."""
+    samples: float = 0
+    positions: float = 0
+    ids: float = 0
+    texts: float = 0
+    verdicts: float = 0
+    longest: int = 0
+    empty: list[str] = field(default_factory=list)
+    """Tasks of which nothing is kept."""
+
+
+def forecast(
+    loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, selection: Selection, n_ranks: int = 1
+) -> Forecast:
+    """What a run is expected to write.
+
+    Raises BenchmarkError for a request that lm-eval could not ask, SelectionError when nothing is kept of a task.
+    """
+    row = bytes_per_row(loaded, selection)
+    lm = stock_model(loaded)
+    asked = {name: asked_of(len(task.eval_docs), benchmark, found.drawn, name) for name, task in found.tasks.items()}
+    is_exact = sum(map(len, asked.values())) <= EXACT_DOCS
+    total = _Sum()
+    for name, task in found.tasks.items():
+        _add(total, name, task, asked[name], _Reader(lm, loaded, selection, benchmark), is_exact=is_exact)
+    if total.empty:
+        raise SelectionError(
+            f"positions={selection.positions} keep nothing of {', '.join(total.empty)}: choices of one token are never "
+            "fed to the model. Use scored (the positions that scored them), prompt or all, or leave these tasks out."
+        )
+    bound, expected = (
+        _size(loaded, selection, total, rows * row, rows, n_ranks) for rows in (total.rows, total.distinct)
+    )
+    is_bound = is_exact and bound <= TIGHT * expected
+    if not is_bound:
+        n_shards = expected // shard_bytes_for(round(expected))
+        expected += n_shards * total.longest * row  # what is shared is written into each shard
+    rows = total.rows if is_bound else total.distinct
+    wide = loaded.model.dtype.itemsize if selection.store_dtype == "int8" else 1
+    return Forecast(round(bound if is_bound else expected), is_bound, round(rows * row * wide), round(2 * total.texts))
+
+
+def _size(
+    loaded: LoadedModel, selection: Selection, total: _Sum, rows_bytes: float, n_rows: float, n_ranks: int
+) -> float:
+    """Bytes of all files with so many rows: the shards, and `run.h5`, which has all tables once more."""
+    layout = loaded.layout
+    n_keys = len(selection.sites(layout.n_layers))
+    shard_bytes = shard_bytes_for(round(rows_bytes))
+    # smaller shards than an eighth are merged with their neighbours
+    n_files = 16 * rows_bytes // shard_bytes + 1 + n_ranks
+    strings = min(len(loaded.tokenizer) + 1, n_rows) * 128
+    files = n_files * (_FILE_BYTES + n_keys * _DATASET_BYTES + strings)
+    in_8_bits = selection.store_dtype == "int8"
+    scales = (n_rows / BLOCK_ROWS + n_files) * 4 * bytes_per_row(loaded, selection) if in_8_bits else 0
+    table = n_rows * (12 if in_8_bits else 8) + scales + 4 * total.ids + 16 * total.positions
+    table += total.samples * (_SAMPLE_BYTES + _N_TEXTS * _TEXT_BYTES) + total.texts
+    return rows_bytes + files + 2 * table + total.verdicts
+
+
+def _add(total: _Sum, name: str, task: Task, asked: Sequence[int], reader: _Reader, *, is_exact: bool) -> None:
+    """Add what is asked of a task."""
+    if not asked:
+        return
+    docs, step = task.eval_docs, 1 if is_exact else max(1, len(asked) // SAMPLED_DOCS)
+    seen = list(asked)[::step] if is_exact else list(asked)[step // 2 :: step][:SAMPLED_DOCS]
+    task.set_fewshot_seed(reader.benchmark.seed or 0)  # which is set again when the run begins
+    with quick_templates():
+        documents = [reader.read(name, task, docs[index], index) for index in seen]
+    times = len(asked) / len(seen) * (task.config.repeats if task.OUTPUT_TYPE == "generate_until" else 1)
+    rows = sum(each.n_rows for each in documents)
+    total.rows += times * rows
+    total.distinct += _distinct(documents, len(asked)) if reader.shares(task) else times * rows
+    total.samples += times * sum(each.n_samples for each in documents)
+    total.positions += times * sum(each.n_positions for each in documents)
+    total.ids += times * sum(each.n_ids for each in documents)
+    total.texts += times * sum(each.text_bytes for each in documents)
+    total.verdicts += times * sum(each.verdict_bytes for each in documents)
+    total.longest = max(total.longest, *(each.n_rows for each in documents))
+    if not rows:
+        total.empty.append(name)
+
+
+def _distinct(documents: Sequence[_Document], n_asked: int) -> float:
+    """The rows of all documents over their prefix tree: each adds what it does not share with those before it."""
+    first = _n_distinct(documents[0].kept)
+    whole = _n_distinct(dict(chain.from_iterable(each.kept.items() for each in documents)))
+    return first + max(0, whole - first) / max(1, len(documents) - 1) * (n_asked - 1)
+
+
+def _n_distinct(wanted: Mapping[tuple[int, ...], set[int]]) -> int:
+    """The rows that sequences give over their prefix tree."""
+    places = list(wanted.values())
+    return int(PrefixTree(list(wanted)).marked(lambda index: sorted(places[index])).sum())
+
+
+class _Reader:
+    """Makes and encodes a document's requests, as lm-eval will."""
+
+    def __init__(self, lm: HFLM, loaded: LoadedModel, selection: Selection, benchmark: Benchmark) -> None:
+        self._lm, self._model, self._selection, self.benchmark = lm, loaded.model, selection, benchmark
+        self._longest_token = max(map(len, map(str, loaded.tokenizer.get_vocab())), default=1)
+        self._state_bytes = len(random_state(torch.device(loaded.model.device)))
+
+    def shares(self, task: Task) -> bool:
+        """Whether what requests begin with together is stored once."""
+        return self.benchmark.scoring == "tree" and task.OUTPUT_TYPE != "generate_until"
+
+    def read(self, name: str, task: Task, doc: Any, doc_id: int) -> _Document:
+        requests = requests_of(self._lm, task, doc, self.benchmark)
+        if len({request.idx for request in requests}) < len(requests):
+            raise BenchmarkError(indistinct(name))
+        kept: dict[tuple[int, ...], set[int]] = {}
+        n_samples = n_positions = n_ids = texts = answers = 0
+        for request in requests:
+            for fed, n_prompt, n_response, text in self._samples(request, document(name, doc_id)):
+                positions = self._selection.positions.resolve(n_prompt, n_response)
+                kept.setdefault(fed, set()).update(positions)  # one row serves equal inputs
+                n_samples, n_positions = n_samples + 1, n_positions + len(positions)
+                n_ids, texts = n_ids + n_prompt + n_response, texts + text
+            if request.request_type == "generate_until":
+                answers += self._answer_bytes(request)
+        verdict = n_samples * self._verdict_bytes(task, doc, len(requests), answers)
+        return _Document(kept, n_samples, n_positions, n_ids, texts, verdict)
+
+    def _samples(self, request: Instance, where: str) -> Iterator[tuple[tuple[int, ...], int, int, int]]:
+        """Of each sample that a request gives: what is fed (of a generation: the prompt), P, R, and the bytes of its texts."""
+        lm = self._lm
+        if request.request_type == "generate_until":
+            refuse_generating(self._model, self._selection, where, request.args[1], lm.max_length, lm.max_gen_toks)
+            n_new = new_tokens(request.args[1], lm.max_gen_toks)
+            prompt = lm.tok_encode(request.args[0])[-(lm.max_length - n_new) :]
+            sampled = self._state_bytes if request.args[1].get("do_sample") else 0
+            text = _json_bytes(request.args[0]) + self._answer_bytes(request) + sampled
+            yield tuple(prompt), len(prompt), n_new, text
+        elif request.request_type == "loglikelihood_rolling":
+            for context, continuation in rolling_windows(lm, request.args[0]):
+                text = sum(
+                    _json_bytes(lm.tok_decode(ids, skip_special_tokens=False)) for ids in (context, continuation)
+                )
+                yield (*context, *continuation[:-1]), len(context), len(continuation), text
+        else:
+            # without a context lm-eval feeds one token in its place; "?" stands for it here
+            context, continuation = lm._encode_pair(request.args[0] or "?", request.args[1])
+            refuse_pair(where, context, continuation, request.args, lm.max_length)
+            cut = Cut.of(context, continuation, lm.max_length)
+            yield tuple(cut.fed), len(cut.context), len(continuation), sum(map(_json_bytes, request.args))
+
+    def _answer_bytes(self, request: Instance) -> int:
+        """The most that a generated answer's text can take, as JSON, each of its tokens the longest there is."""
+        return 6 * self._longest_token * new_tokens(request.args[1], self._lm.max_gen_toks)
+
+    def _verdict_bytes(self, task: Task, doc: Any, n_requests: int, answer: int) -> int:
+        """Target, prediction and metrics of one sample: metrics may hold what they were computed of."""
+        target = _json_bytes(task.doc_to_target(doc))
+        n_filters, n_metrics = len(task._filters), len(task.aggregation())
+        return target + answer + n_filters * n_metrics * (128 + 32 * n_requests + target + answer)
+
+
+def _json_bytes(value: Any) -> int:
+    """No text takes more in a file, whether it is written as it is or as JSON."""
+    return len(json.dumps(value, default=str))

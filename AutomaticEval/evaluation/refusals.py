@@ -1,0 +1,122 @@
+"""What a task, a model and a selection make impossible, told before the model runs, with the task and the document.
+
+Where lm-eval has an assertion of its own, or a forward would be found to be another than was captured, the request is refused
+here in one line instead.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.task import Task
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from AutomaticEval.capture.generation import refuse_uncomputed_logits
+from AutomaticEval.errors import BenchmarkError, SelectionError
+from AutomaticEval.selection import Selection
+
+ONE_SEQUENCE: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "prompt_lookup_num_tokens": None,
+    "guidance_scale": 1,
+}
+"""What generation must be told, where it is told anything, so that each row of a forward is one prompt's next token."""
+ANY_PROMPT = 2**20
+"""A prompt's length where none is known: the rules hold for every one."""
+
+
+def document(task: str, doc_id: int) -> str:
+    """How a document of a task is named."""
+    return f"the task {task!r}, document {doc_id},"
+
+
+def new_tokens(gen_kwargs: Mapping[str, Any], default: int) -> int:
+    """How many tokens lm-eval lets a model generate."""
+    return int(normalize_gen_kwargs(dict(gen_kwargs), default)["max_gen_toks"])
+
+
+def refuse_generating(
+    model: Any, selection: Selection | None, where: str, gen_kwargs: Mapping[str, Any], max_length: int, default: int
+) -> None:
+    """Raises BenchmarkError or SelectionError for answers that cannot be generated, or not captured.
+
+    selection: None captures nothing. where: the task, and the document where it is known. max_length: the model's context.
+    default: the new tokens where gen_kwargs name none.
+    """
+    n_new = new_tokens(gen_kwargs, default)
+    if n_new >= max_length:
+        raise BenchmarkError(
+            f"{where} asks for up to {n_new} new tokens, and the model's context is {max_length}, which has to hold a prompt, too; add "
+            f"--gen_kwargs max_gen_toks={max(1, max_length // 2)}, or a smaller number."
+        )
+    if selection is None:
+        return
+    for name, wanted in ONE_SEQUENCE.items():
+        value = gen_kwargs.get(name, getattr(model.generation_config, name, None))
+        if value not in (None, wanted):
+            raise BenchmarkError(
+                f"{where} generates with {name}={value}, whose forwards are not one sequence's, and cannot be captured; set "
+                f"{name}={wanted}, or run it without --capture_activations."
+            )
+    try:
+        refuse_uncomputed_logits(model, selection, ANY_PROMPT, n_new)
+    except SelectionError as why:
+        raise SelectionError(f"{where} generates its answers: {why}") from None
+
+
+def refuse_tasks(model: Any, selection: Selection | None, tasks: Mapping[str, Task], lm: Any) -> None:
+    """`refuse_generating` of every task that generates, before any is asked. lm: lm-eval's model, for its limits."""
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE == "generate_until":
+            how = task.config.generation_kwargs or {}
+            refuse_generating(model, selection, f"the task {name!r}", how, lm.max_length, lm.max_gen_toks)
+
+
+def refuse_pair(
+    where: str, context: Sequence[int], continuation: Sequence[int], texts: Sequence[str], max_length: int
+) -> None:
+    """Raises BenchmarkError for a continuation that lm-eval could not score: without tokens, after none, or too long."""
+    prompt, response = texts
+    said = f"{where} asks to score {response[:60]!r} after {prompt[-60:]!r}"
+    if not len(continuation):
+        raise BenchmarkError(
+            f"{said}, of which no token is left to be scored; mend the task, or leave the document out."
+        )
+    if not len(context):
+        raise BenchmarkError(
+            f"{said}, which has no token to be scored after; mend the task, or leave the document out."
+        )
+    if len(continuation) > max_length:
+        raise BenchmarkError(
+            f"{said}: {len(continuation)} tokens, and the model's context is {max_length}; leave the document out, or choose a model with "
+            "a longer context."
+        )
+
+
+def refuse_unknown_metric(name: str, task: Task) -> None:
+    """Raises BenchmarkError for a metric or an aggregation that lm-eval will not find when the answers are there."""
+    metrics = getattr(task, "_metric_fn_list", {})
+    unknown = [each for each, scores in metrics.items() if scores is None] if not task.config.process_results else []
+    if unknown:
+        raise BenchmarkError(
+            f"the task {name!r} is scored by {', '.join(map(repr, unknown))}, which is no metric that lm-eval or the evaluate library has "
+            "here; mend its metric_list."
+        )
+    for each, aggregation in getattr(task, "_aggregation_list", {}).items():
+        if aggregation is None:
+            raise BenchmarkError(
+                f"the task {name!r} has no aggregation for its metric {each!r} that lm-eval knows; name one."
+            )
+
+
+def refused_by(failure: BaseException) -> str | None:
+    """The name of the task that was being made when something failed, with its metric; None when it was none."""
+    for frame, _ in reversed(list(traceback.walk_tb(failure.__traceback__))):
+        made = frame.f_locals.get("self")
+        if isinstance(made, Task) and getattr(made, "_config", None) is not None:
+            metric = frame.f_locals.get("metric_name")
+            return f"the task {made.config.task!r}" + (f" with the metric {metric!r}" if metric else "")
+    return None
