@@ -160,7 +160,7 @@ def test_other_weights_under_the_same_name_are_refused(
     trained = copy.deepcopy(demo.model)
     with torch.no_grad():
         trained.model.layers[1].mlp.down_proj.weight.mul_(1.01)
-    with pytest.raises(OtherSettings, match="fingerprint was"):
+    with pytest.raises(OtherSettings, match="model_hash was"):
         evaluate(LoadedModel(trained, demo.tokenizer, "demo"), "demo", limit=20, resume=folder)
 
 

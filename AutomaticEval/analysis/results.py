@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from AutomaticEval.errors import OtherSettings, StoreError
+from AutomaticEval.settings import differing
 from AutomaticEval.store.files import new_file, prepare_file, prepare_folder
 
 Stats = dict[tuple[int, int], dict[str, float]]
@@ -54,12 +55,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises OtherSettings when a folder was made with others than are asked for now; what it has besides does not matter."""
-    apart = [name for name, value in now.items() if before.get(name) != value]
+    apart = differing(str(folder), before, now, now.keys())
     if apart:
-        name = min(apart)
-        raise OtherSettings(
-            f"{folder} was made with other settings: {name} was {before.get(name)!r} and is {now[name]!r}. Name another folder."
-        )
+        raise OtherSettings(f"{folder} was made with other settings: {min(apart)}. Name another folder.")
 
 
 def write_strength(

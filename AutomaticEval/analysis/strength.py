@@ -19,6 +19,7 @@ from AutomaticEval.models.heads import HeadResultNorms, n_inputs
 from AutomaticEval.models.layout import refuse_unready
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.models.taps import Layout, Tap
+from AutomaticEval.settings import differing
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
 from AutomaticEval.store.reader import Run
 
@@ -229,10 +230,11 @@ def _site(key: str) -> Site | None:
 def _norms_of(run: Run, model: Any, layers: Sequence[int]) -> dict[int, HeadResultNorms]:
     """What makes norms of z, of each layer. Raises StoreError for another model than the run's."""
     loaded = _loaded(model)
-    made_by, given = run.settings.get("fingerprint"), loaded.fingerprint()
-    if made_by is not None and made_by != given:
+    now = loaded.identity()
+    apart = differing(repr(run), run.settings, now, now.keys())
+    if apart:
         raise StoreError(
-            f"{run!r} was made by a model with other weights ({made_by}, not {given}); pass the one that it was made with."
+            f"{run!r} was made by a model with other weights ({apart[0]}); pass the one that it was made with."
         )
     found = {}
     for layer in layers:

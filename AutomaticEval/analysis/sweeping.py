@@ -18,6 +18,7 @@ from AutomaticEval.analysis.results import read_json, refuse_others, write_json
 from AutomaticEval.analysis.sweep import Sweep, sweep_of_answers, sweep_of_differences
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.settings import LATER, SAMPLED
 
 ANSWERED_TOGETHER = 16
 SWEPT_TOGETHER = 4
@@ -152,4 +153,7 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         write_json(file, settings)
         return
     before = read_json(file)
+    if SAMPLED not in before and "weights" in before:  # as the first versions named it
+        before[SAMPLED] = before.pop("weights")
+        settings = {name: value for name, value in settings.items() if name in before or name in LATER}
     refuse_others(folder, before, {**dict.fromkeys(before), **settings})

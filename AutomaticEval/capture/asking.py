@@ -7,11 +7,11 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from AutomaticEval.capture.generation import Sampling, bytes_per_row, refuse_uncomputed_logits, respond
 from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, SelectionError, unknown_option
-from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, n_layers_of
+from AutomaticEval.models.loading import LoadedModel, LoadKeywords, LoadOptions, load_model, n_layers_of
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.files import ensure_space, hdf5_path, prepare_file
@@ -19,7 +19,7 @@ from AutomaticEval.store.format import Sample, as_json
 from AutomaticEval.store.sealing import write_shard
 
 
-class AskOptions(TypedDict, total=False):
+class AskOptions(LoadKeywords, total=False):
     """The keyword options of every drop-in function."""
 
     tokenizer: Any
@@ -38,12 +38,6 @@ class AskOptions(TypedDict, total=False):
     system_prompt: str | None
     apply_chat_template: bool
     """True (default): the model's own chat template, when it has one."""
-    dtype: str
-    device: str
-    device_map: str | dict[str, Any] | None
-    load_in_8bit: bool
-    load_in_4bit: bool
-    revision: str | None
     overwrite: bool
     """Replace an existing file at save_path."""
 

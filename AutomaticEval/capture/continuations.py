@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from AutomaticEval.capture.generation import keep_of, recording_of, sample_columns, sequence_rows
 from AutomaticEval.capture.scoring import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
-from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
+from AutomaticEval.models.loading import LoadedModel, LoadKeywords, LoadOptions, load_model
 from AutomaticEval.models.taps import alone_with, input_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
@@ -53,13 +53,13 @@ def score_continuations(
     sites: str | Iterable[str] | None = None,
     positions: str | slice | Positions = "scored",
     store_dtype: str | None = None,
-    **options: Any,
+    **options: Unpack[LoadKeywords],
 ) -> list[ScoredContinuation]:
     """The log-likelihood of each continuation after its context, over the prefix tree of all of them.
 
     requests: (context, continuation) pairs of texts, which are tokenised as lm-eval does, or of token ids. What several begin
     with is computed once. A context that is too long loses its beginning. model: a name, a folder, "demo", or a loaded model
-    with tokenizer=. options: dtype, device, device_map, load_in_8bit, load_in_4bit, revision.
+    with tokenizer=. options: those of `LoadOptions`: dtype, device, peft, …
     A model that cannot be served so (state-space, ALiBi, sliding windows shorter than a request) is warned of, and computes
     each request by itself.
     Raises SelectionError, PromptError, ModelError, CaptureError; TypeError for an option there is not.

@@ -18,7 +18,7 @@ from AutomaticEval.capture.packing import Feeding
 from AutomaticEval.capture.texts import Text
 from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import ModelUnavailable, SelectionError, StoreError, first_line
-from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, state_of
+from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, revision_of, state_of
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import plain_name, prepare_folder, size_text
@@ -202,7 +202,7 @@ def _about(model: str, texts: TextSet, plan: Plan) -> dict[str, Any]:
         "patterns": plan.feeding.patterns,
         "strict": plan.feeding.strict,
     }
-    return {**texts.about, **feeding, "load": asdict(plan.load), "model_files": state_of(model)}
+    return {**texts.about, **feeding, "load": plan.load.as_dict(), "model_files": state_of(model, plan.load)}
 
 
 def _numbers(done: Extracted) -> dict[str, Any]:
@@ -243,6 +243,8 @@ def _there(unit: Unit, texts: TextSet, plan: Plan) -> str:
         **_about(unit.model, texts, plan),
         "packing": plan.feeding.packing,
     }
+    commit = revision_of(unit.model, plan.load)
+    wanted |= {} if commit is None else {"revision": commit}
     found = {"model": run.model, "store_dtype": None, **run.settings, **run.settings.get("corpus", {})}
     refuse_others(unit.folder, found, json.loads(as_json(wanted)))
     unit.numbers = _kept_numbers(unit.folder, run)

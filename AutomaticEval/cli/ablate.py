@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 @with_load
 def ablate(
     load: options.Load,
+    context: typer.Context,
     head_spec: Annotated[str, typer.Option("--head-spec", help="layer:head, such as 0:0,3:5; 3:* for all of a layer.")],
     mode: Annotated[
         str, typer.Option("--mode", help="zero, mean or resample (over the profile's neutral prompts).")
@@ -58,6 +59,11 @@ def ablate(
     seed: Seed = 42,
 ) -> None:
     """Answers, text metrics and benchmark scores with heads taken out, beside those without."""
+    if benchmark is None:
+        options.refuse_unused(context, "it is of a --benchmark", "limit", "num_fewshot", "include_path")
+    if emotion is None and data_path is None:
+        of_answers = ("sample_num", "max_tokens", "temperature", "sentiment")
+        options.refuse_unused(context, "it is of prompts, and none are asked", *of_answers)
     options.quiet_libraries()
     from AutomaticEval.analysis.ablation import Ablation, parse_head_spec, reference_z
     from AutomaticEval.analysis.profiles import load_profile

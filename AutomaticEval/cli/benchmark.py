@@ -68,6 +68,8 @@ def benchmark(
     for name, given in (("--compression", compression), ("--resume", resume)):
         if given is not None and not captures:
             raise SelectionError(f"{name} was given, but nothing is captured; add --capture_activations.")
+    if not captures:
+        options.refuse_unused(context, "nothing is captured", "activation_save_dir")
     options.quiet_libraries()
     from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark, load_tasks
     from AutomaticEval.evaluation.folder import Keeping

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @with_load
 def extract(
     load: options.Load,
+    context: typer.Context,
     profile: Annotated[
         str | None, typer.Option("--profile", help="baseline, extended, or a .toml file: labelled prompts, and models.")
     ] = None,
@@ -65,6 +66,12 @@ def extract(
         raise SelectionError("which texts? Give one of --profile, --texts and --dataset.")
     if profile is None and (model is None or category is not None):
         raise SelectionError("--texts and --dataset take a --model, and no --category.")
+    if dataset is None:
+        options.refuse_unused(context, "it is of a --dataset", "dataset_config", "split")
+    if profile is not None:
+        options.refuse_unused(context, "the texts of a --profile have no fields", "text_field")
+    if output is not None:
+        options.refuse_unused(context, "--output says where the activations go", "activation_save_dir")
     if batch_size != "auto" and not batch_size.isdecimal():
         raise PromptError(f"--batch_size is {batch_size!r}; write a number, or auto.")
     options.quiet_libraries()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.options import one_line_errors, with_load
 
 
 @one_line_errors
+@with_load
 def generate(
+    load: options.Load,
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     model: options.Model = "demo",
     save_path: Annotated[
@@ -41,22 +44,20 @@ def generate(
     no_chat_template: Annotated[
         bool, typer.Option("--no_chat_template", help="Do not use the model's chat template.")
     ] = False,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    load_in_8bit: options.LoadIn8Bit = False,
-    load_in_4bit: options.LoadIn4Bit = False,
-    revision: options.Revision = None,
 ) -> None:
     """Answer one prompt; with --save_path or --capture_activations, keep its activations."""
     captures = capture_activations or save_path is not None
     how = "--save_path or --capture_activations"
     options.chosen(sites, layers, positions, store_dtype, "all", captures=captures, how=how)
+    if save_path is None:
+        options.refuse_unused(context, "no --save_path is, where a file could be replaced", "overwrite")
+    if save_path is not None or not captures:
+        options.refuse_unused(context, "no file is named by itself", "activation_save_dir")
     options.quiet_libraries()
-    from AutomaticEval.capture.asking import AskOptions, generate_inference, generate_inference_with_activations
+    from AutomaticEval.capture.asking import generate_inference, generate_inference_with_activations
     from AutomaticEval.store.files import file_stem, size_text
 
-    asked: AskOptions = {
+    asked: dict[str, Any] = {
         "sites": sites,
         "positions": positions,
         "store_dtype": store_dtype,
@@ -67,13 +68,8 @@ def generate(
         "seed": seed,
         "system_prompt": system_prompt,
         "apply_chat_template": not no_chat_template,
-        "dtype": dtype,
-        "device": device,
-        "device_map": device_map,
-        "load_in_8bit": load_in_8bit,
-        "load_in_4bit": load_in_4bit,
-        "revision": revision,
         "overwrite": overwrite,
+        **vars(load()),
     }
     if save_path is None and capture_activations:
         save_path = activation_save_dir / f"{file_stem('generation', prompt)}.h5"

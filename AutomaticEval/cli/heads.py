@@ -71,6 +71,7 @@ def strength(
 @with_load
 def compare(
     load: options.Load,
+    context: typer.Context,
     pre_tuned_model: Annotated[str, typer.Option("--pre_tuned_model", help="Before: hub name, folder, or demo.")],
     fine_tuned_model: Annotated[str, typer.Option("--fine_tuned_model", help="After: hub name, folder, or demo.")],
     data_path: DataPath,
@@ -87,6 +88,8 @@ def compare(
     seed: Seed = 42,
 ) -> None:
     """How fine-tuning moved each head's strength: the same texts through both models."""
+    if answers_of is None:
+        options.refuse_unused(context, "it is of --answers_of", "max_new_tokens")
     options.quiet_libraries()
     from AutomaticEval.analysis.compare import ActivationComparator, same_inputs
     from AutomaticEval.analysis.results import new_results

@@ -77,6 +77,13 @@ DeviceMap = Annotated[str | None, typer.Option("--device_map", help='"auto" spre
 LoadIn8Bit = Annotated[bool, typer.Option("--load_in_8bit", help="LLM.int8 through bitsandbytes.")]
 LoadIn4Bit = Annotated[bool, typer.Option("--load_in_4bit", help="NF4 through bitsandbytes.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
+Peft = Annotated[str | None, typer.Option("--peft", help="Adapter of peft on the model: folder or hub name.")]
+Delta = Annotated[str | None, typer.Option("--delta", help="Weights to add to the model's: folder or hub name.")]
+Subfolder = Annotated[str | None, typer.Option("--subfolder", help="Where in the folder or on the hub the model is.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust_remote_code", help="Run code that comes with the checkpoint.")]
+OffloadFolder = Annotated[
+    str | None, typer.Option("--offload_folder", help="With --device_map: for weights that fit nowhere else.")
+]
 Mlflow = Annotated[
     str | None,
     typer.Option("--mlflow", metavar="[URI]", help="Log the run to MLflow; without a URI into its local store."),
@@ -127,11 +134,28 @@ def _load(
     load_in_8bit: LoadIn8Bit = False,
     load_in_4bit: LoadIn4Bit = False,
     revision: Revision = None,
+    peft: Peft = None,
+    delta: Delta = None,
+    subfolder: Subfolder = None,
+    trust_remote_code: TrustRemoteCode = False,
+    offload_folder: OffloadFolder = None,
 ) -> Any:
     from AutomaticEval.models.loading import LoadOptions
     from AutomaticEval.ranks import own_device
 
-    return LoadOptions(dtype, own_device(device), device_map, load_in_8bit, load_in_4bit, revision)
+    return LoadOptions(
+        dtype=dtype,
+        device=own_device(device),
+        device_map=device_map,
+        load_in_8bit=load_in_8bit,
+        load_in_4bit=load_in_4bit,
+        revision=revision,
+        peft=peft,
+        delta=delta,
+        subfolder=subfolder,
+        trust_remote_code=trust_remote_code,
+        offload_folder=offload_folder,
+    )
 
 
 def chosen(
@@ -153,6 +177,16 @@ def chosen(
             f"--sites, --layers, --positions or --store_dtype were given, but nothing is captured; add {how}."
         )
     return Selection.parse(sites, layers, positions or default, store_dtype) if captures else None
+
+
+def refuse_unused(context: typer.Context, why: str, *names: str) -> None:
+    """Raises SelectionError for an option that was given, and would be ignored."""
+    from AutomaticEval.errors import SelectionError
+
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise SelectionError(f"--{name} was given, but {why}; leave it out.")
 
 
 def quiet_libraries() -> None:

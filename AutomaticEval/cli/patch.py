@@ -32,6 +32,7 @@ from AutomaticEval.errors import EditError, SelectionError
 @with_load
 def patch(
     load: options.Load,
+    context: typer.Context,
     head_spec: Annotated[
         str, typer.Option("--head-spec", help="layer:head, such as 0:0,3:5 or 3:*; a layer for other sites.")
     ],
@@ -54,6 +55,9 @@ def patch(
     """Put values of emotion prompts into neutral runs, or of clean into corrupted runs and back."""
     if (pairs is None) == (profile is None) or (profile is None) != (emotion is None):
         raise SelectionError("give --profile with --emotion, or --pairs.")
+    if pairs is not None:
+        of_answers = ("max_tokens", "temperature", "sentiment", "batch_size")
+        options.refuse_unused(context, "it is of a --profile: of --pairs nothing is answered", *of_answers)
     options.quiet_libraries()
     from AutomaticEval.analysis.patching import Patching, read_pairs, recovered
     from AutomaticEval.analysis.profiles import load_profile

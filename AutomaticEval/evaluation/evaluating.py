@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 from AutomaticEval.errors import BenchmarkError, unknown_option
 from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark, load_tasks
 from AutomaticEval.evaluation.folder import Keeping
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
-from AutomaticEval.models.loading import LoadOptions, load_model
+from AutomaticEval.models.loading import LoadKeywords, LoadOptions, load_model
 from AutomaticEval.ranks import own_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 
 
-class EvaluateOptions(TypedDict, total=False):
+class EvaluateOptions(LoadKeywords, total=False):
     """What is asked, as lm-eval has it, and how the model is loaded."""
 
     num_trials: int | None
@@ -37,12 +37,6 @@ class EvaluateOptions(TypedDict, total=False):
     repeats: int | None
     predict_only: bool
     confirm_run_unsafe_code: bool
-    dtype: str
-    device: str
-    device_map: str | dict[str, Any] | None
-    load_in_8bit: bool
-    load_in_4bit: bool
-    revision: str | None
 
 
 def evaluate_with_activations(

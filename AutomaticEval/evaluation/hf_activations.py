@@ -16,10 +16,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from AutomaticEval.errors import BenchmarkError, StoreError, unknown_option
+from AutomaticEval.errors import BenchmarkError, DeviceUnavailable, StoreError, unknown_option
 from AutomaticEval.evaluation.calls import Call, Request
 from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.lm import CapturingHFLM
@@ -29,16 +30,27 @@ from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.writer import SHARD_BYTES
 
+LOADING = tuple(each.name for each in fields(LoadOptions))
+PLACING = ("parallelize", "max_memory_per_gpu", "max_cpu_memory")
+"""lm-eval's words for `device_map` and `max_memory`."""
+UNSERVED = {
+    "autogptq": "transformers loads GPTQ checkpoints by itself, as it finds them; leave it out.",
+    "gptqmodel": "transformers loads GPTQ checkpoints by itself, as it finds them; leave it out.",
+    "gguf_file": "GGUF files are not loaded; let transformers write the model into a folder (save_pretrained), and name that.",
+    "tp_plan": "a model is not shared by processes; spread it over the GPUs of one with parallelize=True.",
+}
+"""lm-eval's options that would change the numbers, and are not served."""
+
 
 @register_model("hf-activations")
 class HFActivations(CapturingHFLM):
     """lm-eval's `hf` model that captures what it is asked into a run folder.
 
     pretrained: a name, a folder, or a loaded model with tokenizer=. scoring: tree, or stock: lm-eval's own batches.
-    options: of loading (dtype, device, device_map, load_in_8bit, load_in_4bit, revision) and of lm-eval's HFLM (batch_size,
-    max_length, …).
+    options: of loading (`LoadOptions`: dtype, device, peft, …) and of lm-eval's `hf` (batch_size, max_length, parallelize, …); what is not
+    served is refused.
     After each of lm-eval's calls what was captured is on the disk; `finish` joins it to the scores.
-    Raises SelectionError, ModelError, StoreError.
+    Raises SelectionError, ModelError, StoreError, BenchmarkError; TypeError for an option there is not.
     """
 
     def __init__(
@@ -56,15 +68,9 @@ class HFActivations(CapturingHFLM):
         **options: Any,
     ) -> None:
         selection = Selection.parse(sites, layers_to_capture, positions, store_dtype)
-        own = inspect.signature(HFActivations).parameters
-        known = dict.fromkeys([*own, *inspect.signature(HFLM).parameters, *(each.name for each in fields(LoadOptions))])
-        for name in options:
-            if name not in known:
-                raise unknown_option(name, known)
-        load = {each.name: options.pop(each.name) for each in fields(LoadOptions) if each.name in options}
-        if isinstance(pretrained, str | Path):
-            load["device"] = own_device(load.get("device", "auto"))
-        loaded = load_model(pretrained, tokenizer=tokenizer, options=LoadOptions(**load))
+        _refuse_unserved(options)
+        load = _load_options(pretrained, tokenizer, options)
+        loaded = load_model(pretrained, tokenizer=tokenizer, options=load)
         ranks = join_ranks()
         settings = {
             **made_with(loaded, selection),
@@ -114,6 +120,44 @@ class HFActivations(CapturingHFLM):
         self._open.close()
         self._folder.finish(samples, doc_ids=doc_ids, directions=(results or {}).get("higher_is_better"))
         return self.folder
+
+
+def _refuse_unserved(options: Mapping[str, Any]) -> None:
+    """Raises TypeError for what is no option, BenchmarkError for what is not served."""
+    own, theirs = (inspect.signature(each).parameters.values() for each in (HFActivations, HFLM))
+    known = dict.fromkeys([*(each.name for each in [*own, *theirs] if each.kind is not each.VAR_KEYWORD), *LOADING])
+    for name, value in options.items():
+        if name not in known:
+            raise unknown_option(name, known)
+        if name in UNSERVED and value:
+            raise BenchmarkError(f"{name}: {UNSERVED[name]}")
+    if options.get("backend", "default") not in ("default", "causal"):
+        raise BenchmarkError(f"backend: {options['backend']!r} is not captured, only decoders are; leave it out.")
+
+
+def _load_options(pretrained: Any, tokenizer: Any, options: dict[str, Any]) -> LoadOptions:
+    """Takes out of options how the model is loaded."""
+    load = {name: options.pop(name) for name in LOADING if name in options}
+    parallelize, per_gpu, cpu = (options.pop(name, None) for name in PLACING)
+    if parallelize:
+        if per_gpu is not None and not torch.cuda.is_available():
+            raise DeviceUnavailable("max_memory_per_gpu was given, but torch sees no GPU here; leave it out.")
+        gpus = {} if per_gpu is None else dict.fromkeys(range(torch.cuda.device_count()), per_gpu)
+        most = {**gpus, **({} if cpu is None else {"cpu": cpu})}
+        load = {"device_map": "auto", **({"max_memory": most} if most else {}), **load}
+    for name, value in zip(PLACING[1:], (per_gpu, cpu), strict=True):
+        if value is not None and not parallelize:
+            raise BenchmarkError(f"{name} is for parallelize=True, which spreads the model; add that, or leave it out.")
+    for name in UNSERVED:
+        options.pop(name, None)
+    is_named = isinstance(pretrained, str | Path)
+    if is_named and "device_map" not in load:
+        load["device"] = own_device(load.get("device", "auto"))
+    if "add_bos_token" in load:  # lm-eval tells both its tokenizer, if it loads it, and its own encoding
+        options["add_bos_token"] = load["add_bos_token"]
+        if not is_named or not isinstance(tokenizer, str | Path | None):
+            del load["add_bos_token"]
+    return LoadOptions(**load)
 
 
 def _asked(task: str, logged: Any) -> list[int]:

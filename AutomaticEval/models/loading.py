@@ -10,9 +10,10 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import transformers
@@ -20,13 +21,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from AutomaticEval import __version__
 from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable, UnsupportedModel, first_line
+from AutomaticEval.models.adapters import Alone, adapter_alone, add_delta, resize, with_adapter
 from AutomaticEval.models.edited import names_of
+from AutomaticEval.models.fingerprint import fingerprint, sampled_fingerprint
 from AutomaticEval.models.layout import find_layout
+from AutomaticEval.models.provenance import adapters_of, library_versions, provenance
 from AutomaticEval.models.taps import Layout
+from AutomaticEval.settings import MODEL, SAMPLED
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
 MAX_LOADED = 2
+WRITTEN = ("dtype", "device", "device_map", "load_in_8bit", "load_in_4bit", "revision")
+"""Of the options, those that the first versions had."""
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head")
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
@@ -54,13 +61,82 @@ class LoadOptions:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
 
+    peft: str | None = None
+    """An adapter of peft, by its folder or hub name, that the model is run with."""
+
+    delta: str | None = None
+    """Weights that are added to the model's, by their folder or hub name."""
+
+    subfolder: str | None = None
+    """Where in the folder or on the hub the model's files are."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint."""
+
+    use_fast_tokenizer: bool = True
+    """False: a tokenizer written in Python, where there is one."""
+
+    add_bos_token: bool | None = None
+    """Whether the tokenizer begins each text with its first token; None as it does by itself."""
+
+    max_memory: Mapping[int | str, int | str] | None = None
+    """With device_map: device -> the most it may hold, such as {0: "10GiB", "cpu": "30GiB"}."""
+
+    offload_folder: str | None = None
+    """With device_map: where the weights go that fit nowhere else."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         object.__setattr__(self, "device", str(self.device))
+        for name in ("peft", "delta", "subfolder", "offload_folder"):  # lm-eval's subfolder is "" when there is none
+            given = getattr(self, name)
+            object.__setattr__(self, name, str(given) if given else None)
+        if self.peft and self.delta:
+            raise ModelError("peft and delta were both asked for; choose one.")
+        if self.delta and (self.load_in_8bit or self.load_in_4bit):
+            raise ModelError(
+                "delta cannot be added to weights of 8 or 4 bits; leave load_in_8bit and load_in_4bit out."
+            )
+        unplaced = [name for name in ("max_memory", "offload_folder") if getattr(self, name) and not self.device_map]
+        if unplaced:
+            raise ModelError(
+                f"{' and '.join(unplaced)} need device_map, such as device_map='auto'; on one device nothing is placed."
+            )
         if self.load_in_8bit and self.load_in_4bit:
             raise ModelError("load_in_8bit and load_in_4bit were both asked for; choose one.")
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ModelError(f"no dtype {self.dtype!r}; write auto, float32, bfloat16 or float16.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For settings: what the first versions wrote, and of the rest what is not the default."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name in WRITTEN or value != getattr(LoadOptions, name)
+        }
+
+    def given(self, names: Iterable[str]) -> list[str]:
+        """Which of them are not the default."""
+        return [name for name in names if getattr(self, name) != getattr(LoadOptions, name)]
+
+
+class LoadKeywords(TypedDict, total=False):
+    """`LoadOptions` as keywords of functions."""
+
+    dtype: str
+    device: str
+    device_map: str | dict[str, Any] | None
+    load_in_8bit: bool
+    load_in_4bit: bool
+    revision: str | None
+    peft: str | None
+    delta: str | None
+    subfolder: str | None
+    trust_remote_code: bool
+    use_fast_tokenizer: bool
+    add_bos_token: bool | None
+    max_memory: Mapping[int | str, int | str] | None
+    offload_folder: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +146,8 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     name: str
+    loaded_with: Mapping[str, Any] = field(default_factory=dict)
+    """The options that say which numbers it was made of, besides its name: peft, delta, subfolder, …"""
 
     @property
     def layout(self) -> Layout:
@@ -89,29 +167,24 @@ class LoadedModel:
         return {name: getattr(self.layout, name) for name in SHAPE}
 
     def fingerprint(self) -> str:
-        """Hash of the shapes and first numbers of all weights: a checkpoint that was trained further is another model."""
-        found = hashlib.blake2b(digest_size=8)
-        # not state_dict(): it ruins the 4-bit weights of a model that has run on a CPU (bitsandbytes 0.50)
-        for name, weight in sorted([*self.model.named_parameters(), *self.model.named_buffers()]):
-            state = getattr(weight, "quant_state", None)
-            shape = tuple(weight.shape if state is None else state.shape)
-            found.update(f"{name} {shape} {weight.dtype}".encode())
-            if weight.device.type != "meta":  # offloaded to the disk
-                numbers = weight.detach().flatten()[:64] if state is None else _counted_codes(weight, shape[-1])
-                found.update(numbers.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+        """A hash of every number of the model as it is now. Raises ModelError."""
+        return fingerprint(self.model)
+
+    def identity(self) -> dict[str, str]:
+        """Which weights, for settings: by the hash of every number, and by the older one that is held by older runs."""
+        return {MODEL: self.fingerprint(), SAMPLED: sampled_fingerprint(self.model)}
 
     def made_with(self) -> dict[str, Any]:
-        """`numbers`, and which model it is, for the settings of runs."""
-        return {**self.numbers(), "fingerprint": self.fingerprint(), "shape": self.shape}
+        """`numbers`, and which model it is and how it computes, for the settings of runs. Computed anew each time."""
+        return {**self.numbers(), **self.identity(), "shape": self.shape, **provenance(self.model, self.tokenizer)}
 
     def numbers(self) -> dict[str, Any]:
         """The settings of the model that decide its numbers, for files."""
         model = self.model
-        edits = names_of(model)
         method = getattr(model, "quantization_method", None)
+        some = {"edits": names_of(model), "loaded_with": dict(self.loaded_with), "adapters": adapters_of(model)}
         return {
-            **({"edits": edits} if edits else {}),
+            **{name: value for name, value in some.items() if value},
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": getattr(model.config, "_attn_implementation", None),
             "device": str(model.device),
@@ -127,14 +200,9 @@ class LoadedModel:
                 "AutomaticEval": __version__,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
+                **library_versions(model),
             },
         }
-
-
-def _counted_codes(weight: torch.Tensor, width: int) -> torch.Tensor:
-    """How often each 4-bit code is in the first 32 rows, within which running on a CPU reorders them. Returns [16]."""
-    codes = weight.detach().flatten().view(torch.uint8)[: 16 * width]
-    return torch.bincount(torch.cat([codes & 15, codes >> 4]), minlength=16)
 
 
 @dataclass
@@ -152,42 +220,98 @@ _loading = threading.Lock()
 def load_model(model: Any, *, tokenizer: Any = None, options: LoadOptions = LoadOptions()) -> LoadedModel:
     """The model of a hub name, a folder, "demo", or a loaded instance (then with its tokenizer).
 
+    tokenizer: with a name, another one or the name of one. A name that holds an adapter of peft alone is its base with the adapter.
     At most MAX_LOADED stay in memory, the least recently used goes first.
-    Raises ModelUnavailable, DeviceUnavailable, UnsupportedModel.
+    Raises ModelUnavailable, DeviceUnavailable, UnsupportedModel; ModelError for options that would be ignored.
     """
     if not isinstance(model, str | Path):
-        ignored = [name for name, value in asdict(options).items() if value != getattr(LoadOptions, name)]
+        ignored = options.given(each.name for each in fields(options))
         if ignored:
             raise ModelError(
                 f"{', '.join(ignored)} were given with a model that is loaded already; load it that way, or pass its name."
             )
         return model if isinstance(model, LoadedModel) else _from_instance(model, tokenizer)
+    ignored = options.given(("use_fast_tokenizer", "add_bos_token"))
+    if ignored and tokenizer is not None and not isinstance(tokenizer, str | Path):
+        raise ModelError(
+            f"{', '.join(ignored)} were given with a tokenizer that is loaded already; load it that way, or pass its name."
+        )
+    parts = _parts(str(model), options)
     if isinstance(tokenizer, str | Path):
-        folder = _source(tokenizer)
-        tokenizer = _reading(str(tokenizer), lambda: AutoTokenizer.from_pretrained(folder))
-    source = _source(model)
-    key = (source, _state(source), repr(options))
+        tokenizer = _other_tokenizer(str(tokenizer), parts, options)
+    n_tokens = (
+        len(tokenizer) if tokenizer is not None and parts.adapter else None
+    )  # an adapter's model has a row for each
+    key = (parts._replace(name=""), _states(parts, options), repr(options), n_tokens)
     with _loading:
         if key not in _loaded:
             while len(_loaded) >= MAX_LOADED:
                 _loaded.popitem(last=False)
-            _loaded[key] = _Entry(_load(str(model), source, options))
+            own = _tokenizer(parts.tokenizer, parts, options) if parts.adapter and tokenizer is None else None
+            _loaded[key] = _Entry(_load(str(model), parts, options, own if tokenizer is None else tokenizer), own)
         _loaded.move_to_end(key)
         entry = _loaded[key]
         if tokenizer is None and entry.tokenizer is None:
-            entry.tokenizer = _tokenizer(str(model), source, options)
-    return LoadedModel(entry.model, entry.tokenizer if tokenizer is None else tokenizer, str(model))
+            entry.tokenizer = _tokenizer(parts.tokenizer, parts, options)
+    made_of = {name: getattr(options, name) for name in options.given(("peft", "delta", "subfolder"))}
+    made_of |= {} if parts.alone is None else {"base": parts.base}
+    return LoadedModel(entry.model, entry.tokenizer if tokenizer is None else tokenizer, str(model), made_of)
+
+
+class _Parts(NamedTuple):
+    """What a model is put together from, each as from_pretrained is given it."""
+
+    name: str
+    """As it was asked for."""
+    base: str
+    revision: str | None
+    """Of the base."""
+    adapter: str | None
+    delta: str | None
+    alone: Alone | None
+    """Of a name that holds an adapter alone."""
+    tokenizer: str
+
+
+def _parts(name: str, options: LoadOptions) -> _Parts:
+    """Raises ModelError for an adapter that is to be put on another."""
+    source, delta = _source(name), options.delta and _source(options.delta)
+    alone = adapter_alone(source, options.revision, options.subfolder or "")
+    if alone is None:
+        adapter = options.peft and _source(options.peft)
+        return _Parts(name, source, options.revision, adapter, delta, None, source)
+    if options.peft or options.delta or options.subfolder:
+        raise ModelError(f"{name} is an adapter for {alone.base}; name that, and give peft={name!r}.")
+    return _Parts(name, alone.base, alone.revision, source, None, alone, source if alone.has_tokenizer else alone.base)
 
 
 def n_layers_of(model: Any, options: LoadOptions = LoadOptions()) -> int:
     """The number of layers, from the config alone, so that a wrong layer is refused before the weights load."""
     if isinstance(model, LoadedModel):
         model = model.model
-    if isinstance(model, str | Path):
-        config = _reading(str(model), lambda: AutoConfig.from_pretrained(_source(model), revision=options.revision))
-    else:
-        config = model.config
+    config = _config(_parts(str(model), options), options) if isinstance(model, str | Path) else model.config
     return int(config.get_text_config().num_hidden_layers)
+
+
+def revision_of(model: str | Path, options: LoadOptions = LoadOptions()) -> str | None:
+    """The commit that loading a hub name would give now; None of a folder, or when the hub does not tell."""
+    parts = _parts(str(model), options)
+    if Path(parts.base).is_dir():
+        return None
+    try:
+        return getattr(_config(parts, options), "_commit_hash", None)
+    except ModelUnavailable:
+        return None
+
+
+def _config(parts: _Parts, options: LoadOptions) -> Any:
+    return _reading(parts.name, lambda: AutoConfig.from_pretrained(parts.base, **_where(parts, options)))
+
+
+def _where(parts: _Parts, options: LoadOptions) -> dict[str, Any]:
+    """How the base's files are found and read."""
+    inside = {"subfolder": options.subfolder} if options.subfolder else {}
+    return {"revision": parts.revision, "trust_remote_code": options.trust_remote_code, **inside}
 
 
 def pick_device(device: str) -> str:
@@ -216,14 +340,21 @@ def _source(model: str | Path) -> str:
     return str(folder.resolve()) if folder.is_dir() else str(model)
 
 
-def state_of(model: str | Path) -> str | None:
+def state_of(model: str | Path, options: LoadOptions = LoadOptions()) -> str | None:
     """A hash of names, sizes and times of a folder's files; None of a hub name, whose revision tells its state."""
-    found = _state(_source(model))
+    found = _states(_parts(str(model), options), options)
     return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest() if found else None
 
 
+def _states(parts: _Parts, options: LoadOptions) -> tuple[Any, ...]:
+    """Of the base, and of what is put on it: a checkpoint that was trained further is another model."""
+    base = _state(str(Path(parts.base, options.subfolder)) if options.subfolder else parts.base)
+    others = [_state(source) for source in (parts.adapter, parts.delta) if source is not None]
+    return (base, *others) if any(others) else base
+
+
 def _state(source: str) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of a folder's files: a checkpoint that was trained further is another model."""
+    """Names, sizes and times of a folder's files."""
     if not Path(source).is_dir():
         return ()
     found = sorted(path for path in Path(source).iterdir() if path.is_file())
@@ -240,34 +371,68 @@ def _from_instance(model: Any, tokenizer: Any) -> LoadedModel:
     return LoadedModel(model, tokenizer, getattr(model, "name_or_path", "") or type(model).__name__)
 
 
-def _tokenizer(name: str, source: str, options: LoadOptions) -> Any:
-    return _reading(name, lambda: AutoTokenizer.from_pretrained(source, revision=options.revision))
+def _other_tokenizer(name: str, parts: _Parts, options: LoadOptions) -> Any:
+    """Of a name of its own."""
+    source = _source(name)
+    if source == parts.tokenizer:
+        return _tokenizer(source, parts, options)
+    return _tokenizer(source, parts._replace(name=name, base="", tokenizer=source, revision=None, alone=None), options)
 
 
-def _load(name: str, source: str, options: LoadOptions) -> Any:
-    kwargs: dict[str, Any] = {"dtype": options.dtype, "revision": options.revision}
+def _tokenizer(source: str, parts: _Parts, options: LoadOptions) -> Any:
+    """Raises ModelUnavailable, and ModelError for one in Python where there is none."""
+    where: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    if source == parts.base:
+        where = _where(parts, options)
+    if parts.alone is not None and source == parts.adapter:
+        where["revision"] = options.revision
+    if options.add_bos_token is not None:
+        where["add_bos_token"] = options.add_bos_token
+    found = _reading(
+        parts.name, lambda: AutoTokenizer.from_pretrained(source, use_fast=options.use_fast_tokenizer, **where)
+    )
+    if not options.use_fast_tokenizer and getattr(found, "is_fast", False):
+        raise ModelError(
+            f"use_fast_tokenizer=False: transformers has no tokenizer in Python for {parts.name}; leave it out."
+        )
+    return found
+
+
+def _load(name: str, parts: _Parts, options: LoadOptions, tokenizer: Any) -> Any:
+    """tokenizer: of a model with an adapter."""
     device = None if options.device_map else pick_device(options.device)
+    kwargs: dict[str, Any] = {"device_map": options.device_map or {"": device}}
+    kwargs |= {name: getattr(options, name) for name in ("max_memory", "offload_folder") if getattr(options, name)}
+    kwargs["dtype"] = options.dtype
     if options.load_in_8bit or options.load_in_4bit:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # fp32 inputs log a line a matrix product
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=options.load_in_8bit, load_in_4bit=options.load_in_4bit, bnb_4bit_quant_type="nf4"
         )
-    kwargs["device_map"] = options.device_map or {"": device}
+    if getattr(_config(parts, options), "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders are captured.")
+    loaded = _reading(name, lambda: _whole(name, parts.base, {**kwargs, **_where(parts, options)}))
+    if parts.delta is not None:
+        added = {**kwargs, "revision": options.revision, "trust_remote_code": options.trust_remote_code}
+        delta = _reading(parts.delta, lambda: _whole(str(options.delta), str(parts.delta), added))
+        add_delta(loaded, delta, str(options.delta))
+    if parts.adapter is not None:
+        adapter = parts.adapter
+        resize(loaded, len(tokenizer), only_grow=parts.alone is not None)  # as lm-eval; as peft, of an adapter alone
+        loaded = _reading(adapter, lambda: with_adapter(loaded, adapter, options.revision))
+    return loaded.eval()
 
-    def load() -> Any:
-        config = AutoConfig.from_pretrained(source, revision=options.revision)
-        if getattr(config, "is_encoder_decoder", False):
-            raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders are captured.")
-        loaded, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
-        lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-        if lacking:  # transformers would fill them with random numbers
-            raise ModelUnavailable(
-                f"the checkpoint of {name!r} lacks {len(lacking)} of the model's weights (first {lacking[0]}): its config and "
-                "its weights do not belong together."
-            )
-        return loaded.eval()
 
-    return _reading(name, load)
+def _whole(name: str, source: str, kwargs: dict[str, Any]) -> Any:
+    """A checkpoint's model. Raises ModelUnavailable when it lacks weights, which transformers would fill with random numbers."""
+    loaded, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
+    lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    if lacking:
+        raise ModelUnavailable(
+            f"the checkpoint of {name!r} lacks {len(lacking)} of the model's weights (first {lacking[0]}): its config and "
+            "its weights do not belong together."
+        )
+    return loaded
 
 
 def _reading(name: str, load: Any) -> Any:
@@ -290,6 +455,8 @@ def _why(name: str, failure: BaseException) -> str:
             f"the model {name!r} is gated: accept its licence on its page on the hub, log in with `hf auth login`, "
             "and run again."
         )
+    if "trust_remote_code" in text:
+        return f"{name!r} comes with code of its own, which runs only when it is trusted: pass trust_remote_code=True."
     if Path(name).is_dir():
         return f"the folder {name!r} holds no model that transformers can load: {first_line(failure)}"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

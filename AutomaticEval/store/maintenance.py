@@ -26,6 +26,7 @@ from AutomaticEval.errors import (
     StoreError,
 )
 from AutomaticEval.selection import Positions
+from AutomaticEval.settings import IDENTITY, differing
 from AutomaticEval.sites import LayersLike, expand, parse_kinds, parse_layers
 from AutomaticEval.store import checksums, contents, trailer
 from AutomaticEval.store import format as contract
@@ -40,8 +41,8 @@ from AutomaticEval.store.writer import INDEX, delete_replaced, living, locked, s
 
 Advance = Callable[[int], None]
 """Told, as the work goes on, how many bytes of activations were done."""
-SAME = ("dtype", "store_dtype", "quantization", "revision", "sites", "layers", "positions", "shape")
-"""The settings that runs must share to be joined: the model and the selection."""
+SAME = ("dtype", "store_dtype", "quantization", "revision", "sites", "layers", "positions", "shape", "edits", *IDENTITY)
+"""The settings that runs must share to be joined: the model, what was changed in it, and the selection."""
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -249,9 +250,9 @@ def merge(
 def _check_joinable(runs: Sequence[Run]) -> None:
     first = runs[0]
     for run in runs[1:]:
-        differing = [name for name in SAME if run.settings.get(name) != first.settings.get(name)]
-        if run.model != first.model or differing:
-            named = ", ".join(f"{n} {first.settings.get(n)!r} and {run.settings.get(n)!r}" for n in differing)
+        apart = differing(f"{first.path} and {run.path}", first.settings, run.settings, SAME)
+        if run.model != first.model or apart:
+            named = ", ".join(f"{name} {one!r} and {other!r}" for name, one, other in apart)
             raise OtherSettings(
                 f"{first.path} and {run.path} are not of the same model and selection: "
                 f"{named or f'{first.model} and {run.model}'}."

@@ -24,6 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from AutomaticEval.errors import AutomaticEvalError, CaptureError, FolderInUse, OtherSettings, StoreError
+from AutomaticEval.settings import differing
 from AutomaticEval.store import contents
 from AutomaticEval.store.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.contents import Columns, Contents, Listed
@@ -303,24 +304,10 @@ def locked(folder: Path, rank: int = 0) -> FileLock:
 
 def _check_same(shard: Shard, model: str, settings: Mapping[str, Any]) -> None:
     """Raises OtherSettings when a shard was made with other ones."""
-    found, wanted = (
-        _flat({"model": name, **each}) for name, each in ((shard.model, shard.settings), (model, settings))
-    )
-    differing = [
-        f"{name} was {found.get(name)!r} and is {wanted.get(name)!r}"
-        for name in dict.fromkeys([*found, *wanted])
-        if found.get(name) != wanted.get(name)
-    ]
-    if differing:
-        raise OtherSettings(f"{shard.path.parent} cannot be resumed: {'; '.join(differing)}.")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings within settings as "benchmark.num_fewshot"."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
+    found, wanted = {"model": shard.model, **shard.settings}, {"model": model, **settings}
+    apart = differing(str(shard.path.parent), found, wanted)
+    if apart:
+        raise OtherSettings(f"{shard.path.parent} cannot be resumed: {'; '.join(map(str, apart))}.")
 
 
 def shard_names(folder: Path) -> list[str]:

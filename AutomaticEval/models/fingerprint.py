@@ -1,0 +1,293 @@
+"""A hash of everything that a model computes with: every number of its parameters and persistent buffers, and its adapters' state.
+
+Whole numbers are multiplied and added modulo 2**64 where they are, so that the result does not depend on the device, the number of
+threads or the order of additions. Buffers that a checkpoint does not hold are left out: forwards rewrite some of them. What is read
+for the hash is read through accelerate's hooks where the weights are offloaded, and of 4-bit weights in an order that running them
+does not change.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from AutomaticEval.errors import ModelError
+
+BLOCK_WORDS = 2**15
+"""Words of 8 bytes that are added up to one pair of sums. Torch does not divide so few among threads, which would wait for each other."""
+BLOCKS_AT_ONCE = {"cpu": 64, "cuda": 512}
+"""By kind of device: of one thread, or of one kernel."""
+PACKED_ROWS = 32
+"""Rows of 4-bit codes that bitsandbytes interleaves for CPUs with bfloat16 instructions."""
+SAMPLED_NUMBERS = 64
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model, 32 hexadecimal digits: two models have the same when every number of theirs is the same.
+
+    A change within 4 bytes that lie together always changes it; any other is missed with a chance of 2**-32 at most. Of the scales of
+    4-bit weights, which running them rounds to bfloat16, no more is seen than that. Weights that are tied are hashed once, and are no
+    other than equal ones. Raises ModelError for a weight that is nowhere.
+    """
+    seen: dict[Any, str] = {}
+    # each as it is read: of a model that is offloaded, all at once need not fit into memory
+    lines = sorted(f"{name} {_hashed(tensor, seen)}" for name, tensor in _numbers(model))
+    lines += _adapter_lines(model)
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def sampled_fingerprint(model: nn.Module) -> str:
+    """The older hash, of the first 64 numbers of each weight: to be compared with runs that hold no other."""
+    found = hashlib.blake2b(digest_size=8)
+    # not state_dict(): it ruins the 4-bit weights of a model that has run on a CPU (bitsandbytes 0.50)
+    for name, weight in sorted([*model.named_parameters(), *model.named_buffers()]):
+        state = getattr(weight, "quant_state", None)
+        shape = tuple(weight.shape if state is None else state.shape)
+        found.update(f"{name} {shape} {weight.dtype}".encode())
+        if weight.device.type != "meta":  # offloaded to the disk
+            numbers = (
+                weight.detach().flatten()[:SAMPLED_NUMBERS] if state is None else _counted_codes(weight, shape[-1])
+            )
+            found.update(numbers.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _counted_codes(weight: Tensor, width: int) -> Tensor:
+    """How often each 4-bit code is in the first 32 rows, within which running on a CPU reorders them. Returns [16]."""
+    codes = weight.detach().flatten().view(torch.uint8)[: 16 * width]
+    return torch.bincount(torch.cat([codes & 15, codes >> 4]), minlength=16)
+
+
+def hash_of_tensor(tensor: Tensor) -> str:
+    """A hash of a tensor's dtype, shape and bits, in the order of its elements; computed where it is, equal on every device.
+
+    Its bytes are words x of 64 bits, the last filled up with zeros. Of every `BLOCK_WORDS` words, the sums of k x and of l (x >> 32) modulo
+    2**64 are taken, with odd k and l that differ from place to place.
+    """
+    inner = getattr(tensor, "__tensor_flatten__", None)
+    if inner is not None:  # several tensors under one name, such as torchao's
+        names = sorted(inner()[0])
+        return _digest(
+            f"{type(tensor).__name__} {tuple(tensor.shape)}", *(hash_of_tensor(getattr(tensor, n)) for n in names)
+        )
+    flat = tensor.detach().reshape(-1)
+    if flat.device.type not in BLOCKS_AT_ONCE:
+        flat = flat.cpu()
+    sums = _block_sums(flat.view(torch.uint8))
+    return _digest(f"{tensor.dtype} {tuple(tensor.shape)}", hashlib.blake2b(sums.cpu().numpy().tobytes()).hexdigest())
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def _block_sums(octets: Tensor) -> Tensor:
+    """Both sums of each block of a run of bytes: int64 [n_blocks, 2]."""
+    block = 8 * BLOCK_WORDS
+    whole, step = octets.numel() - octets.numel() % block, block * BLOCKS_AT_ONCE[octets.device.type]
+    parts = [octets[start : min(start + step, whole)] for start in range(0, whole, step)]
+    is_on_cpu = octets.device.type == "cpu"
+    summed = _summed_by_block if is_on_cpu else _summed
+    if is_on_cpu and len(parts) > 1:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            found = [*pool.map(lambda part: summed(_as_words(part).view(-1, BLOCK_WORDS)), parts)]
+    else:  # in this thread, whose stream is the one that is waited for
+        found = [summed(_as_words(part).view(-1, BLOCK_WORDS)) for part in parts]
+    rest = nn.functional.pad(octets[whole:], (0, -octets.numel() % 8))
+    return torch.cat([*found, summed(_as_words(rest)[None])])
+
+
+def _as_words(octets: Tensor) -> Tensor:
+    return (octets.clone() if octets.storage_offset() % 8 or octets.data_ptr() % 8 else octets).view(torch.int64)
+
+
+def _summed(words: Tensor) -> Tensor:
+    """words: [n_blocks, at most BLOCK_WORDS]. Returns [n_blocks, 2].
+
+    The second sum is of the upper halves, whose highest bits the first would all but lose.
+    """
+    low, high = (each[: words.shape[1]] for each in _constants(words.device))
+    products = words * low
+    first = products.sum(1)
+    torch.bitwise_right_shift(words, 32, out=products).mul_(high)
+    return torch.stack([first, products.sum(1)], 1)
+
+
+def _summed_by_block(words: Tensor) -> Tensor:
+    """The same, with what is added up at once in a CPU's cache."""
+    low, high = (each[: words.shape[1]] for each in _constants(words.device))
+    found, upper = words.new_empty(len(words), 2), torch.empty_like(low)
+    for block, sums in zip(words, found, strict=True):
+        torch.bitwise_right_shift(block, 32, out=upper)
+        torch.dot(block, low, out=sums[0])
+        torch.dot(upper, high, out=sums[1])
+    return found
+
+
+@functools.cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Odd numbers of 64 bits for each place of a block, two times: splitmix64 of 1, 2, 3, …"""
+    return tuple(made.to(device) for made in constants().view(2, BLOCK_WORDS))  # type: ignore[return-value]
+
+
+def constants() -> Tensor:
+    """The odd factors of both sums, one after the other: int64 [2 * BLOCK_WORDS]."""
+    mixed = torch.arange(1, 2 * BLOCK_WORDS + 1) * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ ((mixed >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
+    return (mixed ^ ((mixed >> 31) & (2**33 - 1))) | 1
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number
+
+
+class _Own(NamedTuple):
+    """A tensor that is the model's, which may have it under several names."""
+
+    tensor: Tensor
+
+
+def _hashed(found: Tensor | _Own, seen: dict[Any, str]) -> str:
+    """The model's own memory once; what was made to be read is gone afterwards, and its place is another's."""
+    if not isinstance(found, _Own):
+        return hash_of_tensor(found)
+    tensor = found.tensor
+    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.numel():
+        return hash_of_tensor(tensor)
+    key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+    if key not in seen:
+        seen[key] = hash_of_tensor(tensor)
+    return seen[key]
+
+
+def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor | _Own]]:
+    """Name and numbers of every parameter and persistent buffer; tied ones under each of their names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        weight = module._parameters.get("weight")
+        is_quantised = hasattr(weight, "quant_state") or hasattr(weight, "SCB")
+        named: list[tuple[str, Any]] = [*module._parameters.items()]
+        named += [each for each in module._buffers.items() if each[0] not in module._non_persistent_buffers_set]
+        for name, tensor in named:
+            full = f"{path}.{name}" if path else name
+            if tensor is None:
+                continue
+            if tensor.device.type == "meta":
+                yield full, _offloaded(modules, full)
+            elif getattr(tensor, "quant_state", None) is not None:
+                yield from _of_four_bits(full, tensor)
+            elif is_quantised and name == "bias":
+                yield full, _as_added(tensor, getattr(module, "compute_dtype", None))
+            else:
+                yield full, _Own(tensor)
+                scales = _scales(module, tensor) if name == "weight" else None
+                if scales is not None:
+                    yield f"{full}.SCB", scales
+
+
+def _scales(module: nn.Module, weight: Tensor) -> Tensor | None:
+    """Of 8-bit weights; the first forward moves them to the module's state."""
+    found = getattr(weight, "SCB", None)
+    return getattr(getattr(module, "state", None), "SCB", None) if found is None else found
+
+
+def _as_added(bias: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A bias beside quantised weights, which the first forward converts to what it computes in."""
+    return bias.detach().to(dtype or bias.dtype).float()
+
+
+def _offloaded(modules: Mapping[str, nn.Module], name: str) -> Tensor:
+    """A weight that is not in the model, from where accelerate's hooks fetch it. Raises ModelError."""
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):  # the module's own hook, or that of one around it
+        hook = getattr(modules.get(".".join(parts[:depth])), "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            weights, key = getattr(each, "weights_map", None), ".".join(parts[depth:])
+            if weights is not None and _holds(weights, key):
+                return torch.as_tensor(weights[key])
+    raise ModelError(
+        f"the weight {name} has no numbers here: it is on the meta device, and no hook of accelerate's knows where it is. Load the "
+        "model with its weights."
+    )
+
+
+def _holds(weights: Any, key: str) -> bool:
+    try:
+        weights[key]
+    except KeyError:
+        return False
+    return True
+
+
+def _of_four_bits(name: str, weight: Any) -> Iterator[tuple[str, Tensor]]:
+    """Codes and scales of a 4-bit weight of bitsandbytes, the same before and after it was repacked for a CPU."""
+    state = weight.quant_state
+    is_packed = getattr(state, "packing_format_for_cpu", False)
+    octets = weight.detach().view(torch.uint8)
+    yield (
+        f"{name} {tuple(state.shape)} {state.quant_type} {state.blocksize}",
+        _unpacked(octets, state) if is_packed else octets.reshape(-1),
+    )
+    yield f"{name}.code", state.code
+    scales = state.absmax
+    if state.nested:
+        scales = state.state2.code[scales.long()] * _repeated(state.state2.absmax, state.state2.blocksize, len(scales))
+        scales = scales + state.offset
+    yield f"{name}.absmax", (scales.T if is_packed else scales).to(torch.bfloat16).reshape(-1)
+
+
+def _repeated(values: Tensor, times: int, n: int) -> Tensor:
+    return values.repeat_interleave(times)[:n]
+
+
+def _unpacked(octets: Tensor, state: Any) -> Tensor:
+    """The bytes as they were: two neighbours of a row in one, the first in the upper half.
+
+    Packed, of 32 rows the bytes hold codes [column pair, row, 2] in runs of 64, of which the first 32 are in the lower halves.
+    """
+    n_rows, n_columns = state.shape
+    runs = octets.reshape(-1, PACKED_ROWS)
+    codes = torch.cat([runs & 15, runs >> 4], 1).view(n_rows // PACKED_ROWS, n_columns // 2, PACKED_ROWS, 2)
+    return (codes[..., 0] << 4 | codes[..., 1]).transpose(1, 2).reshape(-1)
+
+
+def _adapter_lines(model: nn.Module) -> list[str]:
+    """What peft's modules hold besides tensors: scales, which adapters are active, merged or switched off."""
+    lines = []
+    for path, module in model.named_modules():
+        if type(module).__module__.split(".")[0] == "peft":
+            own = {name: each for name, each in vars(module).items() if name not in _OF_ANY_MODULE and _is_plain(each)}
+            lines += [f"{path}:{name} = {_text(each)}" for name, each in sorted(own.items())]
+            lines += [f"{path}: its base runs alone"] * _is_passed_by(module)
+    return lines
+
+
+def _is_passed_by(module: nn.Module) -> bool:
+    """Whether a soft prompt is switched off: peft then calls the base's forward in place of the module's own."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__self__", module) is not module and not hasattr(module, "_hf_hook")
+
+
+_OF_ANY_MODULE = {*vars(nn.Module()), "training", "_is_hf_initialized"}
+
+
+def _is_plain(value: Any) -> bool:
+    """A number or text, or a collection of them with something in it."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return bool(value) and all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return repr(sorted((str(name), _text(each)) for name, each in value.items()))
+    return repr(sorted(map(str, value))) if isinstance(value, set | frozenset) else repr(value)
