@@ -20,7 +20,7 @@ FLOORS = {
     "demo.world": 0,
     "models.heads": 1,
     "models.inner": 0,
-    "models.edited": 0,
+    "models.edited": 1,
     "models.fingerprint": 1,
     "models.provenance": 1,
     "models.adapters": 1,

@@ -34,6 +34,7 @@ from AutomaticEval.evaluation.refusals import document, refuse_generating, refus
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, random_state
 from AutomaticEval.evaluation.tree import TreeScorer
 from AutomaticEval.models.hooks import Kept, capturing
+from AutomaticEval.models.layout import refuse_untrue
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.taps import cache_name, input_device
 from AutomaticEval.ranks import Ranks
@@ -91,6 +92,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         ranks: Ranks = Ranks(),
         **kwargs: Any,
     ) -> None:
+        refuse_untrue(loaded.model)  # lm-eval would silently change its mode
         self._ahead = EncodedAhead((), self._encode_many)
         with quiet(HFLM.__module__):  # lm-eval warns that a model which is loaded already is not shared out; here it is
             super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)

@@ -74,7 +74,6 @@ def _seen_from(model: nn.Module, layout: Layout) -> Layout:
 
 def refuse_unready(model: nn.Module) -> None:
     """Raises UnsupportedModel for compiled models, models in training mode, and encoder-decoders."""
-    name = type(model).__name__
     whole = inner(model)
     for module in model.modules():  # what is around the inner model comes first
         if is_compiled(module):
@@ -83,10 +82,16 @@ def refuse_unready(model: nn.Module) -> None:
             )
         if module is whole:
             break
+    refuse_untrue(model)
+
+
+def refuse_untrue(model: nn.Module) -> None:
+    """Raises UnsupportedModel for models whose numbers are not those of a decoder that is asked: in training mode, and encoder-decoders."""
+    name = type(model).__name__
     if any(module.training for module in model.modules()):
         raise UnsupportedModel(f"{name} is in training mode: dropout changes every value. Call model.eval() first.")
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders are captured.")
+        raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders are asked and captured.")
 
 
 def _layout(parts: Parts) -> Layout:

@@ -24,7 +24,8 @@ from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable
 from AutomaticEval.models.adapters import Alone, adapter_alone, add_delta, resize, with_adapter
 from AutomaticEval.models.edited import names_of
 from AutomaticEval.models.fingerprint import fingerprint, sampled_fingerprint
-from AutomaticEval.models.layout import find_layout
+from AutomaticEval.models.layout import find_layout, refuse_untrue
+from AutomaticEval.models.parts import n_layers_in
 from AutomaticEval.models.provenance import adapters_of, library_versions, provenance
 from AutomaticEval.models.taps import Layout
 from AutomaticEval.settings import MODEL, SAMPLED
@@ -230,7 +231,9 @@ def load_model(model: Any, *, tokenizer: Any = None, options: LoadOptions = Load
             raise ModelError(
                 f"{', '.join(ignored)} were given with a model that is loaded already; load it that way, or pass its name."
             )
-        return model if isinstance(model, LoadedModel) else _from_instance(model, tokenizer)
+        loaded = model if isinstance(model, LoadedModel) else _from_instance(model, tokenizer)
+        refuse_untrue(loaded.model)
+        return loaded
     ignored = options.given(("use_fast_tokenizer", "add_bos_token"))
     if ignored and tokenizer is not None and not isinstance(tokenizer, str | Path):
         raise ModelError(
@@ -289,8 +292,9 @@ def n_layers_of(model: Any, options: LoadOptions = LoadOptions()) -> int:
     """The number of layers, from the config alone, so that a wrong layer is refused before the weights load."""
     if isinstance(model, LoadedModel):
         model = model.model
-    config = _config(_parts(str(model), options), options) if isinstance(model, str | Path) else model.config
-    return int(config.get_text_config().num_hidden_layers)
+    is_name = isinstance(model, str | Path)
+    config = _config(_parts(str(model), options), options) if is_name else model.config
+    return n_layers_in(config.get_text_config(), str(model) if is_name else type(model).__name__)
 
 
 def revision_of(model: str | Path, options: LoadOptions = LoadOptions()) -> str | None:
@@ -410,7 +414,7 @@ def _load(name: str, parts: _Parts, options: LoadOptions, tokenizer: Any) -> Any
             load_in_8bit=options.load_in_8bit, load_in_4bit=options.load_in_4bit, bnb_4bit_quant_type="nf4"
         )
     if getattr(_config(parts, options), "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders are captured.")
+        raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders are asked and captured.")
     loaded = _reading(name, lambda: _whole(name, parts.base, {**kwargs, **_where(parts, options)}))
     if parts.delta is not None:
         added = {**kwargs, "revision": options.revision, "trust_remote_code": options.trust_remote_code}

@@ -31,6 +31,16 @@ N_HEADS = ("num_attention_heads", "n_head", "n_heads")
 """Of the config; remote code has names of its own."""
 
 
+def n_layers_in(config: Any, name: str) -> int:
+    """What the config of a model's text part says. Raises UnsupportedModel, with the model's name, when it says nothing."""
+    found = _first(config, N_LAYERS)
+    if not isinstance(found, int):
+        raise UnsupportedModel(
+            f"{name}: its config says no number of layers ({', '.join(N_LAYERS)}), so that its blocks cannot be told."
+        )
+    return found
+
+
 class Heads(NamedTuple):
     """Of one layer, as the config says."""
 
@@ -74,11 +84,7 @@ class Parts:
             )
 
     def _find_blocks(self) -> list[str]:
-        n_layers = _first(self.config, N_LAYERS)
-        if not isinstance(n_layers, int):
-            raise UnsupportedModel(
-                f"{self.name}: its config says no number of layers ({', '.join(N_LAYERS)}), so that its blocks cannot be told."
-            )
+        n_layers = n_layers_in(self.config, self.name)
         lists = [
             (name, module)
             for name, module in self.model.named_modules()
