@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, build
+from conftest import CONFIGS, build, within
 from torch import Tensor, nn
 
 from AutomaticEval import Edit, editing, evaluate_with_activations, open_run
@@ -618,3 +618,17 @@ def test_a_run_names_the_hash_of_its_model(tmp_path: Path) -> None:
     with RunWriter(tmp_path, "m", loaded.made_with()) as writer:
         assert writer._settings["model_hash"] == loaded.fingerprint()
         assert writer._settings["fingerprint"] == sampled_fingerprint(loaded.model)
+
+
+def test_an_extraction_that_is_there_is_of_the_same_commit_and_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "Tell me."}\n')
+    asked = ("extract", "--texts", "t.jsonl", "--model", "demo", "--output", "out", "--layers", "0")
+    assert within(*asked, cwd=tmp_path).returncode == 0
+    assert "is there already" in within(*asked, cwd=tmp_path).stderr
+    done = within(*asked, "--subfolder", "own", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "load.subfolder was None and is 'own'" in done.stderr
+    monkeypatch.setattr("AutomaticEval.capture.sets.revision_of", lambda model, load: "abc")
+    assert "revision was None and is 'abc'" in within(*asked, cwd=tmp_path).stderr
