@@ -17,6 +17,7 @@ FLOORS = {
     "sites": 0,
     "selection": 0,
     "settings": 0,
+    "tested": 0,
     "demo.world": 0,
     "models.heads": 1,
     "models.inner": 0,

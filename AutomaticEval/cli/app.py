@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 
 import typer
 
@@ -33,7 +34,15 @@ app.add_typer(heads.app, name="heads")
 def main() -> None:
     """The entry point of `main.py` and of the `automatic-eval` script."""
     signal.signal(signal.SIGTERM, _stop)
+    warnings.formatwarning = _one_line
     app(args=_with_values(sys.argv[1:]))
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as a person at a terminal reads it, without a place in the code."""
+    return f"{category.__name__}: {message}\n"
 
 
 def _with_values(arguments: list[str]) -> list[str]:

@@ -29,6 +29,7 @@ from AutomaticEval.models.parts import n_layers_in
 from AutomaticEval.models.provenance import adapters_of, library_versions, provenance
 from AutomaticEval.models.taps import Layout
 from AutomaticEval.settings import MODEL, SAMPLED
+from AutomaticEval.tested import tell_newer
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
@@ -225,6 +226,7 @@ def load_model(model: Any, *, tokenizer: Any = None, options: LoadOptions = Load
     At most MAX_LOADED stay in memory, the least recently used goes first.
     Raises ModelUnavailable, DeviceUnavailable, UnsupportedModel; ModelError for options that would be ignored.
     """
+    tell_newer()
     if not isinstance(model, str | Path):
         ignored = options.given(each.name for each in fields(options))
         if ignored:
