@@ -23,7 +23,7 @@ FLOORS = {
     "models.inner": 0,
     "models.edited": 1,
     "models.fingerprint": 1,
-    "models.provenance": 1,
+    "models.provenance": 3,
     "models.adapters": 1,
     "models.taps": 2,
     "store.format": 1,

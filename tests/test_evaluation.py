@@ -214,6 +214,17 @@ def test_device_map_over_cpu_and_disk(demo: LoadedModel, tmp_path: Path) -> None
             assert torch.equal(rows, other["activations"][key])
 
 
+def test_a_model_that_is_wholly_on_the_disk(demo: LoadedModel, tmp_path: Path) -> None:
+    """Its weights say meta for a device: where token ids go is the CPU. Scores and generated answers, captured and not."""
+    options = LoadOptions(device_map={"": "disk"}, offload_folder=str(tmp_path / "weights"))
+    away = load_model(str(DEMO_FOLDER), tokenizer=demo.tokenizer, options=options)
+    assert {parameter.device.type for parameter in away.model.parameters()} == {"meta"}
+    outcome = evaluate(away, "demo", limit=3, activation_save_dir=tmp_path)
+    assert_same(outcome, plain(demo, ("demo",), str(tmp_path), limit=3))
+    without = run_benchmark(away, stock(("demo",), limit=3))
+    assert without.scores == outcome.scores
+
+
 @pytest.mark.parametrize("how", ["load_in_8bit", "load_in_4bit"])
 def test_quantised_runs(how: str, tmp_path: Path) -> None:
     loaded = load_model("demo", options=LoadOptions(**{how: True}))

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from AutomaticEval.models.taps import input_device
+
 NOT_OF_THE_MODEL = frozenset(
     [
         "transformers_version",
@@ -133,7 +135,7 @@ def _hash(value: Any) -> str | None:
 
 def _arithmetic(model: Any) -> dict[str, Any]:
     """How torch computes just now."""
-    device = model.device
+    device = input_device(model)  # weights that are offloaded say meta
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     found = {
         "matmul_precision": torch.get_float32_matmul_precision(),
