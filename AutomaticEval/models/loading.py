@@ -278,10 +278,11 @@ class _Parts(NamedTuple):
     tokenizer: str
 
 
-def _parts(name: str, options: LoadOptions) -> _Parts:
-    """Raises ModelError for an adapter that is to be put on another."""
+def _parts(name: str, options: LoadOptions, *, ask_hub: bool = True) -> _Parts:
+    """ask_hub: whether a name on the hub may be an adapter's. Raises ModelError for an adapter that is to be put on another."""
     source, delta = _source(name), options.delta and _source(options.delta)
-    alone = adapter_alone(source, options.revision, options.subfolder or "")
+    is_asked = ask_hub or Path(source).is_dir()
+    alone = adapter_alone(source, options.revision, options.subfolder or "") if is_asked else None
     if alone is None:
         adapter = options.peft and _source(options.peft)
         return _Parts(name, source, options.revision, adapter, delta, None, source)
@@ -348,7 +349,7 @@ def _source(model: str | Path) -> str:
 
 def state_of(model: str | Path, options: LoadOptions = LoadOptions()) -> str | None:
     """A hash of names, sizes and times of a folder's files; None of a hub name, whose revision tells its state."""
-    found = _states(_parts(str(model), options), options)
+    found = _states(_parts(str(model), options, ask_hub=False), options)
     return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest() if found else None
 
 
