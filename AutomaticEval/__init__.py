@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from AutomaticEval.capture.continuations import score_continuations as score_continuations
     from AutomaticEval.capture.features import ExtractSingleSample as ExtractSingleSample
     from AutomaticEval.capture.features import FromHuggingFace as FromHuggingFace
+    from AutomaticEval.capture.recompute.run import recompute as recompute
     from AutomaticEval.evaluation.evaluating import evaluate_with_activations as evaluate_with_activations
     from AutomaticEval.evaluation.extraction import extract_answer as extract_answer
     from AutomaticEval.evaluation.hf_activations import HFActivations as HFActivations
@@ -52,6 +53,7 @@ _HOMES = {
     "load_model": "models.loading",
     "load_activations": "store.reader",
     "open_run": "store.reader",
+    "recompute": "capture.recompute.run",
     "score_continuations": "capture.continuations",
 }
 __all__ = sorted(_HOMES)

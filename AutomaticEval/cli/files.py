@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.options import one_line_errors, with_load
 
 File = Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The new .h5 file; an existing one is refused.")]
 
 
 @one_line_errors
-def verify(path: File) -> None:
+@with_load
+def verify(
+    path: File,
+    load: options.Load,
+    recompute: Annotated[
+        int | None,
+        typer.Option(
+            "--recompute", min=1, metavar="N", help="Compute N random samples again, by a plain forward each."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Of --recompute: the model that made the run. Default: the run's own name."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of --recompute: which samples are drawn.")] = None,
+) -> None:
     """Compute every checksum again, and compare every row with its token. Exits with 1 when anything is wrong."""
+    from AutomaticEval.errors import SelectionError
+    from AutomaticEval.models.loading import LoadOptions
+
+    how = load()
+    if recompute is None and (model, seed, how) != (None, None, LoadOptions()):
+        raise SelectionError(
+            "a model, how it is loaded, or a seed was given, but nothing is recomputed; add --recompute N."
+        )
+    _verify_checksums(path)
+    if recompute is not None:
+        _recompute(path, recompute, model, seed, how)
+
+
+def _verify_checksums(path: Path) -> None:
     from AutomaticEval.store.maintenance import files_of
     from AutomaticEval.store.maintenance import verify as check
 
@@ -27,6 +56,18 @@ def verify(path: File) -> None:
     if problems:
         raise typer.Exit(1)
     typer.echo(f"{path}: all checksums are right, and every row is its token's")
+
+
+def _recompute(path: Path, n: int, model: str | None, seed: int | None, how: Any) -> None:
+    options.quiet_libraries()
+    from tqdm import tqdm
+
+    from AutomaticEval.capture.recompute.run import recompute
+
+    done = recompute(path, model, n, seed=seed, options=how, tell=tqdm.write)
+    typer.echo(str(done))
+    if done.different:
+        raise typer.Exit(1)
 
 
 @one_line_errors

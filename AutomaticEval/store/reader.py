@@ -139,6 +139,12 @@ class Run(Sequence[dict[str, Any]]):
         self._check_key(key)
         return self._store.read(key, self._contents.segments.item(int(self._order[index])))
 
+    def steps(self, index: int, key: str) -> Tensor | None:
+        """What one step of each number of a sample's rows stands for: [n_positions, width]. None unless they are stored as int8."""
+        self._check_key(key)
+        ranges = self._contents.segments.item(int(self._order[index]))
+        return self._store.scales(key, ranges) if self._store.kinds[key].dtype == torch.int8 else None
+
     def layers(self, kind: str = "resid_post") -> dict[int, LayerSamples]:
         """One kind of site of every layer that has it: `run.layers("mlp_out")[layer][sample]` is [n_positions, width].
 

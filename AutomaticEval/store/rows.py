@@ -65,6 +65,11 @@ class ShardedRows:
         """Rows of a site, one half-open range after the other: [n, width]."""
         return from_bits(self._read_bits(key, ranges), self.kinds[key].read_as)
 
+    def scales(self, key: str, ranges: Array) -> Tensor:
+        """What one step of each number of int8 rows stands for, one range after the other: [n, width], float32."""
+        found = [self._shard(number).read_scales(key, local) for number, local in self._split(ranges)]
+        return torch.from_numpy(np.concatenate([np.empty((0, self.kinds[key].width), np.float32), *found]))
+
     def _read_bits(self, key: str, ranges: Array | Sequence[tuple[int, int]]) -> Array:
         kind = self.kinds[key]
         wanted = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)

@@ -178,10 +178,14 @@ class Shard:
             read_ranges(self.path, self.extents[key], ranges, out)
             return
         raw = read_ranges(self.path, self.extents[key], ranges)
+        out.view(np.float32)[:] = eight_bits.restored(raw, self.read_scales(key, ranges))
+
+    def read_scales(self, key: str, ranges: Array) -> Array:
+        """What one step of each int8 number of some rows stands for: float32 [n, width]."""
         lines = read_ranges(self.path, self.numbers["rows/block"], ranges)
         used, inverse = np.unique(lines, return_inverse=True)
-        scales = read_ranges(self.path, self.scales[key], ranges_of(used))
-        out.view(np.float32)[:] = eight_bits.restored(raw, scales[inverse])
+        found: Array = read_ranges(self.path, self.scales[key], ranges_of(used))[inverse]
+        return found
 
     @cached_property
     def strings(self) -> dict[int, str]:

@@ -1,0 +1,166 @@
+"""`recompute`: some samples of a run computed again, each by one plain forward, and held against what is stored."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from AutomaticEval.capture.recompute.plain import refuse_lacking
+from AutomaticEval.capture.recompute.sample import Compared, Comparison, Place
+from AutomaticEval.errors import OtherSettings, SelectionError
+from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
+from AutomaticEval.store.reader import Run, open_run
+
+FINGERPRINTS = ("fingerprint",)
+"""The settings that tell a model's weights."""
+OF_THE_MODEL = (*FINGERPRINTS, "shape", "dtype", "quantization")
+"""The settings by which a run's model is known again; what a run does not say is not compared."""
+
+
+CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts")
+"""Names in configs of how many experts a token is sent to."""
+
+
+@dataclass
+class Recomputed:
+    """What became of all samples that were computed again."""
+
+    n_samples: int
+    """Of the run."""
+    seed: int
+    """That drew them."""
+    n_keys: int
+    notes: tuple[str, ...] = ()
+    """What is to be known of the verdicts."""
+    samples: list[Compared] = field(default_factory=list)
+
+    @property
+    def different(self) -> list[Compared]:
+        return [each for each in self.samples if each.problems]
+
+    @property
+    def furthest(self) -> tuple[int, Place] | None:
+        """The sample and row with the largest difference; None when there is none."""
+        found = [(each.number, each.furthest) for each in self.samples if each.furthest is not None]
+        return max(found, key=lambda each: each[1].part, default=None)
+
+    def __str__(self) -> str:
+        n_equal = sum(each.is_equal and not each.problems for each in self.samples)
+        n_near = len(self.samples) - n_equal - len(self.different)
+        rows, numbers = (sum(getattr(each, name) for each in self.samples) for name in ("n_rows", "n_numbers"))
+        ending = ""
+        if self.furthest is not None:
+            number, (part, key, position) = self.furthest
+            ending = f"; the largest difference is {part:.1e} of a row's largest number: sample {number}, {key}, position {position}"
+        return (
+            f"{len(self.samples)} of {self.n_samples} samples recomputed (seed {self.seed}): {n_equal} equal, {n_near} within rounding, "
+            f"{len(self.different)} DIFFERENT; {rows} rows and {numbers} numbers of {self.n_keys} keys compared{ending}"
+            + "".join(f". {note}" for note in self.notes)
+        )
+
+
+def recompute(
+    run: Run | str | Path,
+    model: Any = None,
+    n: int = 8,
+    *,
+    seed: int | None = None,
+    tokenizer: Any = None,
+    options: LoadOptions = LoadOptions(),
+    tell: Callable[[str], None] = lambda line: None,
+) -> Recomputed:
+    """Compute n samples of a run again, each by one plain forward of its own tokens, and compare every stored row and score.
+
+    run: opened, or its path. model: a name, a folder, "demo", or a loaded model (then with tokenizer=); None for the run's own name. n: how
+    many samples, drawn over all by a seed, which is drawn itself when none is given. options: how the model is loaded; what they leave open is
+    as the run was made. tell: hears a line a sample.
+    Raises OtherSettings for another model than the run's, or a run that was made while the model was edited; SiteUnavailable, UnknownSite for a
+    site that the model has not; StoreError, UnreadableFile for a run that cannot be read.
+    """
+    if n < 1:
+        raise SelectionError(f"{n} samples were asked for; recompute 1 at least.")
+    run = run if isinstance(run, Run) else open_run(run)
+    loaded = model_of(run, model, tokenizer=tokenizer, options=options)
+    seed = secrets.randbits(31) if seed is None else seed
+    numbers = sorted(random.Random(seed).sample(range(len(run)), min(n, len(run))))
+    comparison = Comparison(run, loaded)
+    done = Recomputed(len(run), seed, len(run.keys), tuple(_notes(run, loaded)))
+    for number in tqdm(numbers, desc="Recomputing", unit="sample", disable=None):
+        done.samples.append(comparison.of(number))
+        tell(str(done.samples[-1]))
+    return done
+
+
+def model_of(
+    run: Run, model: Any = None, *, tokenizer: Any = None, options: LoadOptions = LoadOptions()
+) -> LoadedModel:
+    """The model that a run was made with, loaded as it was then. Raises what `recompute` raises of it."""
+    refuse_unknown_numbers(run)
+    if model is None or isinstance(model, str | Path):
+        model, options = run.model if model is None else model, _as_then(options, run.settings)
+    loaded = load_model(model, tokenizer=tokenizer, options=options)
+    refuse_other_model(run, loaded)
+    refuse_lacking(loaded, run.keys)
+    return loaded
+
+
+def refuse_unknown_numbers(run: Run) -> None:
+    """Raises OtherSettings for a run whose numbers a plain forward of its model does not give."""
+    for settings in _all_settings(run):
+        if settings.get("edits"):
+            raise OtherSettings(
+                f"{run.path} was made while its model was edited ({', '.join(settings['edits'])}); a plain forward gives other numbers, so "
+                "that it cannot be recomputed."
+            )
+        if settings.get("converted_from") == "int8":
+            raise OtherSettings(
+                f"{run.path} was converted from int8, and how coarse its numbers are is not known any more; recompute the run it was made of."
+            )
+
+
+def refuse_other_model(run: Run, loaded: LoadedModel) -> None:
+    """Raises OtherSettings unless a model is the one that a run was made with, as far as the run says."""
+    own = loaded.made_with()
+    if own.get("edits"):
+        raise OtherSettings(f"{loaded.name} is being edited ({', '.join(own['edits'])}); recompute outside of it.")
+    for settings in _all_settings(run):
+        for name in OF_THE_MODEL:
+            if name in settings and settings[name] != own[name]:
+                raise OtherSettings(
+                    f"{run.path} was made with another model than {loaded.name}: its {name} is {settings[name]}, and this one's is {own[name]}. "
+                    f"Give the model that made it ({run.model!r}), loaded as it was then."
+                )
+
+
+def _notes(run: Run, loaded: LoadedModel) -> Iterator[str]:
+    """What weakens the verdicts on a run."""
+    if not any(name in settings for settings in _all_settings(run) for name in FINGERPRINTS):
+        yield "The run holds no fingerprint of its model, which is known by its shape and dtype alone"
+    config, dtype = loaded.model.config.get_text_config(), loaded.model.dtype
+    if dtype.itemsize < 4 and any(getattr(config, name, None) for name in CHOSEN_EXPERTS):
+        name = str(dtype).removeprefix("torch.")
+        yield f"The model chooses among experts: in {name} near ties fall either way, and such a token is DIFFERENT without a fault"
+
+
+def _all_settings(run: Run) -> list[Mapping[str, Any]]:
+    """The run's, and of one that was merged what each part says beside them."""
+    return [run.settings, *run.settings.get("merged", [])]
+
+
+def _as_then(options: LoadOptions, settings: Mapping[str, Any]) -> LoadOptions:
+    """What options leave open, as the run's settings say."""
+    bits = settings.get("quantization")
+    is_open = not (options.load_in_8bit or options.load_in_4bit)
+    return replace(
+        options,
+        dtype=settings.get("dtype", "auto") if options.dtype == "auto" else options.dtype,
+        load_in_8bit=bits == "8bit" if is_open else options.load_in_8bit,
+        load_in_4bit=bits == "4bit" if is_open else options.load_in_4bit,
+        revision=options.revision or settings.get("revision"),
+    )
