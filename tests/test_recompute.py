@@ -42,7 +42,7 @@ PROMPT = "Is an otter an animal? Tell me about the sea."
 
 
 def selection(loaded: LoadedModel, kinds: str = ALL, **how: Any) -> Selection:
-    return Selection.parse([kind for kind in kinds.split(",") if kind not in loaded.layout.missing], **how)
+    return Selection.parse([kind for kind in kinds.split(",") if not loaded.layout.lacking(kind)], **how)
 
 
 def extracted(loaded: LoadedModel, folder: Path, kinds: str = ALL, feeding: Feeding = Feeding(), **how: Any) -> Path:

@@ -15,10 +15,11 @@ from AutomaticEval.capture.recompute.plain import refuse_lacking
 from AutomaticEval.capture.recompute.sample import Compared, Comparison, Place
 from AutomaticEval.errors import OtherSettings, SelectionError
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
+from AutomaticEval.settings import MODEL, SAMPLED
 from AutomaticEval.store.reader import Run, open_run
 
-FINGERPRINTS = ("fingerprint",)
-"""The settings that tell a model's weights."""
+FINGERPRINTS = (MODEL, SAMPLED)
+"""The settings that tell a model's weights; the first that a run holds counts."""
 OF_THE_MODEL = (*FINGERPRINTS, "shape", "dtype", "quantization")
 """The settings by which a run's model is known again; what a run does not say is not compared."""
 
@@ -155,7 +156,7 @@ def _all_settings(run: Run) -> list[Mapping[str, Any]]:
 
 def _as_then(options: LoadOptions, settings: Mapping[str, Any]) -> LoadOptions:
     """What options leave open, as the run's settings say."""
-    bits = settings.get("quantization")
+    bits, made_of = settings.get("quantization"), settings.get("loaded_with", {})
     is_open = not (options.load_in_8bit or options.load_in_4bit)
     return replace(
         options,
@@ -163,4 +164,5 @@ def _as_then(options: LoadOptions, settings: Mapping[str, Any]) -> LoadOptions:
         load_in_8bit=bits == "8bit" if is_open else options.load_in_8bit,
         load_in_4bit=bits == "4bit" if is_open else options.load_in_4bit,
         revision=options.revision or settings.get("revision"),
+        **{name: getattr(options, name) or made_of.get(name) for name in ("peft", "delta", "subfolder")},
     )
