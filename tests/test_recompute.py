@@ -129,7 +129,7 @@ def test_the_model_is_loaded_as_the_run_was_made(how: dict[str, Any], tmp_path: 
     for path in (evaluated(loaded, tmp_path), evaluated(loaded, tmp_path, scoring="stock")):
         assert_honest(path, None)
         assert_honest(path, "demo", options=LoadOptions(**how))
-    with pytest.raises(OtherSettings, match=r"another model .*(fingerprint|dtype|quantization)"):
+    with pytest.raises(OtherSettings, match=r"another model .*(model_hash|dtype|quantization)"):
         recompute(path, "demo", options=LoadOptions(dtype="float16"))
 
 
@@ -536,7 +536,7 @@ def test_another_model_is_refused(tiny_llama: LoadedModel, tmp_path: Path, token
         other.model.model.layers[1].mlp.down_proj.weight.mul_(1.01)
     with pytest.raises(
         OtherSettings,
-        match=r"made with another model than other: its fingerprint is .* Give the model that made it \('llama'\)",
+        match=r"made with another model than other: its model_hash is .* Give the model that made it \('llama'\)",
     ):
         recompute(path, other)
     file = generated(tiny_llama, tmp_path / "one.h5", "resid_post")  # holds no fingerprint: its numbers tell

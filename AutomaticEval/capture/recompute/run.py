@@ -19,11 +19,9 @@ from AutomaticEval.settings import MODEL, SAMPLED
 from AutomaticEval.store.reader import Run, open_run
 
 FINGERPRINTS = (MODEL, SAMPLED)
-"""The settings that tell a model's weights; the first that a run holds counts."""
-OF_THE_MODEL = (*FINGERPRINTS, "shape", "dtype", "quantization")
-"""The settings by which a run's model is known again; what a run does not say is not compared."""
-
-
+"""The settings that tell a model's weights, the strictest first; of those that a run holds, the first is compared."""
+OF_THE_MODEL = ("shape", "dtype", "quantization")
+"""The other settings by which a run's model is known again; what a run does not say is not compared."""
 CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts")
 """Names in configs of how many experts a token is sent to."""
 
@@ -131,8 +129,11 @@ def refuse_other_model(run: Run, loaded: LoadedModel) -> None:
     if own.get("edits"):
         raise OtherSettings(f"{loaded.name} is being edited ({', '.join(own['edits'])}); recompute outside of it.")
     for settings in _all_settings(run):
-        for name in OF_THE_MODEL:
-            if name in settings and settings[name] != own[name]:
+        told = [name for name in FINGERPRINTS if name in settings][:1] + [
+            name for name in OF_THE_MODEL if name in settings
+        ]
+        for name in told:
+            if settings[name] != own[name]:
                 raise OtherSettings(
                     f"{run.path} was made with another model than {loaded.name}: its {name} is {settings[name]}, and this one's is {own[name]}. "
                     f"Give the model that made it ({run.model!r}), loaded as it was then."
