@@ -57,7 +57,7 @@ def loaded(request: pytest.FixtureRequest, tokenizer: Any) -> LoadedModel:
 
 
 def selection(loaded: LoadedModel, kinds: str = KINDS, layers: Any = None, **how: Any) -> Selection:
-    chosen = [kind for kind in kinds.split(",") if kind not in loaded.layout.missing]
+    chosen = [kind for kind in kinds.split(",") if not loaded.layout.lacking(kind)]
     return Selection.parse(chosen, layers, **how)
 
 

@@ -401,7 +401,7 @@ def test_continuations_of_texts(demo: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("pairs", "says"),
     [
-        ([("a", "")], "empty"),
+        ([("a", "")], "no token of its own"),
         ([("a", [1])], "one of each"),
         ([([1], [])], "one at least"),
         ([([], [1])], "one at least"),

@@ -350,6 +350,8 @@ from pathlib import Path
 from AutomaticEval.store import writer
 from AutomaticEval.store.contents import Listed
 from AutomaticEval.store.maintenance import rebuild_index
+from AutomaticEval.evaluation import forecast
+forecast.shard_bytes_for = lambda n_bytes: 2**28  # so many small shards would be foreseen not to fit
 writer.SHARD_BYTES = 20_000
 folder = Path.cwd() / "activations"
 def fill():
