@@ -84,10 +84,9 @@ NEUTRAL: Mapping[str, Any] = {
 }
 """Values with which a setting does nothing."""
 STEPS = 3
-"""Tokens that are generated to see whether padding changes them."""
-
+"""Tokens that are generated to see whether padding, or another row, changes them."""
 LONGEST_TRIED = 2048
-"""Tokens of the longest row that is tried for it."""
+"""The most tokens of a row beside which another is tried."""
 
 
 class Span(NamedTuple):
@@ -154,7 +153,7 @@ def company_of(model: Any, given: Mapping[str, Any], spans: Sequence[Span]) -> C
     """
     if len(spans) == 1:
         return Company()
-    if not is_tested(model) and not batches_are_harmless(model):
+    if not batches_are_harmless(model):
         return Company("none", f"{type(model).__name__} computes other numbers in a batch, whatever is in it")
     if len({span.first for span in spans}) == 1:
         return Company()
@@ -191,7 +190,9 @@ def is_tested(model: Any) -> bool:
 
 
 def batches_are_harmless(model: Any) -> bool:
-    """Whether a model computes the same of a prompt beside another of the same length, found by generating."""
+    """Whether a model computes the same of a prompt beside another of the same length, found by generating; of a tested kind it does."""
+    if is_tested(model):
+        return True
     if model not in _batches_are_harmless:
         first, second = [5, 3, 7, 4], [2, 8, 6, 1]
         alone, beside = (_continued(model, rows)[0] for rows in ([first], [first, second]))

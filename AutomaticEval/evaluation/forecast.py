@@ -123,12 +123,12 @@ def forecast(
     Raises BenchmarkError for a request that lm-eval could not ask, SelectionError when nothing is kept of a task.
     """
     row = bytes_per_row(loaded, selection)
-    lm = stock_model(loaded)
     asked = {name: asked_of(len(task.eval_docs), benchmark, found.drawn, name) for name, task in found.tasks.items()}
     is_exact = sum(map(len, asked.values())) <= EXACT_DOCS
+    reader = _Reader(stock_model(loaded), loaded, selection, benchmark)
     total = _Sum()
     for name, task in found.tasks.items():
-        _add(total, name, task, asked[name], _Reader(lm, loaded, selection, benchmark), is_exact=is_exact)
+        _add(total, name, task, asked[name], reader, is_exact=is_exact)
     if total.empty:
         raise SelectionError(
             f"positions={selection.positions} keep nothing of {', '.join(total.empty)}: choices of one token are never "
@@ -168,8 +168,8 @@ def _add(total: _Sum, name: str, task: Task, asked: Sequence[int], reader: _Read
     """Add what is asked of a task."""
     if not asked:
         return
-    docs, step = task.eval_docs, 1 if is_exact else max(1, len(asked) // SAMPLED_DOCS)
-    seen = list(asked)[::step] if is_exact else list(asked)[step // 2 :: step][:SAMPLED_DOCS]
+    docs, step = task.eval_docs, max(1, len(asked) // SAMPLED_DOCS)
+    seen = list(asked) if is_exact else list(asked)[step // 2 :: step][:SAMPLED_DOCS]
     task.set_fewshot_seed(reader.benchmark.seed or 0)  # which is set again when the run begins
     with quick_templates():
         documents = [reader.read(name, task, docs[index], index) for index in seen]
