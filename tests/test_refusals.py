@@ -30,7 +30,7 @@ from AutomaticEval.evaluation.forecast import EXACT_DOCS, forecast
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions, Selection
-from AutomaticEval.store.files import prepare_file, shortened
+from AutomaticEval.store.files import own_name, prepare_file
 
 GENERATING = """
 task: NAME
@@ -279,10 +279,10 @@ def test_long_names_become_names_of_files(demo: LoadedModel, tmp_path: Path) -> 
 
 
 def test_shortened_names_stay_apart() -> None:
-    assert shortened("short", 80) == "short"
+    assert own_name("short", 80) == "short"
     names = ["模型" * 60 + end for end in ("a", "b")]
-    assert len({shortened(name, 80) for name in names}) == 2
-    assert all(len(shortened(name, 80).encode()) <= 80 for name in names)
+    assert len({own_name(name, 80) for name in names}) == 2
+    assert all(len(own_name(name, 80).encode()) <= 80 for name in names)
     assert len(folder_name(["任务" * 90], "模型" * 90).encode()) < 200
 
 

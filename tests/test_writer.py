@@ -143,7 +143,7 @@ def test_killed_between_merging_and_deleting_no_sample_is_there_twice(
 def test_resume_goes_on_cleans_up_and_keeps_the_run_id(tmp_path: Path) -> None:
     with RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:
         made.add([numbered(0)])
-    left = tmp_path / ".shard-00001.h5.0123.partial"
+    left = tmp_path / f".shard-00001.h5.{0:032x}.partial"
     left.write_bytes(b"half a shard")
     before = open_run(tmp_path).settings["run_id"]
     with RunWriter(tmp_path, "m", SETTINGS, resume=True) as resumed:

@@ -1,4 +1,4 @@
-"""Result files of analyses: JSON, written whole or not at all."""
+"""Result files: JSON, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from AutomaticEval.errors import OtherSettings, StoreError
 from AutomaticEval.settings import differing
 from AutomaticEval.store.files import new_file, prepare_file, prepare_folder
+from AutomaticEval.store.wholeness import parse_json
 
 Stats = dict[tuple[int, int], dict[str, float]]
 """(layer, head) -> R_h, std, min, max, n."""
@@ -43,7 +44,7 @@ def _finite(value: Any) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote. Raises StoreError for another file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(f"there is no {path}.") from None
     except (ValueError, OSError):
@@ -60,16 +61,14 @@ def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
         raise OtherSettings(f"{folder} was made with other settings: {min(apart)}. Name another folder.")
 
 
-def write_strength(
-    path: str | Path, stats: Stats, model: str, of: str, *, overwrite: bool = False, **about: Any
-) -> None:
-    """about: what else is to be told of it."""
+def strength_result(stats: Stats, model: str, of: str, **about: Any) -> dict[str, Any]:
+    """Statistics as a result for `write_json`. about: what else is to be told of them."""
     heads = [{"layer": layer, "head": head, **numbers} for (layer, head), numbers in stats.items()]
-    write_json(path, {"kind": "strength", "model": model, "of": of, **about, "heads": heads}, overwrite=overwrite)
+    return {"kind": "strength", "model": model, "of": of, **about, "heads": heads}
 
 
 def read_strength(path: str | Path) -> tuple[Stats, str]:
-    """What `write_strength` wrote: the statistics, and of what they are. Raises StoreError for another file."""
+    """What was written of `strength_result`: the statistics, and of what they are. Raises StoreError for another file."""
     found = read_json(Path(path))
     try:
         stats = {(each.pop("layer"), each.pop("head")): each for each in found["heads"]}

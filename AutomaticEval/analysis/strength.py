@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from AutomaticEval.analysis.moments import Moments
 from AutomaticEval.analysis.reading import Reader
-from AutomaticEval.analysis.results import Stats, write_strength
+from AutomaticEval.analysis.results import Stats, strength_result, write_json
 from AutomaticEval.capture.forwards import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
 from AutomaticEval.models.heads import HeadResultNorms, n_inputs
@@ -163,7 +163,11 @@ class ActivationExtractor:
 
     def save_results(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the statistics as JSON. Raises PathExists."""
-        write_strength(path, self.get_all_stats(), self.model_name, self.of, overwrite=overwrite)
+        write_json(path, self.results(), overwrite=overwrite)
+
+    def results(self) -> dict[str, Any]:
+        """The statistics as `read_strength` reads them from JSON."""
+        return strength_result(self.get_all_stats(), self.model_name, self.of)
 
 
 def stats_of(moments: Mapping[int, Moments], heads: Sequence[int]) -> Stats:

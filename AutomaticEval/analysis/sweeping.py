@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,10 +19,12 @@ from AutomaticEval.analysis.bootstrap import mean_intervals
 from AutomaticEval.analysis.patching import Pair, told_apart
 from AutomaticEval.analysis.results import read_json, refuse_others, write_json
 from AutomaticEval.analysis.sweep import Sweep, sweep_of_answers, sweep_of_differences
-from AutomaticEval.errors import PromptError
+from AutomaticEval.errors import PromptError, StoreError
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.settings import LATER, SAMPLED
 
+CHECKSUM = "xxh3_64"
+"""In the file of a layer."""
 ANSWERED_TOGETHER = 16
 SWEPT_TOGETHER = 4
 """Prompts, of like length, whose variants are run together: so little is padding."""
@@ -120,15 +125,44 @@ def _groups(items: Sequence[Any]) -> list[Sequence[Any]]:
 
 
 def _swept(sweeps: Sequence[Sweep], folder: Path, name: str, n_layers: int) -> Tensor:
-    """[n_layers, n_places, n_sequences], float64; each layer from the disk, or computed and put there."""
-    found = []
+    """[n_layers, n_places, n_sequences], float64; each layer from the disk, or computed and put there. Raises StoreError."""
+    found: list[Tensor] = []
     for layer in tqdm(range(n_layers), desc=f"Layers ({name})", unit="layer"):
         file = folder / f"{name}_layer_{layer:03d}.json"
         if not file.exists():
-            write_json(file, {name: torch.cat([sweep.layer(layer) for sweep in sweeps], 1).tolist()})
-        kept = [[torch.nan if each is None else each for each in row] for row in read_json(file)[name]]
-        found.append(torch.tensor(kept, dtype=torch.float64))
+            rows = torch.cat([sweep.layer(layer) for sweep in sweeps], 1).tolist()
+            values = [[each if math.isfinite(each) else None for each in row] for row in rows]
+            write_json(file, {name: values, CHECKSUM: _checksum(values)})
+        found.append(_kept(file, name))
+        if found[-1].shape != found[0].shape:
+            raise _damaged(
+                file, f"it has {list(found[-1].shape)} numbers, and other layers have {list(found[0].shape)}"
+            )
     return torch.stack(found)
+
+
+def _kept(file: Path, name: str) -> Tensor:
+    """[n_places, n_sequences] of a layer's file. The first versions wrote no checksum. Raises StoreError."""
+    kept = read_json(file)
+    values = kept.get(name)
+    if CHECKSUM in kept and kept[CHECKSUM] != _checksum(values):
+        raise _damaged(file, "its numbers are not what its checksum says")
+    try:
+        rows = [[torch.nan if each is None else each for each in row] for row in values or []]
+        found = torch.tensor(rows, dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise _damaged(file, f"it holds no table of numbers named {name!r}") from None
+    if found.dim() != 2:
+        raise _damaged(file, f"it holds no table of numbers named {name!r}")
+    return found
+
+
+def _checksum(values: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(values).encode())
+
+
+def _damaged(file: Path, why: str) -> StoreError:
+    return StoreError(f"{file} is damaged: {why}. Delete it, and the same command computes that layer again.")
 
 
 def _places(numbers: Mapping[str, Tensor], site: str) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import plain_name, prepare_folder, size_text
 from AutomaticEval.store.format import as_json
 from AutomaticEval.store.reader import Run, open_run
-from AutomaticEval.store.writer import LOCK, is_finished, shards_bytes
+from AutomaticEval.store.writer import LOCK, is_finished, leaving_nothing, shards_bytes
 
 NUMBERS = "extraction.json"
 """In each run folder: what the extraction gave."""
@@ -158,7 +158,7 @@ def _one(
 ) -> dict[str, Any]:
     per_token = Forwards(loaded, plan.selection, plan.feeding).bytes_per_token
     announce(f"{unit.model}, {unit.name}: {size_text(per_token)} a token")
-    with _leaving_nothing(unit.folder):
+    with nullcontext() if unit.folder.exists() else leaving_nothing(unit.folder):
         done = extract(
             loaded,
             texts.texts,
@@ -179,20 +179,6 @@ def _one(
     if plan.ranks.is_first:
         write_json(unit.folder / NUMBERS, numbers, overwrite=True)
     return numbers
-
-
-@contextmanager
-def _leaving_nothing(folder: Path) -> Iterator[None]:
-    """A folder that is made inside goes again after a failure before the first rows."""
-    was_there = folder.exists()
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            if not was_there and [path.name for path in folder.iterdir()] == [LOCK]:
-                (folder / LOCK).unlink()
-                folder.rmdir()
-        raise
 
 
 def _about(model: str, texts: TextSet, plan: Plan) -> dict[str, Any]:

@@ -67,11 +67,11 @@ def ablate(
     options.quiet_libraries()
     from AutomaticEval.analysis.ablation import Ablation, parse_head_spec, reference_z
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.results import new_results, read_json, write_json
+    from AutomaticEval.analysis.results import new_results, write_json
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.capture.texts import drawn
     from AutomaticEval.models.loading import load_model
-    from AutomaticEval.report.figures import draw, names_of
+    from AutomaticEval.report.figures import names_of, save_with_figures
 
     file, *_ = new_results(output, "ablation.json", *names_of("ablation"))
     found = None if profile is None else load_profile(profile)
@@ -105,9 +105,12 @@ def ablate(
         results |= answered(ablation, prompts, sampling, metrics_of(sentiment, words), batch_size)
     if benchmark is not None:
         results["benchmark"] = _scores(ablation, benchmark, limit, num_fewshot, include_path, batch_size)
-    write_json(file, results)
-    figures = draw(read_json(file), output) if prompts else []
-    typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
+    if prompts:
+        written = save_with_figures(file, results)
+    else:
+        write_json(file, results)
+        written = [file]
+    typer.echo(f"Written:     {', '.join(map(str, written))}")
 
 
 def _prompts(profile: Profile | None, emotion: str | None, data_path: Path | None) -> list[str]:

@@ -148,14 +148,14 @@ def _with_norms(sites: str | None, positions: str | None, *, alone: bool) -> tup
 
 
 def _write_strength(folder: Path, model: str) -> None:
-    from AutomaticEval.analysis.results import write_strength
+    from AutomaticEval.analysis.results import strength_result, write_json
     from AutomaticEval.analysis.strength import strength_of_run
     from AutomaticEval.store.reader import open_run
 
     file = folder / "head_strength.json"
     run = open_run(folder)
     about = {name: run.settings.get(name) for name in ("positions", "scoring")}
-    write_strength(file, strength_of_run(run), model, "result", overwrite=True, **about)
+    write_json(file, strength_result(strength_of_run(run), model, "result", **about), overwrite=True)
     typer.echo(f"Heads:       {file}")
 
 

@@ -53,17 +53,15 @@ def strength(
 ) -> None:
     """How strong each head is over texts: head_strength.json and head_strength.png."""
     options.quiet_libraries()
-    from AutomaticEval.analysis.results import new_results, read_json
+    from AutomaticEval.analysis.results import new_results
     from AutomaticEval.capture.texts import drawn, read_texts
-    from AutomaticEval.report.figures import draw, names_of
+    from AutomaticEval.report.figures import names_of, save_with_figures
 
     file, *_ = new_results(output_dir, "head_strength.json", *names_of("strength"))
     texts = drawn(read_texts(data_path), sample_num, seed)
     extractor = _extracted(model, load(), texts, layers, heads, of, batch_size)
-    extractor.save_results(file)
-    figures = draw(read_json(file), output_dir)
     _say_strongest(extractor.get_all_stats())
-    typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
+    typer.echo(f"Written:     {', '.join(map(str, save_with_figures(file, extractor.results())))}")
 
 
 @app.command()
@@ -94,20 +92,22 @@ def compare(
     from AutomaticEval.analysis.compare import ActivationComparator, same_inputs
     from AutomaticEval.analysis.results import new_results
     from AutomaticEval.capture.texts import drawn, read_texts
+    from AutomaticEval.store.files import new_files
 
     names = ("pre_tuned_activations", "fine_tuned_activations", "comparison")
     files = new_results(output_dir, *(f"{name}.json" for name in names), "comparison_heatmap.png")
     texts = drawn(read_texts(data_path), sample_num, seed)
     models = {"pre": pre_tuned_model, "fine": fine_tuned_model}
     inputs = same_inputs(models, texts, load(), answers_of, max_new_tokens, batch_size)
-    both = []
-    for name, file in zip(models.values(), files, strict=False):
-        both.append(_extracted(name, load(), inputs, layers, heads, of, batch_size))
-        both[-1].save_results(file)
+    both = [_extracted(name, load(), inputs, layers, heads, of, batch_size) for name in models.values()]
     comparator = ActivationComparator(*both, seed=seed)
-    comparator.save_comparison(files[2])
-    comparator.visualize_comparison(files[3])
     _say_changes(comparator.compare())
+    with new_files(output_dir, "comparison") as made:
+        before, after, comparison, heatmap = (made / file.name for file in files)
+        both[0].save_results(before)
+        both[1].save_results(after)
+        comparator.save_comparison(comparison)
+        comparator.visualize_comparison(heatmap)
     typer.echo(f"Written:     {', '.join(map(str, files))}")
 
 

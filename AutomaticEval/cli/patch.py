@@ -61,11 +61,11 @@ def patch(
     options.quiet_libraries()
     from AutomaticEval.analysis.patching import Patching, read_pairs, recovered
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.results import new_results, read_json, write_json
+    from AutomaticEval.analysis.results import new_results
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.capture.texts import drawn
     from AutomaticEval.models.loading import load_model
-    from AutomaticEval.report.figures import draw, names_of
+    from AutomaticEval.report.figures import names_of, save_with_figures
 
     kind = "patching" if pairs is None else "pairs"
     file, *_ = new_results(output, "patching.json", *names_of(kind))
@@ -94,9 +94,7 @@ def patch(
         sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, seed=seed)
         metrics = metrics_of(sentiment, found.keywords.get(str(emotion)))
         results |= answered(patching, destinations, sampling, metrics, batch_size)
-    write_json(file, results)
-    figures = draw(read_json(file), output)
-    typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
+    typer.echo(f"Written:     {', '.join(map(str, save_with_figures(file, results)))}")
 
 
 def _places(spec: str, site: str, n_layers: int, n_heads: int) -> dict[int, list[int] | None]:

@@ -41,12 +41,12 @@ def screen(
         raise SelectionError("a logit difference takes two tokens: give --target and --against.")
     options.quiet_libraries()
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.results import new_results, read_json, write_json
+    from AutomaticEval.analysis.results import new_results
     from AutomaticEval.analysis.screening import screen
     from AutomaticEval.capture.texts import drawn
     from AutomaticEval.capture.vocabulary import token_strings
     from AutomaticEval.models.loading import load_model
-    from AutomaticEval.report.figures import draw, names_of
+    from AutomaticEval.report.figures import names_of, save_with_figures
 
     file = output if output.suffix == ".json" else output / "scores.json"
     new_results(file.parent, file.name, *names_of("screening"))
@@ -71,10 +71,9 @@ def screen(
         category: {name: token_strings(loaded.tokenizer, ids) for name, ids in each._asdict().items()}
         for category, each in targets.items()
     }
-    write_json(file, {"kind": "screening", "settings": settings, "scores": scores})
-    figures = draw(read_json(file), file.parent)
     _say(scores)
-    typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
+    written = save_with_figures(file, {"kind": "screening", "settings": settings, "scores": scores})
+    typer.echo(f"Written:     {', '.join(map(str, written))}")
 
 
 def _targets(

@@ -43,11 +43,11 @@ def sweep(
     options.quiet_libraries()
     from AutomaticEval.analysis.patching import read_pairs
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.results import new_results, read_json, write_json
+    from AutomaticEval.analysis.results import new_results
     from AutomaticEval.analysis.sweeping import sweep_pairs, sweep_prompts
     from AutomaticEval.capture.texts import drawn
     from AutomaticEval.models.loading import load_model
-    from AutomaticEval.report.figures import draw, names_of
+    from AutomaticEval.report.figures import names_of, save_with_figures
 
     file, *_ = new_results(output, "sweep.json", *names_of("sweep"))
     asked = [] if pairs is None else drawn(read_pairs(pairs), sample_num, seed)
@@ -66,10 +66,8 @@ def sweep(
         how: dict[str, Any] = {"site": site, "neutral": neutral, "max_new_tokens": max_tokens}
         result = sweep_prompts(loaded, prompts, output / "sweep", settings, **how)
     result = {"kind": "sweep", "settings": settings, **result}
-    write_json(file, result)
-    figures = draw(read_json(file), output)
     _say(result)
-    typer.echo(f"Written:     {', '.join(map(str, [file, *figures]))}")
+    typer.echo(f"Written:     {', '.join(map(str, save_with_figures(file, result)))}")
 
 
 def _say(result: dict[str, Any], most: int = 10) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,9 +19,9 @@ from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.contents import Columns, Listed, records_of
-from AutomaticEval.store.files import named_failures, plain_name, prepare_folder, shortened
+from AutomaticEval.store.files import named_failures, own_name, plain_name, prepare_folder
 from AutomaticEval.store.sharing import SharedRun
-from AutomaticEval.store.writer import LOCK, RunWriter, is_finished, refuse_finished
+from AutomaticEval.store.writer import LOCK, RunWriter, is_finished, leaving_nothing, refuse_finished
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ class RunFolder:
         )
         writer: RunWriter | None = None
         try:
-            with run as (writer, folder, answered):
+            with ExitStack() as left, run as (writer, folder, answered):
+                if not resume and self.ranks.n_ranks == 1:  # others may have rows still
+                    left.enter_context(leaving_nothing(folder))
                 self.path = folder
                 yield Opened(writer, answered)
         finally:
@@ -156,4 +158,4 @@ def new_folder(save_dir: Path, name: str) -> Path:
 
 def folder_name(benchmarks: Sequence[str], model: str) -> str:
     """`<benchmark>_<model>`, of characters that every file system takes."""
-    return "_".join(shortened(plain_name(part), 80) for part in ("-".join(benchmarks), Path(model).name))
+    return "_".join(own_name(plain_name(part), 80) for part in ("-".join(benchmarks), Path(model).name))

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import random
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -27,6 +26,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
+from AutomaticEval.analysis.results import write_json
+from AutomaticEval.errors import StoreError
 from AutomaticEval.models.loading import LoadedModel
 
 STOCK = Path(lm_eval.tasks.__file__).parent
@@ -105,8 +106,8 @@ def _stock_index() -> dict[str, Entry]:
     with suppress(OSError, ValueError, KeyError, TypeError):  # absent, or not ours
         return {name: _entry(name, **fields) for name, fields in json.loads(file.read_text(encoding="utf-8")).items()}
     index = TaskManager()._index
-    with suppress(OSError):  # a home that cannot be written only costs time
-        _write(file, {name: _fields(entry) for name, entry in index.items()})
+    with suppress(StoreError):  # a home that cannot be written only costs time
+        write_json(file, {name: _fields(entry) for name, entry in index.items()}, overwrite=True)
     return dict(index)
 
 
@@ -132,10 +133,3 @@ def _fields(entry: Entry) -> dict[str, Any]:
 
 def _entry(name: str, kind: str, yaml_path: str | None, tags: list[str]) -> Entry:
     return Entry(name, Kind[kind], None if yaml_path is None else Path(yaml_path), tags=set(tags))
-
-
-def _write(file: Path, index: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as written:
-        json.dump(index, written)
-    Path(written.name).replace(file)

@@ -5,8 +5,6 @@ Scores are lm-eval's. With a selection, every request's activations are in one f
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 
 from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED
-from lm_eval.loggers import EvaluationTracker
 
 from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError
 from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, load_tasks
@@ -25,11 +22,11 @@ from AutomaticEval.evaluation.join import Score, scores_of, without_verdict
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.evaluation.refusals import refuse_tasks
 from AutomaticEval.evaluation.repeats import score_repeats
+from AutomaticEval.evaluation.saving import save_results, short_name
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.ranks import Ranks, join_ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.files import ensure_space, prepare_folder, shortened, size_text
-from AutomaticEval.store.format import as_json
+from AutomaticEval.store.files import ensure_space, prepare_folder, size_text
 from AutomaticEval.store.writer import shard_bytes_for, shards_bytes
 
 
@@ -96,8 +93,21 @@ def run_benchmark(
     how = _how(benchmark, found, ranks)
     outcome = _evaluate(CapturingHFLM(loaded, None, lambda samples: None, **how), loaded, benchmark, found, ranks)
     if output_path is not None and ranks.is_first:
-        outcome.results_file = save_results(outcome, loaded, benchmark, output_path)
+        outcome.results_file = _saved(outcome, loaded, benchmark, output_path, announce)
     return outcome
+
+
+def _saved(
+    outcome: Outcome, loaded: LoadedModel, benchmark: Benchmark, folder: Path, announce: Callable[[str], None]
+) -> Path:
+    """lm-eval's results file. When it cannot be written the scores are told all the same."""
+    try:
+        return save_results(outcome.results, outcome.samples, loaded, benchmark, folder)
+    except StoreError as failure:
+        failure.exit_code = 1  # the run had begun
+        for score in outcome.scores:
+            announce(f"{score.task}, {score.metric}: {score.value:.4f}")
+        raise
 
 
 def _captured(
@@ -131,14 +141,14 @@ def _captured(
             how = {**_how(benchmark, found, ranks), "answered": answered}
             outcome = _evaluate(CapturingHFLM(loaded, selection, writer.add, **how), loaded, benchmark, found, ranks)
             if ranks.is_first:  # before the join, so that the scores outlive one that fails
-                outcome.results_file = save_results(outcome, loaded, benchmark, output_path or writer.folder)
+                outcome.results_file = _saved(outcome, loaded, benchmark, output_path or writer.folder, announce)
         repeats = score_repeats(found.tasks, found.drawn) if ranks.is_first else None
         folder.finish(outcome.samples, repeats=repeats, directions=outcome.results.get("higher_is_better"))
     except DiskFull as full:
         full.exit_code = 1  # the run had begun
         raise
     except BaseException as failure:
-        if folder.path is not None:
+        if folder.path is not None and folder.path.exists():
             there_now = f"{folder.n_samples} samples captured until then are in {folder.path}"
             announce(f"\nThe run was cut short; {there_now}. {_what_next(failure)}")
         raise
@@ -191,7 +201,7 @@ def _evaluate(
     with quick_templates():
         results = simple_evaluate(
             model=lm,
-            model_args={"pretrained": _short(loaded.name)},
+            model_args={"pretrained": short_name(loaded.name)},
             tasks=list(found.top),
             task_manager=LoadedBefore(found.drawn_with, is_first=ranks.is_first),
             num_fewshot=benchmark.num_fewshot,
@@ -216,28 +226,3 @@ def _evaluate(
 
 def _settings(loaded: LoadedModel, benchmark: Benchmark, selection: Selection) -> dict[str, Any]:
     return {**made_with(loaded, selection), "benchmark": asdict(benchmark)}
-
-
-def _short(model: str) -> str:
-    """How lm-eval names its folder: a hub name as it is, a folder by its last name, neither too long for a file system."""
-    return shortened(Path(model).resolve().name if os.path.isdir(model) else model, 120)  # noqa: PTH112 - no error for a long name
-
-
-def save_results(outcome: Outcome, loaded: LoadedModel, benchmark: Benchmark, folder: Path) -> Path:
-    """lm-eval's own `results_*.json` and `samples_*.jsonl`. lm-eval only warns when it cannot write; this raises."""
-    tracker = EvaluationTracker(output_path=str(folder))
-    tracker.general_config_tracker.log_experiment_args(
-        model_source="hf",
-        model_args=f"pretrained={_short(loaded.name)}",
-        system_instruction=benchmark.system_instruction,
-        chat_template=loaded.tokenizer.chat_template if benchmark.apply_chat_template else None,
-        fewshot_as_multiturn=True,
-    )
-    samples = json.loads(as_json(outcome.samples))  # saving changes them
-    tracker.save_results_aggregated(results=dict(outcome.results), samples=samples)
-    for task in samples:
-        tracker.save_results_samples(task_name=shortened(task, 180), samples=samples[task])
-    written = sorted(folder.rglob(f"results_{getattr(tracker, 'date_id', '')}*.json"))
-    if not written:
-        raise StoreError(f"lm-eval could not write its results into {folder}; the scores were printed nowhere else.")
-    return written[-1]

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from AutomaticEval.analysis.results import read_json, write_json
 from AutomaticEval.errors import StoreError
 from AutomaticEval.report.bars import before_and_after, top_heads
 from AutomaticEval.report.heads import Panel, PerHead, heatmaps
-from AutomaticEval.store.files import new_file, prepare_file
+from AutomaticEval.store.files import new_file, new_files, prepare_file
 
 Result = Mapping[str, Any]
 SIGNIFICANT = 0.05
@@ -28,6 +29,17 @@ def draw(result: Result, folder: Path, *, overwrite: bool = False) -> list[Path]
                     f"this is no whole result of the kind {result['kind']!r}: {type(broken).__name__} {broken}."
                 ) from broken
     return files
+
+
+def save_with_figures(file: Path, result: Result) -> list[Path]:
+    """Write a result as JSON, and its figures beside it: all of them or none, so that the same command can be given again. Returns the files.
+
+    Raises StoreError, DiskFull.
+    """
+    with new_files(file.parent, file.name) as made:
+        write_json(made / file.name, result)
+        written = [made / file.name, *draw(read_json(made / file.name), made)]
+    return [file.parent / each.name for each in written]
 
 
 def check_figures(results: Sequence[tuple[Result, Path]], *, overwrite: bool = False) -> None:

@@ -15,19 +15,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from uuid import uuid4
 
 import h5py
 import xxhash
 
 from AutomaticEval.errors import DiskFull, FolderNotWritable, PathExists, StoreError
 from AutomaticEval.store.trailer import arrays_of, write_trailer
+from AutomaticEval.store.wholeness import read_back
+from AutomaticEval.store.workplaces import DONE, SET, clear_leftovers, hidden_name, workplace
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt")
 _LIBVER = ("earliest", "v110")
 _KEEP_SIZE = 1
 """FALLOC_FL_KEEP_SIZE of Linux."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the operating system says of a disk without room."""
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG)
 
 
@@ -57,10 +59,11 @@ def prepare_file(path: Path, *, overwrite: bool = False, offer_overwrite: bool =
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make a folder and check that it can be written. Raises FolderNotWritable, DiskFull."""
+    """Make a folder, check that it can be written, and clear up what killed processes left there. Raises FolderNotWritable, DiskFull."""
     with named_failures(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / f".{uuid4().hex}.partial"
+        clear_leftovers(folder)
+        trial = folder / hidden_name()
         trial.touch()
         trial.unlink(missing_ok=True)  # another process may clear up here just now
 
@@ -86,20 +89,20 @@ def size_text(size_bytes: float) -> str:
 
 
 def plain_name(text: str) -> str:
-    """Of characters that every file system takes."""
-    return re.sub(r"[^\w.-]+", "-", text)
+    """Of characters that every file system takes, and of one file or folder: not hidden, and neither `.` nor `..`."""
+    return re.sub(r"[^\w.-]+", "-", text).lstrip(".") or "-"
 
 
-def shortened(name: str, most_bytes: int) -> str:
-    """A name of at most so many bytes: file systems take 255, and a Chinese character is three.
+def own_name(text: str, most_bytes: int) -> str:
+    """A plain name of at most so many bytes, by which no other text goes: file systems take 255, and a Chinese character is three.
 
-    Of a longer one the beginning, and a hash of it all, so that two names stay two.
+    A text that is one already; of another a plain name, or its beginning, and a hash of it all.
     """
-    raw = name.encode("utf-8", "surrogatepass")
-    if len(raw) <= most_bytes:
+    name, raw = plain_name(text), text.encode("utf-8", "surrogatepass")
+    if name == text and len(raw) <= most_bytes:
         return name
     mark = f"-{xxhash.xxh3_64_hexdigest(raw)[:8]}"
-    return raw[: most_bytes - len(mark)].decode("utf-8", "ignore") + mark
+    return name.encode()[: most_bytes - len(mark)].decode("utf-8", "ignore") + mark
 
 
 def file_stem(prefix: str, text: str, now: datetime | None = None) -> str:
@@ -112,20 +115,46 @@ def file_stem(prefix: str, text: str, now: datetime | None = None) -> str:
 
 @contextmanager
 def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary path to write to; what is there when the with ends is synced and gets its name.
+    """A temporary path to write to; what is there when the with ends is synced, read back, and gets its name.
 
-    Raises PathExists, FolderNotWritable, DiskFull, and then leaves nothing behind.
+    Raises PathExists, FolderNotWritable, DiskFull, and StoreError for what is not whole; then nothing is left behind.
     """
-    partial = _partial(path)
-    with named_failures(path):
+    with named_failures(path), workplace(path.parent, path.name) as place:
+        partial = place / path.name
+        yield partial
+        _settle(partial)
+        _publish(partial, path, overwrite=overwrite)
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def new_files(folder: Path, what: str) -> Iterator[Path]:
+    """A temporary folder to fill, also with folders; when the with ends its files get their names in a folder, all of them or none.
+
+    what: they are, for the temporary name. Raises what `new_file` raises.
+    """
+    prepare_folder(folder)
+    with named_failures(folder), workplace(folder, what) as place:
+        made = place / SET
+        made.mkdir()
+        yield made
+        files = sorted(file for file in made.rglob("*") if file.is_file())
+        for file in files:
+            _settle(file)
+        named: list[Path] = []
         try:
-            yield partial
-            _sync(partial)
-            _publish(partial, path, overwrite=overwrite)
-            with suppress(OSError):  # some file systems cannot; the file itself is on the disk
-                _sync(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+            for file in files:
+                path = folder / file.relative_to(made)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with named_failures(path):
+                    _publish(file, path, overwrite=False)
+                named.append(path)
+                _sync_folder(path.parent)
+        except BaseException:
+            for path in named:
+                path.unlink(missing_ok=True)
+            raise
+        made.rename(place / DONE)
 
 
 @contextmanager
@@ -156,16 +185,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     if is_there:
         raise PathExists(f"{path} exists and is not overwritten; choose another name.")
     prepare_folder(path.parent)
-    partial = _partial(path)
-    with named_failures(path):
-        try:
-            partial.mkdir()
-            yield partial
-            if path.exists():  # taken by another process just now; renaming would replace an empty folder
-                raise PathExists(f"{path} exists and is not overwritten; choose another name.")
-            partial.rename(path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with named_failures(path), workplace(path.parent, path.name) as place:
+        partial = place / path.name
+        partial.mkdir()
+        yield partial
+        for each in sorted(partial.rglob("*")):
+            _settle(each)
+        _sync_folder(partial)
+        if path.exists():  # taken by another process just now; renaming would replace an empty folder
+            raise PathExists(f"{path} exists and is not overwritten; choose another name.")
+        partial.rename(path)
+        _sync_folder(path.parent)
 
 
 def _empty_hdf5() -> bytes:
@@ -184,14 +214,22 @@ def _reserve(path: Path, size_bytes: int) -> None:
         return
     with path.open("r+b") as file:
         failed = allocate(file.fileno(), _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size_bytes))
-    if failed and ctypes.get_errno() in _FULL:
+    if failed and ctypes.get_errno() in FULL:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _partial(path: Path) -> Path:
-    """A hidden name beside it; names are limited in bytes."""
-    short = path.name.encode("utf-8", "replace")[:80].decode("utf-8", "ignore")
-    return path.parent / f".{short}.{uuid4().hex}.partial"
+def _settle(path: Path) -> None:
+    """Have a file or folder on the disk, and a file read back. Raises StoreError for one that is not whole."""
+    if path.is_dir():
+        _sync_folder(path)
+        return
+    _sync(path)
+    read_back(path)
+
+
+def _sync_folder(path: Path) -> None:
+    with suppress(OSError):  # some file systems cannot; the files themselves are on the disk
+        _sync(path)
 
 
 def _publish(partial: Path, path: Path, *, overwrite: bool) -> None:
@@ -223,11 +261,11 @@ def named_failures(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as failure:  # HDF5 raises RuntimeError when it cannot close a file on a full disk
-        said = next((c for c in (*_FULL, *_DENIED) if f"errno = {c}," in str(failure)), None)
+        said = next((c for c in (*FULL, *_DENIED) if f"errno = {c}," in str(failure)), None)
         code = getattr(failure, "errno", None) or said
         if code is None:
             raise
-        if code in _FULL:
+        if code in FULL:
             raise DiskFull(f"the disk is full: {path} was not written, and nothing of it was left behind.") from failure
         if code in _DENIED:
             raise FolderNotWritable(f"{path} cannot be written ({os.strerror(code)}); choose another.") from failure

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from AutomaticEval.errors import StoreError, first_line
 
+PRIVATE = [".lock", ".lock-*", "*.partial", "*.partial/*"]
+"""Names in a folder that are never uploaded."""
+
 
 def push_to_hub(folder: Path, repo_id: str, *, private: bool = True) -> str:
     """Upload a folder (or a file) as a data set of the Hugging Face Hub. Returns its address.
@@ -23,9 +26,7 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool = True) -> str:
     url = create_repository(repo_id, private=private)
     with _named_failures(repo_id):
         if folder.is_dir():
-            HfApi().upload_folder(
-                repo_id=repo_id, folder_path=folder, repo_type="dataset", ignore_patterns=[".lock", "*.partial"]
-            )
+            HfApi().upload_folder(repo_id=repo_id, folder_path=folder, repo_type="dataset", ignore_patterns=PRIVATE)
         else:
             HfApi().upload_file(repo_id=repo_id, path_or_fileobj=folder, path_in_repo=folder.name, repo_type="dataset")
     return url

@@ -10,9 +10,9 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -108,12 +108,12 @@ class RunWriter:
         self._next = first + (self._rank - first) % self._n_ranks
         if self._rank:
             return  # the first has seen to the folder
-        for left in self.folder.glob(f"{LOCK}-[0-9]*"):  # a process may have outlived the first
-            locked(self.folder, int(left.name.removeprefix(f"{LOCK}-"))).release()
+        for left in _other_locks(self.folder):  # a process may have outlived the first
+            lock = locked(self.folder, int(left.name.removeprefix(f"{LOCK}-")))
+            left.unlink(missing_ok=True)
+            lock.release()
         if not resume and (found or (self.folder / INDEX).exists()):
             raise StoreError(f"{self.folder} holds a run; choose another folder, or resume it.")
-        for left in self.folder.glob(".*.partial"):
-            left.unlink(missing_ok=True)
         shards = [Shard(self.folder / name) for name in living(self.folder, found)]
         refuse_finished(self.folder)
         (self.folder / INDEX).unlink(missing_ok=True)  # it was built over the shards of the unfinished run
@@ -300,6 +300,24 @@ def locked(folder: Path, rank: int = 0) -> FileLock:
     except Timeout:
         raise FolderInUse(f"another process is writing into {folder}; wait for it, or choose another folder.") from None
     return lock
+
+
+def _other_locks(folder: Path) -> list[Path]:
+    """The locks of the processes but the first that shared a run."""
+    return [path for path in folder.glob(f"{LOCK}-*") if path.name.removeprefix(f"{LOCK}-").isdecimal()]
+
+
+@contextmanager
+def leaving_nothing(folder: Path) -> Iterator[None]:
+    """A folder goes again after a failure before the first shard, when all that is in it is the lock."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
+        raise
 
 
 def _check_same(shard: Shard, model: str, settings: Mapping[str, Any]) -> None:

@@ -1,0 +1,113 @@
+"""lm-eval's own `results_*.json` and `samples_*.jsonl`: lm-eval writes them, all of them get their names whole, or it is an error.
+
+lm-eval catches what goes wrong when it writes, and only warns.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lm_eval.loggers import EvaluationTracker, evaluation_tracker
+
+from AutomaticEval.errors import DiskFull, StoreError
+from AutomaticEval.evaluation.benchmark import Benchmark
+from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.store.files import FULL, new_files, own_name
+from AutomaticEval.store.format import as_json
+from AutomaticEval.store.wholeness import read_back
+
+MODEL_BYTES, TASK_BYTES = 220, 180
+"""The most that a model's and a task's name may take of a file's name."""
+
+
+def save_results(
+    results: Mapping[str, Any],
+    samples: Mapping[str, list[dict[str, Any]]],
+    loaded: LoadedModel,
+    benchmark: Benchmark,
+    folder: Path,
+) -> Path:
+    """Write results and samples into a folder of the model's name in a folder. Returns the results' file.
+
+    Raises StoreError or DiskFull, which name the files, and then none is there.
+    """
+    with new_files(folder, "lm-eval") as made:
+        tracker = EvaluationTracker(output_path=str(made))
+        tracker.general_config_tracker.log_experiment_args(
+            model_source="hf",
+            model_args=f"pretrained={short_name(loaded.name)}",
+            system_instruction=benchmark.system_instruction,
+            chat_template=loaded.tokenizer.chat_template if benchmark.apply_chat_template else None,
+            fewshot_as_multiturn=True,
+        )
+        by_file = {own_name(task, TASK_BYTES): json.loads(as_json(logged)) for task, logged in samples.items()}
+        with _listening() as heard:
+            tracker.save_results_aggregated(results=dict(results), samples=dict(samples))
+            date = getattr(tracker, "date_id", "")
+            for name, logged in by_file.items():
+                tracker.save_results_samples(task_name=name, samples=logged)
+        inside = Path(str(tracker.general_config_tracker.model_name_sanitized))
+        expected: dict[Path, int | None] = {inside / f"results_{date}.json": None}
+        expected |= {inside / f"samples_{name}_{date}.jsonl": len(logged) for name, logged in by_file.items()}
+        _refuse_broken([file for file, n in expected.items() if not _is_whole(made / file, n)], folder, heard)
+    return folder / next(iter(expected))
+
+
+def short_name(model: str) -> str:
+    """How lm-eval names its folder: a hub name as it is, a folder by its last name, neither too long for a file system."""
+    if os.path.isdir(model):  # noqa: PTH112 - no error for a long name
+        return own_name(Path(model).resolve().name, MODEL_BYTES)
+    return "/".join(own_name(part, MODEL_BYTES // 2) for part in model.split("/", 1))
+
+
+def _is_whole(file: Path, n_lines: int | None) -> bool:
+    try:
+        read_back(file)
+        if n_lines is None:
+            return True
+        with file.open(encoding="utf-8") as lines:
+            return sum(1 for _ in lines) == n_lines
+    except (OSError, StoreError):
+        return False
+
+
+def _refuse_broken(files: list[Path], folder: Path, heard: list[str]) -> None:
+    """Raises StoreError, DiskFull."""
+    if not files:
+        return
+    why = heard[-1] if heard else "it did not say why"
+    code = re.match(r"\w*Error\((\d+),", why)
+    named = ", ".join(str(folder / file) for file in files)
+    if code and int(code[1]) in FULL:
+        raise DiskFull(f"the disk is full: lm-eval could not write {named}, and nothing of them was left behind.")
+    raise StoreError(f"lm-eval could not write {named} ({why}), and nothing of them was left behind.")
+
+
+@contextmanager
+def _listening() -> Iterator[list[str]]:
+    """What lm-eval says of the failures that it catches."""
+    heard: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if re.match(r"\w+\(", record.getMessage()):  # the repr of an exception
+                heard.append(record.getMessage())
+
+    logger, listener = evaluation_tracker.eval_logger, Listener()
+    level, spreads = logger.level, logger.propagate
+    logger.addHandler(listener)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield heard
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(level)
+        logger.propagate = spreads
