@@ -31,6 +31,7 @@ from AutomaticEval.models.patterns import reading_patterns
 from AutomaticEval.models.taps import Tap, input_device
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
+from AutomaticEval.showing import shown
 from AutomaticEval.sites import Site, expand
 from AutomaticEval.store.contents import Columns, Ordered
 from AutomaticEval.store.format import Part, Rows, Sample
@@ -90,7 +91,9 @@ def extract(
     pieces = TextPieces(loaded.tokenizer, feeding, forwards.longest)
     mine = ((number, as_text(text)) for number, text in enumerate(texts) if number % ranks.n_ranks == ranks.rank)
     with shared.writing(lambda: folder, resume=resume, tell=_keys) as (writer, _, there):
-        bar = tqdm(total=total and -(-total // ranks.n_ranks), desc=name, unit="text", disable=not ranks.is_first)
+        bar = tqdm(
+            total=total and -(-total // ranks.n_ranks), desc=shown(name), unit="text", disable=not ranks.is_first
+        )
         with bar:
             for window in pieces.windows(mine):
                 for batch, samples in forwards.over(_missing(window, there)):

@@ -21,13 +21,17 @@ from AutomaticEval.errors import ModelUnavailable, SelectionError, StoreError, f
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, revision_of, state_of
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.files import plain_name, prepare_folder, size_text
+from AutomaticEval.store.files import own_name, plain_name, prepare_folder, size_text
 from AutomaticEval.store.format import as_json
 from AutomaticEval.store.reader import Run, open_run
 from AutomaticEval.store.writer import LOCK, is_finished, leaving_nothing, shards_bytes
 
 NUMBERS = "extraction.json"
 """In each run folder: what the extraction gave."""
+
+
+MOST = 80
+"""Characters of a folder's name."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +129,13 @@ def folder_names(names: Sequence[str]) -> dict[str, str]:
     for number, name in enumerate(names):
         if name in names[:number]:
             raise SelectionError(f"{name} was named twice.")
-    short = {name: _plain(Path(name).name) for name in names}
+    short = {name: plain_name(Path(name).name)[-MOST:] for name in names}
     if len(set(short.values())) == len(short):
         return short
-    return {name: _plain(name.strip("/")) for name in names}
-
-
-def _plain(name: str) -> str:
-    return plain_name(name)[-80:] or "-"
+    whole = {name: plain_name(name.strip("/"))[-MOST:] for name in names}
+    if len(set(whole.values())) == len(whole):
+        return whole
+    return {name: own_name(name, MOST) for name in names}
 
 
 def _load(name: str, plan: Plan, failures: dict[str, Exception]) -> LoadedModel:

@@ -22,6 +22,7 @@ from AutomaticEval.cli.answers import (
     metrics_of,
 )
 from AutomaticEval.cli.options import one_line_errors, with_load
+from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import PromptError, SelectionError
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def ablate(
     else:
         write_json(file, results)
         written = [file]
-    typer.echo(f"Written:     {', '.join(map(str, written))}")
+    say(f"Written:     {', '.join(map(str, written))}")
 
 
 def _prompts(profile: Profile | None, emotion: str | None, data_path: Path | None) -> list[str]:
@@ -151,7 +152,7 @@ def _scores(
         after = run_benchmark(ablation.loaded, asked)
     pairs = list(zip(before.scores, after.scores, strict=True))
     rows = [(one.task, one.metric, f"{one.value:.4f}", f"{other.value:.4f}") for one, other in pairs]
-    options.print_table("Benchmark without the heads", ("Task", "Metric", "Before", "After"), rows)
+    print_table("Benchmark without the heads", ("Task", "Metric", "Before", "After"), rows)
     return [
         {"task": one.task, "metric": one.metric, "before": one.value, "after": other.value, "n": one.answered}
         for one, other in pairs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from AutomaticEval.cli import options
+from AutomaticEval.cli.printing import print_table
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.answers import Intervention
@@ -55,7 +55,7 @@ def answered(
     found = answers_with(intervention, prompts, metrics, sampling, batch_size=batch_size)
     units = {metric.name: metric.unit for metric in metrics} | {"logprob": "log-likelihood of the answer before, nats"}
     rows = [(metric, *(number(each) for each in values.values())) for metric, values in found["summary"].items()]
-    options.print_table("Answers", ("Metric", "Before", "After", "Change (95 % interval)"), rows)
+    print_table("Answers", ("Metric", "Before", "After", "Change (95 % interval)"), rows)
     return {"units": units, **found}
 
 

@@ -10,6 +10,8 @@ import typer
 
 from AutomaticEval.cli import benchmark, export, extract, files, generate, heads, show, sites
 from AutomaticEval.cli.options import SPELLINGS
+from AutomaticEval.cli.printing import never_fail
+from AutomaticEval.showing import shown
 
 app = typer.Typer(
     context_settings=SPELLINGS,
@@ -33,6 +35,7 @@ app.add_typer(heads.app, name="heads")
 
 def main() -> None:
     """The entry point of `main.py` and of the `automatic-eval` script."""
+    never_fail(sys.stdout, sys.stderr)
     signal.signal(signal.SIGTERM, _stop)
     warnings.formatwarning = _one_line
     app(args=_with_values(sys.argv[1:]))
@@ -42,7 +45,7 @@ def _one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning as a person at a terminal reads it, without a place in the code."""
-    return f"{category.__name__}: {message}\n"
+    return shown(f"{category.__name__}: {message}\n")
 
 
 def _with_values(arguments: list[str]) -> list[str]:

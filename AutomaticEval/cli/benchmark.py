@@ -11,6 +11,7 @@ import typer
 
 from AutomaticEval.cli import options
 from AutomaticEval.cli.options import one_line_errors, with_load
+from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import BenchmarkError, SelectionError
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def _write_strength(folder: Path, model: str) -> None:
     run = open_run(folder)
     about = {name: run.settings.get(name) for name in ("positions", "scoring")}
     write_json(file, strength_result(strength_of_run(run), model, "result", **about), overwrite=True)
-    typer.echo(f"Heads:       {file}")
+    say(f"Heads:       {file}")
 
 
 def _track(outcome: Outcome, name: str, about: dict[str, Any], uri: str, log: options.Log, seconds: float) -> None:
@@ -168,37 +169,31 @@ def _track(outcome: Outcome, name: str, about: dict[str, Any], uri: str, log: op
     if outcome.n_computed:
         metrics["tokens_per_second"] = outcome.n_computed / seconds
     files = [] if outcome.results_file is None else [outcome.results_file]
-    typer.echo(f"MLflow:      run {track(uri, name, about, metrics, files, log.text)}")
+    say(f"MLflow:      run {track(uri, name, about, metrics, files, log.text)}")
 
 
 def _print(outcome: Outcome, title: str) -> None:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for name in ("Task", "Metric", "Score", "Chance", "Questions"):
-        table.add_column(name, justify="left" if name in ("Task", "Metric") else "right")
-    for score in outcome.scores:
-        table.add_row(*_row(score))
-    options.console().print(table)
+    columns = ("Task", "Metric", "Score", "Chance", "Questions")
+    print_table(title, columns, map(_row, outcome.scores), n_words=2)
     if outcome.n_computed:
         times = outcome.n_tokens / outcome.n_computed
-        typer.echo(
+        say(
             f"Scoring: {outcome.n_computed} tokens computed over the requests' prefix tree; one by one they have {outcome.n_tokens} "
             f"({times:.1f} times as many)"
         )
     if outcome.without_verdict:
-        typer.echo(f"No verdict:  {', '.join(outcome.without_verdict)} (column correct is none)")
+        say(f"No verdict:  {', '.join(outcome.without_verdict)} (column correct is none)")
     if outcome.n_truncated:
-        typer.echo(
+        say(
             f"Cut prompts: {outcome.n_truncated} of {outcome.n_samples} samples lost their beginning (column n_truncated)"
         )
     if outcome.folder is not None:
         from AutomaticEval.store.files import size_text
 
-        typer.echo(f"Activations: {outcome.folder} ({outcome.n_samples} samples, {size_text(outcome.size_bytes)})")
-        typer.echo(f"Load them:   from AutomaticEval import open_run; run = open_run({str(outcome.folder)!r})")
+        say(f"Activations: {outcome.folder} ({outcome.n_samples} samples, {size_text(outcome.size_bytes)})")
+        say(f"Load them:   from AutomaticEval import open_run; run = open_run({str(outcome.folder)!r})")
     if outcome.results_file is not None:
-        typer.echo(f"Results:     {outcome.results_file}")
+        say(f"Results:     {outcome.results_file}")
 
 
 def _row(score: Score) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from AutomaticEval.cli import options
 from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.printing import progress, say
 
 HDF5 = "hdf5"
 READING = {
@@ -57,10 +57,10 @@ def export(
     if push_to_hub is not None:
         hub.create_repository(push_to_hub, private=not public)  # before any work: it may be refused
     _write(path, output, to, dtype, compression, n_samples)
-    typer.echo(f"{n_samples} samples of {path} are in {output} ({_size(output)}).")
+    say(f"{n_samples} samples of {path} are in {output} ({_size(output)}).")
     if push_to_hub is not None:
-        typer.echo(f"Uploaded: {hub.push_to_hub(output, push_to_hub, private=not public)}")
-    typer.echo(f"Read it: {READING[to].format(output=str(output), first=str(_first(output)))}")
+        say(f"Uploaded: {hub.push_to_hub(output, push_to_hub, private=not public)}")
+    say(f"Read it: {READING[to].format(output=str(output), first=str(_first(output)))}")
 
 
 def _write(path: Path, output: Path, to: str, dtype: str | None, compression: str | None, n_samples: int) -> None:
@@ -68,18 +68,13 @@ def _write(path: Path, output: Path, to: str, dtype: str | None, compression: st
     if to == HDF5:
         from AutomaticEval.store.maintenance import convert, size_of
 
-        with options.progress("Exporting", lambda: size_of(path)) as advance:
+        with progress("Exporting", lambda: size_of(path)) as advance:
             convert(path, output, dtype=dtype, compression=compression, advance=advance)
         return
-    from rich.console import Console
-    from rich.progress import Progress
-
     from AutomaticEval.store.export import export as to_folder
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        told = partial(bar.advance, bar.add_task("Exporting", total=n_samples))
-        to_folder(path, output, to, dtype=dtype, advance=told)
+    with progress("Exporting", lambda: n_samples, of_bytes=False) as advance:
+        to_folder(path, output, to, dtype=dtype, advance=advance)
 
 
 def _first(output: Path) -> Path:

@@ -9,6 +9,7 @@ import typer
 
 from AutomaticEval.cli import options
 from AutomaticEval.cli.options import one_line_errors, with_load
+from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import PromptError, SelectionError
 
 if TYPE_CHECKING:
@@ -141,9 +142,9 @@ def _finish(units: list[Unit], name: str, root: Path, plan: Plan, mlflow: str | 
         raise typer.Exit(2)
     files = write_summary(units, f"Activations of {name}", root)
     rows = [(unit.model, unit.name, unit.status, str(unit.numbers.get("n_samples", ""))) for unit in units]
-    options.print_table("Extracted", ("Model", "Texts", "Status", "Samples"), rows)
-    typer.echo(f"Summary:     {', '.join(map(str, files))}")
-    typer.echo(f"Load them:   from AutomaticEval import open_run; run = open_run({str(_first(units).folder)!r})")
+    print_table("Extracted", ("Model", "Texts", "Status", "Samples"), rows)
+    say(f"Summary:     {', '.join(map(str, files))}")
+    say(f"Load them:   from AutomaticEval import open_run; run = open_run({str(_first(units).folder)!r})")
     if mlflow is not None:
         _track(units, name, plan, mlflow, files, log)
     if failed:
@@ -167,7 +168,7 @@ def _track(units: list[Unit], name: str, plan: Plan, uri: str, files: list[Path]
         **plan.selection.as_dict(),
     }
     params |= {"feeding": asdict(plan.feeding), "load": asdict(plan.load)}
-    typer.echo(f"MLflow:      run {track(uri, f'extract {name}', params, metrics, files, log.text)}")
+    say(f"MLflow:      run {track(uri, f'extract {name}', params, metrics, files, log.text)}")
 
 
 def _first(units: list[Unit]) -> Unit:

@@ -9,6 +9,7 @@ import typer
 
 from AutomaticEval.cli import options
 from AutomaticEval.cli.options import one_line_errors, with_load
+from AutomaticEval.cli.printing import progress, say
 
 File = Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The new .h5 file; an existing one is refused.")]
@@ -49,25 +50,30 @@ def _verify_checksums(path: Path) -> None:
     from AutomaticEval.store.maintenance import files_of
     from AutomaticEval.store.maintenance import verify as check
 
-    with options.progress("Verifying", lambda: files_of(path)) as advance:
+    with progress("Verifying", lambda: files_of(path)) as advance:
         problems = check(path, advance)
     for problem in problems:
-        typer.echo(f"DamagedFile: {problem}", err=True)
+        say(f"DamagedFile: {problem}", err=True)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"{path}: all checksums are right, and every row is its token's")
+    say(f"{path}: all checksums are right, and every row is its token's")
 
 
 def _recompute(path: Path, n: int, model: str | None, seed: int | None, how: Any) -> None:
     options.quiet_libraries()
-    from tqdm import tqdm
-
     from AutomaticEval.capture.recompute.run import recompute
 
-    done = recompute(path, model, n, seed=seed, options=how, tell=tqdm.write)
-    typer.echo(str(done))
+    done = recompute(path, model, n, seed=seed, options=how, tell=_above_the_bar)
+    say(str(done))
     if done.different:
         raise typer.Exit(1)
+
+
+def _above_the_bar(line: str) -> None:
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():
+        say(line)
 
 
 @one_line_errors
@@ -80,7 +86,7 @@ def merge(
     from AutomaticEval.store.maintenance import merge as join
     from AutomaticEval.store.maintenance import size_of
 
-    with options.progress("Merging", lambda: sum(map(size_of, paths))) as advance:
+    with progress("Merging", lambda: sum(map(size_of, paths))) as advance:
         join(paths, output, compression=compression, advance=advance)
     _written(output)
 
@@ -104,7 +110,7 @@ def prune(
 
     if (sites, layers, positions) == (None, None, None):
         raise SelectionError("nothing to drop; say what to keep with --sites, --layers or --positions.")
-    with options.progress("Pruning", lambda: size_of(path)) as advance:
+    with progress("Pruning", lambda: size_of(path)) as advance:
         cut(
             path,
             output,
@@ -118,7 +124,7 @@ def prune(
     kept = open_run(output).keys
     left_out = [key for key in open_run(path).keys if key not in kept]
     if left_out:
-        typer.echo(f"Left out: {', '.join(left_out)}")
+        say(f"Left out: {', '.join(left_out)}")
 
 
 @one_line_errors
@@ -132,4 +138,4 @@ def index(path: Annotated[Path, typer.Argument(help="A run folder.", metavar="RU
 def _written(path: Path) -> None:
     from AutomaticEval.store.files import size_text
 
-    typer.echo(f"Written: {path} ({size_text(path.stat().st_size)})")
+    say(f"Written: {path} ({size_text(path.stat().st_size)})")

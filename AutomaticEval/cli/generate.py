@@ -9,6 +9,7 @@ import typer
 
 from AutomaticEval.cli import options
 from AutomaticEval.cli.options import one_line_errors, with_load
+from AutomaticEval.cli.printing import say
 
 
 @one_line_errors
@@ -74,10 +75,10 @@ def generate(
     if save_path is None and capture_activations:
         save_path = activation_save_dir / f"{file_stem('generation', prompt)}.h5"
     if save_path is None:
-        typer.echo(generate_inference(prompt, model, **asked))
+        say(generate_inference(prompt, model, **asked))
         return
     response, kept = generate_inference_with_activations(prompt, model, save_path, layers, **asked)
-    typer.echo(response)
+    say(response)
     file = Path(kept["path"])
-    typer.echo(f"Activations: {file} ({size_text(file.stat().st_size)}, {len(kept['token_ids'])} positions)", err=True)
-    typer.echo(f"Load them:   from AutomaticEval import load_activations; load_activations({str(file)!r})", err=True)
+    say(f"Activations: {file} ({size_text(file.stat().st_size)}, {len(kept['token_ids'])} positions)", err=True)
+    say(f"Load them:   from AutomaticEval import load_activations; load_activations({str(file)!r})", err=True)

@@ -9,6 +9,7 @@ import typer
 
 from AutomaticEval.cli import ablate, options, patch, screen, sweep
 from AutomaticEval.cli.options import SPELLINGS, one_line_errors, with_load
+from AutomaticEval.cli.printing import print_table, say
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.strength import ActivationExtractor
@@ -61,7 +62,7 @@ def strength(
     texts = drawn(read_texts(data_path), sample_num, seed)
     extractor = _extracted(model, load(), texts, layers, heads, of, batch_size)
     _say_strongest(extractor.get_all_stats())
-    typer.echo(f"Written:     {', '.join(map(str, save_with_figures(file, extractor.results())))}")
+    say(f"Written:     {', '.join(map(str, save_with_figures(file, extractor.results())))}")
 
 
 @app.command()
@@ -108,7 +109,7 @@ def compare(
         both[1].save_results(after)
         comparator.save_comparison(comparison)
         comparator.visualize_comparison(heatmap)
-    typer.echo(f"Written:     {', '.join(map(str, files))}")
+    say(f"Written:     {', '.join(map(str, files))}")
 
 
 def _extracted(
@@ -117,7 +118,7 @@ def _extracted(
     from AutomaticEval.analysis.strength import ActivationExtractor
     from AutomaticEval.models.loading import load_model
 
-    typer.echo(f"Loading {model} …", err=True)
+    say(f"Loading {model} …", err=True)
     extractor = ActivationExtractor(load_model(model, options=load), of=of)
     extractor.register_hooks(layers, heads)
     extractor.extract_activations(inputs, batch_size=batch_size, progress=True)
@@ -127,7 +128,7 @@ def _extracted(
 def _say_strongest(stats: dict[tuple[int, int], dict[str, float]], most: int = 10) -> None:
     strongest = sorted(stats.items(), key=lambda item: -item[1]["R_h"])[:most]
     rows = [(str(layer), str(head), f"{each['R_h']:.4g}", f"{each['std']:.3g}") for (layer, head), each in strongest]
-    options.print_table(f"The strongest of {len(stats)} heads", ("Layer", "Head", "R_h", "std"), rows)
+    print_table(f"The strongest of {len(stats)} heads", ("Layer", "Head", "R_h", "std"), rows)
 
 
 def _say_changes(found: dict[str, Any], most: int = 10) -> None:
@@ -136,13 +137,13 @@ def _say_changes(found: dict[str, Any], most: int = 10) -> None:
         numbers = (found["pre_tuned"][key], found["fine_tuned"][key], change, found["ratios"][key])
         rows.append((str(key[0]), str(key[1]), *(f"{number:.4g}" for number in numbers)))
     columns = ("Layer", "Head", "Before", "After", "Change", "Ratio")
-    options.print_table("The heads that changed most", columns, rows)
+    print_table("The heads that changed most", columns, rows)
     correlation = found["rank_correlation"]
     if correlation["rho"] is None:
-        typer.echo("Rank correlation of the strength before with the change: none, since one of them is all one number")
+        say("Rank correlation of the strength before with the change: none, since one of them is all one number")
         return
     low, high = correlation["interval"]
-    typer.echo(
+    say(
         f"Rank correlation of the strength before with the change: {correlation['rho']:.3f} (95 % interval over heads {low:.3f} to "
         f"{high:.3f})"
     )

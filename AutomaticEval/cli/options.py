@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
+from AutomaticEval.cli.printing import say
 from AutomaticEval.errors import AutomaticEvalError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except AutomaticEvalError as error:
-            typer.echo(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
+            say(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(error.exit_code) from None
 
     return run
@@ -200,29 +200,6 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-@contextmanager
-def progress(what: str, total: Callable[[], int]) -> Iterator[Callable[[int], None]]:
-    """A bar on the error stream over a number of bytes; gives what tells it how many more are done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        with suppress(AutomaticEvalError):  # the work itself says what is wrong
-            bar.update(task, total=total())
-        yield lambda n_bytes: bar.advance(task, n_bytes)
-
-
-def console() -> Any:
-    """Where tables are printed; wide enough for them when the output is not a terminal."""
-    from rich.console import Console
-
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=140)
-
-
 class Log:
     """Says lines on the error stream, and keeps them; processes but the first keep silent."""
 
@@ -238,16 +215,4 @@ class Log:
     def __call__(self, line: str) -> None:
         if self._speaks:
             self._lines.append(line)
-            typer.echo(line, err=True)
-
-
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """The first column is words, the others are numbers."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    console().print(table)
+            say(line, err=True)

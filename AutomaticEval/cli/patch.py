@@ -25,6 +25,7 @@ from AutomaticEval.cli.answers import (
     number,
 )
 from AutomaticEval.cli.options import one_line_errors, with_load
+from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import EditError, SelectionError
 
 
@@ -86,7 +87,7 @@ def patch(
     if found is None:
         results |= recovered(loaded, asked, places, positions, site)
         rows = [(name, number(each)) for name, each in results["summary"].items()]
-        options.print_table("Logit difference recovered", ("", "Part (95 % interval)"), rows)
+        print_table("Logit difference recovered", ("", "Part (95 % interval)"), rows)
     else:
         both = drawn(list(zip(sources, found.category(found.neutral), strict=False)), sample_num, seed)
         sources, destinations = map(list, zip(*both, strict=True))
@@ -94,7 +95,7 @@ def patch(
         sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, seed=seed)
         metrics = metrics_of(sentiment, found.keywords.get(str(emotion)))
         results |= answered(patching, destinations, sampling, metrics, batch_size)
-    typer.echo(f"Written:     {', '.join(map(str, save_with_figures(file, results)))}")
+    say(f"Written:     {', '.join(map(str, save_with_figures(file, results)))}")
 
 
 def _places(spec: str, site: str, n_layers: int, n_heads: int) -> dict[int, list[int] | None]:

@@ -10,6 +10,7 @@ import typer
 from AutomaticEval.cli import options
 from AutomaticEval.cli.answers import BatchSize, SampleNum, Seed, number
 from AutomaticEval.cli.options import one_line_errors, with_load
+from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import SelectionError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def screen(
     }
     _say(scores)
     written = save_with_figures(file, {"kind": "screening", "settings": settings, "scores": scores})
-    typer.echo(f"Written:     {', '.join(map(str, written))}")
+    say(f"Written:     {', '.join(map(str, written))}")
 
 
 def _targets(
@@ -97,7 +98,7 @@ def _say(scores: list[dict[str, Any]], most: int = 10) -> None:
         numbers = (f"{strength['d']:.2f}", f"{strength['p']:.3g}", number(each["attention"]), number(each["direct"]))
         rows.append((f"{each['layer']}:{each['head']}", each["category"], *numbers))
     columns = ("Head", "Category", "Strength: d", "p", "Attention above uniform", "Direct effect, logits")
-    options.print_table(f"The largest changes of strength, of {len(scores)} scores", columns, rows)
+    print_table(f"The largest changes of strength, of {len(scores)} scores", columns, rows)
 
 
 @one_line_errors
@@ -116,4 +117,4 @@ def plot(
     check_figures(found, overwrite=overwrite)  # all, before the first is drawn
     for result, folder in found:
         for figure in draw(result, folder, overwrite=overwrite):
-            typer.echo(f"Written:     {figure}")
+            say(f"Written:     {figure}")

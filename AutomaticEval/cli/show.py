@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from AutomaticEval.cli import options
 from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.printing import print_table, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,38 +40,41 @@ def show(
 
 
 def _show_run(run: Run) -> None:
-    from rich.table import Table
-
-    typer.echo(repr(run))
-    table = run.table()
-    tasks = Table("Task", "Samples", "Documents", "Correct")
-    for task, part in table.groupby("task") if "task" in table else [("", table)]:
-        docs = part.drop_duplicates("doc_id") if "doc_id" in part else part
-        known = [bool(one) for one in docs.get("correct", []) if one is not None]
+    say(repr(run))
+    names = run.contents.columns.names
+    absent: dict[str, list[Any]] = {
+        "task": [""] * len(run),
+        "doc_id": list(range(len(run))),
+        "correct": [None] * len(run),
+    }
+    columns = [run.column(name) if name in names else values for name, values in absent.items()]
+    rows: dict[str, list[tuple[int | None, bool | None]]] = {}
+    for task, doc_id, correct in zip(*columns, strict=True):
+        rows.setdefault(task or "", []).append((doc_id, correct))
+    tasks = []
+    for task, part in sorted(rows.items()):
+        docs = dict(reversed(part))  # of each, what its first row says
+        known = [correct for correct in docs.values() if correct is not None]
         share = f"{sum(known) / len(known):.4f}" if known else "unknown"
-        tasks.add_row(str(task), str(len(part)), str(len(docs)), share)
-    options.console().print(tasks)
+        tasks.append((task, str(len(part)), str(len(docs)), share))
+    print_table("", ("Task", "Samples", "Documents", "Correct"), tasks, n_words=4)
     first = run[0]["activations"]
-    sites = Table("Site", "Width", "Dtype")
-    for key in run.keys:
-        sites.add_row(key, str(first[key].shape[1]), str(first[key].dtype).removeprefix("torch."))
-    options.console().print(sites)
-    typer.echo(f"One sample: python main.py show {run.path} --sample 0")
+    sites = [(key, str(first[key].shape[1]), str(first[key].dtype).removeprefix("torch.")) for key in run.keys]
+    print_table("", ("Site", "Width", "Dtype"), sites, n_words=3)
+    say(f"One sample: python main.py show {run.path} --sample 0")
 
 
 def _show_sample(data: dict[str, Any]) -> None:
-    from rich.table import Table
-
     for name, value in data.items():
         if name not in ("activations", "tokens", "settings", "input_ids", "generated_ids", "token_ids", "positions"):
-            typer.echo(f"{name}: {value}")
+            say(f"{name}: {value}")
     settings = data.get("settings", {})
-    typer.echo("settings: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
-    table = Table("Site", "Shape", "Dtype", "Mean", "Std", "Min", "Max", "Mean norm")
+    say("settings: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
+    rows = []
     for key, tensor in data["activations"].items():
         dtype = str(tensor.dtype).removeprefix("torch.")
-        table.add_row(key, "x".join(map(str, tensor.shape)), dtype, *statistics(tensor))
-    options.console().print(table)
+        rows.append((key, "x".join(map(str, tensor.shape)), dtype, *statistics(tensor)))
+    print_table("", ("Site", "Shape", "Dtype", "Mean", "Std", "Min", "Max", "Mean norm"), rows, n_words=8)
 
 
 def statistics(tensor: Tensor) -> list[str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import typer
-
 from AutomaticEval.cli import options
 from AutomaticEval.cli.options import one_line_errors, with_load
+from AutomaticEval.cli.printing import print_table, say
 
 if TYPE_CHECKING:
     from AutomaticEval.models.taps import Layout
@@ -23,24 +22,17 @@ def sites(
 ) -> None:
     """List the sites of a model that can be captured."""
     options.quiet_libraries()
-    from rich.markup import escape
-    from rich.table import Table
-
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.sites import KINDS
 
     layout = load_model(model, options=load()).layout
-    table = Table("Site", "Width", "Keys", "What it is")
+    rows = []
     for kind, meaning in KINDS.items():
         found = [site for site in layout.sites(kind) if site in layout.taps]
         widths = dict.fromkeys(str(layout.widths[site]) for site in found)
-        table.add_row(
-            kind, ", ".join(widths) or "–", escape(_keys(found)), escape(f"{meaning}{_lacking(layout, kind)}")
-        )
-    typer.echo(
-        f"{model}: {layout.n_layers} layers, {layout.n_heads} heads of {layout.d_head}, d_model {layout.d_model}"
-    )
-    options.console().print(table)
+        rows.append((kind, ", ".join(widths) or "–", _keys(found), f"{meaning}{_lacking(layout, kind)}"))
+    say(f"{model}: {layout.n_layers} layers, {layout.n_heads} heads of {layout.d_head}, d_model {layout.d_model}")
+    print_table("", ("Site", "Width", "Keys", "What it is"), rows, n_words=4)
 
 
 def _keys(found: Sequence[Site]) -> str:

@@ -10,6 +10,7 @@ import typer
 from AutomaticEval.cli import options
 from AutomaticEval.cli.answers import Emotion, Output, Pairs, Profiles, Seed, SiteOption, number
 from AutomaticEval.cli.options import one_line_errors, with_load
+from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import SelectionError
 
 
@@ -67,7 +68,7 @@ def sweep(
         result = sweep_prompts(loaded, prompts, output / "sweep", settings, **how)
     result = {"kind": "sweep", "settings": settings, **result}
     _say(result)
-    typer.echo(f"Written:     {', '.join(map(str, save_with_figures(file, result)))}")
+    say(f"Written:     {', '.join(map(str, save_with_figures(file, result)))}")
 
 
 def _say(result: dict[str, Any], most: int = 10) -> None:
@@ -77,6 +78,6 @@ def _say(result: dict[str, Any], most: int = 10) -> None:
     strongest = sorted(known, key=lambda each: -abs(each[names[0]]["mean"]))[:most]
     rows = [(f"{each['layer']}:{each[across]}", *(number(each[name]) for name in names)) for each in strongest]
     columns = [f"{name}, {unit} (95 % interval)" for name, unit in result["units"].items()]
-    options.print_table(
+    print_table(
         f"What matters most, over {len(result['samples'])} prompts or pairs", (f"Layer:{across}", *columns), rows
     )

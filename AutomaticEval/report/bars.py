@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from AutomaticEval.report.labels import label, save
+
 COLOURS = {"before": "#4c72b0", "after": "#dd8452", "change": "#55a868"}
 SIGNS = ("#c44e52", "#4c72b0")
 """Above and below zero, as the heatmaps have them."""
@@ -19,7 +21,7 @@ def before_and_after(summary: Mapping[str, Any], units: Mapping[str, str], title
     summary: metric -> before, after and change, each with mean and interval. units: metric -> what its axis says.
     """
     figure = Figure(figsize=(3.2 * len(summary) + 0.6, 3.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(label(title))
     for number, (name, each) in enumerate(summary.items(), 1):
         axes = figure.add_subplot(1, len(summary), number)
         for place, (when, found) in enumerate(each.items()):
@@ -29,8 +31,8 @@ def before_and_after(summary: Mapping[str, Any], units: Mapping[str, str], title
             axes.errorbar(place, mean, [[mean - low], [high - mean]], color="0.2", capsize=4)
         axes.axhline(0, color="0.4", linewidth=0.8)
         axes.set_xticks(range(len(each)), list(each))
-        axes.set(title=name, ylabel=units.get(name, name))
-    figure.savefig(path, dpi=150, format="png")
+        axes.set(title=label(name), ylabel=label(units.get(name, name)))
+    save(figure, path, 150)
 
 
 def top_heads(panels: Sequence[tuple[str, str, Mapping[str, Any]]], path: str | Path, most: int = 20) -> None:
@@ -49,6 +51,6 @@ def top_heads(panels: Sequence[tuple[str, str, Mapping[str, Any]]], path: str | 
             axes.barh(place, mean, color=SIGNS[mean < 0])
             axes.plot([low, high], [place, place], color="0.2", linewidth=1)
         axes.axvline(0, color="0.4", linewidth=0.8)
-        axes.set_yticks(range(len(chosen)), [label for label, _ in chosen])
-        axes.set(title=title, xlabel=unit)
-    figure.savefig(path, dpi=150, format="png")
+        axes.set_yticks(range(len(chosen)), [label(name) for name, _ in chosen])
+        axes.set(title=label(title), xlabel=label(unit))
+    save(figure, path, 150)

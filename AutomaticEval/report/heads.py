@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from AutomaticEval.report.labels import label, save
+
 PerHead = Mapping[tuple[int, int], float | None]
 """(layer, head) -> a number; None for no number."""
 MOST_PIXELS = 8000
@@ -43,11 +45,11 @@ def heatmaps(panels: Sequence[Panel], path: str | Path, *, columns: int | None =
         axes = figure.add_subplot(rows, columns, number)
         axes.set_facecolor("0.8")
         shown = axes.imshow(np.ma.masked_invalid(grid), aspect="equal", origin="lower", **_colours(grid, panel))
-        axes.set(title="\n".join(wrap(panel.title, 36)), xlabel=across, ylabel="Layer")
+        axes.set(title="\n".join(wrap(label(panel.title), 36)), xlabel=across, ylabel="Layer")
         _label(axes.xaxis, heads)
         _label(axes.yaxis, layers)
-        figure.colorbar(shown, ax=axes, label="\n".join(wrap(panel.unit, 24)), shrink=0.8)
-    figure.savefig(path, dpi=min(150.0, MOST_PIXELS / max(size)), format="png")
+        figure.colorbar(shown, ax=axes, label="\n".join(wrap(label(panel.unit), 24)), shrink=0.8)
+    save(figure, path, min(150.0, MOST_PIXELS / max(size)))
 
 
 def _grid(values: PerHead) -> tuple[Any, list[int], list[int]]:

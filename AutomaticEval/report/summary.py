@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import warnings
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from AutomaticEval.capture.sets import Unit
+from AutomaticEval.report.labels import label, save
+from AutomaticEval.showing import shown
 from AutomaticEval.store.files import new_file, size_text
 
 STYLE = (
@@ -139,52 +141,50 @@ def _lengths(units: Sequence[Unit]) -> str:
         return ""
     figure = Figure(figsize=(7, 0.35 * len(done) + 1.2), layout="constrained")
     axes = figure.add_subplot()
-    labels = [_drawn(f"{Path(unit.model).name}, {unit.name}") for unit in done]
+    labels = [label(f"{Path(unit.model).name}, {unit.name}") for unit in done]
     axes.boxplot([unit.run().column("n_prompt_tokens") for unit in done], vert=False, tick_labels=labels)
     axes.set(xlabel="tokens a sample")
     axes.invert_yaxis()
     kept = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # characters that the font has not
-        figure.savefig(kept, format="png", dpi=120)
+    save(figure, kept, 120)
     return base64.b64encode(kept.getvalue()).decode()
 
 
-def _drawn(label: str) -> str:
-    """As matplotlib takes it: $ begins a formula."""
-    return label.encode("utf-8", "replace").decode().replace("$", r"\$")
-
-
 def _cell(text: str) -> str:
-    return escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+    """Of Markdown, on one line: neither HTML, nor a link, a picture, code, or the end of a cell."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(" ".join(shown(text).split()), quote=False))
+
+
+def _page(text: str) -> str:
+    return escape(shown(text))
 
 
 def _markdown(title: str, sections: Sequence[Section]) -> str:
-    lines = [f"# {title}", "", f"{datetime.now().astimezone():%Y-%m-%d %H:%M %z}", ""]
+    lines = [f"# {_cell(title)}", "", f"{datetime.now().astimezone():%Y-%m-%d %H:%M %z}", ""]
     for section in sections:
         lines += [f"## {section.title}", ""]
         if section.columns:
             table = [section.columns, ["---"] * len(section.columns), *section.rows]
             lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in table]
-        lines += [f"- {line}" for line in section.lines]
+        lines += [f"- {_cell(line)}" for line in section.lines]
         lines.append("")
     return "\n".join(lines)
 
 
 def _html(title: str, sections: Sequence[Section], figure: str) -> str:
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"]
-    parts.append(f"<h1>{escape(title)}</h1><p>{datetime.now().astimezone():%Y-%m-%d %H:%M %z}</p>")
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{_page(title)}</title><style>{STYLE}</style>"]
+    parts.append(f"<h1>{_page(title)}</h1><p>{datetime.now().astimezone():%Y-%m-%d %H:%M %z}</p>")
     for section in sections:
         parts.append(f"<h2>{escape(section.title)}</h2>")
         if section.columns:
             rows = [_row(section.columns, "th"), *(_row(row, "td") for row in section.rows)]
             parts.append(f"<table>{''.join(rows)}</table>")
         if section.lines:
-            parts.append(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in section.lines)}</ul>")
+            parts.append(f"<ul>{''.join(f'<li>{_page(line)}</li>' for line in section.lines)}</ul>")
         if section.title.startswith("Lengths") and figure:
             parts.append(f'<img alt="Lengths of the samples" src="data:image/png;base64,{figure}">')
     return "\n".join(parts) + "\n"
 
 
 def _row(cells: Sequence[str], tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    return "<tr>" + "".join(f"<{tag}>{_page(cell)}</{tag}>" for cell in cells) + "</tr>"

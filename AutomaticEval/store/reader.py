@@ -202,7 +202,7 @@ class Run(Sequence[dict[str, Any]]):
     def table(self) -> pd.DataFrame:
         """One row a sample: task, doc_id, choice, prompt, response, logprob, correct, metrics, …"""
         names = [name for name in self._contents.columns.names if name not in _BOOKKEEPING]
-        return pd.DataFrame({name: self.column(name) for name in names})
+        return pd.DataFrame({name: _series(self.column(name)) for name in names})
 
     def column(self, name: str) -> list[Any]:
         """One column of the table. Raises StoreError for one that there is not."""
@@ -360,6 +360,14 @@ class LayerSamples(Sequence[Tensor]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         return self._run.read(index, self._key)
+
+
+def _series(values: list[Any]) -> Any:
+    """For a table; text with lone surrogates, which Arrow does not hold, as Python's own."""
+    try:
+        return pd.Series(values)
+    except UnicodeEncodeError:
+        return pd.Series(values, dtype=object)
 
 
 def _matches(found: Any, wanted: Any) -> bool:

@@ -1,0 +1,56 @@
+"""All that commands print: text is text, and neither markup nor what would command the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import typer
+
+from AutomaticEval.errors import AutomaticEvalError
+from AutomaticEval.showing import shown
+
+
+def say(text: object, *, err: bool = False) -> None:
+    """A line, or several, on standard output, or on the error stream."""
+    typer.echo(shown(str(text)), err=err)
+
+
+def never_fail(*streams: Any) -> None:
+    """Have streams spell out what their encoding has not, in place of ending the command."""
+    for stream in streams:
+        with suppress(AttributeError, ValueError):  # not a text stream of Python's own
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, n_words: int = 1) -> None:
+    """n_words: so many columns are words; the others are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(shown(title)) if title else None, title_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(Text(shown(name)), justify="right" if number >= n_words else "left")
+    for row in rows:
+        table.add_row(*(Text(shown(cell)) for cell in row))
+    console = Console()
+    wide = console if console.is_terminal else Console(width=140)  # for the whole table
+    wide.print(table)
+
+
+@contextmanager
+def progress(what: str, total: Callable[[], int], *, of_bytes: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on the error stream over a number of bytes, or of samples; gives what tells it how many more are done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    done = DownloadColumn(binary_units=True) if of_bytes else MofNCompleteColumn()
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), done, TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        with suppress(AutomaticEvalError):  # the work itself says what is wrong
+            bar.update(task, total=total())
+        yield lambda n: bar.advance(task, n)

@@ -1,0 +1,16 @@
+"""Text of files, models and tasks as a person is shown it: what would command a terminal is spelled out.
+
+Knows nothing of terminals.
+"""
+
+from __future__ import annotations
+
+import re
+
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but for tab and line feed, marks that turn the direction of text, and lone surrogates."""
+
+
+def shown(text: str) -> str:
+    """`\\x1b[31m` as it is written in Python, in place of a colour; what is text stays as it is."""
+    return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
