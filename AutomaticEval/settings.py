@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from AutomaticEval.naming import is_same
+
 MODEL = "model_hash"
 """A hash of every number of the model (`models/fingerprint.py`)."""
 SAMPLED = "fingerprint"
@@ -18,6 +20,8 @@ IDENTITY = (MODEL, SAMPLED, "adapters", "code", "config", "tokenizer")
 LATER = (*IDENTITY, "arithmetic", "generation_config", "loaded_with", "versions.bitsandbytes", "versions.peft")
 """What the first versions did not write down, so that it cannot be compared with their runs."""
 
+NAMES = ("model", "peft", "delta", "base", "offload_folder", "dataset", "names", "include_path", "local_files")
+"""Settings that are names of what may be a folder."""
 OF_TRANSFORMERS = ("config", "generation_config")
 
 
@@ -53,7 +57,17 @@ def differing(
     if before.get("versions") != now.get("versions"):  # each version of transformers has entries of its own
         left_out |= {name for name in first.keys() ^ second.keys() if name.split(".")[0] in OF_TRANSFORMERS}
     names = [name for name in dict.fromkeys([*first, *second]) if name not in left_out]
-    return [Differing(name, first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)]
+    found = [Differing(name, first.get(name), second.get(name)) for name in names]
+    return [each for each in found if not _is_same(each)]
+
+
+def _is_same(each: Differing) -> bool:
+    """Of a name, also when one run is of the first versions, which wrote down its path."""
+    if each.name.rpartition(".")[2] in NAMES:
+        one, other = ([value] if isinstance(value, str) else value for value in (each.before, each.now))
+        if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+            return all(is_same(str(before), str(now)) for before, now in zip(one, other, strict=True))
+    return bool(each.before == each.now)
 
 
 def _tell(what: str, unknown: Collection[str]) -> None:

@@ -508,10 +508,10 @@ def test_refused_login_says_how_to_log_in(tmp_path: Path, monkeypatch: pytest.Mo
         push_to_hub(tmp_path, "me/x")
 
 
-def invoke(*arguments: str) -> Any:
+def invoke(*arguments: str, typed: str = "") -> Any:
     app = typer.Typer(context_settings=SPELLINGS, pretty_exceptions_enable=False)
     app.command()(command)
-    return CliRunner().invoke(app, list(arguments))
+    return CliRunner().invoke(app, list(arguments), input=typed)
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -528,10 +528,22 @@ def test_command_says_how_to_read_what_it_wrote(tmp_path: Path, run_folder: Path
 def test_command_uploads_only_when_asked_and_after_the_export(tmp_path: Path, run_folder: Path, hub: list[Any]) -> None:
     assert invoke(str(run_folder), "-o", str(tmp_path / "quiet")).exit_code == 0
     assert hub == []
-    done = invoke(str(run_folder), "-o", str(tmp_path / "out"), "--push-to-hub", "me/x", "--public")
+    done = invoke(str(run_folder), "-o", str(tmp_path / "out"), "--push-to-hub", "me/x", "--public", typed="y\n")
     assert "Uploaded: https://huggingface.co/datasets/me/x" in done.stdout
     assert [name for name, _ in hub] == ["create_repo", "create_repo", "upload_folder"]
     assert all(asked["private"] is False for name, asked in hub if name == "create_repo")
+
+
+@pytest.mark.parametrize("typed", ["", "n\n", "\n", "perhaps\n"])
+def test_command_shows_what_will_be_uploaded_and_asks(
+    tmp_path: Path, run_folder: Path, hub: list[Any], typed: str
+) -> None:
+    done = invoke(str(run_folder), "-o", str(tmp_path / "out"), "--push-to-hub", "me/x", "--public", typed=typed)
+    assert done.exit_code == 1
+    for word in ("PUBLIC", "me/x", "23 samples", "prompt, response", "layer_0", "dtype: "):
+        assert word in done.stdout, word
+    assert hub == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,6 @@ def test_model_and_settings_of_any_name_are_stored_and_resumed(tmp_path: Path) -
     with RunWriter(tmp_path / "run", name, settings, resume=True) as writer:
         writer.finish()
     run = open_run(tmp_path / "run")
-    assert run.model == "/models/\\udce9t\\udce9"
+    assert run.model == "\\udce9t\\udce9"
     assert run.settings["generation_config"] == {"sequence_bias": {"(5, 6)": -1.0}}
     assert verify(tmp_path / "run") == []

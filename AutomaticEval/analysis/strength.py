@@ -19,6 +19,7 @@ from AutomaticEval.models.heads import HeadResultNorms, n_inputs
 from AutomaticEval.models.layout import refuse_unready
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.models.taps import Layout, Tap
+from AutomaticEval.naming import public_name
 from AutomaticEval.settings import differing
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
 from AutomaticEval.store.reader import Run
@@ -221,7 +222,7 @@ def _loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
         return model
     if isinstance(model, str | Path):
         return load_model(model, tokenizer=tokenizer)
-    return LoadedModel(model, tokenizer, str(getattr(model, "name_or_path", "")))
+    return LoadedModel(model, tokenizer, public_name(str(getattr(model, "name_or_path", ""))))
 
 
 def _site(key: str) -> Site | None:

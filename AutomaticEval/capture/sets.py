@@ -19,6 +19,7 @@ from AutomaticEval.capture.texts import Text
 from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import ModelUnavailable, SelectionError, StoreError, first_line
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, revision_of, state_of
+from AutomaticEval.naming import public_name
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import own_name, plain_name, prepare_folder, size_text
@@ -129,7 +130,7 @@ def folder_names(names: Sequence[str]) -> dict[str, str]:
     for number, name in enumerate(names):
         if name in names[:number]:
             raise SelectionError(f"{name} was named twice.")
-    short = {name: plain_name(Path(name).name)[-MOST:] for name in names}
+    short = {name: plain_name(Path(public_name(name)).name)[-MOST:] for name in names}
     if len(set(short.values())) == len(short):
         return short
     whole = {name: plain_name(name.strip("/"))[-MOST:] for name in names}
@@ -227,7 +228,7 @@ def _there(unit: Unit, texts: TextSet, plan: Plan) -> str:
         return "captured"
     run = unit.run()
     wanted = {
-        "model": unit.model,
+        "model": public_name(unit.model),
         **plan.selection.as_dict(),
         **_about(unit.model, texts, plan),
         "packing": plan.feeding.packing,

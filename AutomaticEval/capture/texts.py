@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from AutomaticEval.errors import DatasetUnavailable, PromptError, SelectionError, did_you_mean, first_line
+from AutomaticEval.naming import public_name
 
 T = TypeVar("T")
 FIELDS = ("text", "input", "question", "prompt")
@@ -182,7 +183,7 @@ class DatasetTexts:
     @property
     def about(self) -> dict[str, Any]:
         """For settings: what decides which texts they are."""
-        about = {"dataset": self.name, "config": self.config, "split": self.split, "field": self.field}
+        about = {"dataset": public_name(self.name), "config": self.config, "split": self.split, "field": self.field}
         return {**about, "num_samples": self.most, "files": _state_of_folder(Path(self.name))}
 
     def __iter__(self) -> Iterator[Text]:

@@ -91,7 +91,7 @@ def ablate(
     reference = None if mode == "zero" else reference_z(loaded, list(heads), neutral, batch_size)
     ablation = Ablation(loaded, heads, mode, reference, seed)
     settings: dict[str, Any] = {
-        "model": model,
+        "model": loaded.name,
         "heads": head_spec,
         "mode": mode,
         "profile": profile,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,11 +117,11 @@ def benchmark(
     if ranks.is_first:
         _print(outcome, f"{benchmark} on {model}")
         if head_strength and outcome.folder is not None:
-            _write_strength(outcome.folder, model)
+            _write_strength(outcome.folder)
         if mlflow is not None:
-            about = {"model": model, "benchmark": asdict(asked), "load": asdict(load())}
+            about = {"model": loaded.name, "benchmark": asked.as_dict(), "load": load().as_dict()}
             about |= {} if selection is None else {"selection": selection.as_dict()}
-            _track(outcome, f"{benchmark} on {model}", about, mlflow, say, time.perf_counter() - started)
+            _track(outcome, f"{benchmark} on {loaded.name}", about, mlflow, say, time.perf_counter() - started)
 
 
 def _refuse_options_before(context: typer.Context) -> None:
@@ -148,15 +147,16 @@ def _with_norms(sites: str | None, positions: str | None, *, alone: bool) -> tup
     return "head_result_norm", positions or "all"
 
 
-def _write_strength(folder: Path, model: str) -> None:
+def _write_strength(folder: Path) -> None:
     from AutomaticEval.analysis.results import strength_result, write_json
     from AutomaticEval.analysis.strength import strength_of_run
+    from AutomaticEval.settings import MODEL
     from AutomaticEval.store.reader import open_run
 
     file = folder / "head_strength.json"
     run = open_run(folder)
-    about = {name: run.settings.get(name) for name in ("positions", "scoring")}
-    write_json(file, strength_result(strength_of_run(run), model, "result", **about), overwrite=True)
+    about = {name: run.settings.get(name) for name in ("positions", "scoring", MODEL)}
+    write_json(file, strength_result(strength_of_run(run), run.model, "result", **about), overwrite=True)
     say(f"Heads:       {file}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,12 @@ from AutomaticEval.cli import options
 from AutomaticEval.cli.options import one_line_errors
 from AutomaticEval.cli.printing import progress, say
 
+if TYPE_CHECKING:
+    from AutomaticEval.store.reader import Run
+
 HDF5 = "hdf5"
+MOST_SHOWN = 100
+"""Characters of a setting, before an upload."""
 READING = {
     "safetensors": "from safetensors.torch import load_file; tensors = load_file({first!r})",
     "npz": "import numpy; arrays = numpy.load({first!r})",
@@ -38,7 +43,12 @@ def export(
     ] = None,
     compression: options.Compression = None,
     push_to_hub: Annotated[
-        str | None, typer.Option("--push_to_hub", help="Upload it, too, as a private data set.", metavar="REPO")
+        str | None,
+        typer.Option(
+            "--push_to_hub",
+            help="Upload it, too, as a private data set: shows what it holds, and asks.",
+            metavar="REPO",
+        ),
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make the data set on the hub a public one.")] = False,
 ) -> None:
@@ -53,14 +63,35 @@ def export(
         raise SelectionError(f"--compression was given, but {to} is not compressed; use --to hdf5, or leave it out.")
     if public and push_to_hub is None:
         raise SelectionError("--public was given, but nothing is uploaded; add --push_to_hub user/name.")
-    output, n_samples = output.expanduser(), len(open_run(path))
+    run = open_run(path)
+    output, n_samples = output.expanduser(), len(run)
     if push_to_hub is not None:
+        _ask(run, push_to_hub, public=public)
         hub.create_repository(push_to_hub, private=not public)  # before any work: it may be refused
     _write(path, output, to, dtype, compression, n_samples)
     say(f"{n_samples} samples of {path} are in {output} ({_size(output)}).")
     if push_to_hub is not None:
         say(f"Uploaded: {hub.push_to_hub(output, push_to_hub, private=not public)}")
     say(f"Read it: {READING[to].format(output=str(output), first=str(_first(output)))}")
+
+
+def _ask(run: Run, repository: str, *, public: bool) -> None:
+    """Show what would be uploaded. Without a yes the command ends before anything is written or sent."""
+    from AutomaticEval.store.outgoing import column_names, places_of
+
+    kind = "PUBLIC, for everyone to read" if public else "private, unless it is there already and public"
+    say(f"To be uploaded to {repository} ({kind}):")
+    say(f"  {len(run)} samples of the model {run.model}, with {', '.join(run.keys)}")
+    say(f"  of each: {', '.join(column_names(run.contents))}, token ids")
+    for name, value in run.settings.items():
+        text = str(value)
+        say(f"  {name}: {text if len(text) <= MOST_SHOWN else f'{text[:MOST_SHOWN]} …'}")
+    found = places_of(run)
+    if found:
+        say(f"  It names folders of this machine: {', '.join(found)}")
+    if not typer.confirm("Upload it?"):
+        say("Nothing was written, and nothing was uploaded.")
+        raise typer.Exit(1)
 
 
 def _write(path: Path, output: Path, to: str, dtype: str | None, compression: str | None, n_samples: int) -> None:

@@ -154,6 +154,7 @@ def _finish(units: list[Unit], name: str, root: Path, plan: Plan, mlflow: str | 
 def _track(units: list[Unit], name: str, plan: Plan, uri: str, files: list[Path], log: options.Log) -> None:
     from dataclasses import asdict
 
+    from AutomaticEval.naming import public_name
     from AutomaticEval.report.tracking import track
 
     captured = [unit for unit in units if unit.status == "captured"]
@@ -164,10 +165,10 @@ def _track(units: list[Unit], name: str, plan: Plan, uri: str, files: list[Path]
     metrics["tokens_per_second"] = (metrics["n_tokens"] or 0) / (metrics["seconds"] or 1e-9)
     params: dict[str, Any] = {
         "texts": name,
-        "models": ",".join(dict.fromkeys(unit.model for unit in units)),
+        "models": ",".join(dict.fromkeys(public_name(unit.model) for unit in units)),
         **plan.selection.as_dict(),
     }
-    params |= {"feeding": asdict(plan.feeding), "load": asdict(plan.load)}
+    params |= {"feeding": asdict(plan.feeding), "load": plan.load.as_dict()}
     say(f"MLflow:      run {track(uri, f'extract {name}', params, metrics, files, log.text)}")
 
 

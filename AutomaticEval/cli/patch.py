@@ -76,7 +76,7 @@ def patch(
     loaded = load_model(model, options=load())
     places = _places(head_spec, site, loaded.layout.n_layers, loaded.layout.n_heads)
     settings: dict[str, Any] = {
-        "model": model,
+        "model": loaded.name,
         "places": head_spec,
         "site": site,
         "positions": positions,

@@ -6,7 +6,7 @@ import fnmatch
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from AutomaticEval.errors import (
 from AutomaticEval.evaluation.harness import RandomStates, quick_templates, random_states, seed_everything, task_manager
 from AutomaticEval.evaluation.local_files import local_files, missing
 from AutomaticEval.evaluation.refusals import refuse_unknown_metric, refused_by
+from AutomaticEval.naming import public_name
 
 BUNDLED = Path(__file__).parent / "tasks" / "demo"
 BUNDLED_NAMES = ("demo", "demo_facts", "demo_arithmetic")
@@ -118,6 +119,11 @@ class Benchmark:
             raise BenchmarkError(f"--seed is {self.seed}; it must be from 0 to {2**32 - 1}.")
         if not (self.batch_size == "auto" or (str(self.batch_size).isdecimal() and int(self.batch_size) > 0)):
             raise BenchmarkError(f"--batch_size is {self.batch_size!r}; write a number or auto.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For settings: folders and YAML files by their names."""
+        named = {name: [public_name(each) for each in getattr(self, name)] for name in ("names", "include_path")}
+        return {**asdict(self), **named, "local_files": self.local_files and public_name(self.local_files)}
 
 
 def check_scoring(scoring: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +69,9 @@ class RunFolder:
     settings: Mapping[str, Any]
     shard_bytes: int
     ranks: Ranks
+    paths: Mapping[str, str] = field(default_factory=dict)
+    """Where the model is on this machine."""
+
     path: Path | None = None
     """Known once it is open."""
 
@@ -98,7 +101,7 @@ class RunFolder:
 
     @property
     def _shared(self) -> SharedRun:
-        return SharedRun(self.model, self.settings, self.shard_bytes, self.keeping.compression, self.ranks)
+        return SharedRun(self.model, self.settings, self.shard_bytes, self.keeping.compression, self.ranks, self.paths)
 
     @property
     def is_finished(self) -> bool:

@@ -25,6 +25,7 @@ from AutomaticEval.evaluation.calls import Call, Request
 from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.models.loading import LoadOptions, load_model
+from AutomaticEval.naming import public_name
 from AutomaticEval.ranks import join_ranks, own_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
@@ -75,12 +76,12 @@ class HFActivations(CapturingHFLM):
         settings = {
             **made_with(loaded, selection),
             "scoring": scoring,
-            "lm_eval": {name: str(value) for name, value in options.items()},
+            "lm_eval": {name: public_name(str(value)) for name, value in options.items()},
         }
         name = folder_name(["lm-eval"], loaded.name)
         keeping = Keeping(Path(activation_save_dir), compression=compression)
         super().__init__(loaded, selection, self._take, scoring=scoring, ranks=ranks, **options)
-        self._folder = RunFolder(keeping, name, loaded.name, settings, SHARD_BYTES, ranks)
+        self._folder = RunFolder(keeping, name, loaded.name, settings, SHARD_BYTES, ranks, loaded.paths)
         self._open = ExitStack()
         self._writer = self._open.enter_context(self._folder.writing()).writer
 

@@ -6,7 +6,7 @@ Scores are lm-eval's. With a selection, every request's activations are in one f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,7 @@ def _captured(
         _settings(loaded, benchmark, selection),
         shard_bytes_for(size.rows_bytes),
         ranks,
+        loaded.paths,
     )
     try:
         with folder.writing() as (writer, answered):
@@ -225,4 +226,4 @@ def _evaluate(
 
 
 def _settings(loaded: LoadedModel, benchmark: Benchmark, selection: Selection) -> dict[str, Any]:
-    return {**made_with(loaded, selection), "benchmark": asdict(benchmark)}
+    return {**made_with(loaded, selection), "benchmark": benchmark.as_dict()}

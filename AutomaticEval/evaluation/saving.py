@@ -19,6 +19,7 @@ from lm_eval.loggers import EvaluationTracker, evaluation_tracker
 from AutomaticEval.errors import DiskFull, StoreError
 from AutomaticEval.evaluation.benchmark import Benchmark
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.naming import public_name
 from AutomaticEval.store.files import FULL, new_files, own_name
 from AutomaticEval.store.format import as_json
 from AutomaticEval.store.wholeness import read_back
@@ -49,7 +50,7 @@ def save_results(
         )
         by_file = {own_name(task, TASK_BYTES): json.loads(as_json(logged)) for task, logged in samples.items()}
         with _listening() as heard:
-            tracker.save_results_aggregated(results=dict(results), samples=dict(samples))
+            tracker.save_results_aggregated(results=_named(results, loaded.name), samples=dict(samples))
             date = getattr(tracker, "date_id", "")
             for name, logged in by_file.items():
                 tracker.save_results_samples(task_name=name, samples=logged)
@@ -60,10 +61,24 @@ def save_results(
     return folder / next(iter(expected))
 
 
+def _named(results: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """With the model's name in place of its path, and those of the tasks' files in place of theirs."""
+    named = {**results, "config": {**results.get("config", {}), "model": model}}
+    return named | {"configs": _without_places(results.get("configs", {}))}
+
+
+def _without_places(value: Any) -> Any:
+    """The last name of each file and folder that is there; of a prompt that begins with / there is none."""
+    if isinstance(value, Mapping):
+        return {name: _without_places(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(each) for each in value]
+    is_place = isinstance(value, str | Path) and os.path.isabs(value) and os.path.exists(value)  # noqa: PTH110, PTH117
+    return public_name(value) if is_place else value
+
+
 def short_name(model: str) -> str:
-    """How lm-eval names its folder: a hub name as it is, a folder by its last name, neither too long for a file system."""
-    if os.path.isdir(model):  # noqa: PTH112 - no error for a long name
-        return own_name(Path(model).resolve().name, MODEL_BYTES)
+    """How lm-eval names its folder: not too long for a file system."""
     return "/".join(own_name(part, MODEL_BYTES // 2) for part in model.split("/", 1))
 
 

@@ -28,6 +28,7 @@ from AutomaticEval.models.layout import find_layout, refuse_untrue
 from AutomaticEval.models.parts import n_layers_in
 from AutomaticEval.models.provenance import adapters_of, library_versions, provenance
 from AutomaticEval.models.taps import Layout
+from AutomaticEval.naming import absolute, public_name
 from AutomaticEval.settings import MODEL, SAMPLED
 from AutomaticEval.tested import tell_newer
 
@@ -36,6 +37,8 @@ DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
 MAX_LOADED = 2
 WRITTEN = ("dtype", "device", "device_map", "load_in_8bit", "load_in_4bit", "revision")
 """Of the options, those that the first versions had."""
+PLACES = ("peft", "delta", "offload_folder")
+"""Options that may be paths, of which files hold the name."""
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head")
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
@@ -112,7 +115,7 @@ class LoadOptions:
     def as_dict(self) -> dict[str, Any]:
         """For settings: what the first versions wrote, and of the rest what is not the default."""
         return {
-            name: value
+            name: public_name(value) if name in PLACES and value else value
             for name, value in asdict(self).items()
             if name in WRITTEN or value != getattr(LoadOptions, name)
         }
@@ -143,13 +146,16 @@ class LoadKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model with its tokenizer and the name it goes by in files."""
+    """A model with its tokenizer and the name it goes by in files, which is no path."""
 
     model: Any
     tokenizer: Any
     name: str
     loaded_with: Mapping[str, Any] = field(default_factory=dict)
     """The options that say which numbers it was made of, besides its name: peft, delta, subfolder, …"""
+
+    paths: Mapping[str, str] = field(default_factory=dict)
+    """model, peft and delta -> where it is on this machine, of those that are folders."""
 
     @property
     def layout(self) -> Layout:
@@ -260,7 +266,11 @@ def load_model(model: Any, *, tokenizer: Any = None, options: LoadOptions = Load
             entry.tokenizer = _tokenizer(parts.tokenizer, parts, options)
     made_of = {name: getattr(options, name) for name in options.given(("peft", "delta", "subfolder"))}
     made_of |= {} if parts.alone is None else {"base": parts.base}
-    return LoadedModel(entry.model, entry.tokenizer if tokenizer is None else tokenizer, str(model), made_of)
+    given = {"model": str(model), "peft": options.peft, "delta": options.delta}
+    paths = {name: str(absolute(each)) for name, each in given.items() if each and public_name(each) != each}
+    made_of = {name: each if name == "subfolder" else public_name(each) for name, each in made_of.items()}
+    found = entry.tokenizer if tokenizer is None else tokenizer
+    return LoadedModel(entry.model, found, public_name(model), made_of, paths)
 
 
 class _Parts(NamedTuple):
@@ -375,7 +385,7 @@ def _from_instance(model: Any, tokenizer: Any) -> LoadedModel:
         )
     if tokenizer is None:
         raise ModelError("a loaded model was passed without its tokenizer; pass tokenizer= too.")
-    return LoadedModel(model, tokenizer, getattr(model, "name_or_path", "") or type(model).__name__)
+    return LoadedModel(model, tokenizer, public_name(getattr(model, "name_or_path", "")) or type(model).__name__)
 
 
 def _other_tokenizer(name: str, parts: _Parts, options: LoadOptions) -> Any:

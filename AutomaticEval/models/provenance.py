@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from AutomaticEval.models.taps import input_device
+from AutomaticEval.naming import public_name
 
 NOT_OF_THE_MODEL = frozenset(
     [
@@ -59,7 +60,7 @@ def adapters_of(model: Any) -> dict[str, Any]:
     return {
         str(name): {
             "type": str(getattr(each.peft_type, "value", each.peft_type)),
-            "base": each.base_model_name_or_path,
+            "base": each.base_model_name_or_path and public_name(each.base_model_name_or_path),
             "active": name in active,
         }
         for name, each in configs.items()

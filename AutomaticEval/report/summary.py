@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from AutomaticEval.capture.sets import Unit
+from AutomaticEval.naming import public_name
 from AutomaticEval.report.labels import label, save
 from AutomaticEval.showing import shown
 from AutomaticEval.store.files import new_file, size_text
@@ -36,7 +38,7 @@ class Section(NamedTuple):
 
 def write_summary(units: Sequence[Unit], title: str, folder: Path) -> list[Path]:
     """Write summary.md and summary.html over those that are there. Returns the files."""
-    sections = _sections(units)
+    sections = _sections(units, folder)
     files = [folder / "summary.md", folder / "summary.html"]
     for file, text in zip(files, (_markdown(title, sections), _html(title, sections, _lengths(units))), strict=True):
         with new_file(file, overwrite=True) as partial:
@@ -44,14 +46,14 @@ def write_summary(units: Sequence[Unit], title: str, folder: Path) -> list[Path]
     return files
 
 
-def _sections(units: Sequence[Unit]) -> list[Section]:
+def _sections(units: Sequence[Unit], folder: Path) -> list[Section]:
     done = [unit for unit in units if unit.status != "failed"]
-    by_model = {unit.model: unit for unit in done}
+    by_model = {public_name(unit.model): unit for unit in done}
     return [
         Section(
             "What was kept",
             ("Model", "Texts", "Status", "Samples", "Rows", "Sites", "Size", "Tokens a second", "Folder"),
-            [_kept(unit) for unit in units],
+            [_kept(unit, os.path.relpath(unit.folder, folder)) for unit in units],
         ),
         Section(
             "Tokenisation",
@@ -72,13 +74,13 @@ def _sections(units: Sequence[Unit]) -> list[Section]:
     ]
 
 
-def _kept(unit: Unit) -> tuple[str, ...]:
+def _kept(unit: Unit, folder: str) -> tuple[str, ...]:
     if unit.status == "failed":
-        return (unit.model, unit.name, "failed", *[""] * 5, str(unit.folder))
+        return (public_name(unit.model), unit.name, "failed", *[""] * 5, folder)
     run, numbers = unit.run(), unit.numbers
     rate = numbers["n_tokens"] / max(numbers["seconds"], 1e-9) if numbers.get("n_tokens") else None
     return (
-        unit.model,
+        public_name(unit.model),
         unit.name,
         unit.status,
         str(len(run)),
@@ -86,7 +88,7 @@ def _kept(unit: Unit) -> tuple[str, ...]:
         f"{run.settings['sites']}; layers {run.settings['layers']}; positions {run.settings['positions']}",
         size_text(numbers.get("size_bytes", 0)),
         "" if rate is None else f"{rate:.0f}",
-        str(unit.folder),
+        folder,
     )
 
 
@@ -117,7 +119,7 @@ def _length(unit: Unit) -> tuple[str, ...]:
     lengths = numbers.get("lengths", {})
     spread = [_number(lengths.get(name)) for name in ("shortest", "median", "mean", "longest")]
     cut = [str(numbers.get(name, "")) for name in ("n_truncated", "n_tokens_cut")]
-    return (unit.model, unit.name, str(numbers.get("n_texts", "")), *spread, *cut)
+    return (public_name(unit.model), unit.name, str(numbers.get("n_texts", "")), *spread, *cut)
 
 
 def _number(value: float | None) -> str:
@@ -125,12 +127,16 @@ def _number(value: float | None) -> str:
 
 
 def _problems(units: Sequence[Unit]) -> list[str]:
-    found = [f"{unit.model}, {unit.name}: {unit.error}" for unit in units if unit.status == "failed"]
+    found = [f"{public_name(unit.model)}, {unit.name}: {unit.error}" for unit in units if unit.status == "failed"]
     for unit in units:
         if unit.numbers.get("n_truncated"):
-            found.append(f"{unit.model}, {unit.name}: {unit.numbers['n_truncated']} texts were cut to fit.")
+            found.append(
+                f"{public_name(unit.model)}, {unit.name}: {unit.numbers['n_truncated']} texts were cut to fit."
+            )
         if unit.numbers.get("n_empty"):
-            found.append(f"{unit.model}, {unit.name}: {unit.numbers['n_empty']} texts were empty, and left out.")
+            found.append(
+                f"{public_name(unit.model)}, {unit.name}: {unit.numbers['n_empty']} texts were empty, and left out."
+            )
     return found
 
 
@@ -141,7 +147,7 @@ def _lengths(units: Sequence[Unit]) -> str:
         return ""
     figure = Figure(figsize=(7, 0.35 * len(done) + 1.2), layout="constrained")
     axes = figure.add_subplot()
-    labels = [label(f"{Path(unit.model).name}, {unit.name}") for unit in done]
+    labels = [label(f"{Path(public_name(unit.model)).name}, {unit.name}") for unit in done]
     axes.boxplot([unit.run().column("n_prompt_tokens") for unit in done], vert=False, tick_labels=labels)
     axes.set(xlabel="tokens a sample")
     axes.invert_yaxis()

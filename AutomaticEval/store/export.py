@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from AutomaticEval.errors import SelectionError, did_you_mean
+from AutomaticEval.naming import without_folders
 from AutomaticEval.store import arrow, contents, lens
 from AutomaticEval.store.files import ensure_space, new_folder
 from AutomaticEval.store.format import bits, raw_bytes
@@ -72,7 +73,9 @@ def export(path: Path, destination: Path, to: str, *, dtype: str | None = None, 
     dtypes = {key: _target(each.dtype, to, dtype) for key, each in held.activations.items()}
     with new_folder(destination) as folder:
         ensure_space(destination, _size_bytes(held, dtypes, each_sample=to in _A_SAMPLE_AT_A_TIME))
-        (folder / "run.json").write_text(json.dumps({"model": run.model, "settings": run.settings}, indent=2))
+        (folder / "run.json").write_text(
+            json.dumps({"model": without_folders(run.model), "settings": run.settings}, indent=2)
+        )
         _WRITERS[to](run, folder, dtypes, advance)
     return destination
 

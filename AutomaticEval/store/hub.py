@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from AutomaticEval.errors import StoreError, first_line
+from AutomaticEval.store.local_paths import LOCAL_PATHS
 
-PRIVATE = [".lock", ".lock-*", "*.partial", "*.partial/*"]
+PRIVATE = [LOCAL_PATHS, f"*/{LOCAL_PATHS}", ".lock", ".lock-*", "*.partial", "*.partial/*"]
 """Names in a folder that are never uploaded."""
 
 

@@ -25,6 +25,7 @@ from AutomaticEval.errors import (
     SelectionError,
     StoreError,
 )
+from AutomaticEval.naming import is_same
 from AutomaticEval.selection import Positions
 from AutomaticEval.settings import IDENTITY, differing
 from AutomaticEval.sites import LayersLike, expand, parse_kinds, parse_layers
@@ -251,7 +252,7 @@ def _check_joinable(runs: Sequence[Run]) -> None:
     first = runs[0]
     for run in runs[1:]:
         apart = differing(f"{first.path} and {run.path}", first.settings, run.settings, SAME)
-        if run.model != first.model or apart:
+        if not (is_same(run.model, first.model) or is_same(first.model, run.model)) or apart:
             named = ", ".join(f"{name} {one!r} and {other!r}" for name, one, other in apart)
             raise OtherSettings(
                 f"{first.path} and {run.path} are not of the same model and selection: "

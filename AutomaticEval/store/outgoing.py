@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from AutomaticEval.naming import without_folders
 from AutomaticEval.store.contents import Contents, narrowed
 from AutomaticEval.store.reader import Run
 
@@ -28,6 +29,24 @@ def records(run: Run) -> Iterator[dict[str, Any]]:
             "input_ids": held.input_ids.item(number).tolist(),
             "generated_ids": held.generated_ids.item(number).tolist(),
         }
+
+
+def places_of(run: Run) -> list[str]:
+    """The absolute paths in what a run says of itself, beside its samples."""
+    found: dict[str, None] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for each in value.values():
+                look(each)
+        elif isinstance(value, list):
+            for each in value:
+                look(each)
+        elif isinstance(value, str) and without_folders(value) != value:
+            found[value] = None
+
+    look({"settings": run.settings})
+    return list(found)
 
 
 def sample(run: Run, number: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:

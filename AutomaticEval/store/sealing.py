@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from AutomaticEval.errors import CaptureError, PathExists, SelectionError
+from AutomaticEval.naming import without_folders
 from AutomaticEval.store import checksums, contents, eight_bits
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.contents import Activation, Columns, Contents
@@ -133,7 +134,7 @@ def _write_attributes(file: h5py.File, kind: str, held: Contents, more: Mapping[
     attributes = {
         "format": kind,
         "format_version": ".".join(map(str, contract.VERSION)),
-        "model": contract.attribute_text(held.model),
+        "model": contract.attribute_text(without_folders(held.model)),
         "created": datetime.now().astimezone().isoformat(),
         "settings": contract.as_json(held.settings),
         **more,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.store.contents import Columns
+from AutomaticEval.store.local_paths import write_local_paths
 from AutomaticEval.store.writer import RunWriter
 
 T = TypeVar("T")
@@ -24,6 +25,8 @@ class SharedRun:
     shard_bytes: int
     compression: str | None
     ranks: Ranks
+    paths: Mapping[str, str] = field(default_factory=dict)
+    """Where the model is on this machine."""
 
     @contextmanager
     def writing(
@@ -37,6 +40,7 @@ class SharedRun:
         if self.ranks.is_first:
             folder = new_folder()
             opened, told = self._open_first(folder, tell, resume=resume)
+            write_local_paths(folder, self.paths)
             shared = (folder, {**self.settings, "run_id": opened.run_id}, told)
         folder, settings, told = self.ranks.from_first(shared)
         share = (self.ranks.rank, self.ranks.n_ranks)

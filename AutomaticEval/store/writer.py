@@ -30,6 +30,7 @@ from AutomaticEval.store.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.contents import Columns, Contents, Listed
 from AutomaticEval.store.files import named_failures, prepare_folder
 from AutomaticEval.store.format import RUN_FORMAT, Sample, as_json, attribute_text
+from AutomaticEval.store.local_paths import LOCAL_PATHS
 from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.sealing import Source, check_compression, write_file, write_run
 from AutomaticEval.store.shard import Shard
@@ -309,13 +310,14 @@ def _other_locks(folder: Path) -> list[Path]:
 
 @contextmanager
 def leaving_nothing(folder: Path) -> Iterator[None]:
-    """A folder goes again after a failure before the first shard, when all that is in it is the lock."""
+    """A folder goes again after a failure before the first shard, when nothing of a run is in it."""
     try:
         yield
     except BaseException:
         with suppress(OSError):
-            if [path.name for path in folder.iterdir()] == [LOCK]:
-                (folder / LOCK).unlink()
+            if {path.name for path in folder.iterdir()} <= {LOCK, LOCAL_PATHS}:
+                for path in folder.iterdir():
+                    path.unlink()
                 folder.rmdir()
         raise
 

@@ -16,6 +16,7 @@ from AutomaticEval.capture.recompute.sample import Compared, Comparison, Place
 from AutomaticEval.errors import OtherSettings, SelectionError
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
 from AutomaticEval.settings import MODEL, SAMPLED
+from AutomaticEval.store.local_paths import read_local_paths
 from AutomaticEval.store.reader import Run, open_run
 
 FINGERPRINTS = (MODEL, SAMPLED)
@@ -102,7 +103,9 @@ def model_of(
     """The model that a run was made with, loaded as it was then. Raises what `recompute` raises of it."""
     refuse_unknown_numbers(run)
     if model is None or isinstance(model, str | Path):
-        model, options = run.model if model is None else model, _as_then(options, run.settings)
+        paths = read_local_paths(run.path)
+        model = paths.get("model", run.model) if model is None else model
+        options = _as_then(options, run.settings, paths)
     loaded = load_model(model, tokenizer=tokenizer, options=options)
     refuse_other_model(run, loaded)
     refuse_lacking(loaded, run.keys)
@@ -155,9 +158,10 @@ def _all_settings(run: Run) -> list[Mapping[str, Any]]:
     return [run.settings, *run.settings.get("merged", [])]
 
 
-def _as_then(options: LoadOptions, settings: Mapping[str, Any]) -> LoadOptions:
+def _as_then(options: LoadOptions, settings: Mapping[str, Any], paths: Mapping[str, str]) -> LoadOptions:
     """What options leave open, as the run's settings say."""
-    bits, made_of = settings.get("quantization"), settings.get("loaded_with", {})
+    bits = settings.get("quantization")
+    made_of = {**settings.get("loaded_with", {}), **paths}
     is_open = not (options.load_in_8bit or options.load_in_4bit)
     return replace(
         options,
@@ -165,5 +169,7 @@ def _as_then(options: LoadOptions, settings: Mapping[str, Any]) -> LoadOptions:
         load_in_8bit=bits == "8bit" if is_open else options.load_in_8bit,
         load_in_4bit=bits == "4bit" if is_open else options.load_in_4bit,
         revision=options.revision or settings.get("revision"),
-        **{name: getattr(options, name) or made_of.get(name) for name in ("peft", "delta", "subfolder")},
+        peft=options.peft or made_of.get("peft"),
+        delta=options.delta or made_of.get("delta"),
+        subfolder=options.subfolder or made_of.get("subfolder"),
     )
