@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,6 +86,8 @@ def ablate(
         raise SelectionError(
             "--mode resample draws by position, which a benchmark's batches do not keep; use zero or mean."
         )
+    if benchmark is not None:
+        options.tell_of_code(benchmark, include_path, partial(say, err=True))
     loaded = load_model(model, options=load())
     heads = parse_head_spec(head_spec, loaded.layout.n_layers, loaded.layout.n_heads)
     neutral = [] if found is None else found.category(found.neutral)

@@ -108,6 +108,7 @@ def benchmark(
     )
     if selection is not None:
         selection.sites(n_layers_of(model, load()))  # a wrong layer is refused before the weights load
+    options.tell_of_code(benchmark, include_path, say)
     found = load_tasks(asked)  # what is wrong with a task is told before a large model loads
     loaded = load_model(model, options=load())
     started = time.perf_counter()

@@ -38,7 +38,11 @@ OutputPath = Annotated[
     Path | None, typer.Option("--output_path", help="Folder for lm-eval's own results and samples files.")
 ]
 IncludePath = Annotated[
-    list[Path] | None, typer.Option("--include_path", help="Folder with task YAML files of your own.")
+    list[Path] | None,
+    typer.Option(
+        "--include_path",
+        help="Folder with task YAML files of your own. Their code (!function) runs when such a task is asked for.",
+    ),
 ]
 BenchmarkData = Annotated[
     Path | None, typer.Option("--benchmark_data", help="Folder with the tasks' data; no network is needed.")
@@ -54,7 +58,7 @@ GenKwargs = Annotated[
 Repeats = Annotated[int | None, typer.Option("--repeats", help="Answers to each question; sampling only.")]
 PredictOnly = Annotated[bool, typer.Option("--predict_only", help="Answers without scores.")]
 UnsafeCode = Annotated[
-    bool, typer.Option("--confirm_run_unsafe_code", help="Run tasks that execute what the model wrote.")
+    bool, typer.Option("--confirm_run_unsafe_code", help="Run tasks that execute code which the model wrote.")
 ]
 BatchSize = Annotated[str, typer.Option("--batch_size", help="A number, or auto.")]
 Scoring = Annotated[
@@ -198,6 +202,12 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     for name in ("lm_eval", "lm-eval", "huggingface_hub", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def tell_of_code(names: str, include_path: list[Path] | None, tell: Callable[[str], None]) -> None:
+    """Once at a run: tasks of the user's own may be code."""
+    if include_path or any(name.strip().endswith((".yaml", ".yml")) for name in names.split(",")):
+        tell("Tasks of your own YAML files may run Python (!function, templates): read them before you run them.")
 
 
 class Log:
