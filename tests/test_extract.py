@@ -215,7 +215,7 @@ def test_a_model_that_breaks_does_not_lose_the_others(tmp_path: Path, tokenizer:
     assert "Traceback" not in done.stderr
     assert done.stderr.count("IndexError") == 2
     summary = (tmp_path / "activations" / "mine" / "summary.md").read_text()
-    assert r"| demo | $\frac$ | captured | 2 |" in summary
+    assert r"| demo | \$\\frac\$ | captured | 2 |" in summary
     assert r"| demo | &lt;b&gt;日本\|x | captured | 2 |" in summary
 
 

@@ -158,7 +158,7 @@ def _lengths(units: Sequence[Unit]) -> str:
 
 def _cell(text: str) -> str:
     """Of Markdown, on one line: neither HTML, nor a link, a picture, code, or the end of a cell."""
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(" ".join(shown(text).split()), quote=False))
+    return re.sub(r"([\\`*$\[\]|])", r"\\\1", escape(" ".join(shown(text).split()), quote=False))
 
 
 def _page(text: str) -> str:
