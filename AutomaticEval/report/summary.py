@@ -48,7 +48,7 @@ def write_summary(units: Sequence[Unit], title: str, folder: Path) -> list[Path]
 
 def _sections(units: Sequence[Unit], folder: Path) -> list[Section]:
     done = [unit for unit in units if unit.status != "failed"]
-    by_model = {public_name(unit.model): unit for unit in done}
+    by_model = {unit.model: unit for unit in done}
     return [
         Section(
             "What was kept",
@@ -58,12 +58,12 @@ def _sections(units: Sequence[Unit], folder: Path) -> list[Section]:
         Section(
             "Tokenisation",
             ("Model", "Tokenizer", "Tokens it has", "First token it adds", "Context"),
-            [_tokenizer(model, unit.numbers.get("tokenizer", {})) for model, unit in by_model.items()],
+            [_tokenizer(public_name(model), unit.numbers.get("tokenizer", {})) for model, unit in by_model.items()],
         ),
         Section(
             "Structure",
             ("Model", "Layers", "Heads", "Key-value heads", "Width", "Keys and widths", "dtype"),
-            [_structure(model, unit) for model, unit in by_model.items()],
+            [_structure(public_name(model), unit) for model, unit in by_model.items()],
         ),
         Section(
             "Lengths, in tokens",
