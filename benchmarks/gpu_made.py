@@ -56,6 +56,11 @@ class Setting:
     def loaded(self) -> LoadedModel:
         return self.made(self.config(), torch.bfloat16, "llama-3b-shape")
 
+    @cached_property
+    def for_states(self) -> LoadedModel:
+        """The same again: transformers leaves its own hooks on a model that was asked for `output_hidden_states`."""
+        return self.made(self.config(), torch.bfloat16, "llama-3b-shape")
+
     def prompts(self, n: int, n_tokens: int) -> list[list[int]]:
         """[n, n_tokens] of the ids that every tokenizer here has."""
         return torch.randint(1, 400, (n, n_tokens), generator=torch.Generator().manual_seed(n)).tolist()

@@ -128,7 +128,7 @@ def _generated(
     states = {"output_hidden_states": True, "return_dict_in_generate": True}
     ways: dict[str, Callable[[int], Any]] = {
         "plain": lambda n: _plainly(loaded, prompts, n),
-        "HF output_hidden_states": lambda n: _plainly(loaded, prompts, n, **states),
+        "HF output_hidden_states": lambda n: _plainly(setting.for_states, prompts, n, **states),
         "ours, in memory": lambda n: respond(loaded, prompts, Sampling(max_new_tokens=n), EVERYTHING),
         "ours, response only": lambda n: respond(loaded, prompts, Sampling(max_new_tokens=n), response),
         "ours, on the disk": on_disk,
@@ -188,9 +188,9 @@ def prompt(setting: Setting) -> Iterator[Line]:
     taps = layout.pick(EVERYTHING.sites(layout.n_layers))
     where = torch.ones(1, n_tokens).nonzero(as_tuple=True)
 
-    def bare(**more: Any) -> Any:
+    def bare(of: LoadedModel = loaded, **more: Any) -> Any:
         with torch.no_grad():
-            return loaded.model(ids, use_cache=False, logits_to_keep=1, **more)
+            return of.model(ids, use_cache=False, logits_to_keep=1, **more)
 
     def ours() -> None:
         with capturing(loaded.model, taps, layout.embedding, lambda *_: Kept(*where), 1) as kept:
@@ -199,7 +199,7 @@ def prompt(setting: Setting) -> Iterator[Line]:
 
     ways: dict[str, Callable[[], Any]] = {
         "bare": bare,
-        "HF output_hidden_states": lambda: bare(output_hidden_states=True),
+        "HF output_hidden_states": lambda: bare(setting.for_states, output_hidden_states=True),
         "ours, in memory": ours,
     }
     sides = {name: lambda work=work: waited(work) for name, work in ways.items()}
