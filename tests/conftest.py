@@ -228,7 +228,7 @@ def n_hooks(model: Any) -> int:
 def no_hook_stays_on_a_shared_model(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that leaves a hook on a model that other tests share fails itself, not they."""
     yield
-    for name, value in getattr(request.node, "funcargs", {}).items():
+    for name, value in (getattr(request.node, "funcargs", None) or {}).items():
         if isinstance(value, LoadedModel):
             assert not n_hooks(value.model), f"{n_hooks(value.model)} hooks stay on {name}"
 
