@@ -17,7 +17,7 @@ from gauges import quiet
 from gpu_made import Setting, alternated, named, peaks, ratio, waited
 from scoring import Sides, requests_of, shapes
 from store_made import WORDS, Workload, bits_of, rows_bytes, seconds_in, write, write_raw
-from transformers import GPT2Config, LlamaConfig
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from AutomaticEval.capture.generation import Response, Sampling, respond
 from AutomaticEval.evaluation.folder import made_with
@@ -37,16 +37,17 @@ def truth(setting: Setting) -> Iterator[Line]:
     The plain hooks copy to the host at once, or keep a clone on the GPU: the first wait, the second leave every race as it is.
     """
     width, n_layers, n_new = (64, 2, 6) if setting.is_tiny else (768, 8, 48)
+    n_ids = max(1000, len(AutoTokenizer.from_pretrained(setting.tokenizer)))
     kinds: dict[str, Any] = {
         "Llama": LlamaConfig(
-            vocab_size=1000,
+            vocab_size=n_ids,
             hidden_size=width,
             intermediate_size=2 * width,
             num_hidden_layers=n_layers,
             num_attention_heads=8,
             num_key_value_heads=4,
         ),
-        "GPT-2": GPT2Config(vocab_size=1000, n_embd=width, n_layer=n_layers, n_head=8),
+        "GPT-2": GPT2Config(vocab_size=n_ids, n_embd=width, n_layer=n_layers, n_head=8),
     }
     for kind, config in kinds.items():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
