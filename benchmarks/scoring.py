@@ -84,22 +84,25 @@ def shapes(mmlu: str | None, asked: str, folder: Path) -> dict[str, tuple[list[s
     }
 
 
+def llama_3b() -> LlamaConfig:
+    """Llama-3.2-3B's shape."""
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        tie_word_embeddings=True,
+    )
+
+
 def loaded_model(kind: str, tokenizer: str, device: str, dtype: torch.dtype) -> LoadedModel:
     torch.manual_seed(0)
-    config = GPT2Config()
-    if kind == "llama":  # Llama-3.2-3B's
-        config = LlamaConfig(
-            vocab_size=128256,
-            hidden_size=3072,
-            intermediate_size=8192,
-            num_hidden_layers=28,
-            num_attention_heads=24,
-            num_key_value_heads=8,
-            head_dim=128,
-            max_position_embeddings=131072,
-            rope_theta=500000.0,
-            tie_word_embeddings=True,
-        )
+    config = GPT2Config() if kind == "gpt2" else llama_3b()
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     return LoadedModel(model, AutoTokenizer.from_pretrained(tokenizer), f"{kind}-shape")
@@ -161,7 +164,14 @@ class Sides:
         return self._ours(None, None).loglikelihood(self.requests)
 
     def captured(self) -> Any:
-        selection = Selection.parse(positions="all")
+        return self._on_disk("all")
+
+    def scored(self) -> Any:
+        """Captured at the positions whose logits score."""
+        return self._on_disk("scored")
+
+    def _on_disk(self, positions: str) -> Any:
+        selection = Selection.parse(positions=positions)
         with tempfile.TemporaryDirectory() as folder:
             settings = made_with(self.loaded, selection)
             with RunWriter(Path(folder), self.loaded.name, settings) as writer:

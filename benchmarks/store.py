@@ -40,6 +40,7 @@ from store_made import (
     size_of,
     times,
     write,
+    write_raw,
 )
 from store_numbers import compression, eight_bits
 from store_others import others
@@ -103,15 +104,6 @@ def sealing(name: str, samples: list[Sample], rounds: int, folder: Path) -> None
     show_ratio(f"{name}: one shard", n_bytes, pairs, "tofile")
     gathering = times(lambda: contents.of_samples(some, "m", {}), rounds)
     show(f"{name}: of_samples alone", statistics.median(gathering) * 1e3, "ms", [t * 1e3 for t in gathering])
-
-
-def write_raw(folder: Path, plain: np.ndarray) -> None:
-    folder.mkdir()
-    step = SHARD_BYTES // plain.itemsize
-    for start in range(0, len(plain), step):
-        with (folder / f"{start}.bin").open("wb") as file:
-            plain[start : start + step].tofile(file)
-            os.fsync(file.fileno())
 
 
 def write_tensors(folder: Path, samples: list[Sample]) -> None:

@@ -10,6 +10,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,7 @@ import torch
 from gauges import seconds
 
 from AutomaticEval.store.format import Part, Rows, Sample, bits
-from AutomaticEval.store.writer import RunWriter
+from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
 
 MB = 1e6
 VOCABULARY = 5000
@@ -127,6 +128,20 @@ def bits_of(samples: Sequence[Sample]) -> np.ndarray:
     """The very bytes that a run of them holds, key after key, in one array."""
     rows = [part.rows for sample in samples for part in sample.parts]
     return np.concatenate([bits(each.activations[key]).reshape(-1) for key in rows[0].activations for each in rows])
+
+
+def write_raw(folder: Path, plain: np.ndarray, n_threads: int = 1) -> None:
+    """By `tofile` and fsync, in files as large as a shard."""
+    folder.mkdir()
+    step = SHARD_BYTES // plain.itemsize
+
+    def one(start: int) -> None:
+        with (folder / f"{start}.bin").open("wb") as file:
+            plain[start : start + step].tofile(file)
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(n_threads) as threads:
+        list(threads.map(one, range(0, len(plain), step)))
 
 
 def sync_all(folder: Path) -> None:

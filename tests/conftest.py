@@ -215,8 +215,22 @@ def loglikelihoods(pairs: Iterable[tuple[str, str]]) -> list[Instance]:
 
 
 def n_hooks(model: Any) -> int:
-    """All hooks on all modules."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    """All hooks on all modules but those that transformers leaves there once it was asked for `output_hidden_states`."""
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    return sum(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+
+
+@pytest.fixture(autouse=True)
+def no_hook_stays_on_a_shared_model(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that leaves a hook on a model that other tests share fails itself, not they."""
+    yield
+    for name, value in (getattr(request.node, "funcargs", None) or {}).items():
+        if isinstance(value, LoadedModel):
+            assert not n_hooks(value.model), f"{n_hooks(value.model)} hooks stay on {name}"
 
 
 @pytest.fixture

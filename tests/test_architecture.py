@@ -23,6 +23,7 @@ FLOORS = {
     "demo.world": 0,
     "models.heads": 1,
     "models.inner": 0,
+    "models.hooking": 0,
     "models.edited": 1,
     "models.fingerprint": 1,
     "models.provenance": 3,

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import FAMILIES, STORIES, build, needs_real, within
+from conftest import FAMILIES, STORIES, build, n_hooks, needs_real, within
 from test_corpus import KINDS as SOME_KINDS
 from test_corpus import TEXTS
 from torch import Tensor
@@ -94,7 +94,7 @@ def test_honest_runs_of_every_kind(family: str, tmp_path: Path, tokenizer: Any) 
         loaded, tmp_path, "embed,resid_mid,resid_post,attn_out,q,v,z,head_result_norm,mlp_post,final_norm"
     ):
         assert_honest(path, loaded)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+    assert not n_hooks(loaded.model)
 
 
 @needs_real

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from AutomaticEval.analysis.tokens import Target, check_target
 from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.heads import output_weight
+from AutomaticEval.models.hooking import Hooks
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.norms import FrozenNorm, frozen
 from AutomaticEval.models.taps import Tap, input_device
@@ -115,11 +115,10 @@ def _check_unembedding(model: Any, norm: str) -> None:
     """Raises SiteUnavailable when the unembedding is given something else than the final norm gives."""
     head = model.get_output_embeddings()
     seen: dict[str, Tensor] = {}
-    with ExitStack() as hooks, torch.no_grad():
+    with Hooks() as hooks, torch.no_grad():
         if head is not None:
-            hooks.callback(head.register_forward_pre_hook(lambda module, args: seen.update(given=args[0])).remove)
-        gave = lambda module, args, output: seen.update(gave=output)  # noqa: E731
-        hooks.callback(model.get_submodule(norm).register_forward_hook(gave).remove)
+            hooks.before(head, lambda module, args, kwargs: seen.update(given=args[0]))
+        hooks.after(model.get_submodule(norm), lambda module, args, output: seen.update(gave=output))
         model(input_ids=torch.tensor([[1, 2]], device=input_device(model)))
     given = seen.get("given")
     if given is None or given.shape[-1] != seen["gave"].shape[-1]:

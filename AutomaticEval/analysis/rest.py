@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from AutomaticEval.capture.forwards import Batch, inputs, padded, read
 from AutomaticEval.capture.neighbours import Span, apart, rope_limit
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.hooking import Hooks
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.taps import Layout, takes_few_logits
 from AutomaticEval.sites import Site
@@ -97,22 +98,22 @@ class _Blocks:
             if isinstance(output, tuple):
                 self._give_tuples.add(block)
 
-        with ExitStack() as hooks:
+        with Hooks() as hooks:
             for block in self._blocks:
-                hooks.callback(block.register_forward_hook(after).remove)
+                hooks.after(block, after)
             yield
 
     @contextmanager
     def handing_on(self, n_blocks: int) -> Iterator[None]:
         """The first so many blocks compute nothing."""
         kept = [(block, block.__dict__.get("forward")) for block in self._blocks[:n_blocks]]
-        for block, _ in kept:
-            block.__dict__["forward"] = _given_as_tuple if block in self._give_tuples else _given
         try:
+            for block, _ in kept:
+                block.__dict__["forward"] = _given_as_tuple if block in self._give_tuples else _given
             yield
         finally:
             for block, own in kept:
-                del block.__dict__["forward"]
+                block.__dict__.pop("forward", None)
                 if own is not None:  # as accelerate sets it
                     block.__dict__["forward"] = own
 

@@ -23,30 +23,32 @@ class Active(NamedTuple):
     """Whether some depend on rows or columns, and not on a position's own values alone."""
 
 
-_active: weakref.WeakKeyDictionary[nn.Module, list[Active]] = weakref.WeakKeyDictionary()
+_active: weakref.WeakKeyDictionary[nn.Module, dict[object, Active]] = weakref.WeakKeyDictionary()
+"""Model -> its edits, outermost first."""
 
 
 @contextmanager
 def noted(model: nn.Module, layout: Any, edits: Sequence[Any], *, by_position: bool) -> Iterator[None]:
     """While the edits are made."""
-    own = _active.setdefault(inner(model), [])
-    own.append(Active(layout, edits, by_position))
+    own = _active.setdefault(inner(model), {})
+    key = object()
     try:
+        own[key] = Active(layout, edits, by_position)  # inside, lest an interrupt leaves it there
         yield
     finally:
-        own.pop()
+        own.pop(key, None)  # one call, which no interrupt divides
 
 
 def layout_of(model: nn.Module) -> Any:
     """The layout of a model that is being edited, as its inner model has it; None for others."""
     own = _active.get(inner(model))
-    return own[0].layout if own else None
+    return next(iter(own.values())).layout if own else None
 
 
 def names_of(model: nn.Module) -> list[str]:
     """What is edited, outermost first; for the settings of runs."""
-    return [edit.described for each in _active.get(inner(model), ()) for edit in each.edits]
+    return [edit.described for each in _active.get(inner(model), {}).values() for edit in each.edits]
 
 
 def depends_on_position(model: nn.Module) -> bool:
-    return any(each.by_position for each in _active.get(inner(model), ()))
+    return any(each.by_position for each in _active.get(inner(model), {}).values())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.edited import noted
+from AutomaticEval.models.hooking import Hooks
 from AutomaticEval.models.hooks import Keep, Kept
 from AutomaticEval.models.inner import inner
 from AutomaticEval.models.layout import find_layout
@@ -118,16 +119,14 @@ def editing(model: Any, edits: Edit | Iterable[Edit]) -> Iterator[None]:
     made = [_Made(model, layout, edit) for edit in edits]
     forward = _Forward(made)
     by_position = any(edit.where is not None or not edit.is_positionwise for edit in edits)
-    with ExitStack() as hooks:
-        hooks.enter_context(alone_with(model))
-        hooks.enter_context(noted(model, layout, made, by_position=by_position))
+    with alone_with(model), noted(model, layout, made, by_position=by_position), Hooks() as hooks:
         embedding = model.get_submodule(layout.embedding)
-        hooks.callback(model.register_forward_pre_hook(forward.begins, with_kwargs=True, prepend=True).remove)
-        hooks.callback(embedding.register_forward_pre_hook(forward.feed, with_kwargs=True, prepend=True).remove)
+        hooks.before(model, forward.begins, prepend=True)
+        hooks.before(embedding, forward.feed, prepend=True)
         for each in reversed(made):  # each goes before those that are there, capturing's among them
-            hooks.callback(each.install(forward))
-        hooks.callback(model.register_forward_hook(forward.ends).remove)
-        hooks.callback(model.register_forward_hook(forward.leaves, always_call=True).remove)
+            each.install(hooks, forward)
+        hooks.after(model, forward.ends)
+        hooks.after(model, forward.leaves, always_call=True)
         yield
         forward.settle()
 
@@ -249,7 +248,7 @@ class _Made:
             name = f"{edit.name} {list(value.shape)} {digest}"
         return f"{name} at {self.key}" + ("" if edit.heads is None else f" heads {edit.heads}")
 
-    def install(self, forward: _Forward) -> Callable[[], None]:
+    def install(self, hooks: Hooks, forward: _Forward) -> None:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             changed = self._changed(input_of(args, kwargs), forward)
             if args:
@@ -261,8 +260,9 @@ class _Made:
             return with_tensor(output, self._changed(tensor_of(output), forward))
 
         if self.tap.end == "input":
-            return self.module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove
-        return self.module.register_forward_hook(after, prepend=True).remove
+            hooks.before(self.module, before, prepend=True)
+        else:
+            hooks.after(self.module, after, prepend=True)
 
     def _changed(self, value: Tensor | None, forward: _Forward) -> Tensor:
         """What a module gives or is given, edited. value: [batch, columns, width], or its first two axes as one."""

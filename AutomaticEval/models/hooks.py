@@ -9,13 +9,14 @@ embedding and from the keys and values beside them, never from counting calls: c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.models.hooking import Hooks
 from AutomaticEval.models.inner import inner
 from AutomaticEval.models.staging import Staging
 from AutomaticEval.models.taps import Tap, alone_with, cache_in, input_of, tensor_of
@@ -246,8 +247,7 @@ def capturing(
     not fit into float16.
     """
     recording = Recording(list(taps), keep, n_rows, dtype, stops=stops)
-    with ExitStack() as hooks:
-        hooks.enter_context(alone_with(model))
+    with alone_with(model), Hooks() as hooks:
 
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             recording.feed(input_of(args, kwargs))
@@ -256,15 +256,14 @@ def capturing(
             recording.begins(kwargs)
 
         whole = inner(model)
-        hooks.callback(whole.register_forward_pre_hook(begins, with_kwargs=True).remove)
+        hooks.before(whole, begins)
         if "logits" in taps:
-            hooks.callback(whole.register_forward_pre_hook(_refuse_some_logits, with_kwargs=True).remove)
-        handle = model.get_submodule(embedding).register_forward_pre_hook(feed, with_kwargs=True)
-        hooks.callback(handle.remove)
+            hooks.before(whole, _refuse_some_logits)
+        hooks.before(model.get_submodule(embedding), feed)
         for key, tap in taps.items():
             if tap.then is not None:
                 tap.then.refresh(model.get_submodule(tap.module))
-            hooks.callback(_install(model.get_submodule(tap.module), key, tap, recording))
+            _install(hooks, model.get_submodule(tap.module), key, tap, recording)
         yield recording
     recording.close()
 
@@ -276,8 +275,8 @@ def _refuse_some_logits(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         )
 
 
-def _install(module: nn.Module, key: str, tap: Tap, recording: Recording) -> Callable[[], None]:
-    """Hook one tap; returns what removes it."""
+def _install(hooks: Hooks, module: nn.Module, key: str, tap: Tap, recording: Recording) -> None:
+    """Hook one tap."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recording.read(key, tap, input_of(args, kwargs))
@@ -286,5 +285,6 @@ def _install(module: nn.Module, key: str, tap: Tap, recording: Recording) -> Cal
         recording.read(key, tap, tensor_of(output))
 
     if tap.end == "input":
-        return module.register_forward_pre_hook(before, with_kwargs=True).remove
-    return module.register_forward_hook(after).remove
+        hooks.before(module, before)
+    else:
+        hooks.after(module, after)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable
+from AutomaticEval.models.hooking import Hooks
 from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.inner import inner
 from AutomaticEval.models.probe import PROBE_LENGTH
@@ -77,15 +78,13 @@ def reading_patterns(model: Any, layout: Layout, layers: Iterable[int] | None = 
     layers = list(range(layout.n_layers) if layers is None else layers)
     deepest = Site("resid_post", max(layers))
     found = Patterns(layout.n_heads, replace(layout.pick([deepest])[deepest.key], columns=()))
-    with ExitStack() as undo:
-        undo.enter_context(alone_with(model))
-        undo.enter_context(_eager(model))
+    with alone_with(model), _eager(model), Hooks() as hooks:
         for layer in layers:
             path = layout.pick([Site("z", layer)])[f"layer_{layer}.z"].module
             block = layout.taps[Site("resid_pre", layer)].module
             for parent in _parents(path, block):
-                undo.callback(model.get_submodule(parent).register_forward_hook(found.hook(layer)).remove)
-        undo.callback(model.get_submodule(layout.whole).register_forward_pre_hook(found.forget).remove)
+                hooks.after(model.get_submodule(parent), found.hook(layer))
+        hooks.before(model.get_submodule(layout.whole), found.forget)
         yield found
 
 
@@ -128,12 +127,12 @@ def _eager(model: Any) -> Iterator[None]:
         yield
         return
     try:
-        base.set_attn_implementation("eager")
-    except ValueError as failure:
-        raise SiteUnavailable(
-            f"this model has no 'pattern': {type(base).__name__} cannot attend eagerly ({failure})."
-        ) from None
-    try:
+        try:
+            base.set_attn_implementation("eager")
+        except ValueError as failure:
+            raise SiteUnavailable(
+                f"this model has no 'pattern': {type(base).__name__} cannot attend eagerly ({failure})."
+            ) from None
         yield
     finally:
         base.set_attn_implementation(before)

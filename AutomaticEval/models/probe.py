@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from AutomaticEval.models.hooking import Hooks
 from AutomaticEval.models.taps import cache_in, few_ids, input_of, tensor_of
 
 PROBE_LENGTH = 6
@@ -24,7 +25,6 @@ class Probe:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.n_fired: Counter[str] = Counter()
-        handles = []
 
         def before(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -44,15 +44,11 @@ class Probe:
             return hook
 
         self.ids = ids = few_ids(model, PROBE_LENGTH)
-        try:
+        with Hooks() as hooks, torch.no_grad():
             for name, module in modules.items():
-                handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-                handles.append(module.register_forward_hook(after(name)))
-            with torch.no_grad():
-                out = model(input_ids=ids, use_cache=True)
-        finally:
-            for handle in handles:
-                handle.remove()
+                hooks.before(module, before(name))
+                hooks.after(module, after(name))
+            out = model(input_ids=ids, use_cache=True)
         layers = getattr(cache_in(out), "layers", [])
         self.values = [getattr(layer, "values", None) for layer in layers]  # each [1, n_kv_heads, pos, d_head]
 

@@ -189,8 +189,12 @@ _making_locks = threading.Lock()
 
 def alone_with(model: nn.Module) -> threading.RLock:
     """The lock of a model: hooks see every forward, so that only one thread may run it at a time."""
-    with _making_locks:
-        return _locks.setdefault(inner(model), threading.RLock())
+    model = inner(model)
+    found = _locks.get(model)
+    if found is None:
+        with _making_locks:
+            found = _locks.setdefault(model, threading.RLock())
+    return found
 
 
 def input_device(model: Any) -> torch.device:

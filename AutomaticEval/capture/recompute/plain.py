@@ -6,14 +6,15 @@ It shares with capture only the places of the sites (`models/layout.py`), so tha
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError, SiteUnavailable
+from AutomaticEval.models.hooking import Hooks
 from AutomaticEval.models.layout import refuse_unready
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.taps import Tap, alone_with, forward_takes, input_device
@@ -66,16 +67,15 @@ def plain_forward(
     given |= {
         name: value for name, value in (("use_cache", False), ("logits_to_keep", max(1, n_logits))) if name in takes
     }
-    with torch.no_grad(), alone_with(model), ExitStack() as undo:
-        if layers:
-            undo.enter_context(_attending_eagerly(model))
+    attending = _attending_eagerly(model) if layers else nullcontext()
+    with torch.no_grad(), alone_with(model), attending, Hooks() as hooks:
         for key, tap in taps.items():
-            undo.callback(reader.install(model.get_submodule(tap.module), key, tap.end))
+            reader.install(hooks, model.get_submodule(tap.module), key, tap.end)
         patterns: dict[str, Tensor] = {}
         for key, layer in layers.items():
             for module in _around(model, layout.taps[Site("z", layer)].module, layout.taps[Site("resid_pre", layer)]):
                 hook = _pattern_hook(patterns, key, layout.n_heads, list(positions))
-                undo.callback(module.register_forward_hook(hook).remove)
+                hooks.after(module, hook)
         logits = model(**given).logits[0]  # [at least n_logits, d_vocab]
         rows = {key: _derived(model, tap, reader.taken(key), layout.n_heads) for key, tap in taps.items()}
     if "logits" in keys:
@@ -94,8 +94,8 @@ class _Reader:
         self._n_ids, self._positions = n_ids, list(positions)
         self._found: dict[str, list[Tensor]] = {}
 
-    def install(self, module: nn.Module, key: str, end: str) -> Callable[[], None]:
-        """Hook a module's input or output; returns what removes it."""
+    def install(self, hooks: Hooks, module: nn.Module, key: str, end: str) -> None:
+        """Hook a module's input or output."""
         self._found[key] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -105,8 +105,9 @@ class _Reader:
             self._keep(key, output[0] if isinstance(output, tuple | list) else output)
 
         if end == "input":
-            return module.register_forward_pre_hook(before, with_kwargs=True).remove
-        return module.register_forward_hook(after).remove
+            hooks.before(module, before)
+        else:
+            hooks.after(module, after)
 
     def _keep(self, key: str, value: Any) -> None:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -170,8 +171,8 @@ def _around(model: nn.Module, projection: str, block: Tap) -> Iterator[nn.Module
 def _attending_eagerly(model: Any) -> Iterator[None]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
-    base.set_attn_implementation("eager")
     try:
+        base.set_attn_implementation("eager")
         yield
     finally:
         base.set_attn_implementation(before)
