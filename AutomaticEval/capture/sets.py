@@ -22,9 +22,9 @@ from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, r
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import plain_name, prepare_folder, size_text
+from AutomaticEval.store.folders import LOCK, is_finished, shards_bytes
 from AutomaticEval.store.format import as_json
 from AutomaticEval.store.reader import Run, open_run
-from AutomaticEval.store.writer import LOCK, is_finished, shards_bytes
 
 NUMBERS = "extraction.json"
 """In each run folder: what the extraction gave."""

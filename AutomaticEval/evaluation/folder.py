@@ -20,8 +20,9 @@ from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.contents import Columns, Listed, records_of
 from AutomaticEval.store.files import named_failures, plain_name, prepare_folder, shortened
+from AutomaticEval.store.folders import LOCK, is_finished, refuse_finished
 from AutomaticEval.store.sharing import SharedRun
-from AutomaticEval.store.writer import LOCK, RunWriter, is_finished, refuse_finished
+from AutomaticEval.store.writer import RunWriter
 
 
 @dataclass(frozen=True)

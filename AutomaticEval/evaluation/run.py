@@ -29,8 +29,9 @@ from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.ranks import Ranks, join_ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import ensure_space, prepare_folder, shortened, size_text
+from AutomaticEval.store.folders import shards_bytes
 from AutomaticEval.store.format import as_json
-from AutomaticEval.store.writer import shard_bytes_for, shards_bytes
+from AutomaticEval.store.writer import shard_bytes_for
 
 
 @dataclass

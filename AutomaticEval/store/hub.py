@@ -24,7 +24,10 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool = True) -> str:
     with _named_failures(repo_id):
         if folder.is_dir():
             HfApi().upload_folder(
-                repo_id=repo_id, folder_path=folder, repo_type="dataset", ignore_patterns=[".lock", "*.partial"]
+                repo_id=repo_id,
+                folder_path=folder,
+                repo_type="dataset",
+                ignore_patterns=[".lock", "*.partial", "*.damaged*"],
             )
         else:
             HfApi().upload_file(repo_id=repo_id, path_or_fileobj=folder, path_in_repo=folder.name, repo_type="dataset")
