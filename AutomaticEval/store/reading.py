@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from AutomaticEval.store.ragged import Array, ranges_of
 from AutomaticEval.store.trailer import CHECKSUMS
 
 _STEP_BYTES = 2**19
-"""Read at once: what is hashed then is still in the cache."""
+"""Read at once: it is still in the processor's cache when it is hashed."""
 
 Fetch = Callable[[int, int, Array], None]
 """Reads the rows from the first to before the second into an array as large."""
@@ -114,15 +115,11 @@ def damaged(path: Path, name: str, start: int, stop: int) -> DamagedFile:
 
 
 def _read(path: Path, extent: Extent, handle: int, fetch: Fetch, wanted: Array, out: Array) -> None:
+    _Blocks(path, extent, handle, fetch).read(wanted, out)
     sums = extent.sums
-    if sums is not None and not sums.only_whole:
-        _Blocks(path, extent, sums, handle, fetch).read(wanted, out)
+    if sums is None or not sums.only_whole or not _is_whole(wanted, sums.rows):
         return
-    filled = 0
-    for start, stop in wanted.tolist():
-        fetch(start, stop, out[filled : filled + stop - start])
-        filled += stop - start
-    if sums is not None and _is_whole(wanted, sums.rows) and _checksum(out) != sums.single:
+    if xxhash.xxh3_64_intdigest(contract.raw_bytes(out)) != sums.single:
         raise damaged(path, extent.name, 0, sums.rows)
 
 
@@ -133,71 +130,66 @@ def _is_whole(wanted: Array, n_rows: int) -> bool:
 
 
 class _Blocks:
-    """The blocks of a dataset, read and checked within one call."""
+    """The blocks of a dataset, read and checked within one call; without checksums each row is one."""
 
-    def __init__(self, path: Path, extent: Extent, sums: Sums, handle: int, fetch: Fetch) -> None:
-        self._path, self._extent, self._sums, self._handle, self._fetch = path, extent, sums, handle, fetch
-        self._held: Array | None = None
-        self._number = -1
+    def __init__(self, path: Path, extent: Extent, handle: int, fetch: Fetch) -> None:
+        self._path, self._extent, self._handle, self._fetch = path, extent, handle, fetch
+        self._sums = None if extent.sums is None or extent.sums.only_whole else extent.sums
+        self._rows, self._n_rows = 1 if self._sums is None else self._sums.rows, extent.shape[0]
+        self._held = np.empty((0, *extent.shape[1:]), extent.dtype)
+        self._first = self._stop = 0
+        """Of the rows of the block that is held."""
 
     def read(self, wanted: Array, out: Array) -> None:
-        """Whole blocks go straight into out, rows of others through one block that is held for those that follow."""
-        rows, n_rows = self._sums.rows, self._extent.shape[0]
-        filled = 0
+        """Whole blocks go straight into out; of others the rows, through one block that is held for those that follow."""
+        rows, filled = self._rows, 0
         for start, stop in wanted.tolist():
             while start < stop:
-                number, into = divmod(start, rows)
-                if into or stop < min(start + rows, n_rows):
-                    end = min(stop, start - into + rows)
-                    out[filled : filled + end - start] = self._block(number)[into : into + end - start]
-                else:
-                    end = stop if stop == n_rows else stop - stop % rows
+                if self._first <= start < self._stop:
+                    end = min(stop, self._stop)
+                    out[filled : filled + end - start] = self._held[start - self._first : end - self._first]
+                elif start % rows == 0 and stop >= min(start + rows, self._n_rows):
+                    end = stop if stop == self._n_rows else stop - stop % rows
                     self._whole(start, end, out[filled : filled + end - start])
-                filled += end - start
-                start = end
+                else:
+                    self._hold(start // rows)
+                    continue
+                filled, start = filled + end - start, end
 
-    def _block(self, number: int) -> Array:
-        """The rows of one block."""
-        rows = self._sums.rows
-        if self._held is None:
-            self._held = np.empty((min(rows, self._extent.shape[0]), *self._extent.shape[1:]), self._extent.dtype)
-        if number != self._number:
-            start, stop = number * rows, min((number + 1) * rows, self._extent.shape[0])
-            self._number = -1
-            self._whole(start, stop, self._held[: stop - start])
-            self._number = number
-        return self._held
+    def _hold(self, number: int) -> None:
+        start, stop = number * self._rows, min((number + 1) * self._rows, self._n_rows)
+        if not len(self._held):
+            self._held = np.empty((min(self._rows, self._n_rows), *self._extent.shape[1:]), self._extent.dtype)
+        self._first = self._stop = 0
+        self._whole(start, stop, self._held[: stop - start])
+        self._first, self._stop = start, stop
 
     def _whole(self, start: int, stop: int, out: Array) -> None:
-        """Rows from the beginning of a block to the end of one."""
-        rows = self._sums.rows
-        step = max(1, _STEP_BYTES // (rows * self._extent.row_bytes)) * rows
-        for at in range(start, stop, step):
-            piece = out[at - start : min(at + step, stop) - start]
-            self._fetch(at, at + len(piece), piece)
-            self._check(at, piece)
+        """Whole blocks, from the first row of one to the last row of one."""
+        sums = self._sums
+        if sums is None:
+            self._fetch(start, stop, out)
+            return
+        view, block_bytes = contract.raw_bytes(out), sums.rows * self._extent.row_bytes
+        expected = self._expected(sums, start // sums.rows, -(-(stop - start) // sums.rows))
+        together = max(1, _STEP_BYTES // block_bytes)
+        for first in range(0, len(expected), together):
+            at = start + first * sums.rows
+            end = min(at + together * sums.rows, stop)
+            self._fetch(at, end, out[at - start : end - start])
+            for number in range(first, min(first + together, len(expected))):
+                block = view[number * block_bytes : (number + 1) * block_bytes]
+                if xxhash.xxh3_64_intdigest(block) != expected[number]:
+                    wrong = start + number * sums.rows
+                    raise damaged(self._path, self._extent.name, wrong, min(wrong + sums.rows, self._n_rows))
 
-    def _check(self, start: int, piece: Array) -> None:
-        rows, view = self._sums.rows, contract.raw_bytes(piece)
-        block_bytes = rows * self._extent.row_bytes
-        expected = self._expected(start // rows, -(-len(piece) // rows))
-        for number, each in enumerate(expected):
-            if xxhash.xxh3_64_intdigest(view[number * block_bytes : (number + 1) * block_bytes]) != each:
-                first = start + number * rows
-                raise damaged(self._path, self._extent.name, first, min(first + rows, self._extent.shape[0]))
-
-    def _expected(self, first: int, n_blocks: int) -> list[int]:
-        if self._sums.offset is None:
-            return [self._sums.single]
-        raw = os.pread(self._handle, 8 * n_blocks, self._sums.offset + 8 * first)
+    def _expected(self, sums: Sums, first: int, n_blocks: int) -> Sequence[int]:
+        if sums.offset is None:
+            return (sums.single,)
+        raw = os.pread(self._handle, 8 * n_blocks, sums.offset + 8 * first)
         if len(raw) < 8 * n_blocks:
             raise OSError(f"the checksums of {self._extent.name} end too soon")
-        found: list[int] = np.frombuffer(raw, "<u8").tolist()
-        return found
-
-
-def _checksum(array: Array) -> int:
-    return xxhash.xxh3_64_intdigest(contract.raw_bytes(array))
+        return struct.unpack(f"<{n_blocks}Q", raw)
 
 
 def _fetch(handle: int, extent: Extent, start: int, stop: int, out: Array) -> None:
