@@ -111,18 +111,19 @@ def _is_of_hdf5(failure: BaseException) -> bool:
 
 
 def group_of(file: h5py.File, name: str) -> h5py.Group:
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Group):
+    found = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(found, h5py.Group):
         raise ValueError(f"/{name} is not a group of this file")
-    return file[name]
+    return found
 
 
 def dataset_of(file: h5py.File, name: str) -> h5py.Dataset:
     """A dataset whose numbers are in this very file."""
     folder, _, own = name.rpartition("/")
     group = group_of(file, folder)
-    if not isinstance(group.get(own, getlink=True), h5py.HardLink) or not isinstance(group[own], h5py.Dataset):
+    dataset = group[own] if isinstance(group.get(own, getlink=True), h5py.HardLink) else None
+    if not isinstance(dataset, h5py.Dataset):
         raise ValueError(f"/{name} is not a dataset of this file")
-    dataset = group[own]
     if dataset.external:
         raise ValueError(f"/{name} has its numbers in another file")
     return dataset

@@ -101,9 +101,9 @@ class Shard:
             if self.has_rows:
                 self._read_structure(file)
         if check:
-            self._say_what_is_not_checked()
+            self.say_what_is_not_checked()
 
-    def _say_what_is_not_checked(self) -> None:
+    def say_what_is_not_checked(self) -> None:
         """Once: of each file that lost its trailer, of each folder with files of an older version."""
         if self.version < (1, 1):
             what = f"{self.path.parent}: files of format 1.0 have no checksums: what is read of them is not checked."

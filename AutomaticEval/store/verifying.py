@@ -69,6 +69,7 @@ def _follow(shard: Shard) -> None:
 def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:
     """Datasets whose elements are not what their checksums say."""
     if shard.version < (1, 1):  # had none
+        shard.say_what_is_not_checked()
         return
     if checksums.of_attributes(shard.attributes) != shard.attributes.get(checksums.OF_ATTRIBUTES):
         yield "the root attributes are not what their checksum says"
