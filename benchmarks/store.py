@@ -2,7 +2,7 @@
 
     python benchmarks/store.py [--rounds 5] [--folder DIR] [part ...]
 
-Parts: writing, reading, opening, others, memory, compression, eight_bits; all of them when none is named. Everything is
+Parts: writing, reading, checking, verifying, opening, others, memory, compression, eight_bits; all of them when none is named. Everything is
 written below --folder, which should be on the disk that is asked about, and removed again. Needs 4 GB of memory and of disk.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gauges import peak_memory, seconds
+from store_checks import checking, verifying
 from store_made import (
     BATCH,
     FULL,
@@ -218,7 +219,8 @@ def streamed(folder: Path, workload: Workload) -> int:
 
 
 PARTS: dict[str, Callable[[int, Path], None]] = {
-    part.__name__: part for part in (writing, reading, opening, others, memory, compression, eight_bits)
+    part.__name__: part
+    for part in (writing, reading, checking, verifying, opening, others, memory, compression, eight_bits)
 }
 
 

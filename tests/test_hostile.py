@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_store import SETTINGS, make_sample, write_run
+from test_store import SETTINGS, make_sample, with_right_checksums, write_run
 
 from AutomaticEval import load_activations, open_run
 from AutomaticEval.errors import AutomaticEvalError, StoreError, TruncatedFile
@@ -98,6 +98,7 @@ HARMS: dict[str, Callable[[h5py.File], Any]] = {
 def test_harmful_file_is_refused_by_name(file: Path, harm: str) -> None:
     with h5py.File(file, "r+") as opened:
         HARMS[harm](opened)
+        with_right_checksums(opened, "segments/start", "segments/stop", "segments/offset", "input_ids/offset")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(TruncatedFile, match=r"one\.h5"):
         load_activations(file, sample=0)
@@ -238,7 +239,9 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(tmp_path: Path) -> N
 def test_missing_checksum_is_found(file: Path) -> None:
     with h5py.File(file, "r+") as opened:
         del opened["activations/layer_0"].attrs["xxh3_64"]
-    assert "/activations/layer_0 is not what its checksum says" in verify(file)[0]
+    assert "/activations/layer_0 has no checksum" in verify(file)[0]
+    with pytest.raises(TruncatedFile, match="/activations/layer_0 has no checksum"):
+        load_activations(file, sample=0)
 
 
 def test_changed_settings_are_found(file: Path) -> None:

@@ -30,10 +30,11 @@ from AutomaticEval.errors import (
 from AutomaticEval.store import contents
 from AutomaticEval.store.export import export
 from AutomaticEval.store.extents import naming
+from AutomaticEval.store.folders import shard_names
 from AutomaticEval.store.format import Part
 from AutomaticEval.store.maintenance import convert, merge, prune, rebuild_index, verify
 from AutomaticEval.store.sealing import write_file, write_shard
-from AutomaticEval.store.writer import RunWriter, shard_names
+from AutomaticEval.store.writer import RunWriter
 
 DATA = ROOT / "tests" / "data"
 

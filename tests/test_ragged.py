@@ -8,8 +8,9 @@ import h5py
 import numpy as np
 import pytest
 
-from AutomaticEval.store.extents import FileArray, extent_of
+from AutomaticEval.store.extents import extent_of
 from AutomaticEval.store.ragged import Array, Chained, Ragged, chained
+from AutomaticEval.store.reading import FileArray
 
 LENGTHS = (7, 0, 5, 1, 0, 20)
 

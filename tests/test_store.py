@@ -29,7 +29,7 @@ from AutomaticEval.errors import (
     StoreError,
     TruncatedFile,
 )
-from AutomaticEval.store import files, sealing, writer
+from AutomaticEval.store import checksums, files, sealing, writer
 from AutomaticEval.store.contents import Listed
 from AutomaticEval.store.files import ensure_space, file_stem, hdf5_path
 from AutomaticEval.store.format import Part, Rows, Sample
@@ -66,6 +66,12 @@ def make_sample(
         **fields,
     }
     return Sample(columns, ids[:n_prompt], ids[n_prompt:], [Part(rows, range(n_rows))])
+
+
+def with_right_checksums(file: h5py.File, *names: str) -> None:
+    """What a dataset of one block was changed to has its checksum, as when someone means harm, or a writer was wrong."""
+    for name in names:
+        file[name].attrs[checksums.NAME] = checksums.of_numbers([file[name][()]])
 
 
 def same(one: Any, other: Any) -> bool:
@@ -121,7 +127,7 @@ def test_plain_h5py_finds_what_the_format_says(tmp_path: Path) -> None:
     write_shard(tmp_path / "one.h5", [sample], "my/model", SETTINGS)
     with h5py.File(tmp_path / "one.h5") as file:
         assert file.attrs["format"] == "automatic-eval/activations"
-        assert file.attrs["format_version"] == "1.1"
+        assert file.attrs["format_version"] == "1.2"
         assert file.attrs["model"] == "my/model"
         assert json.loads(file.attrs["settings"]) == SETTINGS
         assert file["samples/prompt"].asstr()[0] == "What?"
@@ -201,6 +207,7 @@ def test_rows_that_were_changed_in_the_file_are_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "one.h5", [make_sample()], "m", SETTINGS)
     with h5py.File(tmp_path / "one.h5", "r+") as file:
         file["rows/position"][0] = 1
+        with_right_checksums(file, "rows/position")
     with pytest.raises(TruncatedFile, match="not its tokens"):
         load_activations(tmp_path / "one.h5")
 
@@ -393,6 +400,7 @@ def test_segments_outside_the_rows_are_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "one.h5", [make_sample()], "m", SETTINGS)
     with h5py.File(tmp_path / "one.h5", "r+") as file:
         file["segments/stop"][0] = 10**12
+        with_right_checksums(file, "segments/stop")
     with pytest.raises(TruncatedFile, match="outside"):
         load_activations(tmp_path / "one.h5")
 
@@ -414,6 +422,7 @@ def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, name: str, value
         file["segments/start"][0] = file["segments/start"][0]
         if name == "segments/stop":
             file["segments/start"][0] = 3
+        with_right_checksums(file, name, "segments/start")
     if name == "segments/start":  # fewer rows than were written, each still its token's
         assert load_activations(tmp_path / "one.h5")["positions"].tolist() == [5]
         return

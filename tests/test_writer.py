@@ -22,8 +22,9 @@ from AutomaticEval import open_run
 from AutomaticEval.errors import CaptureError, DiskFull, FolderInUse, OtherSettings, StoreError
 from AutomaticEval.store import writer
 from AutomaticEval.store.contents import Listed
+from AutomaticEval.store.folders import shard_names
 from AutomaticEval.store.maintenance import rebuild_index
-from AutomaticEval.store.writer import RunWriter, shard_bytes_for, shard_names
+from AutomaticEval.store.writer import RunWriter, shard_bytes_for
 
 TINY = 1_000
 """Bytes of a shard, so that nearly every sample is sealed by itself."""

@@ -23,9 +23,10 @@ from AutomaticEval.naming import public_name
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import own_name, plain_name, prepare_folder, size_text
+from AutomaticEval.store.folders import LOCK, is_finished, shards_bytes
 from AutomaticEval.store.format import as_json
 from AutomaticEval.store.reader import Run, open_run
-from AutomaticEval.store.writer import LOCK, is_finished, leaving_nothing, shards_bytes
+from AutomaticEval.store.writer import leaving_nothing
 
 NUMBERS = "extraction.json"
 """In each run folder: what the extraction gave."""

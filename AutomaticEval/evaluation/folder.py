@@ -20,8 +20,9 @@ from AutomaticEval.ranks import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.contents import Columns, Listed, records_of
 from AutomaticEval.store.files import named_failures, own_name, plain_name, prepare_folder
+from AutomaticEval.store.folders import LOCK, is_finished, refuse_finished
 from AutomaticEval.store.sharing import SharedRun
-from AutomaticEval.store.writer import LOCK, RunWriter, is_finished, leaving_nothing, refuse_finished
+from AutomaticEval.store.writer import RunWriter, leaving_nothing
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.ranks import Ranks, join_ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import ensure_space, prepare_folder, size_text
-from AutomaticEval.store.writer import shard_bytes_for, shards_bytes
+from AutomaticEval.store.folders import shards_bytes
+from AutomaticEval.store.writer import shard_bytes_for
 
 
 @dataclass

@@ -19,7 +19,7 @@ from AutomaticEval.errors import CaptureError, did_you_mean
 
 SHARD_FORMAT = "automatic-eval/activations"
 RUN_FORMAT = "automatic-eval/run"
-VERSION = (1, 1)
+VERSION = (1, 2)
 TEXT = h5py.string_dtype()
 
 COLUMNS = {
@@ -53,7 +53,8 @@ COLUMNS = {
 """Column -> type. Nothing else can be written."""
 
 ENCODINGS = ("utf-8", "json", "int", "float", "bool")
-_NUMPY: dict[str, np.dtype[Any]] = {"int": np.dtype("<i8"), "float": np.dtype("<f8"), "bool": np.dtype("i1")}
+NUMPY: dict[str, np.dtype[Any]] = {"int": np.dtype("<i8"), "float": np.dtype("<f8"), "bool": np.dtype("i1")}
+"""Of a column of numbers."""
 _DTYPES = {
     torch.float64: h5py.h5t.IEEE_F64LE,
     torch.float32: h5py.h5t.IEEE_F32LE,
@@ -251,7 +252,7 @@ def encode_column(name: str, values: Sequence[Any]) -> tuple[np.ndarray[Any, Any
             f"the column {name} holds {next(v for v in values if v not in (None, False, True))!r}, which is neither true nor false."
         )
     none = {"int": -1, "float": float("nan"), "bool": -1}[kind]
-    return np.array([none if value is None else value for value in values], dtype=_NUMPY[kind]), kind
+    return np.array([none if value is None else value for value in values], dtype=NUMPY[kind]), kind
 
 
 def as_json(value: Any) -> str:
@@ -299,9 +300,13 @@ def _is_utf8(text: str) -> bool:
 
 def decode_column(dataset: h5py.Dataset, at: Any = ()) -> list[Any]:
     """A column's values, whole or at a slice, with None where none was written. Raises ValueError."""
-    encoding, raw = dataset.attrs["encoding"], dataset[at]
+    return decoded(dataset[at], dataset.attrs["encoding"])
+
+
+def decoded(raw: Any, encoding: str) -> list[Any]:
+    """Values as they are written -> as they were given. Raises ValueError."""
     if encoding not in ENCODINGS:
-        raise ValueError(f"{dataset.name} has the encoding {encoding!r}")
+        raise ValueError(f"a column has the encoding {encoding!r}")
     if encoding in ("utf-8", "json"):
         texts = [value.decode("utf-8") if isinstance(value, bytes) else value for value in np.atleast_1d(raw)]
         return [json.loads(text) for text in texts] if encoding == "json" else texts

@@ -9,7 +9,7 @@ from pathlib import Path
 from AutomaticEval.errors import StoreError, first_line
 from AutomaticEval.store.local_paths import LOCAL_PATHS
 
-PRIVATE = [LOCAL_PATHS, f"*/{LOCAL_PATHS}", ".lock", ".lock-*", "*.partial", "*.partial/*"]
+PRIVATE = [LOCAL_PATHS, f"*/{LOCAL_PATHS}", ".lock", ".lock-*", "*.partial", "*.partial/*", "*.damaged*"]
 """Names in a folder that are never uploaded."""
 
 

@@ -11,15 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 
 from AutomaticEval.errors import (
     AutomaticEvalError,
     DamagedFile,
-    MissingFilter,
-    NewerFormat,
     NotActivations,
     OtherSettings,
     SelectionError,
@@ -29,25 +26,21 @@ from AutomaticEval.naming import is_same
 from AutomaticEval.selection import Positions
 from AutomaticEval.settings import IDENTITY, differing
 from AutomaticEval.sites import LayersLike, expand, parse_kinds, parse_layers
-from AutomaticEval.store import checksums, contents, trailer
+from AutomaticEval.store import contents
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.contents import Activation, Contents
 from AutomaticEval.store.extents import Extent
 from AutomaticEval.store.files import ensure_space, prepare_file
+from AutomaticEval.store.folders import INDEX, delete_replaced, living, shard_names, tell_set_aside
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reader import Run, open_run
 from AutomaticEval.store.sealing import check_compression, write_file
-from AutomaticEval.store.shard import Shard
-from AutomaticEval.store.writer import INDEX, delete_replaced, living, locked, shard_names, source_of, write_index
+from AutomaticEval.store.verifying import Advance, ignore, verify_file
+from AutomaticEval.store.writer import locked, source_of, write_index
 
-Advance = Callable[[int], None]
-"""Told, as the work goes on, how many bytes of activations were done."""
 SAME = ("dtype", "store_dtype", "quantization", "revision", "sites", "layers", "positions", "shape", "edits", *IDENTITY)
 """The settings that runs must share to be joined: the model, what was changed in it, and the selection."""
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-
-def _ignore(n_bytes: int) -> None: ...
 
 
 def size_of(path: Path) -> int:
@@ -67,7 +60,7 @@ def files_of(path: Path) -> int:
     )
 
 
-def verify(path: Path, advance: Advance = _ignore) -> list[str]:
+def verify(path: Path, advance: Advance = ignore) -> list[str]:
     """What is wrong with a file or run, one line each, with the file and the dataset; empty when all is well.
 
     Every checksum is computed again, every sample's rows are compared with its tokens, and of a run every shard must be
@@ -78,19 +71,21 @@ def verify(path: Path, advance: Advance = _ignore) -> list[str]:
     if path.is_file() and path.name == INDEX:
         path = path.parent
     if path.is_file():
-        return _verify_file(path, contract.SHARD_FORMAT, advance)
+        return verify_file(path, contract.SHARD_FORMAT, advance)
+    tell_set_aside(path)
     problems: list[str] = []
     if (path / INDEX).exists():
-        problems += _verify_file(path / INDEX, contract.RUN_FORMAT, advance)
+        problems += verify_file(path / INDEX, contract.RUN_FORMAT, advance)
     for name in shard_names(path):
-        problems += _verify_file(path / name, contract.SHARD_FORMAT, advance)
+        problems += verify_file(path / name, contract.SHARD_FORMAT, advance)
     if problems:
         return problems
     try:
-        run = open_run(path)
+        run = open_run(path, check=False)  # all of it was checked just now
         problems += _verify_places(run)
         listed = {shard.path.name for shard in run.shards}
-        strays = [name for name in living(path, shard_names(path)) if name not in listed]
+        names = shard_names(path)
+        strays = [name for name in living(path, names) if name not in listed] if listed < set(names) else []
         problems += [f"{path / name}: it is there and no part of the run" for name in strays]
     except NotActivations:
         raise
@@ -107,105 +102,24 @@ def check(path: Path) -> None:
         raise DamagedFile(f"{problems[0]}{rest}. Nothing was copied from it; restore it from a copy.")
 
 
-def _verify_file(path: Path, kind: str, advance: Advance) -> list[str]:
-    try:
-        shard = Shard(path, kind)
-        _follow(shard)
-        problems = list(_wrong_checksums(shard, advance))
-        if shard.has_rows:
-            problems += _strangers(shard)
-        if not trailer.is_there(path) and _version(shard) >= (1, 1):
-            problems.append("its trailer is missing: it was changed or cut short")
-        return [f"{path}: {problem}" for problem in problems]
-    except (MissingFilter, NewerFormat, NotActivations):  # not damaged: it cannot be told here, or is something else
-        raise
-    except AutomaticEvalError as failure:
-        return [str(failure)]
-
-
-def _follow(shard: Shard) -> None:
-    """Raises TruncatedFile when HDF5's own structures cannot be followed to every object and attribute."""
-
-    def look(name: str, item: Any) -> None:
-        dict(item.attrs)
-
-    with shard.reading() as file:
-        file.visititems(look)
-
-
-def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:
-    """Datasets whose elements are not what their checksums say."""
-    if _version(shard) < (1, 1):  # had none
-        return
-    if checksums.of_attributes(shard.attributes) != shard.attributes.get(checksums.OF_ATTRIBUTES):
-        yield "the root attributes are not what their checksum says"
-    for name, found in _computed(shard, advance):
-        with shard.reading() as file:
-            expected = file[name].attrs.get(checksums.NAME)
-        if found != expected:
-            yield f"/{name} is not what its checksum says (found {found}, expected {expected})"
-
-
-def _version(shard: Shard) -> tuple[int, ...]:
-    return tuple(int(part) for part in shard.attributes["format_version"].split("."))
-
-
-def _computed(shard: Shard, advance: Advance) -> Iterator[tuple[str, str]]:
-    """(dataset, its checksum computed again)."""
-    scales = {f"scales/{key}": extent for key, extent in shard.scales.items()}
-    for name, extent in {**shard.numbers, **scales}.items():
-        yield name, checksums.of_numbers(shard.pieces(extent))
-    for extent in shard.extents.values() if shard.kind == contract.SHARD_FORMAT else ():
-        yield extent.name, checksums.of_numbers(_counted(shard.pieces(extent), advance))
-    with shard.reading() as file:
-        rest = [f"samples/{name}" for name in shard.column_names if name in contract.COLUMNS] + ["vocabulary/token"]
-        rest += [f"shards/{name}" for name in file["shards"]] if "shards" in file else []
-        for name in rest:
-            yield name, _of_column(file[name])
-
-
-def _of_column(dataset: h5py.Dataset) -> str:
-    values = dataset[()]
-    if h5py.check_string_dtype(dataset.dtype) is not None:
-        return checksums.of_text(values.tolist())
-    return checksums.of_numbers([np.ascontiguousarray(values)])
-
-
-def _counted(pieces: Iterator[Array], advance: Advance) -> Iterator[Array]:
-    for piece in pieces:
-        yield piece
-        advance(piece.nbytes)
-
-
-def _strangers(shard: Shard) -> list[str]:
-    """Samples with a row that is not their token's."""
-    held = shard.contents()
-    token_ids, positions = held.token_ids[:], held.positions[:]
-    for number in range(held.n_samples):
-        rows = indices_of(held.segments.item(number))
-        sequence = np.concatenate([held.input_ids.item(number), held.generated_ids.item(number)[:-1]])
-        places = positions[rows]
-        inside = np.all((places >= 0) & (places < len(sequence)))
-        if not inside or np.any(sequence[places] != token_ids[rows]):
-            return [f"the rows of sample {number} are not its tokens"]
-    return []
-
-
 def _verify_places(run: Run) -> list[str]:
     """Samples of `run.h5` that are not those of the shards it names."""
     shards = run.shards  # each is checked to be of this run, with its rows
-    firsts = np.cumsum([0, *(shard.n_rows for shard in shards)])
-    whole = [shard.contents() for shard in shards]
-    held = run.contents
-    for number, (shard, index) in enumerate(zip(run.column("shard"), run.column("index"), strict=True)):
-        if not (0 <= (shard or 0) < len(shards) and 0 <= (index or 0) < whole[shard or 0].n_samples):
-            return [f"{run.path / INDEX}: sample {number} is in no shard"]
-        theirs = whole[shard or 0]
-        if not np.array_equal(held.segments.item(number), theirs.segments.item(index or 0) + firsts[shard or 0]):
-            return [
-                f"{run.path / INDEX}: sample {number} has not the rows of sample {index} of {shards[shard].path.name}"
-            ]
-    return []
+    n_samples = np.array([shard.n_samples for shard in shards], dtype=np.int64)
+    number, index = (np.array(run.column(name), dtype=np.float64) for name in ("shard", "index"))  # none: not a number
+    known = (number >= 0) & (number < len(shards))
+    lengths = n_samples[np.where(known, number, 0).astype(np.int64)] if len(shards) else np.zeros(len(number))
+    strays = np.flatnonzero(~(known & (index >= 0) & (index < lengths)))
+    if len(strays):
+        return [f"{run.path / INDEX}: sample {strays[0]} is in no shard"]
+    parts = [replace(shard.contents(), columns=contents.Listed({})) for shard in shards]
+    order = (np.cumsum([0, *n_samples])[number.astype(np.int64)] + index).astype(np.int64)
+    theirs, ours = contents.joined(parts).segments.take(order), run.contents.segments
+    wrong = theirs.first_difference(ours)
+    if wrong is None:
+        return []
+    name = shards[int(number[wrong])].path.name
+    return [f"{run.path / INDEX}: sample {wrong} has not the rows of sample {int(index[wrong])} of {name}"]
 
 
 def rebuild_index(folder: Path) -> Path:
@@ -234,7 +148,7 @@ def rebuild_index(folder: Path) -> Path:
 
 
 def merge(
-    paths: Sequence[Path], destination: Path, *, compression: str | None = None, advance: Advance = _ignore
+    paths: Sequence[Path], destination: Path, *, compression: str | None = None, advance: Advance = ignore
 ) -> Path:
     """One file that holds all samples of one or more runs of the same model and selection.
 
@@ -290,7 +204,7 @@ def prune(
     layers: LayersLike = None,
     positions: str | None = None,
     compression: str | None = None,
-    advance: Advance = _ignore,
+    advance: Advance = ignore,
 ) -> Path:
     """A smaller copy in one file: only some sites, layers or positions.
 
@@ -368,7 +282,7 @@ def convert(
     *,
     dtype: str | None = None,
     compression: str | None = None,
-    advance: Advance = _ignore,
+    advance: Advance = ignore,
 ) -> Path:
     """One file with the same samples in another dtype: float32 for viewers that cannot show bfloat16.
 
@@ -397,6 +311,12 @@ def _write(destination: Path, held: Contents, compression: str | None, advance: 
     told = {key: replace(each, pieces=_telling(each, advance)) for key, each in held.activations.items()}
     write_file(destination, replace(held, activations=told), compression=compression)
     return destination
+
+
+def _counted(pieces: Iterator[Array], advance: Advance) -> Iterator[Array]:
+    for piece in pieces:
+        yield piece
+        advance(piece.nbytes)
 
 
 def _telling(activation: Activation, advance: Advance) -> Callable[[], Iterator[Array]]:

@@ -42,6 +42,20 @@ class Ragged(NamedTuple):
         taken = Taken(self.values, self.offset[:-1][order], self.offset[1:][order])
         return Ragged(taken.offset, taken[:] if isinstance(self.values, np.ndarray) else taken)
 
+    def first_difference(self, other: Ragged) -> int | None:
+        """The number of the first item that the other has not; None when all are the same."""
+        same = min(len(self.offset), len(other.offset))
+        wrong = [np.flatnonzero(self.offset[:same] != other.offset[:same])[:1] - 1]
+        if not len(wrong[0]):
+            one, two = self.values[:], other.values[:]
+            n = min(len(one), len(two))
+            at = np.flatnonzero((one[:n] != two[:n]).reshape(n, -1).any(axis=1))[:1]
+            wrong.append(np.searchsorted(self.offset, at, "right") - 1)
+        found = np.concatenate(wrong)
+        if len(found):
+            return int(found[0])
+        return None if len(self.offset) == len(other.offset) else same - 1
+
 
 def chained(parts: Sequence[Any]) -> Any:
     """Arrays one after the other; where some are in files, sliced like one, and read when they are asked for."""

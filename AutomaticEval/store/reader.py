@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -22,30 +22,32 @@ from AutomaticEval.store.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.contents import Contents, records_of
 from AutomaticEval.store.extents import naming
 from AutomaticEval.store.files import PICKLE_SUFFIXES
+from AutomaticEval.store.folders import INDEX, living, shard_names, tell_set_aside
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.rows import Kind, RowArray, RowsDataset, ShardedRows
 from AutomaticEval.store.shard import FileColumns, Shard
 from AutomaticEval.store.shuffling import BUFFER_ROWS, ShuffledRows
-from AutomaticEval.store.writer import INDEX, Placed, living, order_of, shard_names
+from AutomaticEval.store.writer import Placed, order_of
 
+Open = Callable[..., Shard]
 _BOOKKEEPING = ("shard", "index", "batch_rows", "batch_columns")
 
 
-def load_activations(path: str | Path, sample: int | None = None) -> dict[str, Any]:
+def load_activations(path: str | Path, sample: int | None = None, *, check: bool = True) -> dict[str, Any]:
     """One sample of a file or run folder; of a file with one sample, as the drop-in functions returned it, bit for bit.
 
     path: a file, a run folder, or the old pickle name of a file written as `.h5`. sample: which one, from 0; needed
-    where there are several.
+    where there are several. check: hold the numbers against their checksums; False for those who measure.
     Returns prompt, response, model, timestamp, input_ids [1, P], generated_ids [R], token_ids, positions and
     tokens (aligned with the rows), n_prompt_tokens, settings, and activations: key -> [n_positions, width].
-    Raises UnreadableFile (NotActivations, TruncatedFile, NewerFormat), RefusedPickle, ManySamples, StoreError.
+    Raises UnreadableFile (NotActivations, TruncatedFile, DamagedFile, NewerFormat), RefusedPickle, ManySamples, StoreError.
     """
     given = Path(path).expanduser()
     if given.suffix.lower() in PICKLE_SUFFIXES:
         if not given.with_suffix(".h5").exists():
             return _load_torch(given)
         given = given.with_suffix(".h5")
-    run = open_run(given)
+    run = open_run(given, check=check)
     if sample is None and len(run) != 1:
         raise ManySamples(
             f"{given} holds {len(run)} samples, not one; say which (sample=0), or read it with open_run({str(given)!r})."
@@ -57,10 +59,14 @@ def load_activations(path: str | Path, sample: int | None = None) -> dict[str, A
     return found if given.is_dir() else {**found, "path": str(given.resolve())}
 
 
-def open_run(path: str | Path) -> Run:
-    """The samples of a run folder (or of one file) as a lazy sequence. Raises UnreadableFile, StoreError."""
+def open_run(path: str | Path, *, check: bool = True) -> Run:
+    """The samples of a run folder (or of one file) as a lazy sequence.
+
+    check: hold every number that is read, now and later, against its checksum; False for those who measure.
+    Raises UnreadableFile, StoreError; every read DamagedFile, with the shard, the dataset and the rows.
+    """
     given = Path(path).expanduser().absolute()
-    return Run(given.parent if given.name == INDEX and given.is_file() else given)
+    return Run(given.parent if given.name == INDEX and given.is_file() else given, check=check)
 
 
 def _load_torch(path: Path) -> dict[str, Any]:
@@ -82,21 +88,23 @@ def _load_torch(path: Path) -> dict[str, Any]:
 class Run(Sequence[dict[str, Any]]):
     """A run as a sequence of samples; each is read when it is asked for. `where` gives some of them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, check: bool = True) -> None:
         if not path.exists():
             raise StoreError(f"no file or run folder {path}.")
         self.path = path
-        index = Shard(path / INDEX, contract.RUN_FORMAT) if path.is_dir() and (path / INDEX).exists() else None
+        tell_set_aside(path)
+        opened = partial(Shard, check=check)
+        index = opened(path / INDEX, contract.RUN_FORMAT) if path.is_dir() and (path / INDEX).exists() else None
         self.finished = index is not None and index.attributes.get("state", "finished") == "finished"
         """Whether the run was evaluated to its end; without that, samples have no scores."""
         if path.is_file():
-            alone = Shard(path)
+            alone = opened(path)
             self._store, self._contents = _stored([alone]), alone.contents()
         elif index is not None and index.has_rows:
-            self._store = _listed(path, index)
+            self._store = _listed(path, index, opened)
             self._contents = index.contents()
         else:
-            self._store, self._contents = _gathered(path, index)
+            self._store, self._contents = _gathered(path, index, opened)
         self._order = np.arange(self._contents.n_samples)
 
     def __len__(self) -> int:
@@ -386,12 +394,12 @@ def _stored(shards: Sequence[Shard]) -> ShardedRows:
     return ShardedRows(kinds, first, list(shards).__getitem__)
 
 
-def _listed(folder: Path, index: Shard) -> ShardedRows:
+def _listed(folder: Path, index: Shard, opened: Open) -> ShardedRows:
     """The rows of the shards that `run.h5` lists, each of which must be there, as large as it was."""
     with index.reading() as file:
         names = contract.decode_column(file["shards/name"])
         stamps = contract.decode_column(file[f"shards/{OF_ATTRIBUTES}"])
-        sizes, n_rows = file["shards/size_bytes"][()].tolist(), file["shards/n_rows"][()].tolist()
+        sizes, n_rows = (index.ints(f"shards/{name}")[:].tolist() for name in ("size_bytes", "n_rows"))
         if (
             not len(names) == len(stamps) == len(sizes) == len(n_rows)
             or sum(n_rows) != index.n_rows
@@ -406,18 +414,18 @@ def _listed(folder: Path, index: Shard) -> ShardedRows:
                 f"{folder / name} has {found} bytes, not {size}: it is damaged; restore it from a copy."
             )
     kinds = {key: Kind(index.dtypes[key], index.extents[key].shape[1]) for key in index.keys}
-    return ShardedRows(kinds, np.cumsum([0, *n_rows]), partial(_numbered, folder, names, stamps))
+    return ShardedRows(kinds, np.cumsum([0, *n_rows]), partial(_numbered, folder, names, stamps, opened))
 
 
-def _numbered(folder: Path, names: Sequence[str], stamps: Sequence[str], number: int) -> Shard:
+def _numbered(folder: Path, names: Sequence[str], stamps: Sequence[str], opened: Open, number: int) -> Shard:
     """One of the shards that `run.h5` lists, which must be the very one that it was made of."""
-    shard = Shard(folder / names[number])
+    shard = opened(folder / names[number])
     if shard.attributes.get(OF_ATTRIBUTES) != stamps[number]:
         raise StoreError(f"{shard.path} is of another run, or another shard; restore this run's own from a copy.")
     return shard
 
 
-def _gathered(folder: Path, index: Shard | None) -> tuple[ShardedRows, Contents]:
+def _gathered(folder: Path, index: Shard | None, opened: Open) -> tuple[ShardedRows, Contents]:
     """A run without `run.h5`, or with one of version 1.0, which has the sample table alone."""
     names = living(folder, shard_names(folder))
     if index is not None:
@@ -426,8 +434,8 @@ def _gathered(folder: Path, index: Shard | None) -> tuple[ShardedRows, Contents]
     if not names:
         raise NotActivations(f"{folder} is not a run: it holds neither {INDEX} nor shard-*.h5.")
     _check_there(folder, names)
-    run_id = (index or Shard(folder / names[0])).settings.get("run_id")
-    shards = [_of_run(folder / name, run_id) for name in names]
+    run_id = (index or opened(folder / names[0])).settings.get("run_id")
+    shards = [_of_run(opened(folder / name), run_id) for name in names]
     parts = [shard.contents() for shard in shards]
     columns: contents.Columns = contents.listed(Placed(shards)) if index is None else FileColumns(index)
     held = contents.reordered(contents.joined(parts), order_of(parts, columns), columns)
@@ -442,8 +450,7 @@ def _check_there(folder: Path, names: Sequence[str]) -> None:
             raise StoreError(f"{folder}: the shard {name} is missing; restore it from a copy, or run again.")
 
 
-def _of_run(path: Path, run_id: Any) -> Shard:
-    shard = Shard(path)
+def _of_run(shard: Shard, run_id: Any) -> Shard:
     if shard.settings.get("run_id") != run_id:
-        raise StoreError(f"{path} is of another run; restore this run's own shard from a copy.")
+        raise StoreError(f"{shard.path} is of another run; restore this run's own shard from a copy.")
     return shard

@@ -158,7 +158,8 @@ class RowArray:
         if not isinstance(at, slice):
             at = np.asarray(at)
             if at.ndim == 0:
-                return self._store.take(self._key, self._numbers[[int(at)]])[0]
+                number = int(self._numbers[int(at)])
+                return self._store.read(self._key, [(number, number + 1)])[0]
             if at.ndim > 1:
                 raise IndexError(f"rows are numbered by one list; found indices of shape {at.shape}.")
             at = at if at.size else np.arange(0)

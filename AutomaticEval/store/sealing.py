@@ -24,6 +24,7 @@ from AutomaticEval.store.extents import load_filters
 from AutomaticEval.store.files import new_hdf5
 from AutomaticEval.store.format import Sample
 from AutomaticEval.store.ragged import Array, rechunked
+from AutomaticEval.store.trailer import CHECKSUMS
 
 COMPRESSIONS = ("zstd", "lz4", "gzip")
 _PIECE_BYTES = 8 * 2**20
@@ -31,6 +32,10 @@ _PIECE_NUMBERS = 2**18
 """Of a table: to pick numbers in shards takes a hundred bytes for each."""
 _CHUNK_BYTES = 512 * 2**10
 """Below the 1 MiB that older HDF5 libraries keep in memory for each dataset."""
+
+
+_SUMMED_BYTES = checksums.BLOCK_BYTES // 16
+"""For each so many bytes at most one of checksums: blocks are at least half full, and a checksum has 8 bytes."""
 
 
 class Source(NamedTuple):
@@ -90,7 +95,7 @@ def write_file(
     if not held.activations:
         raise CaptureError(f"{path}: no sample has activations; nothing is written.")
     rows_bytes = held.n_rows * sum(each.width * each.dtype.itemsize for each in held.activations.values())
-    with new_hdf5(path, rows_bytes + _table_bytes(held), overwrite=overwrite) as file:
+    with new_hdf5(path, rows_bytes + rows_bytes // _SUMMED_BYTES + _table_bytes(held), overwrite=overwrite) as file:
         more = {"replaces": json.dumps(list(replaces))} if replaces else {}
         stamp = _write_attributes(file, contract.SHARD_FORMAT, held, more)
         for key, activation in held.activations.items():
@@ -109,7 +114,7 @@ def write_run(path: Path, held: Contents, sources: Sequence[Source], *, finished
         _write_text(file, "shards/name", [source.name for source in sources])
         _write_text(file, f"shards/{checksums.OF_ATTRIBUTES}", [source.stamp for source in sources])
         for name in ("n_rows", "size_bytes"):
-            _write_ints(file, f"shards/{name}", np.array([getattr(source, name) for source in sources]), "<i8")
+            _write_numbers(file, f"shards/{name}", np.array([getattr(source, name) for source in sources]), "<i8")
 
 
 def _table_bytes(held: Contents) -> int:
@@ -127,7 +132,8 @@ def _table_bytes(held: Contents) -> int:
     strings = held.strings()
     numbers = 12 * held.n_rows + 8 * ids + 4 * scales * widths
     texts = 2 * text + 64 * len(names) * held.n_samples + sum(64 + 4 * len(each) for each in strings.values())
-    return 2**18 + 4096 * len(held.activations) + len(contract.as_json(held.settings)) + numbers + texts
+    headers = 2**18 + 4096 * len(held.activations) + len(contract.as_json(held.settings))
+    return headers + numbers + numbers // _SUMMED_BYTES + texts
 
 
 def _write_attributes(file: h5py.File, kind: str, held: Contents, more: Mapping[str, str]) -> str:
@@ -146,22 +152,22 @@ def _write_attributes(file: h5py.File, kind: str, held: Contents, more: Mapping[
 
 def _write_table(file: h5py.File, held: Contents) -> None:
     """Everything but the activations."""
-    _write_ints(file, "rows/token_id", held.token_ids, "<i4")
-    _write_ints(file, "rows/position", held.positions, "<i4")
+    _write_numbers(file, "rows/token_id", held.token_ids, "<i4")
+    _write_numbers(file, "rows/position", held.positions, "<i4")
     if held.blocks is not None:
-        _write_ints(file, "rows/block", held.blocks, "<i4")
+        _write_numbers(file, "rows/block", held.blocks, "<i4")
         for key, activation in held.activations.items():
             assert activation.scales is not None
-            _write_ints(file, f"scales/{key}", _together(activation.scales(), activation.width), "<f4")
+            _write_numbers(file, f"scales/{key}", _together(activation.scales(), activation.width), "<f4")
     for name in ("segments", "input_ids", "generated_ids"):
-        _write_ints(file, f"{name}/offset", getattr(held, name).offset, "<i8")
+        _write_numbers(file, f"{name}/offset", getattr(held, name).offset, "<i8")
     ranges = held.segments.values[:].reshape(-1, 2)
-    _write_ints(file, "segments/start", ranges[:, 0], "<i8")
-    _write_ints(file, "segments/stop", ranges[:, 1], "<i8")
-    _write_ints(file, "input_ids/values", held.input_ids.values, "<i4")
-    _write_ints(file, "generated_ids/values", held.generated_ids.values, "<i4")
+    _write_numbers(file, "segments/start", ranges[:, 0], "<i8")
+    _write_numbers(file, "segments/stop", ranges[:, 1], "<i8")
+    _write_numbers(file, "input_ids/values", held.input_ids.values, "<i4")
+    _write_numbers(file, "generated_ids/values", held.generated_ids.values, "<i4")
     strings = held.strings()
-    _write_ints(file, "vocabulary/token_id", np.array(sorted(strings)), "<i4")
+    _write_numbers(file, "vocabulary/token_id", np.array(sorted(strings)), "<i4")
     _write_text(file, "vocabulary/token", [strings[token] for token in sorted(strings)])
     _write_columns(file, held.columns)
 
@@ -175,8 +181,9 @@ def _write_activation(file: h5py.File, key: str, activation: Activation, n_rows:
     """One dataset, written piece after piece as raw bits, its checksum on the way."""
     stored = contract.hdf5_type(activation.dtype)
     dataset = _create(file, f"activations/{key}", stored, (n_rows, activation.width), compression)
-    hashed = checksums.Running()
     row_bytes = max(1, activation.width * stored.get_size())
+    rows = dataset.chunks[0] if dataset.chunks else checksums.rows_per_block(row_bytes)
+    hashed = checksums.Running(rows * row_bytes)
     # whole chunks, and whole blocks of scales, so that neither is written twice
     step = -(-max(1, _PIECE_BYTES // row_bytes) // eight_bits.BLOCK_ROWS) * eight_bits.BLOCK_ROWS
     space, at, started = dataset.id.get_space(), 0, 0
@@ -192,7 +199,17 @@ def _write_activation(file: h5py.File, key: str, activation: Activation, n_rows:
             started = at
     assert at == n_rows, f"{key}: {at} rows came, expected {n_rows}"
     dataset.attrs["dtype"] = str(activation.dtype).removeprefix("torch.")
+    _write_checksums(dataset, hashed, rows)
+
+
+def _write_checksums(dataset: h5py.Dataset, hashed: checksums.Running, rows: int) -> None:
+    """The dataset's own, and where it has several blocks of so many rows, those of the blocks."""
     dataset.attrs[checksums.NAME] = hashed.hexdigest()
+    blocks = hashed.blocks()
+    if len(blocks) > 1:
+        made = dataset.file.create_dataset(f"{CHECKSUMS}{dataset.name}", data=blocks, track_times=False)
+        made.attrs["rows"] = rows
+        made.attrs[checksums.NAME] = checksums.of_numbers([blocks])
 
 
 def _start_writing(file: h5py.File, offset: int, n_bytes: int) -> None:
@@ -252,10 +269,11 @@ def _write_virtual(file: h5py.File, key: str, activation: Activation, sources: S
     h5py.Dataset(made).attrs["dtype"] = str(activation.dtype).removeprefix("torch.")
 
 
-def _write_ints(file: h5py.File, name: str, values: Any, dtype: str) -> None:
+def _write_numbers(file: h5py.File, name: str, values: Any, dtype: str) -> None:
     shape = values[:0].shape[1:]
     dataset = file.create_dataset(name, (len(values), *shape), dtype, track_times=False)
-    hashed = checksums.Running()
+    rows = checksums.rows_per_block(dataset.dtype.itemsize * math.prod(shape))
+    hashed = checksums.Running(rows * dataset.dtype.itemsize * math.prod(shape))
     step = max(1, _PIECE_NUMBERS // max(1, math.prod(shape)))
     for at in range(0, len(values), step):
         given = np.asarray(values[at : at + step])
@@ -264,7 +282,7 @@ def _write_ints(file: h5py.File, name: str, values: Any, dtype: str) -> None:
             raise CaptureError(f"/{name} holds numbers that {dtype} cannot hold: {given.min()} to {given.max()}.")
         dataset[at : at + step] = piece
         hashed.add(piece)
-    dataset.attrs[checksums.NAME] = hashed.hexdigest()
+    _write_checksums(dataset, hashed, rows)
 
 
 def _write_text(file: h5py.File, name: str, values: Sequence[str]) -> None:
@@ -289,6 +307,6 @@ def _write_columns(file: h5py.File, columns: Columns) -> None:
         if encoding in ("utf-8", "json"):
             _write_strings(group, name, list(values), encoding)
             continue
-        dataset = group.create_dataset(name, data=values, track_times=False)
-        dataset.attrs["encoding"] = encoding
-        dataset.attrs[checksums.NAME] = checksums.of_numbers([np.asarray(values)])
+        numbers = np.asarray(values)
+        _write_numbers(file, f"samples/{name}", numbers, numbers.dtype.str)
+        group[name].attrs["encoding"] = encoding

@@ -1,12 +1,13 @@
 """Reads one file: checked when it is opened, and never held open.
 
-Shapes, types and ranges are checked at once; checksums by `maintenance.verify`.
+HDF5's structures, text, shapes, types and ranges are checked at once, numbers whenever they are read.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,21 +21,17 @@ from AutomaticEval.errors import DamagedFile, NewerFormat, NotActivations, Store
 from AutomaticEval.sites import key_order
 from AutomaticEval.store import eight_bits, trailer
 from AutomaticEval.store import format as contract
+from AutomaticEval.store.checksums import Running
 from AutomaticEval.store.contents import Activation, Contents
-from AutomaticEval.store.extents import (
-    Extent,
-    FileArray,
-    check_column,
-    dataset_of,
-    extent_of,
-    group_of,
-    naming,
-    read_ranges,
-)
+from AutomaticEval.store.extents import Extent, check_column, dataset_of, extent_of, group_of, naming
 from AutomaticEval.store.ragged import Array, Ragged, ranges_of
+from AutomaticEval.store.reading import FileArray, damaged, read_ranges, sums_of
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _PIECE_BYTES = 8 * 2**20
+_WIDE = ("offset", "start", "stop", "n_rows", "size_bytes")
+"""Numbers of 64 bits; the others have 32."""
+_said: set[tuple[Path, str]] = set()
 
 
 def open_hdf5(path: Path, kind: str) -> h5py.File:
@@ -75,11 +72,17 @@ def _check_version(path: Path, attributes: Mapping[str, Any], kind: str) -> None
 
 
 class Shard:
-    """One file, of either kind: a shard, or the `run.h5` over all shards of a run."""
+    """One file, of either kind: a shard, or the `run.h5` over all shards of a run.
 
-    def __init__(self, path: Path, kind: str = contract.SHARD_FORMAT) -> None:
-        self.path, self.kind = path, kind
-        if path.is_file() and trailer.is_there(path) and not trailer.is_right(path):  # HDF5 could loop for ever over it
+    check: hold what is read against its checksums.
+    """
+
+    def __init__(self, path: Path, kind: str = contract.SHARD_FORMAT, *, check: bool = True) -> None:
+        self.path, self.kind, self._check = path, kind, check
+        self.columns: dict[str, tuple[str, Extent]] = {}
+        """Those of numbers: the encoding, and where they lie."""
+        self.has_trailer = path.is_file() and trailer.is_there(path)
+        if self.has_trailer and not trailer.is_right(path):  # HDF5 could loop for ever over it
             raise DamagedFile(
                 f"{path}: HDF5's structures, the text or the trailer are not what the trailer's checksum says; restore a copy."
             )
@@ -89,6 +92,7 @@ class Shard:
             self.settings: dict[str, Any] = json.loads(self.attributes["settings"])
             self._status = path.stat()
             self.size_bytes = self._status.st_size
+            self.version = tuple(int(part) for part in self.attributes["format_version"].split("."))
             known = list(contract.COLUMNS)  # a newer minor version may have more
             self.column_names = sorted(
                 group_of(file, "samples"), key=lambda name: known.index(name) if name in known else len(known)
@@ -96,6 +100,28 @@ class Shard:
             self.has_rows = "rows" in file  # run.h5 of version 1.0 has none
             if self.has_rows:
                 self._read_structure(file)
+        if check:
+            self.say_what_is_not_checked()
+
+    def say_what_is_not_checked(self) -> None:
+        """Once: of each file that lost its trailer, of each folder with files of an older version."""
+        if self.version < (1, 1):
+            what = f"{self.path.parent}: files of format 1.0 have no checksums: what is read of them is not checked."
+        elif not self.has_trailer:
+            what = (
+                f"{self.path}: its trailer is missing: it was changed by another program, or damaged. Numbers are checked when "
+                "they are read, text and structure are not; restore it from a copy."
+            )
+        elif self.version < (1, 2):
+            what = (
+                f"{self.path.parent}: files of format 1.1 have one checksum a dataset: a dataset that is read whole is checked, "
+                "a part of a large one is not. `verify` checks all, and `merge` makes a copy that is checked at every read."
+            )
+        else:
+            return
+        if (self.path.parent, what) not in _said:
+            _said.add((self.path.parent, what))
+            warnings.warn(what, UserWarning, stacklevel=2)
 
     @contextmanager
     def reading(self) -> Iterator[h5py.File]:
@@ -103,16 +129,20 @@ class Shard:
         with open_hdf5(self.path, self.kind) as file, naming(self.path):
             yield file
 
+    @property
+    def replaces(self) -> list[str]:
+        """The shards in its folder whose place it takes."""
+        return [name for name in json.loads(self.attributes.get("replaces", "[]")) if isinstance(name, str)]
+
     def _read_structure(self, file: h5py.File) -> None:
         status = self._status
         self.keys = sorted(group_of(file, "activations"), key=key_order)
         self.numbers = {
-            name: extent_of(file, name, status, "<i8" if name.endswith(("offset", "start", "stop")) else "<i4")
-            for name in _number_names(file)
+            name: self._extent(file, name, "<i8" if name.endswith(_WIDE) else "<i4") for name in _number_names(file)
         }
         self.n_rows = self.numbers["rows/token_id"].shape[0]
         self.scales = {
-            key: extent_of(file, f"scales/{key}", status, "<f4")
+            key: self._extent(file, f"scales/{key}", "<f4")
             for key in (group_of(file, "scales") if "scales" in file else ())
         }
         self.dtypes: dict[str, torch.dtype] = {}
@@ -122,7 +152,9 @@ class Shard:
         self._check_numbers()
         for name in list(self.column_names):
             try:
-                check_column(file, f"samples/{name}", self.n_samples, status.st_size)
+                encoding = check_column(file, f"samples/{name}", self.n_samples, status.st_size)
+                if encoding in contract.NUMPY:
+                    self.columns[name] = encoding, self._extent(file, f"samples/{name}", contract.NUMPY[encoding])
             except ValueError:
                 if name in contract.COLUMNS:
                     raise
@@ -141,12 +173,16 @@ class Shard:
             raise ValueError(f"/scales/{key} has not the width of /{name}")
         if self.kind == contract.RUN_FORMAT:
             return dtype, Extent(name, None, dataset.shape, contract.bits_type(dtype), ())
-        return dtype, extent_of(file, name, self._status, contract.bits_type(dtype), chunks=True)
+        return dtype, self._extent(file, name, contract.bits_type(dtype), chunks=True)
+
+    def _extent(self, file: h5py.File, name: str, dtype: Any, *, chunks: bool = False) -> Extent:
+        extent = extent_of(file, name, self._status, dtype, chunks=chunks)
+        return extent._replace(sums=sums_of(file, extent, self.version)) if self._check else extent
 
     def _check_numbers(self) -> None:
         lists = {name.removesuffix("/offset") for name in self.numbers if name.endswith("/offset")}
-        self.offsets = {name: self._ints(f"{name}/offset")[:] for name in lists}
-        self.ranges = np.column_stack([self._ints("segments/start")[:], self._ints("segments/stop")[:]])
+        self.offsets = {name: self.ints(f"{name}/offset")[:] for name in lists}
+        self.ranges = np.column_stack([self.ints("segments/start")[:], self.ints("segments/stop")[:]])
         ends = {name: self.numbers[f"{name}/values"].shape[0] for name in lists - {"segments"}}
         ends["segments"] = len(self.ranges)
         self.n_samples = len(self.offsets["segments"]) - 1
@@ -165,11 +201,12 @@ class Shard:
             raise ValueError("/rows/position has not as many rows as /rows/token_id")
         if self.scales:
             lines = {extent.shape[0] for extent in self.scales.values()}
-            blocks = self._ints("rows/block")[:]
+            blocks = self.ints("rows/block")[:]
             if len(blocks) != self.n_rows or len(lines) != 1 or np.any((blocks < 0) | (blocks >= min(lines))):
                 raise ValueError(f"/rows/block points outside the {lines} lines of /scales")
 
-    def _ints(self, name: str) -> FileArray:
+    def ints(self, name: str) -> FileArray:
+        """One of `numbers`."""
         return FileArray(self.path, self.numbers[name])
 
     def read_into(self, key: str, ranges: Array, out: Array) -> None:
@@ -190,7 +227,7 @@ class Shard:
     @cached_property
     def strings(self) -> dict[int, str]:
         """The token strings of every id that a row has."""
-        ids = self._ints("vocabulary/token_id")[:].tolist()
+        ids = self.ints("vocabulary/token_id")[:].tolist()
         with self.reading() as file:
             return dict(zip(ids, contract.decode_column(file["vocabulary/token"]), strict=True))
 
@@ -198,8 +235,23 @@ class Shard:
         """A column's value for every sample, None where there is none."""
         if name not in self.column_names:
             return [None] * self.n_samples
-        with self.reading() as file:
-            return contract.decode_column(file[f"samples/{name}"])
+        return self._values([name], slice(None))[name]
+
+    def record(self, index: int, names: Sequence[str]) -> dict[str, Any]:
+        """One sample's values of these columns, which are there."""
+        return {name: values[0] for name, values in self._values(names, slice(index, index + 1)).items()}
+
+    def _values(self, names: Sequence[str], at: slice) -> dict[str, list[Any]]:
+        found = {}
+        for name in set(names) & self.columns.keys():
+            encoding, extent = self.columns[name]
+            found[name] = contract.decoded(FileArray(self.path, extent)[at], encoding)
+        if len(found) < len(names):
+            with self.reading() as file:
+                found |= {
+                    name: contract.decode_column(file[f"samples/{name}"], at) for name in names if name not in found
+                }
+        return found
 
     def vocabulary(self) -> dict[int, str]:
         return self.strings
@@ -208,14 +260,14 @@ class Shard:
         """What it holds; numbers and columns are read when they are used."""
         segments, input_ids, generated_ids = (
             Ragged(self.offsets["segments"], self.ranges),
-            *(Ragged(self.offsets[name], self._ints(f"{name}/values")) for name in ("input_ids", "generated_ids")),
+            *(Ragged(self.offsets[name], self.ints(f"{name}/values")) for name in ("input_ids", "generated_ids")),
         )
         return Contents(
             self.model,
             self.settings,
-            self._ints("rows/token_id"),
-            self._ints("rows/position"),
-            self._ints("rows/block") if self.scales else None,
+            self.ints("rows/token_id"),
+            self.ints("rows/position"),
+            self.ints("rows/block") if self.scales else None,
             segments,
             input_ids,
             generated_ids,
@@ -230,10 +282,18 @@ class Shard:
 
     def pieces(self, extent: Extent) -> Iterator[Array]:
         """A dataset from its first row to its last, a few megabytes at a time."""
-        step = max(1, _PIECE_BYTES // max(1, extent.row_bytes))
-        step = -(-step // eight_bits.BLOCK_ROWS) * eight_bits.BLOCK_ROWS  # whole chunks: none is decompressed twice
+        sums = extent.sums
+        hashed = None if sums is None or not sums.only_whole else Running()
+        # whole chunks and blocks: none is decompressed or checked twice
+        unit = eight_bits.BLOCK_ROWS if sums is None or sums.only_whole else sums.rows
+        step = -(-max(1, _PIECE_BYTES // max(1, extent.row_bytes)) // unit) * unit
         for start in range(0, extent.shape[0], step):
-            yield read_ranges(self.path, extent, [(start, min(start + step, extent.shape[0]))])
+            piece = read_ranges(self.path, extent, [(start, min(start + step, extent.shape[0]))])
+            if hashed is not None:
+                hashed.add(piece)
+            yield piece
+        if sums is not None and hashed is not None and int(hashed.hexdigest(), 16) != sums.single:
+            raise damaged(self.path, extent.name, 0, extent.shape[0])
 
 
 class FileColumns:
@@ -254,16 +314,13 @@ class FileColumns:
 
     def record(self, index: int) -> dict[str, Any]:
         known = {name: values[index] for name, values in self._whole.items()}
-        if len(known) < len(self.names):
-            with self._shard.reading() as file:
-                for name in self.names:
-                    if name not in known:
-                        at = slice(index, index + 1)
-                        known[name] = contract.decode_column(file[f"samples/{name}"], at)[0]
+        known |= self._shard.record(index, [name for name in self.names if name not in known])
         return {name: known[name] for name in self.names}
 
 
 def _number_names(file: h5py.File) -> list[str]:
     names = [f"{group}/{part}" for group in ("input_ids", "generated_ids") for part in ("offset", "values")]
     names += ["segments/offset", "segments/start", "segments/stop", "rows/token_id", "rows/position"]
-    return [*names, "vocabulary/token_id", *(["rows/block"] if "block" in file["rows"] else [])]
+    names += ["rows/block"] if "block" in file["rows"] else []
+    names += ["shards/n_rows", "shards/size_bytes"] if "shards" in file else []
+    return [*names, "vocabulary/token_id"]

@@ -63,7 +63,7 @@ class SharedRun:
         self.ranks.gathered(None)  # all have sealed
         if not self.ranks.is_first:
             return None
-        with self._writer(folder, self.settings, resume=True) as writer:
+        with self._writer(folder, self.settings, finishing=True) as writer:
             writer.finish(columns_of(writer.table()))
             return writer.n_samples, writer.size_bytes
 

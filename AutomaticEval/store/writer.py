@@ -10,6 +10,7 @@ import json
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,20 +24,39 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from AutomaticEval.errors import AutomaticEvalError, CaptureError, FolderInUse, OtherSettings, StoreError
+from AutomaticEval.errors import (
+    AutomaticEvalError,
+    CaptureError,
+    DamagedFile,
+    FolderInUse,
+    NotActivations,
+    OtherSettings,
+    StoreError,
+    TruncatedFile,
+)
 from AutomaticEval.settings import differing
 from AutomaticEval.store import contents
 from AutomaticEval.store.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.contents import Columns, Contents, Listed
 from AutomaticEval.store.files import named_failures, prepare_folder
-from AutomaticEval.store.format import RUN_FORMAT, Sample, as_json, attribute_text
+from AutomaticEval.store.folders import (
+    INDEX,
+    LOCK,
+    delete_replaced,
+    is_finished,
+    living,
+    next_number,
+    refuse_finished,
+    set_aside,
+    shard_names,
+)
+from AutomaticEval.store.format import Sample, as_json, attribute_text
 from AutomaticEval.store.local_paths import LOCAL_PATHS
 from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.sealing import Source, check_compression, write_file, write_run
 from AutomaticEval.store.shard import Shard
+from AutomaticEval.store.verifying import verify_file
 
-INDEX = "run.h5"
-LOCK = ".lock"
 SHARD_BYTES = 256 * 2**20
 MAX_SHARD_BYTES = 4 * 2**30
 MAX_SHARDS = 256
@@ -60,11 +80,13 @@ class RunWriter:
             writer.add(samples)
             writer.finish()
 
-    resume: go on in a folder that a killed process left; `records()` tells what is there. Without it, a folder that
-    holds a run is refused.
+    resume: go on in a folder that a killed process left; `records()` tells what is there. Every byte of its shards is checked
+    first; a shard that is damaged is set aside (`docs/format.md`), with a warning, and its samples are not among the records.
+    Without it, a folder that holds a run is refused.
+    finishing: the processes that wrote the folder have just closed it. No shard is read whole, none is set aside: damage raises.
     share: (rank, n_ranks) of several processes that write into one folder. The first opens it, and only then the others, with
-    its `run_id` in their settings; when all have closed, it opens it again with resume, and finishes.
-    Raises FolderNotWritable, FolderInUse, PathExists, OtherSettings.
+    its `run_id` in their settings; when all have closed, it opens it again with finishing, and finishes.
+    Raises FolderNotWritable, FolderInUse, PathExists, OtherSettings, DamagedFile.
     """
 
     def __init__(
@@ -76,6 +98,7 @@ class RunWriter:
         shard_bytes: int = SHARD_BYTES,
         compression: str | None = None,
         resume: bool = False,
+        finishing: bool = False,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         check_compression(compression)
@@ -96,16 +119,15 @@ class RunWriter:
         prepare_folder(folder)
         self._lock = locked(folder, self._rank)
         try:
-            self._begin(resume=resume)
+            self._begin(resume=resume, finishing=finishing)
         except BaseException:
             self._lock.release()
             raise
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sealing")
         self._sealing: Future[tuple[Source, int]] | None = None
 
-    def _begin(self, *, resume: bool) -> None:
-        found = shard_names(self.folder)
-        first = max((int(name[6:-3]) + 1 for name in found), default=0)
+    def _begin(self, *, resume: bool, finishing: bool) -> None:
+        first = next_number(self.folder)
         self._next = first + (self._rank - first) % self._n_ranks
         if self._rank:
             return  # the first has seen to the folder
@@ -113,18 +135,40 @@ class RunWriter:
             lock = locked(self.folder, int(left.name.removeprefix(f"{LOCK}-")))
             left.unlink(missing_ok=True)
             lock.release()
-        if not resume and (found or (self.folder / INDEX).exists()):
+        names = shard_names(self.folder)
+        if not (resume or finishing) and (names or (self.folder / INDEX).exists()):
             raise StoreError(f"{self.folder} holds a run; choose another folder, or resume it.")
-        shards = [Shard(self.folder / name) for name in living(self.folder, found)]
         refuse_finished(self.folder)
+        if resume:
+            self._set_aside_damaged(names)
+        shards = [Shard(self.folder / name) for name in living(self.folder, shard_names(self.folder))]
+        self._check_same(shards)
         (self.folder / INDEX).unlink(missing_ok=True)  # it was built over the shards of the unfinished run
-        if shards:
-            self._settings["run_id"] = shards[0].settings.get("run_id")
         for shard in shards:
-            _check_same(shard, self._model, self._settings)
             self._sealed.append(source_of(shard))
             self._n_samples += shard.n_samples
             self._kinds = {key: (shard.dtypes[key], shard.extents[key].shape[1]) for key in shard.keys}
+
+    def _set_aside_damaged(self, names: Sequence[str]) -> None:
+        """Check every byte of what is there; before, whether it may be resumed at all."""
+        opened: dict[str, Shard | None] = dict.fromkeys(names)
+        for name in names:
+            with suppress(NotActivations, TruncatedFile, DamagedFile):
+                opened[name] = Shard(self.folder / name)
+        self._check_same([shard for shard in opened.values() if shard is not None])
+        for name, problem in damaged_among(self.folder, opened).items():
+            told = f"{problem.removesuffix('.')}. It was set aside as {set_aside(self.folder / name)}; its samples are computed again."
+            warnings.warn(told, UserWarning, stacklevel=5)
+
+    def _check_same(self, shards: Sequence[Shard]) -> None:
+        """Take their run_id. Raises OtherSettings when one was made with other settings."""
+        if shards:
+            self._settings["run_id"] = shards[0].settings.get("run_id")
+        for shard in shards:
+            found, wanted = {"model": shard.model, **shard.settings}, {"model": self._model, **self._settings}
+            apart = differing(str(self.folder), found, wanted)
+            if apart:
+                raise OtherSettings(f"{self.folder} cannot be resumed: {'; '.join(map(str, apart))}.")
 
     def __enter__(self) -> Self:
         return self
@@ -322,57 +366,25 @@ def leaving_nothing(folder: Path) -> Iterator[None]:
         raise
 
 
-def _check_same(shard: Shard, model: str, settings: Mapping[str, Any]) -> None:
-    """Raises OtherSettings when a shard was made with other ones."""
-    found, wanted = {"model": shard.model, **shard.settings}, {"model": model, **settings}
-    apart = differing(str(shard.path.parent), found, wanted)
-    if apart:
-        raise OtherSettings(f"{shard.path.parent} cannot be resumed: {'; '.join(map(str, apart))}.")
+def damaged_among(folder: Path, opened: Mapping[str, Shard | None]) -> dict[str, str]:
+    """Shards of which something is wrong, and what; all bytes are read, but of those that a sound one replaces.
 
-
-def shard_names(folder: Path) -> list[str]:
-    """The shards that are in a folder, in order."""
-    return sorted(
-        (path.name for path in folder.glob("shard-*.h5") if path.stem[6:].isdigit()), key=lambda n: int(n[6:-3])
-    )
-
-
-def shards_bytes(folder: Path) -> int:
-    """What the shards in a folder take on the disk."""
-    return sum((folder / name).stat().st_size for name in shard_names(folder))
-
-
-def living(folder: Path, names: Sequence[str]) -> list[str]:
-    """Without those that another one replaces: a process was killed before it could delete them."""
-    replaced = {
-        old
-        for name in names
-        for old in json.loads(Shard(folder / name).attributes.get("replaces", "[]"))
-        if isinstance(old, str)
-    }
-    return [name for name in names if name not in replaced]
-
-
-def delete_replaced(folder: Path) -> None:
-    """Delete the shards that another one replaces; older ones first, so that a kill leaves none without its heir."""
-    names = shard_names(folder)
-    alive = set(living(folder, names))
-    for name in names:
-        if name not in alive:
-            (folder / name).unlink()
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a run was evaluated to its end."""
-    if not (folder / INDEX).exists():
-        return False
-    return Shard(folder / INDEX, RUN_FORMAT).attributes.get("state", "finished") == "finished"
-
-
-def refuse_finished(folder: Path) -> None:
-    """Raises StoreError for a run that cannot be resumed, because it was evaluated to its end."""
-    if is_finished(folder):
-        raise StoreError(f"{folder} is finished, there is nothing to resume; read it with open_run.")
+    opened: the shards of a folder by their names; None for one that cannot be opened.
+    """
+    found: dict[str, str] = {}
+    replaced: set[str] = set()
+    for name, shard in reversed(list(opened.items())):  # what replaces others comes after them
+        if name in replaced:
+            continue
+        try:
+            problems = verify_file(folder / name)
+        except NotActivations as failure:
+            problems = [str(failure)]
+        if problems:
+            found[name] = problems[0]
+        elif shard is not None:
+            replaced.update(shard.replaces)
+    return found
 
 
 def source_of(shard: Shard) -> Source:

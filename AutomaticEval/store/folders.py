@@ -1,0 +1,95 @@
+"""What lies in a run folder, and which of it is the run's: shards, those that another replaces, and those that were set aside.
+
+Knows nothing of how they are written.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from AutomaticEval.errors import StoreError
+from AutomaticEval.store.format import RUN_FORMAT
+from AutomaticEval.store.shard import Shard
+
+INDEX = "run.h5"
+LOCK = ".lock"
+DAMAGED = ".damaged"
+"""What follows the name of a shard that was set aside."""
+_told: set[Path] = set()
+
+
+def shard_names(folder: Path) -> list[str]:
+    """The shards that are in a folder, in order."""
+    return sorted(
+        (path.name for path in folder.glob("shard-*.h5") if path.stem[6:].isdigit()), key=lambda n: int(n[6:-3])
+    )
+
+
+def shards_bytes(folder: Path) -> int:
+    """What the shards in a folder take on the disk."""
+    return sum((folder / name).stat().st_size for name in shard_names(folder))
+
+
+def living(folder: Path, names: Sequence[str]) -> list[str]:
+    """Without those that another one replaces: a process was killed before it could delete them."""
+    replaced = {old for name in names for old in Shard(folder / name).replaces}
+    return [name for name in names if name not in replaced]
+
+
+def delete_replaced(folder: Path) -> None:
+    """Delete the shards that another one replaces; older ones first, so that a kill leaves none without its heir."""
+    names = shard_names(folder)
+    alive = set(living(folder, names))
+    for name in names:
+        if name not in alive:
+            (folder / name).unlink()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run was evaluated to its end."""
+    if not (folder / INDEX).exists():
+        return False
+    return Shard(folder / INDEX, RUN_FORMAT).attributes.get("state", "finished") == "finished"
+
+
+def refuse_finished(folder: Path) -> None:
+    """Raises StoreError for a run that cannot be resumed, because it was evaluated to its end."""
+    if is_finished(folder):
+        raise StoreError(f"{folder} is finished, there is nothing to resume; read it with open_run.")
+
+
+def set_aside_names(folder: Path) -> list[str]:
+    """The damaged shards that a resume set aside."""
+    return sorted(path.name for path in folder.glob(f"shard-*.h5{DAMAGED}*"))
+
+
+def set_aside(path: Path) -> str:
+    """Give a damaged shard a name by which it is no part of its run. Returns the name."""
+    number, aside = 1, path.with_name(f"{path.name}{DAMAGED}")
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}{DAMAGED}-{number}")
+    path.rename(aside)
+    return aside.name
+
+
+def tell_set_aside(folder: Path) -> None:
+    """Once: which damaged shards lie in a folder, no part of the run."""
+    names = set_aside_names(folder) if folder not in _told else []
+    if names:
+        _told.add(folder)
+        warnings.warn(
+            f"{folder}: {', '.join(names)} {'was' if len(names) == 1 else 'were'} damaged and set aside by a resume, which "
+            "computed the samples again; no part of the run, and not read.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def next_number(folder: Path) -> int:
+    """Of a new shard: above all that there are or were."""
+    names = [*shard_names(folder), *set_aside_names(folder)]
+    return max((int(found[1]) + 1 for name in names if (found := re.match(r"shard-(\d+)\.h5", name))), default=0)

@@ -1,0 +1,210 @@
+"""Reads rows of a dataset where they lie, and checks the blocks that they lie in.
+
+Contiguous datasets are read with `pread` at the offset that HDF5 gives, which needs neither HDF5 nor its lock: it is quick,
+and works in threads and forked workers. What is compressed is read through HDF5. A block is read whole, also for one of its
+rows, and hashed while it is in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+import xxhash
+
+from AutomaticEval.errors import DamagedFile, StoreError
+from AutomaticEval.store import format as contract
+from AutomaticEval.store.checksums import NAME, rows_per_block
+from AutomaticEval.store.extents import Extent, Sums, naming, needs_filters, stamp_of
+from AutomaticEval.store.ragged import Array, ranges_of
+from AutomaticEval.store.trailer import CHECKSUMS
+
+_STEP_BYTES = 2**19
+"""Read at once: it is still in the processor's cache when it is hashed."""
+
+Fetch = Callable[[int, int, Array], None]
+"""Reads the rows from the first to before the second into an array as large."""
+
+
+class FileArray:
+    """A dataset of a file, sliced like an array; a slice reads its own bytes."""
+
+    def __init__(self, path: Path, extent: Extent) -> None:
+        self._path, self._extent = path, extent
+
+    def __len__(self) -> int:
+        return self._extent.shape[0]
+
+    def __getitem__(self, at: slice | Array) -> Array:
+        if isinstance(at, slice):
+            start, stop, step = at.indices(len(self))
+            assert step == 1
+            return read_ranges(self._path, self._extent, [(start, max(start, stop))])
+        return read_ranges(self._path, self._extent, ranges_of(at))
+
+
+def read_ranges(
+    path: Path, extent: Extent, ranges: Array | Sequence[tuple[int, int]], out: Array | None = None
+) -> Array:
+    """Rows of a dataset, one range after the other. Raises TruncatedFile when the file ends before them, DamagedFile when they are not what their checksums say."""
+    wanted = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
+    if out is None:
+        out = np.empty((int((wanted[:, 1] - wanted[:, 0]).sum()), *extent.shape[1:]), extent.dtype)
+    with naming(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            if stamp_of(os.fstat(handle)) != extent.stamp:
+                raise StoreError(f"{path} was replaced or changed since it was opened; open it again.")
+            if extent.offset is None:
+                with h5py.File(path, "r") as file:
+                    needs_filters(path, file[extent.name])
+                    _read(path, extent, handle, partial(_fetch_chunks, file[extent.name]), wanted, out)
+            else:
+                _read(path, extent, handle, partial(_fetch, handle, extent), wanted, out)
+        finally:
+            os.close(handle)
+    return out
+
+
+def sums_of(file: h5py.File, extent: Extent, version: tuple[int, ...]) -> Sums | None:
+    """The checksums of a dataset; None where it has none. Raises ValueError when they are not those of its blocks."""
+    dataset, n_rows = file[extent.name], extent.shape[0]
+    if not math.prod(extent.shape) or version < (1, 1):
+        return None
+    rows = dataset.chunks[0] if dataset.chunks else rows_per_block(extent.row_bytes)
+    if n_rows > rows and version >= (1, 2):
+        return Sums(rows, _offset_of_sums(file, extent.name, rows, -(-n_rows // rows)))
+    single = dataset.attrs.get(NAME)
+    if single is None:
+        raise ValueError(f"/{extent.name} has no checksum")
+    return Sums(n_rows, None, int(single, 16), only_whole=n_rows > rows)
+
+
+def _offset_of_sums(file: h5py.File, name: str, rows: int, n_blocks: int) -> int:
+    made = h5py.h5d.open(file.id, f"{CHECKSUMS}/{name}".encode())
+    told = h5py.h5a.open(made, b"rows")
+    found = np.empty((), "<i8")
+    told.read(found)
+    offset = made.get_offset()
+    if made.shape != (n_blocks,) or offset is None or made.get_storage_size() != 8 * n_blocks or found != rows:
+        raise ValueError(f"/{CHECKSUMS}/{name} are not the {n_blocks} checksums of blocks of {rows} rows")
+    return int(offset)
+
+
+def stored_sums(path: Path, extent: Extent) -> Array | None:
+    """[n_blocks], uint64: the checksums of a dataset's blocks, where it has several."""
+    if extent.sums is None or extent.sums.offset is None:
+        return None
+    n_blocks = -(-extent.shape[0] // extent.sums.rows)
+    found = Extent("checksums", extent.sums.offset, (n_blocks,), np.dtype("<u8"), extent.stamp)
+    return read_ranges(path, found, [(0, n_blocks)])
+
+
+def damaged(path: Path, name: str, start: int, stop: int) -> DamagedFile:
+    """What is raised for rows of a dataset that are not what their checksum says."""
+    return DamagedFile(
+        f"{path}: /{name} is not what its checksum says in the rows {start} to {stop - 1}. Restore the file from a copy, or "
+        "capture again (--resume does of a run that was cut short); the other rows and files can be read."
+    )
+
+
+def _read(path: Path, extent: Extent, handle: int, fetch: Fetch, wanted: Array, out: Array) -> None:
+    _Blocks(path, extent, handle, fetch).read(wanted, out)
+    sums = extent.sums
+    if sums is None or not sums.only_whole or not _is_whole(wanted, sums.rows):
+        return
+    if xxhash.xxh3_64_intdigest(contract.raw_bytes(out)) != sums.single:
+        raise damaged(path, extent.name, 0, sums.rows)
+
+
+def _is_whole(wanted: Array, n_rows: int) -> bool:
+    """Whether ranges are all rows, in order."""
+    edges = wanted.reshape(-1)
+    return bool(len(edges)) and edges[0] == 0 and edges[-1] == n_rows and bool(np.all(edges[1:-1:2] == edges[2::2]))
+
+
+class _Blocks:
+    """The blocks of a dataset, read and checked within one call; without checksums each row is one."""
+
+    def __init__(self, path: Path, extent: Extent, handle: int, fetch: Fetch) -> None:
+        self._path, self._extent, self._handle, self._fetch = path, extent, handle, fetch
+        self._sums = None if extent.sums is None or extent.sums.only_whole else extent.sums
+        self._rows, self._n_rows = 1 if self._sums is None else self._sums.rows, extent.shape[0]
+        self._held = np.empty((0, *extent.shape[1:]), extent.dtype)
+        self._first = self._stop = 0
+        """Of the rows of the block that is held."""
+
+    def read(self, wanted: Array, out: Array) -> None:
+        """Whole blocks go straight into out; of others the rows, through one block that is held for those that follow."""
+        rows, filled = self._rows, 0
+        for start, stop in wanted.tolist():
+            while start < stop:
+                if self._first <= start < self._stop:
+                    end = min(stop, self._stop)
+                    out[filled : filled + end - start] = self._held[start - self._first : end - self._first]
+                elif start % rows == 0 and stop >= min(start + rows, self._n_rows):
+                    end = stop if stop == self._n_rows else stop - stop % rows
+                    self._whole(start, end, out[filled : filled + end - start])
+                else:
+                    self._hold(start // rows)
+                    continue
+                filled, start = filled + end - start, end
+
+    def _hold(self, number: int) -> None:
+        start, stop = number * self._rows, min((number + 1) * self._rows, self._n_rows)
+        if not len(self._held):
+            self._held = np.empty((min(self._rows, self._n_rows), *self._extent.shape[1:]), self._extent.dtype)
+        self._first = self._stop = 0
+        self._whole(start, stop, self._held[: stop - start])
+        self._first, self._stop = start, stop
+
+    def _whole(self, start: int, stop: int, out: Array) -> None:
+        """Whole blocks, from the first row of one to the last row of one."""
+        sums = self._sums
+        if sums is None:
+            self._fetch(start, stop, out)
+            return
+        view, block_bytes = contract.raw_bytes(out), sums.rows * self._extent.row_bytes
+        expected = self._expected(sums, start // sums.rows, -(-(stop - start) // sums.rows))
+        together = max(1, _STEP_BYTES // block_bytes)
+        for first in range(0, len(expected), together):
+            at = start + first * sums.rows
+            end = min(at + together * sums.rows, stop)
+            self._fetch(at, end, out[at - start : end - start])
+            for number in range(first, min(first + together, len(expected))):
+                block = view[number * block_bytes : (number + 1) * block_bytes]
+                if xxhash.xxh3_64_intdigest(block) != expected[number]:
+                    wrong = start + number * sums.rows
+                    raise damaged(self._path, self._extent.name, wrong, min(wrong + sums.rows, self._n_rows))
+
+    def _expected(self, sums: Sums, first: int, n_blocks: int) -> Sequence[int]:
+        if sums.offset is None:
+            return (sums.single,)
+        raw = os.pread(self._handle, 8 * n_blocks, sums.offset + 8 * first)
+        if len(raw) < 8 * n_blocks:
+            raise OSError(f"the checksums of {self._extent.name} end too soon")
+        return struct.unpack(f"<{n_blocks}Q", raw)
+
+
+def _fetch(handle: int, extent: Extent, start: int, stop: int, out: Array) -> None:
+    assert extent.offset is not None
+    view, filled = contract.raw_bytes(out), 0
+    at = extent.offset + start * extent.row_bytes
+    while filled < len(view):
+        got = os.preadv(handle, [view[filled:]], at + filled)
+        if not got:
+            raise OSError(f"{extent.name} ends before row {stop}")
+        filled += got
+
+
+def _fetch_chunks(dataset: h5py.Dataset, start: int, stop: int, out: Array) -> None:
+    space = dataset.id.get_space()
+    space.select_hyperslab((start, 0), out.shape)
+    there = h5py.h5s.create_simple(out.shape)
+    dataset.id.read(there, space, out, mtype=dataset.id.get_type())  # raw bits: no conversion

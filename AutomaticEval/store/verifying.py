@@ -1,0 +1,176 @@
+"""What is wrong with one file: every checksum computed again, every sample's rows compared with its tokens.
+
+Reads without checking, so that all that is damaged is named. Knows nothing of runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from AutomaticEval.errors import AutomaticEvalError, MissingFilter, NewerFormat, NotActivations
+from AutomaticEval.store import checksums, eight_bits
+from AutomaticEval.store import format as contract
+from AutomaticEval.store.contents import Contents
+from AutomaticEval.store.extents import Extent
+from AutomaticEval.store.ragged import Array, indices_of
+from AutomaticEval.store.reading import read_ranges, stored_sums, sums_of
+from AutomaticEval.store.shard import Shard
+from AutomaticEval.store.trailer import CHECKSUMS
+
+Advance = Callable[[int], None]
+"""Told, as the work goes on, how many bytes of activations were done."""
+_STEP_BYTES = 2**20
+"""Read at once: it stays in the processor's cache until it is hashed."""
+_CHUNKED_BYTES = 2**23
+"""What is compressed goes through HDF5, which opens the file for each step."""
+_STEP_ROWS = 2**20
+_NAMED = 5
+"""Places that are named of each dataset."""
+
+
+def ignore(n_bytes: int) -> None: ...
+
+
+def verify_file(path: Path, kind: str = contract.SHARD_FORMAT, advance: Advance = ignore) -> list[str]:
+    """What is wrong with a shard or `run.h5`, one line each.
+
+    Raises MissingFilter, NewerFormat and NotActivations for what is not damaged: it cannot be told here, or is something else.
+    """
+    try:
+        shard = Shard(path, kind, check=False)
+        _follow(shard)
+        problems = list(_wrong_checksums(shard, advance))
+        if shard.has_rows:
+            problems += _strangers(shard.contents())
+        if not shard.has_trailer and shard.version >= (1, 1):
+            problems.append("its trailer is missing: it was changed or cut short")
+        return [f"{path}: {problem}" for problem in problems]
+    except (MissingFilter, NewerFormat, NotActivations):
+        raise
+    except AutomaticEvalError as failure:
+        return [str(failure)]
+
+
+def _follow(shard: Shard) -> None:
+    """Raises TruncatedFile when HDF5's own structures cannot be followed to every object and attribute."""
+
+    def look(name: str, item: Any) -> None:
+        dict(item.attrs)
+
+    with shard.reading() as file:
+        file.visititems(look)
+
+
+def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:
+    """Datasets whose elements are not what their checksums say."""
+    if shard.version < (1, 1):  # had none
+        shard.say_what_is_not_checked()
+        return
+    if checksums.of_attributes(shard.attributes) != shard.attributes.get(checksums.OF_ATTRIBUTES):
+        yield "the root attributes are not what their checksum says"
+    with shard.reading() as file:
+        for name in _texts(shard, file):
+            expected, found = file[name].attrs.get(checksums.NAME), checksums.of_text(file[name][()].tolist())
+            if found != expected:
+                yield _unlike(name, f"found {found}, expected {expected}")
+        numbers = [each._replace(sums=sums_of(file, each, shard.version)) for each in _numbers(shard)]
+        told = [_told(file, each.name) for each in numbers]
+    for extent, (whole, of_blocks) in zip(numbers, told, strict=True):
+        yield from _wrong_numbers(shard.path, extent, whole, of_blocks, advance)
+
+
+def _texts(shard: Shard, file: h5py.File) -> list[str]:
+    names = [f"samples/{name}" for name in shard.column_names if name in contract.COLUMNS]
+    names += ["vocabulary/token"] + [f"shards/{name}" for name in file.get("shards", ())]
+    return [name for name in names if name in file and h5py.check_string_dtype(file[name].dtype) is not None]
+
+
+def _numbers(shard: Shard) -> list[Extent]:
+    rows = shard.extents.values() if shard.kind == contract.SHARD_FORMAT else ()
+    columns = (extent for _, extent in shard.columns.values())
+    return [*shard.numbers.values(), *shard.scales.values(), *columns, *rows]
+
+
+def _told(file: h5py.File, name: str) -> tuple[str | None, str | None]:
+    """A dataset's checksum, and that of its blocks' checksums."""
+    blocks = f"{CHECKSUMS}/{name}"
+    return file[name].attrs.get(checksums.NAME), file[blocks].attrs.get(checksums.NAME) if blocks in file else None
+
+
+def _wrong_numbers(
+    path: Path, extent: Extent, whole: str | None, of_blocks: str | None, advance: Advance
+) -> Iterator[str]:
+    expected = stored_sums(path, extent)
+    if expected is not None and checksums.of_numbers([expected]) != of_blocks:
+        yield _unlike(f"{CHECKSUMS}/{extent.name}", f"expected {of_blocks}")
+    hashed = _hashed(path, extent, advance)
+    wrong = np.arange(0) if expected is None else np.flatnonzero(hashed.blocks() != expected)
+    if len(wrong):
+        assert extent.sums is not None
+        yield _unlike(extent.name, _places(wrong, extent.sums.rows, extent.shape[0]))
+    elif hashed.hexdigest() != whole:
+        yield _unlike(extent.name, f"found {hashed.hexdigest()}, expected {whole}")
+
+
+def _unlike(name: str, how: str) -> str:
+    return f"/{name} is not what its checksum says ({how})"
+
+
+def _places(blocks: Array, rows: int, n_rows: int) -> str:
+    """Numbers of blocks -> 'rows 0 to 63, 128 to 191'."""
+    named = [f"{number * rows} to {min((number + 1) * rows, n_rows) - 1}" for number in blocks[:_NAMED].tolist()]
+    return f"rows {', '.join(named)}" + (f" and {len(blocks) - _NAMED} more blocks" if len(blocks) > _NAMED else "")
+
+
+def _hashed(path: Path, extent: Extent, advance: Advance) -> checksums.Running:
+    """Of all rows, read into one buffer."""
+    has_blocks = extent.sums is not None and not extent.sums.only_whole
+    rows = extent.sums.rows if extent.sums is not None and has_blocks else eight_bits.BLOCK_ROWS
+    hashed = checksums.Running(rows * extent.row_bytes)
+    step = max(1, (_CHUNKED_BYTES if extent.offset is None else _STEP_BYTES) // max(1, rows * extent.row_bytes)) * rows
+    buffer = np.empty((min(step, extent.shape[0]), *extent.shape[1:]), extent.dtype)
+    plain = extent._replace(sums=None)
+    for start in range(0, extent.shape[0], step):
+        piece = buffer[: min(step, extent.shape[0] - start)]
+        read_ranges(path, plain, [(start, start + len(piece))], piece)
+        hashed.add(piece)
+        if extent.name.startswith("activations/"):
+            advance(piece.nbytes)
+    return hashed
+
+
+def _strangers(held: Contents) -> list[str]:
+    """Samples with a row that is not their token's."""
+    token_ids, positions, ranges = held.token_ids[:], held.positions[:], held.segments.values[:].reshape(-1, 2)
+    prompts, responses = (ragged.values[:] for ragged in (held.input_ids, held.generated_ids))
+    owner = np.repeat(np.arange(held.n_samples), np.diff(held.segments.offset))
+    n_rows = np.cumsum(ranges[:, 1] - ranges[:, 0])
+    for start, stop in _steps(n_rows):
+        some = ranges[start:stop]
+        rows, of = indices_of(some), np.repeat(owner[start:stop], some[:, 1] - some[:, 0])
+        places, n_prompt = positions[rows], np.diff(held.input_ids.offset)[of]
+        n_fed = n_prompt + np.maximum(np.diff(held.generated_ids.offset)[of] - 1, 0)
+        wrong = (places < 0) | (places >= n_fed)
+        for ids, at, here in (
+            (prompts, held.input_ids.offset[of] + places, ~wrong & (places < n_prompt)),
+            (responses, held.generated_ids.offset[of] + places - n_prompt, ~wrong & (places >= n_prompt)),
+        ):
+            wrong[here] = ids[at[here]] != token_ids[rows[here]]
+        if wrong.any():
+            return [f"the rows of sample {of[wrong][0]} are not its tokens"]
+    return []
+
+
+def _steps(ends: Array) -> Iterator[tuple[int, int]]:
+    """Ranges of segments that have about _STEP_ROWS rows together. ends: the rows up to the end of each."""
+    at = 0
+    while at < len(ends):
+        done = ends[at - 1] if at else 0
+        stop = max(at + 1, int(np.searchsorted(ends, done + _STEP_ROWS, "right")))
+        yield at, stop
+        at = stop
