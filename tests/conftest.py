@@ -14,6 +14,8 @@ from unittest.mock import patch
 
 # before torch is there: workers whose threads wait for each other's cores take four times as long
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a hub that cannot be reached is asked five times, with pauses: the tests need none
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
