@@ -171,8 +171,8 @@ def test_every_door_takes_an_adapter(folders: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(
         data["activations"]["layer_1"], layer_2(expected, data["token_ids"]), atol=1e-5, rtol=1e-5
     )
-    assert load_activations(tmp_path / "x.h5")["settings"]["loaded_with"] == {"peft": str(folders / "adapter")}
-    assert data["settings"]["adapters"]["default"] == {"type": "LORA", "base": "../base", "active": True}
+    assert load_activations(tmp_path / "x.h5")["settings"]["loaded_with"] == {"peft": "adapter"}
+    assert data["settings"]["adapters"]["default"] == {"type": "LORA", "base": "base", "active": True}
 
     (scored,) = score_continuations([("Tell me", " more")], base, capture_activations=True, positions="all", **how)
     kept = scored.activation_data or {}
@@ -184,7 +184,7 @@ def test_every_door_takes_an_adapter(folders: Path, tmp_path: Path) -> None:
         base, "demo_facts", limit=1, positions="all", activation_save_dir=tmp_path, **how
     )
     run = open_run(outcome.folder or "")
-    assert run.settings["loaded_with"] == {"peft": str(folders / "adapter")}
+    assert run.settings["loaded_with"] == {"peft": "adapter"}
     assert run.settings["model_hash"] == expected.fingerprint()
     for sample in run:
         found = layer_2(expected, sample["token_ids"])
@@ -212,7 +212,7 @@ def test_the_command_line_takes_an_adapter(command: str, folders: Path, tmp_path
         found = [*(tmp_path / str(len(peft))).rglob("run.h5"), *(tmp_path / str(len(peft))).glob("x.h5")]
         run = open_run(found[0].parent if found[0].name == "run.h5" else found[0])
         told.append(run[0]["activations"]["layer_1"])
-        assert run.settings.get("loaded_with") == ({"peft": str(folders / "adapter")} if peft else None)
+        assert run.settings.get("loaded_with") == ({"peft": "adapter"} if peft else None)
     same = told[0] == told[1] if isinstance(told[0], str) else told[0].shape == told[1].shape and torch.equal(*told)
     assert not same
 
@@ -238,8 +238,8 @@ def test_an_adapter_by_itself_loads_its_base(
     assert n_layers_of(name) == 3
     loaded = load_model(name)
     assert loaded.fingerprint() == with_adapter(folders).fingerprint()
-    assert loaded.name == str(name)
-    assert loaded.loaded_with == {"base": "me/base" if place == "on the hub" else str(folders / "base")}
+    prefix = "me/" if place == "on the hub" else ""
+    assert (loaded.name, loaded.loaded_with) == (f"{prefix}adapter", {"base": f"{prefix}base"})
     assert loaded.tokenizer("Tell me.")["input_ids"]
     with pytest.raises(UnknownLayer):
         generate_inference_with_activations("Tell me.", str(name), layers_to_capture=7)
@@ -493,7 +493,7 @@ def test_loading_uses_every_option(folders: Path, monkeypatch: pytest.MonkeyPatc
             "load_in_8bit": name == "load_in_8bit" and told["quantization_config"].load_in_8bit,
             "load_in_4bit": name == "load_in_4bit" and told["quantization_config"].load_in_4bit,
             "peft": name == "peft" and "default" in loaded.model.peft_config,
-            "delta": name == "delta" and loaded.loaded_with == {"delta": str(folders / "delta")},
+            "delta": name == "delta" and loaded.loaded_with == {"delta": "delta"},
             "use_fast_tokenizer": told.get("use_fast") is False,
         }
         assert seen[name] if name in seen else told.get(name) == value, name

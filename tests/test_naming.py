@@ -19,11 +19,13 @@ from AutomaticEval.errors import OtherSettings
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadOptions, load_model
 from AutomaticEval.naming import is_same, public_name
 from AutomaticEval.settings import differing
+from AutomaticEval.store import checksums
 from AutomaticEval.store.export import export
 from AutomaticEval.store.hub import PRIVATE
 from AutomaticEval.store.local_paths import LOCAL_PATHS
 from AutomaticEval.store.maintenance import merge
 from AutomaticEval.store.reader import open_run
+from AutomaticEval.store.trailer import arrays_of, write_trailer
 from AutomaticEval.store.writer import RunWriter
 
 SECRET = "maria_home"
@@ -149,14 +151,13 @@ def test_a_run_of_the_first_versions_goes_on(tmp_path: Path) -> None:
     with RunWriter(tmp_path / "run", "tiny", SETTINGS) as writer:
         writer.add([make_sample()])
     shard = tmp_path / "run" / "shard-00000.h5"
-    from AutomaticEval.store import checksums
-
     with h5py.File(shard, "r+") as file:
         file.attrs["model"] = "/home/a/models/tiny"
         attributes = {name: str(value) for name, value in file.attrs.items()}
         file.attrs[checksums.OF_ATTRIBUTES] = checksums.of_attributes(attributes)
-        size = file.id.get_filesize()
+        size, arrays = file.id.get_filesize(), arrays_of(file)
     shard.write_bytes(shard.read_bytes()[:size])  # without the trailer of before
+    write_trailer(shard, arrays)
     assert open_run(tmp_path / "run").model == "/home/a/models/tiny"
     with pytest.raises(OtherSettings, match="model was"):
         RunWriter(tmp_path / "run", "other", SETTINGS, resume=True)

@@ -135,4 +135,5 @@ def _eager(model: Any) -> Iterator[None]:
             ) from None
         yield
     finally:
-        base.set_attn_implementation(before)
+        if base.config._attn_implementation != before:
+            base.set_attn_implementation(before)
