@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 # before torch is there: workers whose threads wait for each other's cores take four times as long
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# a hub that cannot be reached is asked five times, with pauses: the tests need none
+# the tests need no hub; without a network, each request to it would be repeated for a minute and more
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest

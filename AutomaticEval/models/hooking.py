@@ -28,12 +28,12 @@ class Hooks:
         module.register_forward_hook(self._note(module, hook), **how)
 
     def _note(self, module: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
-        own = partial(hook)  # which is no other's, when a function is a hook of several withs
+        own = partial(hook)  # a new object, as an outer with may have registered the same function
         self._noted.append((module, own))
         return own
 
     def remove(self) -> None:
-        """Remove what is registered of the hooks. It may be called again, as after an interrupt inside it."""
+        """Remove the hooks. After an interrupt inside it, a second call removes the rest."""
         for module, hook in getattr(self, "_noted", ()):  # an interrupt may have fallen into __init__
             for hooks, marks in (
                 (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
@@ -43,6 +43,7 @@ class Hooks:
                     for mark in marks:
                         mark.pop(number, None)
                     del hooks[number]
+        self._noted = []
 
     def __enter__(self) -> Hooks:
         return self
@@ -56,4 +57,4 @@ class Hooks:
             self.remove()
 
     def __del__(self) -> None:
-        self.remove()  # when an interrupt fell before the first line of __exit__
+        self.remove()  # an interrupt may have fallen before the first line of __exit__
