@@ -189,6 +189,10 @@ class CaptureError(AutomaticEvalError):
     """What the hooks saw is not what was expected; nothing was stored."""
 
 
+class NotFinite(CaptureError):
+    """With strict: a model computed infinite numbers or NaN. They are stored, as everything before them."""
+
+
 def first_line(failure: BaseException) -> str:
     """What another library's error says, in one line; its kind when it says nothing."""
     return next(iter(str(failure).splitlines()), type(failure).__name__)

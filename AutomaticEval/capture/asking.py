@@ -40,6 +40,8 @@ class AskOptions(LoadKeywords, total=False):
     """True (default): the model's own chat template, when it has one."""
     overwrite: bool
     """Replace an existing file at save_path."""
+    strict: bool
+    """Raise NotFinite for infinite numbers and NaN, when the file is written; without it, warn."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Request:
     system_prompt: str | None = None
     apply_chat_template: bool = True
     overwrite: bool = False
+    strict: bool = False
 
     @classmethod
     def parse(cls, prompt: str, model: Any, layers: LayersLike, options: AskOptions) -> Request:
@@ -122,7 +125,9 @@ def generate_inference_with_activations(
     asked = ask(loaded, request, capture=True, folder=None if file is None else file.parent)
     assert asked.sample is not None
     if file is not None:
-        write_shard(file, [asked.sample], loaded.name, asked.settings, overwrite=request.overwrite)
+        write_shard(
+            file, [asked.sample], loaded.name, asked.settings, overwrite=request.overwrite, strict=request.strict
+        )
     return asked.text, asked.activation_data(file)
 
 

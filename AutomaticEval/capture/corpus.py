@@ -85,7 +85,7 @@ def extract(
     forwards = Forwards(loaded, selection, feeding)
     settings = {**loaded.made_with(), **selection.as_dict(), "corpus": {"name": name, **(about or {})}}
     settings["corpus"] |= {"seq_length": forwards.longest, "packing": feeding.packing}
-    shared = SharedRun(loaded.name, settings, SHARD_BYTES, compression, ranks, loaded.paths)
+    shared = SharedRun(loaded.name, settings, SHARD_BYTES, compression, feeding.strict, ranks, loaded.paths)
     done = Extracted(folder)
     started = time.perf_counter()
     pieces = TextPieces(loaded.tokenizer, feeding, forwards.longest)

@@ -30,7 +30,7 @@ class Feeding:
     """Whether a long text goes on in the next piece, and short pieces share a row; without it a long one is cut."""
 
     strict: bool = False
-    """Whether a text that is too long is an error."""
+    """Whether a text that is too long is an error, and numbers that are infinite or NaN are one once they are stored."""
 
     patterns: bool = False
     """Whether attention after softmax is kept, too, of the layers that are selected."""

@@ -35,6 +35,7 @@ def benchmark(
     positions: options.Positions = None,
     store_dtype: options.StoreDtype = None,
     compression: options.Compression = None,
+    strict: options.Strict = False,
     activation_save_dir: options.SaveDir = Path("activations"),
     resume: options.Resume = None,
     output_path: options.OutputPath = None,
@@ -65,7 +66,7 @@ def benchmark(
     if head_strength:
         sites, positions = _with_norms(sites, positions, alone=not capture_activations)
     selection = options.chosen(sites, layers, positions, store_dtype, "scored", captures=captures, how=how)
-    for name, given in (("--compression", compression), ("--resume", resume)):
+    for name, given in (("--compression", compression), ("--resume", resume), ("--strict", strict or None)):
         if given is not None and not captures:
             raise SelectionError(f"{name} was given, but nothing is captured; add --capture_activations.")
     if not captures:
@@ -88,7 +89,7 @@ def benchmark(
         require_mlflow()
     say("Loading …")
     check_compression(compression)
-    keeping = Keeping(activation_save_dir, resume, compression)
+    keeping = Keeping(activation_save_dir, resume, compression, strict)
     asked = Benchmark(
         names=tuple(name.strip() for name in benchmark.split(",") if name.strip()),
         num_trials=num_trials,

@@ -47,7 +47,13 @@ def extract(
     packing: Annotated[
         bool, typer.Option("--packing", help="Cut nothing; texts share rows, and do not see one another.")
     ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse texts that are too long, or empty.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Refuse texts that are too long, or empty, and stop at infinite numbers and NaN, once they are stored.",
+        ),
+    ] = False,
     layers: options.Layers = None,
     sites: Annotated[
         str, typer.Option("--sites", help="Also pattern: attention after softmax.", metavar="SITES")

@@ -36,6 +36,7 @@ def generate(
         ),
     ] = None,
     store_dtype: options.StoreDtype = None,
+    strict: options.Strict = False,
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="The most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top_p")] = 1.0,
@@ -50,6 +51,8 @@ def generate(
     captures = capture_activations or save_path is not None
     how = "--save_path or --capture_activations"
     options.chosen(sites, layers, positions, store_dtype, "all", captures=captures, how=how)
+    if not captures:
+        options.refuse_unused(context, "nothing is captured", "strict")
     if save_path is None:
         options.refuse_unused(context, "no --save_path is, where a file could be replaced", "overwrite")
     if save_path is not None or not captures:
@@ -70,6 +73,7 @@ def generate(
         "system_prompt": system_prompt,
         "apply_chat_template": not no_chat_template,
         "overwrite": overwrite,
+        "strict": strict,
         **vars(load()),
     }
     if save_path is None and capture_activations:

@@ -73,6 +73,10 @@ Sites = Annotated[str | None, typer.Option("--sites", help="Such as embed,resid_
 StoreDtype = Annotated[
     str | None, typer.Option("--store_dtype", help="Store narrower numbers: float16, bfloat16, or int8 (runs only).")
 ]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Stop at infinite numbers and NaN, once they are stored. Default: warn at the end."),
+]
 Compression = Annotated[str | None, typer.Option("--compression", help="zstd, lz4 or gzip on the disk; default: none.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything drawn at random.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")]

@@ -61,6 +61,9 @@ def _show_run(run: Run) -> None:
     first = run[0]["activations"]
     sites = [(key, str(first[key].shape[1]), str(first[key].dtype).removeprefix("torch.")) for key in run.keys]
     print_table("", ("Site", "Width", "Dtype"), sites, n_words=3)
+    wrong = {key: count for key, count in run.non_finite.items() if count}
+    if wrong:
+        say("Infinite or NaN: " + ", ".join(f"{key} {count}" for key, count in wrong.items()))
     say(f"One sample: python main.py show {run.path} --sample 0")
 
 

@@ -52,12 +52,14 @@ def evaluate_with_activations(
     positions: str | slice | Positions = "scored",
     store_dtype: str | None = None,
     compression: str | None = None,
+    strict: bool = False,
     **options: Unpack[EvaluateOptions],
 ) -> Outcome:
     """Evaluate a model on lm-eval tasks, and keep every request's activations, joined to its score.
 
     model: a name, a folder, "demo", or a loaded model with tokenizer=. tasks: "mmlu,gsm8k" or a list.
     resume: a run folder that was cut short; the other arguments must be those of that run.
+    strict: stop once numbers are stored that are infinite or NaN; without it the run warns of them at its end.
     output_path: for lm-eval's own results and samples files; None puts them into the run folder.
     Returns an Outcome: `results` and `samples` are lm-eval's, `folder` is what `open_run` reads.
     Raises SelectionError, ModelError, BenchmarkError, StoreError, CaptureError; TypeError for an option there is not.
@@ -83,7 +85,7 @@ def evaluate_with_activations(
         local_files=None if data is None else str(data),
         **given,
     )
-    keeping = Keeping(Path(activation_save_dir), None if resume is None else Path(resume), compression)
+    keeping = Keeping(Path(activation_save_dir), None if resume is None else Path(resume), compression, strict)
     found = load_tasks(benchmark)  # what is wrong with a task is told before a large model loads
     loaded = load_model(model, tokenizer=tokenizer, options=load)
     results = None if output_path is None else Path(output_path)

@@ -38,6 +38,9 @@ class Keeping:
     compression: str | None = None
     """zstd, lz4 or gzip for the activations on the disk; None writes them as they are."""
 
+    strict: bool = False
+    """Stop once numbers are stored that are infinite or NaN; without it they are counted, and said at the end."""
+
     def __post_init__(self) -> None:
         if self.resume is None:
             return
@@ -102,7 +105,15 @@ class RunFolder:
 
     @property
     def _shared(self) -> SharedRun:
-        return SharedRun(self.model, self.settings, self.shard_bytes, self.keeping.compression, self.ranks, self.paths)
+        return SharedRun(
+            self.model,
+            self.settings,
+            self.shard_bytes,
+            self.keeping.compression,
+            self.keeping.strict,
+            self.ranks,
+            self.paths,
+        )
 
     @property
     def is_finished(self) -> bool:

@@ -48,6 +48,7 @@ class HFActivations(CapturingHFLM):
     """lm-eval's `hf` model that captures what it is asked into a run folder.
 
     pretrained: a name, a folder, or a loaded model with tokenizer=. scoring: tree, or stock: lm-eval's own batches.
+    strict: stop once numbers are stored that are infinite or NaN.
     options: of loading (`LoadOptions`: dtype, device, peft, …) and of lm-eval's `hf` (batch_size, max_length, parallelize, …); what is not
     served is refused.
     After each of lm-eval's calls what was captured is on the disk; `finish` joins it to the scores.
@@ -65,6 +66,7 @@ class HFActivations(CapturingHFLM):
         positions: str | Positions = "scored",
         store_dtype: str | None = None,
         compression: str | None = None,
+        strict: bool = False,
         scoring: str = "tree",
         **options: Any,
     ) -> None:
@@ -79,7 +81,7 @@ class HFActivations(CapturingHFLM):
             "lm_eval": {name: public_name(str(value)) for name, value in options.items()},
         }
         name = folder_name(["lm-eval"], loaded.name)
-        keeping = Keeping(Path(activation_save_dir), compression=compression)
+        keeping = Keeping(Path(activation_save_dir), compression=compression, strict=strict)
         super().__init__(loaded, selection, self._take, scoring=scoring, ranks=ranks, **options)
         self._folder = RunFolder(keeping, name, loaded.name, settings, SHARD_BYTES, ranks, loaded.paths)
         self._open = ExitStack()

@@ -84,9 +84,8 @@ def answer_benchmark_question_with_activations(
     assert asked.sample is not None
     file = None
     if folder is not None:
-        file = write_named(
-            folder, file_stem("benchmark_activations", question), asked.sample, asked.model, asked.settings
-        )
+        stem = file_stem("benchmark_activations", question)
+        file = write_named(folder, stem, asked.sample, asked.model, asked.settings, strict=request.strict)
     return asked.text, answer, asked.activation_data(file)
 
 

@@ -55,6 +55,8 @@ COLUMNS = {
 ENCODINGS = ("utf-8", "json", "int", "float", "bool")
 NUMPY: dict[str, np.dtype[Any]] = {"int": np.dtype("<i8"), "float": np.dtype("<f8"), "bool": np.dtype("i1")}
 """Of a column of numbers."""
+_NONE, _NAN = 0x7FF8 << 48, (0x7FF8 << 48) + 1
+"""The bits of a float that is absent, and of one that is not a number. Older versions wrote _NONE for both."""
 _DTYPES = {
     torch.float64: h5py.h5t.IEEE_F64LE,
     torch.float32: h5py.h5t.IEEE_F32LE,
@@ -251,8 +253,28 @@ def encode_column(name: str, values: Sequence[Any]) -> tuple[np.ndarray[Any, Any
         raise CaptureError(
             f"the column {name} holds {next(v for v in values if v not in (None, False, True))!r}, which is neither true nor false."
         )
-    none = {"int": -1, "float": float("nan"), "bool": -1}[kind]
-    return np.array([none if value is None else value for value in values], dtype=NUMPY[kind]), kind
+    if kind == "float":
+        return _encoded_floats(values), kind
+    return np.array([-1 if value is None else value for value in values], dtype=NUMPY[kind]), kind
+
+
+def _encoded_floats(values: Sequence[Any]) -> np.ndarray[Any, Any]:
+    """None is NaN, and NaN is another NaN."""
+    is_none = np.array([value is None for value in values], dtype=bool)
+    numbers = np.array([0.0 if value is None else value for value in values], dtype=NUMPY["float"])
+    raw = numbers.view(np.uint64)
+    raw[np.isnan(numbers)], raw[is_none] = _NAN, _NONE
+    return numbers
+
+
+def n_non_finite_floats(numbers: np.ndarray[Any, Any]) -> int:
+    """How many of a column's encoded floats are infinite or NaN; None is neither."""
+    return int(np.count_nonzero(~np.isfinite(numbers) & ~_is_none(numbers)))
+
+
+def _is_none(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    found: np.ndarray[Any, Any] = np.isnan(numbers) & (np.ascontiguousarray(numbers).view(np.uint64) != _NAN)
+    return found
 
 
 def as_json(value: Any) -> str:
@@ -312,7 +334,8 @@ def decoded(raw: Any, encoding: str) -> list[Any]:
         return [json.loads(text) for text in texts] if encoding == "json" else texts
     values = np.atleast_1d(raw).tolist()
     if encoding == "float":
-        return [None if value != value else value for value in values]
+        nones = _is_none(np.atleast_1d(raw)).tolist()
+        return [None if is_none else value for value, is_none in zip(values, nones, strict=True)]
     if encoding == "bool":
         return [None if value < 0 else bool(value) for value in values]
     return [None if value == -1 else value for value in values]

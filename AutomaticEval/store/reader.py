@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -105,6 +106,7 @@ class Run(Sequence[dict[str, Any]]):
             self._contents = index.contents()
         else:
             self._store, self._contents = _gathered(path, index, opened)
+        self._index = index if index is not None and index.has_rows else None
         self._order = np.arange(self._contents.n_samples)
 
     def __len__(self) -> int:
@@ -196,6 +198,30 @@ class Run(Sequence[dict[str, Any]]):
         stored = {key: self._store.activation(key) for key in self.keys}
         whole = contents.Contents(**{**vars(self._contents), "activations": stored})
         return whole if len(self) == whole.n_samples else contents.reordered(whole, self._order)
+
+    @property
+    def non_finite(self) -> dict[str, int]:
+        """Site or column -> how many of the run's numbers are infinite or NaN, of all samples. Older files do not say it."""
+        return _summed([shard.non_finite for shard in ([self._index] if self._index else self.shards)])
+
+    def finite(self) -> Array:
+        """[n_samples], bool: whether no row of a sample, and not its logprob, is infinite or NaN: `run.where(run.finite())`.
+
+        Reads the sites that have such numbers, and of older files all.
+        """
+        wrong, counts = np.zeros(len(self._contents.token_ids), dtype=bool), self.non_finite
+        for key in self.keys:
+            if counts.get(key, 1):
+                wrong |= self._store.non_finite_rows(key)
+        sums, held = np.concatenate([[0], np.cumsum(wrong)]), self._contents.segments
+        ranges = held.values[:]
+        by_range = np.concatenate([[0], np.cumsum(sums[ranges[:, 1]] - sums[ranges[:, 0]])])
+        found = by_range[held.offset[1:]] == by_range[held.offset[:-1]]
+        if counts.get("logprob", 1) and "logprob" in self._contents.columns.names:
+            values = self._contents.columns.whole("logprob")
+            found &= np.array([value is None or math.isfinite(value) for value in values], dtype=bool)
+        whole: Array = found[self._order]
+        return whole
 
     @property
     def shards(self) -> list[Shard]:
@@ -385,6 +411,11 @@ def _matches(found: Any, wanted: Any) -> bool:
         wanted = wanted.tolist()
     several = isinstance(wanted, Iterable) and not isinstance(wanted, str | dict)
     return found in wanted if several else bool(found == wanted)
+
+
+def _summed(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """What all of them say, added up."""
+    return {key: sum(each[key] for each in counts) for key in counts[0] if all(key in each for each in counts)}
 
 
 def _stored(shards: Sequence[Shard]) -> ShardedRows:

@@ -18,6 +18,8 @@ from AutomaticEval.store.format import bits_type, from_bits
 from AutomaticEval.store.ragged import Array, ranges_of
 from AutomaticEval.store.shard import Shard
 
+_STEP_BYTES = 8 * 2**20
+
 
 class Kind(NamedTuple):
     """Of one site."""
@@ -46,6 +48,10 @@ class ShardedRows:
     @property
     def keys(self) -> list[str]:
         return list(self.kinds)
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.first[-1])
 
     @property
     def shards(self) -> list[Shard]:
@@ -101,6 +107,13 @@ class ShardedRows:
             if len(part):
                 number = int(begins[part[0]])
                 yield number, ranges[part] - self.first[number]
+
+    def non_finite_rows(self, key: str) -> Array:
+        """[n_rows], bool: the rows that hold infinite numbers or NaN."""
+        step = max(1, _STEP_BYTES // (4 * self.kinds[key].width))
+        ranges = [(at, min(at + step, self.n_rows)) for at in range(0, self.n_rows, step)]
+        found = [~self.read(key, [each]).isfinite().all(dim=1).numpy() for each in ranges]
+        return np.concatenate([np.zeros(0, dtype=bool), *found])
 
     def take(self, key: str, rows: Array) -> Tensor:
         """Rows of a site by their numbers, in any order: [n, width]. The files are read in their own order."""

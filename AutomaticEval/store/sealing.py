@@ -22,6 +22,7 @@ from AutomaticEval.store import format as contract
 from AutomaticEval.store.contents import Activation, Columns, Contents
 from AutomaticEval.store.extents import load_filters
 from AutomaticEval.store.files import new_hdf5
+from AutomaticEval.store.finite import NON_FINITE, counts_in, n_non_finite, say_non_finite
 from AutomaticEval.store.format import Sample
 from AutomaticEval.store.ragged import Array, rechunked
 from AutomaticEval.store.trailer import CHECKSUMS
@@ -47,6 +48,9 @@ class Source(NamedTuple):
     stamp: str
     """The checksum of its root attributes, by which no other shard is taken for it."""
 
+    non_finite: Mapping[str, int]
+    """Site or column -> how many of its numbers are infinite or NaN; without those of files that do not say it."""
+
 
 def check_compression(compression: str | None) -> None:
     """Raises SelectionError for an unknown one, MissingFilter when its library is not installed."""
@@ -57,23 +61,32 @@ def check_compression(compression: str | None) -> None:
 
 
 def write_shard(
-    path: Path, samples: Sequence[Sample], model: str, settings: Mapping[str, Any], *, overwrite: bool = False
+    path: Path,
+    samples: Sequence[Sample],
+    model: str,
+    settings: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    strict: bool = False,
 ) -> None:
-    """Write samples into one file, whole or not at all.
+    """Write samples into one file, whole or not at all. strict: then refuse numbers that are infinite or NaN.
 
-    Raises PathExists, FolderNotWritable, DiskFull.
+    Raises PathExists, FolderNotWritable, DiskFull, NotFinite.
     """
-    write_file(path, contents.of_samples(samples, model, settings), overwrite=overwrite)
+    written = write_file(path, contents.of_samples(samples, model, settings), overwrite=overwrite)
+    say_non_finite(path, written.non_finite, strict=strict)
 
 
-def write_named(folder: Path, stem: str, sample: Sample, model: str, settings: Mapping[str, Any]) -> Path:
-    """Write one sample as `stem.h5`, or `stem_2.h5`, … when the name is taken. Returns the path."""
+def write_named(
+    folder: Path, stem: str, sample: Sample, model: str, settings: Mapping[str, Any], *, strict: bool = False
+) -> Path:
+    """Write one sample as `stem.h5`, or `stem_2.h5`, … when the name is taken. Returns the path; raises what `write_shard` does."""
     for number in itertools.count(1):
         path = folder / (f"{stem}.h5" if number == 1 else f"{stem}_{number}.h5")
         if path.exists():
             continue
         try:
-            write_shard(path, [sample], model, settings)
+            write_shard(path, [sample], model, settings, strict=strict)
         except PathExists:  # taken by another process just now
             continue
         return path
@@ -87,8 +100,8 @@ def write_file(
     overwrite: bool = False,
     compression: str | None = None,
     replaces: Sequence[str] = (),
-) -> str:
-    """Write a shard, whole or not at all. replaces: the shards that it takes the place of. Returns its stamp.
+) -> Source:
+    """Write a shard, whole or not at all. replaces: the shards that it takes the place of.
 
     Raises PathExists, FolderNotWritable, DiskFull, CaptureError.
     """
@@ -101,11 +114,15 @@ def write_file(
         for key, activation in held.activations.items():
             _write_activation(file, key, activation, held.n_rows, compression)
         _write_table(file, held)
-    return stamp
+        counts = counts_in(file)
+    return Source(path.name, held.n_rows, path.stat().st_size, stamp, counts)
 
 
-def write_run(path: Path, held: Contents, sources: Sequence[Source], *, finished: bool) -> None:
-    """Write `run.h5` over shards in its folder; the rows of held are those of the sources, one after the other."""
+def write_run(path: Path, held: Contents, sources: Sequence[Source], *, finished: bool) -> dict[str, int]:
+    """Write `run.h5` over shards in its folder; the rows of held are those of the sources, one after the other.
+
+    Returns the numbers that are infinite or NaN, as `Source.non_finite`.
+    """
     with new_hdf5(path, _table_bytes(held) + 4096 * len(sources), overwrite=True) as file:
         _write_attributes(file, contract.RUN_FORMAT, held, {"state": "finished" if finished else "unfinished"})
         for key, activation in held.activations.items():
@@ -115,6 +132,7 @@ def write_run(path: Path, held: Contents, sources: Sequence[Source], *, finished
         _write_text(file, f"shards/{checksums.OF_ATTRIBUTES}", [source.stamp for source in sources])
         for name in ("n_rows", "size_bytes"):
             _write_numbers(file, f"shards/{name}", np.array([getattr(source, name) for source in sources]), "<i8")
+        return counts_in(file)
 
 
 def _table_bytes(held: Contents) -> int:
@@ -183,7 +201,7 @@ def _write_activation(file: h5py.File, key: str, activation: Activation, n_rows:
     dataset = _create(file, f"activations/{key}", stored, (n_rows, activation.width), compression)
     row_bytes = max(1, activation.width * stored.get_size())
     rows = dataset.chunks[0] if dataset.chunks else checksums.rows_per_block(row_bytes)
-    hashed = checksums.Running(rows * row_bytes)
+    hashed, n_wrong = checksums.Running(rows * row_bytes), 0
     # whole chunks, and whole blocks of scales, so that neither is written twice
     step = -(-max(1, _PIECE_BYTES // row_bytes) // eight_bits.BLOCK_ROWS) * eight_bits.BLOCK_ROWS
     space, at, started = dataset.id.get_space(), 0, 0
@@ -193,12 +211,14 @@ def _write_activation(file: h5py.File, key: str, activation: Activation, n_rows:
         space.select_hyperslab((at, 0), values.shape)
         dataset.id.write(h5py.h5s.create_simple(values.shape), space, values, mtype=stored)
         hashed.add(values)
+        n_wrong += n_non_finite(values, activation.dtype)
         at += len(values)
         if not whole and (at - started) * row_bytes >= _PIECE_BYTES:
             _start_writing(file, dataset.id.get_offset() + started * row_bytes, (at - started) * row_bytes)
             started = at
     assert at == n_rows, f"{key}: {at} rows came, expected {n_rows}"
     dataset.attrs["dtype"] = str(activation.dtype).removeprefix("torch.")
+    dataset.attrs[NON_FINITE] = n_wrong
     _write_checksums(dataset, hashed, rows)
 
 
@@ -266,7 +286,10 @@ def _write_virtual(file: h5py.File, key: str, activation: Activation, sources: S
     stored, space = contract.hdf5_type(activation.dtype), h5py.h5s.create_simple((n_rows, activation.width))
     group = file.require_group("activations")
     made = h5py.h5d.create(group.id, key.encode(), stored, space, dcpl=settings)
-    h5py.Dataset(made).attrs["dtype"] = str(activation.dtype).removeprefix("torch.")
+    attributes = h5py.Dataset(made).attrs
+    attributes["dtype"] = str(activation.dtype).removeprefix("torch.")
+    if all(key in source.non_finite for source in sources):
+        attributes[NON_FINITE] = sum(source.non_finite[key] for source in sources)
 
 
 def _write_numbers(file: h5py.File, name: str, values: Any, dtype: str) -> None:
@@ -310,3 +333,5 @@ def _write_columns(file: h5py.File, columns: Columns) -> None:
         numbers = np.asarray(values)
         _write_numbers(file, f"samples/{name}", numbers, numbers.dtype.str)
         group[name].attrs["encoding"] = encoding
+        if encoding == "float":
+            group[name].attrs[NON_FINITE] = contract.n_non_finite_floats(numbers)

@@ -24,6 +24,7 @@ from AutomaticEval.store import format as contract
 from AutomaticEval.store.checksums import Running
 from AutomaticEval.store.contents import Activation, Contents
 from AutomaticEval.store.extents import Extent, check_column, dataset_of, extent_of, group_of, naming
+from AutomaticEval.store.finite import counts_in
 from AutomaticEval.store.ragged import Array, Ragged, ranges_of
 from AutomaticEval.store.reading import FileArray, damaged, read_ranges, sums_of
 
@@ -223,6 +224,12 @@ class Shard:
         used, inverse = np.unique(lines, return_inverse=True)
         found: Array = read_ranges(self.path, self.scales[key], ranges_of(used))[inverse]
         return found
+
+    @cached_property
+    def non_finite(self) -> dict[str, int]:
+        """Site or column -> how many of its numbers are infinite or NaN; older files do not say it."""
+        with self.reading() as file:
+            return counts_in(file)
 
     @cached_property
     def strings(self) -> dict[int, str]:

@@ -24,6 +24,9 @@ class SharedRun:
     settings: Mapping[str, Any]
     shard_bytes: int
     compression: str | None
+    strict: bool
+    """Stop at numbers that are infinite or NaN."""
+
     ranks: Ranks
     paths: Mapping[str, str] = field(default_factory=dict)
     """Where the model is on this machine."""
@@ -69,5 +72,11 @@ class SharedRun:
 
     def _writer(self, folder: Path, settings: Mapping[str, Any], **how: Any) -> RunWriter:
         return RunWriter(
-            folder, self.model, settings, shard_bytes=self.shard_bytes, compression=self.compression, **how
+            folder,
+            self.model,
+            settings,
+            shard_bytes=self.shard_bytes,
+            compression=self.compression,
+            strict=self.strict,
+            **how,
         )

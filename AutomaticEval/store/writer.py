@@ -39,6 +39,7 @@ from AutomaticEval.store import contents
 from AutomaticEval.store.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.contents import Columns, Contents, Listed
 from AutomaticEval.store.files import named_failures, prepare_folder
+from AutomaticEval.store.finite import say_non_finite
 from AutomaticEval.store.folders import (
     INDEX,
     LOCK,
@@ -83,6 +84,7 @@ class RunWriter:
     resume: go on in a folder that a killed process left; `records()` tells what is there. Every byte of its shards is checked
     first; a shard that is damaged is set aside (`docs/format.md`), with a warning, and its samples are not among the records.
     Without it, a folder that holds a run is refused.
+    strict: raise NotFinite once a shard is sealed that holds infinite numbers or NaN; without it, `finish` warns of them.
     finishing: the processes that wrote the folder have just closed it. No shard is read whole, none is set aside: damage raises.
     share: (rank, n_ranks) of several processes that write into one folder. The first opens it, and only then the others, with
     its `run_id` in their settings; when all have closed, it opens it again with finishing, and finishes.
@@ -97,6 +99,7 @@ class RunWriter:
         *,
         shard_bytes: int = SHARD_BYTES,
         compression: str | None = None,
+        strict: bool = False,
         resume: bool = False,
         finishing: bool = False,
         share: tuple[int, int] = (0, 1),
@@ -104,6 +107,7 @@ class RunWriter:
         check_compression(compression)
         self.folder = folder = folder.expanduser().absolute()
         self._model, self._shard_bytes, self._compression = attribute_text(model), shard_bytes, compression
+        self._strict = strict
         self._settings = json.loads(as_json({"run_id": uuid4().hex, **settings}))
         self._kinds: dict[str, tuple[torch.dtype, int]] | None = None
         self._mutex = threading.RLock()
@@ -148,6 +152,7 @@ class RunWriter:
             self._sealed.append(source_of(shard))
             self._n_samples += shard.n_samples
             self._kinds = {key: (shard.dtypes[key], shard.extents[key].shape[1]) for key in shard.keys}
+            self._refuse_non_finite(self._sealed[-1])
 
     def _set_aside_damaged(self, names: Sequence[str]) -> None:
         """Check every byte of what is there; before, whether it may be resumed at all."""
@@ -276,6 +281,11 @@ class RunWriter:
         source, n_samples = sealing.result()
         self._sealed.append(source)
         self._n_samples += n_samples
+        self._refuse_non_finite(source)
+
+    def _refuse_non_finite(self, source: Source) -> None:
+        if self._strict:
+            say_non_finite(self.folder / source.name, source.non_finite, strict=True)
 
     def _take_name(self) -> str:
         self._next += self._n_ranks
@@ -287,9 +297,7 @@ class RunWriter:
         return self._write_contents(name, held), len(samples)
 
     def _write_contents(self, name: str, held: Contents, replaces: Sequence[str] = ()) -> Source:
-        path = self.folder / name
-        stamp = write_file(path, held, compression=self._compression, replaces=replaces)
-        return Source(name, held.n_rows, path.stat().st_size, stamp)
+        return write_file(self.folder / name, held, compression=self._compression, replaces=replaces)
 
     def records(self) -> list[dict[str, Any]]:
         """`table()`, one dict a sample."""
@@ -331,9 +339,10 @@ class RunWriter:
                 raise StoreError(
                     f"{n_records} records for {self._n_samples} sealed samples; ask table() after the last add."
                 )
-            write_index(self.folder, self._sealed, self._shards(), columns, finished=True)
+            counts = write_index(self.folder, self._sealed, self._shards(), columns, finished=True)
             if len(shard_names(self.folder)) > len(self._sealed):  # some were merged
                 delete_replaced(self.folder)
+            say_non_finite(self.folder, counts)
 
 
 def locked(folder: Path, rank: int = 0) -> FileLock:
@@ -388,7 +397,9 @@ def damaged_among(folder: Path, opened: Mapping[str, Shard | None]) -> dict[str,
 
 
 def source_of(shard: Shard) -> Source:
-    return Source(shard.path.name, shard.n_rows, shard.size_bytes, shard.attributes.get(OF_ATTRIBUTES, ""))
+    return Source(
+        shard.path.name, shard.n_rows, shard.size_bytes, shard.attributes.get(OF_ATTRIBUTES, ""), shard.non_finite
+    )
 
 
 def _groups(sources: Sequence[Source], shard_bytes: int, free_bytes: int) -> list[list[Source]]:
@@ -429,13 +440,13 @@ class Placed:
 
 def write_index(
     folder: Path, sources: Sequence[Source], shards: Sequence[Shard], columns: Columns, *, finished: bool
-) -> None:
-    """Write `run.h5` over shards. columns: of each sample, in the order wanted, with its shard and index."""
+) -> dict[str, int]:
+    """Write `run.h5` over shards. columns: of each sample, in the order wanted, with its shard and index. Returns what `write_run` does."""
     if not shards:
         raise StoreError(f"{folder} holds no shard: nothing was captured.")
     parts = [replace(shard.contents(), columns=Listed({})) for shard in shards]  # the table has the columns
     held = contents.reordered(contents.joined(parts, shards[0].settings), order_of(parts, columns), columns)
-    write_run(folder / INDEX, held, sources, finished=finished)
+    return write_run(folder / INDEX, held, sources, finished=finished)
 
 
 def order_of(parts: Sequence[Contents], columns: Columns) -> Array:

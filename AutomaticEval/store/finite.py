@@ -1,0 +1,53 @@
+"""Counts the numbers that are infinite or not a number (NaN) while they are written, and says that there are some."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from AutomaticEval.errors import NotFinite
+from AutomaticEval.showing import shown
+
+NON_FINITE = "non_finite"
+"""The attribute of a dataset: how many of its numbers are infinite or NaN."""
+
+_EXPONENTS = {torch.float64: 0x7FF0 << 48, torch.float32: 0x7F80 << 16, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+"""The bits of the exponent: an infinite number and NaN have all of them set, and no other number has."""
+_STEP_NUMBERS = 2**18
+"""Looked at together, so that they are in the processor's cache."""
+
+
+def n_non_finite(raw: np.ndarray[Any, Any], dtype: torch.dtype) -> int:
+    """How many numbers are infinite or NaN. raw: their bits, as unsigned integers."""
+    if dtype not in _EXPONENTS:  # int8 holds neither
+        return 0
+    flat, exponent, found = raw.reshape(-1), raw.dtype.type(_EXPONENTS[dtype]), 0
+    for at in range(0, len(flat), _STEP_NUMBERS):
+        exponents = flat[at : at + _STEP_NUMBERS] & exponent
+        if exponents.max() == exponent:
+            found += int(np.count_nonzero(exponents == exponent))
+    return found
+
+
+def counts_in(file: Any) -> dict[str, int]:
+    """Site or column of an open file -> how many of its numbers are infinite or NaN. What does not say it is left out."""
+    named = [(name, found.attrs) for group in ("activations", "samples") for name, found in file[group].items()]
+    return {name: int(attributes[NON_FINITE]) for name, attributes in named if NON_FINITE in attributes}
+
+
+def say_non_finite(path: Path, counts: Mapping[str, int], *, strict: bool = False) -> None:
+    """Warn when a file or a run holds numbers that are infinite or NaN. strict: raise NotFinite."""
+    some = {key: count for key, count in counts.items() if count}
+    if not some:
+        return
+    listed = ", ".join(f"{shown(key)}: {count}" for key, count in some.items())
+    told = f"{path}: {sum(some.values())} of the stored numbers are infinite or NaN ({listed})."
+    which = f"`run = open_run({str(path)!r}); run.finite()` says which samples have none."
+    if strict:
+        raise NotFinite(f"{told} They are stored as the model computed them. {which} Without strict the run goes on.")
+    warnings.warn(f"{told} {which}", UserWarning, stacklevel=3)
