@@ -17,6 +17,7 @@ EXPECTED = {
     "05_score_continuations.py": "' green': -6.77 nats over 4 tokens",
     "06_heads.py": "right: 6 of 6; without\n  head 0 of layer 2 1",
     "07_sparse_autoencoder.py": "loss went down: True",
+    "08_lens.py": "layer_2 0.69, layer_3 0.74",
 }
 
 
