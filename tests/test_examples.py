@@ -9,6 +9,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+def test_the_ten_lines_of_the_readme_give_the_numbers_of_its_picture(tmp_path: Path) -> None:
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("embeddings", "layer_")))
+    shown = {"embeddings": 0.32, "layer_0": 0.34, "layer_1": 0.50, "layer_2": 0.69, "layer_3": 0.74}
+    assert {key: round(float(value), 2) for key, value in found.items()} == shown
+
+
 EXPECTED = {
     "01_capture.py": "response: 42",
     "02_benchmark_loop.py": "accuracy: 9 of 12",
