@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FEW = ["generate", "merge", "prune", "index", "hdf5", "safetensors"]
+FEW = ["generate", "merge", "prune", "safetensors"]
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +42,8 @@ def test_some_failures_of_commands_are_named_and_lose_nothing(library: Path, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*FEW, "npz", "arrow", "transformer_lens", "benchmark", "resume", "sweep"])
+@pytest.mark.parametrize(
+    "case", [*FEW, "index", "hdf5", "npz", "arrow", "transformer_lens", "benchmark", "resume", "sweep"]
+)
 def test_every_failure_of_a_command_is_named_and_loses_nothing(library: Path, tmp_path: Path, case: str) -> None:
     repeated(library, tmp_path, 0, case)
