@@ -24,6 +24,7 @@
     │   ├── FolderInUse
     │   ├── OtherSettings
     │   ├── DiskFull
+    │   ├── FileRefused
     │   ├── UnreadableFile
     │   │   ├── NotActivations
     │   │   ├── TruncatedFile
@@ -141,6 +142,10 @@ class OtherSettings(StoreError):
 
 class DiskFull(StoreError):
     """The disk has less room than is needed."""
+
+
+class FileRefused(StoreError):
+    """The operating system does not give the file's bytes, which may be sound."""
 
 
 class UnreadableFile(StoreError):

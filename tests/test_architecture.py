@@ -36,6 +36,7 @@ FLOORS = {
     "store.reading": 3,
     "store.eight_bits": 1,
     "store.files": 2,
+    "store.system": 1,
     "store.wholeness": 1,
     "store.workplaces": 1,
     "store.trailer": 1,

@@ -104,12 +104,14 @@ def prune(
 ) -> None:
     """Copy only some sites, layers or positions into a smaller file."""
     from AutomaticEval.errors import SelectionError
+    from AutomaticEval.store.maintenance import kept_keys, size_of
     from AutomaticEval.store.maintenance import prune as cut
-    from AutomaticEval.store.maintenance import size_of
     from AutomaticEval.store.reader import open_run
 
     if (sites, layers, positions) == (None, None, None):
         raise SelectionError("nothing to drop; say what to keep with --sites, --layers or --positions.")
+    run = open_run(path)
+    kept = kept_keys(run, sites, layers)
     with progress("Pruning", lambda: size_of(path)) as advance:
         cut(
             path,
@@ -121,8 +123,7 @@ def prune(
             advance=advance,
         )
     _written(output)
-    kept = open_run(output).keys
-    left_out = [key for key in open_run(path).keys if key not in kept]
+    left_out = [key for key in run.keys if key not in kept]
     if left_out:
         say(f"Left out: {', '.join(left_out)}")
 

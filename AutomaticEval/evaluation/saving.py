@@ -20,8 +20,9 @@ from AutomaticEval.errors import DiskFull, StoreError
 from AutomaticEval.evaluation.benchmark import Benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.naming import public_name
-from AutomaticEval.store.files import FULL, new_files, own_name
+from AutomaticEval.store.files import new_files, own_name
 from AutomaticEval.store.format import as_json
+from AutomaticEval.store.system import FULL
 from AutomaticEval.store.wholeness import read_back
 
 MODEL_BYTES, TASK_BYTES = 220, 180

@@ -5,7 +5,6 @@ Nothing is believed that the file does not bear out: links that lead elsewhere a
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 from collections.abc import Iterator
@@ -16,13 +15,13 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from AutomaticEval.errors import MissingFilter, StoreError, TruncatedFile
+from AutomaticEval.errors import FileRefused, MissingFilter, TruncatedFile
 from AutomaticEval.store import format as contract
+from AutomaticEval.store.system import UNREAD, code_of
 
 _MAX_CHUNK_BYTES = 16 * 2**20
 _TEXT_BYTES = 16
 """Of a variable-length value in its dataset: length, address and index of the heap that holds it."""
-_REFUSED = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 _DAMAGED = "{} cannot be read ({}): it is damaged; capture it again or restore a copy."
 _FILTERS = {32015: "zstd", 32004: "lz4"}
 
@@ -90,11 +89,10 @@ def naming(path: Path) -> Iterator[None]:
     """What damage raises inside carries the file. A mistake of our own stays what it is: it is in no frame of h5py's."""
     try:
         yield
-    except OSError as failure:
-        if failure.errno in _REFUSED:
-            raise StoreError(f"{path} cannot be opened: {os.strerror(failure.errno)}.") from failure
-        raise TruncatedFile(_DAMAGED.format(path, failure)) from failure
-    except (KeyError, ValueError, RuntimeError, MemoryError) as failure:
+    except (OSError, KeyError, ValueError, RuntimeError, MemoryError) as failure:
+        code = code_of(failure)
+        if code in UNREAD:
+            raise FileRefused(f"{path} cannot be read: {os.strerror(code)}.") from failure
         raise TruncatedFile(_DAMAGED.format(path, failure)) from failure
     except (TypeError, AttributeError, IndexError) as failure:
         if not _is_of_hdf5(failure):

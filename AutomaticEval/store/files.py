@@ -6,10 +6,10 @@ Knows nothing of what is in a file.
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,17 +20,14 @@ import h5py
 import xxhash
 
 from AutomaticEval.errors import DiskFull, FolderNotWritable, PathExists, StoreError
+from AutomaticEval.store.system import DENIED, FULL, LOST, code_of
 from AutomaticEval.store.trailer import arrays_of, write_trailer
 from AutomaticEval.store.wholeness import read_back
 from AutomaticEval.store.workplaces import DONE, SET, clear_leftovers, hidden_name, workplace
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt")
-_LIBVER = ("earliest", "v110")
 _KEEP_SIZE = 1
 """FALLOC_FL_KEEP_SIZE of Linux."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the operating system says of a disk without room."""
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 def hdf5_path(path: str | Path) -> Path:
@@ -124,7 +121,12 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         _settle(partial)
         _publish(partial, path, overwrite=overwrite)
-        _sync_folder(path.parent)
+        try:
+            _sync_folder(path.parent)
+        except BaseException:
+            if not overwrite:  # or what was there before is gone, and this is whole
+                path.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -150,11 +152,11 @@ def new_files(folder: Path, what: str) -> Iterator[Path]:
                     _publish(file, path, overwrite=False)
                 named.append(path)
                 _sync_folder(path.parent)
+            made.rename(place / DONE)
         except BaseException:
             for path in named:
                 path.unlink(missing_ok=True)
             raise
-        made.rename(place / DONE)
 
 
 @contextmanager
@@ -167,7 +169,7 @@ def new_hdf5(path: Path, size_bytes: int, *, overwrite: bool = False) -> Iterato
     with new_file(path, overwrite=overwrite) as partial:
         partial.write_bytes(_empty_hdf5())
         _reserve(partial, size_bytes)
-        with h5py.File(partial, "r+", libver=_LIBVER) as file:
+        with _hdf5_to_write(partial) as file:
             yield file
             arrays = arrays_of(file)
         write_trailer(partial, arrays)
@@ -195,11 +197,43 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():  # taken by another process just now; renaming would replace an empty folder
             raise PathExists(f"{path} exists and is not overwritten; choose another name.")
         partial.rename(path)
-        _sync_folder(path.parent)
+        try:
+            _sync_folder(path.parent)
+        except BaseException:
+            path.rename(partial)
+            raise
+
+
+@contextmanager
+def _hdf5_to_write(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file, each of whose failures to write is raised where it happens.
+
+    What HDF5 keeps in buffers it writes when a dataset or the file is closed; h5py does not tell of a dataset that could not be
+    closed, and a file that could not be closed crashes the process at its exit. So numbers have no buffer, the rest is
+    flushed, and after a failure the file is closed onto nothing.
+    """
+    settings = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    settings.set_libver_bounds(h5py.h5f.LIBVER_EARLIEST, h5py.h5f.LIBVER_V110)
+    settings.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    settings.set_sieve_buf_size(0)
+    settings.set_cache(0, 0, 0, 0.0)
+    file = h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDWR, fapl=settings))
+    try:
+        yield file
+        file.flush()
+    except BaseException:
+        with tempfile.TemporaryFile() as nothing:
+            os.dup2(nothing.fileno(), file.id.get_vfd_handle())
+        with suppress(
+            OSError, RuntimeError
+        ):  # after a failed flush HDF5 refuses the first close; the failure is the one above
+            file.close()
+        raise
+    file.close()
 
 
 def _empty_hdf5() -> bytes:
-    with h5py.File("empty", "w", driver="core", backing_store=False, libver=_LIBVER) as file:
+    with h5py.File("empty", "w", driver="core", backing_store=False, libver=("earliest", "v110")) as file:
         file.flush()
         return bytes(file.id.get_file_image())
 
@@ -228,8 +262,12 @@ def _settle(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    with suppress(OSError):  # some file systems cannot; the files themselves are on the disk
+    """Have the names in a folder on the disk. Raises OSError when they may be lost; some file systems cannot do it at all."""
+    try:
         _sync(path)
+    except OSError as failure:
+        if code_of(failure) in LOST:
+            raise
 
 
 def _publish(partial: Path, path: Path, *, overwrite: bool) -> None:
@@ -261,12 +299,14 @@ def named_failures(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as failure:  # HDF5 raises RuntimeError when it cannot close a file on a full disk
-        said = next((c for c in (*FULL, *_DENIED) if f"errno = {c}," in str(failure)), None)
-        code = getattr(failure, "errno", None) or said
+        code = code_of(failure)
         if code is None:
             raise
         if code in FULL:
             raise DiskFull(f"the disk is full: {path} was not written, and nothing of it was left behind.") from failure
-        if code in _DENIED:
+        if code in DENIED:
             raise FolderNotWritable(f"{path} cannot be written ({os.strerror(code)}); choose another.") from failure
-        raise StoreError(f"{path} cannot be written: {failure}") from failure
+        raise StoreError(
+            f"{path} was not written ({os.strerror(code)}), and nothing of it was left behind; look at the disk, or choose "
+            "another."
+        ) from failure

@@ -17,6 +17,7 @@ import torch
 from AutomaticEval.errors import (
     AutomaticEvalError,
     DamagedFile,
+    FileRefused,
     NotActivations,
     OtherSettings,
     SelectionError,
@@ -87,7 +88,7 @@ def verify(path: Path, advance: Advance = ignore) -> list[str]:
         names = shard_names(path)
         strays = [name for name in living(path, names) if name not in listed] if listed < set(names) else []
         problems += [f"{path / name}: it is there and no part of the run" for name in strays]
-    except NotActivations:
+    except (NotActivations, FileRefused):
         raise
     except AutomaticEvalError as failure:
         problems.append(str(failure))
@@ -214,7 +215,7 @@ def prune(
     check(path)
     run = open_run(path)
     held = _alone(run.contents)
-    keys = _kept_keys(run, sites, layers)
+    keys = kept_keys(run, sites, layers)
     wanted = None if positions in (None, "all") else Positions.parse(str(positions))
     kept = [_kept_rows(held, number, wanted) for number in range(held.n_samples)]
     chosen = {"sites": sites, "layers": None if layers is None else str(layers), "positions": wanted and str(wanted)}
@@ -226,7 +227,7 @@ def prune(
     return _write(destination, replace(contents.cut(held, kept, keys), settings=settings), compression, advance)
 
 
-def _kept_keys(run: Run, sites: str | None, layers: LayersLike) -> list[str]:
+def kept_keys(run: Run, sites: str | None, layers: LayersLike) -> list[str]:
     """The stored keys that are asked for: of these kinds, and of these layers what a model has once a layer.
 
     Raises SelectionError for a kind or layer of which nothing is stored.

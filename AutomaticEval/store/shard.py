@@ -27,6 +27,7 @@ from AutomaticEval.store.extents import Extent, check_column, dataset_of, extent
 from AutomaticEval.store.finite import counts_in
 from AutomaticEval.store.ragged import Array, Ragged, ranges_of
 from AutomaticEval.store.reading import FileArray, damaged, read_ranges, sums_of
+from AutomaticEval.store.system import UNREAD, code_of
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _PIECE_BYTES = 8 * 2**20
@@ -39,7 +40,7 @@ def open_hdf5(path: Path, kind: str) -> h5py.File:
     """Open a file of ours, or say what it is instead. Raises UnreadableFile."""
     if not path.is_file():
         raise StoreError(f"no file {path}.")
-    with path.open("rb") as raw:
+    with naming(path), path.open("rb") as raw:
         head = raw.read(len(_SIGNATURE))
     if head != _SIGNATURE:
         empty = "it is empty" if not head else f"it begins with {head[:8]!r}"
@@ -47,6 +48,9 @@ def open_hdf5(path: Path, kind: str) -> h5py.File:
     try:
         file = h5py.File(path, "r")
     except OSError as failure:
+        if code_of(failure) in UNREAD:
+            with naming(path):
+                raise
         raise TruncatedFile(
             f"{path} was cut short or damaged ({failure}); capture it again or restore a copy."
         ) from failure
@@ -82,8 +86,10 @@ class Shard:
         self.path, self.kind, self._check = path, kind, check
         self.columns: dict[str, tuple[str, Extent]] = {}
         """Those of numbers: the encoding, and where they lie."""
-        self.has_trailer = path.is_file() and trailer.is_there(path)
-        if self.has_trailer and not trailer.is_right(path):  # HDF5 could loop for ever over it
+        with naming(path):
+            self.has_trailer = path.is_file() and trailer.is_there(path)
+            is_right = not self.has_trailer or trailer.is_right(path)
+        if not is_right:  # HDF5 could loop for ever over it
             raise DamagedFile(
                 f"{path}: HDF5's structures, the text or the trailer are not what the trailer's checksum says; restore a copy."
             )

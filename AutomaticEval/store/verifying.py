@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from AutomaticEval.errors import AutomaticEvalError, MissingFilter, NewerFormat, NotActivations
+from AutomaticEval.errors import AutomaticEvalError, FileRefused, MissingFilter, NewerFormat, NotActivations
 from AutomaticEval.store import checksums, eight_bits
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.contents import Contents
@@ -39,7 +39,7 @@ def ignore(n_bytes: int) -> None: ...
 def verify_file(path: Path, kind: str = contract.SHARD_FORMAT, advance: Advance = ignore) -> list[str]:
     """What is wrong with a shard or `run.h5`, one line each.
 
-    Raises MissingFilter, NewerFormat and NotActivations for what is not damaged: it cannot be told here, or is something else.
+    Raises MissingFilter, NewerFormat, NotActivations and FileRefused for what is not damaged: it cannot be told here, or is something else.
     """
     try:
         shard = Shard(path, kind, check=False)
@@ -50,7 +50,7 @@ def verify_file(path: Path, kind: str = contract.SHARD_FORMAT, advance: Advance 
         if not shard.has_trailer and shard.version >= (1, 1):
             problems.append("its trailer is missing: it was changed or cut short")
         return [f"{path}: {problem}" for problem in problems]
-    except (MissingFilter, NewerFormat, NotActivations):
+    except (MissingFilter, NewerFormat, NotActivations, FileRefused):
         raise
     except AutomaticEvalError as failure:
         return [str(failure)]
