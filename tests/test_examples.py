@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+
 def test_the_ten_lines_of_the_readme_give_the_numbers_of_its_picture(tmp_path: Path) -> None:
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
