@@ -79,7 +79,7 @@ def key_order(key: str) -> tuple[int, int, int, str]:
     """For sorting keys as `expand` orders them: embeddings, layer_0.resid_pre, layer_0, …, final_norm, logits; others last."""
     head, _, kind = key.partition(".")
     number = head.removeprefix("layer_")
-    if number.isdigit():
+    if number.isdecimal():
         return (1, int(number), _rank(kind or "resid_post", PER_LAYER), key)
     rank = _rank("embed" if key == "embeddings" else key, ONCE)
     return (2 if rank else 0, 0, rank, key)

@@ -8,19 +8,23 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from test_store import SETTINGS, make_sample, with_right_checksums, write_run
 
 from AutomaticEval import load_activations, open_run
-from AutomaticEval.errors import AutomaticEvalError, StoreError, TruncatedFile
+from AutomaticEval.errors import AutomaticEvalError, DamagedFile, StoreError, TruncatedFile, UnreadableFile
+from AutomaticEval.store.contents import of_samples
+from AutomaticEval.store.format import Part, Sample
 from AutomaticEval.store.maintenance import verify
-from AutomaticEval.store.sealing import write_shard
+from AutomaticEval.store.sealing import write_file, write_shard
 from AutomaticEval.store.shard import Shard
 
 
@@ -322,3 +326,156 @@ def test_verify_of_nothing_is_an_error(tmp_path: Path) -> None:
         Shard(tmp_path / "absent.h5")
     with pytest.raises(StoreError):
         verify(tmp_path / "absent")
+
+
+def attribute(name: str, value: Any, dataset: str = "/") -> Callable[[h5py.File], Any]:
+    return lambda file: file[dataset].attrs.__setitem__(name, value)
+
+
+DEEP = "[" * 5000 + "]" * 5000
+SAID: dict[str, Callable[[h5py.File], Any]] = {
+    "settings that are a list": attribute("settings", "[]"),
+    "settings that are nested too deep": attribute("settings", f'{{"a": {DEEP}}}'),
+    "settings whose names take too much": attribute(
+        "settings", json.dumps({"x" * 9000: dict.fromkeys(map(str, range(999)))})
+    ),
+    "settings of many layers": attribute("settings", '{"shape": {"n_layers": 1000000000000}}'),
+    "settings that are an array": attribute("settings", ["{}", "{}"]),
+    "version that is no number": attribute("format_version", "²"),
+    "version of half a number": attribute("format_version", "1.x"),
+    "version that is an array": attribute("format_version", [1, 2]),
+    "replaces that is no list": attribute("replaces", '"shard-00000.h5"'),
+    "replaces of another folder": attribute("replaces", '["../shard-00000.h5"]'),
+    "replaces of numbers": attribute("replaces", "[1]"),
+    "dtype that is an array": attribute("dtype", ["float32"], "activations/layer_0"),
+    "encoding that is an array": attribute("encoding", ["utf-8"], "samples/prompt"),
+    "checksum that is a number": attribute("xxh3_64", 5, "activations/layer_0"),
+    "rows without end": lambda f: replaced(f, "rows/token_id", shape=(HUGE, 0), dtype="<i4"),
+    "activations without width": lambda f: replaced(f, "activations/layer_0", shape=(HUGE, 0), dtype="<f4"),
+    "JSON that is too deep": lambda f: [
+        replaced(f, "samples/prompt", data=[DEEP] * 2, dtype=h5py.string_dtype()),
+        f["samples/prompt"].attrs.__setitem__("encoding", "json"),
+    ],
+    "a column of another type": lambda f: [
+        replaced(f, "samples/prompt", data=np.zeros(2, "<i8")),
+        f["samples/prompt"].attrs.__setitem__("encoding", "int"),
+    ],
+    "offsets without numbers": lambda f: [
+        replaced(f, f"{name}/offset", shape=(0,), dtype="<i8") for name in ("segments", "input_ids", "generated_ids")
+    ],
+}
+
+
+@pytest.mark.parametrize("harm", SAID)
+def test_what_a_file_says_of_itself_is_refused_by_name(file: Path, harm: str) -> None:
+    with h5py.File(file, "r+") as opened:
+        SAID[harm](opened)
+    with pytest.raises(UnreadableFile, match=r"one\.h5"):
+        open_run(file).table()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "/etc/passwd", "a/shard-00000.h5", "run.h5", "shard-².h5", "x\0y"])
+def test_shard_of_another_name_is_refused(tmp_path: Path, name: str) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    with h5py.File(tmp_path / "run" / "run.h5", "r+") as opened:
+        texts = [name if number == 1 else each for number, each in enumerate(opened["shards/name"].asstr()[()])]
+        replaced(opened, "shards/name", data=[json.dumps(each) for each in texts], dtype=h5py.string_dtype())
+        opened["shards/name"].attrs["encoding"] = "json"
+    with pytest.raises(TruncatedFile, match=r"run\.h5"):
+        open_run(tmp_path / "run")
+
+
+def test_file_whose_name_is_nearly_that_of_a_shard_is_no_shard(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 3, shard_bytes=600)
+    (tmp_path / "run" / "run.h5").unlink()
+    (tmp_path / "run" / "shard-².h5").write_bytes(b"mine")
+    assert len(open_run(tmp_path / "run")) == 3
+
+
+def test_shards_that_replace_one_another_are_kept(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    (tmp_path / "run" / "run.h5").unlink()
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with h5py.File(tmp_path / "run" / "shard-00000.h5", "r+") as opened:
+        opened.attrs["replaces"] = '["shard-00000.h5", "shard-00001.h5"]'
+    with pytest.raises(DamagedFile, match="replaces"):
+        open_run(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
+
+
+def test_absent_columns_are_read(file: Path) -> None:
+    with h5py.File(file, "r+") as opened:
+        for name in list(opened["samples"]):
+            del opened[f"samples/{name}"]
+    run = open_run(file)
+    assert run[0]["positions"].tolist() == list(range(6))
+    assert "batch_shape" not in load_activations(file, 1)["settings"]
+    assert run.table().empty
+
+
+def test_texts_that_are_all_the_same_bytes_are_refused(tmp_path: Path) -> None:
+    """2,000 references to one text of 1 MiB, in a file of 1.5 MiB: 2 GB of text."""
+    sample = make_sample()
+    many = [
+        Sample(
+            {**sample.fields, "prompt": "x" * 2**20 if not number else "y"},
+            sample.input_ids,
+            sample.generated_ids,
+            sample.parts,
+        )
+        for number in range(2000)
+    ]
+    path = tmp_path / "bomb.h5"
+    write_shard(path, many, "m", SETTINGS)
+    with h5py.File(path) as opened:
+        at = opened["samples/prompt"].id.get_offset()
+    raw = bytearray(path.read_bytes())
+    raw[at : at + 16 * len(many)] = raw[at : at + 16] * len(many)
+    path.write_bytes(raw[: -16 - int.from_bytes(raw[-16:-8], "little")])  # without its trailer
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(TruncatedFile, match="/samples/prompt says 2097184000 bytes"):
+        open_run(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes
+
+
+def test_equal_texts_and_equal_rows_are_read(tmp_path: Path) -> None:
+    """A prompt that 500 samples have, and 72 MB of zeros, of which zstd makes less than a thousandth."""
+    pytest.importorskip("hdf5plugin")
+    sample = make_sample()
+    rows = sample.parts[0].rows
+    zeros = replace(rows, activations={f"layer_{layer}": torch.zeros(6, 2**18) for layer in range(12)})
+    fields = {**sample.fields, "prompt": "five shots " * 50}
+    every = [Sample(fields, sample.input_ids, sample.generated_ids, [Part(zeros, range(6))])] * 500
+    write_file(tmp_path / "one.h5", of_samples(every, "m", SETTINGS), compression="zstd")
+    assert verify(tmp_path / "one.h5") == []
+    assert open_run(tmp_path / "one.h5").table()["prompt"].nunique() == 1
+    assert not open_run(tmp_path / "one.h5").read(0, "layer_1").any()
+
+
+def test_index_that_says_its_rows_are_wide_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 9, shard_bytes=600)
+    with h5py.File(tmp_path / "run" / "run.h5", "r+") as opened:
+        n_rows = len(opened["rows/token_id"])
+        for key in list(opened["activations"]):
+            attributes = dict(opened[f"activations/{key}"].attrs)
+            made = opened[f"activations/{key}"].id.get_type()
+            del opened[f"activations/{key}"]
+            space = h5py.h5s.create_simple((n_rows, 2**30))
+            settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            settings.set_chunk((1, 1024))
+            h5py.h5d.create(opened["activations"].id, key.encode(), made, space, dcpl=settings)
+            opened[f"activations/{key}"].attrs.update(attributes)
+    with pytest.raises(TruncatedFile, match=r"run\.h5 .* more than its shards can hold"):
+        open_run(tmp_path / "run")
+
+
+def test_sample_that_has_one_row_many_times_is_refused(file: Path) -> None:
+    with h5py.File(file, "r+") as opened:
+        replaced(opened, "segments/start", data=np.zeros(10**4, "<i8"))
+        replaced(opened, "segments/stop", data=np.full(10**4, 12, "<i8"))
+        opened["segments/offset"][:] = [0, 5000, 10**4]
+        with_right_checksums(opened, "segments/offset")
+        for name in ("segments/start", "segments/stop"):
+            opened.create_dataset(f"checksums/{name}", data=np.zeros(2, "<u8")).attrs["rows"] = 8192
+    with pytest.raises(UnreadableFile, match=r"one\.h5"):
+        open_run(file, check=False)

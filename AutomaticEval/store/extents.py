@@ -17,13 +17,15 @@ import numpy as np
 
 from AutomaticEval.errors import FileRefused, MissingFilter, TruncatedFile
 from AutomaticEval.store import format as contract
+from AutomaticEval.store.room import REFERENCE, Room, text_bytes
 from AutomaticEval.store.system import UNREAD, code_of
 
 _MAX_CHUNK_BYTES = 16 * 2**20
-_TEXT_BYTES = 16
-"""Of a variable-length value in its dataset: length, address and index of the heap that holds it."""
 _DAMAGED = "{} cannot be read ({}): it is damaged; capture it again or restore a copy."
 _FILTERS = {32015: "zstd", 32004: "lz4"}
+_MADE_BY = {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, *_FILTERS}
+_ENTRY_BYTES = 40
+"""That a group takes at least for each of its members."""
 
 
 class Sums(NamedTuple):
@@ -89,7 +91,7 @@ def naming(path: Path) -> Iterator[None]:
     """What damage raises inside carries the file. A mistake of our own stays what it is: it is in no frame of h5py's."""
     try:
         yield
-    except (OSError, KeyError, ValueError, RuntimeError, MemoryError) as failure:
+    except (OSError, KeyError, ValueError, RuntimeError, MemoryError, ArithmeticError) as failure:
         code = code_of(failure)
         if code in UNREAD:
             raise FileRefused(f"{path} cannot be read: {os.strerror(code)}.") from failure
@@ -109,9 +111,21 @@ def _is_of_hdf5(failure: BaseException) -> bool:
 
 
 def group_of(file: h5py.File, name: str) -> h5py.Group:
-    found = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    found = file[name] if name == "/" or isinstance(file.get(name, getlink=True), h5py.HardLink) else None
     if not isinstance(found, h5py.Group):
         raise ValueError(f"/{name} is not a group of this file")
+    return found
+
+
+def names_of(file: h5py.File, name: str) -> list[str]:
+    """What is in a group, by names that lead nowhere else. Raises ValueError for others."""
+    group = group_of(file, name)
+    if _ENTRY_BYTES * len(group) > file.id.get_filesize():
+        raise ValueError(f"/{name} says that it has {len(group)} members, in a file of {file.id.get_filesize()} bytes")
+    found = list(group)
+    for each in found:
+        if not isinstance(each, str) or "/" in each or each in ("", ".", ".."):
+            raise ValueError(f"/{name} has a member of the name {each!r}")
     return found
 
 
@@ -124,32 +138,47 @@ def dataset_of(file: h5py.File, name: str) -> h5py.Dataset:
         raise ValueError(f"/{name} is not a dataset of this file")
     if dataset.external:
         raise ValueError(f"/{name} has its numbers in another file")
+    if dataset.shape is None:
+        raise ValueError(f"/{name} has no shape")
     return dataset
 
 
-def extent_of(file: h5py.File, name: str, status: os.stat_result, dtype: Any, *, chunks: bool = False) -> Extent:
-    """Where a dataset's numbers lie. Raises ValueError when they are not all in the file, as wide as expected."""
+def extent_of(
+    file: h5py.File, name: str, status: os.stat_result, dtype: Any, room: Room, n_dimensions: int = 1
+) -> Extent:
+    """Where a dataset's numbers lie. Raises ValueError when they are not all in the file, as wide as expected, and in no other dataset."""
     dataset = dataset_of(file, name)
-    expected, size, stamp = np.dtype(dtype), status.st_size, stamp_of(status)
+    expected, stamp = np.dtype(dtype), stamp_of(status)
     if dataset.id.get_type().get_size() != expected.itemsize or (
-        expected.kind in "if" and not _alike(dataset, expected)
+        expected.kind in "if" and not _alike(dataset, name, expected)
     ):
         raise ValueError(f"/{name} is {dataset.dtype}, expected {expected}")
+    if dataset.ndim != n_dimensions:
+        raise ValueError(f"/{name} has shape {dataset.shape}, expected {n_dimensions} dimensions")
+    room.check_shape(name, dataset.shape)
     n_bytes = math.prod(dataset.shape) * expected.itemsize
     if not n_bytes:
         return Extent(name, 0, dataset.shape, expected, stamp)
-    if dataset.chunks is not None and chunks:
+    if dataset.chunks is not None and name.startswith("activations/"):
         _check_chunks(dataset, name, expected.itemsize)
+        room.take_compressed(name, n_bytes)
         return Extent(name, None, dataset.shape, expected, stamp)
+    offset = _offset_of(dataset, name, n_bytes, status.st_size)
+    room.take(name, n_bytes)
+    return Extent(name, offset, dataset.shape, expected, stamp)
+
+
+def _offset_of(dataset: h5py.Dataset, name: str, n_bytes: int, size: int) -> int:
+    """Where the bytes of a dataset begin. Raises ValueError when they are not one after the other in the file."""
     offset = dataset.id.get_offset()
     if offset is None or dataset.is_virtual or dataset.id.get_storage_size() != n_bytes or offset + n_bytes > size:
         raise ValueError(f"/{name} says {n_bytes} bytes, which are not in the file of {size}")
-    return Extent(name, int(offset), dataset.shape, expected, stamp)
+    return int(offset)
 
 
-def _alike(dataset: h5py.Dataset, expected: np.dtype[Any]) -> bool:
+def _alike(dataset: h5py.Dataset, name: str, expected: np.dtype[Any]) -> bool:
     """Whether numbers are of the type that is expected; an activation's own type was compared before."""
-    return dataset.name.startswith("/activations/") or bool(dataset.dtype == expected)
+    return name.startswith("activations/") or bool(dataset.dtype == expected)
 
 
 def _check_chunks(dataset: h5py.Dataset, name: str, item_bytes: int) -> None:
@@ -159,18 +188,38 @@ def _check_chunks(dataset: h5py.Dataset, name: str, item_bytes: int) -> None:
         raise ValueError(
             f"/{name} has {dataset.id.get_num_chunks()} chunks of {chunk_bytes} bytes, expected {n_chunks}"
         )
+    settings = dataset.id.get_create_plist()
+    filters = [settings.get_filter(number)[0] for number in range(settings.get_nfilters())]
+    if not set(filters) <= _MADE_BY or len(set(filters)) < len(filters):
+        raise ValueError(
+            f"/{name} is compressed with the filters {filters}, of which the format has {sorted(_MADE_BY)}"
+        )
 
 
-def check_column(file: h5py.File, name: str, n_values: int, size: int) -> str:
-    """A column's encoding. Raises ValueError when it does not have one value a sample, all of them in the file."""
+def check_column(file: h5py.File, name: str, n_values: int, size: int, room: Room) -> str:
+    """A column's encoding. Raises ValueError when it does not have one value a sample, all of them in the file.
+
+    Of text, every reference is looked at: what they name together must fit into the file, too.
+    """
     dataset = dataset_of(file, name)
     if dataset.shape != (n_values,):
         raise ValueError(f"/{name} has shape {dataset.shape}, expected [{n_values}]")
     is_text = h5py.check_string_dtype(dataset.dtype) is not None
-    n_bytes = n_values * (_TEXT_BYTES if is_text else dataset.id.get_type().get_size())
-    encoding = dataset.attrs.get("encoding")
-    if encoding not in contract.ENCODINGS or is_text == (encoding in contract.NUMPY):
+    encoding, column = contract.text_of(dataset, "encoding"), name.removeprefix("samples/")
+    kind = contract.COLUMNS.get(column) if column != name else "text"
+    allowed = contract.ENCODINGS if kind is None else contract.ENCODED[kind]
+    if encoding not in allowed or is_text == (encoding in contract.NUMPY):
         raise ValueError(f"/{name} is {dataset.dtype} with the encoding {encoding!r}")
-    if n_bytes and (dataset.chunks is not None or dataset.id.get_storage_size() != n_bytes or n_bytes > size):
-        raise ValueError(f"/{name} says {n_bytes} bytes, which are not in the file of {size}")
-    return str(encoding)
+    if is_text and n_values:
+        _check_text(file, dataset, name, n_values, size, room)
+    return encoding
+
+
+def _check_text(file: h5py.File, dataset: h5py.Dataset, name: str, n_values: int, size: int, room: Room) -> None:
+    """Raises ValueError for text that does not fit into the file, as when thousands of values are one and the same."""
+    n_bytes = n_values * REFERENCE.itemsize
+    offset = _offset_of(dataset, name, n_bytes, size)
+    if h5py.check_string_dtype(dataset.dtype).length is not None:
+        raise ValueError(f"/{name} is text of a fixed length")
+    raw = os.pread(file.id.get_vfd_handle(), n_bytes, offset)
+    room.take(name, n_bytes + text_bytes(raw))

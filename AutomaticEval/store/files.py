@@ -20,6 +20,7 @@ import h5py
 import xxhash
 
 from AutomaticEval.errors import DiskFull, FolderNotWritable, PathExists, StoreError
+from AutomaticEval.store.room import EXPANSION, held_bytes
 from AutomaticEval.store.system import DENIED, FULL, LOST, code_of
 from AutomaticEval.store.trailer import arrays_of, write_trailer
 from AutomaticEval.store.wholeness import read_back
@@ -171,8 +172,8 @@ def new_hdf5(path: Path, size_bytes: int, *, overwrite: bool = False) -> Iterato
         _reserve(partial, size_bytes)
         with _hdf5_to_write(partial) as file:
             yield file
-            arrays = arrays_of(file)
-        write_trailer(partial, arrays)
+            arrays, held = arrays_of(file), held_bytes(file)
+        write_trailer(partial, arrays, -(-held // EXPANSION))
         os.truncate(partial, partial.stat().st_size)  # gives back what was reserved beyond
 
 

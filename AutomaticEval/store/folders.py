@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from AutomaticEval.errors import StoreError
-from AutomaticEval.store.format import RUN_FORMAT
+from AutomaticEval.errors import DamagedFile, StoreError
+from AutomaticEval.store.format import RUN_FORMAT, shard_number
 from AutomaticEval.store.shard import Shard
 
 INDEX = "run.h5"
@@ -23,9 +24,11 @@ _told: set[Path] = set()
 
 def shard_names(folder: Path) -> list[str]:
     """The shards that are in a folder, in order."""
-    return sorted(
-        (path.name for path in folder.glob("shard-*.h5") if path.stem[6:].isdigit()), key=lambda n: int(n[6:-3])
-    )
+    numbers = {}
+    for path in folder.glob("shard-*.h5"):
+        with suppress(ValueError):  # a file of another name is none of the run's
+            numbers[path.name] = shard_number(path.name)
+    return sorted(numbers, key=lambda name: numbers[name])
 
 
 def shards_bytes(folder: Path) -> int:
@@ -35,8 +38,19 @@ def shards_bytes(folder: Path) -> int:
 
 def living(folder: Path, names: Sequence[str]) -> list[str]:
     """Without those that another one replaces: a process was killed before it could delete them."""
-    replaced = {old for name in names for old in Shard(folder / name).replaces}
+    replaced = {old for name in names for old in _replaced_by(folder / name)}
     return [name for name in names if name not in replaced]
+
+
+def _replaced_by(path: Path) -> list[str]:
+    """Raises DamagedFile for a shard that says it replaces a later one, or itself: then none of them might be left."""
+    found = Shard(path).replaces
+    for old in found:
+        if shard_number(old) >= shard_number(path.name):
+            raise DamagedFile(
+                f"{path} says that it replaces {old}; a shard replaces earlier ones. Restore it from a copy."
+            )
+    return found
 
 
 def delete_replaced(folder: Path) -> None:
@@ -92,4 +106,4 @@ def tell_set_aside(folder: Path) -> None:
 def next_number(folder: Path) -> int:
     """Of a new shard: above all that there are or were."""
     names = [*shard_names(folder), *set_aside_names(folder)]
-    return max((int(found[1]) + 1 for name in names if (found := re.match(r"shard-(\d+)\.h5", name))), default=0)
+    return max((int(found[1]) + 1 for name in names if (found := re.match(r"shard-([0-9]+)\.h5", name))), default=0)

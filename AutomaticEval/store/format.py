@@ -6,6 +6,7 @@ Knows nothing of models, of runs, or of when a file is written.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.errors import CaptureError, did_you_mean
+from AutomaticEval.store.parsing import is_too_deep, parse_json
 
 SHARD_FORMAT = "automatic-eval/activations"
 RUN_FORMAT = "automatic-eval/run"
@@ -53,9 +55,16 @@ COLUMNS = {
 """Column -> type. Nothing else can be written."""
 
 ENCODINGS = ("utf-8", "json", "int", "float", "bool")
+ENCODED: dict[str, tuple[str, ...]] = {
+    "text": ("utf-8", "json"),
+    "json": ("json",),
+    "int": ("int",),
+    "float": ("float",),
+    "bool": ("bool",),
+}
+"""Type of a column -> the encodings that it may have."""
 NUMPY: dict[str, np.dtype[Any]] = {"int": np.dtype("<i8"), "float": np.dtype("<f8"), "bool": np.dtype("i1")}
 """Of a column of numbers."""
-_DECODER = json.JSONDecoder()
 _NONE, _NAN = 0x7FF8 << 48, (0x7FF8 << 48) + 1
 """The bits of a float that is absent, and of one that is not a number. Older versions wrote _NONE for both."""
 _DTYPES = {
@@ -176,7 +185,7 @@ def assemble(
     rest = {
         name: value for name, value in fields.items() if name not in ("batch_rows", "batch_columns", "shard", "index")
     }
-    shape = [fields["batch_rows"], fields["batch_columns"]]
+    shape = [fields[name] for name in ("batch_rows", "batch_columns") if name in fields]
     return {
         **rest,
         "model": model,
@@ -186,8 +195,16 @@ def assemble(
         "positions": torch.tensor(list(positions), dtype=torch.long),  # [n_positions]
         "tokens": list(tokens),
         "activations": activations,
-        "settings": {**settings, "batch_shape": shape},
+        "settings": {**settings, "batch_shape": shape} if shape else dict(settings),
     }
+
+
+def shard_number(name: str) -> int:
+    """`shard-00003.h5` -> 3. Raises ValueError for what is not the name of a shard, such as one in another folder."""
+    found = re.fullmatch(r"shard-([0-9]+)\.h5", name)
+    if found is None:
+        raise ValueError(f"{name[:80]!r} is not a shard's name, such as shard-00000.h5")
+    return int(found[1])
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -231,6 +248,23 @@ def raw_bytes(array: np.ndarray[Any, Any]) -> memoryview:
 def bits_type(dtype: torch.dtype) -> np.dtype[Any]:
     """The unsigned integer type as wide as a dtype."""
     return _BITS[torch.empty((), dtype=dtype).element_size()][0]
+
+
+def attribute_of(item: h5py.HLObject, name: str) -> Any:
+    """An attribute of one value, text or a whole number. Raises ValueError for another, which is not read; KeyError for none."""
+    made = h5py.h5a.open(item.id, name.encode("utf-8", "surrogateescape"))
+    one = made.get_space().get_simple_extent_type() == h5py.h5s.SCALAR
+    if not one or made.get_type().get_class() not in (h5py.h5t.STRING, h5py.h5t.INTEGER):
+        raise ValueError(f"the attribute {name} of {item.name} is neither one text nor one whole number")
+    return item.attrs[name]
+
+
+def text_of(item: h5py.HLObject, name: str) -> str:
+    """An attribute that is text. Raises ValueError for another, KeyError for none."""
+    found = attribute_of(item, name)
+    if not isinstance(found, str):
+        raise ValueError(f"the attribute {name} of {item.name} is {found!r}, expected text")
+    return found
 
 
 def check_columns(names: Iterable[str]) -> None:
@@ -279,15 +313,15 @@ def _is_none(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def as_json(value: Any) -> str:
-    """Any value as JSON. Keys that JSON does not have are text, and so is what holds itself."""
+    """Any value as JSON. Keys that JSON does not have are text, and so is what holds itself or is nested too deep to be read."""
     try:
-        return json.dumps(value, default=plain)
-    except (TypeError, ValueError):
-        pass
-    try:
-        return json.dumps(_with_text_keys(value), default=plain)
-    except RecursionError:
-        return json.dumps(str(value))
+        text = json.dumps(value, default=plain)
+    except (TypeError, ValueError, RecursionError):
+        try:
+            text = json.dumps(_with_text_keys(value), default=plain)
+        except RecursionError:
+            return json.dumps(str(value))
+    return json.dumps(str(value)) if is_too_deep(text) else text
 
 
 def _with_text_keys(value: Any) -> Any:
@@ -321,16 +355,17 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
+def decode_texts(dataset: h5py.Dataset, at: Any = ()) -> list[str]:
+    """As `decode_column`, of text. Raises ValueError, also for JSON that is no text."""
+    found = decode_column(dataset, at)
+    if not all(isinstance(value, str) for value in found):
+        raise ValueError(f"{dataset.name} holds values that are no text")
+    return found
+
+
 def decode_column(dataset: h5py.Dataset, at: Any = ()) -> list[Any]:
     """A column's values, whole or at a slice, with None where none was written. Raises ValueError."""
     return decoded(dataset[at], dataset.attrs["encoding"])
-
-
-def _from_json(text: str) -> Any:
-    """`json.loads`, in a third of its time for the short texts of a column."""
-    stripped = text.strip(" \t\n\r")
-    value, end = _DECODER.raw_decode(stripped)
-    return value if end == len(stripped) else json.loads(text)  # which says what is wrong
 
 
 def decoded(raw: Any, encoding: str) -> list[Any]:
@@ -339,7 +374,7 @@ def decoded(raw: Any, encoding: str) -> list[Any]:
         raise ValueError(f"a column has the encoding {encoding!r}")
     if encoding in ("utf-8", "json"):
         texts = [value.decode("utf-8") if isinstance(value, bytes) else value for value in np.atleast_1d(raw)]
-        return list(map(_from_json, texts)) if encoding == "json" else texts
+        return [parse_json(text) for text in texts] if encoding == "json" else texts
     values = np.atleast_1d(raw).tolist()
     if encoding == "float":
         nones = _is_none(np.atleast_1d(raw)).tolist()

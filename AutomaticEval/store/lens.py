@@ -39,7 +39,7 @@ def transformer_lens_name(key: str) -> str:
         return _ONCE[key]
     head, _, kind = key.partition(".")
     layer = head.removeprefix("layer_")
-    if not layer.isdigit() or (kind or "resid_post") not in _IN_BLOCK:
+    if not layer.isdecimal() or (kind or "resid_post") not in _IN_BLOCK:
         raise SelectionError(f"TransformerLens has no name for {key!r}; export to safetensors, which keeps every site.")
     return f"blocks.{layer}.{_IN_BLOCK[kind or 'resid_post']}"
 
@@ -76,7 +76,7 @@ def _shape(key: str, width: int, shape: Mapping[str, int] | None) -> tuple[int, 
     kind = key.partition(".")[2]
     if kind not in _HEADS:
         return (width,)
-    if shape is None:
+    if not shape or not shape.get(_HEADS[kind]) or not shape.get("d_head"):
         raise StoreError(
             f"{key} cannot be split into heads: the file does not say how many there are (no 'shape' in its settings). "
             "Capture again, or export to safetensors, which keeps it as [n_rows, width]."

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from AutomaticEval.errors import StoreError
 from AutomaticEval.store.files import new_file
-from AutomaticEval.store.wholeness import parse_json
+from AutomaticEval.store.parsing import parse_json
 
 LOCAL_PATHS = "local_paths.json"
 

@@ -248,7 +248,7 @@ def _parts(key: str) -> tuple[str, int | None]:
     """(kind, layer) of a stored key, also of one that is not captured by name, such as `layer_3.pattern`."""
     head, _, kind = key.partition(".")
     number = head.removeprefix("layer_")
-    if number == head or not number.isdigit():
+    if number == head or not number.isdecimal():
         return ("embed" if key == "embeddings" else key), None
     return kind or "resid_post", int(number)
 

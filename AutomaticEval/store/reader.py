@@ -21,10 +21,11 @@ from AutomaticEval.store import contents
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.contents import Contents, records_of
-from AutomaticEval.store.extents import naming
+from AutomaticEval.store.extents import dataset_of, naming
 from AutomaticEval.store.files import PICKLE_SUFFIXES
 from AutomaticEval.store.folders import INDEX, living, shard_names, tell_set_aside
 from AutomaticEval.store.ragged import Array, indices_of
+from AutomaticEval.store.room import EXPANSION
 from AutomaticEval.store.rows import Kind, RowArray, RowsDataset, ShardedRows
 from AutomaticEval.store.shard import FileColumns, Shard
 from AutomaticEval.store.shuffling import BUFFER_ROWS, ShuffledRows
@@ -172,8 +173,13 @@ class Run(Sequence[dict[str, Any]]):
 
         Raises StoreError for a run that kept no pattern of the layer.
         """
-        n_layers, n_heads = (int(self.settings["shape"][name]) for name in ("n_layers", "n_heads"))
+        shape = self.settings.get("shape", {})
+        n_layers, n_heads = (shape.get(name) or 0 for name in ("n_layers", "n_heads"))
         rows = self.read(index, f"layer_{layer + n_layers if layer < 0 else layer}.pattern")
+        if n_heads < 1 or rows.shape[1] % n_heads:
+            raise StoreError(
+                f"{self.path} does not say into how many heads its {rows.shape[1]} numbers are to be split."
+            )
         n_ids = len(self._contents.input_ids.item(int(self._order[index])))
         return rows.view(len(rows), n_heads, -1).transpose(0, 1)[:, :, :n_ids]
 
@@ -397,10 +403,10 @@ class LayerSamples(Sequence[Tensor]):
 
 
 def _series(values: list[Any]) -> Any:
-    """For a table; text with lone surrogates, which Arrow does not hold, as Python's own."""
+    """For a table; text with lone surrogates, which Arrow does not hold, and numbers beyond 64 bits as Python's own."""
     try:
         return pd.Series(values)
-    except UnicodeEncodeError:
+    except (UnicodeEncodeError, OverflowError):
         return pd.Series(values, dtype=object)
 
 
@@ -428,8 +434,8 @@ def _stored(shards: Sequence[Shard]) -> ShardedRows:
 def _listed(folder: Path, index: Shard, opened: Open) -> ShardedRows:
     """The rows of the shards that `run.h5` lists, each of which must be there, as large as it was."""
     with index.reading() as file:
-        names = contract.decode_column(file["shards/name"])
-        stamps = contract.decode_column(file[f"shards/{OF_ATTRIBUTES}"])
+        names = contract.decode_texts(file["shards/name"])
+        stamps = contract.decode_texts(file[f"shards/{OF_ATTRIBUTES}"])
         sizes, n_rows = (index.ints(f"shards/{name}")[:].tolist() for name in ("size_bytes", "n_rows"))
         if (
             not len(names) == len(stamps) == len(sizes) == len(n_rows)
@@ -437,6 +443,9 @@ def _listed(folder: Path, index: Shard, opened: Open) -> ShardedRows:
             or min(n_rows, default=0) < 0
         ):
             raise ValueError("/shards does not add up to the rows")
+        row_bytes = sum(extent.row_bytes for extent in index.extents.values())
+        if row_bytes * index.n_rows > EXPANSION * sum(sizes):
+            raise ValueError(f"its {index.n_rows} rows of {row_bytes} bytes are more than its shards can hold")
     _check_there(folder, names)
     for name, size in zip(names, sizes, strict=True):
         found = (folder / name).stat().st_size
@@ -461,7 +470,8 @@ def _gathered(folder: Path, index: Shard | None, opened: Open) -> tuple[ShardedR
     names = living(folder, shard_names(folder))
     if index is not None:
         with index.reading() as file:
-            names = contract.decode_column(file["shards/name"])
+            dataset_of(file, "shards/name")
+            names = contract.decode_texts(file["shards/name"])
     if not names:
         raise NotActivations(f"{folder} is not a run: it holds neither {INDEX} nor shard-*.h5.")
     _check_there(folder, names)
@@ -474,9 +484,12 @@ def _gathered(folder: Path, index: Shard | None, opened: Open) -> tuple[ShardedR
 
 
 def _check_there(folder: Path, names: Sequence[str]) -> None:
+    with naming(folder / INDEX):
+        if len(set(names)) < len(names):
+            raise ValueError("it names a shard twice")
+        for name in names:
+            contract.shard_number(name)
     for name in names:
-        if Path(name).name != name:
-            raise StoreError(f"{folder / INDEX} names the shard {name!r}, which is not in its folder.")
         if not (folder / name).exists():
             raise StoreError(f"{folder}: the shard {name} is missing; restore it from a copy, or run again.")
 

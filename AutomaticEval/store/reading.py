@@ -80,9 +80,9 @@ def sums_of(file: h5py.File, extent: Extent, version: tuple[int, ...]) -> Sums |
     rows = dataset.chunks[0] if dataset.chunks else rows_per_block(extent.row_bytes)
     if n_rows > rows and version >= (1, 2):
         return Sums(rows, _offset_of_sums(file, extent.name, rows, -(-n_rows // rows)))
-    single = dataset.attrs.get(NAME)
-    if single is None:
+    if NAME not in dataset.attrs:
         raise ValueError(f"/{extent.name} has no checksum")
+    single = contract.text_of(dataset, NAME)
     return Sums(n_rows, None, int(single, 16), only_whole=n_rows > rows)
 
 

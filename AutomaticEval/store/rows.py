@@ -80,11 +80,12 @@ class ShardedRows:
         kind = self.kinds[key]
         wanted = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
         n_rows = int((wanted[:, 1] - wanted[:, 0]).sum())
+        parts = [(self._shard(number), local) for number, local in self._split(wanted)]  # each has rows so wide
         out = np.empty((n_rows, kind.width), bits_type(kind.read_as))
         at = 0
-        for number, local in self._split(wanted):
+        for shard, local in parts:
             n_here = int((local[:, 1] - local[:, 0]).sum())
-            self._shard(number).read_into(key, local, out[at : at + n_here])
+            shard.read_into(key, local, out[at : at + n_here])
             at += n_here
         return out
 

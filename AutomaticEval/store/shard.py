@@ -5,9 +5,8 @@ HDF5's structures, text, shapes, types and ranges are checked at once, numbers w
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,16 +16,18 @@ import h5py
 import numpy as np
 import torch
 
-from AutomaticEval.errors import DamagedFile, NewerFormat, NotActivations, StoreError, TruncatedFile
+from AutomaticEval.errors import DamagedFile, NotActivations, StoreError, TruncatedFile
 from AutomaticEval.sites import key_order
 from AutomaticEval.store import eight_bits, trailer
 from AutomaticEval.store import format as contract
-from AutomaticEval.store.checksums import Running
+from AutomaticEval.store.attributes import about
+from AutomaticEval.store.checksums import OF_ATTRIBUTES, Running
 from AutomaticEval.store.contents import Activation, Contents
-from AutomaticEval.store.extents import Extent, check_column, dataset_of, extent_of, group_of, naming
+from AutomaticEval.store.extents import Extent, check_column, dataset_of, extent_of, names_of, naming
 from AutomaticEval.store.finite import counts_in
 from AutomaticEval.store.ragged import Array, Ragged, ranges_of
 from AutomaticEval.store.reading import FileArray, damaged, read_ranges, sums_of
+from AutomaticEval.store.room import Room
 from AutomaticEval.store.system import UNREAD, code_of
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -36,10 +37,8 @@ _WIDE = ("offset", "start", "stop", "n_rows", "size_bytes")
 _said: set[tuple[Path, str]] = set()
 
 
-def open_hdf5(path: Path, kind: str) -> h5py.File:
-    """Open a file of ours, or say what it is instead. Raises UnreadableFile."""
-    if not path.is_file():
-        raise StoreError(f"no file {path}.")
+def open_hdf5(path: Path) -> h5py.File:
+    """Open an HDF5 file, or say what it is instead. Raises UnreadableFile."""
     with naming(path), path.open("rb") as raw:
         head = raw.read(len(_SIGNATURE))
     if head != _SIGNATURE:
@@ -54,26 +53,7 @@ def open_hdf5(path: Path, kind: str) -> h5py.File:
         raise TruncatedFile(
             f"{path} was cut short or damaged ({failure}); capture it again or restore a copy."
         ) from failure
-    try:
-        with naming(path):
-            attributes = dict(file.attrs)
-        _check_version(path, attributes, kind)
-    except BaseException:
-        file.close()
-        raise
     return file
-
-
-def _check_version(path: Path, attributes: Mapping[str, Any], kind: str) -> None:
-    found = attributes.get("format")
-    if found != kind:
-        raise NotActivations(f"{path} is HDF5, but not ours: its format attribute is {found!r}, expected {kind!r}.")
-    version = str(attributes.get("format_version"))
-    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) > contract.VERSION[0]:
-        ours = ".".join(map(str, contract.VERSION))
-        raise NewerFormat(
-            f"{path} has format version {version}; this version reads up to {ours}. Upgrade AutomaticEval."
-        )
 
 
 class Shard:
@@ -86,27 +66,29 @@ class Shard:
         self.path, self.kind, self._check = path, kind, check
         self.columns: dict[str, tuple[str, Extent]] = {}
         """Those of numbers: the encoding, and where they lie."""
+        if not path.is_file():
+            raise StoreError(f"no file {path}.")
         with naming(path):
-            self.has_trailer = path.is_file() and trailer.is_there(path)
-            is_right = not self.has_trailer or trailer.is_right(path)
-        if not is_right:  # HDF5 could loop for ever over it
-            raise DamagedFile(
-                f"{path}: HDF5's structures, the text or the trailer are not what the trailer's checksum says; restore a copy."
-            )
+            self.has_trailer = trailer.is_there(path)
+            if self.has_trailer and not trailer.is_right(path):  # HDF5 could loop for ever over it
+                raise DamagedFile(
+                    f"{path}: HDF5's structures, the text or the trailer are not what the trailer's checksum says; restore a copy."
+                )
         with self.reading() as file:
-            self.attributes = {name: str(value) for name, value in file.attrs.items()}
-            self.model = self.attributes["model"]
-            self.settings: dict[str, Any] = json.loads(self.attributes["settings"])
+            self.attributes, self.version, self.model, self.settings, self.replaces = about(path, file, kind)
             self._status = path.stat()
             self.size_bytes = self._status.st_size
-            self.version = tuple(int(part) for part in self.attributes["format_version"].split("."))
+            self._room = Room(self.size_bytes)
             known = list(contract.COLUMNS)  # a newer minor version may have more
             self.column_names = sorted(
-                group_of(file, "samples"), key=lambda name: known.index(name) if name in known else len(known)
+                names_of(file, "samples"), key=lambda name: known.index(name) if name in known else len(known)
             )
-            self.has_rows = "rows" in file  # run.h5 of version 1.0 has none
+            self.has_rows = "rows" in names_of(file, "/")  # run.h5 of version 1.0 has none
             if self.has_rows:
                 self._read_structure(file)
+            else:
+                self.n_samples = len(dataset_of(file, "samples/shard"))
+            self._check_columns(file)
         if check:
             self.say_what_is_not_checked()
 
@@ -133,57 +115,60 @@ class Shard:
     @contextmanager
     def reading(self) -> Iterator[h5py.File]:
         """The open file; failures carry its path."""
-        with open_hdf5(self.path, self.kind) as file, naming(self.path):
+        with naming(self.path), open_hdf5(self.path) as file:
             yield file
 
-    @property
-    def replaces(self) -> list[str]:
-        """The shards in its folder whose place it takes."""
-        return [name for name in json.loads(self.attributes.get("replaces", "[]")) if isinstance(name, str)]
-
     def _read_structure(self, file: h5py.File) -> None:
-        status = self._status
-        self.keys = sorted(group_of(file, "activations"), key=key_order)
+        self.keys = sorted(names_of(file, "activations"), key=key_order)
         self.numbers = {
             name: self._extent(file, name, "<i8" if name.endswith(_WIDE) else "<i4") for name in _number_names(file)
         }
         self.n_rows = self.numbers["rows/token_id"].shape[0]
         self.scales = {
-            key: self._extent(file, f"scales/{key}", "<f4")
-            for key in (group_of(file, "scales") if "scales" in file else ())
+            key: self._extent(file, f"scales/{key}", "<f4", 2)
+            for key in (names_of(file, "scales") if "scales" in names_of(file, "/") else ())
         }
         self.dtypes: dict[str, torch.dtype] = {}
         self.extents: dict[str, Extent] = {}
         for key in self.keys:
             self.dtypes[key], self.extents[key] = self._activation(file, key)
         self._check_numbers()
+        n_tokens = self.numbers["vocabulary/token_id"].shape[0]
+        check_column(file, "vocabulary/token", n_tokens, self.size_bytes, self._room)
+        for name in ("name", OF_ATTRIBUTES) if "shards" in names_of(file, "/") else ():
+            n_shards = self.numbers["shards/n_rows"].shape[0]
+            check_column(file, f"shards/{name}", n_shards, self.size_bytes, self._room)
+
+    def _check_columns(self, file: h5py.File) -> None:
         for name in list(self.column_names):
             try:
-                encoding = check_column(file, f"samples/{name}", self.n_samples, status.st_size)
+                encoding = check_column(file, f"samples/{name}", self.n_samples, self.size_bytes, self._room)
                 if encoding in contract.NUMPY:
                     self.columns[name] = encoding, self._extent(file, f"samples/{name}", contract.NUMPY[encoding])
-            except ValueError:
+            except (ValueError, KeyError):
                 if name in contract.COLUMNS:
                     raise
                 self.column_names.remove(name)  # a newer minor version's, of a kind that is not known here
-        check_column(file, "vocabulary/token", self.numbers["vocabulary/token_id"].shape[0], status.st_size)
 
     def _activation(self, file: h5py.File, key: str) -> tuple[torch.dtype, Extent]:
         name = f"activations/{key}"
         dataset = dataset_of(file, name)
         if dataset.ndim != 2 or len(dataset) != self.n_rows:
             raise ValueError(f"/{name} has shape {dataset.shape}, expected [{self.n_rows}, width]")
-        dtype = contract.dtype_named(str(dataset.attrs["dtype"]))
+        dtype = contract.dtype_named(contract.text_of(dataset, "dtype"))
         if dataset.id.get_type() != contract.hdf5_type(dtype):
             raise ValueError(f"/{name} is not of the type that its dtype attribute {dtype} says")
-        if dtype == torch.int8 and self.scales[key].shape[1:] != dataset.shape[1:]:
-            raise ValueError(f"/scales/{key} has not the width of /{name}")
+        if (dtype == torch.int8) != (key in self.scales) or (
+            key in self.scales and self.scales[key].shape[1:] != dataset.shape[1:]
+        ):
+            raise ValueError(f"/scales/{key} is not as wide as /{name}, or there without numbers of 8 bits")
         if self.kind == contract.RUN_FORMAT:
+            self._room.check_shape(name, dataset.shape)
             return dtype, Extent(name, None, dataset.shape, contract.bits_type(dtype), ())
-        return dtype, self._extent(file, name, contract.bits_type(dtype), chunks=True)
+        return dtype, self._extent(file, name, contract.bits_type(dtype), 2)
 
-    def _extent(self, file: h5py.File, name: str, dtype: Any, *, chunks: bool = False) -> Extent:
-        extent = extent_of(file, name, self._status, dtype, chunks=chunks)
+    def _extent(self, file: h5py.File, name: str, dtype: Any, n_dimensions: int = 1) -> Extent:
+        extent = extent_of(file, name, self._status, dtype, self._room, n_dimensions)
         return extent._replace(sums=sums_of(file, extent, self.version)) if self._check else extent
 
     def _check_numbers(self) -> None:
@@ -195,22 +180,34 @@ class Shard:
         self.n_samples = len(self.offsets["segments"]) - 1
         for name, offset in self.offsets.items():
             if (
-                len(offset) != self.n_samples + 1
+                len(offset) != max(self.n_samples + 1, 1)
                 or offset[0] != 0
                 or offset[-1] != ends[name]
-                or np.any(np.diff(offset) < 0)
+                or np.any(offset[1:] < offset[:-1])
             ):
                 raise ValueError(f"/{name}/offset is not {self.n_samples + 1} ascending numbers up to {ends[name]}")
         start, stop = self.ranges.T
         if len(stop) and (stop.max() > self.n_rows or start.min() < 0 or (start > stop).any()):
             raise ValueError(f"/segments point outside the {self.n_rows} rows")
+        self._check_lengths(stop - start)
         if self.numbers["rows/position"].shape[0] != self.n_rows:
             raise ValueError("/rows/position has not as many rows as /rows/token_id")
+        if self.scales.keys() - set(self.keys) or bool(self.scales) != ("rows/block" in self.numbers):
+            raise ValueError("/scales has not the keys of /activations, or no /rows/block")
         if self.scales:
             lines = {extent.shape[0] for extent in self.scales.values()}
             blocks = self.ints("rows/block")[:]
             if len(blocks) != self.n_rows or len(lines) != 1 or np.any((blocks < 0) | (blocks >= min(lines))):
                 raise ValueError(f"/rows/block points outside the {lines} lines of /scales")
+
+    def _check_lengths(self, lengths: Array) -> None:
+        """A sample points at no more rows than it was fed tokens, and than there are: else a few bytes could ask for any number."""
+        ends = np.concatenate([[0], np.cumsum(lengths)])[self.offsets["segments"]]
+        n_prompt, n_response = (np.diff(self.offsets[name]) for name in ("input_ids", "generated_ids"))
+        most = np.minimum(n_prompt + np.maximum(n_response - 1, 0), self.n_rows)
+        wrong = np.flatnonzero(np.diff(ends) > most)
+        if len(wrong):
+            raise ValueError(f"/segments give sample {wrong[0]} more rows than it has tokens")
 
     def ints(self, name: str) -> FileArray:
         """One of `numbers`."""
@@ -242,7 +239,7 @@ class Shard:
         """The token strings of every id that a row has."""
         ids = self.ints("vocabulary/token_id")[:].tolist()
         with self.reading() as file:
-            return dict(zip(ids, contract.decode_column(file["vocabulary/token"]), strict=True))
+            return dict(zip(ids, contract.decode_texts(file["vocabulary/token"]), strict=True))
 
     def column(self, name: str) -> list[Any]:
         """A column's value for every sample, None where there is none."""
@@ -261,9 +258,7 @@ class Shard:
             found[name] = contract.decoded(FileArray(self.path, extent)[at], encoding)
         if len(found) < len(names):
             with self.reading() as file:
-                found |= {
-                    name: contract.decode_column(file[f"samples/{name}"], at) for name in names if name not in found
-                }
+                found |= {name: _decode(name)(file[f"samples/{name}"], at) for name in names if name not in found}
         return found
 
     def vocabulary(self) -> dict[int, str]:
@@ -331,9 +326,13 @@ class FileColumns:
         return {name: known[name] for name in self.names}
 
 
+def _decode(name: str) -> Callable[[h5py.Dataset, slice], list[Any]]:
+    return contract.decode_texts if contract.COLUMNS.get(name) == "text" else contract.decode_column
+
+
 def _number_names(file: h5py.File) -> list[str]:
     names = [f"{group}/{part}" for group in ("input_ids", "generated_ids") for part in ("offset", "values")]
     names += ["segments/offset", "segments/start", "segments/stop", "rows/token_id", "rows/position"]
-    names += ["rows/block"] if "block" in file["rows"] else []
-    names += ["shards/n_rows", "shards/size_bytes"] if "shards" in file else []
+    names += ["rows/block"] if "block" in names_of(file, "rows") else []
+    names += ["shards/n_rows", "shards/size_bytes"] if "shards" in names_of(file, "/") else []
     return [*names, "vocabulary/token_id"]

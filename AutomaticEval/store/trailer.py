@@ -7,6 +7,7 @@ HDF5, before it. Knows nothing of what the arrays are.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, BinaryIO
 
 import h5py
 import xxhash
+
+from AutomaticEval.store.parsing import parse_json
 
 MAGIC = b"AEvalEnd"
 CHECKSUMS = "checksums"
@@ -38,11 +41,12 @@ def arrays_of(file: h5py.File) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def write_trailer(path: Path, arrays: list[tuple[int, int]]) -> None:
-    """Append the trailer to a file that HDF5 has closed."""
+def write_trailer(path: Path, arrays: list[tuple[int, int]], least_bytes: int = 0) -> None:
+    """Append the trailer to a file that HDF5 has closed. least_bytes: of the file, which spaces in the trailer fill up."""
     size = path.stat().st_size
     with path.open("r+b") as file:
         text = json.dumps({"size": size, "arrays": arrays, "xxh3_64": _checksum(file, size, arrays)}).encode()
+        text = text.ljust(least_bytes - size - _END_BYTES)
         file.seek(size)
         file.write(text + len(text).to_bytes(8, "little") + MAGIC)
 
@@ -61,9 +65,13 @@ def is_right(path: Path) -> bool:
         start = size - _END_BYTES - length
         try:
             file.seek(start)
-            said = json.loads(file.read(length))
+            said = parse_json(file.read(length).decode())
             arrays = [(int(offset), int(n_bytes)) for offset, n_bytes in said["arrays"]]
-            return bool(said["size"] == start and said["xxh3_64"] == _checksum(file, start, arrays))
+            return bool(
+                said["size"] == start
+                and _follow_one_another(arrays, start)
+                and said["xxh3_64"] == _checksum(file, start, arrays)
+            )
         except OSError as failure:
             if failure.errno not in (None, errno.EINVAL):  # the bytes may be sound
                 raise
@@ -88,6 +96,12 @@ def _checksum(file: BinaryIO, size: int, arrays: list[tuple[int, int]]) -> str:
             found.update(piece)
             start += len(piece)
     return found.hexdigest()
+
+
+def _follow_one_another(arrays: list[tuple[int, int]], size: int) -> bool:
+    """Whether no byte is in two of them, so that all are hashed once at most."""
+    edges = [0, *(edge for offset, n_bytes in arrays for edge in (offset, offset + n_bytes)), size]
+    return all(one <= other for one, other in itertools.pairwise(edges))
 
 
 def _outside(size: int, arrays: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -5,11 +5,10 @@ Knows nothing of HDF5, whose files carry a trailer and checksums.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from AutomaticEval.errors import StoreError
+from AutomaticEval.store.parsing import parse_json
 
 _PNG_BEGINS, _PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
@@ -29,11 +28,3 @@ def read_back(path: Path) -> None:
                 raise ValueError("it is no whole PNG")
     except ValueError as broken:
         raise StoreError(f"{path.name} was not written whole ({broken}); it was removed.") from None
-
-
-def parse_json(text: str) -> Any:
-    """Raises ValueError for what is no JSON, also for what is nested deeper than Python reads."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None

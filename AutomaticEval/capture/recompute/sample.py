@@ -264,7 +264,7 @@ def _beside(key: str) -> list[str]:
     """The same kind of site one layer below and above."""
     head, _, kind = key.partition(".")
     number = head.removeprefix("layer_")
-    return [f"layer_{int(number) + step}{'.' * bool(kind)}{kind}" for step in (-1, 1)] if number.isdigit() else []
+    return [f"layer_{int(number) + step}{'.' * bool(kind)}{kind}" for step in (-1, 1)] if number.isdecimal() else []
 
 
 def _row_problem(key: str, rows: _Rows, found: Judged, limits: Limits) -> str:

@@ -1,0 +1,92 @@
+"""What a file says of itself in its attributes, each held against what it may be. Knows nothing of datasets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+
+from AutomaticEval.errors import NewerFormat, NotActivations
+from AutomaticEval.store import format as contract
+from AutomaticEval.store.parsing import parse_json
+
+_OURS = ("format", "format_version", "model", "created", "settings", "replaces", "state", "attributes_xxh3_64")
+_FLAT = 64
+"""Settings within settings, each written with the names of those that it is in, take at most so many times their text."""
+_MOST_LAYERS = 2**16
+
+
+class About(NamedTuple):
+    """The root attributes of a file."""
+
+    text: dict[str, str]
+    """All of them."""
+
+    version: tuple[int, int]
+    model: str
+    settings: dict[str, Any]
+    replaces: list[str]
+    """The shards in its folder whose place it takes."""
+
+
+def about(path: Path, file: h5py.File, kind: str) -> About:
+    """Raises NotActivations, NewerFormat, and KeyError or ValueError for what the format does not allow."""
+    text: dict[str, str] = {}
+    for name in file.attrs:
+        try:
+            text[name] = str(contract.attribute_of(file, name))
+        except (ValueError, TypeError):  # of another program, which may have types that h5py does not know
+            if name in _OURS:
+                raise
+    found = text.get("format")
+    if found != kind:
+        raise NotActivations(f"{path} is HDF5, but not ours: its format attribute is {found!r}, expected {kind!r}.")
+    version = _version(path, text.get("format_version", "none"))
+    return About(text, version, text["model"], _settings(text["settings"]), _replaces(text.get("replaces", "[]")))
+
+
+def _version(path: Path, text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", text)
+    if found is None or int(found[1]) != contract.VERSION[0]:
+        ours = ".".join(map(str, contract.VERSION))
+        raise NewerFormat(
+            f"{path} has format version {text[:40]!r}; this version reads up to {ours}, and later ones of "
+            f"{contract.VERSION[0]}. Upgrade AutomaticEval."
+        )
+    return int(found[1]), int(found[2])
+
+
+def _settings(text: str) -> dict[str, Any]:
+    found = parse_json(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"settings is {text[:40]}, expected a JSON object")
+    if _n_flat(found, 0) > _FLAT * len(text):
+        raise ValueError(f"the names in settings take more than {_FLAT} times the text of it")
+    shape, pruned = found.get("shape", {}), found.get("pruned_from", [])
+    if not isinstance(shape, dict) or not all(isinstance(each, int | None) for each in shape.values()):
+        raise ValueError("the setting shape is not an object of whole numbers")
+    if not 0 <= (shape.get("n_layers") or 0) <= _MOST_LAYERS:
+        raise ValueError(f"the setting shape has {shape['n_layers']} layers; at most {_MOST_LAYERS} are read")
+    if not isinstance(pruned, list):
+        raise ValueError("the setting pruned_from is no list")
+    return found
+
+
+def _n_flat(settings: Mapping[str, Any], n_before: int) -> int:
+    """Characters of all names, each with those of the settings that it is in."""
+    return sum(
+        _n_flat(value, n_before + len(name) + 1) if isinstance(value, dict) and value else n_before + len(name)
+        for name, value in settings.items()
+    )
+
+
+def _replaces(text: str) -> list[str]:
+    found = parse_json(text)
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"replaces is {text[:40]}, expected a JSON list of shards")
+    for name in found:
+        contract.shard_number(name)
+    return found
