@@ -36,6 +36,7 @@ FLOORS = {
     "store.checksums": 2,
     "store.ragged": 1,
     "store.extents": 2,
+    "store.opened": 4,
     "store.reading": 3,
     "store.eight_bits": 1,
     "store.files": 2,
@@ -53,7 +54,7 @@ FLOORS = {
     "models.branches": 4,
     "models.projections": 4,
     "models.layout": 4,
-    "store.shard": 4,
+    "store.shard": 5,
     "store.verifying": 5,
     "store.folders": 5,
     "models.hooks": 5,
@@ -159,6 +160,9 @@ OWNERS = {
     "mlflow": ("report.tracking",),
 }
 WITHIN_A_FLOOR = {
+    ("store.rows", "store.shard"),
+    ("store.verifying", "store.shard"),
+    ("store.folders", "store.shard"),
     ("selection", "sites"),
     ("sites", "errors"),
     ("selection", "errors"),

@@ -20,7 +20,7 @@ from test_store import SETTINGS, make_sample, same
 
 from AutomaticEval import load_activations, open_run
 from AutomaticEval.errors import AutomaticEvalError, DamagedFile, StoreError
-from AutomaticEval.store import shard as shard_module
+from AutomaticEval.store import opened
 from AutomaticEval.store.export import export
 from AutomaticEval.store.format import Part, Rows, Sample
 from AutomaticEval.store.maintenance import merge, rebuild_index, verify
@@ -348,7 +348,7 @@ def test_unchecked_reads_are_for_those_who_ask(tmp_path: Path) -> None:
 
 def said(monkeypatch: pytest.MonkeyPatch, path: Path) -> list[str]:
     """What is said when a file or run is opened and read twice."""
-    monkeypatch.setattr(shard_module, "_said", set())
+    monkeypatch.setattr(opened, "_said", set())
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         for _ in range(2):

@@ -11,6 +11,7 @@ import pytest
 from AutomaticEval.store.extents import extent_of
 from AutomaticEval.store.ragged import Array, Chained, Ragged, chained
 from AutomaticEval.store.reading import FileArray
+from AutomaticEval.store.room import Room
 
 LENGTHS = (7, 0, 5, 1, 0, 20)
 
@@ -19,7 +20,9 @@ def in_file(path: Path, values: Array) -> FileArray:
     with h5py.File(path, "w") as file:
         file["rows/token_id"] = values
     with h5py.File(path, "r") as file:
-        return FileArray(path, extent_of(file, "rows/token_id", path.stat(), "<i4"))
+        return FileArray(
+            path, extent_of(file["rows/token_id"], "rows/token_id", path.stat(), "<i4", Room(path.stat().st_size))
+        )
 
 
 @pytest.fixture

@@ -111,9 +111,25 @@ def _is_of_hdf5(failure: BaseException) -> bool:
 
 
 def group_of(file: h5py.File, name: str) -> h5py.Group:
-    found = file[name] if name == "/" or isinstance(file.get(name, getlink=True), h5py.HardLink) else None
-    if not isinstance(found, h5py.Group):
+    found = _object_of(file, name)
+    if not isinstance(found, h5py.h5g.GroupID):
         raise ValueError(f"/{name} is not a group of this file")
+    return h5py.Group(found)
+
+
+def _object_of(file: h5py.File, name: str) -> Any:
+    """What is in the file under a name; None where there is nothing, or a link that leads elsewhere.
+
+    By HDF5's own calls: h5py's ask a dozen questions for each, and a run has thousands of datasets.
+    """
+    found = h5py.h5g.open(file.id, b"/")
+    for part in filter(None, name.split("/")):
+        own = part.encode("utf-8", "surrogateescape")
+        if not isinstance(found, h5py.h5g.GroupID) or not found.links.exists(own):
+            return None
+        if found.links.get_info(own).type != h5py.h5l.TYPE_HARD:
+            return None
+        found = h5py.h5o.open(found, own)
     return found
 
 
@@ -131,23 +147,20 @@ def names_of(file: h5py.File, name: str) -> list[str]:
 
 def dataset_of(file: h5py.File, name: str) -> h5py.Dataset:
     """A dataset whose numbers are in this very file."""
-    folder, _, own = name.rpartition("/")
-    group = group_of(file, folder)
-    dataset = group[own] if isinstance(group.get(own, getlink=True), h5py.HardLink) else None
-    if not isinstance(dataset, h5py.Dataset):
+    found = _object_of(file, name)
+    if not isinstance(found, h5py.h5d.DatasetID):
         raise ValueError(f"/{name} is not a dataset of this file")
-    if dataset.external:
+    if found.get_create_plist().get_external_count():
         raise ValueError(f"/{name} has its numbers in another file")
-    if dataset.shape is None:
+    if found.get_space().get_simple_extent_type() == h5py.h5s.NULL:
         raise ValueError(f"/{name} has no shape")
-    return dataset
+    return h5py.Dataset(found)
 
 
 def extent_of(
-    file: h5py.File, name: str, status: os.stat_result, dtype: Any, room: Room, n_dimensions: int = 1
+    dataset: h5py.Dataset, name: str, status: os.stat_result, dtype: Any, room: Room, n_dimensions: int = 1
 ) -> Extent:
     """Where a dataset's numbers lie. Raises ValueError when they are not all in the file, as wide as expected, and in no other dataset."""
-    dataset = dataset_of(file, name)
     expected, stamp = np.dtype(dtype), stamp_of(status)
     if dataset.id.get_type().get_size() != expected.itemsize or (
         expected.kind in "if" and not _alike(dataset, name, expected)

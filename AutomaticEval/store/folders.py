@@ -13,7 +13,7 @@ from pathlib import Path
 
 from AutomaticEval.errors import DamagedFile, StoreError
 from AutomaticEval.store.format import RUN_FORMAT, shard_number
-from AutomaticEval.store.shard import Shard
+from AutomaticEval.store.opened import OpenedFile
 
 INDEX = "run.h5"
 LOCK = ".lock"
@@ -44,7 +44,7 @@ def living(folder: Path, names: Sequence[str]) -> list[str]:
 
 def _replaced_by(path: Path) -> list[str]:
     """Raises DamagedFile for a shard that says it replaces a later one, or itself: then none of them might be left."""
-    found = Shard(path).replaces
+    found = OpenedFile(path).replaces
     for old in found:
         if shard_number(old) >= shard_number(path.name):
             raise DamagedFile(
@@ -66,7 +66,7 @@ def is_finished(folder: Path) -> bool:
     """Whether a run was evaluated to its end."""
     if not (folder / INDEX).exists():
         return False
-    return Shard(folder / INDEX, RUN_FORMAT).attributes.get("state", "finished") == "finished"
+    return OpenedFile(folder / INDEX, RUN_FORMAT).attributes.get("state", "finished") == "finished"
 
 
 def refuse_finished(folder: Path) -> None:

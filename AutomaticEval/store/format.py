@@ -23,6 +23,7 @@ SHARD_FORMAT = "automatic-eval/activations"
 RUN_FORMAT = "automatic-eval/run"
 VERSION = (1, 2)
 TEXT = h5py.string_dtype()
+_TEXT_TYPE = h5py.h5t.py_create(TEXT)
 
 COLUMNS = {
     "prompt": "text",
@@ -253,10 +254,15 @@ def bits_type(dtype: torch.dtype) -> np.dtype[Any]:
 def attribute_of(item: h5py.HLObject, name: str) -> Any:
     """An attribute of one value, text or a whole number. Raises ValueError for another, which is not read; KeyError for none."""
     made = h5py.h5a.open(item.id, name.encode("utf-8", "surrogateescape"))
-    one = made.get_space().get_simple_extent_type() == h5py.h5s.SCALAR
-    if not one or made.get_type().get_class() not in (h5py.h5t.STRING, h5py.h5t.INTEGER):
+    one, stored = made.get_space().get_simple_extent_type() == h5py.h5s.SCALAR, made.get_type()
+    if not one or stored.get_class() not in (h5py.h5t.STRING, h5py.h5t.INTEGER):
         raise ValueError(f"the attribute {name} of {item.name} is neither one text nor one whole number")
-    return item.attrs[name]
+    if stored.get_class() == h5py.h5t.INTEGER or not stored.is_variable_str():
+        return item.attrs[name]
+    found = np.empty((), dtype=TEXT)  # as h5py does, which asks for type and shape again
+    made.read(found, mtype=_TEXT_TYPE)
+    text = found[()]
+    return text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
 
 
 def text_of(item: h5py.HLObject, name: str) -> str:

@@ -24,6 +24,7 @@ from AutomaticEval.store.contents import Contents, records_of
 from AutomaticEval.store.extents import dataset_of, naming
 from AutomaticEval.store.files import PICKLE_SUFFIXES
 from AutomaticEval.store.folders import INDEX, living, shard_names, tell_set_aside
+from AutomaticEval.store.opened import OneSite, OpenedFile
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.room import EXPANSION
 from AutomaticEval.store.rows import Kind, RowArray, RowsDataset, ShardedRows
@@ -103,7 +104,7 @@ class Run(Sequence[dict[str, Any]]):
             alone = opened(path)
             self._store, self._contents = _stored([alone]), alone.contents()
         elif index is not None and index.has_rows:
-            self._store = _listed(path, index, opened)
+            self._store = _listed(path, index, opened, check=check)
             self._contents = index.contents()
         else:
             self._store, self._contents = _gathered(path, index, opened)
@@ -431,7 +432,7 @@ def _stored(shards: Sequence[Shard]) -> ShardedRows:
     return ShardedRows(kinds, first, list(shards).__getitem__)
 
 
-def _listed(folder: Path, index: Shard, opened: Open) -> ShardedRows:
+def _listed(folder: Path, index: Shard, opened: Open, *, check: bool) -> ShardedRows:
     """The rows of the shards that `run.h5` lists, each of which must be there, as large as it was."""
     with index.reading() as file:
         names = contract.decode_texts(file["shards/name"])
@@ -454,15 +455,31 @@ def _listed(folder: Path, index: Shard, opened: Open) -> ShardedRows:
                 f"{folder / name} has {found} bytes, not {size}: it is damaged; restore it from a copy."
             )
     kinds = {key: Kind(index.dtypes[key], index.extents[key].shape[1]) for key in index.keys}
-    return ShardedRows(kinds, np.cumsum([0, *n_rows]), partial(_numbered, folder, names, stamps, opened))
+    return ShardedRows(
+        kinds,
+        np.cumsum([0, *n_rows]),
+        partial(_numbered, folder, names, stamps, opened),
+        partial(_site_of, folder, names, stamps, check),
+    )
 
 
 def _numbered(folder: Path, names: Sequence[str], stamps: Sequence[str], opened: Open, number: int) -> Shard:
     """One of the shards that `run.h5` lists, which must be the very one that it was made of."""
     shard = opened(folder / names[number])
-    if shard.attributes.get(OF_ATTRIBUTES) != stamps[number]:
-        raise StoreError(f"{shard.path} is of another run, or another shard; restore this run's own from a copy.")
+    _check_stamp(shard, stamps[number])
     return shard
+
+
+def _site_of(folder: Path, names: Sequence[str], stamps: Sequence[str], check: bool, number: int, key: str) -> OneSite:
+    """One site of one of them."""
+    site = OneSite(folder / names[number], key, check=check)
+    _check_stamp(site, stamps[number])
+    return site
+
+
+def _check_stamp(opened: OpenedFile, stamp: str) -> None:
+    if opened.attributes.get(OF_ATTRIBUTES) != stamp:
+        raise StoreError(f"{opened.path} is of another run, or another shard; restore this run's own from a copy.")
 
 
 def _gathered(folder: Path, index: Shard | None, opened: Open) -> tuple[ShardedRows, Contents]:

@@ -21,7 +21,7 @@ import xxhash
 from AutomaticEval.errors import DamagedFile, StoreError
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.checksums import NAME, rows_per_block
-from AutomaticEval.store.extents import Extent, Sums, naming, needs_filters, stamp_of
+from AutomaticEval.store.extents import Extent, Sums, dataset_of, naming, needs_filters, stamp_of
 from AutomaticEval.store.ragged import Array, ranges_of
 from AutomaticEval.store.trailer import CHECKSUMS
 
@@ -72,22 +72,23 @@ def read_ranges(
     return out
 
 
-def sums_of(file: h5py.File, extent: Extent, version: tuple[int, ...]) -> Sums | None:
+def sums_of(file: h5py.File, dataset: h5py.Dataset, extent: Extent, version: tuple[int, ...]) -> Sums | None:
     """The checksums of a dataset; None where it has none. Raises ValueError when they are not those of its blocks."""
-    dataset, n_rows = file[extent.name], extent.shape[0]
     if not math.prod(extent.shape) or version < (1, 1):
         return None
+    n_rows = extent.shape[0]
     rows = dataset.chunks[0] if dataset.chunks else rows_per_block(extent.row_bytes)
     if n_rows > rows and version >= (1, 2):
         return Sums(rows, _offset_of_sums(file, extent.name, rows, -(-n_rows // rows)))
-    if NAME not in dataset.attrs:
-        raise ValueError(f"/{extent.name} has no checksum")
-    single = contract.text_of(dataset, NAME)
+    try:
+        single = contract.text_of(dataset, NAME)
+    except KeyError:
+        raise ValueError(f"/{extent.name} has no checksum") from None
     return Sums(n_rows, None, int(single, 16), only_whole=n_rows > rows)
 
 
 def _offset_of_sums(file: h5py.File, name: str, rows: int, n_blocks: int) -> int:
-    made = h5py.h5d.open(file.id, f"{CHECKSUMS}/{name}".encode())
+    made = dataset_of(file, f"{CHECKSUMS}/{name}").id
     told = h5py.h5a.open(made, b"rows")
     found = np.empty((), "<i8")
     told.read(found)

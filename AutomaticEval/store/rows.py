@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +16,15 @@ from torch.utils.data import Dataset
 from AutomaticEval.errors import StoreError
 from AutomaticEval.store.contents import Activation
 from AutomaticEval.store.format import bits_type, from_bits
+from AutomaticEval.store.opened import OneSite
 from AutomaticEval.store.ragged import Array, ranges_of
 from AutomaticEval.store.shard import Shard
 
 _STEP_BYTES = 8 * 2**20
+
+
+def _other(path: Path) -> StoreError:
+    return StoreError(f"{path} has not the rows and sites of its run; restore it from a copy.")
 
 
 class Kind(NamedTuple):
@@ -38,12 +44,20 @@ class Kind(NamedTuple):
 class ShardedRows:
     """The rows of all shards of a run, numbered over the run. A shard is opened and checked when it is first read.
 
-    first: [n_shards + 1], the number of each shard's first row. open_shard: number -> the checked shard.
+    first: [n_shards + 1], the number of each shard's first row. open_shard: number -> the checked shard. open_site: number and site ->
+    that site alone, which is quicker where no other is asked for.
     """
 
-    def __init__(self, kinds: dict[str, Kind], first: Array, open_shard: Callable[[int], Shard]) -> None:
-        self.kinds, self.first, self._open_shard = kinds, first, open_shard
+    def __init__(
+        self,
+        kinds: dict[str, Kind],
+        first: Array,
+        open_shard: Callable[[int], Shard],
+        open_site: Callable[[int, str], OneSite] | None = None,
+    ) -> None:
+        self.kinds, self.first, self._open_shard, self._open_site = kinds, first, open_shard, open_site
         self._opened: dict[int, Shard] = {}
+        self._sites: dict[int, OneSite] = {}
 
     @property
     def keys(self) -> list[str]:
@@ -63,9 +77,25 @@ class ShardedRows:
             n_rows = int(self.first[number + 1] - self.first[number])
             kinds = {key: Kind(shard.dtypes[key], shard.extents[key].shape[1]) for key in shard.keys}
             if shard.n_rows != n_rows or kinds != self.kinds:
-                raise StoreError(f"{shard.path} has not the rows and sites of its run; restore it from a copy.")
+                raise _other(shard.path)
             self._opened[number] = shard
         return self._opened[number]
+
+    def _with(self, number: int, key: str) -> Shard | OneSite:
+        """The shard, or the one site of it that was asked for until now."""
+        kind = self.kinds[key]
+        if number in self._opened or self._open_site is None or kind.dtype == torch.int8:
+            return self._shard(number)
+        if number not in self._sites:
+            site = self._open_site(number, key)
+            if not site.has_trailer:  # its structure is not what we wrote: look at all of it
+                return self._shard(number)
+            n_rows = int(self.first[number + 1] - self.first[number])
+            if site.extent.shape != (n_rows, kind.width) or site.dtype != kind.dtype:
+                raise _other(site.path)
+            self._sites[number] = site
+        site = self._sites[number]
+        return site if site.key == key else self._shard(number)
 
     def read(self, key: str, ranges: Array | Sequence[tuple[int, int]]) -> Tensor:
         """Rows of a site, one half-open range after the other: [n, width]."""
@@ -80,7 +110,7 @@ class ShardedRows:
         kind = self.kinds[key]
         wanted = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
         n_rows = int((wanted[:, 1] - wanted[:, 0]).sum())
-        parts = [(self._shard(number), local) for number, local in self._split(wanted)]  # each has rows so wide
+        parts = [(self._with(number, key), local) for number, local in self._split(wanted)]  # each has rows so wide
         out = np.empty((n_rows, kind.width), bits_type(kind.read_as))
         at = 0
         for shard, local in parts:

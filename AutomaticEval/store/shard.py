@@ -5,118 +5,46 @@ HDF5's structures, text, shapes, types and ranges are checked at once, numbers w
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import torch
 
-from AutomaticEval.errors import DamagedFile, NotActivations, StoreError, TruncatedFile
 from AutomaticEval.sites import key_order
-from AutomaticEval.store import eight_bits, trailer
+from AutomaticEval.store import eight_bits
 from AutomaticEval.store import format as contract
-from AutomaticEval.store.attributes import about
 from AutomaticEval.store.checksums import OF_ATTRIBUTES, Running
 from AutomaticEval.store.contents import Activation, Contents
-from AutomaticEval.store.extents import Extent, check_column, dataset_of, extent_of, names_of, naming
+from AutomaticEval.store.extents import Extent, check_column, dataset_of, names_of
 from AutomaticEval.store.finite import counts_in
+from AutomaticEval.store.opened import OpenedFile
 from AutomaticEval.store.ragged import Array, Ragged, ranges_of
-from AutomaticEval.store.reading import FileArray, damaged, read_ranges, sums_of
-from AutomaticEval.store.room import Room
-from AutomaticEval.store.system import UNREAD, code_of
+from AutomaticEval.store.reading import FileArray, damaged, read_ranges
 
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _PIECE_BYTES = 8 * 2**20
 _WIDE = ("offset", "start", "stop", "n_rows", "size_bytes")
 """Numbers of 64 bits; the others have 32."""
-_said: set[tuple[Path, str]] = set()
 
 
-def open_hdf5(path: Path) -> h5py.File:
-    """Open an HDF5 file, or say what it is instead. Raises UnreadableFile."""
-    with naming(path), path.open("rb") as raw:
-        head = raw.read(len(_SIGNATURE))
-    if head != _SIGNATURE:
-        empty = "it is empty" if not head else f"it begins with {head[:8]!r}"
-        raise NotActivations(f"{path} is not an HDF5 file ({empty}); activations are saved as .h5.")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as failure:
-        if code_of(failure) in UNREAD:
-            with naming(path):
-                raise
-        raise TruncatedFile(
-            f"{path} was cut short or damaged ({failure}); capture it again or restore a copy."
-        ) from failure
-    return file
+class Shard(OpenedFile):
+    """One file, of either kind: a shard, or the `run.h5` over all shards of a run. All of its structures are checked."""
 
-
-class Shard:
-    """One file, of either kind: a shard, or the `run.h5` over all shards of a run.
-
-    check: hold what is read against its checksums.
-    """
-
-    def __init__(self, path: Path, kind: str = contract.SHARD_FORMAT, *, check: bool = True) -> None:
-        self.path, self.kind, self._check = path, kind, check
+    def _read(self, file: h5py.File) -> None:
         self.columns: dict[str, tuple[str, Extent]] = {}
         """Those of numbers: the encoding, and where they lie."""
-        if not path.is_file():
-            raise StoreError(f"no file {path}.")
-        with naming(path):
-            self.has_trailer = trailer.is_there(path)
-            if self.has_trailer and not trailer.is_right(path):  # HDF5 could loop for ever over it
-                raise DamagedFile(
-                    f"{path}: HDF5's structures, the text or the trailer are not what the trailer's checksum says; restore a copy."
-                )
-        with self.reading() as file:
-            self.attributes, self.version, self.model, self.settings, self.replaces = about(path, file, kind)
-            self._status = path.stat()
-            self.size_bytes = self._status.st_size
-            self._room = Room(self.size_bytes)
-            known = list(contract.COLUMNS)  # a newer minor version may have more
-            self.column_names = sorted(
-                names_of(file, "samples"), key=lambda name: known.index(name) if name in known else len(known)
-            )
-            self.has_rows = "rows" in names_of(file, "/")  # run.h5 of version 1.0 has none
-            if self.has_rows:
-                self._read_structure(file)
-            else:
-                self.n_samples = len(dataset_of(file, "samples/shard"))
-            self._check_columns(file)
-        if check:
-            self.say_what_is_not_checked()
-
-    def say_what_is_not_checked(self) -> None:
-        """Once: of each file that lost its trailer, of each folder with files of an older version."""
-        if self.version < (1, 1):
-            what = f"{self.path.parent}: files of format 1.0 have no checksums: what is read of them is not checked."
-        elif not self.has_trailer:
-            what = (
-                f"{self.path}: its trailer is missing: it was changed by another program, or damaged. Numbers are checked when "
-                "they are read, text and structure are not; restore it from a copy."
-            )
-        elif self.version < (1, 2):
-            what = (
-                f"{self.path.parent}: files of format 1.1 have one checksum a dataset: a dataset that is read whole is checked, "
-                "a part of a large one is not. `verify` checks all, and `merge` makes a copy that is checked at every read."
-            )
+        known = list(contract.COLUMNS)  # a newer minor version may have more
+        self.column_names = sorted(
+            names_of(file, "samples"), key=lambda name: known.index(name) if name in known else len(known)
+        )
+        self.has_rows = "rows" in names_of(file, "/")  # run.h5 of version 1.0 has none
+        if self.has_rows:
+            self._read_structure(file)
         else:
-            return
-        if (self.path.parent, what) not in _said:
-            _said.add((self.path.parent, what))
-            warnings.warn(what, UserWarning, stacklevel=2)
-
-    @contextmanager
-    def reading(self) -> Iterator[h5py.File]:
-        """The open file; failures carry its path."""
-        with naming(self.path), open_hdf5(self.path) as file:
-            yield file
+            self.n_samples = len(dataset_of(file, "samples/shard"))
+        self._check_columns(file)
 
     def _read_structure(self, file: h5py.File) -> None:
         self.keys = sorted(names_of(file, "activations"), key=key_order)
@@ -131,7 +59,7 @@ class Shard:
         self.dtypes: dict[str, torch.dtype] = {}
         self.extents: dict[str, Extent] = {}
         for key in self.keys:
-            self.dtypes[key], self.extents[key] = self._activation(file, key)
+            self.dtypes[key], self.extents[key] = self._site(file, key)
         self._check_numbers()
         n_tokens = self.numbers["vocabulary/token_id"].shape[0]
         check_column(file, "vocabulary/token", n_tokens, self.size_bytes, self._room)
@@ -149,27 +77,6 @@ class Shard:
                 if name in contract.COLUMNS:
                     raise
                 self.column_names.remove(name)  # a newer minor version's, of a kind that is not known here
-
-    def _activation(self, file: h5py.File, key: str) -> tuple[torch.dtype, Extent]:
-        name = f"activations/{key}"
-        dataset = dataset_of(file, name)
-        if dataset.ndim != 2 or len(dataset) != self.n_rows:
-            raise ValueError(f"/{name} has shape {dataset.shape}, expected [{self.n_rows}, width]")
-        dtype = contract.dtype_named(contract.text_of(dataset, "dtype"))
-        if dataset.id.get_type() != contract.hdf5_type(dtype):
-            raise ValueError(f"/{name} is not of the type that its dtype attribute {dtype} says")
-        if (dtype == torch.int8) != (key in self.scales) or (
-            key in self.scales and self.scales[key].shape[1:] != dataset.shape[1:]
-        ):
-            raise ValueError(f"/scales/{key} is not as wide as /{name}, or there without numbers of 8 bits")
-        if self.kind == contract.RUN_FORMAT:
-            self._room.check_shape(name, dataset.shape)
-            return dtype, Extent(name, None, dataset.shape, contract.bits_type(dtype), ())
-        return dtype, self._extent(file, name, contract.bits_type(dtype), 2)
-
-    def _extent(self, file: h5py.File, name: str, dtype: Any, n_dimensions: int = 1) -> Extent:
-        extent = extent_of(file, name, self._status, dtype, self._room, n_dimensions)
-        return extent._replace(sums=sums_of(file, extent, self.version)) if self._check else extent
 
     def _check_numbers(self) -> None:
         lists = {name.removesuffix("/offset") for name in self.numbers if name.endswith("/offset")}
@@ -192,6 +99,13 @@ class Shard:
         self._check_lengths(stop - start)
         if self.numbers["rows/position"].shape[0] != self.n_rows:
             raise ValueError("/rows/position has not as many rows as /rows/token_id")
+        for key, (n_rows, width) in ((key, extent.shape) for key, extent in self.extents.items()):
+            if n_rows != self.n_rows:
+                raise ValueError(f"/activations/{key} has {n_rows} rows, expected {self.n_rows}")
+            if (self.dtypes[key] == torch.int8) != (key in self.scales) or (
+                key in self.scales and self.scales[key].shape[1] != width
+            ):
+                raise ValueError(f"/scales/{key} is not as wide as its site, or there without numbers of 8 bits")
         if self.scales.keys() - set(self.keys) or bool(self.scales) != ("rows/block" in self.numbers):
             raise ValueError("/scales has not the keys of /activations, or no /rows/block")
         if self.scales:

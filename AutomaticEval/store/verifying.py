@@ -16,7 +16,7 @@ from AutomaticEval.errors import AutomaticEvalError, FileRefused, MissingFilter,
 from AutomaticEval.store import checksums, eight_bits
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.contents import Contents
-from AutomaticEval.store.extents import Extent
+from AutomaticEval.store.extents import Extent, dataset_of
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reading import read_ranges, stored_sums, sums_of
 from AutomaticEval.store.shard import Shard
@@ -78,7 +78,10 @@ def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:
             expected, found = file[name].attrs.get(checksums.NAME), checksums.of_text(file[name][()].tolist())
             if found != expected:
                 yield _unlike(name, f"found {found}, expected {expected}")
-        numbers = [each._replace(sums=sums_of(file, each, shard.version)) for each in _numbers(shard)]
+        numbers = [
+            each._replace(sums=sums_of(file, dataset_of(file, each.name), each, shard.version))
+            for each in _numbers(shard)
+        ]
         told = [_told(file, each.name) for each in numbers]
     for extent, (whole, of_blocks) in zip(numbers, told, strict=True):
         yield from _wrong_numbers(shard.path, extent, whole, of_blocks, advance)

@@ -1,0 +1,137 @@
+"""Opens one file: its trailer and its attributes are checked, and where one site lies.
+
+Knows nothing of samples.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+
+from AutomaticEval.errors import DamagedFile, NotActivations, StoreError, TruncatedFile
+from AutomaticEval.store import format as contract
+from AutomaticEval.store import trailer
+from AutomaticEval.store.attributes import about
+from AutomaticEval.store.extents import Extent, dataset_of, extent_of, naming
+from AutomaticEval.store.ragged import Array
+from AutomaticEval.store.reading import read_ranges, sums_of
+from AutomaticEval.store.room import Room
+from AutomaticEval.store.system import UNREAD, code_of
+
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_said: set[tuple[Path, str]] = set()
+
+
+def open_hdf5(path: Path) -> h5py.File:
+    """Open an HDF5 file, or say what it is instead. Raises UnreadableFile."""
+    with naming(path), path.open("rb") as raw:
+        head = raw.read(len(_SIGNATURE))
+    if head != _SIGNATURE:
+        empty = "it is empty" if not head else f"it begins with {head[:8]!r}"
+        raise NotActivations(f"{path} is not an HDF5 file ({empty}); activations are saved as .h5.")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as failure:
+        if code_of(failure) in UNREAD:
+            with naming(path):
+                raise
+        raise TruncatedFile(
+            f"{path} was cut short or damaged ({failure}); capture it again or restore a copy."
+        ) from failure
+    return file
+
+
+class OpenedFile:
+    """One file, of either kind, whose trailer and attributes are right. Of its datasets nothing is read.
+
+    check: hold what is read against its checksums.
+    """
+
+    def __init__(self, path: Path, kind: str = contract.SHARD_FORMAT, *, check: bool = True) -> None:
+        self.path, self.kind, self._check = path, kind, check
+        if not path.is_file():
+            raise StoreError(f"no file {path}.")
+        with naming(path):
+            self.has_trailer = trailer.is_there(path)
+            if self.has_trailer and not trailer.is_right(path):  # HDF5 could loop for ever over it
+                raise DamagedFile(
+                    f"{path}: HDF5's structures, the text or the trailer are not what the trailer's checksum says; restore a copy."
+                )
+        with self.reading() as file:
+            self.attributes, self.version, self.model, self.settings, self.replaces = about(path, file, kind)
+            self._status = path.stat()
+            self.size_bytes = self._status.st_size
+            self._room = Room(self.size_bytes)
+            self._read(file)
+        if check:
+            self.say_what_is_not_checked()
+
+    def _read(self, file: h5py.File) -> None:
+        """What else is read while the file is open."""
+
+    def say_what_is_not_checked(self) -> None:
+        """Once: of each file that lost its trailer, of each folder with files of an older version."""
+        if self.version < (1, 1):
+            what = f"{self.path.parent}: files of format 1.0 have no checksums: what is read of them is not checked."
+        elif not self.has_trailer:
+            what = (
+                f"{self.path}: its trailer is missing: it was changed by another program, or damaged. Numbers are checked when "
+                "they are read, text and structure are not; restore it from a copy."
+            )
+        elif self.version < (1, 2):
+            what = (
+                f"{self.path.parent}: files of format 1.1 have one checksum a dataset: a dataset that is read whole is checked, "
+                "a part of a large one is not. `verify` checks all, and `merge` makes a copy that is checked at every read."
+            )
+        else:
+            return
+        if (self.path.parent, what) not in _said:
+            _said.add((self.path.parent, what))
+            warnings.warn(what, UserWarning, stacklevel=2)
+
+    @contextmanager
+    def reading(self) -> Iterator[h5py.File]:
+        """The open file; failures carry its path."""
+        with naming(self.path), open_hdf5(self.path) as file:
+            yield file
+
+    def _site(self, file: h5py.File, key: str) -> tuple[torch.dtype, Extent]:
+        """Where the rows of a site lie; of `run.h5`, how many there are."""
+        name = f"activations/{key}"
+        dataset = dataset_of(file, name)
+        dtype = contract.dtype_named(contract.text_of(dataset, "dtype"))
+        if dataset.ndim != 2 or dataset.id.get_type() != contract.hdf5_type(dtype):
+            raise ValueError(f"/{name} has shape {dataset.shape} and {dataset.dtype}, expected rows of {dtype}")
+        if self.kind == contract.RUN_FORMAT:
+            self._room.check_shape(name, dataset.shape)
+            return dtype, Extent(name, None, dataset.shape, contract.bits_type(dtype), ())
+        return dtype, self._extent_of(file, dataset, name, contract.bits_type(dtype), 2)
+
+    def _extent(self, file: h5py.File, name: str, dtype: Any, n_dimensions: int = 1) -> Extent:
+        return self._extent_of(file, dataset_of(file, name), name, dtype, n_dimensions)
+
+    def _extent_of(self, file: h5py.File, dataset: h5py.Dataset, name: str, dtype: Any, n_dimensions: int) -> Extent:
+        extent = extent_of(dataset, name, self._status, dtype, self._room, n_dimensions)
+        return extent._replace(sums=sums_of(file, dataset, extent, self.version)) if self._check else extent
+
+
+class OneSite(OpenedFile):
+    """One site of a shard, for those who read no other: nothing else in the file is looked at. int8 needs the whole `Shard`."""
+
+    def __init__(self, path: Path, key: str, *, check: bool = True) -> None:
+        self.key = key
+        super().__init__(path, check=check)
+
+    def _read(self, file: h5py.File) -> None:
+        self.dtype, self.extent = self._site(file, self.key)
+
+    def read_into(self, key: str, ranges: Array, out: Array) -> None:
+        """Rows of the site into out, [n, width]: raw bits."""
+        assert key == self.key
+        read_ranges(self.path, self.extent, ranges, out)
