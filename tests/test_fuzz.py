@@ -152,11 +152,16 @@ class Tally:
         self.n_tried = self.n_read = self.n_refused = 0
         self.wrong: list[str] = []
 
+    def blame(self, number: int, what: str) -> None:
+        self.wrong.append(f"seed {number} {what}")
+        print(self.wrong[-1], flush=True)
+
     def add(self, number: int, what: str, n_read: int, wrong: list[str]) -> None:
         self.n_tried += 1
         self.n_read += n_read > 0
         self.n_refused += n_read == 0
-        self.wrong += [f"seed {number} ({what}): {each}" for each in wrong]
+        for each in wrong:
+            self.blame(number, f"({what}): {each}")
 
 
 @contextmanager
@@ -207,7 +212,7 @@ def fuzz(start: int, n: int, *, every_door: bool = False, most_wrong: int = 20) 
                     number = begun.pop(ours, numbers.start)
                     shutil.rmtree(own)
                     if process.exitcode:
-                        tally.wrong.append(f"seed {number}: the process ended with {process.exitcode}")
+                        tally.blame(number, f"({process.exitcode} is how the process ended)")
                         if number + 1 < numbers.stop:
                             waiting.append(range(number + 1, numbers.stop))
                     continue
@@ -223,6 +228,4 @@ if __name__ == "__main__":
 
     at = time.monotonic()
     found = fuzz(int(sys.argv[1]), int(sys.argv[2]), every_door=len(sys.argv) > 3, most_wrong=10**6)
-    for each in found.wrong:
-        print(each, flush=True)
     print(found.n_tried, "tried", found.n_read, "read", found.n_refused, "refused", f"{time.monotonic() - at:.1f} s")

@@ -21,7 +21,7 @@ from AutomaticEval.store import contents
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.contents import Contents, records_of
-from AutomaticEval.store.extents import dataset_of, naming
+from AutomaticEval.store.extents import naming
 from AutomaticEval.store.files import PICKLE_SUFFIXES
 from AutomaticEval.store.folders import INDEX, living, shard_names, tell_set_aside
 from AutomaticEval.store.ragged import Array, indices_of
@@ -470,7 +470,6 @@ def _gathered(folder: Path, index: Shard | None, opened: Open) -> tuple[ShardedR
     names = living(folder, shard_names(folder))
     if index is not None:
         with index.reading() as file:
-            dataset_of(file, "shards/name")
             names = contract.decode_texts(file["shards/name"])
     if not names:
         raise NotActivations(f"{folder} is not a run: it holds neither {INDEX} nor shard-*.h5.")
@@ -479,7 +478,9 @@ def _gathered(folder: Path, index: Shard | None, opened: Open) -> tuple[ShardedR
     shards = [_of_run(opened(folder / name), run_id) for name in names]
     parts = [shard.contents() for shard in shards]
     columns: contents.Columns = contents.listed(Placed(shards)) if index is None else FileColumns(index)
-    held = contents.reordered(contents.joined(parts), order_of(parts, columns), columns)
+    with naming(folder / INDEX):
+        order = order_of(parts, columns)
+    held = contents.reordered(contents.joined(parts), order, columns)
     return _stored(shards), held
 
 
