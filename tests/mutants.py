@@ -279,6 +279,22 @@ ATTRIBUTES = (
 )
 
 
+NAMES = (
+    *(
+        "x",
+        "layer_1",
+        "layer_²",
+        "layer_99999999999999999999",
+        "layer_0.pattern",
+        ".hidden",
+        "a b",
+        b"\xff\xfe",
+        "x" * 3000,
+    ),
+    *("block", "shards", "scales", "checksums", "rows", "correct", "shard", "index", "target", "\x1b[2J", "你好"),
+)
+
+
 def some_json(draw: random.Random, text: str) -> str:
     """Another value somewhere in JSON, or other characters."""
     try:
@@ -450,12 +466,16 @@ def shape(file: h5py.File, draw: random.Random) -> str:
     huge = draw.random() < 0.15
     if huge:
         made = draw.choice([(2**40,), (2**40, 0), (0, 2**40), (*before[:1], 2**31), (2**20, 2**20)])
-    kind = draw.choice([dataset.dtype, dataset.dtype, "<i4", "<i8", "<f4", ">i4", "u1", "S4", h5py.string_dtype(), "V3"])
+    kind = draw.choice(
+        [dataset.dtype, dataset.dtype, "<i4", "<i8", "<f4", ">i4", "u1", "S4", h5py.string_dtype(), "V3"]
+    )
     options: dict[str, Any] = {}
     if made and all(made) and (huge or draw.random() < 0.3):
         options["chunks"] = tuple(min(length, 64) for length in made)
         if not is_text:
-            options |= draw.choice([{}, {"compression": "gzip"}, {"shuffle": True}, {"fletcher32": True}, {"scaleoffset": 0}])
+            options |= draw.choice(
+                [{}, {"compression": "gzip"}, {"shuffle": True}, {"fletcher32": True}, {"scaleoffset": 0}]
+            )
     del file[name]
     new = file.create_dataset(name, shape=made, dtype=kind, **options)
     new.attrs.update(attributes)
@@ -469,7 +489,10 @@ def link(file: h5py.File, draw: random.Random) -> str:
     """Something else in the place of a dataset or group."""
     item = draw.choice(objects_of(file)[1:])
     other = draw.choice(objects_of(file))
-    name, kind = item.name, draw.choice(["hard", "soft", "external", "group", "virtual", "storage", "type", "gone", "loop"])
+    name, kind = (
+        item.name,
+        draw.choice(["hard", "soft", "external", "group", "virtual", "storage", "type", "gone", "loop"]),
+    )
     attributes, length, stored = dict(item.attrs), getattr(item, "shape", (3,)), getattr(item, "dtype", "<f4")
     other_name = other.name
     del file[name]
@@ -498,10 +521,7 @@ def link(file: h5py.File, draw: random.Random) -> str:
 def member(file: h5py.File, draw: random.Random) -> str:
     """What no writer of ours puts into a group."""
     group = draw.choice([item for item in objects_of(file) if isinstance(item, h5py.Group)])
-    name = draw.choice(
-        ["x", "layer_1", "layer_²", "layer_99999999999999999999", "layer_0.pattern", ".hidden", "a b", b"\xff\xfe", "x" * 3000]
-        + ["block", "shards", "scales", "checksums", "rows", "correct", "shard", "index", "target", "\x1b[2J", "你好"]
-    )
+    name = draw.choice(NAMES)
     kind = draw.choice(["numbers", "group", "soft", "text", "copy"])
     if kind == "numbers":
         group.create_dataset(name, data=np.zeros(draw.choice([1, 3, 12]), "<i8")).attrs["encoding"] = "int"
@@ -510,10 +530,21 @@ def member(file: h5py.File, draw: random.Random) -> str:
     elif kind == "soft":
         group[name] = h5py.SoftLink("/nothing")
     elif kind == "text":
-        group.create_dataset(name, data=["x"] * draw.choice([1, 3]), dtype=h5py.string_dtype()).attrs["encoding"] = "utf-8"
+        group.create_dataset(name, data=["x"] * draw.choice([1, 3]), dtype=h5py.string_dtype()).attrs["encoding"] = (
+            "utf-8"
+        )
     else:
         file.copy(draw.choice(objects_of(file)[1:]), group, name=name)
     return f"{group.name} {name!r} {kind}"
 
 
-CHANGES: tuple[Callable[[h5py.File, random.Random], str], ...] = (attribute, attribute, numbers, numbers, texts, shape, link, member)
+CHANGES: tuple[Callable[[h5py.File, random.Random], str], ...] = (
+    attribute,
+    attribute,
+    numbers,
+    numbers,
+    texts,
+    shape,
+    link,
+    member,
+)

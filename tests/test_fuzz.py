@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 import traceback
 import warnings
@@ -20,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 from mutants import Case, corpus, mutate, write_case
 
@@ -27,6 +29,7 @@ from AutomaticEval import open_run
 from AutomaticEval.cli.show import _show_run, _show_sample
 from AutomaticEval.errors import AutomaticEvalError
 from AutomaticEval.store.export import export
+from AutomaticEval.store.extents import naming
 from AutomaticEval.store.maintenance import convert, merge, prune, verify
 from AutomaticEval.store.reader import Run
 
@@ -90,7 +93,11 @@ def not_ours(failure: BaseException) -> str | None:
     """What is wrong with an exception; None where it is one of ours, and none for memory."""
     cause: BaseException | None = failure
     while cause is not None:
-        if isinstance(cause, MemoryError) or "memory allocation failed" in str(cause) or "Cannot allocate" in str(cause):
+        if (
+            isinstance(cause, MemoryError)
+            or "memory allocation failed" in str(cause)
+            or "Cannot allocate" in str(cause)
+        ):
             return f"it takes more than {BOUND} bytes: {failure!r}"
         cause = cause.__cause__ or cause.__context__
     if isinstance(failure, AutomaticEvalError):
@@ -223,9 +230,50 @@ def fuzz(start: int, n: int, *, every_door: bool = False, most_wrong: int = 20) 
     return tally
 
 
-if __name__ == "__main__":
-    import sys
+def test_changed_files_are_read_or_refused_by_our_errors() -> None:
+    found = fuzz(0, 2000)
+    assert not found.wrong, "\n".join(found.wrong)
+    assert found.n_tried == 2000
+    assert min(found.n_read, found.n_refused) > 400, "nearly all are read, or refused at once: the changes test little"
 
+
+@pytest.mark.slow
+def test_many_changed_files_are_read_or_refused_by_our_errors() -> None:
+    """Through every door; hours on two cores."""
+    with place() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_whole(corpus(folder), folder)
+    found = fuzz(10**6, 100_000, every_door=True)
+    assert not found.wrong, "\n".join(found.wrong)
+
+
+def too_much(run: Run) -> None:
+    with naming(run.path):
+        np.empty(2 * BOUND, np.uint8)
+
+
+WRONG: dict[str, tuple[Callable[[Run], Any], str]] = {
+    "an exception that is not ours": (lambda run: {}["x"], "KeyError"),
+    "memory that is refused": (too_much, "it takes more than"),
+    "a process that ends": (lambda run: os.abort(), f"-{signal.SIGABRT.value} is how"),
+    "no end": (lambda run: time.sleep(60), f"-{signal.SIGALRM.value} is how"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_goes_wrong_is_told_with_its_seed(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    door, told = WRONG[wrong]
+    monkeypatch.setitem(READS, "table", door)
+    monkeypatch.setattr("test_fuzz.SECONDS", 3)
+    monkeypatch.setattr("test_fuzz.mutate", lambda case, folder, draw: "nothing changed")
+    monkeypatch.setattr("test_fuzz.check_whole", lambda cases, folder: None)
+    found = fuzz(7, 1, every_door=True)
+    assert found.wrong
+    assert found.wrong[0].startswith("seed 7 (")
+    assert told in found.wrong[0]
+
+
+if __name__ == "__main__":
     at = time.monotonic()
     found = fuzz(int(sys.argv[1]), int(sys.argv[2]), every_door=len(sys.argv) > 3, most_wrong=10**6)
     print(found.n_tried, "tried", found.n_read, "read", found.n_refused, "refused", f"{time.monotonic() - at:.1f} s")

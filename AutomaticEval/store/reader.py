@@ -20,7 +20,7 @@ from AutomaticEval.selection import Positions
 from AutomaticEval.store import contents
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.checksums import OF_ATTRIBUTES
-from AutomaticEval.store.contents import Contents, records_of
+from AutomaticEval.store.contents import Contents
 from AutomaticEval.store.extents import naming
 from AutomaticEval.store.files import PICKLE_SUFFIXES
 from AutomaticEval.store.folders import INDEX, living, shard_names, tell_set_aside
@@ -236,8 +236,9 @@ class Run(Sequence[dict[str, Any]]):
 
     def records(self) -> list[dict[str, Any]]:
         """The columns of every sample, with batch shapes and places in the shards."""
-        every = records_of(self._contents.columns)
-        return [every[number] for number in self._order.tolist()]
+        columns = self._contents.columns
+        whole = {name: columns.whole(name) for name in columns.names}
+        return [{name: values[number] for name, values in whole.items()} for number in self._order.tolist()]
 
     def table(self) -> pd.DataFrame:
         """One row a sample: task, doc_id, choice, prompt, response, logprob, correct, metrics, …"""

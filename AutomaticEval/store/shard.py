@@ -124,7 +124,8 @@ class Shard:
     def _read_structure(self, file: h5py.File, groups: Sequence[str]) -> None:
         self.keys = sorted(names_of(file, "activations"), key=key_order)
         self.numbers = {
-            name: self._extent(file, name, "<i8" if name.endswith(_WIDE) else "<i4") for name in _number_names(file, groups)
+            name: self._extent(file, name, "<i8" if name.endswith(_WIDE) else "<i4")
+            for name in _number_names(file, groups)
         }
         self.n_rows = self.numbers["rows/token_id"].shape[0]
         self.scales = {
