@@ -44,7 +44,7 @@ FLOORS = {
     "store.wholeness": 1,
     "store.workplaces": 1,
     "store.trailer": 1,
-    "store.finite": 1,
+    "store.finite": 2,
     "models.staging": 1,
     "models.probe": 3,
     "models.norms": 1,

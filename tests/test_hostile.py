@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,8 @@ from AutomaticEval import load_activations, open_run
 from AutomaticEval.errors import AutomaticEvalError, DamagedFile, StoreError, TruncatedFile, UnreadableFile
 from AutomaticEval.store.contents import of_samples
 from AutomaticEval.store.format import Part, Sample
-from AutomaticEval.store.maintenance import verify
+from AutomaticEval.store.maintenance import convert, verify
+from AutomaticEval.store.room import EXPANSION
 from AutomaticEval.store.sealing import write_file, write_shard
 from AutomaticEval.store.shard import Shard
 
@@ -411,6 +413,7 @@ def test_absent_columns_are_read(file: Path) -> None:
     assert run[0]["positions"].tolist() == list(range(6))
     assert "batch_shape" not in load_activations(file, 1)["settings"]
     assert run.table().empty
+    assert run.records() == [{}, {}]
 
 
 def test_texts_that_are_all_the_same_bytes_are_refused(tmp_path: Path) -> None:
@@ -477,5 +480,161 @@ def test_sample_that_has_one_row_many_times_is_refused(file: Path) -> None:
         with_right_checksums(opened, "segments/offset")
         for name in ("segments/start", "segments/stop"):
             opened.create_dataset(f"checksums/{name}", data=np.zeros(2, "<u8")).attrs["rows"] = 8192
-    with pytest.raises(UnreadableFile, match=r"one\.h5"):
+    with pytest.raises(UnreadableFile, match=r"one\.h5 .*/segments give sample 0 more rows than it has tokens"):
         open_run(file, check=False)
+
+
+MADE_OTHERWISE: dict[str, Callable[[h5py.File], Any]] = {
+    "an array": lambda f: f["rows/position"].attrs.__setitem__("xxh3_64", ["0" * 16] * 2),
+    "a number": lambda f: f["samples/prompt"].attrs.__setitem__("xxh3_64", 5),
+    "of a column of numbers": lambda f: f["samples/n_prompt_tokens"].attrs.__setitem__("xxh3_64", np.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("made", MADE_OTHERWISE)
+def test_verify_names_a_checksum_that_is_no_text(file: Path, made: str) -> None:
+    with h5py.File(file, "r+") as opened:
+        MADE_OTHERWISE[made](opened)
+    assert any("the attribute xxh3_64 of /" in problem for problem in verify(file))
+
+
+def test_verify_reads_no_attribute_of_many_texts_that_are_one(file: Path) -> None:
+    """3,000 references to one text of 1 MiB: 3 GB, which another program's attribute may say."""
+    with h5py.File(file, "r+") as opened:
+        opened["samples"].attrs["of another"] = ["x" * 2**20, *(["y"] * 2999)]
+    raw = file.read_bytes()
+    at = next(
+        at
+        for at in range(len(raw))
+        if raw[at : at + 4] == (2**20).to_bytes(4, "little") and raw[at + 16 : at + 20] == b"\1\0\0\0"
+    )
+    file.write_bytes(raw[:at] + raw[at : at + 16] * 3000 + raw[at + 16 * 3000 :])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "trailer" in verify(file)[0]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> Path:
+    """A file with datasets of several blocks."""
+    write_shard(tmp_path / "one.h5", [make_sample(n_prompt=40, width=1024)], "m", SETTINGS)
+    return tmp_path / "one.h5"
+
+
+def checksums_elsewhere(file: h5py.File) -> None:
+    with h5py.File(Path(file.filename).with_name("other.h5"), "w") as other:
+        file.copy("checksums", other)
+    del file["checksums"]
+    file["checksums"] = h5py.ExternalLink("other.h5", "/checksums")
+
+
+def checksums_linked(file: h5py.File) -> None:
+    file.move("checksums/activations/layer_0", "checksums/x")
+    file["checksums/activations/layer_0"] = h5py.SoftLink("/checksums/x")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        checksums_elsewhere,
+        checksums_linked,
+        lambda file: file.move("checksums", "x") or file.__setitem__("checksums", h5py.SoftLink("/x")),
+        lambda file: replaced(file, "checksums/activations/layer_0", data=np.zeros(3, "<f8")),
+        lambda file: file["checksums/activations/layer_0"].attrs.__setitem__("rows", [16]),
+    ],
+)
+def test_checksums_of_blocks_that_are_not_in_the_file_are_refused(
+    blocks: Path, harm: Callable[[h5py.File], Any]
+) -> None:
+    with h5py.File(blocks, "r+") as opened:
+        assert len(opened["checksums/activations/layer_0"]) == 3
+        harm(opened)
+    with pytest.raises(TruncatedFile, match=r"one\.h5 .*checksums"):
+        open_run(blocks)
+    assert "checksums" in verify(blocks)[0]
+
+
+INDEX_OF_1_0: dict[str, Callable[[h5py.File], Any]] = {
+    "names that are numbers": lambda f: replaced(f, "shards/name", data=np.zeros(2, "<i8")),
+    "names without end": lambda f: replaced(f, "shards/name", shape=(HUGE,), dtype=h5py.string_dtype()),
+    "names that are one": lambda f: replaced(f, "shards/name", data="shard-00000.h5", dtype=h5py.string_dtype()),
+    "a shard that is not there": lambda f: f["samples/shard"].__setitem__(0, 7),
+    "no shard": lambda f: f["samples/shard"].__setitem__(0, -1),
+    "a shard before the first": lambda f: f["samples/shard"].__setitem__(0, -2),
+    "a sample that is not there": lambda f: f["samples/index"].__setitem__(0, 10**6),
+    "no sample": lambda f: f["samples/index"].__setitem__(0, -1),
+    "no column of samples": lambda f: f.__delitem__("samples/index"),
+}
+
+
+@pytest.mark.parametrize("harm", INDEX_OF_1_0)
+def test_harmful_index_of_1_0_is_refused_by_name(tmp_path: Path, harm: str) -> None:
+    run = shutil.copytree(ROOT / "tests" / "data" / "format-1.0" / "run", tmp_path / "run")
+    with h5py.File(run / "run.h5", "r+") as opened:
+        INDEX_OF_1_0[harm](opened)
+    with pytest.raises(TruncatedFile, match=r"run\.h5"):
+        open_run(run)
+    assert verify(run)
+
+
+def test_shard_without_rows_is_refused_by_name(file: Path) -> None:
+    with h5py.File(file, "r+") as opened:
+        del opened["rows"]
+    with pytest.raises(TruncatedFile, match=r"one\.h5"):
+        open_run(file)
+
+
+@pytest.mark.parametrize("value", ["many", [1, 2], 1.5])
+def test_count_of_infinite_numbers_that_is_none_is_refused(file: Path, value: Any) -> None:
+    with h5py.File(file, "r+") as opened:
+        opened["activations/layer_0"].attrs["non_finite"] = value
+    with pytest.raises(TruncatedFile, match=r"one\.h5"):
+        open_run(file).finite()
+
+
+def test_count_of_infinite_numbers_looks_at_no_column_that_leads_elsewhere(file: Path) -> None:
+    with h5py.File(file, "r+") as opened:
+        opened["samples/of another"] = h5py.SoftLink("/nothing")
+        opened["samples/of a third"] = h5py.ExternalLink("/etc/passwd", "/x")
+    assert open_run(file).non_finite == {"embeddings": 0, "layer_0": 0}
+    assert open_run(file).finite().all()
+
+
+def test_int8_without_rows_is_converted(tmp_path: Path) -> None:
+    whole = make_sample()
+    none = replace(
+        whole,
+        parts=[
+            Part(
+                replace(
+                    whole.parts[0].rows,
+                    token_ids=[],
+                    tokens=[],
+                    positions=[],
+                    activations={"layer_0": torch.empty(0, 8)},
+                ),
+                [],
+            )
+        ],
+    )
+    write_file(tmp_path / "int8.h5", of_samples([none], "m", SETTINGS, in_8_bits=True))
+    convert(tmp_path / "int8.h5", tmp_path / "one.h5", dtype="float32")
+    assert open_run(tmp_path / "one.h5").read(0, "layer_0").shape == (0, 8)
+
+
+def test_writer_fills_up_a_file_of_rows_that_zstd_makes_too_small(tmp_path: Path) -> None:
+    """Equal rows of 96 MB, which zstd writes into fewer bytes than a reader allows for so many."""
+    pytest.importorskip("hdf5plugin")
+    sample, path = make_sample(), tmp_path / "one.h5"
+    equal = replace(sample.parts[0].rows, activations={"layer_0": torch.full((6, 2**22), 1.5)})
+    write_file(path, of_samples([replace(sample, parts=[Part(equal, range(6))])], "m", SETTINGS), compression="zstd")
+    raw = path.read_bytes()
+    n_trailer = int.from_bytes(raw[-16:-8], "little")
+    n_least = 6 * 2**22 * 4 / EXPANSION
+    assert len(raw) - n_trailer < n_least <= len(raw), "what HDF5 wrote would be enough: the test tests nothing"
+    assert raw[-17:-16] == b" "
+    assert torch.equal(open_run(path).read(0, "layer_0"), equal.activations["layer_0"])
+    assert verify(path) == []
+    path.write_bytes(raw[: -16 - n_trailer])
+    with pytest.raises(TruncatedFile, match="uncompressed"):
+        open_run(path)

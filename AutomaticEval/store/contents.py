@@ -322,7 +322,8 @@ def converted(contents: Contents, dtype: torch.dtype) -> Contents:
 
 def _converted(key: str, activation: Activation, blocks: Any, dtype: torch.dtype) -> Activation:
     def pieces() -> Iterator[Array]:
-        scales = None if activation.scales is None else np.concatenate(list(activation.scales()))
+        none = np.empty((0, activation.width), np.float32)
+        scales = None if activation.scales is None else np.concatenate([none, *activation.scales()])
         at = 0
         for piece in activation.pieces():
             lines = None if scales is None else scales[blocks[at : at + len(piece)]]

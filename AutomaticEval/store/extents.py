@@ -176,12 +176,12 @@ def extent_of(
         _check_chunks(dataset, name, expected.itemsize)
         room.take_compressed(name, n_bytes)
         return Extent(name, None, dataset.shape, expected, stamp)
-    offset = _offset_of(dataset, name, n_bytes, status.st_size)
+    offset = offset_of(dataset, name, n_bytes, status.st_size)
     room.take(name, n_bytes)
     return Extent(name, offset, dataset.shape, expected, stamp)
 
 
-def _offset_of(dataset: h5py.Dataset, name: str, n_bytes: int, size: int) -> int:
+def offset_of(dataset: h5py.Dataset, name: str, n_bytes: int, size: int) -> int:
     """Where the bytes of a dataset begin. Raises ValueError when they are not one after the other in the file."""
     offset = dataset.id.get_offset()
     if offset is None or dataset.is_virtual or dataset.id.get_storage_size() != n_bytes or offset + n_bytes > size:
@@ -231,7 +231,7 @@ def check_column(file: h5py.File, name: str, n_values: int, size: int, room: Roo
 def _check_text(file: h5py.File, dataset: h5py.Dataset, name: str, n_values: int, size: int, room: Room) -> None:
     """Raises ValueError for text that does not fit into the file, as when thousands of values are one and the same."""
     n_bytes = n_values * REFERENCE.itemsize
-    offset = _offset_of(dataset, name, n_bytes, size)
+    offset = offset_of(dataset, name, n_bytes, size)
     if h5py.check_string_dtype(dataset.dtype).length is not None:
         raise ValueError(f"/{name} is text of a fixed length")
     raw = os.pread(file.id.get_vfd_handle(), n_bytes, offset)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from AutomaticEval.errors import NotFinite
 from AutomaticEval.showing import shown
+from AutomaticEval.store.format import attribute_of
 
 NON_FINITE = "non_finite"
 """The attribute of a dataset: how many of its numbers are infinite or NaN."""
@@ -34,10 +35,10 @@ def n_non_finite(raw: np.ndarray[Any, Any], dtype: torch.dtype) -> int:
     return found
 
 
-def counts_in(file: Any) -> dict[str, int]:
-    """Site or column of an open file -> how many of its numbers are infinite or NaN. What does not say it is left out."""
-    named = [(name, found.attrs) for group in ("activations", "samples") for name, found in file[group].items()]
-    return {name: int(attributes[NON_FINITE]) for name, attributes in named if NON_FINITE in attributes}
+def counts_in(file: Any, keys: Iterable[str], columns: Iterable[str]) -> dict[str, int]:
+    """Site or column of an open file -> how many of its numbers are infinite or NaN. What does not say it is left out. Raises ValueError."""
+    datasets = {key: file[f"activations/{key}"] for key in keys} | {name: file[f"samples/{name}"] for name in columns}
+    return {name: int(attribute_of(each, NON_FINITE)) for name, each in datasets.items() if NON_FINITE in each.attrs}
 
 
 def say_non_finite(path: Path, counts: Mapping[str, int], *, strict: bool = False) -> None:

@@ -20,8 +20,8 @@ from AutomaticEval.selection import Positions
 from AutomaticEval.store import contents
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.checksums import OF_ATTRIBUTES
-from AutomaticEval.store.contents import Contents, records_of
-from AutomaticEval.store.extents import dataset_of, naming
+from AutomaticEval.store.contents import Contents
+from AutomaticEval.store.extents import naming
 from AutomaticEval.store.files import PICKLE_SUFFIXES
 from AutomaticEval.store.folders import INDEX, living, shard_names, tell_set_aside
 from AutomaticEval.store.opened import OneSite, OpenedFile
@@ -237,8 +237,9 @@ class Run(Sequence[dict[str, Any]]):
 
     def records(self) -> list[dict[str, Any]]:
         """The columns of every sample, with batch shapes and places in the shards."""
-        every = records_of(self._contents.columns)
-        return [every[number] for number in self._order.tolist()]
+        columns = self._contents.columns
+        whole = {name: columns.whole(name) for name in columns.names}
+        return [{name: values[number] for name, values in whole.items()} for number in self._order.tolist()]
 
     def table(self) -> pd.DataFrame:
         """One row a sample: task, doc_id, choice, prompt, response, logprob, correct, metrics, …"""
@@ -487,7 +488,6 @@ def _gathered(folder: Path, index: Shard | None, opened: Open) -> tuple[ShardedR
     names = living(folder, shard_names(folder))
     if index is not None:
         with index.reading() as file:
-            dataset_of(file, "shards/name")
             names = contract.decode_texts(file["shards/name"])
     if not names:
         raise NotActivations(f"{folder} is not a run: it holds neither {INDEX} nor shard-*.h5.")
@@ -496,7 +496,9 @@ def _gathered(folder: Path, index: Shard | None, opened: Open) -> tuple[ShardedR
     shards = [_of_run(opened(folder / name), run_id) for name in names]
     parts = [shard.contents() for shard in shards]
     columns: contents.Columns = contents.listed(Placed(shards)) if index is None else FileColumns(index)
-    held = contents.reordered(contents.joined(parts), order_of(parts, columns), columns)
+    with naming(folder / INDEX):
+        order = order_of(parts, columns)
+    held = contents.reordered(contents.joined(parts), order, columns)
     return _stored(shards), held
 
 

@@ -21,7 +21,7 @@ import xxhash
 from AutomaticEval.errors import DamagedFile, StoreError
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.checksums import NAME, rows_per_block
-from AutomaticEval.store.extents import Extent, Sums, dataset_of, naming, needs_filters, stamp_of
+from AutomaticEval.store.extents import Extent, Sums, dataset_of, naming, needs_filters, offset_of, stamp_of
 from AutomaticEval.store.ragged import Array, ranges_of
 from AutomaticEval.store.trailer import CHECKSUMS
 
@@ -88,14 +88,10 @@ def sums_of(file: h5py.File, dataset: h5py.Dataset, extent: Extent, version: tup
 
 
 def _offset_of_sums(file: h5py.File, name: str, rows: int, n_blocks: int) -> int:
-    made = dataset_of(file, f"{CHECKSUMS}/{name}").id
-    told = h5py.h5a.open(made, b"rows")
-    found = np.empty((), "<i8")
-    told.read(found)
-    offset = made.get_offset()
-    if made.shape != (n_blocks,) or offset is None or made.get_storage_size() != 8 * n_blocks or found != rows:
+    made = dataset_of(file, f"{CHECKSUMS}/{name}")
+    if made.shape != (n_blocks,) or made.dtype != np.dtype("<u8") or contract.attribute_of(made, "rows") != rows:
         raise ValueError(f"/{CHECKSUMS}/{name} are not the {n_blocks} checksums of blocks of {rows} rows")
-    return int(offset)
+    return offset_of(made, made.name.strip("/"), 8 * n_blocks, file.id.get_filesize())
 
 
 def stored_sums(path: Path, extent: Extent) -> Array | None:

@@ -114,7 +114,7 @@ def write_file(
         for key, activation in held.activations.items():
             _write_activation(file, key, activation, held.n_rows, compression)
         _write_table(file, held)
-        counts = counts_in(file)
+        counts = counts_in(file, held.activations, held.columns.names)
     return Source(path.name, held.n_rows, path.stat().st_size, stamp, counts)
 
 
@@ -132,7 +132,7 @@ def write_run(path: Path, held: Contents, sources: Sequence[Source], *, finished
         _write_text(file, f"shards/{checksums.OF_ATTRIBUTES}", [source.stamp for source in sources])
         for name in ("n_rows", "size_bytes"):
             _write_numbers(file, f"shards/{name}", np.array([getattr(source, name) for source in sources]), "<i8")
-        return counts_in(file)
+        return counts_in(file, held.activations, held.columns.names)
 
 
 def _table_bytes(held: Contents) -> int:

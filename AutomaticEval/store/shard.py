@@ -39,22 +39,26 @@ class Shard(OpenedFile):
         self.column_names = sorted(
             names_of(file, "samples"), key=lambda name: known.index(name) if name in known else len(known)
         )
-        self.has_rows = "rows" in names_of(file, "/")  # run.h5 of version 1.0 has none
+        groups = names_of(file, "/")
+        self.has_rows = self.kind == contract.SHARD_FORMAT or "rows" in groups  # run.h5 of version 1.0 has none
         if self.has_rows:
-            self._read_structure(file)
+            self._read_structure(file, groups)
         else:
             self.n_samples = len(dataset_of(file, "samples/shard"))
+            n_shards = len(dataset_of(file, "shards/name"))
+            check_column(file, "shards/name", n_shards, self.size_bytes, self._room)
         self._check_columns(file)
 
-    def _read_structure(self, file: h5py.File) -> None:
+    def _read_structure(self, file: h5py.File, groups: Sequence[str]) -> None:
         self.keys = sorted(names_of(file, "activations"), key=key_order)
         self.numbers = {
-            name: self._extent(file, name, "<i8" if name.endswith(_WIDE) else "<i4") for name in _number_names(file)
+            name: self._extent(file, name, "<i8" if name.endswith(_WIDE) else "<i4")
+            for name in _number_names(file, groups)
         }
         self.n_rows = self.numbers["rows/token_id"].shape[0]
         self.scales = {
             key: self._extent(file, f"scales/{key}", "<f4", 2)
-            for key in (names_of(file, "scales") if "scales" in names_of(file, "/") else ())
+            for key in (names_of(file, "scales") if "scales" in groups else ())
         }
         self.dtypes: dict[str, torch.dtype] = {}
         self.extents: dict[str, Extent] = {}
@@ -63,7 +67,7 @@ class Shard(OpenedFile):
         self._check_numbers()
         n_tokens = self.numbers["vocabulary/token_id"].shape[0]
         check_column(file, "vocabulary/token", n_tokens, self.size_bytes, self._room)
-        for name in ("name", OF_ATTRIBUTES) if "shards" in names_of(file, "/") else ():
+        for name in ("name", OF_ATTRIBUTES) if "shards" in groups else ():
             n_shards = self.numbers["shards/n_rows"].shape[0]
             check_column(file, f"shards/{name}", n_shards, self.size_bytes, self._room)
 
@@ -146,7 +150,7 @@ class Shard(OpenedFile):
     def non_finite(self) -> dict[str, int]:
         """Site or column -> how many of its numbers are infinite or NaN; older files do not say it."""
         with self.reading() as file:
-            return counts_in(file)
+            return counts_in(file, self.keys, self.column_names)
 
     @cached_property
     def strings(self) -> dict[int, str]:
@@ -244,9 +248,9 @@ def _decode(name: str) -> Callable[[h5py.Dataset, slice], list[Any]]:
     return contract.decode_texts if contract.COLUMNS.get(name) == "text" else contract.decode_column
 
 
-def _number_names(file: h5py.File) -> list[str]:
+def _number_names(file: h5py.File, groups: Sequence[str]) -> list[str]:
     names = [f"{group}/{part}" for group in ("input_ids", "generated_ids") for part in ("offset", "values")]
     names += ["segments/offset", "segments/start", "segments/stop", "rows/token_id", "rows/position"]
     names += ["rows/block"] if "block" in names_of(file, "rows") else []
-    names += ["shards/n_rows", "shards/size_bytes"] if "shards" in names_of(file, "/") else []
+    names += ["shards/n_rows", "shards/size_bytes"] if "shards" in groups else []
     return [*names, "vocabulary/token_id"]

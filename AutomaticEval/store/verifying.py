@@ -6,6 +6,7 @@ Reads without checking, so that all that is damaged is named. Knows nothing of r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,11 @@ def _follow(shard: Shard) -> None:
     """Raises TruncatedFile when HDF5's own structures cannot be followed to every object and attribute."""
 
     def look(name: str, item: Any) -> None:
-        dict(item.attrs)
+        for each in item.attrs:
+            with suppress(
+                ValueError, TypeError
+            ):  # no value of ours; those of ours are read, and refused, where they are used
+                contract.attribute_of(item, each)
 
     with shard.reading() as file:
         file.visititems(look)
@@ -75,22 +80,23 @@ def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:
         yield "the root attributes are not what their checksum says"
     with shard.reading() as file:
         for name in _texts(shard, file):
-            expected, found = file[name].attrs.get(checksums.NAME), checksums.of_text(file[name][()].tolist())
+            expected, found = _checksum_of(file[name]), checksums.of_text(file[name][()].tolist())
             if found != expected:
                 yield _unlike(name, f"found {found}, expected {expected}")
         numbers = [
             each._replace(sums=sums_of(file, dataset_of(file, each.name), each, shard.version))
             for each in _numbers(shard)
         ]
-        told = [_told(file, each.name) for each in numbers]
+        told = [_told(file, each) for each in numbers]
     for extent, (whole, of_blocks) in zip(numbers, told, strict=True):
         yield from _wrong_numbers(shard.path, extent, whole, of_blocks, advance)
 
 
 def _texts(shard: Shard, file: h5py.File) -> list[str]:
     names = [f"samples/{name}" for name in shard.column_names if name in contract.COLUMNS]
-    names += ["vocabulary/token"] + [f"shards/{name}" for name in file.get("shards", ())]
-    return [name for name in names if name in file and h5py.check_string_dtype(file[name].dtype) is not None]
+    names += ["vocabulary/token"]
+    names += [f"shards/{name}" for name in ("name", checksums.OF_ATTRIBUTES) if shard.kind == contract.RUN_FORMAT]
+    return [name for name in names if h5py.check_string_dtype(file[name].dtype) is not None]
 
 
 def _numbers(shard: Shard) -> list[Extent]:
@@ -99,10 +105,16 @@ def _numbers(shard: Shard) -> list[Extent]:
     return [*shard.numbers.values(), *shard.scales.values(), *columns, *rows]
 
 
-def _told(file: h5py.File, name: str) -> tuple[str | None, str | None]:
+def _told(file: h5py.File, extent: Extent) -> tuple[str | None, str | None]:
     """A dataset's checksum, and that of its blocks' checksums."""
-    blocks = f"{CHECKSUMS}/{name}"
-    return file[name].attrs.get(checksums.NAME), file[blocks].attrs.get(checksums.NAME) if blocks in file else None
+    blocks = f"{CHECKSUMS}/{extent.name}"
+    has_blocks = extent.sums is not None and extent.sums.offset is not None
+    return _checksum_of(file[extent.name]), _checksum_of(file[blocks]) if has_blocks else None
+
+
+def _checksum_of(dataset: h5py.Dataset) -> str | None:
+    """What a dataset says of itself; None where it says nothing. Raises ValueError for what is no text."""
+    return contract.text_of(dataset, checksums.NAME) if checksums.NAME in dataset.attrs else None
 
 
 def _wrong_numbers(

@@ -450,7 +450,15 @@ def write_index(
 
 
 def order_of(parts: Sequence[Contents], columns: Columns) -> Array:
-    """The number of each line of a table among the samples of all parts, by its shard and index."""
-    first = np.cumsum([0, *(part.n_samples for part in parts)])
-    found: Array = first[columns.whole("shard")] + np.array(columns.whole("index"), dtype=np.int64)
+    """The number of each line of a table among the samples of all parts, by its shard and index. Raises ValueError for a line of none."""
+    n_samples = np.array([0, *(part.n_samples for part in parts)])
+    shard, index = (
+        np.array([-1 if value is None else value for value in columns.whole(name)], dtype=np.int64)
+        for name in ("shard", "index")
+    )
+    known = (shard >= 0) & (shard < len(parts)) & (index >= 0)
+    strays = np.flatnonzero(~known | (index >= n_samples[np.where(known, shard + 1, 0)]))
+    if len(strays):
+        raise ValueError(f"sample {strays[0]} is in no shard")
+    found: Array = np.cumsum(n_samples)[shard] + index
     return found
