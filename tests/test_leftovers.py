@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -302,3 +304,31 @@ def test_a_damaged_layer_of_a_sweep_is_named(tmp_path: Path, damage: Callable[[s
     file.write_text(damage(file.read_text()))
     with pytest.raises(StoreError, match=r"logprobs_layer_001\.json"):
         _swept(sweeps, tmp_path, "logprobs", 3)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_failure_after_a_file_got_its_name_says_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    sync, path = os.fsync, tmp_path / "a.json"
+
+    def no_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(handle)
+
+    def write(text: str, *, overwrite: bool) -> None:
+        with new_file(path, overwrite=overwrite) as partial:
+            partial.write_text(text)
+
+    monkeypatch.setattr(os, "fsync", no_folders)
+    for overwrite in (False, True):
+        with pytest.raises(StoreError, match=r"was not written.*, and nothing of it was left behind"):
+            write("{}", overwrite=overwrite)
+        assert list(tmp_path.iterdir()) == []
+    path.write_text("[]")
+    with pytest.raises(StoreError, match=r"a\.json took the place of the one before and is whole, but") as told:
+        write("{}", overwrite=True)
+    assert path.read_text() == "{}"
+    assert "left behind" not in str(told.value)
+    assert isinstance(told.value, DiskFull) == (code == errno.ENOSPC)

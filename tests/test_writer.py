@@ -90,6 +90,20 @@ def test_failure_in_the_thread_reaches_the_caller_at_the_next_step(
     assert threading.active_count() == 1 or not any("sealing" in t.name for t in threading.enumerate())
 
 
+def test_shard_that_failed_before_another_error_is_warned_of(tmp_path: Path) -> None:
+    """The shard's file meets a folder where it should get its name, and the error that ends the run is another."""
+
+    def run() -> None:
+        with RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:
+            (tmp_path / "shard-00000.h5").mkdir()
+            made.add([numbered(0)])
+            raise ZeroDivisionError
+
+    with pytest.warns(UserWarning, match=r"shard-00000\.h5 exists") as told, pytest.raises(ZeroDivisionError):
+        run()
+    assert len(told) == 1
+
+
 def test_leaving_by_an_exception_seals_what_was_gathered(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), RunWriter(tmp_path, "m", SETTINGS) as made:  # noqa: PT012
         made.add([numbered(0)])
