@@ -6,9 +6,11 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, tzinfo
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from uuid import UUID
 
 from test_store import SETTINGS, make_sample
 
@@ -74,7 +76,7 @@ def write_run(*, merged: bool) -> None:
     folder = Path("run")
     with writer.RunWriter(folder, "m", HEADS, shard_bytes=2**20 if merged else 1, resume=True) as made:
         done = {record["doc_id"] for record in made.records()}
-        for number in range(3):
+        for number in range(2):
             if number not in done:
                 made.add([a_sample(number)])
                 made.seal()
@@ -181,6 +183,14 @@ MODEL = {
 CASES = {**STORE, **MODEL}
 
 
+class Still(datetime):
+    """A clock that stands, so that what is equal has equal bytes, and is read once."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return cls(2026, 1, 1, tzinfo=tz)
+
+
 def begin(names: list[str]) -> None:
     """Load what the cases need, before any process is forked."""
     import torch
@@ -188,6 +198,8 @@ def begin(names: list[str]) -> None:
 
     torch.set_num_threads(1)  # no thread of ours is there to be lost in a fork
     tqdm.monitor_interval = 0
+    sealing.datetime = Still  # type: ignore[misc]
+    writer.uuid4 = lambda: UUID(int=0)  # type: ignore[assignment]
     if any(CASES[name].has_model for name in names):
         from AutomaticEval.models.loading import load_model
 

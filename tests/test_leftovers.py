@@ -30,6 +30,7 @@ from AutomaticEval.ranks import Ranks
 from AutomaticEval.report.figures import save_with_figures
 from AutomaticEval.store.export import export
 from AutomaticEval.store.files import new_file, new_files, new_folder, prepare_folder
+from AutomaticEval.store.maintenance import rebuild_index
 from AutomaticEval.store.reader import open_run
 from AutomaticEval.store.wholeness import read_back
 from AutomaticEval.store.workplaces import clear_leftovers
@@ -171,6 +172,21 @@ def test_a_killed_export_does_not_stop_a_resume(tmp_path: Path, to: str) -> None
         writer.finish()
     left = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert left == [".lock", ".theirs.partial", "run.h5", "shard-00000.h5"]
+
+
+def test_a_run_whose_index_is_built_again_is_cleared_of_leftovers(tmp_path: Path) -> None:
+    def killed() -> None:
+        with new_file(tmp_path / "x.json") as partial:
+            partial.write_text("{}")
+            kill_me()
+
+    with RunWriter(tmp_path, "m", SETTINGS) as writer:
+        writer.add([make_sample()])
+        writer.finish()
+    killed_in(killed)
+    assert len(list(tmp_path.glob(".*.partial"))) == 1
+    rebuild_index(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.h5", "shard-00000.h5"]
 
 
 def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
