@@ -348,3 +348,19 @@ def test_failure_after_a_file_got_its_name_says_what_is_there(
     assert path.read_text() == "{}"
     assert "left behind" not in str(told.value)
     assert isinstance(told.value, DiskFull) == (code == errno.ENOSPC)
+
+
+def test_a_folder_is_taken_back_also_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it has its name, nothing that needs room can be done: neither a sync of the folder around it nor another name."""
+    sync, rename, path = os.fsync, Path.rename, tmp_path / "x"
+
+    def full(*given: Any) -> Any:
+        if path.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return (sync if len(given) == 1 else rename)(*given)
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(Path, "rename", lambda *given: full(*given))
+    with pytest.raises(DiskFull, match="nothing of it was left behind"), new_folder(path) as made:
+        (made / "a.json").write_text("{}")
+    assert list(tmp_path.iterdir()) == []

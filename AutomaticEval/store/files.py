@@ -206,7 +206,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             _sync_folder(path.parent)
         except BaseException:
-            path.rename(partial)
+            try:
+                path.rename(partial)
+            except OSError:  # it needs room, which deleting does not
+                shutil.rmtree(path, ignore_errors=True)
             raise
 
 
