@@ -261,10 +261,27 @@ def test_locks_of_a_shared_run_go_when_it_is_finished(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob(".lock*")) == [".lock", ".lock-theirs"]
 
 
-def test_a_run_that_fails_before_its_first_rows_leaves_no_folder(tmp_path: Path) -> None:
+def test_a_run_that_fails_before_its_first_rows_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = RunFolder(Keeping(tmp_path), "run", "m", SETTINGS, 10**6, Ranks())
     with pytest.raises(DiskFull), folder.writing():
         raise DiskFull("no room")
+    assert list(tmp_path.iterdir()) == []
+
+    def kept_from_going(path: Path, missing_ok: bool = False) -> None:
+        if ".partial" in path.name and path.parent != tmp_path and not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        unlink(path, missing_ok)
+
+    failed: list[Path] = []
+    unlink = Path.unlink
+    with monkeypatch.context() as patch:  # the folder is there, and cannot be opened
+        patch.setattr(Path, "unlink", kept_from_going)
+        with pytest.raises(StoreError, match="not written"), folder.writing():
+            raise AssertionError("it was opened")
+    assert failed
     assert list(tmp_path.iterdir()) == []
 
     def fail(writer: RunWriter) -> None:

@@ -38,7 +38,9 @@ def repeated(library: Path, folder: Path, how: str, *cases: str) -> None:
     assert done.stdout.count(" 0 wrong") == len(cases)
 
 
-@pytest.mark.parametrize("cases", [["run/7", "merge/3", "safetensors/9"], ["generate/5", "benchmark/45", "sweep/60"]])
+@pytest.mark.parametrize(
+    "cases", [["run/9", "merge/7", "safetensors/7"], ["generate/7", "benchmark/89", "sweep/73"]], ids=["store", "model"]
+)
 def test_some_failures_are_named_and_lose_nothing(library: Path, tmp_path: Path, cases: list[str]) -> None:
     repeated(library, tmp_path, "turns", *cases)
 

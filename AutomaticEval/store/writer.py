@@ -57,6 +57,7 @@ from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.sealing import Source, check_compression, write_file, write_run
 from AutomaticEval.store.shard import Shard
 from AutomaticEval.store.verifying import verify_file
+from AutomaticEval.store.workplaces import clear_leftovers
 
 SHARD_BYTES = 256 * 2**20
 MAX_SHARD_BYTES = 4 * 2**30
@@ -372,6 +373,7 @@ def leaving_nothing(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         with suppress(OSError):
+            clear_leftovers(folder)
             if {path.name for path in folder.iterdir()} <= {LOCK, LOCAL_PATHS}:
                 for path in folder.iterdir():
                     path.unlink()
