@@ -1,8 +1,9 @@
-/* Lets the n-th call of the C library that opens, writes, names or syncs something in one folder fail. Loaded with LD_PRELOAD.
+/* Lets the n-th call of the C library that changes something in one folder fail, or that opens something there. Loaded with LD_PRELOAD.
  *
- * nth_watch(folder) chooses the folder, by its real path. nth_arm(n, code, stays) begins to count again, in this process and those
- * that it forks: call n fails with errno code. stays: so does every later one that needs room, as on a disk that is full.
- * nth_count() tells how many calls there were, and nth_failed() which one failed. A write that fails has written half of its bytes.
+ * nth_watch(folder) chooses the folder, by its real path. nth_arm(changes, n, code, stays) begins to count again, in this process and
+ * those that it forks: call n of those that change something fails with errno code; with changes 0, of those that open for reading.
+ * stays: so does every later one that needs room, as on a disk that is full. nth_count(changes) tells how many calls there were, and
+ * nth_failed() which one failed. A write that fails has written half of its bytes.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -22,8 +23,8 @@
 
 static struct {
     char folder[PATH_MAX], failed[MOST + 64];
-    int code, stays;
-    long nth, count;
+    int changes, code, stays;
+    long nth, count[2];
 } *shared;
 
 __attribute__((constructor)) static void begin(void) {
@@ -32,12 +33,12 @@ __attribute__((constructor)) static void begin(void) {
 
 void nth_watch(const char *folder) { snprintf(shared->folder, PATH_MAX, "%s", folder); }
 
-void nth_arm(long n, int code, int stays) {
-    shared->code = code, shared->stays = stays, shared->failed[0] = 0;
-    shared->count = 0, shared->nth = n;
+void nth_arm(int changes, long n, int code, int stays) {
+    shared->changes = changes, shared->code = code, shared->stays = stays, shared->failed[0] = 0;
+    shared->count[0] = shared->count[1] = 0, shared->nth = n;
 }
 
-long nth_count(void) { return shared->count; }
+long nth_count(int changes) { return shared->count[changes]; }
 
 const char *nth_failed(void) { return shared->failed; }
 
@@ -69,19 +70,27 @@ static const char *absolute(int folder, const char *path, char *found) {
     return found;
 }
 
+enum { READS, CHANGES };
+enum { FREES, NEEDS_ROOM };
+
 /* Whether this call, on a path, fails. */
-static int fails(const char *call, const char *path, int needs_room) {
+static int fails(const char *call, const char *path, int changes, int needs_room) {
     if (!is_watched(path)) return 0;
-    long number = __atomic_add_fetch(&shared->count, 1, __ATOMIC_SEQ_CST);
-    if (!shared->nth || number < shared->nth || (number > shared->nth && !(shared->stays && needs_room))) return 0;
+    long number = __atomic_add_fetch(&shared->count[changes], 1, __ATOMIC_SEQ_CST);
+    if (!shared->nth || changes != shared->changes || number < shared->nth || (number > shared->nth && !(shared->stays && needs_room))) return 0;
     if (number == shared->nth) snprintf(shared->failed, sizeof shared->failed, "%s %s", call, path);
     errno = shared->code;
     return 1;
 }
 
-static int fails_at(const char *call, int folder, const char *path, int needs_room) {
+static int fails_at(const char *call, int folder, const char *path, int changes, int needs_room) {
     char found[MOST];
-    return shared && shared->folder[0] && path && fails(call, absolute(folder, path, found), needs_room);
+    return shared && shared->folder[0] && path && fails(call, absolute(folder, path, found), changes, needs_room);
+}
+
+static int fails_to_open(const char *call, int folder, const char *path, int flags) {
+    int changes = (flags & O_ACCMODE) != O_RDONLY || flags & (O_CREAT | O_TRUNC);
+    return fails_at(call, folder, path, changes, !!(flags & O_CREAT));
 }
 
 static int fails_on(const char *call, int handle) {
@@ -90,30 +99,34 @@ static int fails_on(const char *call, int handle) {
     if (!shared || !shared->folder[0]) return 0;
     of_handle(handle, found);
     errno = before;
-    return fails(call, found, 1);
+    return fails(call, found, CHANGES, NEEDS_ROOM);
 }
 
 #define OPEN(name) \
     int name(const char *path, int flags, ...) { \
         REAL(name); \
         va_list more; va_start(more, flags); mode_t mode = va_arg(more, mode_t); va_end(more); \
-        return fails_at(#name, AT_FDCWD, path, flags & O_CREAT) ? -1 : real(path, flags, mode); \
+        return fails_to_open(#name, AT_FDCWD, path, flags) ? -1 : real(path, flags, mode); \
     }
 #define OPENAT(name) \
     int name(int folder, const char *path, int flags, ...) { \
         REAL(name); \
         va_list more; va_start(more, flags); mode_t mode = va_arg(more, mode_t); va_end(more); \
-        return fails_at(#name, folder, path, flags & O_CREAT) ? -1 : real(folder, path, flags, mode); \
+        return fails_to_open(#name, folder, path, flags) ? -1 : real(folder, path, flags, mode); \
     }
 OPEN(open)
 OPEN(open64)
 OPENAT(openat)
 OPENAT(openat64)
 
+static int flags_of(const char *mode) {
+    return mode[0] != 'r' ? O_WRONLY | O_CREAT : strchr(mode, '+') ? O_RDWR : O_RDONLY;
+}
+
 #define FOPEN(name) \
     FILE *name(const char *path, const char *mode) { \
         REAL(name); \
-        return fails_at(#name, AT_FDCWD, path, mode[0] != 'r') ? NULL : real(path, mode); \
+        return fails_to_open(#name, AT_FDCWD, path, flags_of(mode)) ? NULL : real(path, mode); \
     }
 FOPEN(fopen)
 FOPEN(fopen64)
@@ -169,7 +182,7 @@ FTRUNCATE(ftruncate64)
 #define TRUNCATE(name) \
     int name(const char *path, off_t size) { \
         REAL(name); \
-        return fails_at(#name, AT_FDCWD, path, 0) ? -1 : real(path, size); \
+        return fails_at(#name, AT_FDCWD, path, CHANGES, FREES) ? -1 : real(path, size); \
     }
 TRUNCATE(truncate)
 TRUNCATE(truncate64)
@@ -182,45 +195,45 @@ int fallocate(int handle, int mode, off_t at, off_t size) {
 #define TWO_PATHS(name) \
     int name(const char *old, const char *new) { \
         REAL(name); \
-        return fails_at(#name, AT_FDCWD, new, 1) ? -1 : real(old, new); \
+        return fails_at(#name, AT_FDCWD, new, CHANGES, NEEDS_ROOM) ? -1 : real(old, new); \
     }
 TWO_PATHS(rename)
 TWO_PATHS(link)
 
 int renameat(int from, const char *old, int to, const char *new) {
     REAL(renameat);
-    return fails_at("renameat", to, new, 1) ? -1 : real(from, old, to, new);
+    return fails_at("renameat", to, new, CHANGES, NEEDS_ROOM) ? -1 : real(from, old, to, new);
 }
 
 int renameat2(int from, const char *old, int to, const char *new, unsigned flags) {
     REAL(renameat2);
-    return fails_at("renameat2", to, new, 1) ? -1 : real(from, old, to, new, flags);
+    return fails_at("renameat2", to, new, CHANGES, NEEDS_ROOM) ? -1 : real(from, old, to, new, flags);
 }
 
 int linkat(int from, const char *old, int to, const char *new, int flags) {
     REAL(linkat);
-    return fails_at("linkat", to, new, 1) ? -1 : real(from, old, to, new, flags);
+    return fails_at("linkat", to, new, CHANGES, NEEDS_ROOM) ? -1 : real(from, old, to, new, flags);
 }
 
 #define ON_PATH(name) \
     int name(const char *path) { \
         REAL(name); \
-        return fails_at(#name, AT_FDCWD, path, 0) ? -1 : real(path); \
+        return fails_at(#name, AT_FDCWD, path, CHANGES, FREES) ? -1 : real(path); \
     }
 ON_PATH(unlink)
 ON_PATH(rmdir)
 
 int unlinkat(int folder, const char *path, int flags) {
     REAL(unlinkat);
-    return fails_at("unlinkat", folder, path, 0) ? -1 : real(folder, path, flags);
+    return fails_at("unlinkat", folder, path, CHANGES, FREES) ? -1 : real(folder, path, flags);
 }
 
 int mkdir(const char *path, mode_t mode) {
     REAL(mkdir);
-    return fails_at("mkdir", AT_FDCWD, path, 1) ? -1 : real(path, mode);
+    return fails_at("mkdir", AT_FDCWD, path, CHANGES, NEEDS_ROOM) ? -1 : real(path, mode);
 }
 
 int mkdirat(int folder, const char *path, mode_t mode) {
     REAL(mkdirat);
-    return fails_at("mkdirat", folder, path, 1) ? -1 : real(folder, path, mode);
+    return fails_at("mkdirat", folder, path, CHANGES, NEEDS_ROOM) ? -1 : real(folder, path, mode);
 }

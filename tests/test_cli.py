@@ -11,10 +11,14 @@ from typing import Any
 
 import h5py
 import pytest
+import typer
 from conftest import ROOT
+from tqdm import tqdm
 
 from AutomaticEval import load_activations, open_run
 from AutomaticEval.cli.app import app
+from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.errors import StoreError
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -277,3 +281,17 @@ def test_every_new_option_reaches_lm_eval(tmp_path: Path) -> None:
     table = open_run(folder).table()
     assert table.groupby("doc_id").repeat.nunique().tolist() == [2, 2, 2]
     assert table.prompt.str.startswith("Be short.").all()
+
+
+def test_an_error_begins_its_own_line_below_a_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    bar = tqdm(total=2)
+    bar.update()
+
+    @one_line_errors
+    def fails() -> None:
+        raise StoreError("no room")
+
+    with pytest.raises(typer.Exit):
+        fails()
+    assert capfd.readouterr().err.split("\n")[-2:] == ["StoreError: no room", ""]
+    bar.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from AutomaticEval.ranks import Ranks
 from AutomaticEval.report.figures import save_with_figures
 from AutomaticEval.store.export import export
 from AutomaticEval.store.files import new_file, new_files, new_folder, prepare_folder
+from AutomaticEval.store.maintenance import rebuild_index
 from AutomaticEval.store.reader import open_run
 from AutomaticEval.store.wholeness import read_back
 from AutomaticEval.store.workplaces import clear_leftovers
@@ -171,6 +174,21 @@ def test_a_killed_export_does_not_stop_a_resume(tmp_path: Path, to: str) -> None
     assert left == [".lock", ".theirs.partial", "run.h5", "shard-00000.h5"]
 
 
+def test_a_run_whose_index_is_built_again_is_cleared_of_leftovers(tmp_path: Path) -> None:
+    def killed() -> None:
+        with new_file(tmp_path / "x.json") as partial:
+            partial.write_text("{}")
+            kill_me()
+
+    with RunWriter(tmp_path, "m", SETTINGS) as writer:
+        writer.add([make_sample()])
+        writer.finish()
+    killed_in(killed)
+    assert len(list(tmp_path.glob(".*.partial"))) == 1
+    rebuild_index(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.h5", "shard-00000.h5"]
+
+
 def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from AutomaticEval.store.files import new_file\n"
@@ -243,10 +261,27 @@ def test_locks_of_a_shared_run_go_when_it_is_finished(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob(".lock*")) == [".lock", ".lock-theirs"]
 
 
-def test_a_run_that_fails_before_its_first_rows_leaves_no_folder(tmp_path: Path) -> None:
+def test_a_run_that_fails_before_its_first_rows_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = RunFolder(Keeping(tmp_path), "run", "m", SETTINGS, 10**6, Ranks())
     with pytest.raises(DiskFull), folder.writing():
         raise DiskFull("no room")
+    assert list(tmp_path.iterdir()) == []
+
+    def kept_from_going(path: Path, missing_ok: bool = False) -> None:
+        if ".partial" in path.name and path.parent != tmp_path and not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        unlink(path, missing_ok)
+
+    failed: list[Path] = []
+    unlink = Path.unlink
+    with monkeypatch.context() as patch:  # the folder is there, and cannot be opened
+        patch.setattr(Path, "unlink", kept_from_going)
+        with pytest.raises(StoreError, match="not written"), folder.writing():
+            raise AssertionError("it was opened")
+    assert failed
     assert list(tmp_path.iterdir()) == []
 
     def fail(writer: RunWriter) -> None:
@@ -302,3 +337,47 @@ def test_a_damaged_layer_of_a_sweep_is_named(tmp_path: Path, damage: Callable[[s
     file.write_text(damage(file.read_text()))
     with pytest.raises(StoreError, match=r"logprobs_layer_001\.json"):
         _swept(sweeps, tmp_path, "logprobs", 3)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_failure_after_a_file_got_its_name_says_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    sync, path = os.fsync, tmp_path / "a.json"
+
+    def no_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(handle)
+
+    def write(text: str, *, overwrite: bool) -> None:
+        with new_file(path, overwrite=overwrite) as partial:
+            partial.write_text(text)
+
+    monkeypatch.setattr(os, "fsync", no_folders)
+    for overwrite in (False, True):
+        with pytest.raises(StoreError, match=r"was not written.*, and nothing of it was left behind"):
+            write("{}", overwrite=overwrite)
+        assert list(tmp_path.iterdir()) == []
+    path.write_text("[]")
+    with pytest.raises(StoreError, match=r"a\.json took the place of the one before and is whole, but") as told:
+        write("{}", overwrite=True)
+    assert path.read_text() == "{}"
+    assert "left behind" not in str(told.value)
+    assert isinstance(told.value, DiskFull) == (code == errno.ENOSPC)
+
+
+def test_a_folder_is_taken_back_also_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it has its name, nothing that needs room can be done: neither a sync of the folder around it nor another name."""
+    sync, rename, path = os.fsync, Path.rename, tmp_path / "x"
+
+    def full(*given: Any) -> Any:
+        if path.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return (sync if len(given) == 1 else rename)(*given)
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(Path, "rename", lambda *given: full(*given))
+    with pytest.raises(DiskFull, match="nothing of it was left behind"), new_folder(path) as made:
+        (made / "a.json").write_text("{}")
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Whatever call of the C library fails, a command says so by name, loses nothing, and goes on when it is given again."""
+"""Whatever call of the C library fails, it is said by name, nothing is lost, and the same goes on when it is given again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-
-FEW = ["generate", "merge", "prune", "safetensors"]
+from nth_cases import CASES, STORE
+from nth_failures import WAYS
 
 
 @pytest.fixture(scope="session")
@@ -24,26 +24,38 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def repeated(library: Path, folder: Path, n_failures: int, *cases: str) -> None:
+def repeated(library: Path, folder: Path, how: str, *cases: str) -> None:
     """See `tests/nth_failures.py`, which says what must hold after each failure."""
     done = subprocess.run(
-        [sys.executable, "tests/nth_failures.py", str(library), str(folder), str(n_failures), *cases],
+        [sys.executable, "tests/nth_failures.py", str(library), str(folder), how, *cases],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)},
         capture_output=True,
         text=True,
     )
+    print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count(" 0 wrong") == len(cases)
 
 
-def test_some_failures_of_commands_are_named_and_lose_nothing(library: Path, tmp_path: Path) -> None:
-    repeated(library, tmp_path, 3, *FEW)
+@pytest.mark.parametrize(
+    "cases", [["run/9", "merge/7", "safetensors/7"], ["generate/7", "benchmark/89", "sweep/73"]], ids=["store", "model"]
+)
+def test_some_failures_are_named_and_lose_nothing(library: Path, tmp_path: Path, cases: list[str]) -> None:
+    repeated(library, tmp_path, "turns", *cases)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", [*FEW, "index", "hdf5", "npz", "arrow", "transformer_lens", "benchmark", "resume", "sweep"]
-)
-def test_every_failure_of_a_command_is_named_and_loses_nothing(library: Path, tmp_path: Path, case: str) -> None:
-    repeated(library, tmp_path, 0, case)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
+def test_every_failure_to_change_something_is_named_and_loses_nothing(
+    library: Path, tmp_path: Path, case: str, way: str
+) -> None:
+    repeated(library, tmp_path, way, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_failures_to_open_are_named_and_lose_nothing(library: Path, tmp_path: Path, case: str) -> None:
+    """They are alike: a sample of them."""
+    repeated(library, tmp_path, "reads", f"{case}/{7 if case in STORE else 97}")

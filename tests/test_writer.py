@@ -23,7 +23,7 @@ from AutomaticEval.errors import CaptureError, DiskFull, FolderInUse, OtherSetti
 from AutomaticEval.store import writer
 from AutomaticEval.store.contents import Listed
 from AutomaticEval.store.folders import shard_names
-from AutomaticEval.store.maintenance import rebuild_index
+from AutomaticEval.store.maintenance import rebuild_index, verify
 from AutomaticEval.store.writer import RunWriter, shard_bytes_for
 
 TINY = 1_000
@@ -90,6 +90,20 @@ def test_failure_in_the_thread_reaches_the_caller_at_the_next_step(
     assert threading.active_count() == 1 or not any("sealing" in t.name for t in threading.enumerate())
 
 
+def test_shard_that_failed_before_another_error_is_warned_of(tmp_path: Path) -> None:
+    """The shard's file meets a folder where it should get its name, and the error that ends the run is another."""
+
+    def run() -> None:
+        with RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:
+            (tmp_path / "shard-00000.h5").mkdir()
+            made.add([numbered(0)])
+            raise ZeroDivisionError
+
+    with pytest.warns(UserWarning, match=r"shard-00000\.h5 exists") as told, pytest.raises(ZeroDivisionError):
+        run()
+    assert len(told) == 1
+
+
 def test_leaving_by_an_exception_seals_what_was_gathered(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), RunWriter(tmp_path, "m", SETTINGS) as made:  # noqa: PT012
         made.add([numbered(0)])
@@ -116,6 +130,33 @@ def test_small_shards_are_merged_when_the_run_closes(tmp_path: Path, monkeypatch
     for number, sample in enumerate(run):
         assert sample["doc_id"] == number
         assert same(sample["activations"], dict(numbered(number).parts[0].rows.activations))
+
+
+def test_merged_shard_that_cannot_be_deleted_is_warned_of_and_goes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def not_the_second(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "shard-00001.h5":
+            raise PermissionError(13, "Permission denied")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(writer, "SHARD_SECONDS", 0)
+    with RunWriter(tmp_path, "m", SETTINGS) as made:
+        for number in range(4):
+            made.add([numbered(number)])
+        made.flush()
+        monkeypatch.setattr(Path, "unlink", not_the_second)
+        with pytest.warns(UserWarning, match=r"shard-00001\.h5 could not be deleted \(Permission denied\)"):
+            made.finish()
+    monkeypatch.undo()
+    assert shard_names(tmp_path) == [f"shard-{number:05d}.h5" for number in (1, 2, 3, 4)]
+    assert [sample["doc_id"] for sample in open_run(tmp_path)] == [0, 1, 2, 3]
+    assert verify(tmp_path) == []
+    rebuild_index(tmp_path)
+    assert shard_names(tmp_path) == ["shard-00004.h5"]
+    assert [sample["doc_id"] for sample in open_run(tmp_path)] == [0, 1, 2, 3]
 
 
 def test_killed_between_merging_and_deleting_no_sample_is_there_twice(
@@ -350,7 +391,7 @@ import sys, threading, time
 from pathlib import Path
 from AutomaticEval.store import writer
 from AutomaticEval.store.contents import Listed
-from AutomaticEval.store.maintenance import rebuild_index
+from AutomaticEval.store.maintenance import rebuild_index, verify
 from AutomaticEval.evaluation import forecast
 forecast.shard_bytes_for = lambda n_bytes: 2**28  # so many small shards would be foreseen not to fit
 writer.SHARD_BYTES = 20_000

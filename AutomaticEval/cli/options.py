@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from AutomaticEval.cli.printing import say
+from AutomaticEval.cli.printing import end_bars, say
 from AutomaticEval.errors import AutomaticEvalError
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except AutomaticEvalError as error:
+            end_bars()
             say(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(error.exit_code) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -15,6 +16,15 @@ from AutomaticEval.showing import shown
 def say(text: object, *, err: bool = False) -> None:
     """A line, or several, on standard output, or on the error stream."""
     typer.echo(shown(str(text)), err=err)
+
+
+def end_bars() -> None:
+    """End the lines of bars that an error left open, so that what is said next begins its own."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(tqdm._instances):
+            bar.close()
 
 
 def never_fail(*streams: Any) -> None:

@@ -121,12 +121,17 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         partial = place / path.name
         yield partial
         _settle(partial)
+        replaces = overwrite and path.exists()
         _publish(partial, path, overwrite=overwrite)
         try:
             _sync_folder(path.parent)
-        except BaseException:
-            if not overwrite:  # or what was there before is gone, and this is whole
+        except BaseException as failure:
+            if not replaces:
                 path.unlink(missing_ok=True)
+            elif isinstance(failure, OSError):  # what was there before is gone, and this is whole
+                raise _refusal(
+                    failure, f"{path} took the place of the one before and is whole, but may not outlast a power cut"
+                ) from failure
             raise
 
 
@@ -201,7 +206,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             _sync_folder(path.parent)
         except BaseException:
-            path.rename(partial)
+            try:
+                path.rename(partial)
+            except OSError:  # it needs room, which deleting does not
+                shutil.rmtree(path, ignore_errors=True)
             raise
 
 
@@ -303,11 +311,15 @@ def named_failures(path: Path) -> Iterator[None]:
         code = code_of(failure)
         if code is None:
             raise
-        if code in FULL:
-            raise DiskFull(f"the disk is full: {path} was not written, and nothing of it was left behind.") from failure
         if code in DENIED:
             raise FolderNotWritable(f"{path} cannot be written ({os.strerror(code)}); choose another.") from failure
-        raise StoreError(
-            f"{path} was not written ({os.strerror(code)}), and nothing of it was left behind; look at the disk, or choose "
-            "another."
-        ) from failure
+        left = "" if os.path.lexists(path) else ", and nothing of it was left behind"
+        raise _refusal(failure, f"{path} was not written{left}") from failure
+
+
+def _refusal(failure: BaseException, told: str) -> StoreError:
+    """What is raised where the operating system refused something. told: which file, and what is there now."""
+    code = code_of(failure)
+    if code in FULL:
+        return DiskFull(f"the disk is full: {told}.")
+    return StoreError(f"{told} ({os.strerror(code or 0)}); look at the disk, or choose another.")

@@ -54,12 +54,20 @@ def _replaced_by(path: Path) -> list[str]:
 
 
 def delete_replaced(folder: Path) -> None:
-    """Delete the shards that another one replaces; older ones first, so that a kill leaves none without its heir."""
+    """Delete the shards that another one replaces; older ones first, so that a kill leaves none without its heir.
+
+    Warns of one that cannot be deleted: it is read no more, and all that are newer stay.
+    """
     names = shard_names(folder)
     alive = set(living(folder, names))
     for name in names:
         if name not in alive:
-            (folder / name).unlink()
+            try:
+                (folder / name).unlink()
+            except OSError as failure:
+                told = f"{folder / name} could not be deleted ({failure.strerror}). Another shard has its samples; `index` deletes it."
+                warnings.warn(told, UserWarning, stacklevel=3)
+                return
 
 
 def is_finished(folder: Path) -> bool:

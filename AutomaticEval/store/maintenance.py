@@ -31,7 +31,7 @@ from AutomaticEval.store import contents
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.contents import Activation, Contents
 from AutomaticEval.store.extents import Extent
-from AutomaticEval.store.files import ensure_space, prepare_file
+from AutomaticEval.store.files import ensure_space, prepare_file, prepare_folder
 from AutomaticEval.store.folders import INDEX, delete_replaced, living, shard_names, tell_set_aside
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reader import Run, open_run
@@ -137,6 +137,7 @@ def rebuild_index(folder: Path) -> Path:
         raise DamagedFile(
             f"{damaged} If it is {INDEX} alone, delete that: the run is then read without its scores."
         ) from None
+    prepare_folder(folder)
     lock = locked(folder)
     try:
         run = open_run(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from AutomaticEval.ranks import Ranks
 from AutomaticEval.store.contents import Columns
 from AutomaticEval.store.local_paths import write_local_paths
-from AutomaticEval.store.writer import RunWriter
+from AutomaticEval.store.writer import RunWriter, leaving_nothing
 
 T = TypeVar("T")
 
@@ -42,8 +42,9 @@ class SharedRun:
         opened, shared = None, None
         if self.ranks.is_first:
             folder = new_folder()
-            opened, told = self._open_first(folder, tell, resume=resume)
-            write_local_paths(folder, self.paths)
+            with nullcontext() if resume else leaving_nothing(folder):
+                opened, told = self._open_first(folder, tell, resume=resume)
+                write_local_paths(folder, self.paths)
             shared = (folder, {**self.settings, "run_id": opened.run_id}, told)
         folder, settings, told = self.ranks.from_first(shared)
         share = (self.ranks.rank, self.ranks.n_ranks)

@@ -57,6 +57,7 @@ from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.sealing import Source, check_compression, write_file, write_run
 from AutomaticEval.store.shard import Shard
 from AutomaticEval.store.verifying import verify_file
+from AutomaticEval.store.workplaces import clear_leftovers
 
 SHARD_BYTES = 256 * 2**20
 MAX_SHARD_BYTES = 4 * 2**30
@@ -123,7 +124,8 @@ class RunWriter:
         prepare_folder(folder)
         self._lock = locked(folder, self._rank)
         try:
-            self._begin(resume=resume, finishing=finishing)
+            with named_failures(folder):
+                self._begin(resume=resume, finishing=finishing)
         except BaseException:
             self._lock.release()
             raise
@@ -184,12 +186,15 @@ class RunWriter:
         self.close(failed=error is not None)
 
     def close(self, *, failed: bool = False) -> None:
-        """Seal what is gathered and give the folder free. failed: after an error, which is the one that is told."""
+        """Seal what is gathered and give the folder free. failed: after an error, which is told; a shard that had failed before is warned of."""
         try:
             if failed:
-                for step in (self._settle, self.flush):  # what was gathered may fit where the shard before did not
-                    with suppress(AutomaticEvalError):
-                        step()
+                try:
+                    self._settle()
+                except AutomaticEvalError as before:
+                    warnings.warn(str(before), UserWarning, stacklevel=3)
+                with suppress(AutomaticEvalError):  # what was gathered may fit where the shard before did not
+                    self.flush()
             else:
                 self.flush()
         finally:
@@ -368,6 +373,7 @@ def leaving_nothing(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         with suppress(OSError):
+            clear_leftovers(folder)
             if {path.name for path in folder.iterdir()} <= {LOCK, LOCAL_PATHS}:
                 for path in folder.iterdir():
                     path.unlink()
