@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from AutomaticEval.naming import is_same
+from AutomaticEval.public_names import is_same
 
 MODEL = "model_hash"
 """A hash of every number of the model (`models/fingerprint.py`)."""

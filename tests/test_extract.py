@@ -26,7 +26,7 @@ from AutomaticEval.capture.sets import Plan, TextSet, extract_sets, folder_names
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models import loading
 from AutomaticEval.models.loading import LoadedModel, LoadOptions
-from AutomaticEval.ranks import Ranks
+from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.maintenance import verify
 

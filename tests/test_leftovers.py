@@ -26,7 +26,7 @@ from AutomaticEval.evaluation.benchmark import Benchmark
 from AutomaticEval.evaluation.folder import Keeping, RunFolder
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.ranks import Ranks
+from AutomaticEval.processes import Ranks
 from AutomaticEval.report.figures import save_with_figures
 from AutomaticEval.store.export import export
 from AutomaticEval.store.files import new_file, new_files, new_folder, prepare_folder

@@ -17,7 +17,7 @@ from AutomaticEval import generate_inference_with_activations, load_activations
 from AutomaticEval.capture.recompute.run import recompute
 from AutomaticEval.errors import OtherSettings
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadOptions, load_model
-from AutomaticEval.naming import is_same, public_name
+from AutomaticEval.public_names import is_same, public_name
 from AutomaticEval.settings import differing
 from AutomaticEval.store import checksums
 from AutomaticEval.store.export import export

@@ -18,7 +18,7 @@ from conftest import ACCELERATE, ROOT, TORCHRUN
 from test_evaluation import own_tasks
 
 from AutomaticEval import open_run
-from AutomaticEval.ranks import Ranks, join_ranks
+from AutomaticEval.processes import Ranks, join_ranks
 from AutomaticEval.store.reader import Run
 
 assert own_tasks  # a fixture
@@ -133,7 +133,7 @@ def test_no_thread_of_gloo_outlives_the_group(tmp_path: Path) -> None:
     script = tmp_path / "leaving.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from AutomaticEval import ranks\n"
+        "from AutomaticEval import processes as ranks\n"
         "from AutomaticEval.models.loading import load_model\n"
         "threads = lambda: [path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')]\n"
         "joined = ranks.join_ranks()\n"

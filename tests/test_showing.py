@@ -22,7 +22,7 @@ from AutomaticEval.evaluation.folder import folder_name
 from AutomaticEval.models.loading import DEMO_FOLDER
 from AutomaticEval.report.figures import _FIGURES, save_with_figures
 from AutomaticEval.report.summary import write_summary
-from AutomaticEval.showing import shown
+from AutomaticEval.safe_text import shown
 from AutomaticEval.store.files import own_name, plain_name
 from AutomaticEval.store.format import Sample
 from AutomaticEval.store.reader import open_run

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from packaging.version import Version
 
-from AutomaticEval import tested
+from AutomaticEval import tested_versions as tested
 
 
 def test_what_is_pinned_was_tested() -> None:

@@ -19,7 +19,7 @@ from AutomaticEval.models.heads import HeadResultNorms, n_inputs
 from AutomaticEval.models.layout import refuse_unready
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.models.taps import Layout, Tap
-from AutomaticEval.naming import public_name
+from AutomaticEval.public_names import public_name
 from AutomaticEval.settings import differing
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
 from AutomaticEval.store.reader import Run

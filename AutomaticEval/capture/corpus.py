@@ -29,9 +29,9 @@ from AutomaticEval.models.layout import refuse_unready
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.patterns import reading_patterns
 from AutomaticEval.models.taps import Tap, input_device
-from AutomaticEval.ranks import Ranks
+from AutomaticEval.processes import Ranks
+from AutomaticEval.safe_text import shown
 from AutomaticEval.selection import Selection
-from AutomaticEval.showing import shown
 from AutomaticEval.sites import Site, expand
 from AutomaticEval.store.contents import Columns, Ordered
 from AutomaticEval.store.format import Part, Rows, Sample

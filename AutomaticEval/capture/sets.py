@@ -19,8 +19,8 @@ from AutomaticEval.capture.texts import Text
 from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import ModelUnavailable, SelectionError, StoreError, first_line
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, revision_of, state_of
-from AutomaticEval.naming import public_name
-from AutomaticEval.ranks import Ranks
+from AutomaticEval.processes import Ranks
+from AutomaticEval.public_names import public_name
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import own_name, plain_name, prepare_folder, size_text
 from AutomaticEval.store.folders import LOCK, is_finished, shards_bytes

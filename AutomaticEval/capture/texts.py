@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from AutomaticEval.errors import DatasetUnavailable, PromptError, SelectionError, did_you_mean, first_line
-from AutomaticEval.naming import public_name
+from AutomaticEval.public_names import public_name
 
 T = TypeVar("T")
 FIELDS = ("text", "input", "question", "prompt")

@@ -11,7 +11,7 @@ import typer
 from AutomaticEval.cli import benchmark, export, extract, files, generate, heads, show, sites
 from AutomaticEval.cli.options import SPELLINGS
 from AutomaticEval.cli.printing import never_fail
-from AutomaticEval.showing import shown
+from AutomaticEval.safe_text import shown
 
 app = typer.Typer(
     context_settings=SPELLINGS,

@@ -76,7 +76,7 @@ def benchmark(
     from AutomaticEval.evaluation.folder import Keeping
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import load_model, n_layers_of
-    from AutomaticEval.ranks import join_ranks
+    from AutomaticEval.processes import join_ranks
     from AutomaticEval.report.tracking import require_mlflow
     from AutomaticEval.store.sealing import check_compression
 

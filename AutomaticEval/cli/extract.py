@@ -85,7 +85,7 @@ def extract(
     from AutomaticEval.capture.packing import Feeding
     from AutomaticEval.capture.sets import Plan, TextSet, extract_sets, folder_names
     from AutomaticEval.capture.texts import DatasetTexts, FileTexts
-    from AutomaticEval.ranks import join_ranks
+    from AutomaticEval.processes import join_ranks
     from AutomaticEval.report.tracking import require_mlflow
     from AutomaticEval.selection import Selection
     from AutomaticEval.store.sealing import check_compression
@@ -160,7 +160,7 @@ def _finish(units: list[Unit], name: str, root: Path, plan: Plan, mlflow: str | 
 def _track(units: list[Unit], name: str, plan: Plan, uri: str, files: list[Path], log: options.Log) -> None:
     from dataclasses import asdict
 
-    from AutomaticEval.naming import public_name
+    from AutomaticEval.public_names import public_name
     from AutomaticEval.report.tracking import track
 
     captured = [unit for unit in units if unit.status == "captured"]

@@ -150,7 +150,7 @@ def _load(
     offload_folder: OffloadFolder = None,
 ) -> Any:
     from AutomaticEval.models.loading import LoadOptions
-    from AutomaticEval.ranks import own_device
+    from AutomaticEval.processes import own_device
 
     return LoadOptions(
         dtype=dtype,

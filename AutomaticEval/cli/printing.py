@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from AutomaticEval.errors import AutomaticEvalError
-from AutomaticEval.showing import shown
+from AutomaticEval.safe_text import shown
 
 
 def say(text: object, *, err: bool = False) -> None:

@@ -28,7 +28,7 @@ from AutomaticEval.errors import (
 from AutomaticEval.evaluation.harness import RandomStates, quick_templates, random_states, seed_everything, task_manager
 from AutomaticEval.evaluation.local_files import local_files, missing
 from AutomaticEval.evaluation.refusals import refuse_unknown_metric, refused_by
-from AutomaticEval.naming import public_name
+from AutomaticEval.public_names import public_name
 
 BUNDLED = Path(__file__).parent / "tasks" / "demo"
 BUNDLED_NAMES = ("demo", "demo_facts", "demo_arithmetic")

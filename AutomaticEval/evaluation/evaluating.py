@@ -12,7 +12,7 @@ from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark, load_tasks
 from AutomaticEval.evaluation.folder import Keeping
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.models.loading import LoadKeywords, LoadOptions, load_model
-from AutomaticEval.ranks import own_device
+from AutomaticEval.processes import own_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 

@@ -16,7 +16,7 @@ from AutomaticEval.evaluation.join import Directions, join
 from AutomaticEval.evaluation.repeats import Verdicts
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, answered_in
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.ranks import Ranks
+from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.contents import Columns, Listed, records_of
 from AutomaticEval.store.files import named_failures, own_name, plain_name, prepare_folder

@@ -25,8 +25,8 @@ from AutomaticEval.evaluation.calls import Call, Request
 from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.models.loading import LoadOptions, load_model
-from AutomaticEval.naming import public_name
-from AutomaticEval.ranks import join_ranks, own_device
+from AutomaticEval.processes import join_ranks, own_device
+from AutomaticEval.public_names import public_name
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.writer import SHARD_BYTES

@@ -37,7 +37,7 @@ from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.layout import refuse_untrue
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.taps import cache_name, input_device
-from AutomaticEval.ranks import Ranks
+from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.format import Part, Rows, Sample
 

@@ -24,7 +24,7 @@ from AutomaticEval.evaluation.refusals import refuse_tasks
 from AutomaticEval.evaluation.repeats import score_repeats
 from AutomaticEval.evaluation.saving import save_results, short_name
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.ranks import Ranks, join_ranks
+from AutomaticEval.processes import Ranks, join_ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.files import ensure_space, prepare_folder, size_text
 from AutomaticEval.store.folders import shards_bytes

@@ -19,7 +19,7 @@ from lm_eval.loggers import EvaluationTracker, evaluation_tracker
 from AutomaticEval.errors import DiskFull, StoreError
 from AutomaticEval.evaluation.benchmark import Benchmark
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.naming import public_name
+from AutomaticEval.public_names import public_name
 from AutomaticEval.store.files import new_files, own_name
 from AutomaticEval.store.format import as_json
 from AutomaticEval.store.system import FULL

@@ -16,7 +16,7 @@ from AutomaticEval.capture.serving import refuse_unsuitable
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.evaluation.calls import Call
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.ranks import Ranks
+from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.format import Sample
 

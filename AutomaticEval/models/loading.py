@@ -28,9 +28,9 @@ from AutomaticEval.models.layout import find_layout, refuse_untrue
 from AutomaticEval.models.parts import n_layers_in
 from AutomaticEval.models.provenance import adapters_of, library_versions, provenance
 from AutomaticEval.models.taps import Layout
-from AutomaticEval.naming import absolute, public_name
+from AutomaticEval.public_names import absolute, public_name
 from AutomaticEval.settings import MODEL, SAMPLED
-from AutomaticEval.tested import tell_newer
+from AutomaticEval.tested_versions import tell_newer
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from AutomaticEval.models.taps import input_device
-from AutomaticEval.naming import public_name
+from AutomaticEval.public_names import public_name
 
 NOT_OF_THE_MODEL = frozenset(
     [

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from AutomaticEval.showing import shown
+from AutomaticEval.safe_text import shown
 
 
 def label(text: str) -> str:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from AutomaticEval.capture.sets import Unit
-from AutomaticEval.naming import public_name
+from AutomaticEval.public_names import public_name
 from AutomaticEval.report.labels import label, save
-from AutomaticEval.showing import shown
+from AutomaticEval.safe_text import shown
 from AutomaticEval.store.files import new_file, size_text
 
 STYLE = (

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from AutomaticEval.errors import SelectionError, did_you_mean
-from AutomaticEval.naming import without_folders
+from AutomaticEval.public_names import without_folders
 from AutomaticEval.store import arrow, contents, lens
 from AutomaticEval.store.files import ensure_space, new_folder
 from AutomaticEval.store.format import bits, raw_bytes

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from AutomaticEval.errors import NotFinite
-from AutomaticEval.showing import shown
+from AutomaticEval.safe_text import shown
 from AutomaticEval.store.format import attribute_of
 
 NON_FINITE = "non_finite"

@@ -23,7 +23,7 @@ from AutomaticEval.errors import (
     SelectionError,
     StoreError,
 )
-from AutomaticEval.naming import is_same
+from AutomaticEval.public_names import is_same
 from AutomaticEval.selection import Positions
 from AutomaticEval.settings import IDENTITY, differing
 from AutomaticEval.sites import LayersLike, expand, parse_kinds, parse_layers

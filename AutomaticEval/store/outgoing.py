@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from AutomaticEval.naming import without_folders
+from AutomaticEval.public_names import without_folders
 from AutomaticEval.store.contents import Contents, narrowed
 from AutomaticEval.store.reader import Run
 

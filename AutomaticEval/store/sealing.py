@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from AutomaticEval.errors import CaptureError, PathExists, SelectionError
-from AutomaticEval.naming import without_folders
+from AutomaticEval.public_names import without_folders
 from AutomaticEval.store import checksums, contents, eight_bits
 from AutomaticEval.store import format as contract
 from AutomaticEval.store.contents import Activation, Columns, Contents

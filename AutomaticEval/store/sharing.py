@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from AutomaticEval.ranks import Ranks
+from AutomaticEval.processes import Ranks
 from AutomaticEval.store.contents import Columns
 from AutomaticEval.store.local_paths import write_local_paths
 from AutomaticEval.store.writer import RunWriter, leaving_nothing
