@@ -50,7 +50,8 @@ def patterns(model: Any) -> AbstractContextManager[Any]:
 
 
 OURS = tuple(
-    f"AutomaticEval/models/{name}.py" for name in ("hooking", "hooks", "editing", "edited", "patterns", "inner", "taps")
+    f"AutomaticEval/models/{name}.py"
+    for name in ("hooking", "hooks", "editing", "edited", "patterns", "architecture/inner_model", "taps")
 )
 TORCHS = ("register_forward_hook", "register_forward_pre_hook", "remove")
 

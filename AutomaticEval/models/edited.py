@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from AutomaticEval.models.inner import inner
+from AutomaticEval.models.architecture.inner_model import inner
 
 
 class Active(NamedTuple):

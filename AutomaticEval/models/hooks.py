@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.hooking import Hooks
-from AutomaticEval.models.inner import inner
 from AutomaticEval.models.staging import Staging
 from AutomaticEval.models.taps import Tap, alone_with, cache_in, input_of, tensor_of
 

@@ -1,6 +1,6 @@
 """Where each site lives in a Hugging Face decoder: found from the module tree, verified on a few tokens.
 
-What the names in `parts.py` point at is checked on one small forward, so that a site that does not mean what its name says is refused,
+What the names in `models/architecture/module_names.py` point at is checked on one small forward, so that a site that does not mean what its name says is refused,
 never stored.
 """
 
@@ -12,12 +12,12 @@ from typing import NamedTuple
 from torch import nn
 
 from AutomaticEval.errors import UnsupportedModel
-from AutomaticEval.models.branches import find_branches
+from AutomaticEval.models.architecture.branches import find_branches
+from AutomaticEval.models.architecture.identities import is_sum
+from AutomaticEval.models.architecture.inner_model import inner, is_compiled, virtual_tokens
+from AutomaticEval.models.architecture.module_names import Parts
+from AutomaticEval.models.architecture.projections import find_projections
 from AutomaticEval.models.edited import layout_of
-from AutomaticEval.models.inner import inner, is_compiled, virtual_tokens
-from AutomaticEval.models.parts import Parts
-from AutomaticEval.models.probe import is_sum
-from AutomaticEval.models.projections import find_projections
 from AutomaticEval.models.taps import Layout, Tap, alone_with
 from AutomaticEval.sites import PER_LAYER, Site
 

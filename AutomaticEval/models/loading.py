@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from AutomaticEval import __version__
 from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable, UnsupportedModel, first_line
 from AutomaticEval.models.adapters import Alone, adapter_alone, add_delta, resize, with_adapter
+from AutomaticEval.models.architecture.module_names import n_layers_in
 from AutomaticEval.models.edited import names_of
 from AutomaticEval.models.fingerprint import fingerprint, sampled_fingerprint
 from AutomaticEval.models.layout import find_layout, refuse_untrue
-from AutomaticEval.models.parts import n_layers_in
 from AutomaticEval.models.provenance import adapters_of, library_versions, provenance
 from AutomaticEval.models.taps import Layout
 from AutomaticEval.public_names import absolute, public_name

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable
+from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.heads import HeadResultNorms
-from AutomaticEval.models.inner import inner
 from AutomaticEval.sites import KINDS, ONCE, Site
 
 

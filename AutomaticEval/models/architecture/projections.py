@@ -8,9 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from AutomaticEval.models.architecture.identities import is_sum
+from AutomaticEval.models.architecture.module_names import (
+    ATTENTION,
+    FUSED,
+    OUT_PROJECTION,
+    QUERY_KEY_VALUE,
+    Heads,
+    Parts,
+)
 from AutomaticEval.models.heads import HeadResultNorms
-from AutomaticEval.models.parts import ATTENTION, FUSED, OUT_PROJECTION, QUERY_KEY_VALUE, Heads, Parts
-from AutomaticEval.models.probe import is_sum
 from AutomaticEval.models.taps import Tap
 from AutomaticEval.sites import Site
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from AutomaticEval.models.parts import (
+from AutomaticEval.models.architecture.identities import is_sum
+from AutomaticEval.models.architecture.module_names import (
     ATTENTION,
     DOWN_PROJECTION,
     MLP,
@@ -13,7 +14,6 @@ from AutomaticEval.models.parts import (
     POST_MLP_NORM,
     Parts,
 )
-from AutomaticEval.models.probe import is_sum
 from AutomaticEval.models.taps import Tap
 from AutomaticEval.sites import Site
 

@@ -1,6 +1,6 @@
 """The parts of one model by their names, and what each was given and gave in one small forward.
 
-Architecture knowledge is the lists of names below and nothing else. What they point at is checked by `layout.py`, `branches.py` and
+Architecture knowledge is the lists of names below and nothing else. What they point at is checked by `models/layout.py`, `branches.py` and
 `projections.py`; why a site is missing is said here, of its block, so that blocks that are built alike lack it for the same reason.
 """
 
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from AutomaticEval.errors import UnsupportedModel
-from AutomaticEval.models.inner import inner, is_compiled
-from AutomaticEval.models.probe import Probe
+from AutomaticEval.models.architecture.identities import Probe
+from AutomaticEval.models.architecture.inner_model import inner, is_compiled
 from AutomaticEval.models.taps import Tap
 from AutomaticEval.sites import Site
 
