@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from AutomaticEval.public_names import is_same
 
 MODEL = "model_hash"
-"""A hash of every number of the model (`models/fingerprint.py`)."""
+"""A hash of every number of the model (`models/weights/fingerprint.py`)."""
 SAMPLED = "fingerprint"
 """The older one, of the first 64 numbers of each weight. Runs hold both, so that they can be compared with older runs."""
 IDENTITY = (MODEL, SAMPLED, "adapters", "code", "config", "tokenizer")

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from AutomaticEval import Edit, editing, evaluate_with_activations, open_run
 from AutomaticEval.errors import ModelError, OtherSettings, StoreError
 from AutomaticEval.evaluation.lm import CapturingHFLM
-from AutomaticEval.models import fingerprint as of
-from AutomaticEval.models.fingerprint import fingerprint, hash_of_tensor, sampled_fingerprint
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, LoadOptions, load_model
-from AutomaticEval.models.provenance import provenance
+from AutomaticEval.models.weights import fingerprint as of
+from AutomaticEval.models.weights.fingerprint import fingerprint, hash_of_tensor, sampled_fingerprint
+from AutomaticEval.models.weights.provenance import provenance
 from AutomaticEval.settings import differing
 from AutomaticEval.store.maintenance import merge
 from AutomaticEval.store.writer import RunWriter

@@ -17,8 +17,8 @@ from test_recompute import assert_honest, evaluated, every_kind, extracted
 
 from AutomaticEval import load_model, open_run
 from AutomaticEval.capture.generation import Sampling, respond
-from AutomaticEval.models.fingerprint import fingerprint
 from AutomaticEval.models.loading import LoadedModel, LoadOptions
+from AutomaticEval.models.weights.fingerprint import fingerprint
 from AutomaticEval.selection import Selection
 
 pytestmark = pytest.mark.gpu

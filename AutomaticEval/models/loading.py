@@ -21,13 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from AutomaticEval import __version__
 from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable, UnsupportedModel, first_line
-from AutomaticEval.models.adapters import Alone, adapter_alone, add_delta, resize, with_adapter
 from AutomaticEval.models.architecture.module_names import n_layers_in
 from AutomaticEval.models.edited import names_of
-from AutomaticEval.models.fingerprint import fingerprint, sampled_fingerprint
 from AutomaticEval.models.layout import find_layout, refuse_untrue
-from AutomaticEval.models.provenance import adapters_of, library_versions, provenance
 from AutomaticEval.models.taps import Layout
+from AutomaticEval.models.weights.adapters import Alone, adapter_alone, add_delta, resize, with_adapter
+from AutomaticEval.models.weights.fingerprint import fingerprint, sampled_fingerprint
+from AutomaticEval.models.weights.provenance import adapters_of, library_versions, provenance
 from AutomaticEval.public_names import absolute, public_name
 from AutomaticEval.settings import MODEL, SAMPLED
 from AutomaticEval.tested_versions import tell_newer
