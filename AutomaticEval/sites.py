@@ -1,6 +1,6 @@
 """Names of activations: which kinds of sites there are, how they are parsed, expanded and keyed.
 
-Knows nothing of any model: `models/layout.py` says where a site lives in one.
+Knows nothing of any model: `models/find_layout.py` says where a site lives in one.
 """
 
 from __future__ import annotations

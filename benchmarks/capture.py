@@ -17,8 +17,8 @@ from gauges import seconds
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from AutomaticEval.capture.generation import Sampling, respond
-from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
+from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
 
 N_PROMPTS, N_TOKENS, N_NEW = 8, 64, 48

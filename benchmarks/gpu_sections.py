@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from AutomaticEval.capture.generation import Response, Sampling, respond
 from AutomaticEval.evaluation.folder import made_with
-from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
+from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.format import bits
 from AutomaticEval.store.writer import RunWriter

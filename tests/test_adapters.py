@@ -15,12 +15,12 @@ from torch import Tensor
 from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.errors import EditError, UnsupportedModel
 from AutomaticEval.models.architecture.inner_model import inner
-from AutomaticEval.models.edited import depends_on_position, layout_of, names_of
+from AutomaticEval.models.attention import check_patterns
+from AutomaticEval.models.edited_models import depends_on_position, layout_of, names_of
 from AutomaticEval.models.editing import Edit, editing
-from AutomaticEval.models.hooks import Kept, capturing
-from AutomaticEval.models.layout import find_layout
+from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.patterns import check_patterns
+from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site
 

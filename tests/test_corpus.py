@@ -28,7 +28,7 @@ from AutomaticEval.errors import (
     StoreError,
     TreeUnsuitable,
 )
-from AutomaticEval.models.layout import find_layout
+from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.maintenance import verify

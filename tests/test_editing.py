@@ -17,9 +17,9 @@ from torch import Tensor
 from AutomaticEval import Edit, editing, evaluate_with_activations, open_run
 from AutomaticEval.errors import CaptureError, EditError, OtherSettings, SiteUnavailable, UnknownSite
 from AutomaticEval.evaluation.lm import CapturingHFLM
-from AutomaticEval.models.hooks import Kept, capturing
-from AutomaticEval.models.layout import find_layout
+from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.sites import Site, expand
 
 IDS = torch.tensor([[5, 9, 33, 7, 120, 41, 8], [77, 3, 3, 250, 31, 6, 90]])

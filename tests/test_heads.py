@@ -29,10 +29,10 @@ from AutomaticEval.analysis.patching import read_pairs
 from AutomaticEval.analysis.profiles import load_profile
 from AutomaticEval.capture.texts import drawn, read_texts
 from AutomaticEval.errors import ModelError, PathExists, PromptError, SelectionError, SiteUnavailable, StoreError
-from AutomaticEval.models.heads import head_results, output_weight
-from AutomaticEval.models.hooks import Kept, capturing
-from AutomaticEval.models.layout import find_layout
+from AutomaticEval.models.find_layout import find_layout
+from AutomaticEval.models.head_weights import head_results, output_weight
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, LoadOptions, load_model
+from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.sites import Site
 
 IDS = [[5, 9, 33, 7, 120, 41, 8], [77, 3, 3, 250], [31, 6, 90, 12, 200, 111, 45, 8, 19, 20, 21]]

@@ -18,11 +18,11 @@ from conftest import CONFIGS, build, n_hooks
 from torch import nn
 
 from AutomaticEval import Edit, editing
-from AutomaticEval.models import edited
-from AutomaticEval.models.hooking import Hooks
-from AutomaticEval.models.hooks import Kept, capturing
-from AutomaticEval.models.layout import find_layout
-from AutomaticEval.models.patterns import reading_patterns
+from AutomaticEval.models import edited_models as edited
+from AutomaticEval.models.attention import reading_patterns
+from AutomaticEval.models.find_layout import find_layout
+from AutomaticEval.models.hook_handles import Hooks
+from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.models.taps import alone_with
 from AutomaticEval.selection import Selection
 

@@ -27,8 +27,8 @@ from AutomaticEval.errors import OtherSettings, SelectionError, SiteUnavailable
 from AutomaticEval.evaluation.benchmark import Benchmark
 from AutomaticEval.evaluation.folder import Keeping
 from AutomaticEval.evaluation.run import run_benchmark
-from AutomaticEval.models.hooks import Recording
 from AutomaticEval.models.loading import LoadedModel, LoadOptions
+from AutomaticEval.models.recording import Recording
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import KINDS, Site
 from AutomaticEval.store.format import Part, Rows, Sample

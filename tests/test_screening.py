@@ -30,11 +30,11 @@ from AutomaticEval.analysis.tokens import Target, first_tokens, targets_of, toke
 from AutomaticEval.capture.forwards import padded
 from AutomaticEval.capture.texts import drawn
 from AutomaticEval.errors import PromptError, SiteUnavailable, StoreError
-from AutomaticEval.models.heads import head_results
-from AutomaticEval.models.hooks import Kept, capturing
-from AutomaticEval.models.layout import find_layout
+from AutomaticEval.models.attention import check_patterns, reading_patterns
+from AutomaticEval.models.find_layout import find_layout
+from AutomaticEval.models.head_weights import head_results
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.patterns import check_patterns, reading_patterns
+from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.report.figures import draw
 from AutomaticEval.sites import Site
 

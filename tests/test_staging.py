@@ -11,7 +11,7 @@ from torch import Tensor
 
 from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.staging import Staging
+from AutomaticEval.models.transfer import Staging
 from AutomaticEval.selection import Selection
 
 

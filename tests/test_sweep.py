@@ -23,8 +23,8 @@ from AutomaticEval.analysis.sweeping import sweep_pairs, sweep_prompts
 from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.errors import EditError, OtherSettings, PromptError
 from AutomaticEval.models.editing import Edit, editing
-from AutomaticEval.models.hooks import Kept, capturing
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.sites import Site
 
 PAIRS = [([5, 9, 33, 7], [120, 41]), ([77, 3, 250, 31, 6, 90, 12], [200]), ([8, 19], [20, 21, 22])]

@@ -12,10 +12,10 @@ from torch import Tensor
 from AutomaticEval.analysis.ablation import Ablation
 from AutomaticEval.analysis.direct import DirectEffects
 from AutomaticEval.analysis.tokens import Target
-from AutomaticEval.models.heads import head_results
-from AutomaticEval.models.hooks import Kept, capturing
+from AutomaticEval.models.attention import reading_patterns
+from AutomaticEval.models.head_weights import head_results
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.patterns import reading_patterns
+from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.sites import Site
 
 lens = pytest.importorskip("transformer_lens", reason="pip install '.[bench]' to compare with TransformerLens")

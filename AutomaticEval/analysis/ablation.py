@@ -14,8 +14,8 @@ from AutomaticEval.analysis.reading import Reader
 from AutomaticEval.capture.forwards import read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing
-from AutomaticEval.models.hooks import Kept
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.recording import Kept
 from AutomaticEval.sites import Site, parse_heads
 
 MODES = ("zero", "mean", "resample")

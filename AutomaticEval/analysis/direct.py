@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from AutomaticEval.analysis.tokens import Target, check_target
 from AutomaticEval.errors import SiteUnavailable
-from AutomaticEval.models.heads import output_weight
-from AutomaticEval.models.hooking import Hooks
+from AutomaticEval.models.frozen_norm import FrozenNorm, frozen
+from AutomaticEval.models.head_weights import output_weight
+from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.norms import FrozenNorm, frozen
 from AutomaticEval.models.taps import Tap, input_device
 from AutomaticEval.sites import Site
 

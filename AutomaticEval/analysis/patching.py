@@ -20,8 +20,8 @@ from AutomaticEval.capture.forwards import padded, read
 from AutomaticEval.capture.texts import lines_of
 from AutomaticEval.errors import EditError, PromptError
 from AutomaticEval.models.editing import Edit, editing
-from AutomaticEval.models.hooks import Kept
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.recording import Kept
 from AutomaticEval.models.taps import input_device
 from AutomaticEval.sites import Site
 

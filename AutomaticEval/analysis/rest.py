@@ -13,7 +13,7 @@ from AutomaticEval.capture.forwards import Batch, inputs, padded, read
 from AutomaticEval.capture.neighbours import Span, apart, rope_limit
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing
-from AutomaticEval.models.hooking import Hooks
+from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.taps import Layout, takes_few_logits
 from AutomaticEval.sites import Site

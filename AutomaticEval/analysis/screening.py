@@ -19,9 +19,9 @@ from AutomaticEval.capture.forwards import Batch, padded, recorded
 from AutomaticEval.capture.neighbours import Span, apart
 from AutomaticEval.capture.serving import most_columns, window_of
 from AutomaticEval.errors import PromptError
-from AutomaticEval.models.hooks import Kept
+from AutomaticEval.models.attention import check_patterns, reading_patterns
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.patterns import check_patterns, reading_patterns
+from AutomaticEval.models.recording import Kept
 from AutomaticEval.sites import Site
 
 

@@ -15,8 +15,8 @@ from AutomaticEval.analysis.reading import Reader
 from AutomaticEval.analysis.results import Stats, strength_result, write_json
 from AutomaticEval.capture.forwards import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
-from AutomaticEval.models.heads import HeadResultNorms, n_inputs
-from AutomaticEval.models.layout import refuse_unready
+from AutomaticEval.models.find_layout import refuse_unready
+from AutomaticEval.models.head_weights import HeadResultNorms, n_inputs
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.models.taps import Layout, Tap
 from AutomaticEval.public_names import public_name

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from AutomaticEval.capture.neighbours import counts_from_zero
 from AutomaticEval.errors import ModelError
-from AutomaticEval.models.hooks import Enough, Kept, Recording, capturing
+from AutomaticEval.models.recording import Enough, Kept, Recording, capturing
 from AutomaticEval.models.taps import Layout, Tap, forward_takes, input_device, takes_few_logits
 
 

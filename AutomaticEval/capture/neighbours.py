@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.models.architecture.inner_model import virtual_tokens
-from AutomaticEval.models.edited import depends_on_position
+from AutomaticEval.models.edited_models import depends_on_position
 from AutomaticEval.models.taps import alone_with, few_ids, input_device
 
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

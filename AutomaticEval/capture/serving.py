@@ -14,7 +14,7 @@ from torch import Tensor
 from AutomaticEval.capture.neighbours import counts_from_zero, is_close, rope_limit
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.models.architecture.inner_model import virtual_tokens
-from AutomaticEval.models.edited import depends_on_position
+from AutomaticEval.models.edited_models import depends_on_position
 from AutomaticEval.models.taps import alone_with, cache_name, forward_takes, input_device
 
 FEWEST_TOKENS = 16

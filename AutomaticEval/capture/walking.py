@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from AutomaticEval.capture.generation import recording_of
 from AutomaticEval.capture.prefix_tree import Array, PrefixTree
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.models.hooks import Keep, Kept, Recording
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.recording import Keep, Kept, Recording
 from AutomaticEval.models.taps import alone_with, cache_name, input_device
 from AutomaticEval.selection import Selection
 

@@ -33,9 +33,9 @@ from AutomaticEval.evaluation.harness import quiet
 from AutomaticEval.evaluation.refusals import document, refuse_generating, refuse_pair
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, random_state
 from AutomaticEval.evaluation.tree import TreeScorer
-from AutomaticEval.models.hooks import Kept, capturing
-from AutomaticEval.models.layout import refuse_untrue
+from AutomaticEval.models.find_layout import refuse_untrue
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.models.taps import cache_name, input_device
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection

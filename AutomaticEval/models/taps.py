@@ -1,4 +1,4 @@
-"""Places to read in a model, and one model's places for every site. Knows not how they are found (`layout.py`)."""
+"""Places to read in a model, and one model's places for every site. Knows not how they are found (`find_layout.py`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.architecture.inner_model import inner
-from AutomaticEval.models.heads import HeadResultNorms
+from AutomaticEval.models.head_weights import HeadResultNorms
 from AutomaticEval.sites import KINDS, ONCE, Site
 
 

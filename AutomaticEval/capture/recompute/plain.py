@@ -1,6 +1,6 @@
 """One plain forward of one sequence, without padding, batch or cache, read by hooks of its own.
 
-It shares with capture only the places of the sites (`models/layout.py`), so that it may tell what capture got wrong.
+It shares with capture only the places of the sites (`models/find_layout.py`), so that it may tell what capture got wrong.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError, SiteUnavailable
-from AutomaticEval.models.hooking import Hooks
-from AutomaticEval.models.layout import refuse_unready
+from AutomaticEval.models.find_layout import refuse_unready
+from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.taps import Tap, alone_with, forward_takes, input_device
 from AutomaticEval.sites import Site, site_of

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from AutomaticEval.models.hooking import Hooks
+from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.taps import cache_in, few_ids, input_of, tensor_of
 
 PROBE_LENGTH = 6

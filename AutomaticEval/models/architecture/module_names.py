@@ -1,6 +1,6 @@
 """The parts of one model by their names, and what each was given and gave in one small forward.
 
-Architecture knowledge is the lists of names below and nothing else. What they point at is checked by `models/layout.py`, `branches.py` and
+Architecture knowledge is the lists of names below and nothing else. What they point at is checked by `models/find_layout.py`, `branches.py` and
 `projections.py`; why a site is missing is said here, of its block, so that blocks that are built alike lack it for the same reason.
 """
 

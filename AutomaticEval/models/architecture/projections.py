@@ -17,7 +17,7 @@ from AutomaticEval.models.architecture.module_names import (
     Heads,
     Parts,
 )
-from AutomaticEval.models.heads import HeadResultNorms
+from AutomaticEval.models.head_weights import HeadResultNorms
 from AutomaticEval.models.taps import Tap
 from AutomaticEval.sites import Site
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.architecture.identities import PROBE_LENGTH
 from AutomaticEval.models.architecture.inner_model import inner
-from AutomaticEval.models.hooking import Hooks
-from AutomaticEval.models.hooks import Kept, capturing
+from AutomaticEval.models.hook_handles import Hooks
+from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.models.taps import Layout, Tap, alone_with, few_ids
 from AutomaticEval.sites import Site
 

@@ -1,7 +1,7 @@
 """`capturing`: read chosen sites of a model while it runs, whoever runs it.
 
 Hooks are installed on entry and removed, by handle, on every exit. What is kept is cut on the device at
-once, then copied to the CPU (from a GPU by `staging.py`). A model that is fed everything again (without a cache, or when long ropes change) has the
+once, then copied to the CPU (from a GPU by `transfer.py`). A model that is fed everything again (without a cache, or when long ropes change) has the
 rows of the last time. Which columns a forward fed is known from the token ids that reached the
 embedding and from the keys and values beside them, never from counting calls: chunked prefill and deferred stops change the count.
 """
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.architecture.inner_model import inner
-from AutomaticEval.models.hooking import Hooks
-from AutomaticEval.models.staging import Staging
+from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.taps import Tap, alone_with, cache_in, input_of, tensor_of
+from AutomaticEval.models.transfer import Staging
 
 
 class Kept(NamedTuple):
