@@ -28,7 +28,7 @@ FLOORS = {
     "models.weights.fingerprint": 1,
     "models.weights.provenance": 3,
     "models.weights.adapters": 1,
-    "models.taps": 2,
+    "models.layout": 2,
     "store.format": 1,
     "store.parsing": 0,
     "store.room": 1,

@@ -22,8 +22,8 @@ from AutomaticEval.models import edited_models as edited
 from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.hook_handles import Hooks
+from AutomaticEval.models.layout import alone_with
 from AutomaticEval.models.recording import Kept, capturing
-from AutomaticEval.models.taps import alone_with
 from AutomaticEval.selection import Selection
 
 

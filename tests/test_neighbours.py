@@ -44,9 +44,9 @@ from AutomaticEval.capture.packing import Feeding, TextPieces
 from AutomaticEval.errors import ModelError, SelectionError, TreeUnsuitable
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.layout import cache_in, cache_name
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
-from AutomaticEval.models.taps import cache_in, cache_name
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.format import Sample
 

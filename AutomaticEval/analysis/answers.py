@@ -14,8 +14,8 @@ from AutomaticEval.analysis.text_metrics import TextMetric
 from AutomaticEval.capture.continuations import score_continuations
 from AutomaticEval.capture.generation import Response, Sampling, harmless_groups, respond
 from AutomaticEval.errors import PromptError
+from AutomaticEval.models.layout import input_device
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import input_device
 
 Pairs = Sequence[tuple[list[int], list[int]]]
 """(prompt, answer) of each row, as token ids."""

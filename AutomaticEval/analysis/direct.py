@@ -13,8 +13,8 @@ from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.frozen_norm import FrozenNorm, frozen
 from AutomaticEval.models.head_weights import output_weight
 from AutomaticEval.models.hook_handles import Hooks
+from AutomaticEval.models.layout import Tap, input_device
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import Tap, input_device
 from AutomaticEval.sites import Site
 
 FINAL = Site("final_norm")

@@ -20,9 +20,9 @@ from AutomaticEval.capture.forwards import padded, read
 from AutomaticEval.capture.texts import lines_of
 from AutomaticEval.errors import EditError, PromptError
 from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.layout import input_device
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept
-from AutomaticEval.models.taps import input_device
 from AutomaticEval.sites import Site
 
 POSITIONS = ("last", "all", "aligned")

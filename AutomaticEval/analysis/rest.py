@@ -14,8 +14,8 @@ from AutomaticEval.capture.neighbours import Span, apart, rope_limit
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.hook_handles import Hooks
+from AutomaticEval.models.layout import Layout, takes_few_logits
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import Layout, takes_few_logits
 from AutomaticEval.sites import Site
 
 TOLERANCE = 1e-3

@@ -17,8 +17,8 @@ from AutomaticEval.capture.forwards import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.head_weights import HeadResultNorms, n_inputs
+from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.loading import LoadedModel, load_model
-from AutomaticEval.models.taps import Layout, Tap
 from AutomaticEval.public_names import public_name
 from AutomaticEval.settings import differing
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of

@@ -12,8 +12,8 @@ import torch
 from AutomaticEval.capture.generation import keep_of, recording_of, sample_columns, sequence_rows
 from AutomaticEval.capture.scoring import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
+from AutomaticEval.models.layout import alone_with, input_device
 from AutomaticEval.models.loading import LoadedModel, LoadKeywords, LoadOptions, load_model
-from AutomaticEval.models.taps import alone_with, input_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.format import Part, Sample

@@ -26,9 +26,9 @@ from AutomaticEval.capture.walking import as_mask, free_memory, is_out_of_memory
 from AutomaticEval.errors import CaptureError, OtherSettings, PromptError, SelectionError, TreeUnsuitable
 from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.find_layout import refuse_unready
+from AutomaticEval.models.layout import Tap, input_device
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, Recording
-from AutomaticEval.models.taps import Tap, input_device
 from AutomaticEval.processes import Ranks
 from AutomaticEval.safe_text import shown
 from AutomaticEval.selection import Selection

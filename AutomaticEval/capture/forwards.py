@@ -11,8 +11,8 @@ from torch import Tensor
 
 from AutomaticEval.capture.neighbours import counts_from_zero
 from AutomaticEval.errors import ModelError
+from AutomaticEval.models.layout import Layout, Tap, forward_takes, input_device, takes_few_logits
 from AutomaticEval.models.recording import Enough, Kept, Recording, capturing
-from AutomaticEval.models.taps import Layout, Tap, forward_takes, input_device, takes_few_logits
 
 
 class Batch(NamedTuple):

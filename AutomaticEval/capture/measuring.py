@@ -11,8 +11,8 @@ import torch
 from AutomaticEval.capture.prefix_tree import Array
 from AutomaticEval.capture.serving import most_columns
 from AutomaticEval.capture.walking import Cached, free_memory, is_out_of_memory, tree_forward
+from AutomaticEval.models.layout import alone_with
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import alone_with
 
 CHOICES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Tokens a forward that are tried."""

@@ -20,8 +20,8 @@ from AutomaticEval.capture.neighbours import is_tested
 from AutomaticEval.capture.prefix_tree import n_shared
 from AutomaticEval.capture.serving import check_scores, why_not
 from AutomaticEval.capture.walking import Cached, keep_columns, tree_forward
+from AutomaticEval.models.layout import alone_with
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import alone_with
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.format import Part, Rows
 

@@ -15,7 +15,7 @@ from AutomaticEval.capture.neighbours import counts_from_zero, is_close, rope_li
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.models.architecture.inner_model import virtual_tokens
 from AutomaticEval.models.edited_models import depends_on_position
-from AutomaticEval.models.taps import alone_with, cache_name, forward_takes, input_device
+from AutomaticEval.models.layout import alone_with, cache_name, forward_takes, input_device
 
 FEWEST_TOKENS = 16
 """Of a forward over the tree: with fewer a model is better served row by row."""

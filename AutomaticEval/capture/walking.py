@@ -18,9 +18,9 @@ from transformers import DynamicCache
 from AutomaticEval.capture.generation import recording_of
 from AutomaticEval.capture.prefix_tree import Array, PrefixTree
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.models.layout import alone_with, cache_name, input_device
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Keep, Kept, Recording
-from AutomaticEval.models.taps import alone_with, cache_name, input_device
 from AutomaticEval.selection import Selection
 
 Cached = list[tuple[Tensor | None, Tensor | None]]

@@ -10,7 +10,7 @@ from AutomaticEval.cli.options import one_line_errors, with_load
 from AutomaticEval.cli.printing import print_table, say
 
 if TYPE_CHECKING:
-    from AutomaticEval.models.taps import Layout
+    from AutomaticEval.models.layout import Layout
     from AutomaticEval.sites import Site
 
 
@@ -45,7 +45,7 @@ def _keys(found: Sequence[Site]) -> str:
 
 def _lacking(layout: Layout, kind: str) -> str:
     """Which layers lack a kind, and why."""
-    from AutomaticEval.models.taps import layers_text
+    from AutomaticEval.models.layout import layers_text
 
     text = ""
     for reason, sites in layout.lacking(kind).items():

@@ -34,9 +34,9 @@ from AutomaticEval.evaluation.refusals import document, refuse_generating, refus
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, random_state
 from AutomaticEval.evaluation.tree import TreeScorer
 from AutomaticEval.models.find_layout import refuse_untrue
+from AutomaticEval.models.layout import cache_name, input_device
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
-from AutomaticEval.models.taps import cache_name, input_device
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.format import Part, Rows, Sample

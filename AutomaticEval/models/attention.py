@@ -14,8 +14,8 @@ from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.architecture.identities import PROBE_LENGTH
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.hook_handles import Hooks
+from AutomaticEval.models.layout import Layout, Tap, alone_with, few_ids
 from AutomaticEval.models.recording import Kept, capturing
-from AutomaticEval.models.taps import Layout, Tap, alone_with, few_ids
 from AutomaticEval.sites import Site
 
 SUM_IS_ONE = 0.01

@@ -19,8 +19,8 @@ from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.edited_models import noted
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.hook_handles import Hooks
+from AutomaticEval.models.layout import Layout, Tap, alone_with, cache_in, input_of, tensor_of, with_tensor
 from AutomaticEval.models.recording import Keep, Kept
-from AutomaticEval.models.taps import Layout, Tap, alone_with, cache_in, input_of, tensor_of, with_tensor
 from AutomaticEval.sites import Site, site_of
 
 NOT_EDITED = {

@@ -18,7 +18,7 @@ from AutomaticEval.models.architecture.inner_model import inner, is_compiled, vi
 from AutomaticEval.models.architecture.module_names import Parts
 from AutomaticEval.models.architecture.projections import find_projections
 from AutomaticEval.models.edited_models import layout_of
-from AutomaticEval.models.taps import Layout, Tap, alone_with
+from AutomaticEval.models.layout import Layout, Tap, alone_with
 from AutomaticEval.sites import PER_LAYER, Site
 
 

@@ -24,7 +24,7 @@ from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable
 from AutomaticEval.models.architecture.module_names import n_layers_in
 from AutomaticEval.models.edited_models import names_of
 from AutomaticEval.models.find_layout import find_layout, refuse_untrue
-from AutomaticEval.models.taps import Layout
+from AutomaticEval.models.layout import Layout
 from AutomaticEval.models.weights.adapters import Alone, adapter_alone, add_delta, resize, with_adapter
 from AutomaticEval.models.weights.fingerprint import fingerprint, sampled_fingerprint
 from AutomaticEval.models.weights.provenance import adapters_of, library_versions, provenance

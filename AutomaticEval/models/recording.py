@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.taps import Tap, alone_with, cache_in, input_of, tensor_of
+from AutomaticEval.models.layout import Tap, alone_with, cache_in, input_of, tensor_of
 from AutomaticEval.models.transfer import Staging
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from AutomaticEval.errors import CaptureError, SiteUnavailable
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.hook_handles import Hooks
+from AutomaticEval.models.layout import Tap, alone_with, forward_takes, input_device
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.taps import Tap, alone_with, forward_takes, input_device
 from AutomaticEval.sites import Site, site_of
 
 MASKED_NUMBERS = 2**24

@@ -14,7 +14,7 @@ from AutomaticEval.models.architecture.module_names import (
     POST_MLP_NORM,
     Parts,
 )
-from AutomaticEval.models.taps import Tap
+from AutomaticEval.models.layout import Tap
 from AutomaticEval.sites import Site
 
 IDENTITY = "resid_pre + attn_out + mlp_out = resid_post"

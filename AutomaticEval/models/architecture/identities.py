@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.taps import cache_in, few_ids, input_of, tensor_of
+from AutomaticEval.models.layout import cache_in, few_ids, input_of, tensor_of
 
 PROBE_LENGTH = 6
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.identities import Probe
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled
-from AutomaticEval.models.taps import Tap
+from AutomaticEval.models.layout import Tap
 from AutomaticEval.sites import Site
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "temporal_block")

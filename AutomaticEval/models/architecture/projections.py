@@ -18,7 +18,7 @@ from AutomaticEval.models.architecture.module_names import (
     Parts,
 )
 from AutomaticEval.models.head_weights import HeadResultNorms
-from AutomaticEval.models.taps import Tap
+from AutomaticEval.models.layout import Tap
 from AutomaticEval.sites import Site
 
 Z = ("z", "head_result_norm")
