@@ -50,8 +50,8 @@ from torch.utils.data import DataLoader
 
 from AutomaticEval import open_run
 from AutomaticEval.store import contents, writer
-from AutomaticEval.store.format import Part, Rows, Sample, bits
-from AutomaticEval.store.sealing import write_file
+from AutomaticEval.store.hdf5.contract import Part, Rows, Sample, bits
+from AutomaticEval.store.hdf5.write import write_file
 from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
 
 MEMORY = Workload(n_samples=320, n_tokens=110, n_layers=13, width=768)  # 700 MB

@@ -18,7 +18,7 @@ from AutomaticEval import open_run
 from AutomaticEval.models.loading import DEMO_FOLDER
 from AutomaticEval.store import eight_bits as stored
 from AutomaticEval.store.contents import rechunked
-from AutomaticEval.store.format import Part, Rows, Sample
+from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.writer import RunWriter
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"

@@ -19,10 +19,10 @@ import torch
 from conftest import ROOT
 from test_store import SETTINGS, make_sample, write_run
 
-from AutomaticEval.store import checksums
 from AutomaticEval.store.contents import of_samples
-from AutomaticEval.store.sealing import write_file
-from AutomaticEval.store.trailer import arrays_of, write_trailer
+from AutomaticEval.store.hdf5 import checksums
+from AutomaticEval.store.hdf5.trailer import arrays_of, write_trailer
+from AutomaticEval.store.hdf5.write import write_file
 
 Span = tuple[int, int]
 """Where something begins and how many bytes it has."""

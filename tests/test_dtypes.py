@@ -20,8 +20,9 @@ from AutomaticEval.evaluation.folder import Keeping
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
-from AutomaticEval.store import eight_bits, extents
-from AutomaticEval.store.format import Part, Rows, Sample
+from AutomaticEval.store import eight_bits
+from AutomaticEval.store.hdf5 import extents
+from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.maintenance import convert, merge, prune, verify
 from AutomaticEval.store.writer import RunWriter
 

@@ -20,7 +20,7 @@ from AutomaticEval.errors import PromptError
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.format import Sample
+from AutomaticEval.store.hdf5.contract import Sample
 
 TEXTS = [
     "The capital of France is Paris, of course.",

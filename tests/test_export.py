@@ -30,10 +30,10 @@ from AutomaticEval.errors import CaptureError, PathExists, SelectionError, Store
 from AutomaticEval.store import arrow
 from AutomaticEval.store import export as store
 from AutomaticEval.store.export import FORMATS, export
-from AutomaticEval.store.format import Part, Rows, Sample
+from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
+from AutomaticEval.store.hdf5.write import write_shard
 from AutomaticEval.store.hub import push_to_hub
 from AutomaticEval.store.lens import as_activation_cache, transformer_lens_name
-from AutomaticEval.store.sealing import write_shard
 from AutomaticEval.store.writer import RunWriter
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -20,7 +20,7 @@ from AutomaticEval import evaluate_with_activations, generate_inference_with_act
 from AutomaticEval.errors import NotFinite
 from AutomaticEval.store.finite import n_non_finite
 from AutomaticEval.store.folders import shard_names
-from AutomaticEval.store.format import Part, Sample, bits, from_bits
+from AutomaticEval.store.hdf5.contract import Part, Sample, bits, from_bits
 from AutomaticEval.store.maintenance import convert, merge
 from AutomaticEval.store.writer import RunWriter
 

@@ -20,9 +20,9 @@ from test_store import SETTINGS, make_sample, same
 
 from AutomaticEval import load_activations, open_run
 from AutomaticEval.errors import AutomaticEvalError, DamagedFile, StoreError
-from AutomaticEval.store import opened
 from AutomaticEval.store.export import export
-from AutomaticEval.store.format import Part, Rows, Sample
+from AutomaticEval.store.hdf5 import open as opened
+from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.maintenance import merge, rebuild_index, verify
 from AutomaticEval.store.reader import Run
 from AutomaticEval.store.writer import RunWriter

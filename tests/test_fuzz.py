@@ -30,7 +30,7 @@ from AutomaticEval import open_run
 from AutomaticEval.cli.show import _show_run, _show_sample
 from AutomaticEval.errors import AutomaticEvalError
 from AutomaticEval.store.export import export
-from AutomaticEval.store.extents import naming
+from AutomaticEval.store.hdf5.extents import naming
 from AutomaticEval.store.maintenance import convert, merge, prune, verify
 from AutomaticEval.store.reader import Run
 

@@ -23,11 +23,11 @@ from test_store import SETTINGS, make_sample, with_right_checksums, write_run
 from AutomaticEval import load_activations, open_run
 from AutomaticEval.errors import AutomaticEvalError, DamagedFile, StoreError, TruncatedFile, UnreadableFile
 from AutomaticEval.store.contents import of_samples
-from AutomaticEval.store.format import Part, Sample
+from AutomaticEval.store.hdf5.contract import Part, Sample
+from AutomaticEval.store.hdf5.read import Shard
+from AutomaticEval.store.hdf5.room import EXPANSION
+from AutomaticEval.store.hdf5.write import write_file, write_shard
 from AutomaticEval.store.maintenance import convert, verify
-from AutomaticEval.store.room import EXPANSION
-from AutomaticEval.store.sealing import write_file, write_shard
-from AutomaticEval.store.shard import Shard
 
 
 @pytest.fixture

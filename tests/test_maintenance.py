@@ -29,11 +29,11 @@ from AutomaticEval.errors import (
 )
 from AutomaticEval.store import contents
 from AutomaticEval.store.export import export
-from AutomaticEval.store.extents import naming
 from AutomaticEval.store.folders import shard_names
-from AutomaticEval.store.format import Part
+from AutomaticEval.store.hdf5.contract import Part
+from AutomaticEval.store.hdf5.extents import naming
+from AutomaticEval.store.hdf5.write import write_file, write_shard
 from AutomaticEval.store.maintenance import convert, merge, prune, rebuild_index, verify
-from AutomaticEval.store.sealing import write_file, write_shard
 from AutomaticEval.store.writer import RunWriter
 
 DATA = ROOT / "tests" / "data"
@@ -170,7 +170,7 @@ def test_files_of_every_version_are_read_for_ever(version: str) -> None:
 
 
 def test_the_version_that_is_written_has_its_file_among_them() -> None:
-    from AutomaticEval.store.format import VERSION
+    from AutomaticEval.store.hdf5.contract import VERSION
 
     newest = sorted(tuple(map(int, path.name[7:].split("."))) for path in DATA.glob("format-*"))[-1]
     assert newest == VERSION

@@ -48,7 +48,7 @@ from AutomaticEval.models.layout import cache_in, cache_name
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.format import Sample
+from AutomaticEval.store.hdf5.contract import Sample
 
 LONG_ROPE = {
     "rope_type": "longrope",

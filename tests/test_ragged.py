@@ -8,10 +8,10 @@ import h5py
 import numpy as np
 import pytest
 
-from AutomaticEval.store.extents import extent_of
+from AutomaticEval.store.hdf5.blocks import FileArray
+from AutomaticEval.store.hdf5.extents import extent_of
+from AutomaticEval.store.hdf5.room import Room
 from AutomaticEval.store.ragged import Array, Chained, Ragged, chained
-from AutomaticEval.store.reading import FileArray
-from AutomaticEval.store.room import Room
 
 LENGTHS = (7, 0, 5, 1, 0, 20)
 

@@ -31,10 +31,10 @@ from AutomaticEval.models.loading import LoadedModel, LoadOptions
 from AutomaticEval.models.recording import Recording
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import KINDS, Site
-from AutomaticEval.store.format import Part, Rows, Sample
+from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
+from AutomaticEval.store.hdf5.write import write_shard
 from AutomaticEval.store.maintenance import convert, merge, prune
 from AutomaticEval.store.maintenance import verify as verify_checksums
-from AutomaticEval.store.sealing import write_shard
 from AutomaticEval.store.writer import RunWriter
 
 ALL = ",".join(kind for kind in KINDS if kind != "logits")

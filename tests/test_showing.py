@@ -24,9 +24,9 @@ from AutomaticEval.report.figures import _FIGURES, save_with_figures
 from AutomaticEval.report.summary import write_summary
 from AutomaticEval.safe_text import shown
 from AutomaticEval.store.files import own_name, plain_name
-from AutomaticEval.store.format import Sample
+from AutomaticEval.store.hdf5.contract import Sample
+from AutomaticEval.store.hdf5.write import write_shard
 from AutomaticEval.store.reader import open_run
-from AutomaticEval.store.sealing import write_shard
 
 HOSTILE = [
     "[/]",

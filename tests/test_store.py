@@ -29,11 +29,13 @@ from AutomaticEval.errors import (
     StoreError,
     TruncatedFile,
 )
-from AutomaticEval.store import checksums, files, sealing, writer
+from AutomaticEval.store import files, writer
 from AutomaticEval.store.contents import Listed
 from AutomaticEval.store.files import ensure_space, file_stem, hdf5_path
-from AutomaticEval.store.format import Part, Rows, Sample
-from AutomaticEval.store.sealing import write_named, write_shard
+from AutomaticEval.store.hdf5 import checksums
+from AutomaticEval.store.hdf5 import write as sealing
+from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
+from AutomaticEval.store.hdf5.write import write_named, write_shard
 from AutomaticEval.store.writer import RunWriter
 
 SETTINGS = {"dtype": "float32", "attention": "sdpa"}
@@ -266,7 +268,7 @@ from pathlib import Path
 sys.path[:0] = ["tests"]
 from test_store import SETTINGS, make_sample
 from AutomaticEval.errors import DiskFull
-from AutomaticEval.store.sealing import write_shard
+from AutomaticEval.store.hdf5.write import write_shard
 sample = make_sample(n_prompt=200, width=512)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 try:

@@ -20,9 +20,9 @@ from AutomaticEval import (
     open_run,
 )
 from AutomaticEval.capture.vocabulary import text_of, token_strings
-from AutomaticEval.store.format import Part, Rows, Sample, as_json
+from AutomaticEval.store.hdf5.contract import Part, Rows, Sample, as_json
+from AutomaticEval.store.hdf5.write import write_shard
 from AutomaticEval.store.maintenance import verify
-from AutomaticEval.store.sealing import write_shard
 from AutomaticEval.store.writer import RunWriter
 
 PADDED = """

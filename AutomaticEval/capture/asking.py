@@ -15,8 +15,8 @@ from AutomaticEval.models.loading import LoadedModel, LoadKeywords, LoadOptions,
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.files import ensure_space, hdf5_path, prepare_file
-from AutomaticEval.store.format import Sample, as_json
-from AutomaticEval.store.sealing import write_shard
+from AutomaticEval.store.hdf5.contract import Sample, as_json
+from AutomaticEval.store.hdf5.write import write_shard
 
 
 class AskOptions(LoadKeywords, total=False):

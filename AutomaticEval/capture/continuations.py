@@ -16,7 +16,7 @@ from AutomaticEval.models.layout import alone_with, input_device
 from AutomaticEval.models.loading import LoadedModel, LoadKeywords, LoadOptions, load_model
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
-from AutomaticEval.store.format import Part, Sample
+from AutomaticEval.store.hdf5.contract import Part, Sample
 
 Text = str | Sequence[int]
 """A text, or its token ids."""

@@ -34,7 +34,7 @@ from AutomaticEval.safe_text import shown
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site, expand
 from AutomaticEval.store.contents import Columns, Ordered
-from AutomaticEval.store.format import Part, Rows, Sample
+from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.sharing import SharedRun
 from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
 

@@ -22,7 +22,7 @@ from AutomaticEval.models.layout import alone_with, forward_takes, input_device
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Keep, Kept, Recording, capturing
 from AutomaticEval.selection import Positions, Selection
-from AutomaticEval.store.format import Part, Rows, Sample
+from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 
 
 @dataclass(frozen=True)

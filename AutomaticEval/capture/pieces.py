@@ -10,7 +10,7 @@ from AutomaticEval.capture.prefix_tree import Array, PrefixTree
 from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.capture.walking import Stretch
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.store.format import Part, Rows
+from AutomaticEval.store.hdf5.contract import Part, Rows
 
 
 class Pieces:

@@ -23,7 +23,7 @@ from AutomaticEval.capture.walking import Cached, keep_columns, tree_forward
 from AutomaticEval.models.layout import alone_with
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.format import Part, Rows
+from AutomaticEval.store.hdf5.contract import Part, Rows
 
 PLAIN = frozenset(
     [

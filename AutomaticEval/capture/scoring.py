@@ -22,7 +22,7 @@ from AutomaticEval.capture.walking import Stretch, Walk
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.format import Part
+from AutomaticEval.store.hdf5.contract import Part
 
 TOKENS_A_FORWARD = {"cpu": 256, "cuda": 2048}
 """Unless it is measured."""

@@ -78,7 +78,7 @@ def benchmark(
     from AutomaticEval.models.loading import load_model, n_layers_of
     from AutomaticEval.processes import join_ranks
     from AutomaticEval.report.tracking import require_mlflow
-    from AutomaticEval.store.sealing import check_compression
+    from AutomaticEval.store.hdf5.write import check_compression
 
     for name, given in (("use_cache", use_cache), ("cache_requests", cache_requests)):
         if given is not None:

@@ -88,7 +88,7 @@ def extract(
     from AutomaticEval.processes import join_ranks
     from AutomaticEval.report.tracking import require_mlflow
     from AutomaticEval.selection import Selection
-    from AutomaticEval.store.sealing import check_compression
+    from AutomaticEval.store.hdf5.write import check_compression
 
     if mlflow is not None:
         require_mlflow()

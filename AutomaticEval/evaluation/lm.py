@@ -39,7 +39,7 @@ from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.format import Part, Rows, Sample
+from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 
 Sink = Callable[[list[Sample]], None]
 """Takes the samples of one batch; they may share rows."""

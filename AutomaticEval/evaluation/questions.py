@@ -16,8 +16,8 @@ from AutomaticEval.evaluation.extraction import LETTERS, extract_answer
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.files import file_stem, prepare_folder
-from AutomaticEval.store.format import Sample
-from AutomaticEval.store.sealing import write_named
+from AutomaticEval.store.hdf5.contract import Sample
+from AutomaticEval.store.hdf5.write import write_named
 
 TEMPLATE = (
     "Question: {question}\n"

@@ -21,7 +21,7 @@ from AutomaticEval.evaluation.benchmark import Benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.public_names import public_name
 from AutomaticEval.store.files import new_files, own_name
-from AutomaticEval.store.format import as_json
+from AutomaticEval.store.hdf5.contract import as_json
 from AutomaticEval.store.system import FULL
 from AutomaticEval.store.wholeness import read_back
 

@@ -18,7 +18,7 @@ from AutomaticEval.evaluation.calls import Call
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.format import Sample
+from AutomaticEval.store.hdf5.contract import Sample
 
 
 @dataclass

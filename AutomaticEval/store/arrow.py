@@ -15,7 +15,7 @@ from torch import Tensor
 
 from AutomaticEval.errors import StoreError
 from AutomaticEval.store.contents import Contents
-from AutomaticEval.store.format import COLUMNS
+from AutomaticEval.store.hdf5.contract import COLUMNS
 from AutomaticEval.store.outgoing import Advance, column_names, records, sample
 from AutomaticEval.store.reader import Run
 

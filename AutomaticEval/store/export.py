@@ -21,12 +21,12 @@ from AutomaticEval.errors import SelectionError, did_you_mean
 from AutomaticEval.public_names import without_folders
 from AutomaticEval.store import arrow, contents, lens
 from AutomaticEval.store.files import ensure_space, new_folder
-from AutomaticEval.store.format import bits, raw_bytes
+from AutomaticEval.store.hdf5.contract import bits, raw_bytes
+from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.maintenance import check
 from AutomaticEval.store.outgoing import Advance, records, sample
 from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.reader import Run, open_run
-from AutomaticEval.store.shard import Shard
 
 FORMATS = {
     "safetensors": "a file a shard, key -> [n_rows, width], and samples.jsonl",

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from AutomaticEval.errors import DamagedFile, StoreError
-from AutomaticEval.store.format import RUN_FORMAT, shard_number
-from AutomaticEval.store.opened import OpenedFile
+from AutomaticEval.store.hdf5.contract import RUN_FORMAT, shard_number
+from AutomaticEval.store.hdf5.open import OpenedFile
 
 INDEX = "run.h5"
 LOCK = ".lock"

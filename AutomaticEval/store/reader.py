@@ -18,17 +18,17 @@ from torch import Tensor
 from AutomaticEval.errors import ManySamples, NotActivations, RefusedPickle, StoreError, TruncatedFile, did_you_mean
 from AutomaticEval.selection import Positions
 from AutomaticEval.store import contents
-from AutomaticEval.store import format as contract
-from AutomaticEval.store.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.contents import Contents
-from AutomaticEval.store.extents import naming
 from AutomaticEval.store.files import PICKLE_SUFFIXES
 from AutomaticEval.store.folders import INDEX, living, shard_names, tell_set_aside
-from AutomaticEval.store.opened import OneSite, OpenedFile
+from AutomaticEval.store.hdf5 import contract
+from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES
+from AutomaticEval.store.hdf5.extents import naming
+from AutomaticEval.store.hdf5.open import OneSite, OpenedFile
+from AutomaticEval.store.hdf5.read import FileColumns, Shard
+from AutomaticEval.store.hdf5.room import EXPANSION
 from AutomaticEval.store.ragged import Array, indices_of
-from AutomaticEval.store.room import EXPANSION
 from AutomaticEval.store.rows import Kind, RowArray, RowsDataset, ShardedRows
-from AutomaticEval.store.shard import FileColumns, Shard
 from AutomaticEval.store.shuffling import BUFFER_ROWS, ShuffledRows
 from AutomaticEval.store.writer import Placed, order_of
 

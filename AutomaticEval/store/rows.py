@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 
 from AutomaticEval.errors import StoreError
 from AutomaticEval.store.contents import Activation
-from AutomaticEval.store.format import bits_type, from_bits
-from AutomaticEval.store.opened import OneSite
+from AutomaticEval.store.hdf5.contract import bits_type, from_bits
+from AutomaticEval.store.hdf5.open import OneSite
+from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.ragged import Array, ranges_of
-from AutomaticEval.store.shard import Shard
 
 _STEP_BYTES = 8 * 2**20
 

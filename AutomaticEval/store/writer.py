@@ -36,7 +36,6 @@ from AutomaticEval.errors import (
 )
 from AutomaticEval.settings import differing
 from AutomaticEval.store import contents
-from AutomaticEval.store.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.contents import Columns, Contents, Listed
 from AutomaticEval.store.files import named_failures, prepare_folder
 from AutomaticEval.store.finite import say_non_finite
@@ -51,12 +50,13 @@ from AutomaticEval.store.folders import (
     set_aside,
     shard_names,
 )
-from AutomaticEval.store.format import Sample, as_json, attribute_text
+from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES
+from AutomaticEval.store.hdf5.contract import Sample, as_json, attribute_text
+from AutomaticEval.store.hdf5.damage import verify_file
+from AutomaticEval.store.hdf5.read import Shard
+from AutomaticEval.store.hdf5.write import Source, check_compression, write_file, write_run
 from AutomaticEval.store.local_paths import LOCAL_PATHS
 from AutomaticEval.store.ragged import Array
-from AutomaticEval.store.sealing import Source, check_compression, write_file, write_run
-from AutomaticEval.store.shard import Shard
-from AutomaticEval.store.verifying import verify_file
 from AutomaticEval.store.workplaces import clear_leftovers
 
 SHARD_BYTES = 256 * 2**20

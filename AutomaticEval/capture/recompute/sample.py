@@ -25,7 +25,7 @@ from AutomaticEval.capture.recompute.closeness import (
 from AutomaticEval.capture.recompute.plain import Plain, pattern_layer, plain_forward
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions
-from AutomaticEval.store.format import dtype_named, fed_of
+from AutomaticEval.store.hdf5.contract import dtype_named, fed_of
 from AutomaticEval.store.reader import Run
 
 HARMLESS = frozenset(

@@ -17,15 +17,15 @@ import torch
 
 from AutomaticEval.errors import CaptureError, PathExists, SelectionError
 from AutomaticEval.public_names import without_folders
-from AutomaticEval.store import checksums, contents, eight_bits
-from AutomaticEval.store import format as contract
+from AutomaticEval.store import contents, eight_bits
 from AutomaticEval.store.contents import Activation, Columns, Contents
-from AutomaticEval.store.extents import load_filters
 from AutomaticEval.store.files import new_hdf5
 from AutomaticEval.store.finite import NON_FINITE, counts_in, n_non_finite, say_non_finite
-from AutomaticEval.store.format import Sample
+from AutomaticEval.store.hdf5 import checksums, contract
+from AutomaticEval.store.hdf5.contract import Sample
+from AutomaticEval.store.hdf5.extents import load_filters
+from AutomaticEval.store.hdf5.trailer import CHECKSUMS
 from AutomaticEval.store.ragged import Array, rechunked
-from AutomaticEval.store.trailer import CHECKSUMS
 
 COMPRESSIONS = ("zstd", "lz4", "gzip")
 _PIECE_BYTES = 8 * 2**20

@@ -15,14 +15,14 @@ import torch
 
 from AutomaticEval.sites import key_order
 from AutomaticEval.store import eight_bits
-from AutomaticEval.store import format as contract
-from AutomaticEval.store.checksums import OF_ATTRIBUTES, Running
 from AutomaticEval.store.contents import Activation, Contents
-from AutomaticEval.store.extents import Extent, check_column, dataset_of, names_of
 from AutomaticEval.store.finite import counts_in
-from AutomaticEval.store.opened import OpenedFile
+from AutomaticEval.store.hdf5 import contract
+from AutomaticEval.store.hdf5.blocks import FileArray, damaged, read_ranges
+from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES, Running
+from AutomaticEval.store.hdf5.extents import Extent, check_column, dataset_of, names_of
+from AutomaticEval.store.hdf5.open import OpenedFile
 from AutomaticEval.store.ragged import Array, Ragged, ranges_of
-from AutomaticEval.store.reading import FileArray, damaged, read_ranges
 
 _PIECE_BYTES = 8 * 2**20
 _WIDE = ("offset", "start", "stop", "n_rows", "size_bytes")

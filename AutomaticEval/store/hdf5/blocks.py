@@ -19,11 +19,11 @@ import numpy as np
 import xxhash
 
 from AutomaticEval.errors import DamagedFile, StoreError
-from AutomaticEval.store import format as contract
-from AutomaticEval.store.checksums import NAME, rows_per_block
-from AutomaticEval.store.extents import Extent, Sums, dataset_of, naming, needs_filters, offset_of, stamp_of
+from AutomaticEval.store.hdf5 import contract
+from AutomaticEval.store.hdf5.checksums import NAME, rows_per_block
+from AutomaticEval.store.hdf5.extents import Extent, Sums, dataset_of, naming, needs_filters, offset_of, stamp_of
+from AutomaticEval.store.hdf5.trailer import CHECKSUMS
 from AutomaticEval.store.ragged import Array, ranges_of
-from AutomaticEval.store.trailer import CHECKSUMS
 
 _STEP_BYTES = 2**19
 """Read at once: it is still in the processor's cache when it is hashed."""

@@ -16,8 +16,8 @@ import h5py
 import numpy as np
 
 from AutomaticEval.errors import FileRefused, MissingFilter, TruncatedFile
-from AutomaticEval.store import format as contract
-from AutomaticEval.store.room import REFERENCE, Room, text_bytes
+from AutomaticEval.store.hdf5 import contract
+from AutomaticEval.store.hdf5.room import REFERENCE, Room, text_bytes
 from AutomaticEval.store.system import UNREAD, code_of
 
 _MAX_CHUNK_BYTES = 16 * 2**20

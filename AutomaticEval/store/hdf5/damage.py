@@ -14,14 +14,14 @@ import h5py
 import numpy as np
 
 from AutomaticEval.errors import AutomaticEvalError, FileRefused, MissingFilter, NewerFormat, NotActivations
-from AutomaticEval.store import checksums, eight_bits
-from AutomaticEval.store import format as contract
+from AutomaticEval.store import eight_bits
 from AutomaticEval.store.contents import Contents
-from AutomaticEval.store.extents import Extent, dataset_of
+from AutomaticEval.store.hdf5 import checksums, contract
+from AutomaticEval.store.hdf5.blocks import read_ranges, stored_sums, sums_of
+from AutomaticEval.store.hdf5.extents import Extent, dataset_of
+from AutomaticEval.store.hdf5.read import Shard
+from AutomaticEval.store.hdf5.trailer import CHECKSUMS
 from AutomaticEval.store.ragged import Array, indices_of
-from AutomaticEval.store.reading import read_ranges, stored_sums, sums_of
-from AutomaticEval.store.shard import Shard
-from AutomaticEval.store.trailer import CHECKSUMS
 
 Advance = Callable[[int], None]
 """Told, as the work goes on, how many bytes of activations were done."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from AutomaticEval.store.format import raw_bytes
+from AutomaticEval.store.hdf5.contract import raw_bytes
 
 NAME = "xxh3_64"
 OF_ATTRIBUTES = "attributes_xxh3_64"
