@@ -33,7 +33,7 @@ from nth_cases import CASES, begin
 from nth_contents import bytes_of, contents_of, difference, file_of, problems_of, rows_there, state_of
 
 from AutomaticEval import errors
-from AutomaticEval.store.files import prepare_folder
+from AutomaticEval.store.disk.whole_files import prepare_folder
 
 
 class Way(NamedTuple):

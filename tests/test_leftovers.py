@@ -19,7 +19,6 @@ import torch
 from conftest import ROOT
 from test_store import SETTINGS, make_sample
 
-from AutomaticEval.analysis.results import read_json, write_json
 from AutomaticEval.analysis.sweeping import _swept
 from AutomaticEval.errors import DiskFull, FolderInUse, StoreError
 from AutomaticEval.evaluation.benchmark import Benchmark
@@ -28,12 +27,13 @@ from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.report.figures import save_with_figures
+from AutomaticEval.store.disk.json_files import read_json, write_json
+from AutomaticEval.store.disk.partial_folders import clear_leftovers
+from AutomaticEval.store.disk.read_back import read_back
+from AutomaticEval.store.disk.whole_files import new_file, new_files, new_folder, prepare_folder
 from AutomaticEval.store.export import export
-from AutomaticEval.store.files import new_file, new_files, new_folder, prepare_folder
 from AutomaticEval.store.maintenance import rebuild_index
 from AutomaticEval.store.reader import open_run
-from AutomaticEval.store.wholeness import read_back
-from AutomaticEval.store.workplaces import clear_leftovers
 from AutomaticEval.store.writer import RunWriter
 
 STRENGTH = {
@@ -191,7 +191,7 @@ def test_a_run_whose_index_is_built_again_is_cleared_of_leftovers(tmp_path: Path
 
 def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from AutomaticEval.store.files import new_file\n"
+        "import sys; from pathlib import Path; from AutomaticEval.store.disk.whole_files import new_file\n"
         "with new_file(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('{}'); print('begun', flush=True); sys.stdin.read()\n"
     )

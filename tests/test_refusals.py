@@ -30,7 +30,7 @@ from AutomaticEval.evaluation.forecast import EXACT_DOCS, forecast
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions, Selection
-from AutomaticEval.store.files import own_name, prepare_file
+from AutomaticEval.store.disk.whole_files import own_name, prepare_file
 
 GENERATING = """
 task: NAME

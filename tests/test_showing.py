@@ -23,7 +23,7 @@ from AutomaticEval.models.loading import DEMO_FOLDER
 from AutomaticEval.report.figures import _FIGURES, save_with_figures
 from AutomaticEval.report.summary import write_summary
 from AutomaticEval.safe_text import shown
-from AutomaticEval.store.files import own_name, plain_name
+from AutomaticEval.store.disk.whole_files import own_name, plain_name
 from AutomaticEval.store.hdf5.contract import Sample
 from AutomaticEval.store.hdf5.write import write_shard
 from AutomaticEval.store.reader import open_run

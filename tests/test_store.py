@@ -29,9 +29,10 @@ from AutomaticEval.errors import (
     StoreError,
     TruncatedFile,
 )
-from AutomaticEval.store import files, writer
+from AutomaticEval.store import writer
 from AutomaticEval.store.contents import Listed
-from AutomaticEval.store.files import ensure_space, file_stem, hdf5_path
+from AutomaticEval.store.disk import whole_files as files
+from AutomaticEval.store.disk.whole_files import ensure_space, file_stem, hdf5_path
 from AutomaticEval.store.hdf5 import checksums
 from AutomaticEval.store.hdf5 import write as sealing
 from AutomaticEval.store.hdf5.contract import Part, Rows, Sample

@@ -12,13 +12,13 @@ from scipy.stats import rankdata
 
 from AutomaticEval.analysis.answers import greedy_answers
 from AutomaticEval.analysis.bootstrap import resampled
-from AutomaticEval.analysis.results import read_strength, write_json
 from AutomaticEval.analysis.strength import ActivationExtractor
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.loading import LoadOptions, load_model
 from AutomaticEval.report.figures import comparison_panels
 from AutomaticEval.report.heads import heatmaps
-from AutomaticEval.store.files import new_file, prepare_file
+from AutomaticEval.store.disk.json_files import read_strength, write_json
+from AutomaticEval.store.disk.whole_files import new_file, prepare_file
 
 PerHead = dict[tuple[int, int], float]
 

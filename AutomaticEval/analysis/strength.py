@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from AutomaticEval.analysis.moments import Moments
 from AutomaticEval.analysis.reading import Reader
-from AutomaticEval.analysis.results import Stats, strength_result, write_json
 from AutomaticEval.capture.forwards import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
 from AutomaticEval.models.find_layout import refuse_unready
@@ -22,6 +21,7 @@ from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.public_names import public_name
 from AutomaticEval.settings import differing
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
+from AutomaticEval.store.disk.json_files import Stats, strength_result, write_json
 from AutomaticEval.store.reader import Run
 
 CHUNK_ROWS = 65536

@@ -17,11 +17,11 @@ from AutomaticEval.analysis.ablation import mean_of, reference_values
 from AutomaticEval.analysis.answers import greedy_answers
 from AutomaticEval.analysis.bootstrap import mean_intervals
 from AutomaticEval.analysis.patching import Pair, told_apart
-from AutomaticEval.analysis.results import read_json, refuse_others, write_json
 from AutomaticEval.analysis.sweep import Sweep, sweep_of_answers, sweep_of_differences
 from AutomaticEval.errors import PromptError, StoreError
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.settings import LATER, SAMPLED
+from AutomaticEval.store.disk.json_files import read_json, refuse_others, write_json
 
 CHECKSUM = "xxh3_64"
 """In the file of a layer."""

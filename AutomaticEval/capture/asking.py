@@ -14,7 +14,7 @@ from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, Select
 from AutomaticEval.models.loading import LoadedModel, LoadKeywords, LoadOptions, load_model, n_layers_of
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
-from AutomaticEval.store.files import ensure_space, hdf5_path, prepare_file
+from AutomaticEval.store.disk.whole_files import ensure_space, hdf5_path, prepare_file
 from AutomaticEval.store.hdf5.contract import Sample, as_json
 from AutomaticEval.store.hdf5.write import write_shard
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from AutomaticEval.analysis.results import read_json, refuse_others, write_json
 from AutomaticEval.capture.corpus import Extracted, Forwards, as_text, extract, refuse_response
 from AutomaticEval.capture.packing import Feeding
 from AutomaticEval.capture.texts import Text
@@ -22,7 +21,8 @@ from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, r
 from AutomaticEval.processes import Ranks
 from AutomaticEval.public_names import public_name
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.files import own_name, plain_name, prepare_folder, size_text
+from AutomaticEval.store.disk.json_files import read_json, refuse_others, write_json
+from AutomaticEval.store.disk.whole_files import own_name, plain_name, prepare_folder, size_text
 from AutomaticEval.store.folders import LOCK, is_finished, shards_bytes
 from AutomaticEval.store.hdf5.contract import as_json
 from AutomaticEval.store.reader import Run, open_run

@@ -69,11 +69,11 @@ def ablate(
     options.quiet_libraries()
     from AutomaticEval.analysis.ablation import Ablation, parse_head_spec, reference_z
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.results import new_results, write_json
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.capture.texts import drawn
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import names_of, save_with_figures
+    from AutomaticEval.store.disk.json_files import new_results, write_json
 
     file, *_ = new_results(output, "ablation.json", *names_of("ablation"))
     found = None if profile is None else load_profile(profile)

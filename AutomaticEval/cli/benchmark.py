@@ -150,9 +150,9 @@ def _with_norms(sites: str | None, positions: str | None, *, alone: bool) -> tup
 
 
 def _write_strength(folder: Path) -> None:
-    from AutomaticEval.analysis.results import strength_result, write_json
     from AutomaticEval.analysis.strength import strength_of_run
     from AutomaticEval.settings import MODEL
+    from AutomaticEval.store.disk.json_files import strength_result, write_json
     from AutomaticEval.store.reader import open_run
 
     file = folder / "head_strength.json"
@@ -190,7 +190,7 @@ def _print(outcome: Outcome, title: str) -> None:
             f"Cut prompts: {outcome.n_truncated} of {outcome.n_samples} samples lost their beginning (column n_truncated)"
         )
     if outcome.folder is not None:
-        from AutomaticEval.store.files import size_text
+        from AutomaticEval.store.disk.whole_files import size_text
 
         say(f"Activations: {outcome.folder} ({outcome.n_samples} samples, {size_text(outcome.size_bytes)})")
         say(f"Load them:   from AutomaticEval import open_run; run = open_run({str(outcome.folder)!r})")

@@ -114,7 +114,7 @@ def _first(output: Path) -> Path:
 
 
 def _size(output: Path) -> str:
-    from AutomaticEval.store.files import size_text
+    from AutomaticEval.store.disk.whole_files import size_text
 
     files = output.iterdir() if output.is_dir() else [output]
     return size_text(sum(file.stat().st_size for file in files))

@@ -137,6 +137,6 @@ def index(path: Annotated[Path, typer.Argument(help="A run folder.", metavar="RU
 
 
 def _written(path: Path) -> None:
-    from AutomaticEval.store.files import size_text
+    from AutomaticEval.store.disk.whole_files import size_text
 
     say(f"Written: {path} ({size_text(path.stat().st_size)})")

@@ -59,7 +59,7 @@ def generate(
         options.refuse_unused(context, "no file is named by itself", "activation_save_dir")
     options.quiet_libraries()
     from AutomaticEval.capture.asking import generate_inference, generate_inference_with_activations
-    from AutomaticEval.store.files import file_stem, size_text
+    from AutomaticEval.store.disk.whole_files import file_stem, size_text
 
     asked: dict[str, Any] = {
         "sites": sites,

@@ -54,9 +54,9 @@ def strength(
 ) -> None:
     """How strong each head is over texts: head_strength.json and head_strength.png."""
     options.quiet_libraries()
-    from AutomaticEval.analysis.results import new_results
     from AutomaticEval.capture.texts import drawn, read_texts
     from AutomaticEval.report.figures import names_of, save_with_figures
+    from AutomaticEval.store.disk.json_files import new_results
 
     file, *_ = new_results(output_dir, "head_strength.json", *names_of("strength"))
     texts = drawn(read_texts(data_path), sample_num, seed)
@@ -91,9 +91,9 @@ def compare(
         options.refuse_unused(context, "it is of --answers_of", "max_new_tokens")
     options.quiet_libraries()
     from AutomaticEval.analysis.compare import ActivationComparator, same_inputs
-    from AutomaticEval.analysis.results import new_results
     from AutomaticEval.capture.texts import drawn, read_texts
-    from AutomaticEval.store.files import new_files
+    from AutomaticEval.store.disk.json_files import new_results
+    from AutomaticEval.store.disk.whole_files import new_files
 
     names = ("pre_tuned_activations", "fine_tuned_activations", "comparison")
     files = new_results(output_dir, *(f"{name}.json" for name in names), "comparison_heatmap.png")

@@ -62,11 +62,11 @@ def patch(
     options.quiet_libraries()
     from AutomaticEval.analysis.patching import Patching, read_pairs, recovered
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.results import new_results
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.capture.texts import drawn
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import names_of, save_with_figures
+    from AutomaticEval.store.disk.json_files import new_results
 
     kind = "patching" if pairs is None else "pairs"
     file, *_ = new_results(output, "patching.json", *names_of(kind))

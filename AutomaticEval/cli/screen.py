@@ -42,12 +42,12 @@ def screen(
         raise SelectionError("a logit difference takes two tokens: give --target and --against.")
     options.quiet_libraries()
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.results import new_results
     from AutomaticEval.analysis.screening import screen
     from AutomaticEval.capture.texts import drawn
     from AutomaticEval.capture.vocabulary import token_strings
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import names_of, save_with_figures
+    from AutomaticEval.store.disk.json_files import new_results
 
     file = output if output.suffix == ".json" else output / "scores.json"
     new_results(file.parent, file.name, *names_of("screening"))
@@ -110,8 +110,8 @@ def plot(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace figures that are there.")] = False,
 ) -> None:
     """Draw result files again: head_reaction_heatmap.png, top_heads.png, comparison_heatmap.png, …"""
-    from AutomaticEval.analysis.results import read_json
     from AutomaticEval.report.figures import check_figures, draw
+    from AutomaticEval.store.disk.json_files import read_json
 
     found = [(read_json(file), output or file.parent) for file in files]
     check_figures(found, overwrite=overwrite)  # all, before the first is drawn

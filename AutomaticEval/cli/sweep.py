@@ -44,11 +44,11 @@ def sweep(
     options.quiet_libraries()
     from AutomaticEval.analysis.patching import read_pairs
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.results import new_results
     from AutomaticEval.analysis.sweeping import sweep_pairs, sweep_prompts
     from AutomaticEval.capture.texts import drawn
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import names_of, save_with_figures
+    from AutomaticEval.store.disk.json_files import new_results
 
     file, *_ = new_results(output, "sweep.json", *names_of("sweep"))
     asked = [] if pairs is None else drawn(read_pairs(pairs), sample_num, seed)

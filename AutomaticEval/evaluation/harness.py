@@ -26,9 +26,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
-from AutomaticEval.analysis.results import write_json
 from AutomaticEval.errors import StoreError
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.store.disk.json_files import write_json
 
 STOCK = Path(lm_eval.tasks.__file__).parent
 

@@ -15,7 +15,7 @@ from AutomaticEval.errors import PromptError
 from AutomaticEval.evaluation.extraction import LETTERS, extract_answer
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.sites import LayersLike
-from AutomaticEval.store.files import file_stem, prepare_folder
+from AutomaticEval.store.disk.whole_files import file_stem, prepare_folder
 from AutomaticEval.store.hdf5.contract import Sample
 from AutomaticEval.store.hdf5.write import write_named
 

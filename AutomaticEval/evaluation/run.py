@@ -26,7 +26,7 @@ from AutomaticEval.evaluation.saving import save_results, short_name
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks, join_ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.files import ensure_space, prepare_folder, size_text
+from AutomaticEval.store.disk.whole_files import ensure_space, prepare_folder, size_text
 from AutomaticEval.store.folders import shards_bytes
 from AutomaticEval.store.writer import shard_bytes_for
 

@@ -20,10 +20,10 @@ from AutomaticEval.errors import DiskFull, StoreError
 from AutomaticEval.evaluation.benchmark import Benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.public_names import public_name
-from AutomaticEval.store.files import new_files, own_name
+from AutomaticEval.store.disk.read_back import read_back
+from AutomaticEval.store.disk.system import FULL
+from AutomaticEval.store.disk.whole_files import new_files, own_name
 from AutomaticEval.store.hdf5.contract import as_json
-from AutomaticEval.store.system import FULL
-from AutomaticEval.store.wholeness import read_back
 
 MODEL_BYTES, TASK_BYTES = 220, 180
 """The most that a model's and a task's name may take of a file's name."""

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from AutomaticEval.analysis.results import read_json, write_json
 from AutomaticEval.errors import StoreError
 from AutomaticEval.report.bars import before_and_after, top_heads
 from AutomaticEval.report.heads import Panel, PerHead, heatmaps
-from AutomaticEval.store.files import new_file, new_files, prepare_file
+from AutomaticEval.store.disk.json_files import read_json, write_json
+from AutomaticEval.store.disk.whole_files import new_file, new_files, prepare_file
 
 Result = Mapping[str, Any]
 SIGNIFICANT = 0.05

@@ -18,7 +18,7 @@ from AutomaticEval.capture.sets import Unit
 from AutomaticEval.public_names import public_name
 from AutomaticEval.report.labels import label, save
 from AutomaticEval.safe_text import shown
-from AutomaticEval.store.files import new_file, size_text
+from AutomaticEval.store.disk.whole_files import new_file, size_text
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"

@@ -20,7 +20,7 @@ import torch
 from AutomaticEval.errors import SelectionError, did_you_mean
 from AutomaticEval.public_names import without_folders
 from AutomaticEval.store import arrow, contents, lens
-from AutomaticEval.store.files import ensure_space, new_folder
+from AutomaticEval.store.disk.whole_files import ensure_space, new_folder
 from AutomaticEval.store.hdf5.contract import bits, raw_bytes
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.maintenance import check

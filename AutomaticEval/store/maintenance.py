@@ -29,7 +29,7 @@ from AutomaticEval.settings import IDENTITY, differing
 from AutomaticEval.sites import LayersLike, expand, parse_kinds, parse_layers
 from AutomaticEval.store import contents
 from AutomaticEval.store.contents import Activation, Contents
-from AutomaticEval.store.files import ensure_space, prepare_file, prepare_folder
+from AutomaticEval.store.disk.whole_files import ensure_space, prepare_file, prepare_folder
 from AutomaticEval.store.folders import INDEX, delete_replaced, living, shard_names, tell_set_aside
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.damage import Advance, ignore, verify_file

@@ -19,7 +19,7 @@ from AutomaticEval.errors import ManySamples, NotActivations, RefusedPickle, Sto
 from AutomaticEval.selection import Positions
 from AutomaticEval.store import contents
 from AutomaticEval.store.contents import Contents
-from AutomaticEval.store.files import PICKLE_SUFFIXES
+from AutomaticEval.store.disk.whole_files import PICKLE_SUFFIXES
 from AutomaticEval.store.folders import INDEX, living, shard_names, tell_set_aside
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES

@@ -37,7 +37,8 @@ from AutomaticEval.errors import (
 from AutomaticEval.settings import differing
 from AutomaticEval.store import contents
 from AutomaticEval.store.contents import Columns, Contents, Listed
-from AutomaticEval.store.files import named_failures, prepare_folder
+from AutomaticEval.store.disk.partial_folders import clear_leftovers
+from AutomaticEval.store.disk.whole_files import named_failures, prepare_folder
 from AutomaticEval.store.finite import say_non_finite
 from AutomaticEval.store.folders import (
     INDEX,
@@ -57,7 +58,6 @@ from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.hdf5.write import Source, check_compression, write_file, write_run
 from AutomaticEval.store.local_paths import LOCAL_PATHS
 from AutomaticEval.store.ragged import Array
-from AutomaticEval.store.workplaces import clear_leftovers
 
 SHARD_BYTES = 256 * 2**20
 MAX_SHARD_BYTES = 4 * 2**30

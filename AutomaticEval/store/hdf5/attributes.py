@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import h5py
 
 from AutomaticEval.errors import NewerFormat, NotActivations
+from AutomaticEval.store.disk.parsing import parse_json
 from AutomaticEval.store.hdf5 import contract
-from AutomaticEval.store.parsing import parse_json
 
 _OURS = ("format", "format_version", "model", "created", "settings", "replaces", "state", "attributes_xxh3_64")
 _FLAT = 64

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.errors import CaptureError, did_you_mean
-from AutomaticEval.store.parsing import is_too_deep, parse_json
+from AutomaticEval.store.disk.parsing import is_too_deep, parse_json
 
 SHARD_FORMAT = "automatic-eval/activations"
 RUN_FORMAT = "automatic-eval/run"

@@ -16,9 +16,9 @@ import h5py
 import numpy as np
 
 from AutomaticEval.errors import FileRefused, MissingFilter, TruncatedFile
+from AutomaticEval.store.disk.system import UNREAD, code_of
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.room import REFERENCE, Room, text_bytes
-from AutomaticEval.store.system import UNREAD, code_of
 
 _MAX_CHUNK_BYTES = 16 * 2**20
 _DAMAGED = "{} cannot be read ({}): it is damaged; capture it again or restore a copy."

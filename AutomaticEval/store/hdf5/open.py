@@ -15,13 +15,13 @@ import h5py
 import torch
 
 from AutomaticEval.errors import DamagedFile, NotActivations, StoreError, TruncatedFile
+from AutomaticEval.store.disk.system import UNREAD, code_of
 from AutomaticEval.store.hdf5 import contract, trailer
 from AutomaticEval.store.hdf5.attributes import about
 from AutomaticEval.store.hdf5.blocks import read_ranges, sums_of
 from AutomaticEval.store.hdf5.extents import Extent, dataset_of, extent_of, naming
 from AutomaticEval.store.hdf5.room import Room
 from AutomaticEval.store.ragged import Array
-from AutomaticEval.store.system import UNREAD, code_of
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _said: set[tuple[Path, str]] = set()

@@ -19,7 +19,7 @@ from AutomaticEval.errors import CaptureError, PathExists, SelectionError
 from AutomaticEval.public_names import without_folders
 from AutomaticEval.store import contents, eight_bits
 from AutomaticEval.store.contents import Activation, Columns, Contents
-from AutomaticEval.store.files import new_hdf5
+from AutomaticEval.store.disk.whole_files import new_hdf5
 from AutomaticEval.store.finite import NON_FINITE, counts_in, n_non_finite, say_non_finite
 from AutomaticEval.store.hdf5 import checksums, contract
 from AutomaticEval.store.hdf5.contract import Sample

@@ -20,11 +20,11 @@ import h5py
 import xxhash
 
 from AutomaticEval.errors import DiskFull, FolderNotWritable, PathExists, StoreError
+from AutomaticEval.store.disk.partial_folders import DONE, SET, clear_leftovers, hidden_name, workplace
+from AutomaticEval.store.disk.read_back import read_back
+from AutomaticEval.store.disk.system import DENIED, FULL, LOST, code_of
 from AutomaticEval.store.hdf5.room import EXPANSION, held_bytes
 from AutomaticEval.store.hdf5.trailer import arrays_of, write_trailer
-from AutomaticEval.store.system import DENIED, FULL, LOST, code_of
-from AutomaticEval.store.wholeness import read_back
-from AutomaticEval.store.workplaces import DONE, SET, clear_leftovers, hidden_name, workplace
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt")
 _KEEP_SIZE = 1

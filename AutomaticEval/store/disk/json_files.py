@@ -10,8 +10,8 @@ from typing import Any
 
 from AutomaticEval.errors import OtherSettings, StoreError
 from AutomaticEval.settings import differing
-from AutomaticEval.store.files import new_file, prepare_file, prepare_folder
-from AutomaticEval.store.parsing import parse_json
+from AutomaticEval.store.disk.parsing import parse_json
+from AutomaticEval.store.disk.whole_files import new_file, prepare_file, prepare_folder
 
 Stats = dict[tuple[int, int], dict[str, float]]
 """(layer, head) -> R_h, std, min, max, n."""
