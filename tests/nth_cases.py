@@ -14,7 +14,8 @@ from uuid import UUID
 
 from test_store import SETTINGS, make_sample
 
-from AutomaticEval.store import export, maintenance, writer
+from AutomaticEval.store import maintenance, writer
+from AutomaticEval.store.export import formats as export
 from AutomaticEval.store.hdf5 import write as sealing
 
 HEADS = {**SETTINGS, "shape": {"n_heads": 4, "n_kv_heads": 2}}

@@ -27,13 +27,13 @@ from AutomaticEval import generate_inference_with_activations, load_activations,
 from AutomaticEval.cli.export import export as command
 from AutomaticEval.cli.options import SPELLINGS
 from AutomaticEval.errors import CaptureError, PathExists, SelectionError, StoreError
-from AutomaticEval.store import arrow
-from AutomaticEval.store import export as store
-from AutomaticEval.store.export import FORMATS, export
+from AutomaticEval.store.export import arrow
+from AutomaticEval.store.export import formats as store
+from AutomaticEval.store.export.formats import FORMATS, export
+from AutomaticEval.store.export.hub import push_to_hub
+from AutomaticEval.store.export.transformer_lens import as_activation_cache, transformer_lens_name
 from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.hdf5.write import write_shard
-from AutomaticEval.store.hub import push_to_hub
-from AutomaticEval.store.lens import as_activation_cache, transformer_lens_name
 from AutomaticEval.store.writer import RunWriter
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -282,7 +282,7 @@ FILLS_THE_DISK = """
 import resource, sys
 from pathlib import Path
 from AutomaticEval.errors import DiskFull
-from AutomaticEval.store.export import export
+from AutomaticEval.store.export.formats import export
 import datasets, pyarrow
 limit = int(sys.argv[4])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -466,7 +466,7 @@ PUSHES = """
 import sys
 from pathlib import Path
 from AutomaticEval.errors import StoreError
-from AutomaticEval.store.hub import push_to_hub
+from AutomaticEval.store.export.hub import push_to_hub
 try:
     push_to_hub(Path(sys.argv[1]), sys.argv[2])
 except StoreError as error:

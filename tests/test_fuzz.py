@@ -29,7 +29,7 @@ from mutants import Case, corpus, mutate, write_case
 from AutomaticEval import open_run
 from AutomaticEval.cli.show import _show_run, _show_sample
 from AutomaticEval.errors import AutomaticEvalError
-from AutomaticEval.store.export import export
+from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.hdf5.extents import naming
 from AutomaticEval.store.maintenance import convert, merge, prune, verify
 from AutomaticEval.store.reader import Run

@@ -28,7 +28,7 @@ from AutomaticEval.errors import (
     TruncatedFile,
 )
 from AutomaticEval.store import contents
-from AutomaticEval.store.export import export
+from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.folders import shard_names
 from AutomaticEval.store.hdf5.contract import Part
 from AutomaticEval.store.hdf5.extents import naming

@@ -19,10 +19,10 @@ from AutomaticEval.errors import OtherSettings
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadOptions, load_model
 from AutomaticEval.public_names import is_same, public_name
 from AutomaticEval.settings import differing
-from AutomaticEval.store.export import export
+from AutomaticEval.store.export.formats import export
+from AutomaticEval.store.export.hub import PRIVATE
 from AutomaticEval.store.hdf5 import checksums
 from AutomaticEval.store.hdf5.trailer import arrays_of, write_trailer
-from AutomaticEval.store.hub import PRIVATE
 from AutomaticEval.store.local_paths import LOCAL_PATHS
 from AutomaticEval.store.maintenance import merge
 from AutomaticEval.store.reader import open_run

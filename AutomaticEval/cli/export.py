@@ -54,8 +54,8 @@ def export(
 ) -> None:
     """Write activations for other tools: safetensors, numpy, Hugging Face datasets, TransformerLens."""
     from AutomaticEval.errors import SelectionError
-    from AutomaticEval.store import export as store
-    from AutomaticEval.store import hub
+    from AutomaticEval.store.export import formats as store
+    from AutomaticEval.store.export import hub
     from AutomaticEval.store.reader import open_run
 
     store.check_format(to, dtype, [*store.FORMATS, HDF5])
@@ -77,7 +77,7 @@ def export(
 
 def _ask(run: Run, repository: str, *, public: bool) -> None:
     """Show what would be uploaded. Without a yes the command ends before anything is written or sent."""
-    from AutomaticEval.store.outgoing import column_names, places_of
+    from AutomaticEval.store.export.outgoing import column_names, places_of
 
     kind = "PUBLIC, for everyone to read" if public else "private, unless it is there already and public"
     say(f"To be uploaded to {repository} ({kind}):")
@@ -102,7 +102,7 @@ def _write(path: Path, output: Path, to: str, dtype: str | None, compression: st
         with progress("Exporting", lambda: size_of(path)) as advance:
             convert(path, output, dtype=dtype, compression=compression, advance=advance)
         return
-    from AutomaticEval.store.export import export as to_folder
+    from AutomaticEval.store.export.formats import export as to_folder
 
     with progress("Exporting", lambda: n_samples, of_bytes=False) as advance:
         to_folder(path, output, to, dtype=dtype, advance=advance)

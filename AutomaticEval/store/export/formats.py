@@ -19,12 +19,14 @@ import torch
 
 from AutomaticEval.errors import SelectionError, did_you_mean
 from AutomaticEval.public_names import without_folders
-from AutomaticEval.store import arrow, contents, lens
+from AutomaticEval.store import contents
 from AutomaticEval.store.disk.whole_files import ensure_space, new_folder
+from AutomaticEval.store.export import arrow
+from AutomaticEval.store.export import transformer_lens as lens
+from AutomaticEval.store.export.outgoing import Advance, records, sample
 from AutomaticEval.store.hdf5.contract import bits, raw_bytes
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.maintenance import check
-from AutomaticEval.store.outgoing import Advance, records, sample
 from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.reader import Run, open_run
 
