@@ -14,9 +14,10 @@ from uuid import UUID
 
 from test_store import SETTINGS, make_sample
 
-from AutomaticEval.store import maintenance, writer
+from AutomaticEval.store import writer
 from AutomaticEval.store.export import formats as export
 from AutomaticEval.store.hdf5 import write as sealing
+from AutomaticEval.store.upkeep import rewrite as maintenance
 
 HEADS = {**SETTINGS, "shape": {"n_heads": 4, "n_kv_heads": 2}}
 SMALL_SHARDS = 10_000

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from AutomaticEval.store import maintenance
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.reader import open_run
+from AutomaticEval.store.upkeep import rewrite as maintenance
 
 TIMES = re.compile(r"\d{8}_\d{6}(_\d+)?|\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d\.\d+")
 VOLATILE = (

@@ -133,7 +133,7 @@ FLOORS = {
     "report.figures": 4,
     "report.labels": 1,
     "report.summary": 10,
-    "store.maintenance": 8,
+    "store.upkeep.rewrite": 8,
     "store.export.transformer_lens": 2,
     "store.local_paths": 3,
     "store.export.hub": 4,

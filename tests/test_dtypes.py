@@ -23,7 +23,7 @@ from AutomaticEval.selection import Selection
 from AutomaticEval.store import eight_bits
 from AutomaticEval.store.hdf5 import extents
 from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
-from AutomaticEval.store.maintenance import convert, merge, prune, verify
+from AutomaticEval.store.upkeep.rewrite import convert, merge, prune, verify
 from AutomaticEval.store.writer import RunWriter
 
 

@@ -21,7 +21,7 @@ from AutomaticEval.errors import NotFinite
 from AutomaticEval.store.finite import n_non_finite
 from AutomaticEval.store.folders import shard_names
 from AutomaticEval.store.hdf5.contract import Part, Sample, bits, from_bits
-from AutomaticEval.store.maintenance import convert, merge
+from AutomaticEval.store.upkeep.rewrite import convert, merge
 from AutomaticEval.store.writer import RunWriter
 
 INF, NAN = math.inf, math.nan

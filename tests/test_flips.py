@@ -23,8 +23,8 @@ from AutomaticEval.errors import AutomaticEvalError, DamagedFile, StoreError
 from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.hdf5 import open as opened
 from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
-from AutomaticEval.store.maintenance import merge, rebuild_index, verify
 from AutomaticEval.store.reader import Run
+from AutomaticEval.store.upkeep.rewrite import merge, rebuild_index, verify
 from AutomaticEval.store.writer import RunWriter
 
 DATA = Path(__file__).parent / "data"

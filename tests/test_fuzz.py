@@ -31,8 +31,8 @@ from AutomaticEval.cli.show import _show_run, _show_sample
 from AutomaticEval.errors import AutomaticEvalError
 from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.hdf5.extents import naming
-from AutomaticEval.store.maintenance import convert, merge, prune, verify
 from AutomaticEval.store.reader import Run
+from AutomaticEval.store.upkeep.rewrite import convert, merge, prune, verify
 
 BOUND = 256 * 2**20
 """That one reading of a file of at most 130 KB may take, beside what the process has."""

@@ -27,7 +27,7 @@ from AutomaticEval.store.hdf5.contract import Part, Sample
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.hdf5.room import EXPANSION
 from AutomaticEval.store.hdf5.write import write_file, write_shard
-from AutomaticEval.store.maintenance import convert, verify
+from AutomaticEval.store.upkeep.rewrite import convert, verify
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ FLIPS = """
 import random, sys
 from pathlib import Path
 import h5py
-from AutomaticEval.store.maintenance import verify
+from AutomaticEval.store.upkeep.rewrite import verify
 from AutomaticEval import open_run
 from AutomaticEval.errors import AutomaticEvalError
 

@@ -32,8 +32,8 @@ from AutomaticEval.store.disk.partial_folders import clear_leftovers
 from AutomaticEval.store.disk.read_back import read_back
 from AutomaticEval.store.disk.whole_files import new_file, new_files, new_folder, prepare_folder
 from AutomaticEval.store.export.formats import export
-from AutomaticEval.store.maintenance import rebuild_index
 from AutomaticEval.store.reader import open_run
+from AutomaticEval.store.upkeep.rewrite import rebuild_index
 from AutomaticEval.store.writer import RunWriter
 
 STRENGTH = {

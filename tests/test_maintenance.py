@@ -33,7 +33,7 @@ from AutomaticEval.store.folders import shard_names
 from AutomaticEval.store.hdf5.contract import Part
 from AutomaticEval.store.hdf5.extents import naming
 from AutomaticEval.store.hdf5.write import write_file, write_shard
-from AutomaticEval.store.maintenance import convert, merge, prune, rebuild_index, verify
+from AutomaticEval.store.upkeep.rewrite import convert, merge, prune, rebuild_index, verify
 from AutomaticEval.store.writer import RunWriter
 
 DATA = ROOT / "tests" / "data"

@@ -33,8 +33,8 @@ from AutomaticEval.selection import Selection
 from AutomaticEval.sites import KINDS, Site
 from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.hdf5.write import write_shard
-from AutomaticEval.store.maintenance import convert, merge, prune
-from AutomaticEval.store.maintenance import verify as verify_checksums
+from AutomaticEval.store.upkeep.rewrite import convert, merge, prune
+from AutomaticEval.store.upkeep.rewrite import verify as verify_checksums
 from AutomaticEval.store.writer import RunWriter
 
 ALL = ",".join(kind for kind in KINDS if kind != "logits")

@@ -22,7 +22,7 @@ from AutomaticEval import (
 from AutomaticEval.capture.vocabulary import text_of, token_strings
 from AutomaticEval.store.hdf5.contract import Part, Rows, Sample, as_json
 from AutomaticEval.store.hdf5.write import write_shard
-from AutomaticEval.store.maintenance import verify
+from AutomaticEval.store.upkeep.rewrite import verify
 from AutomaticEval.store.writer import RunWriter
 
 PADDED = """

@@ -23,7 +23,7 @@ from AutomaticEval.errors import CaptureError, DiskFull, FolderInUse, OtherSetti
 from AutomaticEval.store import writer
 from AutomaticEval.store.contents import Listed
 from AutomaticEval.store.folders import shard_names
-from AutomaticEval.store.maintenance import rebuild_index, verify
+from AutomaticEval.store.upkeep.rewrite import rebuild_index, verify
 from AutomaticEval.store.writer import RunWriter, shard_bytes_for
 
 TINY = 1_000
@@ -391,7 +391,7 @@ import sys, threading, time
 from pathlib import Path
 from AutomaticEval.store import writer
 from AutomaticEval.store.contents import Listed
-from AutomaticEval.store.maintenance import rebuild_index, verify
+from AutomaticEval.store.upkeep.rewrite import rebuild_index, verify
 from AutomaticEval.evaluation import forecast
 forecast.shard_bytes_for = lambda n_bytes: 2**28  # so many small shards would be foreseen not to fit
 writer.SHARD_BYTES = 20_000

@@ -26,9 +26,9 @@ from AutomaticEval.store.export import transformer_lens as lens
 from AutomaticEval.store.export.outgoing import Advance, records, sample
 from AutomaticEval.store.hdf5.contract import bits, raw_bytes
 from AutomaticEval.store.hdf5.read import Shard
-from AutomaticEval.store.maintenance import check
 from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.reader import Run, open_run
+from AutomaticEval.store.upkeep.rewrite import check
 
 FORMATS = {
     "safetensors": "a file a shard, key -> [n_rows, width], and samples.jsonl",
