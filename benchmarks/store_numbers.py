@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from AutomaticEval import open_run
 from AutomaticEval.models.loading import DEMO_FOLDER
-from AutomaticEval.store import eight_bits as stored
+from AutomaticEval.store import int8 as stored
 from AutomaticEval.store.contents import rechunked
 from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.writer import RunWriter

@@ -117,7 +117,7 @@ def cut_short(folder: Path) -> None:
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.selection import Selection
-    from AutomaticEval.store import sharing
+    from AutomaticEval.store import shared as sharing
 
     class Stopped(Exception):
         pass

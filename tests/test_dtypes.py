@@ -20,7 +20,7 @@ from AutomaticEval.evaluation.folder import Keeping
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
-from AutomaticEval.store import eight_bits
+from AutomaticEval.store import int8 as eight_bits
 from AutomaticEval.store.hdf5 import extents
 from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.upkeep.rewrite import convert, merge, prune, verify

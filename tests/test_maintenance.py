@@ -29,10 +29,10 @@ from AutomaticEval.errors import (
 )
 from AutomaticEval.store import contents
 from AutomaticEval.store.export.formats import export
-from AutomaticEval.store.folders import shard_names
 from AutomaticEval.store.hdf5.contract import Part
 from AutomaticEval.store.hdf5.extents import naming
 from AutomaticEval.store.hdf5.write import write_file, write_shard
+from AutomaticEval.store.run_folder import shard_names
 from AutomaticEval.store.upkeep.rewrite import convert, merge, prune, rebuild_index, verify
 from AutomaticEval.store.writer import RunWriter
 

@@ -22,7 +22,7 @@ from AutomaticEval import open_run
 from AutomaticEval.errors import CaptureError, DiskFull, FolderInUse, OtherSettings, StoreError
 from AutomaticEval.store import writer
 from AutomaticEval.store.contents import Listed
-from AutomaticEval.store.folders import shard_names
+from AutomaticEval.store.run_folder import shard_names
 from AutomaticEval.store.upkeep.rewrite import rebuild_index, verify
 from AutomaticEval.store.writer import RunWriter, shard_bytes_for
 

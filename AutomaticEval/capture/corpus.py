@@ -35,7 +35,7 @@ from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site, expand
 from AutomaticEval.store.contents import Columns, Ordered
 from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
-from AutomaticEval.store.sharing import SharedRun
+from AutomaticEval.store.shared import SharedRun
 from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
 
 TOKENS = {"cpu": 1024, "cuda": 16384}

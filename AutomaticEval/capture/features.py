@@ -17,9 +17,9 @@ from AutomaticEval.capture.texts import DatasetTexts, FileTexts, Text
 from AutomaticEval.errors import PromptError, SelectionError
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.folders import LOCK
 from AutomaticEval.store.reader import open_run
-from AutomaticEval.store.rows import RowArray
+from AutomaticEval.store.row_array import RowArray
+from AutomaticEval.store.run_folder import LOCK
 
 
 class FromHuggingFace:

@@ -30,7 +30,7 @@ from AutomaticEval.evaluation.resuming import random_state
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.disk.whole_files import size_text
-from AutomaticEval.store.eight_bits import BLOCK_ROWS
+from AutomaticEval.store.int8 import BLOCK_ROWS
 from AutomaticEval.store.writer import shard_bytes_for
 
 EXACT_DOCS = 512

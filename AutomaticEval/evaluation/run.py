@@ -27,7 +27,7 @@ from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks, join_ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.disk.whole_files import ensure_space, prepare_folder, size_text
-from AutomaticEval.store.folders import shards_bytes
+from AutomaticEval.store.run_folder import shards_bytes
 from AutomaticEval.store.writer import shard_bytes_for
 
 

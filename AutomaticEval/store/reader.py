@@ -20,7 +20,6 @@ from AutomaticEval.selection import Positions
 from AutomaticEval.store import contents
 from AutomaticEval.store.contents import Contents
 from AutomaticEval.store.disk.whole_files import PICKLE_SUFFIXES
-from AutomaticEval.store.folders import INDEX, living, shard_names, tell_set_aside
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.hdf5.extents import naming
@@ -28,8 +27,9 @@ from AutomaticEval.store.hdf5.open import OneSite, OpenedFile
 from AutomaticEval.store.hdf5.read import FileColumns, Shard
 from AutomaticEval.store.hdf5.room import EXPANSION
 from AutomaticEval.store.ragged import Array, indices_of
-from AutomaticEval.store.rows import Kind, RowArray, RowsDataset, ShardedRows
-from AutomaticEval.store.shuffling import BUFFER_ROWS, ShuffledRows
+from AutomaticEval.store.row_array import Kind, RowArray, RowsDataset, ShardedRows
+from AutomaticEval.store.run_folder import INDEX, living, shard_names, tell_set_aside
+from AutomaticEval.store.shuffled import BUFFER_ROWS, ShuffledRows
 from AutomaticEval.store.writer import Placed, order_of
 
 Open = Callable[..., Shard]

@@ -40,7 +40,14 @@ from AutomaticEval.store.contents import Columns, Contents, Listed
 from AutomaticEval.store.disk.partial_folders import clear_leftovers
 from AutomaticEval.store.disk.whole_files import named_failures, prepare_folder
 from AutomaticEval.store.finite import say_non_finite
-from AutomaticEval.store.folders import (
+from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES
+from AutomaticEval.store.hdf5.contract import Sample, as_json, attribute_text
+from AutomaticEval.store.hdf5.damage import verify_file
+from AutomaticEval.store.hdf5.read import Shard
+from AutomaticEval.store.hdf5.write import Source, check_compression, write_file, write_run
+from AutomaticEval.store.local_paths import LOCAL_PATHS
+from AutomaticEval.store.ragged import Array
+from AutomaticEval.store.run_folder import (
     INDEX,
     LOCK,
     delete_replaced,
@@ -51,13 +58,6 @@ from AutomaticEval.store.folders import (
     set_aside,
     shard_names,
 )
-from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES
-from AutomaticEval.store.hdf5.contract import Sample, as_json, attribute_text
-from AutomaticEval.store.hdf5.damage import verify_file
-from AutomaticEval.store.hdf5.read import Shard
-from AutomaticEval.store.hdf5.write import Source, check_compression, write_file, write_run
-from AutomaticEval.store.local_paths import LOCAL_PATHS
-from AutomaticEval.store.ragged import Array
 
 SHARD_BYTES = 256 * 2**20
 MAX_SHARD_BYTES = 4 * 2**30

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from AutomaticEval.errors import AutomaticEvalError, FileRefused, MissingFilter, NewerFormat, NotActivations
-from AutomaticEval.store import eight_bits
+from AutomaticEval.store import int8 as eight_bits
 from AutomaticEval.store.contents import Contents
 from AutomaticEval.store.hdf5 import checksums, contract
 from AutomaticEval.store.hdf5.blocks import read_ranges, stored_sums, sums_of

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from AutomaticEval.sites import key_order
-from AutomaticEval.store import eight_bits
+from AutomaticEval.store import int8 as eight_bits
 from AutomaticEval.store.contents import Activation, Contents
 from AutomaticEval.store.finite import counts_in
 from AutomaticEval.store.hdf5 import contract

@@ -17,7 +17,8 @@ import torch
 
 from AutomaticEval.errors import CaptureError, PathExists, SelectionError
 from AutomaticEval.public_names import without_folders
-from AutomaticEval.store import contents, eight_bits
+from AutomaticEval.store import contents
+from AutomaticEval.store import int8 as eight_bits
 from AutomaticEval.store.contents import Activation, Columns, Contents
 from AutomaticEval.store.disk.whole_files import new_hdf5
 from AutomaticEval.store.finite import NON_FINITE, counts_in, n_non_finite, say_non_finite

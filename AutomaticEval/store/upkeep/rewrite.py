@@ -30,13 +30,13 @@ from AutomaticEval.sites import LayersLike, expand, parse_kinds, parse_layers
 from AutomaticEval.store import contents
 from AutomaticEval.store.contents import Activation, Contents
 from AutomaticEval.store.disk.whole_files import ensure_space, prepare_file, prepare_folder
-from AutomaticEval.store.folders import INDEX, delete_replaced, living, shard_names, tell_set_aside
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.damage import Advance, ignore, verify_file
 from AutomaticEval.store.hdf5.extents import Extent
 from AutomaticEval.store.hdf5.write import check_compression, write_file
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reader import Run, open_run
+from AutomaticEval.store.run_folder import INDEX, delete_replaced, living, shard_names, tell_set_aside
 from AutomaticEval.store.writer import locked, source_of, write_index
 
 SAME = ("dtype", "store_dtype", "quantization", "revision", "sites", "layers", "positions", "shape", "edits", *IDENTITY)

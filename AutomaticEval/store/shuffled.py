@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.store.rows import RowArray
+from AutomaticEval.store.row_array import RowArray
 
 BUFFER_ROWS = 65536
 BLOCKS = 64
