@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from AutomaticEval.capture.asking import (
         generate_inference_with_activations as generate_inference_with_activations,
     )
-    from AutomaticEval.capture.continuations import score_continuations as score_continuations
     from AutomaticEval.capture.features import ExtractSingleSample as ExtractSingleSample
     from AutomaticEval.capture.features import FromHuggingFace as FromHuggingFace
     from AutomaticEval.capture.recompute.run import recompute as recompute
+    from AutomaticEval.capture.tree.continuations import score_continuations as score_continuations
     from AutomaticEval.evaluation.evaluating import evaluate_with_activations as evaluate_with_activations
     from AutomaticEval.evaluation.extraction import extract_answer as extract_answer
     from AutomaticEval.evaluation.hf_activations import HFActivations as HFActivations
@@ -54,7 +54,7 @@ _HOMES = {
     "load_activations": "store.reader",
     "open_run": "store.reader",
     "recompute": "capture.recompute.run",
-    "score_continuations": "capture.continuations",
+    "score_continuations": "capture.tree.continuations",
 }
 __all__ = sorted(_HOMES)
 

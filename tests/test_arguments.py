@@ -425,7 +425,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[LoadOptions]:
     for module in (
         "models.loading",
         "capture.asking",
-        "capture.continuations",
+        "capture.tree.continuations",
         "capture.sets",
         "evaluation.questions",
         "evaluation.evaluating",

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from AutomaticEval.capture.prefix_tree import PrefixTree
+from AutomaticEval.capture.tree.prefix_tree import PrefixTree
 
 
 def drawn(seed: int) -> list[list[int]]:

@@ -23,8 +23,9 @@ from test_benchmark import as_json
 from test_evaluation import MIXED, own_tasks, plain
 
 from AutomaticEval import evaluate_with_activations, open_run
-from AutomaticEval.capture import prefill, walking
-from AutomaticEval.capture.scoring import TOKENS_A_FORWARD
+from AutomaticEval.capture.tree import shared_prompt as prefill
+from AutomaticEval.capture.tree import walk as walking
+from AutomaticEval.capture.tree.score import TOKENS_A_FORWARD
 from AutomaticEval.errors import FolderInUse, OtherSettings, StoreError
 from AutomaticEval.evaluation import run as run_module
 from AutomaticEval.models.loading import LoadedModel

@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from AutomaticEval import score_continuations
-from AutomaticEval.capture import measuring, serving, walking
-from AutomaticEval.capture import scoring as scoring_module
-from AutomaticEval.capture.scoring import Cut, Scored, ScoringOptions, TreeScoring
+from AutomaticEval.capture.tree import forward_size as measuring
+from AutomaticEval.capture.tree import score as scoring_module
+from AutomaticEval.capture.tree import suitability as serving
+from AutomaticEval.capture.tree import walk as walking
+from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 from AutomaticEval.selection import Selection

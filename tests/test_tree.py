@@ -17,7 +17,7 @@ from test_evaluation import GREEDY, MIXED, assert_same, own_tasks, plain
 from transformers import AutoTokenizer
 
 from AutomaticEval import HFActivations, evaluate_with_activations, open_run
-from AutomaticEval.capture import prefill
+from AutomaticEval.capture.tree import shared_prompt as prefill
 from AutomaticEval.errors import BenchmarkError
 from AutomaticEval.evaluation.benchmark import Benchmark, load_tasks
 from AutomaticEval.evaluation.encoding import shared_beginnings

@@ -11,8 +11,8 @@ import torch
 
 from AutomaticEval.analysis.bootstrap import mean_interval
 from AutomaticEval.analysis.text_metrics import TextMetric
-from AutomaticEval.capture.continuations import score_continuations
 from AutomaticEval.capture.generation import Response, Sampling, harmless_groups, respond
+from AutomaticEval.capture.tree.continuations import score_continuations
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.layout import input_device
 from AutomaticEval.models.loading import LoadedModel

@@ -19,10 +19,10 @@ from AutomaticEval.capture.forwards import Batch, inputs, padded, recorded
 from AutomaticEval.capture.generation import bytes_per_row, dtype_of, sample_columns
 from AutomaticEval.capture.neighbours import rope_limit
 from AutomaticEval.capture.packing import ROW_TOKENS, Feeding, Piece, Place, TextPieces, batches_of, shared_rows
-from AutomaticEval.capture.serving import why_not_masked
 from AutomaticEval.capture.texts import Text
+from AutomaticEval.capture.tree.suitability import why_not_masked
+from AutomaticEval.capture.tree.walk import as_mask, free_memory, is_out_of_memory
 from AutomaticEval.capture.vocabulary import token_strings
-from AutomaticEval.capture.walking import as_mask, free_memory, is_out_of_memory
 from AutomaticEval.errors import CaptureError, OtherSettings, PromptError, SelectionError, TreeUnsuitable
 from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.find_layout import refuse_unready

@@ -47,7 +47,7 @@ TESTED = frozenset(
     ]
 )
 """Kinds of model whose attention is known to heed mask and positions alone, at any length, within the limits that are named below and
-in `serving.py`."""
+in `capture/tree/suitability.py`."""
 HARMLESS = frozenset(
     [
         *("do_sample", "temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),

@@ -19,8 +19,8 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 
 from AutomaticEval.capture.generation import bytes_per_row
-from AutomaticEval.capture.prefix_tree import PrefixTree
-from AutomaticEval.capture.scoring import Cut
+from AutomaticEval.capture.tree.prefix_tree import PrefixTree
+from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.errors import BenchmarkError, SelectionError
 from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, asked_of, indistinct, requests_of
 from AutomaticEval.evaluation.encoding import rolling_windows

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from AutomaticEval.capture.generation import dtype_of, keep_of, refuse_logits_fed_again, sample_columns, sequence_rows
 from AutomaticEval.capture.neighbours import Company, Span, apart, company_of, rope_limit
-from AutomaticEval.capture.prefill import Prefill, Prefix
-from AutomaticEval.capture.scoring import Cut
+from AutomaticEval.capture.tree.score import Cut
+from AutomaticEval.capture.tree.shared_prompt import Prefill, Prefix
 from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable
 from AutomaticEval.evaluation.answers import Answers
 from AutomaticEval.evaluation.benchmark import WHY_NOT, check_scoring, indistinct

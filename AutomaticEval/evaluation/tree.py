@@ -10,9 +10,9 @@ import torch
 from tqdm import tqdm
 
 from AutomaticEval.capture.generation import sample_columns
-from AutomaticEval.capture.measuring import measured_tokens
-from AutomaticEval.capture.scoring import Cut, Scored, ScoringOptions, TreeScoring
-from AutomaticEval.capture.serving import refuse_unsuitable
+from AutomaticEval.capture.tree.forward_size import measured_tokens
+from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
+from AutomaticEval.capture.tree.suitability import refuse_unsuitable
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.evaluation.calls import Call
 from AutomaticEval.models.loading import LoadedModel

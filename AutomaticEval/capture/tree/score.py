@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.capture.neighbours import is_tested
-from AutomaticEval.capture.pieces import Pieces
-from AutomaticEval.capture.prefix_tree import Array, PrefixTree, n_shared
-from AutomaticEval.capture.serving import check_scores, most_columns, refuse_unsuitable
-from AutomaticEval.capture.walking import Stretch, Walk
+from AutomaticEval.capture.tree.prefix_tree import Array, PrefixTree, n_shared
+from AutomaticEval.capture.tree.rows import Pieces
+from AutomaticEval.capture.tree.suitability import check_scores, most_columns, refuse_unsuitable
+from AutomaticEval.capture.tree.walk import Stretch, Walk
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection

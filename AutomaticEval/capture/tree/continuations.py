@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch
 
 from AutomaticEval.capture.generation import keep_of, recording_of, sample_columns, sequence_rows
-from AutomaticEval.capture.scoring import Cut, Scored, ScoringOptions, TreeScoring
+from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
 from AutomaticEval.models.layout import alone_with, input_device
 from AutomaticEval.models.loading import LoadedModel, LoadKeywords, LoadOptions, load_model

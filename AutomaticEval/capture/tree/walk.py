@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from AutomaticEval.capture.generation import recording_of
-from AutomaticEval.capture.prefix_tree import Array, PrefixTree
+from AutomaticEval.capture.tree.prefix_tree import Array, PrefixTree
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.layout import alone_with, cache_name, input_device
 from AutomaticEval.models.loading import LoadedModel

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from AutomaticEval.capture.prefix_tree import Array, PrefixTree
+from AutomaticEval.capture.tree.prefix_tree import Array, PrefixTree
+from AutomaticEval.capture.tree.walk import Stretch
 from AutomaticEval.capture.vocabulary import token_strings
-from AutomaticEval.capture.walking import Stretch
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.store.hdf5.contract import Part, Rows
 

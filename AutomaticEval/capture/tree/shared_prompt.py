@@ -17,9 +17,9 @@ from transformers import DynamicCache
 
 from AutomaticEval.capture.generation import recording_of, sequence_rows
 from AutomaticEval.capture.neighbours import is_tested
-from AutomaticEval.capture.prefix_tree import n_shared
-from AutomaticEval.capture.serving import check_scores, why_not
-from AutomaticEval.capture.walking import Cached, keep_columns, tree_forward
+from AutomaticEval.capture.tree.prefix_tree import n_shared
+from AutomaticEval.capture.tree.suitability import check_scores, why_not
+from AutomaticEval.capture.tree.walk import Cached, keep_columns, tree_forward
 from AutomaticEval.models.layout import alone_with
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection

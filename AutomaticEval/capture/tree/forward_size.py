@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from AutomaticEval.capture.prefix_tree import Array
-from AutomaticEval.capture.serving import most_columns
-from AutomaticEval.capture.walking import Cached, free_memory, is_out_of_memory, tree_forward
+from AutomaticEval.capture.tree.prefix_tree import Array
+from AutomaticEval.capture.tree.suitability import most_columns
+from AutomaticEval.capture.tree.walk import Cached, free_memory, is_out_of_memory, tree_forward
 from AutomaticEval.models.layout import alone_with
 from AutomaticEval.models.loading import LoadedModel
 
