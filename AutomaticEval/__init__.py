@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from AutomaticEval.capture.asking import (
         generate_inference_with_activations as generate_inference_with_activations,
     )
-    from AutomaticEval.capture.features import ExtractSingleSample as ExtractSingleSample
-    from AutomaticEval.capture.features import FromHuggingFace as FromHuggingFace
     from AutomaticEval.capture.recompute.run import recompute as recompute
+    from AutomaticEval.capture.texts.features import ExtractSingleSample as ExtractSingleSample
+    from AutomaticEval.capture.texts.features import FromHuggingFace as FromHuggingFace
     from AutomaticEval.capture.tree.continuations import score_continuations as score_continuations
     from AutomaticEval.evaluation.evaluating import evaluate_with_activations as evaluate_with_activations
     from AutomaticEval.evaluation.extraction import extract_answer as extract_answer
@@ -46,8 +46,8 @@ _HOMES = {
     "HFActivations": "evaluation.hf_activations",
     "answer_benchmark_question": "evaluation.questions",
     "answer_benchmark_question_with_activations": "evaluation.questions",
-    "ExtractSingleSample": "capture.features",
-    "FromHuggingFace": "capture.features",
+    "ExtractSingleSample": "capture.texts.features",
+    "FromHuggingFace": "capture.texts.features",
     "Edit": "models.editing",
     "editing": "models.editing",
     "load_model": "models.loading",

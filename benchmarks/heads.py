@@ -23,7 +23,7 @@ from AutomaticEval.analysis.reading import Reader
 from AutomaticEval.analysis.strength import ActivationExtractor
 from AutomaticEval.analysis.sweep import sweep_of_answers
 from AutomaticEval.analysis.sweeping import SWEPT_TOGETHER
-from AutomaticEval.capture.forwards import padded
+from AutomaticEval.capture.texts.forward import padded
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 

@@ -426,7 +426,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[LoadOptions]:
         "models.loading",
         "capture.asking",
         "capture.tree.continuations",
-        "capture.sets",
+        "capture.texts.many_runs",
         "evaluation.questions",
         "evaluation.evaluating",
         "evaluation.hf_activations",

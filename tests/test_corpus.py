@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from transformers import Gemma2Config, MistralConfig
 
 from AutomaticEval import ExtractSingleSample, FromHuggingFace, open_run
-from AutomaticEval.capture import corpus
-from AutomaticEval.capture.corpus import Extracted, extract
-from AutomaticEval.capture.packing import Feeding, Piece, batches_of
+from AutomaticEval.capture.texts import extraction as corpus
+from AutomaticEval.capture.texts.batching import Feeding, Piece, batches_of
+from AutomaticEval.capture.texts.extraction import Extracted, extract
 from AutomaticEval.errors import (
     EmptyPrompt,
     OtherSettings,

@@ -21,8 +21,8 @@ from conftest import ACCELERATE, CONFIGS, ROOT, TORCHRUN, build, process, within
 
 from AutomaticEval import open_run
 from AutomaticEval.analysis.profiles import load_profile
-from AutomaticEval.capture.packing import Feeding
-from AutomaticEval.capture.sets import Plan, TextSet, extract_sets, folder_names
+from AutomaticEval.capture.texts.batching import Feeding
+from AutomaticEval.capture.texts.many_runs import Plan, TextSet, extract_sets, folder_names
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models import loading
 from AutomaticEval.models.loading import LoadedModel, LoadOptions

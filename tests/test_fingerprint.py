@@ -630,5 +630,5 @@ def test_an_extraction_that_is_there_is_of_the_same_commit_and_adapter(
     done = within(*asked, "--subfolder", "own", cwd=tmp_path)
     assert done.returncode == 2
     assert "load.subfolder was None and is 'own'" in done.stderr
-    monkeypatch.setattr("AutomaticEval.capture.sets.revision_of", lambda model, load: "abc")
+    monkeypatch.setattr("AutomaticEval.capture.texts.many_runs.revision_of", lambda model, load: "abc")
     assert "revision was None and is 'abc'" in within(*asked, cwd=tmp_path).stderr

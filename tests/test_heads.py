@@ -27,7 +27,7 @@ from AutomaticEval import (
 from AutomaticEval.analysis.compare import same_inputs
 from AutomaticEval.analysis.patching import read_pairs
 from AutomaticEval.analysis.profiles import load_profile
-from AutomaticEval.capture.texts import drawn, read_texts
+from AutomaticEval.capture.texts.sources import drawn, read_texts
 from AutomaticEval.errors import ModelError, PathExists, PromptError, SelectionError, SiteUnavailable, StoreError
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.head_weights import head_results, output_weight

@@ -28,8 +28,6 @@ from transformers import (
 )
 
 from AutomaticEval import evaluate_with_activations, open_run, score_continuations
-from AutomaticEval.capture.corpus import Forwards, as_text
-from AutomaticEval.capture.forwards import inputs, padded
 from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.capture.neighbours import (
     Company,
@@ -40,7 +38,9 @@ from AutomaticEval.capture.neighbours import (
     padding_changes,
     settings_that_look,
 )
-from AutomaticEval.capture.packing import Feeding, TextPieces
+from AutomaticEval.capture.texts.batching import Feeding, TextPieces
+from AutomaticEval.capture.texts.extraction import Forwards, as_text
+from AutomaticEval.capture.texts.forward import inputs, padded
 from AutomaticEval.errors import ModelError, SelectionError, TreeUnsuitable
 from AutomaticEval.evaluation.lm import CapturingHFLM
 from AutomaticEval.models.editing import Edit, editing

@@ -16,13 +16,13 @@ from test_corpus import TEXTS
 from torch import Tensor
 
 from AutomaticEval import Edit, editing, generate_inference_with_activations, load_model, open_run, recompute
-from AutomaticEval.capture.corpus import extract
-from AutomaticEval.capture.packing import Feeding
 from AutomaticEval.capture.recompute import plain as plain_module
 from AutomaticEval.capture.recompute import sample as sample_module
 from AutomaticEval.capture.recompute.closeness import LIMITS, Judged, judged, measured
 from AutomaticEval.capture.recompute.plain import plain_forward
 from AutomaticEval.capture.recompute.run import Recomputed
+from AutomaticEval.capture.texts.batching import Feeding
+from AutomaticEval.capture.texts.extraction import extract
 from AutomaticEval.errors import OtherSettings, SelectionError, SiteUnavailable
 from AutomaticEval.evaluation.benchmark import Benchmark
 from AutomaticEval.evaluation.folder import Keeping

@@ -27,8 +27,8 @@ from AutomaticEval.analysis.profiles import load_profile
 from AutomaticEval.analysis.screening import screen
 from AutomaticEval.analysis.text_metrics import whole_words
 from AutomaticEval.analysis.tokens import Target, first_tokens, targets_of, tokens_within
-from AutomaticEval.capture.forwards import padded
-from AutomaticEval.capture.texts import drawn
+from AutomaticEval.capture.texts.forward import padded
+from AutomaticEval.capture.texts.sources import drawn
 from AutomaticEval.errors import PromptError, SiteUnavailable, StoreError
 from AutomaticEval.models.attention import check_patterns, reading_patterns
 from AutomaticEval.models.find_layout import find_layout

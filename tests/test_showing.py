@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, process, within
 from test_store import SETTINGS, make_sample
 
-from AutomaticEval.capture.sets import Unit, folder_names
+from AutomaticEval.capture.texts.many_runs import Unit, folder_names
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.evaluation.folder import folder_name

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from AutomaticEval.capture.texts import DatasetTexts, FileTexts, read_texts, texts_in
+from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts, read_texts, texts_in
 from AutomaticEval.errors import DatasetUnavailable, PromptError, SelectionError
 
 GOOD = {

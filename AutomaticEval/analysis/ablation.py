@@ -11,7 +11,7 @@ from torch import Tensor
 
 from AutomaticEval.analysis.answers import Pairs, logprobs, logprobs_one_by_one
 from AutomaticEval.analysis.reading import Reader
-from AutomaticEval.capture.forwards import read
+from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.loading import LoadedModel

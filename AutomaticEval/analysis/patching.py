@@ -16,8 +16,8 @@ from torch import Tensor
 from AutomaticEval.analysis.answers import Pairs, logprobs_one_by_one
 from AutomaticEval.analysis.bootstrap import mean_interval
 from AutomaticEval.analysis.tokens import one_token
-from AutomaticEval.capture.forwards import padded, read
-from AutomaticEval.capture.texts import lines_of
+from AutomaticEval.capture.texts.forward import padded, read
+from AutomaticEval.capture.texts.sources import lines_of
 from AutomaticEval.errors import EditError, PromptError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.layout import input_device

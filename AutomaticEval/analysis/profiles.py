@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from AutomaticEval.capture.texts import lines_of
+from AutomaticEval.capture.texts.sources import lines_of
 from AutomaticEval.errors import PromptError, SelectionError, did_you_mean
 
 FOLDER = Path(__file__).parent.parent / "profiles"

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from AutomaticEval.capture.forwards import Batch, inputs, padded, read
 from AutomaticEval.capture.neighbours import Span, apart, rope_limit
+from AutomaticEval.capture.texts.forward import Batch, inputs, padded, read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.hook_handles import Hooks

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from AutomaticEval.analysis.moments import Moments
 from AutomaticEval.analysis.reading import Reader
-from AutomaticEval.capture.forwards import read
+from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.head_weights import HeadResultNorms, n_inputs

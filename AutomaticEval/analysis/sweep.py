@@ -10,7 +10,7 @@ from torch import Tensor
 from AutomaticEval.analysis.answers import Pairs
 from AutomaticEval.analysis.patching import SITES
 from AutomaticEval.analysis.rest import Rest, unpacked
-from AutomaticEval.capture.forwards import padded, read
+from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit
 from AutomaticEval.models.loading import LoadedModel

@@ -70,7 +70,7 @@ def ablate(
     from AutomaticEval.analysis.ablation import Ablation, parse_head_spec, reference_z
     from AutomaticEval.analysis.profiles import load_profile
     from AutomaticEval.capture.generation import Sampling
-    from AutomaticEval.capture.texts import drawn
+    from AutomaticEval.capture.texts.sources import drawn
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import names_of, save_with_figures
     from AutomaticEval.store.disk.json_files import new_results, write_json
@@ -118,7 +118,7 @@ def ablate(
 
 
 def _prompts(profile: Profile | None, emotion: str | None, data_path: Path | None) -> list[str]:
-    from AutomaticEval.capture.texts import read_texts
+    from AutomaticEval.capture.texts.sources import read_texts
 
     if data_path is not None:
         if emotion is not None:

@@ -13,7 +13,7 @@ from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import PromptError, SelectionError
 
 if TYPE_CHECKING:
-    from AutomaticEval.capture.sets import Plan, TextSet, Unit
+    from AutomaticEval.capture.texts.many_runs import Plan, TextSet, Unit
 
 
 @one_line_errors
@@ -82,9 +82,9 @@ def extract(
     if batch_size != "auto" and not batch_size.isdecimal():
         raise PromptError(f"--batch_size is {batch_size!r}; write a number, or auto.")
     options.quiet_libraries()
-    from AutomaticEval.capture.packing import Feeding
-    from AutomaticEval.capture.sets import Plan, TextSet, extract_sets, folder_names
-    from AutomaticEval.capture.texts import DatasetTexts, FileTexts
+    from AutomaticEval.capture.texts.batching import Feeding
+    from AutomaticEval.capture.texts.many_runs import Plan, TextSet, extract_sets, folder_names
+    from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts
     from AutomaticEval.processes import join_ranks
     from AutomaticEval.report.tracking import require_mlflow
     from AutomaticEval.selection import Selection
@@ -131,7 +131,7 @@ def extract(
 def _of_profile(profile: str, category: str | None, most: int | None) -> tuple[str, list[TextSet], list[str]]:
     """Its name, a set a category, and its models."""
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.capture.sets import TextSet
+    from AutomaticEval.capture.texts.many_runs import TextSet
 
     found = load_profile(profile)
     names = list(found.prompts) if category is None else [name.strip() for name in category.split(",")]

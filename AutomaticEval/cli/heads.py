@@ -54,7 +54,7 @@ def strength(
 ) -> None:
     """How strong each head is over texts: head_strength.json and head_strength.png."""
     options.quiet_libraries()
-    from AutomaticEval.capture.texts import drawn, read_texts
+    from AutomaticEval.capture.texts.sources import drawn, read_texts
     from AutomaticEval.report.figures import names_of, save_with_figures
     from AutomaticEval.store.disk.json_files import new_results
 
@@ -91,7 +91,7 @@ def compare(
         options.refuse_unused(context, "it is of --answers_of", "max_new_tokens")
     options.quiet_libraries()
     from AutomaticEval.analysis.compare import ActivationComparator, same_inputs
-    from AutomaticEval.capture.texts import drawn, read_texts
+    from AutomaticEval.capture.texts.sources import drawn, read_texts
     from AutomaticEval.store.disk.json_files import new_results
     from AutomaticEval.store.disk.whole_files import new_files
 

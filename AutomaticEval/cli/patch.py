@@ -63,7 +63,7 @@ def patch(
     from AutomaticEval.analysis.patching import Patching, read_pairs, recovered
     from AutomaticEval.analysis.profiles import load_profile
     from AutomaticEval.capture.generation import Sampling
-    from AutomaticEval.capture.texts import drawn
+    from AutomaticEval.capture.texts.sources import drawn
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import names_of, save_with_figures
     from AutomaticEval.store.disk.json_files import new_results

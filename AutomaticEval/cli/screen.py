@@ -43,7 +43,7 @@ def screen(
     options.quiet_libraries()
     from AutomaticEval.analysis.profiles import load_profile
     from AutomaticEval.analysis.screening import screen
-    from AutomaticEval.capture.texts import drawn
+    from AutomaticEval.capture.texts.sources import drawn
     from AutomaticEval.capture.vocabulary import token_strings
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import names_of, save_with_figures

@@ -45,7 +45,7 @@ def sweep(
     from AutomaticEval.analysis.patching import read_pairs
     from AutomaticEval.analysis.profiles import load_profile
     from AutomaticEval.analysis.sweeping import sweep_pairs, sweep_prompts
-    from AutomaticEval.capture.texts import drawn
+    from AutomaticEval.capture.texts.sources import drawn
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import names_of, save_with_figures
     from AutomaticEval.store.disk.json_files import new_results

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from AutomaticEval.capture.sets import Unit
+from AutomaticEval.capture.texts.many_runs import Unit
 from AutomaticEval.public_names import public_name
 from AutomaticEval.report.labels import label, save
 from AutomaticEval.safe_text import shown

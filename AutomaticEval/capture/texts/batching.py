@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.texts import Text
+from AutomaticEval.capture.texts.sources import Text
 from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong
 
 ROW_TOKENS = 2048

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from AutomaticEval.capture.forwards import Batch, inputs, padded, recorded
 from AutomaticEval.capture.generation import bytes_per_row, dtype_of, sample_columns
 from AutomaticEval.capture.neighbours import rope_limit
-from AutomaticEval.capture.packing import ROW_TOKENS, Feeding, Piece, Place, TextPieces, batches_of, shared_rows
-from AutomaticEval.capture.texts import Text
+from AutomaticEval.capture.texts.batching import ROW_TOKENS, Feeding, Piece, Place, TextPieces, batches_of, shared_rows
+from AutomaticEval.capture.texts.forward import Batch, inputs, padded, recorded
+from AutomaticEval.capture.texts.sources import Text
 from AutomaticEval.capture.tree.suitability import why_not_masked
 from AutomaticEval.capture.tree.walk import as_mask, free_memory, is_out_of_memory
 from AutomaticEval.capture.vocabulary import token_strings

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.corpus import Forwards, as_text, extract
-from AutomaticEval.capture.packing import Feeding, TextPieces
-from AutomaticEval.capture.texts import DatasetTexts, FileTexts, Text
+from AutomaticEval.capture.texts.batching import Feeding, TextPieces
+from AutomaticEval.capture.texts.extraction import Forwards, as_text, extract
+from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts, Text
 from AutomaticEval.errors import PromptError, SelectionError
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
 from AutomaticEval.selection import Selection
