@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from AutomaticEval.capture.asking import (
         generate_inference_with_activations as generate_inference_with_activations,
     )
-    from AutomaticEval.capture.recompute.run import recompute as recompute
+    from AutomaticEval.capture.recompute.recomputed_run import recompute as recompute
     from AutomaticEval.capture.texts.features import ExtractSingleSample as ExtractSingleSample
     from AutomaticEval.capture.texts.features import FromHuggingFace as FromHuggingFace
     from AutomaticEval.capture.tree.continuations import score_continuations as score_continuations
@@ -53,7 +53,7 @@ _HOMES = {
     "load_model": "models.loading",
     "load_activations": "store.reader",
     "open_run": "store.reader",
-    "recompute": "capture.recompute.run",
+    "recompute": "capture.recompute.recomputed_run",
     "score_continuations": "capture.tree.continuations",
 }
 __all__ = sorted(_HOMES)

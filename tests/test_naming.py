@@ -14,7 +14,7 @@ from conftest import within
 from test_store import SETTINGS, make_sample
 
 from AutomaticEval import generate_inference_with_activations, load_activations
-from AutomaticEval.capture.recompute.run import recompute
+from AutomaticEval.capture.recompute.recomputed_run import recompute
 from AutomaticEval.errors import OtherSettings
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadOptions, load_model
 from AutomaticEval.public_names import is_same, public_name

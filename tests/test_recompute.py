@@ -16,11 +16,11 @@ from test_corpus import TEXTS
 from torch import Tensor
 
 from AutomaticEval import Edit, editing, generate_inference_with_activations, load_model, open_run, recompute
-from AutomaticEval.capture.recompute import plain as plain_module
-from AutomaticEval.capture.recompute import sample as sample_module
-from AutomaticEval.capture.recompute.closeness import LIMITS, Judged, judged, measured
-from AutomaticEval.capture.recompute.plain import plain_forward
-from AutomaticEval.capture.recompute.run import Recomputed
+from AutomaticEval.capture.recompute import plain_forward as plain_module
+from AutomaticEval.capture.recompute import recomputed_sample as sample_module
+from AutomaticEval.capture.recompute.plain_forward import plain_forward
+from AutomaticEval.capture.recompute.recomputed_run import Recomputed
+from AutomaticEval.capture.recompute.tolerance import LIMITS, Judged, judged, measured
 from AutomaticEval.capture.texts.batching import Feeding
 from AutomaticEval.capture.texts.extraction import extract
 from AutomaticEval.errors import OtherSettings, SelectionError, SiteUnavailable

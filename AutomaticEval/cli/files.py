@@ -61,7 +61,7 @@ def _verify_checksums(path: Path) -> None:
 
 def _recompute(path: Path, n: int, model: str | None, seed: int | None, how: Any) -> None:
     options.quiet_libraries()
-    from AutomaticEval.capture.recompute.run import recompute
+    from AutomaticEval.capture.recompute.recomputed_run import recompute
 
     done = recompute(path, model, n, seed=seed, options=how, tell=_above_the_bar)
     say(str(done))

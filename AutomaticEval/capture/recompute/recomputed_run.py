@@ -11,8 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from AutomaticEval.capture.recompute.plain import refuse_lacking
-from AutomaticEval.capture.recompute.sample import Compared, Comparison, Place
+from AutomaticEval.capture.recompute.plain_forward import refuse_lacking
+from AutomaticEval.capture.recompute.recomputed_sample import Compared, Comparison, Place
 from AutomaticEval.errors import OtherSettings, SelectionError
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
 from AutomaticEval.settings import MODEL, SAMPLED

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.recompute.closeness import (
+from AutomaticEval.capture.recompute.plain_forward import Plain, pattern_layer, plain_forward
+from AutomaticEval.capture.recompute.tolerance import (
     IN_8_BITS,
     LIMITS,
     Judged,
@@ -22,7 +23,6 @@ from AutomaticEval.capture.recompute.closeness import (
     narrowed_to,
     score_of,
 )
-from AutomaticEval.capture.recompute.plain import Plain, pattern_layer, plain_forward
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions
 from AutomaticEval.store.hdf5.contract import dtype_named, fed_of
