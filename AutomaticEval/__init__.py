@@ -12,10 +12,8 @@ if TYPE_CHECKING:
     from AutomaticEval.analysis.compare import ActivationComparator as ActivationComparator
     from AutomaticEval.analysis.strength import ActivationExtractor as ActivationExtractor
     from AutomaticEval.analysis.strength import strength_of_run as strength_of_run
-    from AutomaticEval.capture.asking import generate_inference as generate_inference
-    from AutomaticEval.capture.asking import (
-        generate_inference_with_activations as generate_inference_with_activations,
-    )
+    from AutomaticEval.capture.prompt import generate_inference as generate_inference
+    from AutomaticEval.capture.prompt import generate_inference_with_activations as generate_inference_with_activations
     from AutomaticEval.capture.recompute.recomputed_run import recompute as recompute
     from AutomaticEval.capture.texts.features import ExtractSingleSample as ExtractSingleSample
     from AutomaticEval.capture.texts.features import FromHuggingFace as FromHuggingFace
@@ -39,8 +37,8 @@ _HOMES = {
     "ActivationComparator": "analysis.compare",
     "ActivationExtractor": "analysis.strength",
     "strength_of_run": "analysis.strength",
-    "generate_inference": "capture.asking",
-    "generate_inference_with_activations": "capture.asking",
+    "generate_inference": "capture.prompt",
+    "generate_inference_with_activations": "capture.prompt",
     "evaluate_with_activations": "evaluation.evaluating",
     "extract_answer": "evaluation.extraction",
     "HFActivations": "evaluation.hf_activations",

@@ -33,7 +33,7 @@ from AutomaticEval import (
     open_run,
     score_continuations,
 )
-from AutomaticEval.capture.asking import AskOptions
+from AutomaticEval.capture.prompt import AskOptions
 from AutomaticEval.cli.app import app
 from AutomaticEval.errors import AutomaticEvalError, ModelError, ModelUnavailable, UnknownLayer
 from AutomaticEval.evaluation.evaluating import EvaluateOptions
@@ -424,7 +424,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[LoadOptions]:
 
     for module in (
         "models.loading",
-        "capture.asking",
+        "capture.prompt",
         "capture.tree.continuations",
         "capture.texts.many_runs",
         "evaluation.questions",

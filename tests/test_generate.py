@@ -19,7 +19,7 @@ from test_store import assert_same_data
 import AutomaticEval
 import utils
 from AutomaticEval import generate_inference, generate_inference_with_activations, load_activations
-from AutomaticEval.capture import asking
+from AutomaticEval.capture import prompt as asking
 from AutomaticEval.errors import (
     DiskFull,
     EmptyPrompt,

@@ -28,8 +28,7 @@ from transformers import (
 )
 
 from AutomaticEval import evaluate_with_activations, open_run, score_continuations
-from AutomaticEval.capture.generation import Sampling, respond
-from AutomaticEval.capture.neighbours import (
+from AutomaticEval.capture.batch_independence import (
     Company,
     Span,
     apart,
@@ -38,6 +37,7 @@ from AutomaticEval.capture.neighbours import (
     padding_changes,
     settings_that_look,
 )
+from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.capture.texts.batching import Feeding, TextPieces
 from AutomaticEval.capture.texts.extraction import Forwards, as_text
 from AutomaticEval.capture.texts.forward import inputs, padded

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.neighbours import Span, apart
+from AutomaticEval.capture.batch_independence import Span, apart
 from AutomaticEval.capture.texts.forward import Batch, padded
 from AutomaticEval.errors import ModelError, PromptError
 from AutomaticEval.models.loading import LoadedModel

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from AutomaticEval.capture.neighbours import Span, apart, rope_limit
+from AutomaticEval.capture.batch_independence import Span, apart, rope_limit
 from AutomaticEval.capture.texts.forward import Batch, inputs, padded, read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing

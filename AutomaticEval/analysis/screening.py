@@ -15,7 +15,7 @@ from AutomaticEval.analysis.direct import DirectEffects
 from AutomaticEval.analysis.permutation import differences
 from AutomaticEval.analysis.text_metrics import whole_words
 from AutomaticEval.analysis.tokens import Target, targets_of, tokens_within
-from AutomaticEval.capture.neighbours import Span, apart
+from AutomaticEval.capture.batch_independence import Span, apart
 from AutomaticEval.capture.texts.forward import Batch, padded, recorded
 from AutomaticEval.capture.tree.suitability import most_columns, window_of
 from AutomaticEval.errors import PromptError

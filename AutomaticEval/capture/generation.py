@@ -1,6 +1,6 @@
 """Batches of token sequences -> responses, with the activations of the very forwards that produced them.
 
-Knows nothing of prompts as people write them (`asking.py`), nor of benchmarks.
+Knows nothing of prompts as people write them (`prompt.py`), nor of benchmarks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.neighbours import Span, apart, company_of, is_fed_again, rope_limit
+from AutomaticEval.capture.batch_independence import Span, apart, company_of, is_fed_again, rope_limit
 from AutomaticEval.capture.vocabulary import text_of, token_strings
 from AutomaticEval.errors import CaptureError, PromptError, SelectionError
 from AutomaticEval.models.layout import alone_with, forward_takes, input_device

@@ -58,7 +58,7 @@ def generate(
     if save_path is not None or not captures:
         options.refuse_unused(context, "no file is named by itself", "activation_save_dir")
     options.quiet_libraries()
-    from AutomaticEval.capture.asking import generate_inference, generate_inference_with_activations
+    from AutomaticEval.capture.prompt import generate_inference, generate_inference_with_activations
     from AutomaticEval.store.disk.whole_files import file_stem, size_text
 
     asked: dict[str, Any] = {

@@ -19,8 +19,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from torch import Tensor
 
+from AutomaticEval.capture.batch_independence import Company, Span, apart, company_of, rope_limit
 from AutomaticEval.capture.generation import dtype_of, keep_of, refuse_logits_fed_again, sample_columns, sequence_rows
-from AutomaticEval.capture.neighbours import Company, Span, apart, company_of, rope_limit
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.capture.tree.shared_prompt import Prefill, Prefix
 from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
-from AutomaticEval.capture.asking import Asked, AskOptions, Request, ask, check_prompt
+from AutomaticEval.capture.prompt import Asked, AskOptions, Request, ask, check_prompt
 from AutomaticEval.errors import PromptError
 from AutomaticEval.evaluation.extraction import LETTERS, extract_answer
 from AutomaticEval.models.loading import load_model

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from AutomaticEval.capture.batch_independence import rope_limit
 from AutomaticEval.capture.generation import bytes_per_row, dtype_of, sample_columns
-from AutomaticEval.capture.neighbours import rope_limit
 from AutomaticEval.capture.texts.batching import ROW_TOKENS, Feeding, Piece, Place, TextPieces, batches_of, shared_rows
 from AutomaticEval.capture.texts.forward import Batch, inputs, padded, recorded
 from AutomaticEval.capture.texts.sources import Text
