@@ -31,9 +31,9 @@ from AutomaticEval.evaluation import folder as folder_module
 from AutomaticEval.evaluation import join as join_module
 from AutomaticEval.evaluation import run as run_module
 from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
-from AutomaticEval.evaluation.calls import Call
 from AutomaticEval.evaluation.folder import Keeping
 from AutomaticEval.evaluation.forecast import forecast
+from AutomaticEval.evaluation.harness.call import Call
 from AutomaticEval.evaluation.join import join
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.models.loading import LoadedModel, load_model

@@ -24,7 +24,7 @@ from AutomaticEval import (
     score_continuations,
 )
 from AutomaticEval.errors import UnsupportedModel
-from AutomaticEval.evaluation.lm import CapturingHFLM
+from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.models.loading import LoadedModel
 
 Door = Callable[[Any, Any, Path], Any]

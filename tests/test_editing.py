@@ -16,7 +16,7 @@ from torch import Tensor
 
 from AutomaticEval import Edit, editing, evaluate_with_activations, open_run
 from AutomaticEval.errors import CaptureError, EditError, OtherSettings, SiteUnavailable, UnknownSite
-from AutomaticEval.evaluation.lm import CapturingHFLM
+from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from AutomaticEval import score_continuations
 from AutomaticEval.errors import PromptError
-from AutomaticEval.evaluation.lm import CapturingHFLM
+from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.hdf5.contract import Sample

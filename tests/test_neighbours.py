@@ -42,7 +42,7 @@ from AutomaticEval.capture.texts.batching import Feeding, TextPieces
 from AutomaticEval.capture.texts.extraction import Forwards, as_text
 from AutomaticEval.capture.texts.forward import inputs, padded
 from AutomaticEval.errors import ModelError, SelectionError, TreeUnsuitable
-from AutomaticEval.evaluation.lm import CapturingHFLM
+from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.layout import cache_in, cache_name
 from AutomaticEval.models.loading import LoadedModel

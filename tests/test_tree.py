@@ -20,9 +20,9 @@ from AutomaticEval import HFActivations, evaluate_with_activations, open_run
 from AutomaticEval.capture.tree import shared_prompt as prefill
 from AutomaticEval.errors import BenchmarkError
 from AutomaticEval.evaluation.benchmark import Benchmark, load_tasks
-from AutomaticEval.evaluation.encoding import shared_beginnings
 from AutomaticEval.evaluation.forecast import forecast
-from AutomaticEval.evaluation.lm import CapturingHFLM
+from AutomaticEval.evaluation.harness.model import CapturingHFLM
+from AutomaticEval.evaluation.harness.tokens import shared_beginnings
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
 from AutomaticEval.selection import Selection

@@ -25,9 +25,15 @@ from AutomaticEval.errors import (
     did_you_mean,
     first_line,
 )
-from AutomaticEval.evaluation.harness import RandomStates, quick_templates, random_states, seed_everything, task_manager
+from AutomaticEval.evaluation.harness.refusals import refuse_unknown_metric, refused_by
+from AutomaticEval.evaluation.harness.speedups import (
+    RandomStates,
+    quick_templates,
+    random_states,
+    seed_everything,
+    task_manager,
+)
 from AutomaticEval.evaluation.local_files import local_files, missing
-from AutomaticEval.evaluation.refusals import refuse_unknown_metric, refused_by
 from AutomaticEval.public_names import public_name
 
 BUNDLED = Path(__file__).parent / "tasks" / "demo"

@@ -23,9 +23,9 @@ from AutomaticEval.capture.tree.prefix_tree import PrefixTree
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.errors import BenchmarkError, SelectionError
 from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, asked_of, indistinct, requests_of
-from AutomaticEval.evaluation.encoding import rolling_windows
-from AutomaticEval.evaluation.harness import quick_templates, stock_model
-from AutomaticEval.evaluation.refusals import document, new_tokens, refuse_generating, refuse_pair
+from AutomaticEval.evaluation.harness.refusals import document, new_tokens, refuse_generating, refuse_pair
+from AutomaticEval.evaluation.harness.speedups import quick_templates, stock_model
+from AutomaticEval.evaluation.harness.tokens import rolling_windows
 from AutomaticEval.evaluation.resuming import random_state
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection

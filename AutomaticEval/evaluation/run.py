@@ -17,10 +17,10 @@ from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, O
 from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, load_tasks
 from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.forecast import forecast
-from AutomaticEval.evaluation.harness import LoadedBefore, quick_templates, stock_model
+from AutomaticEval.evaluation.harness.model import CapturingHFLM
+from AutomaticEval.evaluation.harness.refusals import refuse_tasks
+from AutomaticEval.evaluation.harness.speedups import LoadedBefore, quick_templates, stock_model
 from AutomaticEval.evaluation.join import Score, scores_of, without_verdict
-from AutomaticEval.evaluation.lm import CapturingHFLM
-from AutomaticEval.evaluation.refusals import refuse_tasks
 from AutomaticEval.evaluation.repeats import score_repeats
 from AutomaticEval.evaluation.saving import save_results, short_name
 from AutomaticEval.models.loading import LoadedModel

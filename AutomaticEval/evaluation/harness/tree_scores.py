@@ -14,7 +14,7 @@ from AutomaticEval.capture.tree.forward_size import measured_tokens
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.capture.tree.suitability import refuse_unsuitable
 from AutomaticEval.errors import TreeUnsuitable
-from AutomaticEval.evaluation.calls import Call
+from AutomaticEval.evaluation.harness.call import Call
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection

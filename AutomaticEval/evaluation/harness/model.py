@@ -24,15 +24,15 @@ from AutomaticEval.capture.generation import dtype_of, keep_of, refuse_logits_fe
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.capture.tree.shared_prompt import Prefill, Prefix
 from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable
-from AutomaticEval.evaluation.answers import Answers
 from AutomaticEval.evaluation.benchmark import WHY_NOT, check_scoring, indistinct
-from AutomaticEval.evaluation.calls import UNKNOWN, Call, Request
-from AutomaticEval.evaluation.collating import AnswerHook, recording
-from AutomaticEval.evaluation.encoding import EncodedAhead, rolling_windows, shared_beginnings, texts_of
-from AutomaticEval.evaluation.harness import quiet
-from AutomaticEval.evaluation.refusals import document, refuse_generating, refuse_pair
+from AutomaticEval.evaluation.harness.batches import AnswerHook, recording
+from AutomaticEval.evaluation.harness.call import UNKNOWN, Call, Request
+from AutomaticEval.evaluation.harness.generated import Answers
+from AutomaticEval.evaluation.harness.refusals import document, refuse_generating, refuse_pair
+from AutomaticEval.evaluation.harness.speedups import quiet
+from AutomaticEval.evaluation.harness.tokens import EncodedAhead, rolling_windows, shared_beginnings, texts_of
+from AutomaticEval.evaluation.harness.tree_scores import TreeScorer
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, random_state
-from AutomaticEval.evaluation.tree import TreeScorer
 from AutomaticEval.models.find_layout import refuse_untrue
 from AutomaticEval.models.layout import cache_name, input_device
 from AutomaticEval.models.loading import LoadedModel

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.evaluation.collating import Batch
+from AutomaticEval.evaluation.harness.batches import Batch
 from AutomaticEval.evaluation.resuming import Answered, RequestKey, set_random_state
 from AutomaticEval.processes import Ranks
 
