@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from AutomaticEval.cli.options import quiet_libraries
 from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark
-from AutomaticEval.evaluation.folder import Keeping, made_with
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
+from AutomaticEval.evaluation.results.captured_run import Keeping, made_with
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 from AutomaticEval.selection import Selection

@@ -20,7 +20,7 @@ from store_made import WORDS, Workload, bits_of, rows_bytes, seconds_in, write, 
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from AutomaticEval.capture.generation import Response, Sampling, respond
-from AutomaticEval.evaluation.folder import made_with
+from AutomaticEval.evaluation.results.captured_run import made_with
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection

@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from AutomaticEval.cli.options import quiet_libraries
 from AutomaticEval.evaluation.benchmark import BUNDLED
-from AutomaticEval.evaluation.folder import made_with
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
+from AutomaticEval.evaluation.results.captured_run import made_with
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.writer import RunWriter

@@ -113,7 +113,7 @@ def to_folder(to: str, source: str, name: str) -> None:
 def cut_short(folder: Path) -> None:
     """A benchmark run that was stopped after the first shards."""
     from AutomaticEval.evaluation.benchmark import Benchmark
-    from AutomaticEval.evaluation.folder import Keeping
+    from AutomaticEval.evaluation.results.captured_run import Keeping
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.selection import Selection

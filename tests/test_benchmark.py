@@ -27,14 +27,14 @@ from AutomaticEval.errors import (
     UnknownBenchmark,
 )
 from AutomaticEval.evaluation import benchmark as benchmark_module
-from AutomaticEval.evaluation import folder as folder_module
-from AutomaticEval.evaluation import join as join_module
 from AutomaticEval.evaluation import run as run_module
 from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
-from AutomaticEval.evaluation.folder import Keeping
 from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.harness.call import Call
-from AutomaticEval.evaluation.join import join
+from AutomaticEval.evaluation.results import captured_run as folder_module
+from AutomaticEval.evaluation.results import join as join_module
+from AutomaticEval.evaluation.results.captured_run import Keeping
+from AutomaticEval.evaluation.results.join import join
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Selection

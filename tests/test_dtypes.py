@@ -16,7 +16,7 @@ from torch import Tensor
 from AutomaticEval import generate_inference_with_activations, load_activations, open_run
 from AutomaticEval.errors import CaptureError, MissingFilter, SelectionError
 from AutomaticEval.evaluation.benchmark import Benchmark
-from AutomaticEval.evaluation.folder import Keeping
+from AutomaticEval.evaluation.results.captured_run import Keeping
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection

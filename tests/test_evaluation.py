@@ -24,7 +24,6 @@ from AutomaticEval import HFActivations, evaluate_with_activations, open_run
 from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, CaptureError, StoreError
 from AutomaticEval.evaluation import local_files as local_files_module
 from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
-from AutomaticEval.evaluation.folder import Keeping
 from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.harness import speedups as harness
 from AutomaticEval.evaluation.harness.batches import RecordingCollator
@@ -33,6 +32,7 @@ from AutomaticEval.evaluation.harness.generated import Answers
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.harness.tokens import EncodedAhead, texts_of
 from AutomaticEval.evaluation.local_files import read_documents
+from AutomaticEval.evaluation.results.captured_run import Keeping
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, LoadOptions, load_model
 from AutomaticEval.selection import Selection

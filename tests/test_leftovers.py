@@ -22,7 +22,7 @@ from test_store import SETTINGS, make_sample
 from AutomaticEval.analysis.sweeping import _swept
 from AutomaticEval.errors import DiskFull, FolderInUse, StoreError
 from AutomaticEval.evaluation.benchmark import Benchmark
-from AutomaticEval.evaluation.folder import Keeping, RunFolder
+from AutomaticEval.evaluation.results.captured_run import Keeping, RunFolder
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks

@@ -25,7 +25,7 @@ from AutomaticEval.capture.texts.batching import Feeding
 from AutomaticEval.capture.texts.extraction import extract
 from AutomaticEval.errors import OtherSettings, SelectionError, SiteUnavailable
 from AutomaticEval.evaluation.benchmark import Benchmark
-from AutomaticEval.evaluation.folder import Keeping
+from AutomaticEval.evaluation.results.captured_run import Keeping
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel, LoadOptions
 from AutomaticEval.models.recording import Recording

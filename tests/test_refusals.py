@@ -25,8 +25,8 @@ from AutomaticEval.capture.generation import refuse_uncomputed_logits
 from AutomaticEval.errors import BenchmarkError, FolderNotWritable, SelectionError, StoreError
 from AutomaticEval.evaluation import run as run_module
 from AutomaticEval.evaluation.benchmark import Benchmark, load_tasks
-from AutomaticEval.evaluation.folder import Keeping, folder_name
 from AutomaticEval.evaluation.forecast import EXACT_DOCS, forecast
+from AutomaticEval.evaluation.results.captured_run import Keeping, folder_name
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions, Selection

@@ -18,7 +18,7 @@ from test_store import SETTINGS, make_sample
 from AutomaticEval.capture.texts.many_runs import Unit, folder_names
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import SelectionError
-from AutomaticEval.evaluation.folder import folder_name
+from AutomaticEval.evaluation.results.captured_run import folder_name
 from AutomaticEval.models.loading import DEMO_FOLDER
 from AutomaticEval.report.figures import _FIGURES, save_with_figures
 from AutomaticEval.report.summary import write_summary

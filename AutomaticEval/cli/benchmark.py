@@ -14,7 +14,7 @@ from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import BenchmarkError, SelectionError
 
 if TYPE_CHECKING:
-    from AutomaticEval.evaluation.join import Score
+    from AutomaticEval.evaluation.results.join import Score
     from AutomaticEval.evaluation.run import Outcome
 
 
@@ -73,7 +73,7 @@ def benchmark(
         options.refuse_unused(context, "nothing is captured", "activation_save_dir")
     options.quiet_libraries()
     from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark, load_tasks
-    from AutomaticEval.evaluation.folder import Keeping
+    from AutomaticEval.evaluation.results.captured_run import Keeping
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import load_model, n_layers_of
     from AutomaticEval.processes import join_ranks

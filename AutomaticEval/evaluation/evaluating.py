@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 from AutomaticEval.errors import BenchmarkError, unknown_option
 from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark, load_tasks
-from AutomaticEval.evaluation.folder import Keeping
+from AutomaticEval.evaluation.results.captured_run import Keeping
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.models.loading import LoadKeywords, LoadOptions, load_model
 from AutomaticEval.processes import own_device

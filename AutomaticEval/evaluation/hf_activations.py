@@ -21,9 +21,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from AutomaticEval.errors import BenchmarkError, DeviceUnavailable, StoreError, unknown_option
-from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.harness.call import Call, Request
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
+from AutomaticEval.evaluation.results.captured_run import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.models.loading import LoadOptions, load_model
 from AutomaticEval.processes import join_ranks, own_device
 from AutomaticEval.public_names import public_name

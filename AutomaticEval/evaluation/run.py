@@ -15,14 +15,14 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError
 from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, load_tasks
-from AutomaticEval.evaluation.folder import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.harness.refusals import refuse_tasks
 from AutomaticEval.evaluation.harness.speedups import LoadedBefore, quick_templates, stock_model
-from AutomaticEval.evaluation.join import Score, scores_of, without_verdict
-from AutomaticEval.evaluation.repeats import score_repeats
-from AutomaticEval.evaluation.saving import save_results, short_name
+from AutomaticEval.evaluation.results.captured_run import Keeping, RunFolder, folder_name, made_with
+from AutomaticEval.evaluation.results.join import Score, scores_of, without_verdict
+from AutomaticEval.evaluation.results.lm_eval_files import save_results, short_name
+from AutomaticEval.evaluation.results.repeats import score_repeats
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks, join_ranks
 from AutomaticEval.selection import Selection

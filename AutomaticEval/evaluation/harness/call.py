@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.evaluation.harness.batches import Batch
-from AutomaticEval.evaluation.resuming import Answered, RequestKey, set_random_state
+from AutomaticEval.evaluation.results.requests import Answered, RequestKey, set_random_state
 from AutomaticEval.processes import Ranks
 
 UNKNOWN = "this version of lm-eval is not known (0.4.13 is)"

@@ -32,7 +32,7 @@ from AutomaticEval.evaluation.harness.refusals import document, refuse_generatin
 from AutomaticEval.evaluation.harness.speedups import quiet
 from AutomaticEval.evaluation.harness.tokens import EncodedAhead, rolling_windows, shared_beginnings, texts_of
 from AutomaticEval.evaluation.harness.tree_scores import TreeScorer
-from AutomaticEval.evaluation.resuming import Answered, RequestKey, random_state
+from AutomaticEval.evaluation.results.requests import Answered, RequestKey, random_state
 from AutomaticEval.models.find_layout import refuse_untrue
 from AutomaticEval.models.layout import cache_name, input_device
 from AutomaticEval.models.loading import LoadedModel

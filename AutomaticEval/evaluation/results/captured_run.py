@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import lm_eval
 
 from AutomaticEval.errors import BenchmarkError, StoreError
-from AutomaticEval.evaluation.join import Directions, join
-from AutomaticEval.evaluation.repeats import Verdicts
-from AutomaticEval.evaluation.resuming import Answered, RequestKey, answered_in
+from AutomaticEval.evaluation.results.join import Directions, join
+from AutomaticEval.evaluation.results.repeats import Verdicts
+from AutomaticEval.evaluation.results.requests import Answered, RequestKey, answered_in
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
