@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from AutomaticEval.capture.texts.features import FromHuggingFace as FromHuggingFace
     from AutomaticEval.capture.tree.continuations import score_continuations as score_continuations
     from AutomaticEval.evaluation.evaluating import evaluate_with_activations as evaluate_with_activations
-    from AutomaticEval.evaluation.extraction import extract_answer as extract_answer
-    from AutomaticEval.evaluation.hf_activations import HFActivations as HFActivations
-    from AutomaticEval.evaluation.questions import answer_benchmark_question as answer_benchmark_question
-    from AutomaticEval.evaluation.questions import (
+    from AutomaticEval.evaluation.for_simple_evaluate import HFActivations as HFActivations
+    from AutomaticEval.evaluation.parse_answer import extract_answer as extract_answer
+    from AutomaticEval.evaluation.question import answer_benchmark_question as answer_benchmark_question
+    from AutomaticEval.evaluation.question import (
         answer_benchmark_question_with_activations as answer_benchmark_question_with_activations,
     )
     from AutomaticEval.models.editing import Edit as Edit
@@ -40,10 +40,10 @@ _HOMES = {
     "generate_inference": "capture.prompt",
     "generate_inference_with_activations": "capture.prompt",
     "evaluate_with_activations": "evaluation.evaluating",
-    "extract_answer": "evaluation.extraction",
-    "HFActivations": "evaluation.hf_activations",
-    "answer_benchmark_question": "evaluation.questions",
-    "answer_benchmark_question_with_activations": "evaluation.questions",
+    "extract_answer": "evaluation.parse_answer",
+    "HFActivations": "evaluation.for_simple_evaluate",
+    "answer_benchmark_question": "evaluation.question",
+    "answer_benchmark_question_with_activations": "evaluation.question",
     "ExtractSingleSample": "capture.texts.features",
     "FromHuggingFace": "capture.texts.features",
     "Edit": "models.editing",

@@ -427,9 +427,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[LoadOptions]:
         "capture.prompt",
         "capture.tree.continuations",
         "capture.texts.many_runs",
-        "evaluation.questions",
+        "evaluation.question",
         "evaluation.evaluating",
-        "evaluation.hf_activations",
+        "evaluation.for_simple_evaluate",
         "analysis.compare",
     ):
         monkeypatch.setattr(f"AutomaticEval.{module}.load_model", load)

@@ -19,8 +19,8 @@ from AutomaticEval import (
 )
 from AutomaticEval.demo.world import facts
 from AutomaticEval.errors import EmptyPrompt, FolderNotWritable, PromptError
-from AutomaticEval.evaluation import questions
-from AutomaticEval.evaluation.questions import write_question
+from AutomaticEval.evaluation import question as questions
+from AutomaticEval.evaluation.question import write_question
 from AutomaticEval.models.loading import LoadedModel
 
 FACT = next(fact for fact in facts() if fact.seen)

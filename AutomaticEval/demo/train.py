@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from AutomaticEval.demo.world import SEED, Fact, Sum, facts, larger_sums, sums
-from AutomaticEval.evaluation.questions import write_question
+from AutomaticEval.evaluation.question import write_question
 
 END = "<|endoftext|>"
 CONTEXT = 512

@@ -12,7 +12,7 @@ from typing import Any, Literal, Unpack, overload
 
 from AutomaticEval.capture.prompt import Asked, AskOptions, Request, ask, check_prompt
 from AutomaticEval.errors import PromptError
-from AutomaticEval.evaluation.extraction import LETTERS, extract_answer
+from AutomaticEval.evaluation.parse_answer import LETTERS, extract_answer
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.disk.whole_files import file_stem, prepare_folder
