@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from AutomaticEval.analysis.compare import ActivationComparator as ActivationComparator
-    from AutomaticEval.analysis.strength import ActivationExtractor as ActivationExtractor
-    from AutomaticEval.analysis.strength import strength_of_run as strength_of_run
+    from AutomaticEval.analysis.heads.compare import ActivationComparator as ActivationComparator
+    from AutomaticEval.analysis.heads.strength import ActivationExtractor as ActivationExtractor
+    from AutomaticEval.analysis.heads.strength import strength_of_run as strength_of_run
     from AutomaticEval.capture.prompt import generate_inference as generate_inference
     from AutomaticEval.capture.prompt import generate_inference_with_activations as generate_inference_with_activations
     from AutomaticEval.capture.recompute.recomputed_run import recompute as recompute
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ActivationComparator": "analysis.compare",
-    "ActivationExtractor": "analysis.strength",
-    "strength_of_run": "analysis.strength",
+    "ActivationComparator": "analysis.heads.compare",
+    "ActivationExtractor": "analysis.heads.strength",
+    "strength_of_run": "analysis.heads.strength",
     "generate_inference": "capture.prompt",
     "generate_inference_with_activations": "capture.prompt",
     "evaluate_with_activations": "evaluation.evaluating",

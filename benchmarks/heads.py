@@ -18,11 +18,11 @@ import torch
 from gauges import peak_memory, seconds
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from AutomaticEval.analysis.heads.strength import ActivationExtractor
+from AutomaticEval.analysis.heads.sweep import sweep_of_answers
+from AutomaticEval.analysis.heads.sweep_files import SWEPT_TOGETHER
 from AutomaticEval.analysis.profiles import load_profile
 from AutomaticEval.analysis.reading import Reader
-from AutomaticEval.analysis.strength import ActivationExtractor
-from AutomaticEval.analysis.sweep import sweep_of_answers
-from AutomaticEval.analysis.sweeping import SWEPT_TOGETHER
 from AutomaticEval.capture.texts.forward import padded
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel

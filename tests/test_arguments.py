@@ -430,7 +430,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[LoadOptions]:
         "evaluation.question",
         "evaluation.evaluating",
         "evaluation.for_simple_evaluate",
-        "analysis.compare",
+        "analysis.heads.compare",
     ):
         monkeypatch.setattr(f"AutomaticEval.{module}.load_model", load)
     return found

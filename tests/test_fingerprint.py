@@ -568,7 +568,7 @@ def test_norms_are_of_the_model_that_made_the_run(demo: LoadedModel, tmp_path: P
 
 
 def test_an_older_sweep_goes_on_with_a_word(demo: LoadedModel, tmp_path: Path) -> None:
-    from AutomaticEval.analysis.sweeping import _check_settings
+    from AutomaticEval.analysis.heads.sweep_files import _check_settings
     from AutomaticEval.store.disk.json_files import write_json
 
     older = {"model": "demo", "weights": sampled_fingerprint(demo.model), "dtype": "torch.float32", "site": "z"}

@@ -24,8 +24,8 @@ from AutomaticEval import (
     open_run,
     strength_of_run,
 )
-from AutomaticEval.analysis.compare import same_inputs
-from AutomaticEval.analysis.patching import read_pairs
+from AutomaticEval.analysis.heads.compare import same_inputs
+from AutomaticEval.analysis.heads.patch import read_pairs
 from AutomaticEval.analysis.profiles import load_profile
 from AutomaticEval.capture.texts.sources import drawn, read_texts
 from AutomaticEval.errors import ModelError, PathExists, PromptError, SelectionError, SiteUnavailable, StoreError

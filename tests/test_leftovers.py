@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT
 from test_store import SETTINGS, make_sample
 
-from AutomaticEval.analysis.sweeping import _swept
+from AutomaticEval.analysis.heads.sweep_files import _swept
 from AutomaticEval.errors import DiskFull, FolderInUse, StoreError
 from AutomaticEval.evaluation.benchmark import Benchmark
 from AutomaticEval.evaluation.results.captured_run import Keeping, RunFolder

@@ -12,7 +12,7 @@ import torch
 from conftest import CONFIGS, build, n_hooks, process, within
 
 from AutomaticEval.analysis.answers import answers_with
-from AutomaticEval.analysis.patching import Pair, Patching, matched, read_pairs, recovered
+from AutomaticEval.analysis.heads.patch import Pair, Patching, matched, read_pairs, recovered
 from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.errors import EditError, PromptError
 from AutomaticEval.models.editing import editing

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import DiffLlamaConfig, GPT2Config, GPTNeoConfig, PreTrainedTokenizerFast
 
 from AutomaticEval.analysis.direct import DirectEffects, _unembedded
+from AutomaticEval.analysis.heads.screen import screen
 from AutomaticEval.analysis.permutation import differences
 from AutomaticEval.analysis.profiles import load_profile
-from AutomaticEval.analysis.screening import screen
 from AutomaticEval.analysis.text_metrics import whole_words
 from AutomaticEval.analysis.tokens import Target, first_tokens, targets_of, tokens_within
 from AutomaticEval.capture.texts.forward import padded

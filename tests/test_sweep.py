@@ -14,12 +14,12 @@ from torch import Tensor
 
 from AutomaticEval import score_continuations
 from AutomaticEval.analysis import rest
-from AutomaticEval.analysis import sweep as sweep_module
-from AutomaticEval.analysis.ablation import Ablation, reference_z
-from AutomaticEval.analysis.patching import Pair, recovered, told_apart
+from AutomaticEval.analysis.heads import sweep as sweep_module
+from AutomaticEval.analysis.heads.ablate import Ablation, reference_z
+from AutomaticEval.analysis.heads.patch import Pair, recovered, told_apart
+from AutomaticEval.analysis.heads.sweep import sweep_of_answers
+from AutomaticEval.analysis.heads.sweep_files import sweep_pairs, sweep_prompts
 from AutomaticEval.analysis.profiles import load_profile
-from AutomaticEval.analysis.sweep import sweep_of_answers
-from AutomaticEval.analysis.sweeping import sweep_pairs, sweep_prompts
 from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.errors import EditError, OtherSettings, PromptError
 from AutomaticEval.models.editing import Edit, editing

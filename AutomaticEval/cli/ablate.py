@@ -27,7 +27,7 @@ from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import PromptError, SelectionError
 
 if TYPE_CHECKING:
-    from AutomaticEval.analysis.ablation import Ablation
+    from AutomaticEval.analysis.heads.ablate import Ablation
     from AutomaticEval.analysis.profiles import Profile
 
 
@@ -67,7 +67,7 @@ def ablate(
         of_answers = ("sample_num", "max_tokens", "temperature", "sentiment")
         options.refuse_unused(context, "it is of prompts, and none are asked", *of_answers)
     options.quiet_libraries()
-    from AutomaticEval.analysis.ablation import Ablation, parse_head_spec, reference_z
+    from AutomaticEval.analysis.heads.ablate import Ablation, parse_head_spec, reference_z
     from AutomaticEval.analysis.profiles import load_profile
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.capture.texts.sources import drawn

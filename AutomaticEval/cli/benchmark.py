@@ -150,7 +150,7 @@ def _with_norms(sites: str | None, positions: str | None, *, alone: bool) -> tup
 
 
 def _write_strength(folder: Path) -> None:
-    from AutomaticEval.analysis.strength import strength_of_run
+    from AutomaticEval.analysis.heads.strength import strength_of_run
     from AutomaticEval.settings import MODEL
     from AutomaticEval.store.disk.json_files import strength_result, write_json
     from AutomaticEval.store.reader import open_run

@@ -12,7 +12,7 @@ from AutomaticEval.cli.options import SPELLINGS, one_line_errors, with_load
 from AutomaticEval.cli.printing import print_table, say
 
 if TYPE_CHECKING:
-    from AutomaticEval.analysis.strength import ActivationExtractor
+    from AutomaticEval.analysis.heads.strength import ActivationExtractor
     from AutomaticEval.models.loading import LoadOptions
 
 app = typer.Typer(
@@ -90,7 +90,7 @@ def compare(
     if answers_of is None:
         options.refuse_unused(context, "it is of --answers_of", "max_new_tokens")
     options.quiet_libraries()
-    from AutomaticEval.analysis.compare import ActivationComparator, same_inputs
+    from AutomaticEval.analysis.heads.compare import ActivationComparator, same_inputs
     from AutomaticEval.capture.texts.sources import drawn, read_texts
     from AutomaticEval.store.disk.json_files import new_results
     from AutomaticEval.store.disk.whole_files import new_files
@@ -115,7 +115,7 @@ def compare(
 def _extracted(
     model: str, load: LoadOptions, inputs: Any, layers: str | None, heads: str | None, of: str, batch_size: int
 ) -> ActivationExtractor:
-    from AutomaticEval.analysis.strength import ActivationExtractor
+    from AutomaticEval.analysis.heads.strength import ActivationExtractor
     from AutomaticEval.models.loading import load_model
 
     say(f"Loading {model} …", err=True)

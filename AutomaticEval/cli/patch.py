@@ -60,7 +60,7 @@ def patch(
         of_answers = ("max_tokens", "temperature", "sentiment", "batch_size")
         options.refuse_unused(context, "it is of a --profile: of --pairs nothing is answered", *of_answers)
     options.quiet_libraries()
-    from AutomaticEval.analysis.patching import Patching, read_pairs, recovered
+    from AutomaticEval.analysis.heads.patch import Patching, read_pairs, recovered
     from AutomaticEval.analysis.profiles import load_profile
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.capture.texts.sources import drawn
@@ -99,7 +99,7 @@ def patch(
 
 
 def _places(spec: str, site: str, n_layers: int, n_heads: int) -> dict[int, list[int] | None]:
-    from AutomaticEval.analysis.ablation import parse_head_spec
+    from AutomaticEval.analysis.heads.ablate import parse_head_spec
     from AutomaticEval.sites import expand
 
     if site == "z":

@@ -41,8 +41,8 @@ def screen(
     if (target is None) != (against is None):
         raise SelectionError("a logit difference takes two tokens: give --target and --against.")
     options.quiet_libraries()
+    from AutomaticEval.analysis.heads.screen import screen
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.screening import screen
     from AutomaticEval.capture.texts.sources import drawn
     from AutomaticEval.capture.vocabulary import token_strings
     from AutomaticEval.models.loading import load_model

@@ -42,9 +42,9 @@ def sweep(
     if mode not in ("zero", "mean"):
         raise SelectionError(f"--mode is {mode!r}; write zero or mean.")
     options.quiet_libraries()
-    from AutomaticEval.analysis.patching import read_pairs
+    from AutomaticEval.analysis.heads.patch import read_pairs
+    from AutomaticEval.analysis.heads.sweep_files import sweep_pairs, sweep_prompts
     from AutomaticEval.analysis.profiles import load_profile
-    from AutomaticEval.analysis.sweeping import sweep_pairs, sweep_prompts
     from AutomaticEval.capture.texts.sources import drawn
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import names_of, save_with_figures

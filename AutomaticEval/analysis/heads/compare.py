@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 
 from AutomaticEval.analysis.answers import greedy_answers
 from AutomaticEval.analysis.bootstrap import resampled
-from AutomaticEval.analysis.strength import ActivationExtractor
+from AutomaticEval.analysis.heads.strength import ActivationExtractor
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.loading import LoadOptions, load_model
 from AutomaticEval.report.figures import comparison_panels

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.analysis.answers import Pairs
-from AutomaticEval.analysis.patching import SITES
+from AutomaticEval.analysis.heads.patch import SITES
 from AutomaticEval.analysis.rest import Rest, unpacked
 from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.errors import EditError
