@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from AutomaticEval.analysis.heads.strength import ActivationExtractor
 from AutomaticEval.analysis.heads.sweep import sweep_of_answers
 from AutomaticEval.analysis.heads.sweep_files import SWEPT_TOGETHER
+from AutomaticEval.analysis.parts.input_batches import Reader
 from AutomaticEval.analysis.profiles import load_profile
-from AutomaticEval.analysis.reading import Reader
 from AutomaticEval.capture.texts.forward import padded
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel

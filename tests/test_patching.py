@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import CONFIGS, build, n_hooks, process, within
 
-from AutomaticEval.analysis.answers import answers_with
 from AutomaticEval.analysis.heads.patch import Pair, Patching, matched, read_pairs, recovered
+from AutomaticEval.analysis.parts.before_after import answers_with
 from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.errors import EditError, PromptError
 from AutomaticEval.models.editing import editing

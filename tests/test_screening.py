@@ -21,8 +21,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import DiffLlamaConfig, GPT2Config, GPTNeoConfig, PreTrainedTokenizerFast
 
-from AutomaticEval.analysis.direct import DirectEffects, _unembedded
 from AutomaticEval.analysis.heads.screen import screen
+from AutomaticEval.analysis.parts.direct_effect import DirectEffects, _unembedded
 from AutomaticEval.analysis.permutation import differences
 from AutomaticEval.analysis.profiles import load_profile
 from AutomaticEval.analysis.text_metrics import whole_words

@@ -13,12 +13,12 @@ from conftest import FAMILIES, build, n_hooks, process, within
 from torch import Tensor
 
 from AutomaticEval import score_continuations
-from AutomaticEval.analysis import rest
 from AutomaticEval.analysis.heads import sweep as sweep_module
 from AutomaticEval.analysis.heads.ablate import Ablation, reference_z
 from AutomaticEval.analysis.heads.patch import Pair, recovered, told_apart
 from AutomaticEval.analysis.heads.sweep import sweep_of_answers
 from AutomaticEval.analysis.heads.sweep_files import sweep_pairs, sweep_prompts
+from AutomaticEval.analysis.parts import later_blocks as rest
 from AutomaticEval.analysis.profiles import load_profile
 from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.errors import EditError, OtherSettings, PromptError

@@ -9,8 +9,8 @@ import torch
 from conftest import CONFIGS, build
 from torch import Tensor
 
-from AutomaticEval.analysis.direct import DirectEffects
 from AutomaticEval.analysis.heads.ablate import Ablation
+from AutomaticEval.analysis.parts.direct_effect import DirectEffects
 from AutomaticEval.analysis.tokens import Target
 from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.head_weights import head_results

@@ -11,7 +11,7 @@ import typer
 from AutomaticEval.cli.printing import print_table
 
 if TYPE_CHECKING:
-    from AutomaticEval.analysis.answers import Intervention
+    from AutomaticEval.analysis.parts.before_after import Intervention
     from AutomaticEval.analysis.text_metrics import TextMetric
     from AutomaticEval.capture.generation import Sampling
 
@@ -50,7 +50,7 @@ def answered(
     batch_size: int,
 ) -> dict[str, Any]:
     """What `answers_with` gives, and the metrics' units; printed, too."""
-    from AutomaticEval.analysis.answers import answers_with
+    from AutomaticEval.analysis.parts.before_after import answers_with
 
     found = answers_with(intervention, prompts, metrics, sampling, batch_size=batch_size)
     units = {metric.name: metric.unit for metric in metrics} | {"logprob": "log-likelihood of the answer before, nats"}

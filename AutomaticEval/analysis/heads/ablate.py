@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from AutomaticEval.analysis.answers import Pairs, logprobs, logprobs_one_by_one
-from AutomaticEval.analysis.reading import Reader
+from AutomaticEval.analysis.parts.before_after import Pairs, logprobs, logprobs_one_by_one
+from AutomaticEval.analysis.parts.input_batches import Reader
 from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit, editing

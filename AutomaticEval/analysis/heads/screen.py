@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from AutomaticEval.analysis.bootstrap import mean_intervals
-from AutomaticEval.analysis.direct import DirectEffects
+from AutomaticEval.analysis.parts.direct_effect import DirectEffects
 from AutomaticEval.analysis.permutation import differences
 from AutomaticEval.analysis.text_metrics import whole_words
 from AutomaticEval.analysis.tokens import Target, targets_of, tokens_within

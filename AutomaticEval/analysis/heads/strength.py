@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from AutomaticEval.analysis.moments import Moments
-from AutomaticEval.analysis.reading import Reader
+from AutomaticEval.analysis.parts.input_batches import Reader
 from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
 from AutomaticEval.models.find_layout import refuse_unready

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from AutomaticEval.analysis.answers import Pairs
 from AutomaticEval.analysis.heads.patch import SITES
-from AutomaticEval.analysis.rest import Rest, unpacked
+from AutomaticEval.analysis.parts.before_after import Pairs
+from AutomaticEval.analysis.parts.later_blocks import Rest, unpacked
 from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.editing import Edit
