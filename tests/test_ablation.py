@@ -16,8 +16,8 @@ import transformers as hf
 from conftest import CONFIGS, build, n_hooks, process, within
 
 from AutomaticEval import score_continuations
-from AutomaticEval.analysis.bootstrap import mean_interval
 from AutomaticEval.analysis.heads.ablate import Ablation, parse_head_spec, reference_z
+from AutomaticEval.analysis.numbers.estimate import mean_interval
 from AutomaticEval.analysis.parts.before_after import answers_with
 from AutomaticEval.analysis.profiles import load_profile
 from AutomaticEval.analysis.text_metrics import classifier, keywords, vader

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import DiffLlamaConfig, GPT2Config, GPTNeoConfig, PreTrainedTokenizerFast
 
 from AutomaticEval.analysis.heads.screen import screen
+from AutomaticEval.analysis.numbers.permutation import differences
 from AutomaticEval.analysis.parts.direct_effect import DirectEffects, _unembedded
-from AutomaticEval.analysis.permutation import differences
 from AutomaticEval.analysis.profiles import load_profile
 from AutomaticEval.analysis.text_metrics import whole_words
 from AutomaticEval.analysis.tokens import Target, first_tokens, targets_of, tokens_within

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from AutomaticEval.analysis.bootstrap import resampled
 from AutomaticEval.analysis.heads.strength import ActivationExtractor
+from AutomaticEval.analysis.numbers.estimate import resampled
 from AutomaticEval.analysis.parts.before_after import greedy_answers
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.loading import LoadOptions, load_model

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from AutomaticEval.analysis.bootstrap import mean_interval
+from AutomaticEval.analysis.numbers.estimate import mean_interval
 from AutomaticEval.analysis.parts.before_after import Pairs, logprobs_one_by_one
 from AutomaticEval.analysis.tokens import one_token
 from AutomaticEval.capture.texts.forward import padded, read

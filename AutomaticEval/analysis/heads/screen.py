@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from AutomaticEval.analysis.bootstrap import mean_intervals
+from AutomaticEval.analysis.numbers.estimate import mean_intervals
+from AutomaticEval.analysis.numbers.permutation import differences
 from AutomaticEval.analysis.parts.direct_effect import DirectEffects
-from AutomaticEval.analysis.permutation import differences
 from AutomaticEval.analysis.text_metrics import whole_words
 from AutomaticEval.analysis.tokens import Target, targets_of, tokens_within
 from AutomaticEval.capture.batch_independence import Span, apart

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor
 from tqdm import tqdm
 
-from AutomaticEval.analysis.moments import Moments
+from AutomaticEval.analysis.numbers.moments import Moments
 from AutomaticEval.analysis.parts.input_batches import Reader
 from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel

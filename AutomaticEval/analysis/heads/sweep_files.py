@@ -13,10 +13,10 @@ import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
-from AutomaticEval.analysis.bootstrap import mean_intervals
 from AutomaticEval.analysis.heads.ablate import mean_of, reference_values
 from AutomaticEval.analysis.heads.patch import Pair, told_apart
 from AutomaticEval.analysis.heads.sweep import Sweep, sweep_of_answers, sweep_of_differences
+from AutomaticEval.analysis.numbers.estimate import mean_intervals
 from AutomaticEval.analysis.parts.before_after import greedy_answers
 from AutomaticEval.errors import PromptError, StoreError
 from AutomaticEval.models.loading import LoadedModel
