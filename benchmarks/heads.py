@@ -22,7 +22,7 @@ from AutomaticEval.analysis.heads.strength import ActivationExtractor
 from AutomaticEval.analysis.heads.sweep import sweep_of_answers
 from AutomaticEval.analysis.heads.sweep_files import SWEPT_TOGETHER
 from AutomaticEval.analysis.parts.input_batches import Reader
-from AutomaticEval.analysis.profiles import load_profile
+from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.texts.forward import padded
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel

@@ -19,8 +19,8 @@ from AutomaticEval import score_continuations
 from AutomaticEval.analysis.heads.ablate import Ablation, parse_head_spec, reference_z
 from AutomaticEval.analysis.numbers.estimate import mean_interval
 from AutomaticEval.analysis.parts.before_after import answers_with
-from AutomaticEval.analysis.profiles import load_profile
-from AutomaticEval.analysis.text_metrics import classifier, keywords, vader
+from AutomaticEval.analysis.words.metrics import classifier, keywords, vader
+from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.errors import EditError, ModelUnavailable, PromptError, SelectionError
 from AutomaticEval.evaluation.benchmark import Benchmark

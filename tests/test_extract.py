@@ -20,7 +20,7 @@ import torch
 from conftest import ACCELERATE, CONFIGS, ROOT, TORCHRUN, build, process, within
 
 from AutomaticEval import open_run
-from AutomaticEval.analysis.profiles import load_profile
+from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.texts.batching import Feeding
 from AutomaticEval.capture.texts.many_runs import Plan, TextSet, extract_sets, folder_names
 from AutomaticEval.errors import SelectionError

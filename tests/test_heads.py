@@ -26,7 +26,7 @@ from AutomaticEval import (
 )
 from AutomaticEval.analysis.heads.compare import same_inputs
 from AutomaticEval.analysis.heads.patch import read_pairs
-from AutomaticEval.analysis.profiles import load_profile
+from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.texts.sources import drawn, read_texts
 from AutomaticEval.errors import ModelError, PathExists, PromptError, SelectionError, SiteUnavailable, StoreError
 from AutomaticEval.models.find_layout import find_layout

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from AutomaticEval.analysis.profiles import Profile, load_profile
+from AutomaticEval.analysis.words.profiles import Profile, load_profile
 from AutomaticEval.errors import PromptError
 
 SIZES = {"baseline": 70, "extended": 100}

@@ -24,9 +24,9 @@ from transformers import DiffLlamaConfig, GPT2Config, GPTNeoConfig, PreTrainedTo
 from AutomaticEval.analysis.heads.screen import screen
 from AutomaticEval.analysis.numbers.permutation import differences
 from AutomaticEval.analysis.parts.direct_effect import DirectEffects, _unembedded
-from AutomaticEval.analysis.profiles import load_profile
-from AutomaticEval.analysis.text_metrics import whole_words
-from AutomaticEval.analysis.tokens import Target, first_tokens, targets_of, tokens_within
+from AutomaticEval.analysis.words.metrics import whole_words
+from AutomaticEval.analysis.words.profiles import load_profile
+from AutomaticEval.analysis.words.targets import Target, first_tokens, targets_of, tokens_within
 from AutomaticEval.capture.texts.forward import padded
 from AutomaticEval.capture.texts.sources import drawn
 from AutomaticEval.errors import PromptError, SiteUnavailable, StoreError

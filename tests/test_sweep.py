@@ -19,7 +19,7 @@ from AutomaticEval.analysis.heads.patch import Pair, recovered, told_apart
 from AutomaticEval.analysis.heads.sweep import sweep_of_answers
 from AutomaticEval.analysis.heads.sweep_files import sweep_pairs, sweep_prompts
 from AutomaticEval.analysis.parts import later_blocks as rest
-from AutomaticEval.analysis.profiles import load_profile
+from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.errors import EditError, OtherSettings, PromptError
 from AutomaticEval.models.editing import Edit, editing

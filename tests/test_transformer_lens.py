@@ -11,7 +11,7 @@ from torch import Tensor
 
 from AutomaticEval.analysis.heads.ablate import Ablation
 from AutomaticEval.analysis.parts.direct_effect import DirectEffects
-from AutomaticEval.analysis.tokens import Target
+from AutomaticEval.analysis.words.targets import Target
 from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.head_weights import head_results
 from AutomaticEval.models.loading import LoadedModel

@@ -28,7 +28,7 @@ from AutomaticEval.errors import PromptError, SelectionError
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.heads.ablate import Ablation
-    from AutomaticEval.analysis.profiles import Profile
+    from AutomaticEval.analysis.words.profiles import Profile
 
 
 @one_line_errors
@@ -68,7 +68,7 @@ def ablate(
         options.refuse_unused(context, "it is of prompts, and none are asked", *of_answers)
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.ablate import Ablation, parse_head_spec, reference_z
-    from AutomaticEval.analysis.profiles import load_profile
+    from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.capture.texts.sources import drawn
     from AutomaticEval.models.loading import load_model

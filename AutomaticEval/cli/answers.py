@@ -12,7 +12,7 @@ from AutomaticEval.cli.printing import print_table
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.parts.before_after import Intervention
-    from AutomaticEval.analysis.text_metrics import TextMetric
+    from AutomaticEval.analysis.words.metrics import TextMetric
     from AutomaticEval.capture.generation import Sampling
 
 Profiles = Annotated[
@@ -36,7 +36,7 @@ Output = Annotated[Path, typer.Option("--output", help="Folder for results; noth
 
 def metrics_of(sentiment: str, words: Sequence[str] | None) -> list[TextMetric]:
     """Sentiment, and the keywords of a category that has some."""
-    from AutomaticEval.analysis.text_metrics import classifier, keywords, vader
+    from AutomaticEval.analysis.words.metrics import classifier, keywords, vader
 
     name, _, label = sentiment.partition("@")
     return [vader() if name == "vader" else classifier(name, label or None), *([keywords(words)] if words else [])]

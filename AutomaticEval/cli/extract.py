@@ -130,7 +130,7 @@ def extract(
 
 def _of_profile(profile: str, category: str | None, most: int | None) -> tuple[str, list[TextSet], list[str]]:
     """Its name, a set a category, and its models."""
-    from AutomaticEval.analysis.profiles import load_profile
+    from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.capture.texts.many_runs import TextSet
 
     found = load_profile(profile)

@@ -61,7 +61,7 @@ def patch(
         options.refuse_unused(context, "it is of a --profile: of --pairs nothing is answered", *of_answers)
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.patch import Patching, read_pairs, recovered
-    from AutomaticEval.analysis.profiles import load_profile
+    from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.capture.texts.sources import drawn
     from AutomaticEval.models.loading import load_model

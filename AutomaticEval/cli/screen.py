@@ -14,8 +14,8 @@ from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import SelectionError
 
 if TYPE_CHECKING:
-    from AutomaticEval.analysis.profiles import Profile
-    from AutomaticEval.analysis.tokens import Target
+    from AutomaticEval.analysis.words.profiles import Profile
+    from AutomaticEval.analysis.words.targets import Target
     from AutomaticEval.models.loading import LoadedModel
 
 
@@ -42,7 +42,7 @@ def screen(
         raise SelectionError("a logit difference takes two tokens: give --target and --against.")
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.screen import screen
-    from AutomaticEval.analysis.profiles import load_profile
+    from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.capture.texts.sources import drawn
     from AutomaticEval.capture.vocabulary import token_strings
     from AutomaticEval.models.loading import load_model
@@ -81,7 +81,7 @@ def _targets(
     loaded: LoadedModel, prompts: dict[str, list[str]], profile: Profile, target: str | None, against: str | None
 ) -> dict[str, Target]:
     """Of each category: the two tokens, or its keywords."""
-    from AutomaticEval.analysis.tokens import Target, check_target, one_token, targets_of
+    from AutomaticEval.analysis.words.targets import Target, check_target, one_token, targets_of
 
     if target is None or against is None:
         return targets_of(loaded.tokenizer, {n: w for n, w in profile.keywords.items() if n != profile.neutral})

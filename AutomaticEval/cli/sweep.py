@@ -44,7 +44,7 @@ def sweep(
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.patch import read_pairs
     from AutomaticEval.analysis.heads.sweep_files import sweep_pairs, sweep_prompts
-    from AutomaticEval.analysis.profiles import load_profile
+    from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.capture.texts.sources import drawn
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.report.figures import names_of, save_with_figures

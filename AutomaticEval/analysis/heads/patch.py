@@ -15,7 +15,7 @@ from torch import Tensor
 
 from AutomaticEval.analysis.numbers.estimate import mean_interval
 from AutomaticEval.analysis.parts.before_after import Pairs, logprobs_one_by_one
-from AutomaticEval.analysis.tokens import one_token
+from AutomaticEval.analysis.words.targets import one_token
 from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.capture.texts.sources import lines_of
 from AutomaticEval.errors import EditError, PromptError

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from AutomaticEval.analysis.numbers.estimate import mean_intervals
 from AutomaticEval.analysis.numbers.permutation import differences
 from AutomaticEval.analysis.parts.direct_effect import DirectEffects
-from AutomaticEval.analysis.text_metrics import whole_words
-from AutomaticEval.analysis.tokens import Target, targets_of, tokens_within
+from AutomaticEval.analysis.words.metrics import whole_words
+from AutomaticEval.analysis.words.targets import Target, targets_of, tokens_within
 from AutomaticEval.capture.batch_independence import Span, apart
 from AutomaticEval.capture.texts.forward import Batch, padded, recorded
 from AutomaticEval.capture.tree.suitability import most_columns, window_of

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from AutomaticEval.analysis.numbers.estimate import mean_interval
-from AutomaticEval.analysis.text_metrics import TextMetric
+from AutomaticEval.analysis.words.metrics import TextMetric
 from AutomaticEval.capture.generation import Response, Sampling, harmless_groups, respond
 from AutomaticEval.capture.tree.continuations import score_continuations
 from AutomaticEval.errors import PromptError

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from AutomaticEval.analysis.tokens import Target, check_target
+from AutomaticEval.analysis.words.targets import Target, check_target
 from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.frozen_norm import FrozenNorm, frozen
 from AutomaticEval.models.head_weights import output_weight

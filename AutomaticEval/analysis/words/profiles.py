@@ -11,7 +11,7 @@ from pathlib import Path
 from AutomaticEval.capture.texts.sources import lines_of
 from AutomaticEval.errors import PromptError, SelectionError, did_you_mean
 
-FOLDER = Path(__file__).parent.parent / "profiles"
+FOLDER = Path(__file__).parent.parent.parent / "profiles"
 
 
 @dataclass(frozen=True)
