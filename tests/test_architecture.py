@@ -132,7 +132,7 @@ FLOORS = {
     "report": 2,
     "report.figures": 4,
     "report.labels": 1,
-    "report.summary": 10,
+    "report.extraction_page": 10,
     "store.upkeep.rewrite": 8,
     "store.export.transformer_lens": 2,
     "store.local_paths": 3,
@@ -157,7 +157,7 @@ OWNERS = {
     "pandas": ("store",),
     "scipy": ("analysis",),
     "vaderSentiment": ("analysis.words.metrics",),
-    "mlflow": ("report.tracking",),
+    "mlflow": ("report.mlflow_run",),
 }
 WITHIN_A_FLOOR = {
     ("store.row_array", "store.hdf5.read"),

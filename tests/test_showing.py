@@ -20,8 +20,8 @@ from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.evaluation.results.captured_run import folder_name
 from AutomaticEval.models.loading import DEMO_FOLDER
+from AutomaticEval.report.extraction_page import write_summary
 from AutomaticEval.report.figures import _FIGURES, save_with_figures
-from AutomaticEval.report.summary import write_summary
 from AutomaticEval.safe_text import shown
 from AutomaticEval.store.disk.whole_files import own_name, plain_name
 from AutomaticEval.store.hdf5.contract import Sample

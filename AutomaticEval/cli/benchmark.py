@@ -77,7 +77,7 @@ def benchmark(
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import load_model, n_layers_of
     from AutomaticEval.processes import join_ranks
-    from AutomaticEval.report.tracking import require_mlflow
+    from AutomaticEval.report.mlflow_run import require_mlflow
     from AutomaticEval.store.hdf5.write import check_compression
 
     for name, given in (("use_cache", use_cache), ("cache_requests", cache_requests)):
@@ -164,7 +164,7 @@ def _write_strength(folder: Path) -> None:
 
 def _track(outcome: Outcome, name: str, about: dict[str, Any], uri: str, log: options.Log, seconds: float) -> None:
     """Log a run to MLflow: its settings, scores, sizes, lm-eval's results and what was said."""
-    from AutomaticEval.report.tracking import track
+    from AutomaticEval.report.mlflow_run import track
 
     metrics: dict[str, float | None] = {f"{each.task}/{each.metric}": each.value for each in outcome.scores}
     metrics |= {"seconds": seconds, "n_samples": outcome.n_samples, "size_bytes": outcome.size_bytes}

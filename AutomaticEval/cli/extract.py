@@ -86,7 +86,7 @@ def extract(
     from AutomaticEval.capture.texts.many_runs import Plan, TextSet, extract_sets, folder_names
     from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts
     from AutomaticEval.processes import join_ranks
-    from AutomaticEval.report.tracking import require_mlflow
+    from AutomaticEval.report.mlflow_run import require_mlflow
     from AutomaticEval.selection import Selection
     from AutomaticEval.store.hdf5.write import check_compression
 
@@ -141,7 +141,7 @@ def _of_profile(profile: str, category: str | None, most: int | None) -> tuple[s
 
 def _finish(units: list[Unit], name: str, root: Path, plan: Plan, mlflow: str | None, log: options.Log) -> None:
     """Summary, tracking and exit code: 1 when some failed, 2 when nothing was captured."""
-    from AutomaticEval.report.summary import write_summary
+    from AutomaticEval.report.extraction_page import write_summary
 
     failed = [unit for unit in units if unit.status == "failed"]
     if len(failed) == len(units):
@@ -161,7 +161,7 @@ def _track(units: list[Unit], name: str, plan: Plan, uri: str, files: list[Path]
     from dataclasses import asdict
 
     from AutomaticEval.public_names import public_name
-    from AutomaticEval.report.tracking import track
+    from AutomaticEval.report.mlflow_run import track
 
     captured = [unit for unit in units if unit.status == "captured"]
     metrics: dict[str, float | None] = {"failed": len([unit for unit in units if unit.status == "failed"])}

@@ -8,7 +8,7 @@ from typing import Any
 
 from AutomaticEval.errors import StoreError
 from AutomaticEval.report.bars import before_and_after, top_heads
-from AutomaticEval.report.heads import Panel, PerHead, heatmaps
+from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps
 from AutomaticEval.store.disk.json_files import read_json, write_json
 from AutomaticEval.store.disk.whole_files import new_file, new_files, prepare_file
 

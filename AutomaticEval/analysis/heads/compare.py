@@ -16,7 +16,7 @@ from AutomaticEval.analysis.parts.before_after import greedy_answers
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.loading import LoadOptions, load_model
 from AutomaticEval.report.figures import comparison_panels
-from AutomaticEval.report.heads import heatmaps
+from AutomaticEval.report.heatmap import heatmaps
 from AutomaticEval.store.disk.json_files import read_strength, write_json
 from AutomaticEval.store.disk.whole_files import new_file, prepare_file
 
