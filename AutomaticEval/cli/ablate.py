@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.answers import (
+from AutomaticEval.cli.interventions import (
     BatchSize,
     Emotion,
     MaxTokens,

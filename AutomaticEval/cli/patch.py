@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.answers import (
+from AutomaticEval.cli.interventions import (
     BatchSize,
     Emotion,
     MaxTokens,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.answers import BatchSize, SampleNum, Seed, number
+from AutomaticEval.cli.interventions import BatchSize, SampleNum, Seed, number
 from AutomaticEval.cli.options import one_line_errors, with_load
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import SelectionError
