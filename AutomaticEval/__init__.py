@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from AutomaticEval import moved
+
 if TYPE_CHECKING:
     from AutomaticEval.analysis.heads.compare import ActivationComparator as ActivationComparator
     from AutomaticEval.analysis.heads.strength import ActivationExtractor as ActivationExtractor
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from AutomaticEval.models.loading import load_model as load_model
     from AutomaticEval.store.reader import load_activations as load_activations
     from AutomaticEval.store.reader import open_run as open_run
+
+moved.keep_old_names()
 
 __version__ = "0.1.0"
 
