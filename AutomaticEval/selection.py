@@ -111,7 +111,7 @@ class Selection:
 
     positions: Positions = Positions()
     store_dtype: str | None = None
-    """Of STORE_DTYPES; None keeps the model's own."""
+    """One of STORE_DTYPES. None keeps the model's own dtype."""
 
     def __post_init__(self) -> None:
         if self.store_dtype is not None and self.store_dtype not in STORE_DTYPES:

@@ -29,7 +29,7 @@ class Differing(NamedTuple):
     """A setting that two runs do not share."""
 
     name: str
-    """Of settings within settings, "benchmark.num_fewshot"."""
+    """The setting's name. Settings within settings have dotted names: "benchmark.num_fewshot"."""
     before: Any
     now: Any
 
@@ -62,7 +62,7 @@ def differing(
 
 
 def _is_same(each: Differing) -> bool:
-    """Of a name, also when one run is of the first versions, which wrote down its path."""
+    """Whether both values name the same thing. Runs of the first versions hold a path where later ones hold its last name."""
     if each.name.rpartition(".")[2] in NAMES:
         one, other = ([value] if isinstance(value, str) else value for value in (each.before, each.now))
         if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):

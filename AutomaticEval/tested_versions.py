@@ -18,7 +18,7 @@ NEWEST = {
     "bitsandbytes": "0.50.2",
     "peft": "0.21.2",
 }
-"""Of the libraries whose insides decide numbers or files."""
+"""The newest tested version of each library whose inner workings decide numbers or files."""
 
 
 def newer() -> list[str]:

@@ -20,7 +20,7 @@ from AutomaticEval.models.layout import alone_with, few_ids, input_device
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far a number may be from that of a plain forward, as a part of 1 + its size: rounding, no more."""
 QUANTIZED = 1e-1
-"""The same for 8 and 4 bits, which round other numbers in other batches."""
+"""The limit for 8 and 4 bits, which round differently in other batches."""
 TESTED = frozenset(
     [
         "cohere",

@@ -40,7 +40,7 @@ class Sampling:
     """0: no limit."""
 
     seed: int | None = None
-    """Of the sampling. None draws one; the one used is in the settings."""
+    """Seed for sampling. None draws one at random; the run's settings record the seed that was used."""
 
     def __post_init__(self) -> None:
         for name, wanted, holds in (

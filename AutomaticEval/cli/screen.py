@@ -80,7 +80,7 @@ def screen(
 def _targets(
     loaded: LoadedModel, prompts: dict[str, list[str]], profile: Profile, target: str | None, against: str | None
 ) -> dict[str, Target]:
-    """Of each category: the two tokens, or its keywords."""
+    """For each category the tokens whose logits are compared: --target and --against, or the category's keywords."""
     from AutomaticEval.analysis.words.targets import Target, check_target, one_token, targets_of
 
     if target is None or against is None:

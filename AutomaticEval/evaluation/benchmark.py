@@ -66,7 +66,7 @@ class Benchmark:
     """Examples before each question; None leaves it to the task."""
 
     seed: int | None = None
-    """Of the draw, and of lm-eval's random numbers; None keeps lm-eval's own seeds and draws with 0."""
+    """Seed for drawing questions and for lm-eval's random numbers. None draws with 0 and keeps lm-eval's own seeds."""
 
     batch_size: int | str = 8
     """A number, or auto."""

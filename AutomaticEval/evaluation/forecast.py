@@ -36,7 +36,7 @@ from AutomaticEval.store.writer import shard_bytes_for
 EXACT_DOCS = 512
 """Documents of a benchmark up to which all are looked at."""
 SAMPLED_DOCS = 16
-"""Of each task of a larger one."""
+"""Documents that are looked at of each task of a larger benchmark."""
 TIGHT = 1.5
 """A bound is said when it is no more than so many times what is expected; else rows that requests share make it useless."""
 MARGIN = 1.25
@@ -56,16 +56,16 @@ class Forecast:
     """What a run will write."""
 
     size_bytes: int
-    """Of all its HDF5 files."""
+    """The size of all HDF5 files of the run."""
 
     is_bound: bool
     """Whether it cannot be more."""
 
     rows_bytes: int
-    """Of the activations alone, as they are gathered before they are narrowed to int8."""
+    """The size of the activations alone, as they are gathered, before they are narrowed to int8."""
 
     text_bytes: int
-    """Of the texts that lm-eval's own files repeat."""
+    """The size of the texts that lm-eval's own files repeat."""
 
     def __str__(self) -> str:
         return f"{'at most' if self.is_bound else 'about'} {size_text(self.size_bytes)}"
@@ -88,10 +88,10 @@ class _Document(NamedTuple):
 
     n_ids: int
     text_bytes: int
-    """Of prompts and responses, as JSON."""
+    """The size of prompts and responses, as JSON."""
 
     verdict_bytes: int
-    """Of target, prediction and metrics."""
+    """The size of target, prediction and metrics."""
 
     @property
     def n_rows(self) -> int:
@@ -230,7 +230,7 @@ class _Reader:
         return _Document(kept, n_samples, n_positions, n_ids, texts, verdict)
 
     def _samples(self, request: Instance, where: str) -> Iterator[tuple[tuple[int, ...], int, int, int]]:
-        """Of each sample that a request gives: what is fed (of a generation: the prompt), P, R, and the bytes of its texts."""
+        """For each sample of a request: (token ids that are fed, for a generation those of the prompt; P; R; size of its texts in bytes)."""
         lm = self._lm
         if request.request_type == "generate_until":
             refuse_generating(self._model, self._selection, where, request.args[1], lm.max_length, lm.max_gen_toks)

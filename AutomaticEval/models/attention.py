@@ -28,7 +28,7 @@ class Patterns:
     def __init__(self, n_heads: int, after: Tap) -> None:
         self._n_heads = n_heads
         self.after = after
-        """Nothing wide, of what is read behind the deepest pattern: with it a forward that stops when all is read does not stop before."""
+        """A tap behind the deepest pattern that is read, of a narrow site. A forward that stops once all its taps are read then does not stop before that pattern."""
         self._found: dict[int, Tensor] = {}
 
     def of(self, layer: int, mask: Tensor | None = None) -> Tensor:

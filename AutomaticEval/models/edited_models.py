@@ -1,4 +1,7 @@
-"""Which models are being edited just now, by what: so that others neither probe them nor share what edits make different."""
+"""Remembers which models are being edited, and by which edits.
+
+Others ask before they probe a model, or share a result that an edit would change.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ class Active(NamedTuple):
     """The edits of one `editing`."""
 
     layout: Any
-    """Of the inner model, found before them."""
+    """The inner model's layout, which was found before the edits."""
     edits: Sequence[Any]
     """Each with `described`, a text, which may take time to tell."""
     by_position: bool

@@ -46,7 +46,7 @@ class Edit:
     [..., n heads, d_head] in place of [..., width]. What it is given must not be changed in place."""
 
     heads: Sequence[int] | None = None
-    """Of z and q: which heads; of k and v: which key-value heads. None for all, as one width."""
+    """Which heads of z or q, or which key-value heads of k or v, are changed. None changes the whole width."""
 
     where: Keep | None = None
     """where(first column, number of columns) -> the (row, column) pairs of a forward that are changed; None for all."""
@@ -154,7 +154,7 @@ class _Forward:
         self.first: int | None = None
         """The first column that it feeds, where that is known."""
         self.n = 0
-        """Of columns; 0 before ids were fed."""
+        """The number of columns. 0 before ids were fed."""
         self._end = 0
         self._n_before: int | None = None
         self._is_whole = self._is_part = False

@@ -1,4 +1,4 @@
-"""A norm with its size left as it was: what of a sum's parts then reaches what follows is linear in each part."""
+"""A norm whose size is held fixed. What each part of a sum contributes to the norm's output is then linear in that part."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FrozenNorm(NamedTuple):
     is_centred: bool
 
     def back(self, direction: Tensor) -> Tensor:
-        """direction: [..., d_model], in what follows the norm. Returns what it is before it, but for 1 / size: [..., d_model]."""
+        """Carries a direction [..., d_model] from behind the norm to before it. The factor 1 / size is left out, since it differs by row."""
         before = direction * self.gain
         return before - before.mean(-1, keepdim=True) if self.is_centred else before
 

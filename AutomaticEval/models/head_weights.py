@@ -40,7 +40,7 @@ def n_inputs(projection: nn.Module) -> int:
 
 
 def _dtype(projection: nn.Module) -> torch.dtype:
-    """Of its inputs; float32 for quantised weights, which convert them."""
+    """The dtype that the projection takes as input. Quantised weights convert their input: float32."""
     weight: Any = projection.weight
     return weight.dtype if weight.is_floating_point() else torch.float32
 
@@ -98,7 +98,7 @@ class HeadResultNorms:
 
 
 def _told(projection: nn.Module) -> Tensor | None:
-    """A number for each input of a plain projection, that other weights change; None for adapted, quantised and offloaded ones."""
+    """[d_in, 2]: two numbers for each input of a plain projection, which change when its weights change. None for adapted, quantised and offloaded projections."""
     weight: Any = projection.weight
     if type(projection) not in (nn.Linear, Conv1D) or weight.is_meta:
         return None

@@ -77,7 +77,7 @@ class Layout:
         return self.taps[Site("logits")].module
 
     def under(self, prefix: str) -> Layout:
-        """The same places, of a model in which this one is found at a path."""
+        """The same sites with longer module paths: for a model that holds this one under the path prefix."""
         taps = {site: replace(tap, module=f"{prefix}.{tap.module}".strip(".")) for site, tap in self.taps.items()}
         return replace(self, embedding=f"{prefix}.{self.embedding}", taps=taps)
 

@@ -36,7 +36,7 @@ DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
 MAX_LOADED = 2
 WRITTEN = ("dtype", "device", "device_map", "load_in_8bit", "load_in_4bit", "revision")
-"""Of the options, those that the first versions had."""
+"""The options that the first versions had, and so wrote down."""
 PLACES = ("peft", "delta", "offload_folder")
 """Options that may be paths, of which files hold the name."""
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head")
@@ -280,11 +280,11 @@ class _Parts(NamedTuple):
     """As it was asked for."""
     base: str
     revision: str | None
-    """Of the base."""
+    """The revision of the base model."""
     adapter: str | None
     delta: str | None
     alone: Alone | None
-    """Of a name that holds an adapter alone."""
+    """Set when the name that was given holds an adapter and no model."""
     tokenizer: str
 
 
@@ -364,7 +364,7 @@ def state_of(model: str | Path, options: LoadOptions = LoadOptions()) -> str | N
 
 
 def _states(parts: _Parts, options: LoadOptions) -> tuple[Any, ...]:
-    """Of the base, and of what is put on it: a checkpoint that was trained further is another model."""
+    """Sizes and times of the files of the base model and of what is put on it. A checkpoint that was trained further is another model."""
     base = _state(str(Path(parts.base, options.subfolder)) if options.subfolder else parts.base)
     others = [_state(source) for source in (parts.adapter, parts.delta) if source is not None]
     return (base, *others) if any(others) else base
@@ -389,7 +389,7 @@ def _from_instance(model: Any, tokenizer: Any) -> LoadedModel:
 
 
 def _other_tokenizer(name: str, parts: _Parts, options: LoadOptions) -> Any:
-    """Of a name of its own."""
+    """The tokenizer that was asked for under another name than the model's."""
     source = _source(name)
     if source == parts.tokenizer:
         return _tokenizer(source, parts, options)

@@ -157,7 +157,7 @@ def _lengths(units: Sequence[Unit]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Of Markdown, on one line: neither HTML, nor a link, a picture, code, or the end of a cell."""
+    """The text as one cell of a Markdown table: on one line, and no part of it can act as HTML, link, picture, code or the end of the cell."""
     return re.sub(r"([\\`*$\[\]|])", r"\\\1", escape(" ".join(shown(text).split()), quote=False))
 
 

@@ -94,7 +94,7 @@ def _answers(result: Result, path: Path) -> None:
 
 
 def _recovered(result: Result, path: Path) -> None:
-    """Of pairs: how much of the logit difference came with the values."""
+    """Draws, for patching with pairs, which part of the logit difference the patched values brought back."""
     about = result["settings"]
     title = f"{Path(about['model']).name}, {len(result['samples'])} pairs: {about['site']} of {about['places']}"
     known = {name: found for name, found in result["summary"].items() if found["mean"] is not None}
@@ -153,7 +153,7 @@ def _swept(result: Result, path: Path) -> None:
 
 
 def _means(result: Result) -> list[tuple[str, str, PerHead]]:
-    """Of each measure: title, unit, and its means."""
+    """For each measure: (title, unit, mean of each head)."""
     places, about = result["places"], result["settings"]
     return [
         (

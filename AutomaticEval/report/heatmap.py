@@ -30,7 +30,7 @@ class Panel(NamedTuple):
     diverging: bool = False
     """Signed numbers: zero is white, and both ends are equally far."""
     ends: tuple[float, float] | None = None
-    """Of the colours, for panels that are to be compared; by default the panel's own."""
+    """The values at both ends of the colour scale, so that panels can be compared. None: the panel's own smallest and largest."""
 
 
 def heatmaps(panels: Sequence[Panel], path: str | Path, *, columns: int | None = None, across: str = "Head") -> None:

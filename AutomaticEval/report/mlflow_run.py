@@ -59,5 +59,5 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(name: str) -> str:
-    """Of characters that MLflow takes in names."""
+    """The name with only those characters that MLflow accepts."""
     return "".join(each if each.isalnum() or each in "_-./ " else "_" for each in name)

@@ -134,7 +134,7 @@ def indices_of(ranges: Array) -> Array:
 
 
 def rechunked(pieces: Iterable[Array], n_rows: int) -> Iterator[Array]:
-    """The same rows in pieces of n_rows, but for the last; large pieces are cut without a copy."""
+    """The same rows in pieces of n_rows; the last piece may be shorter. Large pieces are cut without a copy."""
     waiting: list[Array] = []
     n_waiting = 0
     for piece in pieces:
@@ -152,7 +152,7 @@ def rechunked(pieces: Iterable[Array], n_rows: int) -> Iterator[Array]:
 
 
 def gathered(pieces: Iterable[Array]) -> Iterator[Array]:
-    """The same rows; thousands of small pieces as fewer of _PIECE_BYTES."""
+    """The same rows, with thousands of small pieces joined into pieces of _PIECE_BYTES."""
     waiting: list[Array] = []
     n_bytes = 0
     for piece in pieces:

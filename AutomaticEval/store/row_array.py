@@ -28,7 +28,7 @@ def _other(path: Path) -> StoreError:
 
 
 class Kind(NamedTuple):
-    """Of one site."""
+    """How the rows of one site are stored."""
 
     dtype: torch.dtype
     """As it is stored."""

@@ -112,6 +112,6 @@ def tell_set_aside(folder: Path) -> None:
 
 
 def next_number(folder: Path) -> int:
-    """Of a new shard: above all that there are or were."""
+    """The number for a new shard: higher than that of any shard that is or was in the folder."""
     names = [*shard_names(folder), *set_aside_names(folder)]
     return max((int(found[1]) + 1 for name in names if (found := re.match(r"shard-([0-9]+)\.h5", name))), default=0)

@@ -35,9 +35,10 @@ class SharedRun:
     def writing(
         self, new_folder: Callable[[], Path], *, resume: bool, tell: Callable[[RunWriter], T]
     ) -> Iterator[tuple[RunWriter, Path, T]]:
-        """This process's writer, the folder, and what the first process tells all of what is there. On every exit what was gathered is sealed.
+        """Opens the run in every process: (this process's writer, the folder, what `tell` returned). On every exit what was gathered is sealed.
 
-        new_folder: asked in the first process alone.
+        new_folder: makes the folder; called in the first process alone. tell: called with the first process's writer, to say what is on the
+        disk already; every process gets what it returned.
         """
         opened, shared = None, None
         if self.ranks.is_first:

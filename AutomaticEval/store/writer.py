@@ -136,7 +136,7 @@ class RunWriter:
         first = next_number(self.folder)
         self._next = first + (self._rank - first) % self._n_ranks
         if self._rank:
-            return  # the first has seen to the folder
+            return  # the first process has prepared the folder
         for left in _other_locks(self.folder):  # a process may have outlived the first
             lock = locked(self.folder, int(left.name.removeprefix(f"{LOCK}-")))
             left.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Values of one run put into another: what of its answer comes with them."""
+"""Patching: values from one run are put into another run, to see which part of its answer they carry."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from AutomaticEval.sites import Site
 
 
 class Measured(NamedTuple):
-    """Of each prompt of one category, and each head."""
+    """What was measured of each head in the prompts of one category."""
 
     strength: Tensor
     """[n_prompts, n_layers, n_heads]: the mean norm of the head's result over the prompt's tokens."""

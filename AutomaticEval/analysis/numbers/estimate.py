@@ -36,9 +36,9 @@ def mean_intervals(values: Any, seed: int = 42) -> list[dict[str, Any]]:
 
 
 def resampled(statistic: Callable[[Any], float | None], n: int, seed: int) -> tuple[list[float] | None, int]:
-    """The percentiles of a statistic of n things drawn again, and how often it was one; None when it never was.
+    """The percentiles of a statistic over resamples of n things, and in how many resamples it could be computed.
 
-    statistic: of an index array [n]; None where there is none.
+    statistic: takes an index array [n], and returns None where it cannot be computed. The percentiles are None when it never could.
     """
     draw = np.random.default_rng(seed)
     drawn = (statistic(draw.integers(0, n, n)) for _ in range(N_RESAMPLES))

@@ -85,7 +85,7 @@ class DirectEffects:
 
 
 def _unembedded(model: Any, targets: Sequence[Target], d_model: int) -> Tensor:
-    """[n_targets, d_model], float32: what the difference of a target's logits is the product of the final norm's output with."""
+    """[n_targets, d_model], float32. The product of a row with the final norm's output is the target's difference of logits."""
     tokens = sorted({token for target in targets for token in (*target.answer, *target.against)})
     rows = dict(zip(tokens, _unembedding_rows(model, tokens, d_model), strict=True))
     found = [
@@ -95,7 +95,7 @@ def _unembedded(model: Any, targets: Sequence[Target], d_model: int) -> Tensor:
 
 
 def _unembedding_rows(model: Any, tokens: Sequence[int], d_model: int) -> Tensor:
-    """[n_tokens, d_model], float32. Of a quantised, adapted or offloaded unembedding as the derivative of each logit."""
+    """[n_tokens, d_model], float32. For a quantised, adapted or offloaded unembedding each row is computed as the derivative of its logit."""
     head = model.get_output_embeddings()
     weight = head.weight
     if type(head) is nn.Linear and not weight.is_meta:

@@ -32,7 +32,7 @@ class Recomputed:
     """What became of all samples that were computed again."""
 
     n_samples: int
-    """Of the run."""
+    """How many samples the run has."""
     seed: int
     """That drew them."""
     n_keys: int

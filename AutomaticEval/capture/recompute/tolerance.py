@@ -16,16 +16,16 @@ class Limits(NamedTuple):
     """What rounding explains."""
 
     largest: float
-    """Of one number: its difference, as a part of its row's largest number."""
+    """The largest difference of one number, as a part of the largest number in its row."""
 
     mean: float
-    """Of a row: its mean difference, as a part of the mean size of its numbers. A few huge numbers hide nothing here."""
+    """The largest mean difference of a row, as a part of the mean size of its numbers. A few huge numbers in a row hide nothing here."""
 
     median: float
-    """Of a key: the median of its rows' mean differences, which a wrong layer moves and a chaotic row does not."""
+    """The largest median, over a key's rows, of their mean differences. A wrong layer moves it, a single chaotic row does not."""
 
     score: float
-    """Of a tie of two logits, as a part of 1 + the largest logit; of a token's log-likelihood l, of |l| more."""
+    """How far apart two logits may be to count as a tie, as a part of 1 + the largest logit. For a token's log-likelihood l, |l| is added to that."""
 
 
 LIMITS = {
@@ -38,7 +38,7 @@ LIMITS = {
 IN_8_BITS = Limits(2e-1, 1.3e-1, 6e-2, 2e-2)
 """LLM.int8 rounds what a projection is given, by what else is in the batch."""
 FEWEST_ROWS = 8
-"""Of a key, for a median."""
+"""Rows that a key must have for its median to be judged."""
 NEARER = 4
 """A row is another's when it is so many times nearer to that one."""
 NARROWER = {
@@ -81,7 +81,7 @@ class Judged(NamedTuple):
     wrong: Tensor
     """[n], bool: the rows that rounding does not explain."""
     median: float
-    """Of the rows' mean differences, as parts of their mean sizes; 0 of fewer than FEWEST_ROWS."""
+    """The median of the rows' mean differences, as parts of their mean sizes. 0 when there are fewer than FEWEST_ROWS rows."""
 
 
 def measured(

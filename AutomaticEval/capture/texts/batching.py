@@ -80,7 +80,7 @@ class TextPieces:
     """Texts that were cut."""
     n_tokens_cut: int = 0
     lengths: list[int] = field(default_factory=list)
-    """Of the texts, in tokens, as they were; at most a million of them."""
+    """The lengths of the texts in tokens, before any was cut; of the first million texts."""
 
     def windows(self, texts: Iterable[tuple[int, Text]]) -> Iterator[list[Piece]]:
         """Pieces of so many texts at a time as are sorted together. texts: with the number of each."""

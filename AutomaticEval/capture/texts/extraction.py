@@ -58,7 +58,7 @@ class Extracted:
     seconds: float = 0.0
     size_bytes: int = 0
     lengths: list[int] = field(default_factory=list, repr=False)
-    """Of the texts, in tokens, before any was cut."""
+    """The lengths of the texts in tokens, before any was cut."""
 
 
 def extract(
@@ -207,7 +207,7 @@ class Forwards:
         return bytes_per_row(self._loaded, self._selection) + patterns * dtype.itemsize
 
     def over(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, list[Sample]]]:
-        """Of each batch, the tokens that were fed, and the samples."""
+        """For each batch: (number of tokens that were fed, its samples)."""
         limit = rope_limit(self._loaded.model)
         waiting = list(batches_of(pieces, self._feeding, self.longest, self._n_tokens, limit))[::-1]
         while waiting:
@@ -339,7 +339,7 @@ class Forwards:
 
 
 def pattern_rows(pattern: Tensor, column: int, positions: range, n_ids: int, n_keys: int) -> Tensor:
-    """Of one piece, what some of its positions attend to: [n_positions, n_heads * n_keys], zeros beyond its tokens.
+    """What some positions of one piece attend to: [n_positions, n_heads * n_keys], zeros beyond its tokens.
 
     pattern: [n_heads, query_pos, key_pos] of the row. column: where the piece begins.
     """

@@ -101,7 +101,7 @@ class FromHuggingFace:
 
 
 class ExtractSingleSample:
-    """The same of one text at a time. max_length: longer texts are cut to it; None for the model's context."""
+    """As `FromHuggingFace`, for one text at a time. max_length: longer texts are cut to it. None: the model's context."""
 
     def __init__(
         self, hf_model: Any, layer: int, max_length: int | None = None, device: str = "auto", *, tokenizer: Any = None

@@ -79,7 +79,7 @@ class Unit:
     """captured, was there, or failed"""
     error: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
-    """Of Extracted."""
+    """The fields of `Extracted`."""
 
     def run(self) -> Run:
         return open_run(self.folder)

@@ -37,7 +37,7 @@ class ScoredContinuation:
     context_ids: list[int]
     continuation_ids: list[int]
     logprobs: list[float]
-    """Of each of the continuation's tokens."""
+    """The log-probability of each token of the continuation, in nats."""
 
     activation_data: dict[str, Any] | None = None
     """What `generate_inference_with_activations` gives, with the continuation as the response; None without capture."""

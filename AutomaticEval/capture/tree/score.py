@@ -82,10 +82,10 @@ class ScoringOptions:
     """What to capture; None captures nothing."""
 
     tokens: int | None = None
-    """Of each forward; None takes TOKENS_A_FORWARD."""
+    """How many tokens a forward takes. None: TOKENS_A_FORWARD."""
 
     dtype: torch.dtype | None = torch.float32
-    """Of the log-softmax; None leaves it in the logits' own, as lm-eval does."""
+    """The dtype in which the log-softmax is computed. None: that of the logits, as in lm-eval."""
 
     share: tuple[int, int] = (0, 1)
     """(rank, n_ranks) of the processes that share the requests: each scores a stretch of the tree."""
@@ -200,7 +200,7 @@ class TreeScoring:
             self._check(2**62, sharing=False)
 
     def _check(self, most: int, *, sharing: bool) -> None:
-        """The same, of two that share their beginning, or one alone when none do; or of two that share nothing, if there are."""
+        """Check two requests. sharing: two that begin alike, or one request alone when no two do; otherwise two that share nothing, if there are any. most: longer requests are cut to so many tokens."""
         before: list[int] = []
         pair: list[list[int]] = []
         for branch in self.tree.branches():
@@ -208,7 +208,8 @@ class TreeScoring:
             sequence = [*context, *continuation]
             parts = bool(before) and bool(branch.shared) == sharing and branch.shared < len(before) - 1
             drop = max(0, min(max(len(before), len(sequence)) - most, branch.shared - 1))
-            found = [each[drop:][:most] for each in (before, sequence)][not parts :]
+            cut = slice(drop, drop + most)
+            found = [before[cut], sequence[cut]] if parts else [sequence[cut]]
             if [len(found), len(found[-1])] > [len(pair), len(pair[-1]) if pair else 0]:
                 pair = found
             before = sequence
@@ -224,7 +225,7 @@ class TreeScoring:
                 check_scores(self.loaded.model, checked.context, checked.continuation, scored.logprobs)
 
     def results(self) -> Iterator[list[Scored]]:
-        """The requests' scores, as their last tokens are computed."""
+        """The requests' scores, each as soon as its last token is computed."""
         branches = self.tree.branches()
         branch = next(branches, None)
         for stretch in self.walk.over(self._needed()):
@@ -240,7 +241,7 @@ class TreeScoring:
                 yield done
 
     def _hear(self, stretch: Stretch) -> None:
-        """Take what a stretch's logits score, and its rows."""
+        """Take the log-probabilities that a stretch's logits give to wanted tokens, and its kept rows."""
         targets = self._targets
         first, last = np.searchsorted(targets.nodes, (stretch.start, stretch.stop))
         if last > first:
@@ -271,9 +272,10 @@ class TreeScoring:
 
 
 def _in_two(fed: Sequence[Sequence[int]]) -> int:
-    """How many tokens a forward takes so that two make the tree of one or two sequences, and both mask and cache matter.
+    """How many tokens a forward may take so that the check needs two forwards, which tests both the mask and the cache.
 
-    The cut is in what the second has for itself; when that is one token, before it, where it is masked from the first.
+    The second forward begins within the tokens that the second sequence does not share. When there is one such token alone, it begins
+    before that token, where the mask must hide the first sequence's own tokens from it.
     """
     n_first = len(fed[0]) if len(fed) == 2 else 0
     shared = n_shared(*fed) if len(fed) == 2 else 0

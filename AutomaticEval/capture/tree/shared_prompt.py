@@ -107,7 +107,7 @@ class Prefill:
     _is_checked: bool = False
 
     def suits(self, max_length: int, kwargs: Mapping[str, Any]) -> bool:
-        """Whether a model generates truly after a prefix, with padding between it and the rest of a prompt.
+        """Whether the model generates the same text after a prefix that was computed before, with padding between the prefix and the rest of a prompt.
 
         max_length: columns of the batch with its answers. kwargs: for transformers' generate.
         """
@@ -119,9 +119,9 @@ class Prefill:
         return is_plain and is_tested(model) and why_not(model, max_length) is None
 
     def of(self, prompts: Sequence[Sequence[int]], most: int) -> Prefix | None:
-        """What prompts share, in whole chunks, or None when they share none.
+        """Computes what all prompts begin with, in whole chunks. None when they share no whole chunk.
 
-        most: no more than so many tokens, such as a single prompt shares with others to come.
+        most: at most so many tokens, such as those that a single prompt shares with prompts to come.
         Raises TreeUnsuitable when a plain forward gives something else.
         """
         shortest = min(prompts, key=len)

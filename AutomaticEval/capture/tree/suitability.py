@@ -18,7 +18,7 @@ from AutomaticEval.models.edited_models import depends_on_position
 from AutomaticEval.models.layout import alone_with, cache_name, forward_takes, input_device
 
 FEWEST_TOKENS = 16
-"""Of a forward over the tree: with fewer a model is better served row by row."""
+"""The smallest number of tokens for a forward over the tree. With fewer, scoring row by row is better."""
 _SERVED = {"full_attention", "sliding_attention", "chunked_attention"}
 
 

@@ -24,7 +24,7 @@ from AutomaticEval.models.recording import Keep, Kept, Recording
 from AutomaticEval.selection import Selection
 
 Cached = list[tuple[Tensor | None, Tensor | None]]
-"""Of each layer, keys and values: [1, n_kv_heads, n_cached, d_head]; None for a layer that uses another's."""
+"""For each layer its keys and values, [1, n_kv_heads, n_cached, d_head]. None for a layer that uses another layer's."""
 
 
 class Stretch(NamedTuple):
@@ -52,7 +52,7 @@ class Walk:
     tree: PrefixTree
     scored: Array
     dtype: torch.dtype | None = None
-    """Of the log-softmax; None leaves it in the logits' own."""
+    """The dtype in which the log-softmax is computed. None: that of the logits."""
 
     selection: Selection | None = None
     kept: Array | None = None
@@ -63,7 +63,7 @@ class Walk:
 
     _nodes: Array = field(default_factory=lambda: np.empty(0, np.int64))
     _cached: Cached = field(default_factory=list)
-    """Of each layer, keys and values of `_nodes`: [1, n_kv_heads, n_nodes, d_head]."""
+    """For each layer the keys and values of `_nodes`: [1, n_kv_heads, n_nodes, d_head]."""
 
     def over(self, stretches: Iterable[tuple[int, int]]) -> Iterator[Stretch]:
         for start, stop in stretches:

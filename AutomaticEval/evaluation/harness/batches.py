@@ -15,7 +15,7 @@ from lm_eval.models import huggingface
 from lm_eval.models.utils import Collator
 
 Batch = list[list[int]]
-"""Of each batch row, the requests (by index) that it serves."""
+"""For each row of a batch: the indices of the requests that it answers."""
 
 
 class RecordingCollator(Collator):  # type: ignore[misc]
@@ -25,7 +25,7 @@ class RecordingCollator(Collator):  # type: ignore[misc]
     placeholder: Any
     """What takes the place of an answer that is not computed here."""
     groups: Sequence[int]
-    """Of each request; those of one group are batched one after the other. Empty: as lm-eval orders them."""
+    """The group of each request. Requests of one group are batched one after the other. Empty: lm-eval's own order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -122,7 +122,7 @@ class Call:
         return batch
 
     def hear(self, kind: str, request: Any, answer: Any) -> None:
-        """An answer, as lm-eval would cache it."""
+        """Takes an answer, at the moment when lm-eval would write it into its cache."""
         if kind == "loglikelihood_rolling":  # the sum over windows, each of which was heard
             return
         index = self._waiting.popleft()

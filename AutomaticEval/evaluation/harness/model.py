@@ -62,7 +62,7 @@ class _Prompts(NamedTuple):
     """Prompts that are answered together."""
 
     batch: list[list[int]]
-    """Of each, the request that it asks."""
+    """For each row of the batch: the requests that it answers."""
     context: Tensor
     """[n_prompts, width], left-padded."""
     mask: Tensor
@@ -111,7 +111,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         self._prefill, self._prefills = Prefill(loaded, selection), scoring == "tree"
         self._said: set[str] = set()
         self._shared: list[float] = []
-        """Of each request to generate: the part of its prompt that another begins with, too."""
+        """For each request to generate: which part of its prompt another prompt begins with, too."""
         self._call: Call | None = None
         self._held: list[_Captured] = []
         self._is_probing = False
@@ -123,7 +123,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
 
     @property
     def n_tokens(self) -> tuple[int, int]:
-        """Of the requests scored over a tree here: tokens that they would have fed one by one, and those computed."""
+        """(tokens that the requests scored over a tree here would have fed one by one, tokens that were computed)."""
         return self._tree.n_alone, self._tree.n_computed
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:

@@ -34,7 +34,7 @@ class TreeScorer:
 
     max_length: int
     dtype: torch.dtype | None
-    """Of the log-softmax; None leaves it in the logits' own."""
+    """The dtype in which the log-softmax is computed. None: that of the logits."""
 
     n_computed: int = 0
     """Tokens fed so far, by this process."""

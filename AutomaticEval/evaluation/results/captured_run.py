@@ -67,7 +67,7 @@ class RunFolder:
 
     keeping: Keeping
     name: str
-    """Of a new folder: `<name>_<timestamp>`."""
+    """What the name of a new folder begins with: `<name>_<timestamp>`."""
 
     model: str
     settings: Mapping[str, Any]

@@ -35,7 +35,7 @@ class Answered:
     """Hash of the prompt and, of a scored continuation, of its text."""
 
     random_state: str | None = None
-    """Of torch, after the batch in which it was sampled."""
+    """torch's random state after the batch in which the answer was sampled."""
 
     def check(self, prompt: str, response: str | None) -> None:
         """Raises OtherSettings when the request asks something else now."""

@@ -61,7 +61,7 @@ def _branches(parts: Parts, layer: int) -> list[_Branch]:
 
 
 def _down_projections(parts: Parts, block: str) -> list[str]:
-    """Of its MLP, or of a block that is its own."""
+    """Paths of the output projections of the block's MLP, or of the block itself where it is the MLP."""
     return [path for parent in parts.children(block, MLP) or [block] for path in parts.named(parent, DOWN_PROJECTION)]
 
 

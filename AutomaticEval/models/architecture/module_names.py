@@ -28,7 +28,7 @@ QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
 FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
 N_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 N_HEADS = ("num_attention_heads", "n_head", "n_heads")
-"""Of the config; remote code has names of its own."""
+"""Names of these numbers in configs. Code that came with a checkpoint may have others."""
 
 
 def n_layers_in(config: Any, name: str) -> int:
@@ -42,7 +42,7 @@ def n_layers_in(config: Any, name: str) -> int:
 
 
 class Heads(NamedTuple):
-    """Of one layer, as the config says."""
+    """The heads of one layer, as the config gives them."""
 
     n: int
     """0: it says none, as of a state-space model."""
@@ -70,7 +70,7 @@ class Parts:
         self.embedding = self._find_embedding()
         self.probe = Probe(model, {path: self.model.get_submodule(path) for path in self._to_probe()})
         self.ran = [self.probe.n_fired[block] == 1 for block in self.blocks]
-        """Of each block: whether it runs over text alone."""
+        """For each block: whether it runs when the input is text alone."""
         if self.probe.n_fired[""] != 1:
             raise UnsupportedModel(
                 f"a forward of {type(model).__name__} runs its {self.name} {self.probe.n_fired['']} times; once was expected. Another version "

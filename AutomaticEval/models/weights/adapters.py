@@ -22,7 +22,7 @@ class Alone(NamedTuple):
     base: str
     """A hub name, or a folder's path."""
     revision: str | None
-    """Of the base."""
+    """The revision of the base model."""
     has_tokenizer: bool
 
 

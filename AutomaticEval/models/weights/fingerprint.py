@@ -120,7 +120,7 @@ def _summed(words: Tensor) -> Tensor:
 
 
 def _summed_by_block(words: Tensor) -> Tensor:
-    """The same, with what is added up at once in a CPU's cache."""
+    """The same sums as the plain way, block by block, so that what is added up stays in the CPU's cache."""
     low, high = (each[: words.shape[1]] for each in _constants(words.device))
     found, upper = words.new_empty(len(words), 2), torch.empty_like(low)
     for block, sums in zip(words, found, strict=True):
@@ -193,7 +193,7 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor | _Own]]:
 
 
 def _scales(module: nn.Module, weight: Tensor) -> Tensor | None:
-    """Of 8-bit weights; the first forward moves them to the module's state."""
+    """The scales of 8-bit weights. The first forward moves them from the weight to the module's state."""
     found = getattr(weight, "SCB", None)
     return getattr(getattr(module, "state", None), "SCB", None) if found is None else found
 

@@ -68,7 +68,7 @@ def adapters_of(model: Any) -> dict[str, Any]:
 
 
 def library_versions(model: Any) -> dict[str, str]:
-    """Of the libraries beside torch and transformers that compute with a model."""
+    """Versions of the libraries, other than torch and transformers, that take part in a model's computation."""
     method = getattr(model, "quantization_method", None)
     used = {"bitsandbytes": "bitsandbytes" in str(method).lower(), "peft": bool(adapters_of(model))}
     return {name: version(name) for name, is_used in used.items() if is_used}

@@ -87,7 +87,7 @@ def size_text(size_bytes: float) -> str:
 
 
 def plain_name(text: str) -> str:
-    """Of characters that every file system takes, and of one file or folder: not hidden, and neither `.` nor `..`."""
+    """The text as a name that every file system accepts, of one file or folder: not hidden, and neither `.` nor `..`."""
     return re.sub(r"[^\w.-]+", "-", text).lstrip(".") or "-"
 
 

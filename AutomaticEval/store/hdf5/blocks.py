@@ -135,7 +135,7 @@ class _Blocks:
         self._rows, self._n_rows = 1 if self._sums is None else self._sums.rows, extent.shape[0]
         self._held = np.empty((0, *extent.shape[1:]), extent.dtype)
         self._first = self._stop = 0
-        """Of the rows of the block that is held."""
+        """The first row of the block that is held, and the row after its last."""
 
     def read(self, wanted: Array, out: Array) -> None:
         """Whole blocks go straight into out; of others the rows, through one block that is held for those that follow."""

@@ -18,7 +18,7 @@ BLOCK_BYTES = 65536
 
 
 def rows_per_block(row_bytes: int) -> int:
-    """Of a dataset that is not chunked: as many whole rows as fit into BLOCK_BYTES, and one at least."""
+    """How many rows a block has in a dataset that is not chunked: as many as fit into BLOCK_BYTES, at least one."""
     return max(1, BLOCK_BYTES // max(1, row_bytes))
 
 
@@ -53,7 +53,7 @@ class Running:
             self._n_open = 0
 
     def hexdigest(self) -> str:
-        """Of all that came."""
+        """The checksum of all pieces that were added."""
         return self._whole.hexdigest()
 
     def blocks(self) -> np.ndarray[Any, Any]:
@@ -62,7 +62,7 @@ class Running:
 
 
 def of_numbers(pieces: Iterable[np.ndarray[Any, Any]]) -> str:
-    """Of an array that comes in pieces."""
+    """The checksum of an array that comes in pieces."""
     found = xxhash.xxh3_64()
     for piece in pieces:
         found.update(raw_bytes(piece))
@@ -70,7 +70,7 @@ def of_numbers(pieces: Iterable[np.ndarray[Any, Any]]) -> str:
 
 
 def of_text(values: Iterable[str | bytes]) -> str:
-    """Of strings, each preceded by its length, so that no two lists of strings look the same."""
+    """The checksum of strings, each preceded by its length, so that no two lists of strings have the same bytes."""
     found = xxhash.xxh3_64()
     for value in values:
         raw = value.encode("utf-8") if isinstance(value, str) else value
@@ -80,6 +80,6 @@ def of_text(values: Iterable[str | bytes]) -> str:
 
 
 def of_attributes(attributes: Mapping[str, Any]) -> str:
-    """Of the root attributes but for this checksum itself."""
+    """The checksum of the root attributes, without this checksum itself."""
     text = json.dumps({name: str(value) for name, value in attributes.items() if name != OF_ATTRIBUTES}, sort_keys=True)
     return xxhash.xxh3_64_hexdigest(text.encode("utf-8"))

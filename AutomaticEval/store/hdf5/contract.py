@@ -65,7 +65,7 @@ ENCODED: dict[str, tuple[str, ...]] = {
 }
 """Type of a column -> the encodings that it may have."""
 NUMPY: dict[str, np.dtype[Any]] = {"int": np.dtype("<i8"), "float": np.dtype("<f8"), "bool": np.dtype("i1")}
-"""Of a column of numbers."""
+"""The dtype in which each type of column is stored that holds numbers."""
 _NONE, _NAN = 0x7FF8 << 48, (0x7FF8 << 48) + 1
 """The bits of a float that is absent, and of one that is not a number. Older versions wrote _NONE for both."""
 _DTYPES = {

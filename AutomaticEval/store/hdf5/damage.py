@@ -143,7 +143,7 @@ def _places(blocks: Array, rows: int, n_rows: int) -> str:
 
 
 def _hashed(path: Path, extent: Extent, advance: Advance) -> checksums.Running:
-    """Of all rows, read into one buffer."""
+    """The checksums of all rows, which are read into one buffer."""
     has_blocks = extent.sums is not None and not extent.sums.only_whole
     rows = extent.sums.rows if extent.sums is not None and has_blocks else eight_bits.BLOCK_ROWS
     hashed = checksums.Running(rows * extent.row_bytes)

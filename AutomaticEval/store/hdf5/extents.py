@@ -32,7 +32,7 @@ class Sums(NamedTuple):
     """The checksums of a dataset's blocks of rows, by which its reads are checked."""
 
     rows: int
-    """Of a block; the last one may have fewer."""
+    """The number of rows in a block. The last block may have fewer."""
 
     offset: int | None
     """Where they lie in the file, 8 bytes each. None: there is one block."""
@@ -52,7 +52,7 @@ class Extent(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     stamp: tuple[int, ...]
-    """Of the file when it was opened: another file of the same name is not read in its place."""
+    """Device, inode, size and time of the file when it was opened, so that another file of the same name is not read in its place."""
 
     sums: Sums | None = None
     """None: reads are not checked."""

@@ -12,12 +12,12 @@ import h5py
 import numpy as np
 
 EXPANSION = 1024
-"""Of what is compressed. gzip makes of one byte 1,032 at most, a chunk's entry in the file included less; zstd more only of
+"""How many times the file's size its compressed datasets may hold, uncompressed. gzip makes of one byte 1,032 at most, a chunk's entry in the file included less; zstd more only of
 rows that are all alike, for which the writer fills the file up."""
 MOST_WIDE = 2**31
 """Numbers in a row, and so the largest dimension but the first."""
 REFERENCE = np.dtype([("length", "<u4"), ("address", "V8"), ("index", "V4")])
-"""Of a variable-length value in its dataset; several may name one and the same text."""
+"""A text as its dataset holds it: a reference into the file. Several references may name the same text."""
 
 
 class Room:
@@ -51,7 +51,7 @@ class Room:
 
 
 def text_bytes(raw: bytes) -> int:
-    """Of all texts that references name, also where several name the same one. raw: the references as they lie in the file."""
+    """The length of all texts that references name; a text that several name counts each time. raw: the references as they lie in the file."""
     return int(np.frombuffer(raw, REFERENCE)["length"].sum(dtype=np.int64))
 
 

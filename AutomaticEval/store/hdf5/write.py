@@ -31,7 +31,7 @@ from AutomaticEval.store.ragged import Array, rechunked
 COMPRESSIONS = ("zstd", "lz4", "gzip")
 _PIECE_BYTES = 8 * 2**20
 _PIECE_NUMBERS = 2**18
-"""Of a table: to pick numbers in shards takes a hundred bytes for each."""
+"""Numbers of a table that are written at once. Picking them from shards takes about a hundred bytes for each."""
 _CHUNK_BYTES = 512 * 2**10
 """Below the 1 MiB that older HDF5 libraries keep in memory for each dataset."""
 
