@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -203,7 +204,7 @@ class Run(Sequence[dict[str, Any]]):
     def contents(self) -> Contents:
         """All that it holds, for what is made of it: merge, prune, export."""
         stored = {key: self._store.activation(key) for key in self.keys}
-        whole = contents.Contents(**{**vars(self._contents), "activations": stored})
+        whole = replace(self._contents, activations=stored)
         return whole if len(self) == whole.n_samples else contents.reordered(whole, self._order)
 
     @property

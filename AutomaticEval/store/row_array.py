@@ -125,19 +125,21 @@ class ShardedRows:
         begins = np.searchsorted(self.first, ranges[:, 0], side="right") - 1
         ends = np.searchsorted(self.first, ranges[:, 1] - 1, side="right") - 1
         if np.any(begins != ends):  # some lie across shards
-            borders = self.first[1:-1]
-            pieces = [
-                (a, b)
-                for start, stop in ranges
-                for edges in [[start, *borders[(borders > start) & (borders < stop)], stop]]
-                for a, b in itertools.pairwise(edges)
-            ]
-            yield from self._split(np.array(pieces, dtype=np.int64).reshape(-1, 2))
+            yield from self._split(self._cut_at_borders(ranges))
             return
         for part in np.split(np.arange(len(ranges)), np.flatnonzero(np.diff(begins)) + 1):
             if len(part):
                 number = int(begins[part[0]])
                 yield number, ranges[part] - self.first[number]
+
+    def _cut_at_borders(self, ranges: Array) -> Array:
+        """The same rows as ranges none of which lies across two shards."""
+        borders = self.first[1:-1]
+        pieces: list[tuple[int, int]] = []
+        for start, stop in ranges:
+            inside = borders[(borders > start) & (borders < stop)]
+            pieces += itertools.pairwise([start, *inside, stop])
+        return np.array(pieces, dtype=np.int64).reshape(-1, 2)
 
     def non_finite_rows(self, key: str) -> Array:
         """[n_rows], bool: the rows that hold infinite numbers or NaN."""
