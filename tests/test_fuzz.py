@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import itertools
 import multiprocessing
@@ -144,6 +145,7 @@ def try_seed(number: int, cases: dict[str, Case], folder: Path, every_door: bool
 def child(numbers: range, cases: dict[str, Case], folder: Path, told: Any, every_door: bool) -> None:
     """Tells of each seed when it begins, and how it ended."""
     warnings.simplefilter("ignore")
+    faulthandler.disable()  # a death is told with its seed
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # HDF5 does not return to Python: the process ends
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + BOUND, used + BOUND))
