@@ -9,9 +9,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, cast
 
 MOVED = {
     "AutomaticEval.analysis.compare": "AutomaticEval.analysis.heads.compare",
@@ -33,11 +33,14 @@ class OldNames:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(name, _Loader()) if name in MOVED else None
+        return ModuleSpec(name, cast("Any", _Loader())) if name in MOVED else None
 
 
-class _Loader(Loader):
-    """Gives the very module that has the new name, so that its classes and its settings are there once."""
+class _Loader:
+    """Gives the very module that has the new name, so that its classes and its settings are there once.
+
+    It is no `importlib.abc.Loader`, whose import takes longer than all else here.
+    """
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         new = MOVED[spec.name]
