@@ -233,9 +233,8 @@ def _hdf5_to_write(path: Path) -> Iterator[h5py.File]:
     except BaseException:
         with tempfile.TemporaryFile() as nothing:
             os.dup2(nothing.fileno(), file.id.get_vfd_handle())
-        with suppress(
-            OSError, RuntimeError
-        ):  # after a failed flush HDF5 refuses the first close; the failure is the one above
+        # after a failed flush HDF5 refuses the first close; the failure that counts is the one above
+        with suppress(OSError, RuntimeError):
             file.close()
         raise
     file.close()

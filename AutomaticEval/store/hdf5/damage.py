@@ -62,9 +62,8 @@ def _follow(shard: Shard) -> None:
 
     def look(name: str, item: Any) -> None:
         for each in item.attrs:
-            with suppress(
-                ValueError, TypeError
-            ):  # no value of ours; those of ours are read, and refused, where they are used
+            # a value that is not of ours is none of our business; ours are read, and refused, where they are used
+            with suppress(ValueError, TypeError):
                 contract.attribute_of(item, each)
 
     with shard.reading() as file:

@@ -37,7 +37,7 @@ from AutomaticEval.store.hdf5.write import check_compression, write_file
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reader import Run, open_run
 from AutomaticEval.store.run_folder import INDEX, delete_replaced, living, shard_names, tell_set_aside
-from AutomaticEval.store.writer import locked, source_of, write_index
+from AutomaticEval.store.writer import locked, order_of, source_of, write_index
 
 SAME = ("dtype", "store_dtype", "quantization", "revision", "sites", "layers", "positions", "shape", "edits", *IDENTITY)
 """The settings that runs must share to be joined: the model, what was changed in it, and the selection."""
@@ -106,21 +106,17 @@ def check(path: Path) -> None:
 def _verify_places(run: Run) -> list[str]:
     """Samples of `run.h5` that are not those of the shards it names."""
     shards = run.shards  # each is checked to be of this run, with its rows
-    n_samples = np.array([shard.n_samples for shard in shards], dtype=np.int64)
-    number, index = (np.array(run.column(name), dtype=np.float64) for name in ("shard", "index"))  # none: not a number
-    known = (number >= 0) & (number < len(shards))
-    lengths = n_samples[np.where(known, number, 0).astype(np.int64)] if len(shards) else np.zeros(len(number))
-    strays = np.flatnonzero(~(known & (index >= 0) & (index < lengths)))
-    if len(strays):
-        return [f"{run.path / INDEX}: sample {strays[0]} is in no shard"]
     parts = [replace(shard.contents(), columns=contents.Listed({})) for shard in shards]
-    order = (np.cumsum([0, *n_samples])[number.astype(np.int64)] + index).astype(np.int64)
+    try:
+        order = order_of(parts, run.contents.columns)
+    except ValueError as stray:
+        return [f"{run.path / INDEX}: {stray}"]
     theirs, ours = contents.joined(parts).segments.take(order), run.contents.segments
     wrong = theirs.first_difference(ours)
     if wrong is None:
         return []
-    name = shards[int(number[wrong])].path.name
-    return [f"{run.path / INDEX}: sample {wrong} has not the rows of sample {int(index[wrong])} of {name}"]
+    number, index = (run.column(name)[wrong] for name in ("shard", "index"))
+    return [f"{run.path / INDEX}: sample {wrong} has not the rows of sample {index} of {shards[number].path.name}"]
 
 
 def rebuild_index(folder: Path) -> Path:
