@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 from AutomaticEval.errors import SelectionError, UnknownPositions
+from AutomaticEval.options import Option
 from AutomaticEval.sites import DEFAULT_KINDS, LayersLike, Site, expand, parse_kinds, parse_layers
 
 STORE_DTYPES = ("float16", "bfloat16", "int8")
@@ -103,15 +105,35 @@ class Positions:
 class Selection:
     """What to keep of every sequence."""
 
-    kinds: tuple[str, ...] = DEFAULT_KINDS
+    kinds: Annotated[
+        tuple[str, ...],
+        Option(
+            "Sites, such as embed,resid_post,mlp_out,z. Default: embed,resid_post.",
+            name="sites",
+            reads=str | None,
+            default=None,
+            metavar="SITES",
+        ),
+    ] = DEFAULT_KINDS
     """Kinds of sites, names from `AutomaticEval.sites`."""
 
-    layers: tuple[tuple[int, int], ...] | None = None
+    layers: Annotated[
+        tuple[tuple[int, int], ...] | None,
+        Option("Layers, such as 0-2,-1. Default: all.", reads=str | None, metavar="LAYERS"),
+    ] = None
     """Inclusive (first, last) pairs; None for all layers."""
 
-    positions: Positions = Positions()
-    store_dtype: str | None = None
-    """One of STORE_DTYPES. None keeps the model's own dtype."""
+    positions: Annotated[
+        Positions,
+        Option(
+            "Positions: all, prompt, response, scored (whose logits gave the score), last, or a slice such as prompt[-4:].",
+            reads=str,
+            default="all",
+        ),
+    ] = Positions()
+    store_dtype: Annotated[
+        str | None, Option("Store narrower numbers: float16, bfloat16, or int8 (runs only). Default: the model's own.")
+    ] = None
 
     def __post_init__(self) -> None:
         if self.store_dtype is not None and self.store_dtype not in STORE_DTYPES:

@@ -16,7 +16,8 @@ import torch
 from gauges import seconds
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from AutomaticEval.capture.generation import Sampling, respond
+from AutomaticEval.capture.generation import respond
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection

@@ -27,8 +27,9 @@ from gauges import peak_memory, seconds
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from AutomaticEval.capture.texts import extraction as corpus
-from AutomaticEval.capture.texts.batching import Feeding, TextPieces, batches_of
+from AutomaticEval.capture.texts.batching import TextPieces, batches_of
 from AutomaticEval.capture.texts.extraction import TOKENS, extract
+from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.capture.texts.forward import inputs, padded
 from AutomaticEval.capture.texts.sources import Text, read_texts
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model

@@ -33,10 +33,12 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from AutomaticEval.cli.options import quiet_libraries
-from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark
+from AutomaticEval.evaluation.benchmark import BUNDLED
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
-from AutomaticEval.evaluation.results.captured_run import Keeping, made_with
+from AutomaticEval.evaluation.results.captured_run import made_with
 from AutomaticEval.evaluation.run import run_benchmark
+from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store import writer
@@ -62,7 +64,7 @@ def plain(loaded: LoadedModel, asked: Benchmark) -> Any:
 
 def captured(loaded: LoadedModel, asked: Benchmark, selection: Selection | None) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        return run_benchmark(loaded, asked, selection, keeping=Keeping(Path(folder)))
+        return run_benchmark(loaded, asked, selection, output=RunOutput(Path(folder)))
 
 
 def compared(name: str, before: Callable[[], object], after: Callable[[], object], rounds: int) -> None:

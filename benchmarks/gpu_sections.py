@@ -19,9 +19,11 @@ from scoring import Sides, requests_of, shapes
 from store_made import WORDS, Workload, bits_of, rows_bytes, seconds_in, write, write_raw
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
-from AutomaticEval.capture.generation import Response, Sampling, respond
+from AutomaticEval.capture.generation import Response, respond
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.evaluation.results.captured_run import made_with
-from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.hdf5.contract import bits

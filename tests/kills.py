@@ -20,7 +20,8 @@ from pathlib import Path
 import h5py
 import torch
 
-from AutomaticEval.capture.generation import Sampling, respond
+from AutomaticEval.capture.generation import respond
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Selection
 from AutomaticEval.store import writer

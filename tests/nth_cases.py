@@ -112,9 +112,9 @@ def to_folder(to: str, source: str, name: str) -> None:
 
 def cut_short(folder: Path) -> None:
     """A benchmark run that was stopped after the first shards."""
-    from AutomaticEval.evaluation.benchmark import Benchmark
-    from AutomaticEval.evaluation.results.captured_run import Keeping
+    from AutomaticEval.evaluation.benchmark_options import Benchmark
     from AutomaticEval.evaluation.run import run_benchmark
+    from AutomaticEval.evaluation.run_output import RunOutput
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.selection import Selection
     from AutomaticEval.store import shared as sharing
@@ -135,7 +135,7 @@ def cut_short(folder: Path) -> None:
             load_model("demo"),
             Benchmark(("demo",), limit=2),
             Selection.parse(positions="scored"),
-            keeping=Keeping(folder / "activations"),
+            output=RunOutput(folder / "activations"),
         )
     except Stopped:
         pass

@@ -21,9 +21,10 @@ from AutomaticEval.analysis.numbers.estimate import mean_interval
 from AutomaticEval.analysis.parts.before_after import answers_with
 from AutomaticEval.analysis.words.metrics import classifier, keywords, vader
 from AutomaticEval.analysis.words.profiles import load_profile
-from AutomaticEval.capture.generation import Sampling, respond
+from AutomaticEval.capture.generation import respond
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EditError, ModelUnavailable, PromptError, SelectionError
-from AutomaticEval.evaluation.benchmark import Benchmark
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 

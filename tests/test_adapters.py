@@ -12,7 +12,8 @@ import torch
 from conftest import BLOCKS, CONFIGS, build, n_hooks, raw_residuals
 from torch import Tensor
 
-from AutomaticEval.capture.generation import Sampling, respond
+from AutomaticEval.capture.generation import respond
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EditError, UnsupportedModel
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.attention import check_patterns

@@ -38,7 +38,8 @@ from AutomaticEval.cli.app import app
 from AutomaticEval.errors import AutomaticEvalError, ModelError, ModelUnavailable, UnknownLayer
 from AutomaticEval.evaluation.evaluating import EvaluateOptions
 from AutomaticEval.models import loading
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, LoadKeywords, LoadOptions, load_model, n_layers_of
+from AutomaticEval.models.load_options import LoadKeywords, LoadOptions
+from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model, n_layers_of
 
 PAIRS = [("What is the capital of", " France"), ("Tell me", " more of it"), ("", "One")]
 
@@ -667,7 +668,7 @@ def test_every_option_of_a_benchmark_reaches_it(monkeypatch: pytest.MonkeyPatch,
         (["extract", "--profile", "baseline"], ["--text_field", "x"], "text_field"),
         (COMMANDS["heads compare"], ["--max_new_tokens", "3"], "max_new_tokens"),
         (COMMANDS["heads ablate"], ["--limit", "3"], "limit"),
-        (["heads", "ablate", "--head-spec", "0:0", "--benchmark", "demo"], ["--max-tokens", "3"], "max_tokens"),
+        (["heads", "ablate", "--head-spec", "0:0", "--benchmark", "demo"], ["--max-tokens", "3"], "max_new_tokens"),
         (["heads", "patch", "--head-spec", "0:0", "--pairs", "t.jsonl"], ["--sentiment", "vader"], "sentiment"),
     ],
 )

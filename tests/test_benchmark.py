@@ -28,14 +28,15 @@ from AutomaticEval.errors import (
 )
 from AutomaticEval.evaluation import benchmark as benchmark_module
 from AutomaticEval.evaluation import run as run_module
-from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
+from AutomaticEval.evaluation.benchmark import BUNDLED, load_tasks
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.harness.call import Call
 from AutomaticEval.evaluation.results import captured_run as folder_module
 from AutomaticEval.evaluation.results import join as join_module
-from AutomaticEval.evaluation.results.captured_run import Keeping
 from AutomaticEval.evaluation.results.join import join
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
+from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Selection
 
@@ -101,7 +102,7 @@ def test_demo_scores_equal_plain_lm_eval_and_rows_reproduce_them(
 ) -> None:
     same_hooks_after(demo.model)
     benchmark = stock(("demo",), batch_size=batch_size, limit=24)
-    outcome = run_benchmark(demo, benchmark, selection, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(demo, benchmark, selection, output=RunOutput(tmp_path))
     assert_scores_are_plain(demo, benchmark, outcome)
     assert_rows_reproduce_scores(demo, outcome.folder)
 
@@ -110,14 +111,14 @@ def test_demo_scores_equal_plain_lm_eval_and_rows_reproduce_them(
 def test_every_family_and_fewshot(tiny: LoadedModel, tmp_path: Path, num_fewshot: int) -> None:
     """The tiny models' context is 128 tokens: with examples the prompts are cut on the left."""
     benchmark = stock(("demo",), batch_size=5, limit=12, num_fewshot=num_fewshot)
-    outcome = run_benchmark(tiny, benchmark, SCORED, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(tiny, benchmark, SCORED, output=RunOutput(tmp_path))
     assert_scores_are_plain(tiny, benchmark, outcome)
     assert_rows_reproduce_scores(tiny, outcome.folder)
 
 
 def test_truncated_prompts_are_captured_as_they_were_fed(tiny_llama: LoadedModel, tmp_path: Path) -> None:
     benchmark = stock(("demo_facts",), batch_size=4, limit=6, num_fewshot=6)
-    outcome = run_benchmark(tiny_llama, benchmark, ALL, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(tiny_llama, benchmark, ALL, output=RunOutput(tmp_path))
     assert_scores_are_plain(tiny_llama, benchmark, outcome)
     run = open_run(outcome.folder or "")
     assert max(sample["n_truncated"] for sample in run) > 0
@@ -129,7 +130,7 @@ def test_truncated_prompts_are_captured_as_they_were_fed(tiny_llama: LoadedModel
 
 
 def test_rows_of_a_whole_run_equal_raw_hooks_on_single_rows(demo: LoadedModel, tmp_path: Path) -> None:
-    outcome = run_benchmark(demo, stock(("demo",), limit=10, batch_size=7), ALL, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(demo, stock(("demo",), limit=10, batch_size=7), ALL, output=RunOutput(tmp_path))
     for sample in open_run(outcome.folder or ""):
         sequence = [*sample["input_ids"][0].tolist(), *sample["generated_ids"].tolist()]
         assert sample["token_ids"].tolist() == sequence[:-1]
@@ -139,7 +140,7 @@ def test_rows_of_a_whole_run_equal_raw_hooks_on_single_rows(demo: LoadedModel, t
 
 
 def test_every_request_is_there_once_with_its_own_text(demo: LoadedModel, tmp_path: Path) -> None:
-    outcome = run_benchmark(demo, stock(("demo",), limit=20), SCORED, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(demo, stock(("demo",), limit=20), SCORED, output=RunOutput(tmp_path))
     table = open_run(outcome.folder or "").table()
     assert not table.duplicated(["task", "doc_id", "choice", "repeat"]).any()
     assert table.groupby("task").size().to_dict() == {"demo_arithmetic": 20, "demo_facts": 80}
@@ -174,7 +175,7 @@ def test_demo_model_is_right_where_it_has_read_and_above_chance(demo: LoadedMode
 @pytest.mark.parametrize("seed", [None, 1, 2])
 def test_num_trials_draws_over_the_whole_benchmark(demo: LoadedModel, tmp_path: Path, seed: int | None) -> None:
     benchmark = stock(("demo",), num_trials=7, seed=seed)
-    outcome = run_benchmark(demo, benchmark, SCORED, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(demo, benchmark, SCORED, output=RunOutput(tmp_path))
     asked = {(task, entry["doc_id"]) for task, logged in outcome.samples.items() for entry in logged}
     assert len(asked) == 7
     assert sum(score.answered for score in outcome.scores if score.metric != "correct") == 7
@@ -257,7 +258,7 @@ def test_duplicate_documents_keep_a_sample_each_and_share_rows(
     demo: LoadedModel, tmp_path: Path, own_tasks: str
 ) -> None:
     benchmark = stock(("twice",), include_path=(own_tasks,))
-    outcome = run_benchmark(demo, benchmark, SCORED, keeping=Keeping(tmp_path / "out"))
+    outcome = run_benchmark(demo, benchmark, SCORED, output=RunOutput(tmp_path / "out"))
     assert_scores_are_plain(demo, benchmark, outcome)
     assert_rows_reproduce_scores(demo, outcome.folder)
     run = open_run(outcome.folder or "")
@@ -278,7 +279,7 @@ def test_duplicate_documents_keep_a_sample_each_and_share_rows(
 
 def test_sampled_repeats_and_stop_strings_are_keyed_and_cut(demo: LoadedModel, tmp_path: Path, own_tasks: str) -> None:
     benchmark = stock(("often",), include_path=(own_tasks,))
-    outcome = run_benchmark(demo, benchmark, ALL, keeping=Keeping(tmp_path / "out"))
+    outcome = run_benchmark(demo, benchmark, ALL, output=RunOutput(tmp_path / "out"))
     assert_scores_are_plain(demo, benchmark, outcome)
     run = open_run(outcome.folder or "")
     assert run.table().groupby(["doc_id", "repeat"]).size().to_dict() == {(d, r): 1 for d in range(3) for r in range(3)}
@@ -296,7 +297,7 @@ def test_sampled_repeats_and_stop_strings_are_keyed_and_cut(demo: LoadedModel, t
 
 
 def test_lm_evals_own_files_are_written_and_hold_its_scores(demo: LoadedModel, tmp_path: Path) -> None:
-    outcome = run_benchmark(demo, stock(("demo",), limit=3), SCORED, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(demo, stock(("demo",), limit=3), SCORED, output=RunOutput(tmp_path))
     assert outcome.results_file is not None
     assert outcome.folder in outcome.results_file.parents
     written = json.loads(outcome.results_file.read_text())
@@ -314,7 +315,7 @@ def test_forecast_is_never_less_than_what_is_written(demo: LoadedModel, tmp_path
             found = load_tasks(benchmark)
             foreseen = forecast(demo, benchmark, found, selection)
             assert foreseen.is_bound
-            outcome = run_benchmark(demo, benchmark, selection, keeping=Keeping(tmp_path))
+            outcome = run_benchmark(demo, benchmark, selection, output=RunOutput(tmp_path))
             rows = sum(
                 len(sample["token_ids"])
                 for sample in open_run(outcome.folder or "")
@@ -331,7 +332,7 @@ def test_disk_without_room_is_refused_before_the_first_forward(
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     monkeypatch.setattr(run_module, "simple_evaluate", lambda **k: pytest.fail("it ran"))
     with pytest.raises(DiskFull) as raised:
-        run_benchmark(demo, stock(("demo",)), SCORED, keeping=Keeping(tmp_path))
+        run_benchmark(demo, stock(("demo",)), SCORED, output=RunOutput(tmp_path))
     assert raised.value.exit_code == 2
     assert os.listdir(tmp_path) == []
 
@@ -353,7 +354,7 @@ def test_disk_that_fills_up_in_a_run_keeps_the_sealed_shards(
     monkeypatch.setattr(writer, "write_file", full_after_two)
     monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
     with pytest.raises(DiskFull) as raised:
-        run_benchmark(demo, stock(("demo",)), SCORED, keeping=Keeping(tmp_path))
+        run_benchmark(demo, stock(("demo",)), SCORED, output=RunOutput(tmp_path))
     assert raised.value.exit_code == 1
     (folder,) = tmp_path.iterdir()
     run = open_run(folder)
@@ -379,7 +380,7 @@ def test_failure_in_a_run_seals_what_was_captured(
 
     monkeypatch.setattr(HFLM, "_model_call", fails_third)
     with pytest.raises(KeyboardInterrupt):
-        run_benchmark(demo, stock(("demo_facts",), batch_size=8), SCORED, keeping=Keeping(tmp_path))
+        run_benchmark(demo, stock(("demo_facts",), batch_size=8), SCORED, output=RunOutput(tmp_path))
     assert huggingface.Collator is collator
     (folder,) = tmp_path.iterdir()
     assert len(open_run(folder)) >= 16
@@ -391,14 +392,14 @@ def test_change_inside_lm_eval_fails_loudly(demo: LoadedModel, tmp_path: Path, m
     monkeypatch.setattr(Call, "begins", lambda self, batch: begins(self, batch[::-1]))
     for task in ("demo_facts", "demo_arithmetic"):
         with pytest.raises(CaptureError, match="not what its request asks"):
-            run_benchmark(demo, stock((task,), limit=6), SCORED, keeping=Keeping(tmp_path))
+            run_benchmark(demo, stock((task,), limit=6), SCORED, output=RunOutput(tmp_path))
 
 
 def test_beam_search_in_a_task_is_refused(demo: LoadedModel, tmp_path: Path, own_tasks: str) -> None:
     task = REPEATS.replace("do_sample: true, temperature: 1.0", "num_beams: 2").replace("often", "beams")
     (Path(own_tasks) / "beams.yaml").write_text(task)
     with pytest.raises(BenchmarkError, match="'beams' generates with num_beams=2"):
-        run_benchmark(demo, stock(("beams",), include_path=(own_tasks,)), SCORED, keeping=Keeping(tmp_path / "out"))
+        run_benchmark(demo, stock(("beams",), include_path=(own_tasks,)), SCORED, output=RunOutput(tmp_path / "out"))
 
 
 def test_scores_outlive_a_join_that_fails(demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,7 +408,7 @@ def test_scores_outlive_a_join_that_fails(demo: LoadedModel, tmp_path: Path, mon
 
     monkeypatch.setattr(folder_module, "join", fail)
     with pytest.raises(CaptureError, match="do not match"):
-        run_benchmark(demo, stock(("demo",), limit=3), SCORED, keeping=Keeping(tmp_path))
+        run_benchmark(demo, stock(("demo",), limit=3), SCORED, output=RunOutput(tmp_path))
     assert list(tmp_path.rglob("results_*.json"))
     assert list(tmp_path.rglob("shard-00000.h5"))
 
@@ -426,7 +427,7 @@ def test_task_whose_requests_cannot_be_told_apart_is_refused_before(
     monkeypatch.setattr(ConfigurableTask, "construct_requests", twice)
     monkeypatch.setattr(run_module, "simple_evaluate", lambda **k: pytest.fail("it ran"))
     with pytest.raises(BenchmarkError, match="told apart"):
-        run_benchmark(demo, stock(("demo_arithmetic",)), SCORED, keeping=Keeping(tmp_path))
+        run_benchmark(demo, stock(("demo_arithmetic",)), SCORED, output=RunOutput(tmp_path))
 
 
 def entry(doc_id: int, **metrics: Any) -> dict[str, Any]:
@@ -448,7 +449,7 @@ def test_correct_is_the_first_metric_that_says_right_or_wrong() -> None:
 
 
 def test_sample_joined_to_another_request_is_refused(demo: LoadedModel, tmp_path: Path) -> None:
-    outcome = run_benchmark(demo, stock(("demo",), limit=4), SCORED, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(demo, stock(("demo",), limit=4), SCORED, output=RunOutput(tmp_path))
     run = open_run(outcome.folder or "")
     records = run.table().to_dict("records")
     assert len(join(records, outcome.samples)) == len(records)
@@ -474,7 +475,7 @@ def test_positions_that_keep_nothing_are_refused(demo: LoadedModel, tmp_path: Pa
             demo,
             stock(("letters",), include_path=(own_tasks,)),
             Selection.parse(positions="response"),
-            keeping=Keeping(tmp_path / "out"),
+            output=RunOutput(tmp_path / "out"),
         )
     assert not (tmp_path / "out").exists()
 
@@ -511,7 +512,7 @@ def test_benchmark_without_its_data_says_both_ways_out(monkeypatch: pytest.Monke
 def test_bfloat16_run_keeps_bfloat16_and_plain_scores(tokenizer: Any, tmp_path: Path) -> None:
     loaded = LoadedModel(build(CONFIGS["gpt2"](), torch.bfloat16), tokenizer, "bf16")
     benchmark = stock(("demo",), limit=8)
-    outcome = run_benchmark(loaded, benchmark, SCORED, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(loaded, benchmark, SCORED, output=RunOutput(tmp_path))
     assert_scores_are_plain(loaded, benchmark, outcome)
     assert open_run(outcome.folder or "").activations("layer_2").dtype == torch.bfloat16
 
@@ -523,7 +524,7 @@ def test_real_tasks_on_a_real_model(task: str, tmp_path: Path, monkeypatch: pyte
     loaded = load_model(STORIES)
     tasks = str(ROOT.parent / "shared" / "real" / "lm_eval_tasks")
     benchmark = stock((task,), include_path=(tasks,), limit=4, num_fewshot=2, batch_size=4)
-    outcome = run_benchmark(loaded, benchmark, SCORED, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(loaded, benchmark, SCORED, output=RunOutput(tmp_path))
     assert_scores_are_plain(loaded, benchmark, outcome)
     assert_rows_reproduce_scores(loaded, outcome.folder)
 
@@ -533,7 +534,7 @@ def test_group_of_57_tasks_with_5_trials_answers_5_questions(tmp_path: Path, mon
     monkeypatch.chdir(ROOT)
     tasks = str(ROOT.parent / "shared" / "real" / "lm_eval_tasks")
     benchmark = stock(("local_mmlu",), include_path=(tasks,), num_trials=5)
-    outcome = run_benchmark(load_model(STORIES), benchmark, SCORED, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(load_model(STORIES), benchmark, SCORED, output=RunOutput(tmp_path))
     (overall,) = (score for score in outcome.scores if score.metric == "correct")
     assert (overall.answered, overall.total) == (5, 14042)
     (group,) = (score for score in outcome.scores if score.task == "local_mmlu")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import FINAL_NORM, STORIES, n_hooks, needs_real, raw_residuals
 
-from AutomaticEval.capture.generation import Response, Sampling, respond
+from AutomaticEval.capture.generation import Response, respond
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Selection

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from AutomaticEval import load_activations, open_run
 from AutomaticEval.cli.app import app
-from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.options import command
 from AutomaticEval.errors import StoreError
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -287,7 +287,7 @@ def test_an_error_begins_its_own_line_below_a_bar(capfd: pytest.CaptureFixture[s
     bar = tqdm(total=2)
     bar.update()
 
-    @one_line_errors
+    @command
     def fails() -> None:
         raise StoreError("no room")
 

@@ -17,8 +17,9 @@ from transformers import Gemma2Config, MistralConfig
 
 from AutomaticEval import ExtractSingleSample, FromHuggingFace, open_run
 from AutomaticEval.capture.texts import extraction as corpus
-from AutomaticEval.capture.texts.batching import Feeding, Piece, batches_of
+from AutomaticEval.capture.texts.batching import Piece, batches_of
 from AutomaticEval.capture.texts.extraction import Extracted, extract
+from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.errors import (
     EmptyPrompt,
     OtherSettings,

@@ -9,7 +9,8 @@ import pytest
 
 from AutomaticEval.demo import train
 from AutomaticEval.demo.world import facts, larger_sums, sums
-from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark
+from AutomaticEval.evaluation.benchmark import BUNDLED
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 
 
 def test_what_is_held_out_is_in_no_training_text() -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from AutomaticEval import generate_inference_with_activations, load_activations, open_run
 from AutomaticEval.errors import CaptureError, MissingFilter, SelectionError
-from AutomaticEval.evaluation.benchmark import Benchmark
-from AutomaticEval.evaluation.results.captured_run import Keeping
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.run import run_benchmark
+from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store import int8 as eight_bits
@@ -184,9 +184,9 @@ def test_narrowed_capture_is_the_whole_one_rounded_and_says_so(demo: LoadedModel
 
 def test_int8_benchmark_run_has_the_scores_and_a_quarter_of_the_rows(demo: LoadedModel, tmp_path: Path) -> None:
     asked = Benchmark(("demo_facts",), limit=20)
-    whole = run_benchmark(demo, asked, Selection.parse(positions="all"), keeping=Keeping(tmp_path / "a"))
+    whole = run_benchmark(demo, asked, Selection.parse(positions="all"), output=RunOutput(tmp_path / "a"))
     small = run_benchmark(
-        demo, asked, Selection.parse(positions="all", store_dtype="int8"), keeping=Keeping(tmp_path / "b")
+        demo, asked, Selection.parse(positions="all", store_dtype="int8"), output=RunOutput(tmp_path / "b")
     )
     assert whole.results["results"] == small.results["results"]
     assert whole.folder is not None

@@ -23,7 +23,8 @@ from transformers import AutoTokenizer
 from AutomaticEval import HFActivations, evaluate_with_activations, open_run
 from AutomaticEval.errors import BenchmarkError, BenchmarkUnavailable, CaptureError, StoreError
 from AutomaticEval.evaluation import local_files as local_files_module
-from AutomaticEval.evaluation.benchmark import BUNDLED, Benchmark, load_tasks
+from AutomaticEval.evaluation.benchmark import BUNDLED, load_tasks
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.harness import speedups as harness
 from AutomaticEval.evaluation.harness.batches import RecordingCollator
@@ -32,9 +33,10 @@ from AutomaticEval.evaluation.harness.generated import Answers
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.harness.tokens import EncodedAhead, texts_of
 from AutomaticEval.evaluation.local_files import read_documents
-from AutomaticEval.evaluation.results.captured_run import Keeping
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, LoadOptions, load_model
+from AutomaticEval.evaluation.run_output import RunOutput
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model
 from AutomaticEval.selection import Selection
 
 ROLLING = """
@@ -240,7 +242,7 @@ def test_forecast_knows_how_much_context_the_last_window_has(
 ) -> None:
     benchmark = stock(("pages",), include_path=(own_tasks,), limit=1)
     expected = forecast(tiny_llama, benchmark, load_tasks(benchmark), Selection.parse())
-    outcome = run_benchmark(tiny_llama, benchmark, Selection.parse(), keeping=Keeping(tmp_path))
+    outcome = run_benchmark(tiny_llama, benchmark, Selection.parse(), output=RunOutput(tmp_path))
     run = open_run(outcome.folder or "")
     assert run.column("n_prompt_tokens")[-1] > 1
     stored = sum(rows.numel() * rows.element_size() for sample in run for rows in sample["activations"].values())
@@ -649,7 +651,7 @@ def test_hooks_are_gone_after_every_kind_of_task(
     demo: LoadedModel, own_tasks: str, tmp_path: Path, same_hooks_after: Callable[[Any], None]
 ) -> None:
     same_hooks_after(demo.model)
-    outcome = run_benchmark(demo, stock(MIXED, include_path=(own_tasks,)), SCORED, keeping=Keeping(tmp_path))
+    outcome = run_benchmark(demo, stock(MIXED, include_path=(own_tasks,)), SCORED, output=RunOutput(tmp_path))
     assert open_run(outcome.folder or "").finished
 
 

@@ -21,11 +21,12 @@ from conftest import ACCELERATE, CONFIGS, ROOT, TORCHRUN, build, process, within
 
 from AutomaticEval import open_run
 from AutomaticEval.analysis.words.profiles import load_profile
-from AutomaticEval.capture.texts.batching import Feeding
+from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.capture.texts.many_runs import Plan, TextSet, extract_sets, folder_names
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models import loading
-from AutomaticEval.models.loading import LoadedModel, LoadOptions
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.upkeep.rewrite import verify

@@ -16,8 +16,10 @@ from test_neighbours import ALL, assert_same_rows
 from test_recompute import assert_honest, evaluated, every_kind, extracted
 
 from AutomaticEval import load_model, open_run
-from AutomaticEval.capture.generation import Sampling, respond
-from AutomaticEval.models.loading import LoadedModel, LoadOptions
+from AutomaticEval.capture.generation import respond
+from AutomaticEval.capture.sampling import Sampling
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.weights.fingerprint import fingerprint
 from AutomaticEval.selection import Selection
 

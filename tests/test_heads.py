@@ -31,7 +31,8 @@ from AutomaticEval.capture.texts.sources import drawn, read_texts
 from AutomaticEval.errors import ModelError, PathExists, PromptError, SelectionError, SiteUnavailable, StoreError
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.head_weights import head_results, output_weight
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, LoadOptions, load_model
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.sites import Site
 

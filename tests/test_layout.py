@@ -11,7 +11,8 @@ import transformers
 from conftest import build
 from torch import Tensor
 
-from AutomaticEval.capture.generation import Sampling, respond
+from AutomaticEval.capture.generation import respond
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import SiteUnavailable, UnsupportedModel
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.layout import cache_in

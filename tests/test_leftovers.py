@@ -21,9 +21,10 @@ from test_store import SETTINGS, make_sample
 
 from AutomaticEval.analysis.heads.sweep_files import _swept
 from AutomaticEval.errors import DiskFull, FolderInUse, StoreError
-from AutomaticEval.evaluation.benchmark import Benchmark
-from AutomaticEval.evaluation.results.captured_run import Keeping, RunFolder
+from AutomaticEval.evaluation.benchmark_options import Benchmark
+from AutomaticEval.evaluation.results.captured_run import RunFolder
 from AutomaticEval.evaluation.run import run_benchmark
+from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.report.figures import save_with_figures
@@ -264,7 +265,7 @@ def test_locks_of_a_shared_run_go_when_it_is_finished(tmp_path: Path) -> None:
 def test_a_run_that_fails_before_its_first_rows_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder(Keeping(tmp_path), "run", "m", SETTINGS, 10**6, Ranks())
+    folder = RunFolder(RunOutput(tmp_path), "run", "m", SETTINGS, 10**6, Ranks())
     with pytest.raises(DiskFull), folder.writing():
         raise DiskFull("no room")
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,8 @@ from conftest import CONFIGS, build
 from AutomaticEval import generate_inference_with_activations, load_activations
 from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable, UnsupportedModel
 from AutomaticEval.models import loading
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, LoadOptions, load_model, n_layers_of
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model, n_layers_of
 
 
 @pytest.fixture(autouse=True)

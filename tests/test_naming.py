@@ -16,7 +16,8 @@ from test_store import SETTINGS, make_sample
 from AutomaticEval import generate_inference_with_activations, load_activations
 from AutomaticEval.capture.recompute.recomputed_run import recompute
 from AutomaticEval.errors import OtherSettings
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadOptions, load_model
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.loading import DEMO_FOLDER, load_model
 from AutomaticEval.public_names import is_same, public_name
 from AutomaticEval.settings import differing
 from AutomaticEval.store.export.formats import export

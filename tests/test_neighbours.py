@@ -37,9 +37,11 @@ from AutomaticEval.capture.batch_independence import (
     padding_changes,
     settings_that_look,
 )
-from AutomaticEval.capture.generation import Sampling, respond
-from AutomaticEval.capture.texts.batching import Feeding, TextPieces
+from AutomaticEval.capture.generation import respond
+from AutomaticEval.capture.sampling import Sampling
+from AutomaticEval.capture.texts.batching import TextPieces
 from AutomaticEval.capture.texts.extraction import Forwards, as_text
+from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.capture.texts.forward import inputs, padded
 from AutomaticEval.errors import ModelError, SelectionError, TreeUnsuitable
 from AutomaticEval.evaluation.harness.model import CapturingHFLM

@@ -13,7 +13,8 @@ from conftest import CONFIGS, build, n_hooks, process, within
 
 from AutomaticEval.analysis.heads.patch import Pair, Patching, matched, read_pairs, recovered
 from AutomaticEval.analysis.parts.before_after import answers_with
-from AutomaticEval.capture.generation import Sampling, respond
+from AutomaticEval.capture.generation import respond
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EditError, PromptError
 from AutomaticEval.models.editing import editing
 from AutomaticEval.models.loading import LoadedModel

@@ -12,7 +12,8 @@ import transformers as hf
 from conftest import CONFIGS, build
 from torch import Tensor, nn
 
-from AutomaticEval.capture.generation import Sampling, respond
+from AutomaticEval.capture.generation import respond
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.cli import sites as sites_command
 from AutomaticEval.errors import CaptureError, SiteUnavailable, UnsupportedModel

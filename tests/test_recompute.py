@@ -21,13 +21,14 @@ from AutomaticEval.capture.recompute import recomputed_sample as sample_module
 from AutomaticEval.capture.recompute.plain_forward import plain_forward
 from AutomaticEval.capture.recompute.recomputed_run import Recomputed
 from AutomaticEval.capture.recompute.tolerance import LIMITS, Judged, judged, measured
-from AutomaticEval.capture.texts.batching import Feeding
 from AutomaticEval.capture.texts.extraction import extract
+from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.errors import OtherSettings, SelectionError, SiteUnavailable
-from AutomaticEval.evaluation.benchmark import Benchmark
-from AutomaticEval.evaluation.results.captured_run import Keeping
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.run import run_benchmark
-from AutomaticEval.models.loading import LoadedModel, LoadOptions
+from AutomaticEval.evaluation.run_output import RunOutput
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Recording
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import KINDS, Site
@@ -53,7 +54,7 @@ def extracted(loaded: LoadedModel, folder: Path, kinds: str = ALL, feeding: Feed
 def evaluated(loaded: LoadedModel, folder: Path, kinds: str = ALL, scoring: str = "tree", **how: Any) -> Path:
     benchmark = Benchmark(("demo",), num_trials=6, num_fewshot=2, scoring=scoring)
     done = run_benchmark(
-        loaded, benchmark, selection(loaded, kinds, **{"positions": "all", **how}), keeping=Keeping(folder)
+        loaded, benchmark, selection(loaded, kinds, **{"positions": "all", **how}), output=RunOutput(folder)
     )
     assert done.folder is not None
     return done.folder

@@ -24,10 +24,12 @@ from AutomaticEval import (
 from AutomaticEval.capture.generation import refuse_uncomputed_logits
 from AutomaticEval.errors import BenchmarkError, FolderNotWritable, SelectionError, StoreError
 from AutomaticEval.evaluation import run as run_module
-from AutomaticEval.evaluation.benchmark import Benchmark, load_tasks
+from AutomaticEval.evaluation.benchmark import load_tasks
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.forecast import EXACT_DOCS, forecast
-from AutomaticEval.evaluation.results.captured_run import Keeping, folder_name
+from AutomaticEval.evaluation.results.captured_run import folder_name
 from AutomaticEval.evaluation.run import run_benchmark
+from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.store.disk.whole_files import own_name, prepare_file
@@ -144,7 +146,7 @@ def test_tasks_that_generate_are_named_before_any_task_runs(demo: LoadedModel, t
     runs.clear()
     with pytest.raises(SelectionError, match=r"'demo_arithmetic' generates its answers.*scored"):
         run_benchmark(
-            demo, Benchmark(("demo",), limit=2), Selection.parse("logits", positions="all"), keeping=Keeping(tmp_path)
+            demo, Benchmark(("demo",), limit=2), Selection.parse("logits", positions="all"), output=RunOutput(tmp_path)
         )
     assert not runs
     assert os.listdir(tmp_path) == []
@@ -209,7 +211,7 @@ def test_more_new_tokens_than_the_context_holds_are_refused(
     assert demo.layout
     runs.clear()
     with pytest.raises(BenchmarkError, match=r"'wordy' asks for up to 512 new tokens.*context is 512"):
-        run_benchmark(demo, benchmark, Selection.parse() if captures else None, keeping=Keeping(tmp_path / "to"))
+        run_benchmark(demo, benchmark, Selection.parse() if captures else None, output=RunOutput(tmp_path / "to"))
     assert not runs
 
 
@@ -232,7 +234,7 @@ def test_continuations_that_cannot_be_scored_are_named(
     assert demo.layout
     runs.clear()
     with pytest.raises(BenchmarkError, match=says):
-        run_benchmark(demo, benchmark, Selection.parse() if captures else None, keeping=Keeping(tmp_path / "to"))
+        run_benchmark(demo, benchmark, Selection.parse() if captures else None, output=RunOutput(tmp_path / "to"))
     assert not runs
 
 
@@ -268,7 +270,7 @@ def test_long_names_become_names_of_files(demo: LoadedModel, tmp_path: Path) -> 
     task(tmp_path, "long", text, asked(2))
     loaded = LoadedModel(demo.model, demo.tokenizer, "模型" * 100)
     outcome = run_benchmark(
-        loaded, Benchmark((name,), include_path=(str(tmp_path),)), Selection.parse(), keeping=Keeping(tmp_path / "to")
+        loaded, Benchmark((name,), include_path=(str(tmp_path),)), Selection.parse(), output=RunOutput(tmp_path / "to")
     )
     assert outcome.folder is not None
     assert len(open_run(outcome.folder)) == 4
@@ -293,7 +295,7 @@ def test_file_names_that_are_too_long_are_refused_by_name(tmp_path: Path) -> Non
     with pytest.raises(FolderNotWritable, match="File name too long"):
         generate_inference("Hi", "demo", capture_activations=True, save_path=tmp_path / f"{long}.h5")
     with pytest.raises(StoreError, match="File name too long"):
-        Keeping(resume=tmp_path / long)
+        RunOutput(resume=tmp_path / long)
 
 
 # What a run that was cut short is told
@@ -329,7 +331,7 @@ def bounded(loaded: LoadedModel, benchmark: Benchmark, selection: Selection, fol
     """(bytes that were written, bytes that were foreseen), after checking that more than a bound was not written."""
     foreseen = forecast(loaded, benchmark, load_tasks(benchmark), selection)
     said: list[str] = []
-    outcome = run_benchmark(loaded, benchmark, selection, keeping=Keeping(folder), announce=said.append)
+    outcome = run_benchmark(loaded, benchmark, selection, output=RunOutput(folder), announce=said.append)
     assert outcome.folder is not None
     written = sum(file.stat().st_size for file in outcome.folder.glob("*.h5"))
     assert said[0] == f"Activations: {foreseen} expected"

@@ -9,7 +9,8 @@ import torch
 from conftest import CONFIGS, build
 from torch import Tensor
 
-from AutomaticEval.capture.generation import Sampling, respond
+from AutomaticEval.capture.generation import respond
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.transfer import Staging
 from AutomaticEval.selection import Selection

@@ -20,7 +20,8 @@ from AutomaticEval.analysis.heads.sweep import sweep_of_answers
 from AutomaticEval.analysis.heads.sweep_files import sweep_pairs, sweep_prompts
 from AutomaticEval.analysis.parts import later_blocks as rest
 from AutomaticEval.analysis.words.profiles import load_profile
-from AutomaticEval.capture.generation import Sampling, respond
+from AutomaticEval.capture.generation import respond
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EditError, OtherSettings, PromptError
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.loading import LoadedModel

@@ -19,12 +19,14 @@ from transformers import AutoTokenizer
 from AutomaticEval import HFActivations, evaluate_with_activations, open_run
 from AutomaticEval.capture.tree import shared_prompt as prefill
 from AutomaticEval.errors import BenchmarkError
-from AutomaticEval.evaluation.benchmark import Benchmark, load_tasks
+from AutomaticEval.evaluation.benchmark import load_tasks
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.harness.tokens import shared_beginnings
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
-from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.reader import Run
 

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
-from AutomaticEval.capture.generation import Sampling, bytes_per_row, refuse_uncomputed_logits, respond
+from AutomaticEval.capture.generation import bytes_per_row, refuse_uncomputed_logits, respond
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, SelectionError, unknown_option
-from AutomaticEval.models.loading import LoadedModel, LoadKeywords, LoadOptions, load_model, n_layers_of
+from AutomaticEval.models.load_options import LoadKeywords, LoadOptions
+from AutomaticEval.models.loading import LoadedModel, load_model, n_layers_of
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.disk.whole_files import ensure_space, hdf5_path, prepare_file

@@ -3,56 +3,69 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from AutomaticEval import __version__
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import one_line_errors, with_load
+from AutomaticEval.cli.options import KEEP, OUTPUT, command, is_given, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import BenchmarkError, SelectionError
+from AutomaticEval.evaluation.benchmark_options import WHY_NOT, Benchmark
+from AutomaticEval.evaluation.run_output import RunOutput
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.options import options_in
+from AutomaticEval.selection import Positions, Selection
 
 if TYPE_CHECKING:
     from AutomaticEval.evaluation.results.join import Score
     from AutomaticEval.evaluation.run import Outcome
 
+OF_CAPTURE = (*options_in(Selection), *options_in(RunOutput))
+"""Options that mean nothing when nothing is captured; of them --output is taken for lm-eval's results then."""
 
-@one_line_errors
-@with_load
+
+@command
+@takes(
+    asked=options_of(Benchmark, benchmark="demo"),
+    selection=options_of(Selection, positions="scored"),
+    load=LoadOptions,
+    output=RunOutput,
+)
 def benchmark(
-    load: options.Load,
     context: typer.Context,
-    capture_activations: options.CaptureActivations = False,
-    head_strength: options.HeadStrength = False,
-    benchmark: options.Benchmarks = "demo",
+    asked: Benchmark,
+    selection: Selection,
+    load: LoadOptions,
+    output: RunOutput,
+    capture_activations: Annotated[
+        bool,
+        typer.Option("--capture_activations", help="Keep the activations of every question.", rich_help_panel=KEEP),
+    ] = False,
+    head_strength: Annotated[
+        bool,
+        typer.Option(
+            "--head_strength",
+            help="Measure how strong each head is: head_strength.json in the run folder.",
+            rich_help_panel=KEEP,
+        ),
+    ] = False,
     model: options.Model = "demo",
-    num_trials: options.NumTrials = None,
-    num_fewshot: options.NumFewshot = None,
-    limit: options.Limit = None,
-    layers: options.Layers = None,
-    sites: options.Sites = None,
-    positions: options.Positions = None,
-    store_dtype: options.StoreDtype = None,
-    compression: options.Compression = None,
-    strict: options.Strict = False,
-    activation_save_dir: options.SaveDir = Path("activations"),
-    resume: options.Resume = None,
-    output_path: options.OutputPath = None,
-    include_path: options.IncludePath = None,
-    benchmark_data: options.BenchmarkData = None,
-    apply_chat_template: options.ApplyChatTemplate = False,
-    system_instruction: options.SystemInstruction = None,
-    gen_kwargs: options.GenKwargs = None,
-    repeats: options.Repeats = None,
-    predict_only: options.PredictOnly = False,
-    confirm_run_unsafe_code: options.UnsafeCode = False,
-    batch_size: options.BatchSize = "8",
-    scoring: options.Scoring = "tree",
-    seed: options.Seed = None,
+    output_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--output_path",
+            help="Folder for lm-eval's own results and samples files. Default: the run's folder.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     mlflow: options.Mlflow = None,
-    use_cache: options.UseCache = None,
-    cache_requests: options.CacheRequests = None,
+    use_cache: Annotated[str | None, typer.Option("--use_cache", hidden=True)] = None,
+    cache_requests: Annotated[str | None, typer.Option("--cache_requests", hidden=True)] = None,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     """Run language models on benchmarks and prompts, and keep their activations from the pass that answered.
 
@@ -61,69 +74,53 @@ def benchmark(
     if context.invoked_subcommand is not None:
         _refuse_options_before(context)
         return
-    captures = capture_activations or head_strength
-    how = "--capture_activations"
+    if version:
+        say(f"AutomaticEval {__version__}")
+        return
+    for name, given in (("use_cache", use_cache), ("cache_requests", cache_requests)):
+        if given is not None:
+            raise BenchmarkError(f"--{name}: {WHY_NOT[name]}")
     if head_strength:
-        sites, positions = _with_norms(sites, positions, alone=not capture_activations)
-    selection = options.chosen(sites, layers, positions, store_dtype, "scored", captures=captures, how=how)
-    for name, given in (("--compression", compression), ("--resume", resume), ("--strict", strict or None)):
-        if given is not None and not captures:
-            raise SelectionError(f"{name} was given, but nothing is captured; add --capture_activations.")
+        selection = _with_norms(selection, context, alone=not capture_activations)
+    captures = capture_activations or head_strength
     if not captures:
-        options.refuse_unused(context, "nothing is captured", "activation_save_dir")
+        unused = (name for name in OF_CAPTURE if name != "output")
+        refuse_unused(context, "nothing is captured without --capture_activations", *unused)
+        output_path = output_path or output.output
     options.quiet_libraries()
-    from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark, load_tasks
-    from AutomaticEval.evaluation.results.captured_run import Keeping
+    from AutomaticEval.evaluation.benchmark import load_tasks
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import load_model, n_layers_of
     from AutomaticEval.processes import join_ranks
     from AutomaticEval.report.mlflow_run import require_mlflow
     from AutomaticEval.store.hdf5.write import check_compression
 
-    for name, given in (("use_cache", use_cache), ("cache_requests", cache_requests)):
-        if given is not None:
-            raise BenchmarkError(f"--{name}: {WHY_NOT[name]}")
     ranks = join_ranks()
-    say = options.Log(speaks=ranks.is_first)
+    log = options.Log(speaks=ranks.is_first)
     if mlflow is not None:
         require_mlflow()
-    say("Loading …")
-    check_compression(compression)
-    keeping = Keeping(activation_save_dir, resume, compression, strict)
-    asked = Benchmark(
-        names=tuple(name.strip() for name in benchmark.split(",") if name.strip()),
-        num_trials=num_trials,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        seed=seed,
-        batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
-        scoring=scoring,
-        include_path=tuple(map(str, include_path or ())),
-        local_files=None if benchmark_data is None else str(benchmark_data),
-        apply_chat_template=apply_chat_template,
-        system_instruction=system_instruction,
-        gen_kwargs=gen_kwargs,
-        repeats=repeats,
-        predict_only=predict_only,
-        confirm_run_unsafe_code=confirm_run_unsafe_code,
-    )
-    if selection is not None:
-        selection.sites(n_layers_of(model, load()))  # a wrong layer is refused before the weights load
-    options.tell_of_code(benchmark, include_path, say)
-    found = load_tasks(asked)  # what is wrong with a task is told before a large model loads
-    loaded = load_model(model, options=load())
-    started = time.perf_counter()
-    outcome = run_benchmark(
-        loaded, asked, selection, found=found, keeping=keeping, output_path=output_path, announce=say
-    )
+    log("Loading …")
+    check_compression(output.compression)
     if ranks.is_first:
-        _print(outcome, f"{benchmark} on {model}")
-        if head_strength and outcome.folder is not None:
-            _write_strength(outcome.folder)
-        if mlflow is not None:
-            about = {"model": loaded.name, "benchmark": asked.as_dict(), "load": load().as_dict()}
-            about |= {} if selection is None else {"selection": selection.as_dict()}
-            _track(outcome, f"{benchmark} on {loaded.name}", about, mlflow, say, time.perf_counter() - started)
+        output.refuse_existing()
+    kept = selection if captures else None
+    if kept is not None:
+        kept.sites(n_layers_of(model, load))  # a wrong layer is refused before the weights load
+    options.tell_of_code(asked, log)
+    found = load_tasks(asked)  # what is wrong with a task is told before a large model loads
+    loaded = load_model(model, options=load)
+    started = time.perf_counter()
+    outcome = run_benchmark(loaded, asked, kept, found=found, output=output, output_path=output_path, announce=log)
+    if not ranks.is_first:
+        return
+    names = ",".join(asked.names)
+    _print(outcome, f"{names} on {model}")
+    if head_strength and outcome.folder is not None:
+        _write_strength(outcome.folder)
+    if mlflow is not None:
+        about = {"model": loaded.name, "benchmark": asked.as_dict(), "load": load.as_dict()}
+        about |= {} if kept is None else {"selection": kept.as_dict()}
+        _track(outcome, f"{names} on {loaded.name}", about, mlflow, log, time.perf_counter() - started)
 
 
 def _refuse_options_before(context: typer.Context) -> None:
@@ -138,15 +135,14 @@ def _refuse_options_before(context: typer.Context) -> None:
         )
 
 
-def _with_norms(sites: str | None, positions: str | None, *, alone: bool) -> tuple[str, str | None]:
+def _with_norms(selection: Selection, context: typer.Context, *, alone: bool) -> Selection:
     """What --head_strength keeps: the norms of the heads' results, at every position when nothing else is captured."""
     if not alone:
-        from AutomaticEval.sites import DEFAULT_KINDS
-
-        return f"{sites or ','.join(DEFAULT_KINDS)},head_result_norm", positions
-    if sites is not None:
+        return replace(selection, kinds=(*selection.kinds, "head_result_norm"))
+    if is_given(context, "sites"):
         raise SelectionError("--sites was given with --head_strength alone; add --capture_activations to keep more.")
-    return "head_result_norm", positions or "all"
+    positions = selection.positions if is_given(context, "positions") else Positions()
+    return replace(selection, kinds=("head_result_norm",), positions=positions)
 
 
 def _write_strength(folder: Path) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from AutomaticEval.cli import options
-from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.options import OUTPUT, command, options_of, takes
 from AutomaticEval.cli.printing import progress, say
+from AutomaticEval.evaluation.run_output import RunOutput
 
 if TYPE_CHECKING:
     from AutomaticEval.store.reader import Run
@@ -27,10 +27,15 @@ READING = {
 """Format -> one line of Python."""
 
 
-@one_line_errors
+@command
+@takes(written=options_of(RunOutput, "compression"))
 def export(
     path: Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder; for hdf5, a new file.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="A new folder; for hdf5, a new file.", rich_help_panel=OUTPUT),
+    ],
+    written: RunOutput,
     to: Annotated[
         str, typer.Option("--to", help="safetensors, npz, arrow, transformer_lens or hdf5.", metavar="FORMAT")
     ] = "safetensors",
@@ -41,7 +46,6 @@ def export(
             help="float32, float16 or bfloat16. Default: as stored, or float32 where the format has no bfloat16 or int8.",
         ),
     ] = None,
-    compression: options.Compression = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
@@ -59,7 +63,7 @@ def export(
     from AutomaticEval.store.reader import open_run
 
     store.check_format(to, dtype, [*store.FORMATS, HDF5])
-    if compression is not None and to != HDF5:
+    if written.compression is not None and to != HDF5:
         raise SelectionError(f"--compression was given, but {to} is not compressed; use --to hdf5, or leave it out.")
     if public and push_to_hub is None:
         raise SelectionError("--public was given, but nothing is uploaded; add --push_to_hub user/name.")
@@ -68,7 +72,7 @@ def export(
     if push_to_hub is not None:
         _ask(run, push_to_hub, public=public)
         hub.create_repository(push_to_hub, private=not public)  # before any work: it may be refused
-    _write(path, output, to, dtype, compression, n_samples)
+    _write(path, output, to, dtype, written.compression, n_samples)
     say(f"{n_samples} samples of {path} are in {output} ({_size(output)}).")
     if push_to_hub is not None:
         say(f"Uploaded: {hub.push_to_hub(output, push_to_hub, private=not public)}")

@@ -2,141 +2,164 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import one_line_errors, with_load
+from AutomaticEval.cli.options import KEEP, MODEL, command, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
-from AutomaticEval.errors import PromptError, SelectionError
+from AutomaticEval.errors import SelectionError
+from AutomaticEval.evaluation.run_output import RunOutput
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.options import Option
+from AutomaticEval.selection import Selection
 
 if TYPE_CHECKING:
     from AutomaticEval.capture.texts.many_runs import Plan, TextSet, Unit
 
 
-@one_line_errors
-@with_load
+@dataclass(frozen=True)
+class WhichTexts:
+    """Which texts are fed: those of a profile, of a file, or of a data set."""
+
+    profile: Annotated[str | None, Option("baseline, extended, or a .toml file: labelled prompts, and models.")] = None
+    texts: Annotated[Path | None, Option("File of texts: JSONL, JSON, CSV or txt.")] = None
+    dataset: Annotated[str | None, Option("A Hugging Face data set, streamed; or a local folder.")] = None
+    category: Annotated[str | None, Option("Categories of the profile, comma-separated. Default: all.")] = None
+    text_field: Annotated[
+        str | None, Option("Field that holds the text. Default: text, input, question or prompt.")
+    ] = None
+    dataset_config: Annotated[str | None, Option("Configuration of the data set.")] = None
+    split: Annotated[str, Option("Split of the data set.")] = "train"
+    limit: Annotated[int | None, Option("The first so many texts; of a profile, of each category.", minimum=1)] = None
+
+    def __post_init__(self) -> None:
+        if sum(given is not None for given in (self.profile, self.texts, self.dataset)) != 1:
+            raise SelectionError("which texts? Give one of --profile, --texts and --dataset.")
+        if self.profile is None and self.category is not None:
+            raise SelectionError("--category names a category of a --profile; leave it out.")
+
+
+@command
+@takes(
+    which=WhichTexts,
+    feeding=Feeding,
+    selection=options_of(Selection, "layers", "positions", "store_dtype"),
+    load=LoadOptions,
+    output=options_of(RunOutput, "output", "activation_save_dir", "compression"),
+)
 def extract(
-    load: options.Load,
     context: typer.Context,
-    profile: Annotated[
-        str | None, typer.Option("--profile", help="baseline, extended, or a .toml file: labelled prompts, and models.")
-    ] = None,
-    texts: Annotated[Path | None, typer.Option("--texts", help="JSONL, JSON, CSV or txt.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option("--dataset", help="A Hugging Face data set, streamed; or a local folder.")
-    ] = None,
+    which: WhichTexts,
+    feeding: Feeding,
+    selection: Selection,
+    load: LoadOptions,
+    output: RunOutput,
+    sites: Annotated[
+        str,
+        typer.Option(
+            "--sites",
+            help="Sites to keep; also pattern: attention after softmax.",
+            metavar="SITES",
+            rich_help_panel=KEEP,
+        ),
+    ] = "embed,resid_post,mlp_out",
     model: Annotated[
         str | None,
-        typer.Option("--model", help="Hub names, folders, or demo, comma-separated. Default: the profile's."),
-    ] = None,
-    category: Annotated[
-        str | None, typer.Option("--category", help="Of the profile, comma-separated. Default: all.")
-    ] = None,
-    text_field: Annotated[
-        str | None, typer.Option("--text_field", help="Default: text, input, question or prompt.")
-    ] = None,
-    dataset_config: Annotated[str | None, typer.Option("--dataset_config")] = None,
-    split: Annotated[str, typer.Option("--split", help="Of the data set.")] = "train",
-    num_samples: Annotated[int | None, typer.Option("--num_samples", min=1, help="The first so many texts.")] = None,
-    seq_length: Annotated[
-        int | None, typer.Option("--seq_length", min=1, help="Longer texts are cut. Default: the model's context.")
-    ] = None,
-    packing: Annotated[
-        bool, typer.Option("--packing", help="Cut nothing; texts share rows, and do not see one another.")
-    ] = False,
-    strict: Annotated[
-        bool,
         typer.Option(
-            "--strict",
-            help="Refuse texts that are too long, or empty, and stop at infinite numbers and NaN, once they are stored.",
+            "--model",
+            help="Hub names, folders, or demo, comma-separated. Default: the profile's.",
+            rich_help_panel=MODEL,
         ),
-    ] = False,
-    layers: options.Layers = None,
-    sites: Annotated[
-        str, typer.Option("--sites", help="Also pattern: attention after softmax.", metavar="SITES")
-    ] = "embed,resid_post,mlp_out",
-    positions: Annotated[str, typer.Option("--positions", help="all, last, or a slice.")] = "all",
-    store_dtype: options.StoreDtype = None,
-    compression: options.Compression = None,
-    batch_size: Annotated[str, typer.Option("--batch_size", help="Texts a forward, or auto.")] = "auto",
-    output: Annotated[
-        Path | None, typer.Option("--output", help="Default: below --activation_save_dir, named after the texts.")
     ] = None,
-    activation_save_dir: options.SaveDir = Path("activations"),
     mlflow: options.Mlflow = None,
 ) -> None:
     """Capture texts without generating: each token once, no layer above the deepest that is kept. The same command goes on."""
-    if sum(given is not None for given in (profile, texts, dataset)) != 1:
-        raise SelectionError("which texts? Give one of --profile, --texts and --dataset.")
-    if profile is None and (model is None or category is not None):
-        raise SelectionError("--texts and --dataset take a --model, and no --category.")
-    if dataset is None:
-        options.refuse_unused(context, "it is of a --dataset", "dataset_config", "split")
-    if profile is not None:
-        options.refuse_unused(context, "the texts of a --profile have no fields", "text_field")
-    if output is not None:
-        options.refuse_unused(context, "--output says where the activations go", "activation_save_dir")
-    if batch_size != "auto" and not batch_size.isdecimal():
-        raise PromptError(f"--batch_size is {batch_size!r}; write a number, or auto.")
+    _refuse_ignored(context, which, output)
     options.quiet_libraries()
-    from AutomaticEval.capture.texts.batching import Feeding
-    from AutomaticEval.capture.texts.many_runs import Plan, TextSet, extract_sets, folder_names
-    from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts
+    from AutomaticEval.capture.texts.many_runs import Plan, extract_sets
     from AutomaticEval.processes import join_ranks
     from AutomaticEval.report.mlflow_run import require_mlflow
-    from AutomaticEval.selection import Selection
+    from AutomaticEval.sites import parse_kinds
     from AutomaticEval.store.hdf5.write import check_compression
 
     if mlflow is not None:
         require_mlflow()
-    check_compression(compression)
+    check_compression(output.compression)
     ranks = join_ranks()
     kinds = [kind.strip() for kind in sites.split(",")]
-    selection = Selection.parse(
-        [kind for kind in kinds if kind != "pattern"] or "resid_post", layers, positions, store_dtype
-    )
-    many = None if batch_size == "auto" else int(batch_size)
-    feeding = Feeding(seq_length, packing, strict, "pattern" in kinds, many)
-    plan = Plan(selection, feeding, load(), compression, ranks)
-    models = [] if model is None else [name.strip() for name in model.split(",") if name.strip()]
-    if profile is not None:
-        name, sets, its_models = _of_profile(profile, category, num_samples)
-        models = models or its_models
-    elif texts is not None:
-        name, sets = texts.stem, [TextSet.of(texts.stem, FileTexts(texts, text_field, num_samples), file=texts.name)]
-    else:
-        streamed = DatasetTexts(str(dataset), split, dataset_config, text_field, num_samples, strict)
-        name = Path(str(dataset)).name
-        sets = [TextSet(name, streamed, streamed.about, num_samples)]
+    selection = replace(selection, kinds=parse_kinds([kind for kind in kinds if kind != "pattern"] or "resid_post"))
+    plan = Plan(selection, replace(feeding, patterns="pattern" in kinds), load, output.compression, ranks)
+    name, sets, models = _sets(which, strict=feeding.strict)
+    models = [each.strip() for each in (model or "").split(",") if each.strip()] or models
     if not models:
         raise SelectionError("no model is named; give --model.")
-    say = options.Log(speaks=ranks.is_first)
+    log = options.Log(speaks=ranks.is_first)
+    root, folder_of = _folders(which, output, name, sets, models)
+    units = extract_sets(models, sets, plan, folder_of, log)
+    if ranks.is_first:
+        _finish(units, name, root, plan, mlflow, log)
+
+
+def _refuse_ignored(context: typer.Context, which: WhichTexts, output: RunOutput) -> None:
+    """Raises SelectionError for options that would be ignored."""
+    if which.dataset is None:
+        refuse_unused(context, "it is of a --dataset", "dataset_config", "split")
+    if which.profile is not None:
+        refuse_unused(context, "the texts of a --profile have no fields", "text_field")
+    if output.output is not None:
+        refuse_unused(context, "--output says where the activations go", "activation_save_dir")
+
+
+def _folders(
+    which: WhichTexts, output: RunOutput, name: str, sets: list[TextSet], models: list[str]
+) -> tuple[Path, Callable[[str, str], Path]]:
+    """The folder of everything, and what gives the run folder of a model and a set in it."""
+    from AutomaticEval.capture.texts.many_runs import folder_names
+
     places, parts = folder_names(models), folder_names([each.name for each in sets])
-    of_texts = parts.get(name, name)
-    root = output or activation_save_dir / (name if profile is not None else f"{of_texts}_{places[models[0]]}")
+    own_name = name if which.profile is not None else f"{parts.get(name, name)}_{places[models[0]]}"
+    root = output.output or output.activation_save_dir / own_name
 
     def folder_of(model: str, texts: str) -> Path:
-        if profile is not None:
+        if which.profile is not None:
             return root / f"{places[model]}_{parts[texts]}"
         return root / places[model] if len(models) > 1 else root
 
-    units = extract_sets(models, sets, plan, folder_of, say)
-    if ranks.is_first:
-        _finish(units, name, root, plan, mlflow, say)
+    return root, folder_of
+
+
+def _sets(which: WhichTexts, *, strict: bool) -> tuple[str, list[TextSet], list[str]]:
+    """What the texts are called, the sets of them that get a run each, and the models that a profile names."""
+    from AutomaticEval.capture.texts.many_runs import TextSet
+    from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts
+
+    if which.profile is not None:
+        return _of_profile(which.profile, which.category, which.limit)
+    if which.texts is not None:
+        file = which.texts
+        texts = FileTexts(file, which.text_field, which.limit)
+        return file.stem, [TextSet.of(file.stem, texts, file=file.name)], []
+    dataset = str(which.dataset)
+    streamed = DatasetTexts(dataset, which.split, which.dataset_config, which.text_field, which.limit, strict)
+    name = Path(dataset).name
+    return name, [TextSet(name, streamed, streamed.about, which.limit)], []
 
 
 def _of_profile(profile: str, category: str | None, most: int | None) -> tuple[str, list[TextSet], list[str]]:
-    """Its name, a set a category, and its models."""
+    """The profile's name, a set for each category, and the models that it names."""
     from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.capture.texts.many_runs import TextSet
 
-    found = load_profile(profile)
-    names = list(found.prompts) if category is None else [name.strip() for name in category.split(",")]
-    sets = [TextSet.of(name, found.category(name)[:most], profile=found.name) for name in names]
-    return found.name, sets, list(found.models)
+    loaded = load_profile(profile)
+    names = list(loaded.prompts) if category is None else [name.strip() for name in category.split(",")]
+    sets = [TextSet.of(name, loaded.category(name)[:most], profile=loaded.name) for name in names]
+    return loaded.name, sets, list(loaded.models)
 
 
 def _finish(units: list[Unit], name: str, root: Path, plan: Plan, mlflow: str | None, log: options.Log) -> None:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from AutomaticEval.cli import options
-from AutomaticEval.cli.options import one_line_errors, with_load
+from AutomaticEval.cli.options import KEEP, MODEL, OUTPUT, command, options_of, quiet_libraries, refuse_unused, takes
 from AutomaticEval.cli.printing import progress, say
+from AutomaticEval.errors import SelectionError
+from AutomaticEval.evaluation.run_output import RunOutput
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.options import options_in
 
 File = Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The new .h5 file; an existing one is refused.")]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="The new .h5 file; an existing one is refused.", rich_help_panel=OUTPUT),
+]
 
 
-@one_line_errors
-@with_load
+@command
+@takes(load=LoadOptions)
 def verify(
+    context: typer.Context,
     path: File,
-    load: options.Load,
+    load: LoadOptions,
     recompute: Annotated[
         int | None,
         typer.Option(
@@ -28,22 +35,20 @@ def verify(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="Of --recompute: the model that made the run. Default: the run's own name."),
+        typer.Option(
+            "--model",
+            help="With --recompute: the model that made the run. Default: the run's own name.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of --recompute: which samples are drawn.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="With --recompute: seed for drawing the samples.")] = None,
 ) -> None:
     """Compute every checksum again, and compare every row with its token. Exits with 1 when anything is wrong."""
-    from AutomaticEval.errors import SelectionError
-    from AutomaticEval.models.loading import LoadOptions
-
-    how = load()
-    if recompute is None and (model, seed, how) != (None, None, LoadOptions()):
-        raise SelectionError(
-            "a model, how it is loaded, or a seed was given, but nothing is recomputed; add --recompute N."
-        )
+    if recompute is None:
+        refuse_unused(context, "nothing is recomputed without --recompute N", "model", "seed", *options_in(LoadOptions))
     _verify_checksums(path)
     if recompute is not None:
-        _recompute(path, recompute, model, seed, how)
+        _recompute(path, recompute, model, seed, load)
 
 
 def _verify_checksums(path: Path) -> None:
@@ -59,11 +64,11 @@ def _verify_checksums(path: Path) -> None:
     say(f"{path}: all checksums are right, and every row is its token's")
 
 
-def _recompute(path: Path, n: int, model: str | None, seed: int | None, how: Any) -> None:
-    options.quiet_libraries()
+def _recompute(path: Path, n: int, model: str | None, seed: int | None, load: LoadOptions) -> None:
+    quiet_libraries()
     from AutomaticEval.capture.recompute.recomputed_run import recompute
 
-    done = recompute(path, model, n, seed=seed, options=how, tell=_above_the_bar)
+    done = recompute(path, model, n, seed=seed, options=load, tell=_above_the_bar)
     say(str(done))
     if done.different:
         raise typer.Exit(1)
@@ -76,34 +81,48 @@ def _above_the_bar(line: str) -> None:
         say(line)
 
 
-@one_line_errors
+@command
+@takes(written=options_of(RunOutput, "compression"))
 def merge(
     paths: Annotated[list[Path], typer.Argument(help="Run folders or files.", metavar="RUN…")],
     output: Output,
-    compression: options.Compression = None,
+    written: RunOutput,
 ) -> None:
     """Make one file of a run, or of several of the same model and selection."""
     from AutomaticEval.store.upkeep.rewrite import merge as join
     from AutomaticEval.store.upkeep.rewrite import size_of
 
     with progress("Merging", lambda: sum(map(size_of, paths))) as advance:
-        join(paths, output, compression=compression, advance=advance)
+        join(paths, output, compression=written.compression, advance=advance)
     _written(output)
 
 
-@one_line_errors
+@command
+@takes(written=options_of(RunOutput, "compression"))
 def prune(
     path: File,
     output: Output,
-    sites: options.Sites = None,
-    layers: options.Layers = None,
-    positions: Annotated[
-        str | None, typer.Option("--positions", help="all, prompt, response, scored, last, or a slice.")
+    written: RunOutput,
+    sites: Annotated[
+        str | None,
+        typer.Option("--sites", help="Sites to keep. Default: all.", metavar="SITES", rich_help_panel=KEEP),
     ] = None,
-    compression: options.Compression = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers", help="Layers to keep, such as 0-2,-1. Default: all.", metavar="LAYERS", rich_help_panel=KEEP
+        ),
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            "--positions",
+            help="Positions to keep: all, prompt, response, scored, last, or a slice. Default: all.",
+            rich_help_panel=KEEP,
+        ),
+    ] = None,
 ) -> None:
     """Copy only some sites, layers or positions into a smaller file."""
-    from AutomaticEval.errors import SelectionError
     from AutomaticEval.store.reader import open_run
     from AutomaticEval.store.upkeep.rewrite import kept_keys, size_of
     from AutomaticEval.store.upkeep.rewrite import prune as cut
@@ -119,7 +138,7 @@ def prune(
             sites=sites,
             layers=layers,
             positions=positions,
-            compression=compression,
+            compression=written.compression,
             advance=advance,
         )
     _written(output)
@@ -128,7 +147,7 @@ def prune(
         say(f"Left out: {', '.join(left_out)}")
 
 
-@one_line_errors
+@command
 def index(path: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]) -> None:
     """Write a run's run.h5 again from its shards, also when the run was cut short."""
     from AutomaticEval.store.upkeep.rewrite import rebuild_index

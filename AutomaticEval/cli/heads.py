@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from AutomaticEval.cli import ablate, options, patch, screen, sweep
-from AutomaticEval.cli.options import SPELLINGS, one_line_errors, with_load
+from AutomaticEval.cli.finish import Table, finish, result_file, say_written
+from AutomaticEval.cli.options import MODEL, RUN, SPELLINGS, command, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.options import Option
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.heads.strength import ActivationExtractor
-    from AutomaticEval.models.loading import LoadOptions
 
 app = typer.Typer(
     context_settings=SPELLINGS,
@@ -26,69 +29,83 @@ app.command("screen")(screen.screen)
 app.command("sweep")(sweep.sweep)
 app.command("plot")(screen.plot)
 
-DataPath = Annotated[
-    Path, typer.Option("--data_path", help="JSON or JSONL: texts, or objects with input, text or question.")
-]
-SampleNum = Annotated[int | None, typer.Option("--sample_num", help="So many of the texts, drawn at random.")]
-BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Texts a forward.")]
-Heads = Annotated[str | None, typer.Option("--heads", help="Such as 0-3,7. Default: all.")]
-OutputDir = Annotated[Path, typer.Option("--output_dir", help="Where results go; what is there is not overwritten.")]
-Of = Annotated[str, typer.Option("--of", help="result: z_h W_O^h, what a head adds; z: the raw slice.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn at random.")]
+
+@dataclass(frozen=True)
+class Strength:
+    """Of which heads the strength is measured, and how."""
+
+    layers: Annotated[str | None, Option("Layers, such as 0-2,-1. Default: all.", metavar="LAYERS")] = None
+    heads: Annotated[str | None, Option("Heads, such as 0-3,7. Default: all.")] = None
+    of: Annotated[str, Option("result: z_h W_O^h, what a head adds; z: the raw slice.")] = "result"
+    batch_size: Annotated[int, Option("Texts in a forward.", minimum=1)] = 8
+
+    def measured(self, model: str, load: LoadOptions, inputs: Any) -> ActivationExtractor:
+        """The strength of a model's heads over texts."""
+        from AutomaticEval.analysis.heads.strength import ActivationExtractor
+        from AutomaticEval.models.loading import load_model
+
+        say(f"Loading {model} …", err=True)
+        extractor = ActivationExtractor(load_model(model, options=load), of=self.of)
+        extractor.register_hooks(self.layers, self.heads)
+        extractor.extract_activations(inputs, batch_size=self.batch_size, progress=True)
+        return extractor
 
 
 @app.command()
-@one_line_errors
-@with_load
+@command
+@takes(how=Strength, load=LoadOptions)
 def strength(
-    load: options.Load,
-    data_path: DataPath,
+    how: Strength,
+    load: LoadOptions,
+    texts: options.Texts,
+    num_trials: options.NumTrials = None,
     model: options.Model = "demo",
-    sample_num: SampleNum = None,
-    batch_size: BatchSize = 8,
-    layers: options.Layers = None,
-    heads: Heads = None,
-    of: Of = "result",
-    output_dir: OutputDir = Path("results"),
-    seed: Seed = 42,
+    seed: options.Seed = 42,
+    output: options.Results = Path("results"),
 ) -> None:
     """How strong each head is over texts: head_strength.json and head_strength.png."""
     options.quiet_libraries()
     from AutomaticEval.capture.texts.sources import drawn, read_texts
-    from AutomaticEval.report.figures import names_of, save_with_figures
-    from AutomaticEval.store.disk.json_files import new_results
 
-    file, *_ = new_results(output_dir, "head_strength.json", *names_of("strength"))
-    texts = drawn(read_texts(data_path), sample_num, seed)
-    extractor = _extracted(model, load(), texts, layers, heads, of, batch_size)
-    _say_strongest(extractor.get_all_stats())
-    say(f"Written:     {', '.join(map(str, save_with_figures(file, extractor.results())))}")
+    file = result_file(output, "head_strength.json", "strength")
+    extractor = how.measured(model, load, drawn(read_texts(texts), num_trials, seed))
+    finish(file, extractor.results(), _strongest(extractor.get_all_stats()))
 
 
 @app.command()
-@one_line_errors
-@with_load
+@command
+@takes(how=Strength, load=LoadOptions)
 def compare(
-    load: options.Load,
     context: typer.Context,
-    pre_tuned_model: Annotated[str, typer.Option("--pre_tuned_model", help="Before: hub name, folder, or demo.")],
-    fine_tuned_model: Annotated[str, typer.Option("--fine_tuned_model", help="After: hub name, folder, or demo.")],
-    data_path: DataPath,
-    sample_num: SampleNum = 100,
-    batch_size: BatchSize = 8,
-    output_dir: OutputDir = Path("results"),
-    layers: options.Layers = None,
-    heads: Heads = None,
-    of: Of = "result",
+    how: Strength,
+    load: LoadOptions,
+    pre_tuned_model: Annotated[
+        str,
+        typer.Option("--pre_tuned_model", help="Model before: hub name, folder, or demo.", rich_help_panel=MODEL),
+    ],
+    fine_tuned_model: Annotated[
+        str,
+        typer.Option("--fine_tuned_model", help="Model after: hub name, folder, or demo.", rich_help_panel=MODEL),
+    ],
+    texts: options.Texts,
+    num_trials: options.NumTrials = 100,
     answers_of: Annotated[
-        str | None, typer.Option("--answers_of", help="pre or fine: both read its greedy answers after the texts, too.")
+        str | None,
+        typer.Option(
+            "--answers_of",
+            help="pre or fine: both read its greedy answers after the texts, too.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="Of these answers.")] = 64,
-    seed: Seed = 42,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", help="The most tokens of these answers.", rich_help_panel=RUN)
+    ] = 64,
+    seed: options.Seed = 42,
+    output: options.Results = Path("results"),
 ) -> None:
     """How fine-tuning moved each head's strength: the same texts through both models."""
     if answers_of is None:
-        options.refuse_unused(context, "it is of --answers_of", "max_new_tokens")
+        refuse_unused(context, "it is of --answers_of", "max_new_tokens")
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.compare import ActivationComparator, same_inputs
     from AutomaticEval.capture.texts.sources import drawn, read_texts
@@ -96,39 +113,26 @@ def compare(
     from AutomaticEval.store.disk.whole_files import new_files
 
     names = ("pre_tuned_activations", "fine_tuned_activations", "comparison")
-    files = new_results(output_dir, *(f"{name}.json" for name in names), "comparison_heatmap.png")
-    texts = drawn(read_texts(data_path), sample_num, seed)
+    files = new_results(output, *(f"{name}.json" for name in names), "comparison_heatmap.png")
     models = {"pre": pre_tuned_model, "fine": fine_tuned_model}
-    inputs = same_inputs(models, texts, load(), answers_of, max_new_tokens, batch_size)
-    both = [_extracted(name, load(), inputs, layers, heads, of, batch_size) for name in models.values()]
+    asked = drawn(read_texts(texts), num_trials, seed)
+    inputs = same_inputs(models, asked, load, answers_of, max_new_tokens, how.batch_size)
+    both = [how.measured(name, load, inputs) for name in models.values()]
     comparator = ActivationComparator(*both, seed=seed)
     _say_changes(comparator.compare())
-    with new_files(output_dir, "comparison") as made:
+    with new_files(output, "comparison") as made:
         before, after, comparison, heatmap = (made / file.name for file in files)
         both[0].save_results(before)
         both[1].save_results(after)
         comparator.save_comparison(comparison)
         comparator.visualize_comparison(heatmap)
-    say(f"Written:     {', '.join(map(str, files))}")
+    say_written(*files)
 
 
-def _extracted(
-    model: str, load: LoadOptions, inputs: Any, layers: str | None, heads: str | None, of: str, batch_size: int
-) -> ActivationExtractor:
-    from AutomaticEval.analysis.heads.strength import ActivationExtractor
-    from AutomaticEval.models.loading import load_model
-
-    say(f"Loading {model} …", err=True)
-    extractor = ActivationExtractor(load_model(model, options=load), of=of)
-    extractor.register_hooks(layers, heads)
-    extractor.extract_activations(inputs, batch_size=batch_size, progress=True)
-    return extractor
-
-
-def _say_strongest(stats: dict[tuple[int, int], dict[str, float]], most: int = 10) -> None:
+def _strongest(stats: dict[tuple[int, int], dict[str, float]], most: int = 10) -> Table:
     strongest = sorted(stats.items(), key=lambda item: -item[1]["R_h"])[:most]
     rows = [(str(layer), str(head), f"{each['R_h']:.4g}", f"{each['std']:.3g}") for (layer, head), each in strongest]
-    print_table(f"The strongest of {len(stats)} heads", ("Layer", "Head", "R_h", "std"), rows)
+    return Table(f"The strongest of {len(stats)} heads", ("Layer", "Head", "R_h", "std"), rows)
 
 
 def _say_changes(found: dict[str, Any], most: int = 10) -> None:

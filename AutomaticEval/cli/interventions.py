@@ -3,35 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from AutomaticEval.cli.options import RUN
 from AutomaticEval.cli.printing import print_table
+from AutomaticEval.options import Option
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.parts.before_after import Intervention
     from AutomaticEval.analysis.words.metrics import TextMetric
-    from AutomaticEval.capture.generation import Sampling
+    from AutomaticEval.analysis.words.profiles import Profile
+    from AutomaticEval.capture.sampling import Sampling
 
-Profiles = Annotated[
-    str | None, typer.Option("--profile", help="baseline, extended, or a .toml file: prompts and keywords.")
+T = TypeVar("T")
+
+HeadSpec = Annotated[
+    str,
+    typer.Option("--head_spec", help="layer:head, such as 0:0,3:5; 3:* for all heads of a layer.", rich_help_panel=RUN),
 ]
-Emotion = Annotated[str | None, typer.Option("--emotion", help="The category of the profile to ask.")]
 Sentiment = Annotated[
-    str, typer.Option("--sentiment", help="vader, or a Hugging Face text classifier, as NAME or NAME@LABEL.")
+    str,
+    typer.Option(
+        "--sentiment", help="vader, or a Hugging Face text classifier, as NAME or NAME@LABEL.", rich_help_panel=RUN
+    ),
 ]
-SampleNum = Annotated[int | None, typer.Option("--sample_num", help="So many of the prompts, drawn at random.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Of each answer.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
-BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Prompts a forward.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn at random.")]
 Pairs = Annotated[
-    Path | None, typer.Option("--pairs", help="JSONL of clean, corrupted, answer, wrong, in place of a profile.")
+    Path | None,
+    typer.Option(
+        "--pairs", help="JSONL of clean, corrupted, answer, wrong, in place of a profile.", rich_help_panel=RUN
+    ),
 ]
-SiteOption = Annotated[str, typer.Option("--site", help="z, mlp_out or resid_post.")]
-Output = Annotated[Path, typer.Option("--output", help="Folder for results; nothing there is overwritten.")]
+SiteOption = Annotated[str, typer.Option("--site", help="z, mlp_out or resid_post.", rich_help_panel=RUN)]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Which prompts are asked."""
+
+    profile: Annotated[str | None, Option("baseline, extended, or a .toml file: labelled prompts and keywords.")] = None
+    category: Annotated[str | None, Option("The category of the profile whose prompts are asked.")] = None
+    num_trials: Annotated[int | None, Option("So many of the prompts or pairs, drawn at random. Default: all.")] = None
+    seed: Annotated[int, Option("Seed for everything that is drawn at random.", minimum=0)] = 42
+
+    def load_profile(self) -> Profile | None:
+        """The profile, when one is named."""
+        from AutomaticEval.analysis.words.profiles import load_profile
+
+        return None if self.profile is None else load_profile(self.profile)
+
+    def drawn(self, items: list[T]) -> list[T]:
+        """The items that are asked."""
+        from AutomaticEval.capture.texts.sources import drawn
+
+        return drawn(items, self.num_trials, self.seed)
 
 
 def metrics_of(sentiment: str, words: Sequence[str] | None) -> list[TextMetric]:

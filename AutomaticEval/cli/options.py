@@ -1,114 +1,211 @@
-"""What every command shares: the options with their help, and errors in one line.
+"""How commands get their options: those of dataclasses from their fields, and those that several commands share.
 
-Options are declared with underscores; `SPELLINGS` makes `--capture-activations` mean the same.
+    @command
+    @takes(load=LoadOptions, sampling=Sampling)
+    def generate(prompt: …, load: LoadOptions, sampling: Sampling) -> None: ...
+
+gives the command an option for each annotated field (`AutomaticEval/options.py`), and calls it with the dataclasses made.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
 
 import typer
 
 from AutomaticEval.cli.printing import end_bars, say
-from AutomaticEval.errors import AutomaticEvalError
+from AutomaticEval.errors import AutomaticEvalError, SelectionError
+from AutomaticEval.evaluation.benchmark_options import Benchmark
+from AutomaticEval.evaluation.run_output import RunOutput
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.options import NamedOption, options_in
+from AutomaticEval.selection import Selection
 
-if TYPE_CHECKING:
-    from AutomaticEval.selection import Selection
+RUN, KEEP, MODEL, OUTPUT = "What to run", "What to keep", "The model", "The output"
+PANELS = (RUN, KEEP, MODEL, OUTPUT)
+"""The groups of a command's help, in their order."""
+PANEL_OF: Mapping[type, str] = {
+    Selection: KEEP,
+    LoadOptions: MODEL,
+    RunOutput: OUTPUT,
+}
+"""The options of all other dataclasses say what to run."""
 
-SPELLINGS = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["--help", "-h"]}
+SHORT = {"output": "-o"}
+"""Options that have a letter, too."""
+OLD_SPELLINGS = {
+    "save_path": "output",
+    "output_dir": "output",
+    "sample_num": "num_trials",
+    "num_samples": "limit",
+    "max_tokens": "max_new_tokens",
+    "data_path": "texts",
+    "emotion": "category",
+}
+"""Names that options had before. They are read as ever, and no help shows them."""
 
-CaptureActivations = Annotated[
-    bool, typer.Option("--capture_activations", help="Keep the activations of every question.")
-]
-HeadStrength = Annotated[
-    bool, typer.Option("--head_strength", help="Measure how strong each head is: head_strength.json in the run folder.")
-]
-Benchmarks = Annotated[str, typer.Option("--benchmark", help="lm-eval tasks or groups, comma-separated.")]
-NumTrials = Annotated[int | None, typer.Option("--num_trials", help="Questions, drawn over the whole benchmark.")]
-NumFewshot = Annotated[int | None, typer.Option("--num_fewshot", help="Examples before each question.")]
-Limit = Annotated[float | None, typer.Option("--limit", help="First so many documents of each task.")]
-Positions = Annotated[
-    str | None, typer.Option("--positions", help="scored (default), all, prompt, response, last, or a slice.")
-]
-OutputPath = Annotated[
-    Path | None, typer.Option("--output_path", help="Folder for lm-eval's own results and samples files.")
-]
-IncludePath = Annotated[
-    list[Path] | None,
+
+def spelling(name: str) -> str:
+    """The one name of an option: `--max-tokens` and `--max_tokens` are `--max_new_tokens`."""
+    name = name.replace("-", "_")
+    return OLD_SPELLINGS.get(name, name)
+
+
+SPELLINGS = {"token_normalize_func": spelling, "help_option_names": ["--help", "-h"]}
+
+Model = Annotated[str, typer.Option("--model", help="Hub name, folder, or demo (bundled).", rich_help_panel=MODEL)]
+Profile = Annotated[
+    str | None,
     typer.Option(
-        "--include_path",
-        help="Folder with task YAML files of your own. Their code (!function) runs when such a task is asked for.",
+        "--profile", help="baseline, extended, or a .toml file: labelled prompts and keywords.", rich_help_panel=RUN
     ),
 ]
-BenchmarkData = Annotated[
-    Path | None, typer.Option("--benchmark_data", help="Folder with the tasks' data; no network is needed.")
+Category = Annotated[
+    str | None,
+    typer.Option("--category", help="The category of the profile whose prompts are asked.", rich_help_panel=RUN),
 ]
-Resume = Annotated[
-    Path | None, typer.Option("--resume", help="Run folder that was cut short: go on, with the same other options.")
+Texts = Annotated[
+    Path,
+    typer.Option(
+        "--texts", help="JSON, JSONL, CSV or txt: texts, or objects with input, text or question.", rich_help_panel=RUN
+    ),
 ]
-ApplyChatTemplate = Annotated[bool, typer.Option("--apply_chat_template", help="The tokenizer's own chat template.")]
-SystemInstruction = Annotated[str | None, typer.Option("--system_instruction", help="What each prompt begins with.")]
-GenKwargs = Annotated[
-    str | None, typer.Option("--gen_kwargs", help="Such as do_sample=true,temperature=0.7,max_gen_toks=64.")
+NumTrials = Annotated[
+    int | None,
+    typer.Option(
+        "--num_trials", help="So many of the prompts or texts, drawn at random. Default: all.", rich_help_panel=RUN
+    ),
 ]
-Repeats = Annotated[int | None, typer.Option("--repeats", help="Answers to each question; sampling only.")]
-PredictOnly = Annotated[bool, typer.Option("--predict_only", help="Answers without scores.")]
-UnsafeCode = Annotated[
-    bool, typer.Option("--confirm_run_unsafe_code", help="Run tasks that execute code which the model wrote.")
+BatchSize = Annotated[
+    int, typer.Option("--batch_size", min=1, help="Prompts or texts in a forward.", rich_help_panel=RUN)
 ]
-BatchSize = Annotated[str, typer.Option("--batch_size", help="A number, or auto.")]
-Scoring = Annotated[
-    str, typer.Option("--scoring", help="tree (shared prefixes once), or stock: lm-eval's own batches.")
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, help="Seed for everything that is drawn at random.", rich_help_panel=RUN)
 ]
-UseCache = Annotated[str | None, typer.Option("--use_cache", hidden=True)]
-CacheRequests = Annotated[str | None, typer.Option("--cache_requests", hidden=True)]
-
-Model = Annotated[str, typer.Option("--model", help="Hub name, folder, or demo (bundled).")]
-Layers = Annotated[str | None, typer.Option("--layers", help="Such as 0-2,-1. Default: all.", metavar="LAYERS")]
-Sites = Annotated[str | None, typer.Option("--sites", help="Such as embed,resid_post,mlp_out,z.", metavar="SITES")]
-StoreDtype = Annotated[
-    str | None, typer.Option("--store_dtype", help="Store narrower numbers: float16, bfloat16, or int8 (runs only).")
+Results = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="Folder for results; nothing there is overwritten.", rich_help_panel=OUTPUT),
 ]
-Strict = Annotated[
-    bool,
-    typer.Option("--strict", help="Stop at infinite numbers and NaN, once they are stored. Default: warn at the end."),
+SaveDir = Annotated[
+    Path, typer.Option("--activation_save_dir", help="Folder for the activations.", rich_help_panel=OUTPUT)
 ]
-Compression = Annotated[str | None, typer.Option("--compression", help="zstd, lz4 or gzip on the disk; default: none.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of everything drawn at random.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")]
-Device = Annotated[str, typer.Option("--device", help="auto (cuda, mps, cpu) or a torch device.")]
-DeviceMap = Annotated[str | None, typer.Option("--device_map", help='"auto" spreads a large model.')]
-LoadIn8Bit = Annotated[bool, typer.Option("--load_in_8bit", help="LLM.int8 through bitsandbytes.")]
-LoadIn4Bit = Annotated[bool, typer.Option("--load_in_4bit", help="NF4 through bitsandbytes.")]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
-Peft = Annotated[str | None, typer.Option("--peft", help="Adapter of peft on the model: folder or hub name.")]
-Delta = Annotated[str | None, typer.Option("--delta", help="Weights to add to the model's: folder or hub name.")]
-Subfolder = Annotated[str | None, typer.Option("--subfolder", help="Where in the folder or on the hub the model is.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust_remote_code", help="Run code that comes with the checkpoint.")]
-OffloadFolder = Annotated[
-    str | None, typer.Option("--offload_folder", help="With --device_map: for weights that fit nowhere else.")
-]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel=OUTPUT)]
 Mlflow = Annotated[
     str | None,
-    typer.Option("--mlflow", metavar="[URI]", help="Log the run to MLflow; without a URI into its local store."),
+    typer.Option(
+        "--mlflow",
+        metavar="[URI]",
+        help="Log the run to MLflow; without a URI into its local store.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
-SaveDir = Annotated[Path, typer.Option("--activation_save_dir", help="Where activations go.")]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Print our own errors in one line and exit with their code; any other goes through in full."""
+class OptionsOf(NamedTuple):
+    """The options of a dataclass that a command takes."""
 
-    @functools.wraps(command)
+    kind: type
+    names: tuple[str, ...]
+    """The options that are taken; none for all."""
+
+    defaults: Mapping[str, Any]
+    """Defaults of this command, where they are not the field's."""
+
+    @property
+    def options(self) -> dict[str, NamedOption]:
+        """The options by their names, with this command's defaults. Those without one get None."""
+        chosen = {
+            name: option for name, option in options_in(self.kind).items() if not self.names or name in self.names
+        }
+        return {
+            name: option._replace(default=self.defaults.get(name, None if option.default is ... else option.default))
+            for name, option in chosen.items()
+        }
+
+    def made(self, given: Mapping[str, Any]) -> Any:
+        """The dataclass made of the values that were given; None without a value that it cannot do without."""
+        own = options_in(self.kind)
+        values = {name: given[name] for name in self.options}
+        if any(own[name].default is ... and value is None for name, value in values.items()):
+            return None
+        make: Callable[..., Any] = getattr(self.kind, "parse", self.kind)
+        return make(**values)
+
+
+def options_of(kind: type, *names: str, **defaults: Any) -> OptionsOf:
+    """The options of a dataclass, or only those of these names; with defaults of the command's own."""
+    return OptionsOf(kind, names, defaults)
+
+
+def takes(**groups: type | OptionsOf) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Gives a command the options of dataclasses. The command is called with the dataclasses that are made of them.
+
+    An option that two dataclasses share is asked for once, and given to both.
+    """
+    chosen = {name: group if isinstance(group, OptionsOf) else options_of(group) for name, group in groups.items()}
+
+    def decorate(function: Callable[..., R]) -> Callable[..., R]:
+        signature = inspect.signature(function, eval_str=True)
+        names = [name for name in signature.parameters if name not in chosen]
+        own = [signature.parameters[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
+        added: dict[str, inspect.Parameter] = {}
+        for group in chosen.values():
+            for name, option in group.options.items():
+                if name not in names:
+                    added.setdefault(name, _parameter(option, PANEL_OF.get(group.kind, RUN)))
+
+        @functools.wraps(function)
+        def run(**given: Any) -> R:
+            made = {name: group.made(given) for name, group in chosen.items()}
+            return function(**{name: given[name] for name in names}, **made)
+
+        parameters = sorted([*own, *added.values()], key=_place)
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        return run
+
+    return decorate
+
+
+def _parameter(option: NamedOption, panel: str) -> inspect.Parameter:
+    """An option as a parameter that typer reads."""
+    names = [f"--{option.name}", *([SHORT[option.name]] if option.name in SHORT else [])]
+    shown = typer.Option(
+        *names,
+        help=option.option.help,
+        min=option.option.minimum,
+        metavar=option.option.metavar,
+        rich_help_panel=panel,
+    )
+    kind = option.type if option.default is not None else option.type | None
+    return inspect.Parameter(
+        option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=Annotated[kind, shown]
+    )
+
+
+def _place(parameter: inspect.Parameter) -> int:
+    """Where a parameter stands in the help: arguments first, then the groups in their order."""
+    for extra in getattr(parameter.annotation, "__metadata__", ()):
+        panel = getattr(extra, "rich_help_panel", None)
+        if panel in PANELS:
+            return 1 + PANELS.index(panel)
+    return 0
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """Prints our own errors in one line and exits with their code; any other error is printed in full."""
+
+    @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            return function(*args, **kwargs)
         except AutomaticEvalError as error:
             end_bars()
             say(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
@@ -117,84 +214,16 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-Load = Callable[[], Any]
-"""Gives the LoadOptions; asked when the imports are made."""
-
-
-def with_load(command: Callable[..., R]) -> Callable[..., R]:
-    """Gives a command the options that say how its model is loaded; it takes them together, as `load`."""
-    own, added = (inspect.signature(each, eval_str=True) for each in (command, _load))
-    parameters = [each for each in own.parameters.values() if each.name != "load"] + list(added.parameters.values())
-
-    @functools.wraps(command)
-    def run(**given: Any) -> R:
-        load = functools.partial(_load, **{name: given.pop(name) for name in added.parameters})
-        return command(**given, load=load)
-
-    run.__dict__["__signature__"] = own.replace(parameters=parameters)
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
-    return run
-
-
-def _load(
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    device_map: DeviceMap = None,
-    load_in_8bit: LoadIn8Bit = False,
-    load_in_4bit: LoadIn4Bit = False,
-    revision: Revision = None,
-    peft: Peft = None,
-    delta: Delta = None,
-    subfolder: Subfolder = None,
-    trust_remote_code: TrustRemoteCode = False,
-    offload_folder: OffloadFolder = None,
-) -> Any:
-    from AutomaticEval.models.loading import LoadOptions
-    from AutomaticEval.processes import own_device
-
-    return LoadOptions(
-        dtype=dtype,
-        device=own_device(device),
-        device_map=device_map,
-        load_in_8bit=load_in_8bit,
-        load_in_4bit=load_in_4bit,
-        revision=revision,
-        peft=peft,
-        delta=delta,
-        subfolder=subfolder,
-        trust_remote_code=trust_remote_code,
-        offload_folder=offload_folder,
-    )
-
-
-def chosen(
-    sites: str | None,
-    layers: str | None,
-    positions: str | None,
-    store_dtype: str | None,
-    default: str,
-    *,
-    captures: bool,
-    how: str,
-) -> Selection | None:
-    """What to keep, or None when nothing is captured. Raises SelectionError when a choice would be ignored."""
-    from AutomaticEval.errors import SelectionError
-    from AutomaticEval.selection import Selection
-
-    if not captures and any(given is not None for given in (sites, layers, positions, store_dtype)):
-        raise SelectionError(
-            f"--sites, --layers, --positions or --store_dtype were given, but nothing is captured; add {how}."
-        )
-    return Selection.parse(sites, layers, positions or default, store_dtype) if captures else None
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was written on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def refuse_unused(context: typer.Context, why: str, *names: str) -> None:
     """Raises SelectionError for an option that was given, and would be ignored."""
-    from AutomaticEval.errors import SelectionError
-
     for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if is_given(context, name):
             raise SelectionError(f"--{name} was given, but {why}; leave it out.")
 
 
@@ -209,9 +238,9 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def tell_of_code(names: str, include_path: list[Path] | None, tell: Callable[[str], None]) -> None:
-    """Once at a run: tasks of the user's own may be code."""
-    if include_path or any(name.strip().endswith((".yaml", ".yml")) for name in names.split(",")):
+def tell_of_code(benchmark: Benchmark, tell: Callable[[str], None]) -> None:
+    """Say once in a run that tasks of the user's own may be code."""
+    if benchmark.include_path or any(name.endswith((".yaml", ".yml")) for name in benchmark.names):
         tell("Tasks of your own YAML files may run Python (!function, templates): read them before you run them.")
 
 

@@ -7,95 +7,85 @@ from typing import Annotated, Any
 
 import typer
 
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.cli import options
+from AutomaticEval.cli.finish import Table, finish, result_file
 from AutomaticEval.cli.interventions import (
-    BatchSize,
-    Emotion,
-    MaxTokens,
-    Output,
+    HeadSpec,
     Pairs,
-    Profiles,
-    SampleNum,
-    Seed,
+    Prompts,
     Sentiment,
     SiteOption,
-    Temperature,
     answered,
     metrics_of,
     number,
 )
-from AutomaticEval.cli.options import one_line_errors, with_load
-from AutomaticEval.cli.printing import print_table, say
+from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.errors import EditError, SelectionError
+from AutomaticEval.models.load_options import LoadOptions
 
 
-@one_line_errors
-@with_load
+@command
+@takes(
+    prompts=Prompts,
+    sampling=options_of(Sampling, "max_new_tokens", "temperature", "seed", max_new_tokens=15),
+    load=LoadOptions,
+)
 def patch(
-    load: options.Load,
     context: typer.Context,
-    head_spec: Annotated[
-        str, typer.Option("--head-spec", help="layer:head, such as 0:0,3:5 or 3:*; a layer for other sites.")
-    ],
+    prompts: Prompts,
+    sampling: Sampling,
+    load: LoadOptions,
+    head_spec: HeadSpec,
     model: options.Model = "demo",
-    profile: Profiles = None,
-    emotion: Emotion = None,
     pairs: Pairs = None,
     positions: Annotated[
-        str, typer.Option("--positions", help="last, all (prompts of equal length) or aligned.")
+        str,
+        typer.Option("--positions", help="last, all (prompts of equal length) or aligned.", rich_help_panel=RUN),
     ] = "last",
     site: SiteOption = "z",
-    output: Output = Path("results"),
-    sample_num: SampleNum = None,
-    max_tokens: MaxTokens = 15,
-    temperature: Temperature = 0.0,
     sentiment: Sentiment = "vader",
-    batch_size: BatchSize = 8,
-    seed: Seed = 42,
+    batch_size: options.BatchSize = 8,
+    output: options.Results = Path("results"),
 ) -> None:
-    """Put values of emotion prompts into neutral runs, or of clean into corrupted runs and back."""
-    if (pairs is None) == (profile is None) or (profile is None) != (emotion is None):
-        raise SelectionError("give --profile with --emotion, or --pairs.")
+    """Put values of a category's prompts into neutral runs, or of clean into corrupted runs and back."""
+    if (pairs is None) == (prompts.profile is None) or (prompts.profile is None) != (prompts.category is None):
+        raise SelectionError("give --profile with --category, or --pairs.")
     if pairs is not None:
-        of_answers = ("max_tokens", "temperature", "sentiment", "batch_size")
-        options.refuse_unused(context, "it is of a --profile: of --pairs nothing is answered", *of_answers)
+        of_answers = ("max_new_tokens", "temperature", "sentiment", "batch_size")
+        refuse_unused(context, "it is of a --profile: of --pairs nothing is answered", *of_answers)
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.patch import Patching, read_pairs, recovered
-    from AutomaticEval.analysis.words.profiles import load_profile
-    from AutomaticEval.capture.generation import Sampling
-    from AutomaticEval.capture.texts.sources import drawn
     from AutomaticEval.models.loading import load_model
-    from AutomaticEval.report.figures import names_of, save_with_figures
-    from AutomaticEval.store.disk.json_files import new_results
 
     kind = "patching" if pairs is None else "pairs"
-    file, *_ = new_results(output, "patching.json", *names_of(kind))
-    asked = [] if pairs is None else drawn(read_pairs(pairs), sample_num, seed)
-    found = None if profile is None else load_profile(profile)
-    sources = [] if found is None else found.category(str(emotion))
-    loaded = load_model(model, options=load())
+    file = result_file(output, "patching.json", kind)
+    asked = [] if pairs is None else prompts.drawn(read_pairs(pairs))
+    profile = prompts.load_profile()
+    sources = [] if profile is None else profile.category(str(prompts.category))
+    loaded = load_model(model, options=load)
     places = _places(head_spec, site, loaded.layout.n_layers, loaded.layout.n_heads)
     settings: dict[str, Any] = {
         "model": loaded.name,
         "places": head_spec,
         "site": site,
         "positions": positions,
-        "profile": profile,
+        "profile": prompts.profile,
+        "emotion": prompts.category,
+        "temperature": sampling.temperature,
+        "seed": prompts.seed,
     }
-    settings |= {"emotion": emotion, "temperature": temperature, "seed": seed}
-    results: dict[str, Any] = {"kind": kind, "settings": settings}
-    if found is None:
-        results |= recovered(loaded, asked, places, positions, site)
-        rows = [(name, number(each)) for name, each in results["summary"].items()]
-        print_table("Logit difference recovered", ("", "Part (95 % interval)"), rows)
-    else:
-        both = drawn(list(zip(sources, found.category(found.neutral), strict=False)), sample_num, seed)
-        sources, destinations = map(list, zip(*both, strict=True))
-        patching = Patching(loaded, sources, destinations, places, positions, site)
-        sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, seed=seed)
-        metrics = metrics_of(sentiment, found.keywords.get(str(emotion)))
-        results |= answered(patching, destinations, sampling, metrics, batch_size)
-    say(f"Written:     {', '.join(map(str, save_with_figures(file, results)))}")
+    result: dict[str, Any] = {"kind": kind, "settings": settings}
+    if profile is None:
+        result |= recovered(loaded, asked, places, positions, site)
+        rows = [(name, number(each)) for name, each in result["summary"].items()]
+        finish(file, result, Table("Logit difference recovered", ("", "Part (95 % interval)"), rows))
+        return
+    both = prompts.drawn(list(zip(sources, profile.category(profile.neutral), strict=False)))
+    sources, destinations = map(list, zip(*both, strict=True))
+    patching = Patching(loaded, sources, destinations, places, positions, site)
+    metrics = metrics_of(sentiment, profile.keywords.get(str(prompts.category)))
+    finish(file, result | answered(patching, destinations, sampling, metrics, batch_size))
 
 
 def _places(spec: str, site: str, n_layers: int, n_heads: int) -> dict[int, list[int] | None]:

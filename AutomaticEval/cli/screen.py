@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.interventions import BatchSize, SampleNum, Seed, number
-from AutomaticEval.cli.options import one_line_errors, with_load
-from AutomaticEval.cli.printing import print_table, say
+from AutomaticEval.cli.finish import Table, finish, result_file
+from AutomaticEval.cli.interventions import Prompts, number
+from AutomaticEval.cli.options import OUTPUT, RUN, command, options_of, takes
+from AutomaticEval.cli.printing import say
 from AutomaticEval.errors import SelectionError
+from AutomaticEval.models.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.words.profiles import Profile
@@ -19,23 +21,34 @@ if TYPE_CHECKING:
     from AutomaticEval.models.loading import LoadedModel
 
 
-@one_line_errors
-@with_load
+@command
+@takes(prompts=options_of(Prompts, "profile", "num_trials", "seed", profile="baseline"), load=LoadOptions)
 def screen(
-    load: options.Load,
+    prompts: Prompts,
+    load: LoadOptions,
     model: options.Model = "demo",
-    profile: Annotated[str, typer.Option("--profile", help="baseline, extended, or a .toml file.")] = "baseline",
-    output: Annotated[
-        Path, typer.Option("--output", help="A .json file, or a folder for scores.json; figures go beside it.")
-    ] = Path("results"),
     target: Annotated[
-        str | None, typer.Option("--target", help='A token, such as " thanks", in place of the category\'s keywords.')
+        str | None,
+        typer.Option(
+            "--target", help='A token, such as " thanks", in place of the category\'s keywords.', rich_help_panel=RUN
+        ),
     ] = None,
-    against: Annotated[str | None, typer.Option("--against", help="Another, whose logit is taken off.")] = None,
-    permutations: Annotated[int, typer.Option("--permutations", min=1, help="For p.")] = 2000,
-    sample_num: SampleNum = None,
-    batch_size: BatchSize = 8,
-    seed: Seed = 42,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Another token, whose logit is taken off.", rich_help_panel=RUN)
+    ] = None,
+    permutations: Annotated[
+        int, typer.Option("--permutations", min=1, help="Permutations of the labels, for p.", rich_help_panel=RUN)
+    ] = 2000,
+    batch_size: options.BatchSize = 8,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A .json file, or a folder for scores.json; figures go beside it.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = Path("results"),
 ) -> None:
     """Three scores of every head for every category: strength, attention to keywords, direct effect on logits."""
     if (target is None) != (against is None):
@@ -43,38 +56,46 @@ def screen(
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.screen import screen
     from AutomaticEval.analysis.words.profiles import load_profile
-    from AutomaticEval.capture.texts.sources import drawn
-    from AutomaticEval.capture.vocabulary import token_strings
     from AutomaticEval.models.loading import load_model
-    from AutomaticEval.report.figures import names_of, save_with_figures
-    from AutomaticEval.store.disk.json_files import new_results
 
     file = output if output.suffix == ".json" else output / "scores.json"
-    new_results(file.parent, file.name, *names_of("screening"))
-    found = load_profile(profile)
-    prompts = {category: drawn(texts, sample_num, seed) for category, texts in found.prompts.items()}
-    loaded = load_model(model, options=load())
-    targets = _targets(loaded, prompts, found, target, against)
+    result_file(file.parent, file.name, "screening")
+    profile = load_profile(str(prompts.profile))
+    texts = {category: prompts.drawn(asked) for category, asked in profile.prompts.items()}
+    loaded = load_model(model, options=load)
+    targets = _targets(loaded, texts, profile, target, against)
     scores = screen(
         loaded,
-        prompts,
-        found.keywords,
+        texts,
+        profile.keywords,
         targets,
-        found.neutral,
+        profile.neutral,
         n_permutations=permutations,
-        seed=seed,
+        seed=prompts.seed,
         batch_size=batch_size,
     )
-    settings: dict[str, Any] = {"model": loaded.name, **loaded.made_with(), "dtype": str(loaded.model.dtype)}
-    settings |= {"profile": profile, "permutations": permutations, "seed": seed, "keywords": found.keywords}
-    settings["prompts"] = {category: len(texts) for category, texts in prompts.items()}
-    settings["targets"] = {
+    settings: dict[str, Any] = {
+        "model": loaded.name,
+        **loaded.made_with(),
+        "dtype": str(loaded.model.dtype),
+        "profile": prompts.profile,
+        "permutations": permutations,
+        "seed": prompts.seed,
+        "keywords": profile.keywords,
+        "prompts": {category: len(asked) for category, asked in texts.items()},
+        "targets": _tokens_of(loaded, targets),
+    }
+    finish(file, {"kind": "screening", "settings": settings, "scores": scores}, _largest(scores))
+
+
+def _tokens_of(loaded: LoadedModel, targets: dict[str, Target]) -> dict[str, dict[str, list[str]]]:
+    """For each category, the tokens whose logits are compared."""
+    from AutomaticEval.capture.vocabulary import token_strings
+
+    return {
         category: {name: token_strings(loaded.tokenizer, ids) for name, ids in each._asdict().items()}
         for category, each in targets.items()
     }
-    _say(scores)
-    written = save_with_figures(file, {"kind": "screening", "settings": settings, "scores": scores})
-    say(f"Written:     {', '.join(map(str, written))}")
 
 
 def _targets(
@@ -90,7 +111,7 @@ def _targets(
     return dict.fromkeys((category for category in prompts if category != profile.neutral), both)
 
 
-def _say(scores: list[dict[str, Any]], most: int = 10) -> None:
+def _largest(scores: list[dict[str, Any]], most: int = 10) -> Table:
     rows = []
     known = [each for each in scores if each["strength"]["d"] == each["strength"]["d"]]
     for each in sorted(known, key=lambda each: -abs(each["strength"]["d"]))[:most]:
@@ -98,23 +119,26 @@ def _say(scores: list[dict[str, Any]], most: int = 10) -> None:
         numbers = (f"{strength['d']:.2f}", f"{strength['p']:.3g}", number(each["attention"]), number(each["direct"]))
         rows.append((f"{each['layer']}:{each['head']}", each["category"], *numbers))
     columns = ("Head", "Category", "Strength: d", "p", "Attention above uniform", "Direct effect, logits")
-    print_table(f"The largest changes of strength, of {len(scores)} scores", columns, rows)
+    return Table(f"The largest changes of strength, of {len(scores)} scores", columns, rows)
 
 
-@one_line_errors
+@command
 def plot(
     files: Annotated[list[Path], typer.Argument(help="Result files: scores.json, sweep.json, ablation.json, …")],
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder for the figures. Default: beside each file.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for the figures. Default: beside each file.", rich_help_panel=OUTPUT
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace figures that are there.")] = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Draw result files again: head_reaction_heatmap.png, top_heads.png, comparison_heatmap.png, …"""
     from AutomaticEval.report.figures import check_figures, draw
     from AutomaticEval.store.disk.json_files import read_json
 
-    found = [(read_json(file), output or file.parent) for file in files]
-    check_figures(found, overwrite=overwrite)  # all, before the first is drawn
-    for result, folder in found:
+    results = [(read_json(file), output or file.parent) for file in files]
+    check_figures(results, overwrite=overwrite)  # all, before the first is drawn
+    for result, folder in results:
         for figure in draw(result, folder, overwrite=overwrite):
             say(f"Written:     {figure}")

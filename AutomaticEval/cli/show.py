@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from AutomaticEval.cli.options import one_line_errors
+from AutomaticEval.cli.options import command
 from AutomaticEval.cli.printing import print_table, say
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from AutomaticEval.store.reader import Run
 
 
-@one_line_errors
+@command
 def show(
     path: Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")],
     sample: Annotated[int | None, typer.Option("--sample", help="Which sample of a run, from 0.")] = None,

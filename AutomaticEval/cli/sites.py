@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import one_line_errors, with_load
+from AutomaticEval.cli.options import command, takes
 from AutomaticEval.cli.printing import print_table, say
+from AutomaticEval.models.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from AutomaticEval.models.layout import Layout
     from AutomaticEval.sites import Site
 
 
-@one_line_errors
-@with_load
+@command
+@takes(load=LoadOptions)
 def sites(
-    load: options.Load,
+    load: LoadOptions,
     model: options.Model = "demo",
 ) -> None:
     """List the sites of a model that can be captured."""
@@ -25,7 +26,7 @@ def sites(
     from AutomaticEval.models.loading import load_model
     from AutomaticEval.sites import KINDS
 
-    layout = load_model(model, options=load()).layout
+    layout = load_model(model, options=load).layout
     rows = []
     for kind, meaning in KINDS.items():
         found = [site for site in layout.sites(kind) if site in layout.taps]

@@ -2,82 +2,104 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.interventions import Emotion, Output, Pairs, Profiles, Seed, SiteOption, number
-from AutomaticEval.cli.options import one_line_errors, with_load
-from AutomaticEval.cli.printing import print_table, say
+from AutomaticEval.cli.finish import Table, finish, result_file
+from AutomaticEval.cli.interventions import Pairs, Prompts, SiteOption, number
+from AutomaticEval.cli.options import RUN, command, takes
 from AutomaticEval.errors import SelectionError
+from AutomaticEval.models.load_options import LoadOptions
+
+if TYPE_CHECKING:
+    from AutomaticEval.models.loading import LoadedModel
+
+N_PROMPTS = 16
+"""Prompts that are asked when no number is given."""
+MAX_NEW_TOKENS = 15
 
 
-@one_line_errors
-@with_load
+@command
+@takes(prompts=Prompts, load=LoadOptions)
 def sweep(
-    load: options.Load,
+    prompts: Prompts,
+    load: LoadOptions,
     model: options.Model = "demo",
-    profile: Profiles = None,
-    emotion: Emotion = None,
     pairs: Pairs = None,
     site: SiteOption = "z",
     mode: Annotated[
-        str | None, typer.Option("--mode", help="zero (default), or mean (over the profile's neutral prompts).")
+        str | None,
+        typer.Option(
+            "--mode", help="zero (default), or mean (over the profile's neutral prompts).", rich_help_panel=RUN
+        ),
     ] = None,
-    output: Output = Path("results"),
-    sample_num: Annotated[
-        int | None, typer.Option("--sample_num", help="So many prompts (default: 16) or pairs (all), drawn at random.")
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max_new_tokens", help=f"Of each answer; default: {MAX_NEW_TOKENS}.", rich_help_panel=RUN),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Of each answer; default: 15.")] = None,
-    seed: Seed = 42,
+    output: options.Results = Path("results"),
 ) -> None:
-    """Ablate each head over prompts of a profile, or patch each between pairs. A sweep that was cut short goes on."""
-    if (pairs is None) == (emotion is None) or (pairs is not None and profile is not None):
-        raise SelectionError("give --emotion, a category of the --profile, to ablate; or --pairs, to patch.")
-    if pairs is not None and (mode, max_tokens) != (None, None):
-        raise SelectionError("--mode and --max-tokens are of --emotion: pairs are patched, and nothing is answered.")
-    mode, max_tokens = mode or "zero", max_tokens or 15
+    """Ablate each head over prompts of a profile, or patch each between pairs. A sweep that was cut short goes on.
+
+    Of a profile 16 prompts are asked unless --num_trials says otherwise.
+    """
+    if (pairs is None) == (prompts.category is None) or (pairs is not None and prompts.profile is not None):
+        raise SelectionError("give --category, a category of the --profile, to ablate; or --pairs, to patch.")
+    if pairs is not None and (mode, max_new_tokens) != (None, None):
+        raise SelectionError(
+            "--mode and --max_new_tokens are of --category: pairs are patched, and nothing is answered."
+        )
+    mode, max_new_tokens = mode or "zero", max_new_tokens or MAX_NEW_TOKENS
     if mode not in ("zero", "mean"):
         raise SelectionError(f"--mode is {mode!r}; write zero or mean.")
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.patch import read_pairs
     from AutomaticEval.analysis.heads.sweep_files import sweep_pairs, sweep_prompts
     from AutomaticEval.analysis.words.profiles import load_profile
-    from AutomaticEval.capture.texts.sources import drawn
     from AutomaticEval.models.loading import load_model
-    from AutomaticEval.report.figures import names_of, save_with_figures
-    from AutomaticEval.store.disk.json_files import new_results
 
-    file, *_ = new_results(output, "sweep.json", *names_of("sweep"))
-    asked = [] if pairs is None else drawn(read_pairs(pairs), sample_num, seed)
-    profile = profile or "baseline"
-    found = load_profile(profile)
-    prompts = [] if emotion is None else drawn(found.category(emotion), sample_num or 16, seed)
-    neutral = found.category(found.neutral) if mode == "mean" else None
-    loaded = load_model(model, options=load())
-    settings: dict[str, Any] = {"model": loaded.name, **loaded.made_with(), "dtype": str(loaded.model.dtype)}
-    settings["site"] = site
+    file = result_file(output, "sweep.json", "sweep")
+    folder = output / "sweep"
     if pairs is not None:
-        settings["pairs"] = [vars(pair) for pair in asked]
-        result = sweep_pairs(loaded, asked, output / "sweep", settings, site=site)
+        asked = prompts.drawn(read_pairs(pairs))
+        loaded = load_model(model, options=load)
+        settings = _settings(loaded, site) | {"pairs": [vars(pair) for pair in asked]}
+        result = sweep_pairs(loaded, asked, folder, settings, site=site)
     else:
-        settings |= {"profile": profile, "emotion": emotion, "mode": mode, "max_tokens": max_tokens, "prompts": prompts}
-        how: dict[str, Any] = {"site": site, "neutral": neutral, "max_new_tokens": max_tokens}
-        result = sweep_prompts(loaded, prompts, output / "sweep", settings, **how)
+        chosen = replace(prompts, profile=prompts.profile or "baseline", num_trials=prompts.num_trials or N_PROMPTS)
+        profile = load_profile(str(chosen.profile))
+        questions = chosen.drawn(profile.category(str(chosen.category)))
+        neutral = profile.category(profile.neutral) if mode == "mean" else None
+        loaded = load_model(model, options=load)
+        settings = _settings(loaded, site) | {
+            "profile": chosen.profile,
+            "emotion": chosen.category,
+            "mode": mode,
+            "max_tokens": max_new_tokens,
+            "prompts": questions,
+        }
+        result = sweep_prompts(
+            loaded, questions, folder, settings, site=site, neutral=neutral, max_new_tokens=max_new_tokens
+        )
     result = {"kind": "sweep", "settings": settings, **result}
-    _say(result)
-    say(f"Written:     {', '.join(map(str, save_with_figures(file, result)))}")
+    finish(file, result, _strongest(result))
 
 
-def _say(result: dict[str, Any], most: int = 10) -> None:
+def _settings(loaded: LoadedModel, site: str) -> dict[str, Any]:
+    return {"model": loaded.name, **loaded.made_with(), "dtype": str(loaded.model.dtype), "site": site}
+
+
+def _strongest(result: dict[str, Any], most: int = 10) -> Table:
     across = "head" if "head" in result["places"][0] else "position"
     names = list(result["units"])
     known = [each for each in result["places"] if each[names[0]]["mean"] is not None]
     strongest = sorted(known, key=lambda each: -abs(each[names[0]]["mean"]))[:most]
     rows = [(f"{each['layer']}:{each[across]}", *(number(each[name]) for name in names)) for each in strongest]
     columns = [f"{name}, {unit} (95 % interval)" for name, unit in result["units"].items()]
-    print_table(
+    return Table(
         f"What matters most, over {len(result['samples'])} prompts or pairs", (f"Layer:{across}", *columns), rows
     )

@@ -6,7 +6,7 @@ import fnmatch
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from AutomaticEval.errors import (
     did_you_mean,
     first_line,
 )
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.harness.refusals import refuse_unknown_metric, refused_by
 from AutomaticEval.evaluation.harness.speedups import (
     RandomStates,
@@ -34,108 +35,10 @@ from AutomaticEval.evaluation.harness.speedups import (
     task_manager,
 )
 from AutomaticEval.evaluation.local_files import local_files, missing
-from AutomaticEval.public_names import public_name
 
 BUNDLED = Path(__file__).parent / "tasks" / "demo"
 BUNDLED_NAMES = ("demo", "demo_facts", "demo_arithmetic")
-SCORINGS = ("tree", "stock")
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
-WHY_NOT = {
-    "use_cache": "answers that come from lm-eval's cache have no forward, and so no activations; leave it out. A run that was "
-    "cut short goes on with --resume.",
-    "cache_requests": "lm-eval keeps requests under a key that leaves out the task's settings and the questions drawn, and so "
-    "may ask the wrong ones; leave it out.",
-}
-"""lm-eval's options that would break the link between a request and its forward."""
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """Which questions are asked, and how."""
-
-    names: tuple[str, ...]
-    """Tasks or groups that lm-eval knows, or the bundled demo."""
-
-    num_trials: int | None = None
-    """Questions drawn over the whole benchmark; None asks all."""
-
-    limit: float | None = None
-    """lm-eval's own limit: the first so many documents of each task (below 1: that share)."""
-
-    num_fewshot: int | None = None
-    """Examples before each question; None leaves it to the task."""
-
-    seed: int | None = None
-    """Seed for drawing questions and for lm-eval's random numbers. None draws with 0 and keeps lm-eval's own seeds."""
-
-    batch_size: int | str = 8
-    """A number, or auto."""
-
-    scoring: str = "tree"
-    """tree: log-likelihoods over the prefix tree of all requests; stock: in lm-eval's own batches."""
-
-    include_path: tuple[str, ...] = ()
-    """Folders with task YAML files of your own."""
-
-    local_files: str | None = None
-    """A folder with the tasks' data; None takes them from where the tasks say."""
-
-    apply_chat_template: bool | str = False
-    """True: the tokenizer's own; a name: that one of several."""
-
-    system_instruction: str | None = None
-    """What the prompt begins with."""
-
-    gen_kwargs: str | dict[str, Any] | None = None
-    """lm-eval's: such as do_sample=true,temperature=0.7, or a dict."""
-
-    repeats: int | None = None
-    """How often each question is answered, by sampling; None leaves it to the task."""
-
-    predict_only: bool = False
-    """Answers without scores."""
-
-    confirm_run_unsafe_code: bool = False
-    """Run tasks that execute what the model wrote."""
-
-    def __post_init__(self) -> None:
-        if self.num_trials is not None and self.limit is not None:
-            raise BenchmarkError("--num_trials and --limit were both given; choose one.")
-        if self.num_trials is not None and self.num_trials < 1:
-            raise BenchmarkError(f"--num_trials is {self.num_trials}; at least 1 is needed.")
-        if self.limit is not None and self.limit <= 0:
-            raise BenchmarkError(f"--limit is {self.limit}; it must be above 0.")
-        for folder in self.include_path:
-            if not Path(folder).is_dir():
-                raise BenchmarkError(
-                    f"--include_path {folder} is no folder; give the folder that holds your YAML files."
-                )
-        if self.local_files is not None and not Path(self.local_files).is_dir():
-            raise BenchmarkError(
-                f"--benchmark_data {self.local_files} is no folder; give the folder that holds the files."
-            )
-        if self.repeats is not None and self.repeats < 1:
-            raise BenchmarkError(f"--repeats is {self.repeats}; at least 1 is needed.")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise BenchmarkError(f"--num_fewshot is {self.num_fewshot}; at least 0 is needed.")
-        check_scoring(self.scoring)
-        if not self.names:
-            raise BenchmarkError("no benchmark was named; write for example demo or mmlu,gsm8k.")
-        if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise BenchmarkError(f"--seed is {self.seed}; it must be from 0 to {2**32 - 1}.")
-        if not (self.batch_size == "auto" or (str(self.batch_size).isdecimal() and int(self.batch_size) > 0)):
-            raise BenchmarkError(f"--batch_size is {self.batch_size!r}; write a number or auto.")
-
-    def as_dict(self) -> dict[str, Any]:
-        """For settings: folders and YAML files by their names."""
-        named = {name: [public_name(each) for each in getattr(self, name)] for name in ("names", "include_path")}
-        return {**asdict(self), **named, "local_files": self.local_files and public_name(self.local_files)}
-
-
-def check_scoring(scoring: str) -> None:
-    """Raises BenchmarkError for a way to score that there is not."""
-    if scoring not in SCORINGS:
-        raise BenchmarkError(f"--scoring is {scoring!r}; write {' or '.join(SCORINGS)}.")
 
 
 @dataclass

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from AutomaticEval.errors import BenchmarkError, unknown_option
-from AutomaticEval.evaluation.benchmark import WHY_NOT, Benchmark, load_tasks
-from AutomaticEval.evaluation.results.captured_run import Keeping
+from AutomaticEval.evaluation.benchmark import load_tasks
+from AutomaticEval.evaluation.benchmark_options import WHY_NOT, Benchmark
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
-from AutomaticEval.models.loading import LoadKeywords, LoadOptions, load_model
+from AutomaticEval.evaluation.run_output import RunOutput
+from AutomaticEval.models.load_options import LoadKeywords, LoadOptions
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.processes import own_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
@@ -85,8 +87,8 @@ def evaluate_with_activations(
         local_files=None if data is None else str(data),
         **given,
     )
-    keeping = Keeping(Path(activation_save_dir), None if resume is None else Path(resume), compression, strict)
+    output = RunOutput(Path(activation_save_dir), None, None if resume is None else Path(resume), compression, strict)
     found = load_tasks(benchmark)  # what is wrong with a task is told before a large model loads
     loaded = load_model(model, tokenizer=tokenizer, options=load)
     results = None if output_path is None else Path(output_path)
-    return run_benchmark(loaded, benchmark, selection, found=found, keeping=keeping, output_path=results)
+    return run_benchmark(loaded, benchmark, selection, found=found, output=output, output_path=results)

@@ -23,8 +23,10 @@ from lm_eval.models.huggingface import HFLM
 from AutomaticEval.errors import BenchmarkError, DeviceUnavailable, StoreError, unknown_option
 from AutomaticEval.evaluation.harness.call import Call, Request
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
-from AutomaticEval.evaluation.results.captured_run import Keeping, RunFolder, folder_name, made_with
-from AutomaticEval.models.loading import LoadOptions, load_model
+from AutomaticEval.evaluation.results.captured_run import RunFolder, folder_name, made_with
+from AutomaticEval.evaluation.run_output import RunOutput
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.processes import join_ranks, own_device
 from AutomaticEval.public_names import public_name
 from AutomaticEval.selection import Positions, Selection
@@ -81,9 +83,9 @@ class HFActivations(CapturingHFLM):
             "lm_eval": {name: public_name(str(value)) for name, value in options.items()},
         }
         name = folder_name(["lm-eval"], loaded.name)
-        keeping = Keeping(Path(activation_save_dir), compression=compression, strict=strict)
+        output = RunOutput(Path(activation_save_dir), compression=compression, strict=strict)
         super().__init__(loaded, selection, self._take, scoring=scoring, ranks=ranks, **options)
-        self._folder = RunFolder(keeping, name, loaded.name, settings, SHARD_BYTES, ranks, loaded.paths)
+        self._folder = RunFolder(output, name, loaded.name, settings, SHARD_BYTES, ranks, loaded.paths)
         self._open = ExitStack()
         self._writer = self._open.enter_context(self._folder.writing()).writer
 

@@ -22,7 +22,8 @@ from AutomaticEval.capture.generation import bytes_per_row
 from AutomaticEval.capture.tree.prefix_tree import PrefixTree
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.errors import BenchmarkError, SelectionError
-from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, asked_of, indistinct, requests_of
+from AutomaticEval.evaluation.benchmark import LoadedTasks, asked_of, indistinct, requests_of
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.harness.refusals import document, new_tokens, refuse_generating, refuse_pair
 from AutomaticEval.evaluation.harness.speedups import quick_templates, stock_model
 from AutomaticEval.evaluation.harness.tokens import rolling_windows

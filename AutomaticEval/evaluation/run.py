@@ -14,15 +14,17 @@ from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError
-from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, load_tasks
+from AutomaticEval.evaluation.benchmark import LoadedTasks, load_tasks
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.harness.refusals import refuse_tasks
 from AutomaticEval.evaluation.harness.speedups import LoadedBefore, quick_templates, stock_model
-from AutomaticEval.evaluation.results.captured_run import Keeping, RunFolder, folder_name, made_with
+from AutomaticEval.evaluation.results.captured_run import RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.results.join import Score, scores_of, without_verdict
 from AutomaticEval.evaluation.results.lm_eval_files import save_results, short_name
 from AutomaticEval.evaluation.results.repeats import score_repeats
+from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks, join_ranks
 from AutomaticEval.selection import Selection
@@ -67,7 +69,7 @@ def run_benchmark(
     selection: Selection | None = None,
     *,
     found: LoadedTasks | None = None,
-    keeping: Keeping = Keeping(),
+    output: RunOutput = RunOutput(),
     output_path: Path | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
@@ -90,7 +92,7 @@ def run_benchmark(
     if output_path is not None:
         prepare_folder(output_path)
     if selection is not None:
-        return _captured(loaded, benchmark, found, selection, keeping, output_path, ranks, announce)
+        return _captured(loaded, benchmark, found, selection, output, output_path, ranks, announce)
     how = _how(benchmark, found, ranks)
     outcome = _evaluate(CapturingHFLM(loaded, None, lambda samples: None, **how), loaded, benchmark, found, ranks)
     if output_path is not None and ranks.is_first:
@@ -116,19 +118,19 @@ def _captured(
     benchmark: Benchmark,
     found: LoadedTasks,
     selection: Selection,
-    keeping: Keeping,
+    output: RunOutput,
     output_path: Path | None,
     ranks: Ranks,
     announce: Callable[[str], None],
 ) -> Outcome:
     size = forecast(loaded, benchmark, found, selection, ranks.n_ranks)
-    there = 0 if keeping.resume is None else shards_bytes(keeping.resume)
+    there = 0 if output.resume is None else shards_bytes(output.resume)
     if ranks.is_first:
         already = f", {size_text(there)} of it already there" if there else ""
         announce(f"Activations: {size} expected{already}")
-    ensure_space(keeping.resume or keeping.save_dir, size.room_bytes - there)
+    ensure_space(output.place, size.room_bytes - there)
     folder = RunFolder(
-        keeping,
+        output,
         folder_name(benchmark.names, loaded.name),
         loaded.name,
         _settings(loaded, benchmark, selection),
@@ -139,7 +141,7 @@ def _captured(
     try:
         with folder.writing() as (writer, answered):
             if ranks.is_first:
-                announce(f"Run folder: {writer.folder}{_went_before(keeping, len(answered))}")
+                announce(f"Run folder: {writer.folder}{_went_before(output, len(answered))}")
             how = {**_how(benchmark, found, ranks), "answered": answered}
             outcome = _evaluate(CapturingHFLM(loaded, selection, writer.add, **how), loaded, benchmark, found, ranks)
             if ranks.is_first:  # before the join, so that the scores outlive one that fails
@@ -181,8 +183,8 @@ def _how(benchmark: Benchmark, found: LoadedTasks, ranks: Ranks) -> dict[str, An
     }
 
 
-def _went_before(keeping: Keeping, n_answered: int) -> str:
-    if keeping.resume is None:
+def _went_before(output: RunOutput, n_answered: int) -> str:
+    if output.resume is None:
         return ""
     return (
         f" ({n_answered} requests are answered there)"

@@ -10,10 +10,10 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -25,6 +25,7 @@ from AutomaticEval.models.architecture.module_names import n_layers_in
 from AutomaticEval.models.edited_models import names_of
 from AutomaticEval.models.find_layout import find_layout, refuse_untrue
 from AutomaticEval.models.layout import Layout
+from AutomaticEval.models.load_options import LoadOptions
 from AutomaticEval.models.weights.adapters import Alone, adapter_alone, add_delta, resize, with_adapter
 from AutomaticEval.models.weights.fingerprint import fingerprint, sampled_fingerprint
 from AutomaticEval.models.weights.provenance import adapters_of, library_versions, provenance
@@ -35,113 +36,8 @@ from AutomaticEval.tested_versions import tell_newer
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
 MAX_LOADED = 2
-WRITTEN = ("dtype", "device", "device_map", "load_in_8bit", "load_in_4bit", "revision")
-"""The options that the first versions had, and so wrote down."""
-PLACES = ("peft", "delta", "offload_folder")
-"""Options that may be paths, of which files hold the name."""
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head")
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How a model is loaded."""
-
-    dtype: str = "auto"
-    """auto (the checkpoint's own), float32, bfloat16 or float16; a torch dtype is taken by its name."""
-
-    device: str = "auto"
-    """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""
-
-    device_map: str | dict[str, Any] | None = None
-    """"auto" spreads a model that is larger than one device, also over CPU and disk; or part -> device. It takes the place
-    of `device`."""
-
-    load_in_8bit: bool = False
-    """LLM.int8 through bitsandbytes."""
-
-    load_in_4bit: bool = False
-    """NF4 through bitsandbytes."""
-
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-
-    peft: str | None = None
-    """An adapter of peft, by its folder or hub name, that the model is run with."""
-
-    delta: str | None = None
-    """Weights that are added to the model's, by their folder or hub name."""
-
-    subfolder: str | None = None
-    """Where in the folder or on the hub the model's files are."""
-
-    trust_remote_code: bool = False
-    """Run code that comes with the checkpoint."""
-
-    use_fast_tokenizer: bool = True
-    """False: a tokenizer written in Python, where there is one."""
-
-    add_bos_token: bool | None = None
-    """Whether the tokenizer begins each text with its first token; None as it does by itself."""
-
-    max_memory: Mapping[int | str, int | str] | None = None
-    """With device_map: device -> the most it may hold, such as {0: "10GiB", "cpu": "30GiB"}."""
-
-    offload_folder: str | None = None
-    """With device_map: where the weights go that fit nowhere else."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        object.__setattr__(self, "device", str(self.device))
-        for name in ("peft", "delta", "subfolder", "offload_folder"):  # lm-eval's subfolder is "" when there is none
-            given = getattr(self, name)
-            object.__setattr__(self, name, str(given) if given else None)
-        if self.peft and self.delta:
-            raise ModelError("peft and delta were both asked for; choose one.")
-        if self.delta and (self.load_in_8bit or self.load_in_4bit):
-            raise ModelError(
-                "delta cannot be added to weights of 8 or 4 bits; leave load_in_8bit and load_in_4bit out."
-            )
-        unplaced = [name for name in ("max_memory", "offload_folder") if getattr(self, name) and not self.device_map]
-        if unplaced:
-            raise ModelError(
-                f"{' and '.join(unplaced)} need device_map, such as device_map='auto'; on one device nothing is placed."
-            )
-        if self.load_in_8bit and self.load_in_4bit:
-            raise ModelError("load_in_8bit and load_in_4bit were both asked for; choose one.")
-        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ModelError(f"no dtype {self.dtype!r}; write auto, float32, bfloat16 or float16.")
-
-    def as_dict(self) -> dict[str, Any]:
-        """For settings: what the first versions wrote, and of the rest what is not the default."""
-        return {
-            name: public_name(value) if name in PLACES and value else value
-            for name, value in asdict(self).items()
-            if name in WRITTEN or value != getattr(LoadOptions, name)
-        }
-
-    def given(self, names: Iterable[str]) -> list[str]:
-        """Which of them are not the default."""
-        return [name for name in names if getattr(self, name) != getattr(LoadOptions, name)]
-
-
-class LoadKeywords(TypedDict, total=False):
-    """`LoadOptions` as keywords of functions."""
-
-    dtype: str
-    device: str
-    device_map: str | dict[str, Any] | None
-    load_in_8bit: bool
-    load_in_4bit: bool
-    revision: str | None
-    peft: str | None
-    delta: str | None
-    subfolder: str | None
-    trust_remote_code: bool
-    use_fast_tokenizer: bool
-    add_bos_token: bool | None
-    max_memory: Mapping[int | str, int | str] | None
-    offload_folder: str | None
 
 
 @dataclass(frozen=True, eq=False)

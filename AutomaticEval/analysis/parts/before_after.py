@@ -11,7 +11,8 @@ import torch
 
 from AutomaticEval.analysis.numbers.estimate import mean_interval
 from AutomaticEval.analysis.words.metrics import TextMetric
-from AutomaticEval.capture.generation import Response, Sampling, harmless_groups, respond
+from AutomaticEval.capture.generation import Response, harmless_groups, respond
+from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.tree.continuations import score_continuations
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.layout import input_device

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from AutomaticEval.capture.recompute.plain_forward import refuse_lacking
 from AutomaticEval.capture.recompute.recomputed_sample import Compared, Comparison, Place
 from AutomaticEval.errors import OtherSettings, SelectionError
-from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.settings import MODEL, SAMPLED
 from AutomaticEval.store.local_paths import read_local_paths
 from AutomaticEval.store.reader import Run, open_run

@@ -10,39 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.capture.texts.sources import Text
-from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong
+from AutomaticEval.errors import EmptyPrompt, PromptTooLong
 
 ROW_TOKENS = 2048
 """The most tokens of a row that several pieces share: the mask of a row is as wide as it is high."""
 TEXTS_TOGETHER = 2048
 """Texts that are encoded and sorted by length together, at most."""
-
-
-@dataclass(frozen=True)
-class Feeding:
-    """How texts are fed."""
-
-    seq_length: int | None = None
-    """The most tokens of a piece; None for the model's context."""
-
-    packing: bool = False
-    """Whether a long text goes on in the next piece, and short pieces share a row; without it a long one is cut."""
-
-    strict: bool = False
-    """Whether a text that is too long is an error, and numbers that are infinite or NaN are one once they are stored."""
-
-    patterns: bool = False
-    """Whether attention after softmax is kept, too, of the layers that are selected."""
-
-    batch_size: int | None = None
-    """Texts a forward; None for so many tokens as are fastest."""
-
-    def __post_init__(self) -> None:
-        for name in ("seq_length", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PromptError(f"{name} is {value}; it must be 1 or more.")
 
 
 class Piece(NamedTuple):

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from AutomaticEval.capture.batch_independence import rope_limit
 from AutomaticEval.capture.generation import bytes_per_row, dtype_of, sample_columns
-from AutomaticEval.capture.texts.batching import ROW_TOKENS, Feeding, Piece, Place, TextPieces, batches_of, shared_rows
+from AutomaticEval.capture.texts.batching import ROW_TOKENS, Piece, Place, TextPieces, batches_of, shared_rows
+from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.capture.texts.forward import Batch, inputs, padded, recorded
 from AutomaticEval.capture.texts.sources import Text
 from AutomaticEval.capture.tree.suitability import why_not_masked

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.texts.batching import Feeding, TextPieces
+from AutomaticEval.capture.texts.batching import TextPieces
 from AutomaticEval.capture.texts.extraction import Forwards, as_text, extract
+from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts, Text
 from AutomaticEval.errors import PromptError, SelectionError
-from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.reader import open_run
 from AutomaticEval.store.row_array import RowArray

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from AutomaticEval.capture.texts.batching import Feeding
 from AutomaticEval.capture.texts.extraction import Extracted, Forwards, as_text, extract, refuse_response
+from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.capture.texts.sources import Text
 from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import ModelUnavailable, SelectionError, StoreError, first_line
-from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, revision_of, state_of
+from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.loading import LoadedModel, load_model, revision_of, state_of
 from AutomaticEval.processes import Ranks
 from AutomaticEval.public_names import public_name
 from AutomaticEval.selection import Selection

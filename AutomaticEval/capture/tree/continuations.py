@@ -13,7 +13,8 @@ from AutomaticEval.capture.generation import keep_of, recording_of, sample_colum
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
 from AutomaticEval.models.layout import alone_with, input_device
-from AutomaticEval.models.loading import LoadedModel, LoadKeywords, LoadOptions, load_model
+from AutomaticEval.models.load_options import LoadKeywords, LoadOptions
+from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.hdf5.contract import Part, Sample

@@ -24,7 +24,8 @@ from AutomaticEval.capture.generation import dtype_of, keep_of, refuse_logits_fe
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.capture.tree.shared_prompt import Prefill, Prefix
 from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable
-from AutomaticEval.evaluation.benchmark import WHY_NOT, check_scoring, indistinct
+from AutomaticEval.evaluation.benchmark import indistinct
+from AutomaticEval.evaluation.benchmark_options import WHY_NOT, check_scoring
 from AutomaticEval.evaluation.harness.batches import AnswerHook, recording
 from AutomaticEval.evaluation.harness.call import UNKNOWN, Call, Request
 from AutomaticEval.evaluation.harness.generated import Answers

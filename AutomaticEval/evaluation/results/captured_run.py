@@ -11,46 +11,19 @@ from typing import Any, NamedTuple
 
 import lm_eval
 
-from AutomaticEval.errors import BenchmarkError, StoreError
+from AutomaticEval.errors import BenchmarkError
 from AutomaticEval.evaluation.results.join import Directions, join
 from AutomaticEval.evaluation.results.repeats import Verdicts
+from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.evaluation.results.requests import Answered, RequestKey, answered_in
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.contents import Columns, Listed, records_of
-from AutomaticEval.store.disk.whole_files import named_failures, own_name, plain_name, prepare_folder
-from AutomaticEval.store.run_folder import LOCK, is_finished, refuse_finished
+from AutomaticEval.store.disk.whole_files import own_name, plain_name, prepare_folder
+from AutomaticEval.store.run_folder import is_finished
 from AutomaticEval.store.shared import SharedRun
 from AutomaticEval.store.writer import RunWriter, leaving_nothing
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """Where what is captured goes."""
-
-    save_dir: Path = Path("activations")
-    """The run folder is made in it."""
-
-    resume: Path | None = None
-    """A run folder that a process left when it was killed, to go on in."""
-
-    compression: str | None = None
-    """zstd, lz4 or gzip for the activations on the disk; None writes them as they are."""
-
-    strict: bool = False
-    """Stop once numbers are stored that are infinite or NaN; without it they are counted, and said at the end."""
-
-    def __post_init__(self) -> None:
-        if self.resume is None:
-            return
-        with named_failures(self.resume):
-            is_folder = self.resume.is_dir()
-        if not is_folder:
-            raise StoreError(f"{self.resume} is no folder; resume needs the run folder that is to go on.")
-        if not (self.resume / LOCK).exists():
-            raise StoreError(f"{self.resume} holds no run that was cut short; resume needs the run folder itself.")
-        refuse_finished(self.resume)
 
 
 class Opened(NamedTuple):
@@ -65,7 +38,7 @@ class Opened(NamedTuple):
 class RunFolder:
     """Where one run goes, and what it is made with."""
 
-    keeping: Keeping
+    output: RunOutput
     name: str
     """What the name of a new folder begins with: `<name>_<timestamp>`."""
 
@@ -87,9 +60,9 @@ class RunFolder:
     @contextmanager
     def writing(self) -> Iterator[Opened]:
         """Open the folder in every process of the run; on every exit what was captured is sealed."""
-        resume = self.keeping.resume
+        resume = self.output.resume
         run = self._shared.writing(
-            lambda: resume or new_folder(self.keeping.save_dir, self.name),
+            lambda: resume or _new_folder_of(self.output, self.name),
             resume=resume is not None,
             tell=lambda writer: answered_in(writer.records()) if resume else {},
         )
@@ -109,8 +82,8 @@ class RunFolder:
             self.model,
             self.settings,
             self.shard_bytes,
-            self.keeping.compression,
-            self.keeping.strict,
+            self.output.compression,
+            self.output.strict,
             self.ranks,
             self.paths,
         )
@@ -154,6 +127,15 @@ def made_with(loaded: LoadedModel, selection: Selection) -> dict[str, Any]:
     """The settings that decide a run's numbers."""
     made = loaded.made_with()
     return {**made, "versions": {**made["versions"], "lm_eval": lm_eval.__version__}, **selection.as_dict()}
+
+
+def _new_folder_of(output: RunOutput, name: str) -> Path:
+    """The folder that was named, or a new one in `activation_save_dir`. Raises PathExists for one that is there."""
+    if output.output is None:
+        return new_folder(output.activation_save_dir, name)
+    output.refuse_existing()
+    prepare_folder(output.output)
+    return output.output
 
 
 def new_folder(save_dir: Path, name: str) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 from lm_eval.loggers import EvaluationTracker, evaluation_tracker
 
 from AutomaticEval.errors import DiskFull, StoreError
-from AutomaticEval.evaluation.benchmark import Benchmark
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.public_names import public_name
 from AutomaticEval.store.disk.read_back import read_back

@@ -1,0 +1,66 @@
+"""How a response is chosen: the options of sampling. Imports no heavy library."""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from AutomaticEval.errors import PromptError
+from AutomaticEval.options import Option
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the response is chosen."""
+
+    max_new_tokens: Annotated[int, Option("The most tokens to generate; fewer when the context ends first.")] = 256
+    temperature: Annotated[float, Option("Temperature for sampling; 0 is greedy decoding.")] = 0.0
+    top_p: Annotated[float, Option("Sample from the fewest tokens that hold this share of the probability.")] = 1.0
+    top_k: Annotated[int, Option("Sample from so many of the most probable tokens; 0: no limit.")] = 0
+    seed: Annotated[
+        int | None, Option("Seed for sampling. Default: one drawn at random, which the settings record.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        for name, wanted, holds in (
+            (
+                "max_new_tokens",
+                "a whole number, at least 1",
+                _is_whole(self.max_new_tokens) and self.max_new_tokens >= 1,
+            ),
+            ("temperature", "0 (greedy) or more", _is_number(self.temperature) and self.temperature >= 0),
+            ("top_p", "above 0 and at most 1", _is_number(self.top_p) and 0 < self.top_p <= 1),
+            ("top_k", "a whole number, 0 (no limit) or more", _is_whole(self.top_k) and self.top_k >= 0),
+            ("seed", "a whole number, or None", self.seed is None or _is_whole(self.seed)),
+        ):
+            if not holds:
+                raise PromptError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+        plain = {"max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "seed": int}
+        for name, kind in plain.items():  # numpy's numbers are not Python's
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else kind(value))
+
+    def kwargs(self) -> dict[str, Any]:
+        """For transformers' generate. They come before the checkpoint's own generation config, of which the rest
+        (a repetition penalty, say) counts and is in the settings.
+        """
+        chosen: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "use_cache": True,
+            "return_dict_in_generate": False,
+            "disable_compile": True,  # hooks that are added after compilation are ignored
+        }
+        if self.temperature == 0:
+            return {**chosen, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {**chosen, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

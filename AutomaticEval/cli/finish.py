@@ -1,0 +1,43 @@
+"""How a command that measures something ends: its result is written, drawn and printed.
+
+Where the result goes is checked before the model loads, so that hours of work are not lost to a file that is there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from AutomaticEval.cli.printing import print_table, say
+
+
+class Table(NamedTuple):
+    """What a person reads first of a result."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Iterable[Sequence[str]]
+
+
+def result_file(folder: Path, name: str, kind: str) -> Path:
+    """The file that a result of this kind will be written to. Raises PathExists when it or one of its figures is there."""
+    from AutomaticEval.report.figures import names_of
+    from AutomaticEval.store.disk.json_files import new_results
+
+    file, *_ = new_results(folder, name, *names_of(kind))
+    return file
+
+
+def finish(file: Path, result: dict[str, Any], *tables: Table) -> None:
+    """Print a result's tables, write it with its figures, and say where they are."""
+    from AutomaticEval.report.figures import save_with_figures
+
+    for table in tables:
+        print_table(*table)
+    say_written(*save_with_figures(file, result))
+
+
+def say_written(*files: Path) -> None:
+    """Say which files were written."""
+    say(f"Written:     {', '.join(map(str, files))}")

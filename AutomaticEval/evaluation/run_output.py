@@ -1,0 +1,58 @@
+"""Where a benchmark run is written, and how: the options of its output. Imports no heavy library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from AutomaticEval.errors import PathExists, StoreError
+from AutomaticEval.options import Option
+
+
+@dataclass(frozen=True)
+class RunOutput:
+    """Where what is captured goes."""
+
+    activation_save_dir: Annotated[
+        Path, Option("Folder in which the run gets a folder of its own, named after benchmark, model and time.")
+    ] = Path("activations")
+    output: Annotated[
+        Path | None, Option("The run's own folder, a new one, in place of one below --activation_save_dir.")
+    ] = None
+    resume: Annotated[
+        Path | None, Option("Run folder that was cut short: go on in it, with the same other options.")
+    ] = None
+    compression: Annotated[
+        str | None, Option("Compress the activations on the disk: zstd, lz4 or gzip. Default: none.")
+    ] = None
+    strict: Annotated[
+        bool,
+        Option("Stop at infinite numbers and NaN, once they are stored. Default: count them, and warn at the end."),
+    ] = False
+
+    def __post_init__(self) -> None:
+        if self.resume is None:
+            return
+        if self.output is not None:
+            raise StoreError("resume and output were both given; resume goes on in its own folder. Leave output out.")
+        from AutomaticEval.store.disk.whole_files import named_failures
+        from AutomaticEval.store.run_folder import LOCK, refuse_finished
+
+        with named_failures(self.resume):
+            is_folder = self.resume.is_dir()
+        if not is_folder:
+            raise StoreError(f"{self.resume} is no folder; resume needs the run folder that is to go on.")
+        if not (self.resume / LOCK).exists():
+            raise StoreError(f"{self.resume} holds no run that was cut short; resume needs the run folder itself.")
+        refuse_finished(self.resume)
+
+    @property
+    def place(self) -> Path:
+        """A folder on the disk that the run will fill."""
+        return self.resume or self.output or self.activation_save_dir
+
+    def refuse_existing(self) -> None:
+        """Raises PathExists when the run's own folder is there already."""
+        if self.output is not None and self.output.exists():
+            raise PathExists(f"{self.output} is there already; name a new folder, or go on in it with resume.")
