@@ -1,6 +1,6 @@
 """Does things again and again, each time with another call of the C library failing.
 
-    LD_PRELOAD=nth_failure.so python tests/nth_failures.py nth_failure.so FOLDER HOW CASE…
+    LD_PRELOAD=nth_failure.so PYTHONPATH=.:tests python -m helpers.nth_failures nth_failure.so FOLDER HOW CASE…
 
 nth_failure.so: `nth_failure.c`, compiled. HOW: a name of WAYS lets each call that changes something fail in that way; `turns`
 does so in the four ways in turn, and `reads` lets each opening for reading fail. CASE: a name of `nth_cases.py`; `CASE/N` takes each
@@ -29,11 +29,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nth_cases import CASES, begin
-from nth_contents import bytes_of, contents_of, difference, file_of, problems_of, rows_there, state_of
-
 from AutomaticEval import errors
 from AutomaticEval.store.disk.whole_files import prepare_folder
+from helpers.nth_cases import CASES, begin
+from helpers.nth_contents import bytes_of, contents_of, difference, file_of, problems_of, rows_there, state_of
 
 
 class Way(NamedTuple):

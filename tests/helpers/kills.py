@@ -1,6 +1,6 @@
 """Kills a process that captures, at random moments, until so many kills are done; resumes it after each.
 
-    python tests/kills.py FOLDER KILLS SEED
+    python tests/helpers/kills.py FOLDER KILLS SEED
 
 Each attempt is a real process, forked from this one (whose libraries are loaded), that asks the demo model real prompts and
 writes what it captures; SIGKILL ends it. After each kill every file that has its name is read with plain h5py, and no sample

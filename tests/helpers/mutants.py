@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import torch
-from conftest import ROOT
-from test_store import SETTINGS, make_sample, write_run
 
 from AutomaticEval.store.contents import of_samples
 from AutomaticEval.store.hdf5 import checksums
 from AutomaticEval.store.hdf5.trailer import arrays_of, write_trailer
 from AutomaticEval.store.hdf5.write import write_file
+from helpers.places import ROOT
+from helpers.samples import SETTINGS, make_sample, write_run
 
 Span = tuple[int, int]
 """Where something begins and how many bytes it has."""

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
 
-from test_store import SETTINGS, make_sample
-
 from AutomaticEval.store import writer
 from AutomaticEval.store.export import formats as export
 from AutomaticEval.store.hdf5 import write as sealing
 from AutomaticEval.store.upkeep import rewrite as maintenance
+from helpers.samples import SETTINGS, make_sample
 
 HEADS = {**SETTINGS, "shape": {"n_heads": 4, "n_kv_heads": 2}}
 SMALL_SHARDS = 10_000
