@@ -1,4 +1,4 @@
-"""Fixtures that several test files use. What they import from each other's place is in `helpers/`."""
+"""Fixtures that several test files use. Functions and constants that they share are in `helpers/`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# set before torch is imported: workers whose threads wait for each other's cores take four times as long
+# set before torch is imported: test workers that each use every core wait for each other and take four times as long
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# the tests need no hub; without a network, each request to it would be repeated for a minute and more
+# the tests need no hub; without a network, the client would repeat each request for a minute or more
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 
-# a failed assertion there shows its values, as one in a test file does
+# pytest then shows the values of a failed assertion in these files, as it does in test files
 pytest.register_assert_rewrite(*(f"helpers.{name}" for name in ("samples", "plain_lm_eval", "runs", "mutants")))
 
 
@@ -60,7 +60,7 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def no_hook_stays_on_a_shared_model(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that leaves a hook on a model that other tests share fails itself, not they."""
+    """Fails the test that leaves a hook on a shared model, so that no later test fails in its place."""
     yield
     for name, value in (getattr(request.node, "funcargs", None) or {}).items():
         if isinstance(value, LoadedModel):
@@ -69,7 +69,7 @@ def no_hook_stays_on_a_shared_model(request: pytest.FixtureRequest) -> Iterator[
 
 @pytest.fixture
 def same_hooks_after() -> Iterator[Callable[[Any], None]]:
-    """watch(model): the test fails when it leaves more or fewer hooks than it found."""
+    """Gives watch(model). The test fails if the model's number of hooks differs after the test."""
     watched: list[tuple[Any, int]] = []
     yield lambda model: watched.append((model, n_hooks(model)))
     for model, before in watched:

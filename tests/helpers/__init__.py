@@ -1,1 +1,1 @@
-"""What several test files share, and the programs that they start. Fixtures are in `conftest.py`."""
+"""Code that several test files import, and programs that tests start. Fixtures are in `conftest.py`."""

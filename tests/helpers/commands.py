@@ -1,4 +1,4 @@
-"""`main.py` as users run it, in a process of its own, under a launcher of two processes, or in this process."""
+"""Run `main.py`: in a new process, under a launcher of two processes, or in this process."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ ACCELERATE = [
         "no",
     ),
 ]
-"""Launchers of two processes."""
+"""TORCHRUN and ACCELERATE start two processes."""
 
 
 def process(
     *arguments: str, cwd: Path, launcher: Sequence[str] = (sys.executable,)
 ) -> subprocess.CompletedProcess[str]:
-    """`main.py` in a process of its own, as users run it."""
+    """Run `main.py` in a new process, as users do."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     whole = [*launcher, str(ROOT / "main.py"), *arguments]
     return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def within(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which has imported everything already."""
+    """Run a command in this process, which is faster: everything is imported already."""
     with chdir(cwd), patch.object(options, "quiet_libraries"):
         done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
     return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)

@@ -39,7 +39,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-"""Of the configs that name their sizes as Llama's does."""
+"""Sizes for configs that use the field names of Llama's config."""
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(
         vocab_size=VOCABULARY,
@@ -81,7 +81,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         vocab_size=400, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4
     ),
 }
-"""And kinds of attention that those have not."""
+"""CONFIGS, and families with other norms, multipliers, experts and kinds of attention."""
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -106,12 +106,12 @@ OTHERS: dict[str, Callable[[], Any]] = {
         **{**SIZES, "num_key_value_heads": None}, is_decoder=True, max_position_embeddings=200
     ),
 }
-"""Models that padding, longer rows or given positions change, if they are let to."""
+"""Models whose numbers change with padding, longer rows or given positions, unless they are handled apart."""
 ALL = {**FAMILIES, **OTHERS}
 
 
 def build(config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model, its weights scaled up so that layers differ and greedy text is not one token repeated."""
+    """A random model. Its weights are scaled up, so that layers differ and greedy text does not repeat one token."""
     torch.manual_seed(0)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
     with warnings.catch_warnings():
@@ -125,7 +125,7 @@ def build(config: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def save_with_code(folder: Path, tokenizer: Any, factor: float = 1.0) -> None:
-    """A Llama of a class of its own, whose logits are multiplied."""
+    """Write a model folder with its own code: a Llama whose class multiplies the logits by `factor`."""
     build(CONFIGS["llama"]()).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "modeling_own.py").write_text(

@@ -1,4 +1,4 @@
-"""The scores that lm-eval computes by itself, and those that stored rows give."""
+"""Scores of lm-eval alone, and log-probabilities computed from stored rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCORED = Selection.parse(positions="scored")
 
 
 def plain(loaded: LoadedModel, names: tuple[str, ...], tasks: str, batch_size: Any = 8, **how: Any) -> dict[str, Any]:
-    """lm-eval by itself: nothing of ours but the task files."""
+    """Results of lm-eval alone; only the demo's task files are ours."""
     lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
     manager = TaskManager(include_path=[str(BUNDLED), tasks], include_defaults=False)
     results = simple_evaluate(model=lm, tasks=list(names), task_manager=manager, **how)
@@ -37,7 +37,7 @@ def assert_same(outcome: Outcome, expected: dict[str, Any]) -> None:
 
 
 def recompute(loaded: LoadedModel, sample: dict[str, Any]) -> torch.Tensor:
-    """Log-probabilities at a sample's stored rows, from its stored last layer alone: norm, head, log-softmax."""
+    """Log-probabilities, [pos, d_vocab], from the stored rows of the last layer: norm, output head, log-softmax."""
     last = f"layer_{loaded.layout.n_layers - 1}"
     rows = sample["activations"][last][-len(sample["generated_ids"]) :]
     base = loaded.model.base_model

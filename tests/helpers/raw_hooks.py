@@ -1,4 +1,4 @@
-"""Residual streams as plain hooks of the tests read them: a second way, which uses nothing of the package; and the number of hooks on a model."""
+"""Residual streams read by the tests' own hooks, which use no code of the package; and the number of hooks on a model."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ FINAL_NORM = {
 
 
 def raw_residuals(model: Any, family: str, ids: Sequence[int]) -> dict[str, Tensor]:
-    """embeddings and layer_i of one unpadded row in one forward without a cache, by hooks of the test's own."""
-    found: dict[str, Tensor] = {}
+    """`embeddings` and each `layer_i`, [pos, d_model], from one forward over one unpadded row, without a cache."""
+    residuals: dict[str, Tensor] = {}
     blocks = model.get_submodule(BLOCKS[family])
     handles = []
 
     def output(key: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, out: Any) -> None:
-            found[key] = (out[0] if isinstance(out, tuple) else out)[0].clone()
+            residuals[key] = (out[0] if isinstance(out, tuple) else out)[0].clone()
 
         return hook
 
     def entering(module: Any, args: Any, kwargs: Any) -> None:
-        found["embeddings"] = (args[0] if args else kwargs["hidden_states"])[0].clone()
+        residuals["embeddings"] = (args[0] if args else kwargs["hidden_states"])[0].clone()
 
     handles.append(blocks[0].register_forward_pre_hook(entering, with_kwargs=True))
     handles += [block.register_forward_hook(output(f"layer_{i}")) for i, block in enumerate(blocks)]
@@ -40,11 +40,11 @@ def raw_residuals(model: Any, family: str, ids: Sequence[int]) -> dict[str, Tens
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return residuals
 
 
 def n_hooks(model: Any) -> int:
-    """All hooks on all modules but those that transformers leaves there once it was asked for `output_hidden_states`."""
+    """The number of hooks on all modules, without those that transformers leaves after `output_hidden_states=True`."""
     hooks = [
         hook
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""Runs of every kind that the package makes, and the claim that `recompute` finds them honest."""
+"""Runs made in every way that the package has, and the assertion that `recompute` finds them honest."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def generated(loaded: LoadedModel, file: Path, kinds: str = ALL, **how: Any) -> 
 
 
 def every_kind(loaded: LoadedModel, folder: Path, kinds: str = ALL) -> Iterator[tuple[str, Path]]:
-    """Runs of every kind."""
+    """One run for each way of making one: its name and its path."""
     yield "plain", extracted(loaded, folder / "plain", kinds)
     yield "packed", extracted(loaded, folder / "packed", kinds, Feeding(seq_length=24, packing=True))
     yield "patterns", extracted(loaded, folder / "patterns", kinds, Feeding(patterns=True))

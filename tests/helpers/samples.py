@@ -1,4 +1,4 @@
-"""Samples of random numbers, files and runs of them, and comparisons of what was read."""
+"""Samples made of random numbers, runs that hold them, and comparisons of what is read back."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def write_run(folder: Path, n_samples: int, shard_bytes: int) -> list[Sample]:
 
 
 def with_right_checksums(file: h5py.File, *names: str) -> None:
-    """What a dataset of one block was changed to has its checksum, as when someone means harm, or a writer was wrong."""
+    """Give changed datasets (of one block each) the checksum of their new bytes, as an attacker or a wrong writer would."""
     for name in names:
         file[name].attrs[checksums.NAME] = checksums.of_numbers([file[name][()]])
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal, tensors by their bits."""
+    """Whether two values are equal; tensors are compared bit for bit."""
     if isinstance(one, torch.Tensor):
         if one.dtype != other.dtype or one.shape != other.shape:
             return False
@@ -81,17 +81,17 @@ def assert_same_data(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert same(one[key], other[key]), key
 
 
-def assert_same_rows(found: Sample, expected: Sample) -> None:
-    """Rows are equal but for float noise: 1e-5 of the row's largest number, or of 1."""
-    assert found.generated_ids == expected.generated_ids
-    one, other = (each.activation_data("m", {}) for each in (found, expected))
+def assert_same_rows(actual: Sample, expected: Sample) -> None:
+    """Rows are equal within rounding: 2e-5 of the row's largest number, or of 1 where all are smaller."""
+    assert actual.generated_ids == expected.generated_ids
+    one, other = (each.activation_data("m", {}) for each in (actual, expected))
     assert one["positions"].tolist() == other["positions"].tolist()
     assert one["activations"].keys() == other["activations"].keys()
     for key, rows in one["activations"].items():
         assert_near(rows, other["activations"][key])
 
 
-def assert_near(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    off, size = (found - expected).abs().amax(-1), expected.abs().amax(-1).clamp(min=1)
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape
+    off, size = (actual - expected).abs().amax(-1), expected.abs().amax(-1).clamp(min=1)
     assert bool((off <= 2e-5 * size).all()), f"off by {float((off / size).max()):.1e} of the row's largest number"

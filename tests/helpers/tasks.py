@@ -1,4 +1,4 @@
-"""Task files of lm-eval, one of every type of request, and requests without a task."""
+"""lm-eval tasks of every type of request, and requests that belong to no task."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ MIXED = ("pages", "last_word", "twice", "greedy", "often")
 
 
 def write_tasks(folder: Path) -> None:
-    """The task files of MIXED, with duplicate documents, texts longer than the context, and sampled repeats."""
+    """Write the tasks of MIXED, which have duplicate documents, texts longer than the context, and sampled repeats."""
     files = {"pages": ROLLING, "last_word": LAST_WORD, "twice": DUPLICATES, "greedy": GREEDY, "often": REPEATS}
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
@@ -87,5 +87,5 @@ def write_tasks(folder: Path) -> None:
 
 
 def loglikelihoods(pairs: Iterable[tuple[str, str]]) -> list[Instance]:
-    """lm-eval's requests for (context, continuation) pairs."""
+    """One lm-eval request for each (context, continuation) pair."""
     return [Instance("loglikelihood", {}, pair, 0, metadata=("t", at, 1)) for at, pair in enumerate(pairs)]
