@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, build, n_hooks, process, within
+from helpers.commands import process, within
+from helpers.models import CONFIGS, build
+from helpers.raw_hooks import n_hooks
 
 from AutomaticEval import score_continuations
 from AutomaticEval.analysis.heads.ablate import Ablation, parse_head_spec, reference_z

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BLOCKS, CONFIGS, build, n_hooks, raw_residuals
+from helpers.models import CONFIGS, build
+from helpers.raw_hooks import BLOCKS, n_hooks, raw_residuals
 from torch import Tensor
 
 from AutomaticEval.capture.generation import respond

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.places import ROOT
 
 PACKAGE = ROOT / "AutomaticEval"
 FLOORS = (
@@ -129,6 +130,13 @@ def test_the_tree_in_the_docs_names_each_file_and_no_other() -> None:
         else:
             named.add(first)
     assert named == {str(path.relative_to(PACKAGE)) for path in modules().values()}
+
+
+def test_no_test_file_imports_from_another() -> None:
+    """What several share is in `tests/helpers/`; the programs that tests write as text count, too."""
+    importing = re.compile(r"^\s*(from|import) (conftest|test_\w+)", re.MULTILINE)
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    assert {path.name: match[0] for path, text in texts.items() if (match := importing.search(text))} == {}
 
 
 def test_utils_is_a_door_without_code() -> None:

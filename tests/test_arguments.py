@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 import typer
-from conftest import CONFIGS, build, loglikelihoods, within
+from helpers.commands import within
+from helpers.models import CONFIGS, build, save_with_code
+from helpers.tasks import loglikelihoods
 from lm_eval.models.huggingface import HFLM
-from test_fingerprint import save_with_code
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import AutomaticEval as package

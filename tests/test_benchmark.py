@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, STORIES, build, needs_real, raw_residuals
+from helpers.models import CONFIGS, build
+from helpers.places import ROOT, STORIES, needs_real
+from helpers.plain_lm_eval import SCORED, as_json, recompute
+from helpers.raw_hooks import raw_residuals
+from helpers.tasks import DATA, DUPLICATES, REPEATS
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -40,7 +44,6 @@ from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Selection
 
-SCORED = Selection.parse(positions="scored")
 stock = partial(Benchmark, scoring="stock")  # lm-eval's own batches, bit for bit; test_tree.py has the others
 ALL = Selection.parse()
 
@@ -60,24 +63,10 @@ def plain(loaded: LoadedModel, benchmark: Benchmark, samples: dict[str, list[int
     return dict(results)
 
 
-def as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str, sort_keys=True))
-
-
 def assert_scores_are_plain(loaded: LoadedModel, benchmark: Benchmark, outcome: Outcome, **kwargs: Any) -> None:
     expected = plain(loaded, benchmark, **kwargs)
     assert as_json(outcome.results["results"]) == as_json(expected["results"])
     assert as_json(outcome.samples) == as_json(expected["samples"])
-
-
-def recompute(loaded: LoadedModel, sample: dict[str, Any]) -> torch.Tensor:
-    """Log-probabilities at a sample's stored rows, from its stored last layer alone: norm, head, log-softmax."""
-    last = f"layer_{loaded.layout.n_layers - 1}"
-    rows = sample["activations"][last][-len(sample["generated_ids"]) :]
-    base = loaded.model.base_model
-    norm = next(getattr(base, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(base, name))
-    with torch.no_grad():
-        return loaded.model.get_output_embeddings()(norm(rows)).log_softmax(-1)
 
 
 def assert_rows_reproduce_scores(loaded: LoadedModel, folder: Path | None) -> None:
@@ -202,46 +191,6 @@ def test_tasks_without_a_drawn_question_do_not_run(demo: LoadedModel) -> None:
     """lm-eval runs a task in full when its list of samples is empty or absent."""
     outcome = run_benchmark(demo, stock(("demo",), num_trials=1))
     assert sum(len(logged) for logged in outcome.samples.values()) == 1
-
-
-DUPLICATES = """
-task: twice
-custom_dataset: !function data.twice
-output_type: multiple_choice
-test_split: test
-doc_to_text: "Question: {{question}}\\nAnswer:"
-doc_to_choice: "{{choices}}"
-doc_to_target: answer
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-  - metric: acc_mutual_info
-"""
-REPEATS = """
-task: often
-custom_dataset: !function data.twice
-output_type: generate_until
-test_split: test
-doc_to_text: "Question: {{question}}\\nAnswer:"
-doc_to_target: "{{choices[answer]}}"
-repeats: 3
-generation_kwargs: {until: ["\\n", "a"], do_sample: true, temperature: 1.0, max_gen_toks: 12}
-filter_list:
-  - {name: first, filter: [{function: take_first}]}
-  - {name: upper, filter: [{function: uppercase}, {function: take_first}]}
-metric_list:
-  - metric: exact_match
-"""
-DATA = """
-from datasets import Dataset, DatasetDict
-def twice(**unused):
-    docs = [
-        {"question": "What is red?", "choices": ["red", "redder", "a", "b"], "answer": 0},
-        {"question": "What is the capital of Jorostan?", "choices": ["Peloton", "Isoraford", "x"], "answer": 0},
-        {"question": "What is red?", "choices": ["red", "redder", "a", "b"], "answer": 0},
-    ]
-    return DatasetDict({"test": Dataset.from_list(docs)})
-"""
 
 
 @pytest.fixture

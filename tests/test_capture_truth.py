@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FINAL_NORM, STORIES, n_hooks, needs_real, raw_residuals
+from helpers.places import STORIES, needs_real
+from helpers.raw_hooks import FINAL_NORM, n_hooks, raw_residuals
 
 from AutomaticEval.capture.generation import Response, respond
 from AutomaticEval.capture.sampling import Sampling
@@ -191,7 +192,7 @@ def test_rows_are_copies_of_what_the_model_changes_in_place(tiny_llama: LoadedMo
 
 
 def test_bfloat16_rows_stay_bfloat16(tiny_llama: LoadedModel) -> None:
-    from conftest import CONFIGS, build
+    from helpers.models import CONFIGS, build
 
     loaded = LoadedModel(build(CONFIGS["llama"](), torch.bfloat16), tiny_llama.tokenizer, "bf16")
     (response,) = respond(loaded, PROMPTS[:1], Sampling(max_new_tokens=4), ALL)

@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import pytest
 import typer
-from conftest import ROOT
+from helpers.places import ROOT
 from tqdm import tqdm
 
 from AutomaticEval import load_activations, open_run

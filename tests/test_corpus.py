@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, REAL, SIZES, STORIES, build, n_hooks, needs_real
+from helpers.models import FAMILIES, SIZES, build
+from helpers.places import REAL, STORIES, needs_real
+from helpers.raw_hooks import n_hooks
+from helpers.runs import SOME_KINDS as KINDS
+from helpers.runs import TEXTS
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Gemma2Config, MistralConfig
@@ -34,15 +38,6 @@ from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.upkeep.rewrite import verify
 
-TEXTS = [
-    "What is 3 + 4?",
-    "The capital of Fenland is a city with a long name, and people there drink tea.",
-    "Short",
-    "Is an otter an animal? It is, and so is a whale.",
-    "What is 3 + 4?",  # again
-    "One two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen",
-]
-KINDS = "embed,resid_mid,resid_post,mlp_out,mlp_post,z"
 FEEDINGS = {
     "plain": Feeding(),
     "cut": Feeding(seq_length=9),

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CONFIGS, build, loglikelihoods
+from helpers.models import CONFIGS, build
+from helpers.tasks import loglikelihoods
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from AutomaticEval import (

@@ -9,8 +9,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import REAL, STORIES, needs_real
-from test_store import SETTINGS, make_sample, same
+from helpers.places import REAL, STORIES, needs_real
+from helpers.samples import SETTINGS, make_sample, same
 from torch import Tensor
 
 from AutomaticEval import generate_inference_with_activations, load_activations, open_run

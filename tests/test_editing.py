@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, FAMILIES, SIZES, build, loglikelihoods, n_hooks
+from helpers.models import CONFIGS, FAMILIES, SIZES, build
+from helpers.raw_hooks import n_hooks
+from helpers.tasks import loglikelihoods
 from lm_eval.api.instance import Instance
 from torch import Tensor
 

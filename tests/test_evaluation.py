@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, REAL, ROOT, STORIES, build, needs_real, raw_residuals
+from helpers.models import CONFIGS, build
+from helpers.places import REAL, ROOT, STORIES, needs_real
+from helpers.plain_lm_eval import SCORED, as_json, assert_same, plain, recompute
+from helpers.raw_hooks import raw_residuals
+from helpers.tasks import MIXED
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from lm_eval.tasks import TaskManager
-from test_benchmark import DATA, DUPLICATES, REPEATS, SCORED, as_json, recompute
 from transformers import AutoTokenizer
 
 from AutomaticEval import HFActivations, evaluate_with_activations, open_run
@@ -39,66 +42,10 @@ from AutomaticEval.models.load_options import LoadOptions
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model
 from AutomaticEval.selection import Selection
 
-ROLLING = """
-task: pages
-custom_dataset: !function data.pages
-output_type: loglikelihood_rolling
-test_split: test
-doc_to_text: ""
-doc_to_target: "{{page}}"
-metric_list:
-  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
-  - {metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
-"""
-LAST_WORD = """
-task: last_word
-custom_dataset: !function data.pages
-output_type: loglikelihood
-test_split: test
-doc_to_text: "{{page.split(' ')[:-1]|join(' ')}}"
-doc_to_target: "{{' '+page.split(' ')[-1]}}"
-metric_list:
-  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-"""
-PAGES = """
-def pages(**unused):
-    pages = ["The capital of Jorostan is Peloton. " * 25, "What is red?", "The capital of Jorostan is Peloton. " * 25]
-    return DatasetDict({"test": Dataset.from_list([{"page": page.strip()} for page in pages])})
-"""
-GREEDY = (
-    REPEATS.replace("repeats: 3\n", "").replace("do_sample: true, temperature: 1.0, ", "").replace("often", "greedy")
-)
 # lm-eval's own batches, bit for bit; test_tree.py has the others
 evaluate = partial(evaluate_with_activations, scoring="stock")
 stock = partial(Benchmark, scoring="stock")
-MIXED = ("pages", "last_word", "twice", "greedy", "often")
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-
-
-@pytest.fixture(scope="module")
-def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A task of every type, with duplicate documents, texts longer than the context, and sampled repeats."""
-    folder = tmp_path_factory.mktemp("tasks")
-    files = {"pages": ROLLING, "last_word": LAST_WORD, "twice": DUPLICATES, "greedy": GREEDY, "often": REPEATS}
-    for name, text in files.items():
-        (folder / f"{name}.yaml").write_text(text)
-    (folder / "data.py").write_text(DATA + PAGES)
-    return str(folder)
-
-
-def plain(loaded: LoadedModel, names: tuple[str, ...], tasks: str, batch_size: Any = 8, **how: Any) -> dict[str, Any]:
-    """lm-eval by itself: nothing of ours but the task files."""
-    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
-    manager = TaskManager(include_path=[str(BUNDLED), tasks], include_defaults=False)
-    results = simple_evaluate(model=lm, tasks=list(names), task_manager=manager, **how)
-    assert results is not None
-    return dict(results)
-
-
-def assert_same(outcome: Outcome, expected: dict[str, Any]) -> None:
-    assert as_json(outcome.results["results"]) == as_json(expected["results"])
-    assert as_json(outcome.samples) == as_json(expected["samples"])
 
 
 def assert_reproduced(loaded: LoadedModel, folder: Path | None, per_token: float = 1e-5) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.places import ROOT
 
 
 def test_the_ten_lines_of_the_readme_give_the_numbers_of_its_picture(tmp_path: Path) -> None:

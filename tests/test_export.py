@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 import typer
-from conftest import ROOT
+from helpers.places import ROOT
+from helpers.samples import SETTINGS, make_sample, same, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_store import SETTINGS, make_sample, same, write_run
 from typer.testing import CliRunner
 
 from AutomaticEval import generate_inference_with_activations, load_activations, open_run

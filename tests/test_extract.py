@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ACCELERATE, CONFIGS, ROOT, TORCHRUN, build, process, within
+from helpers.commands import ACCELERATE, TORCHRUN, process, within
+from helpers.models import CONFIGS, build
+from helpers.places import ROOT
 
 from AutomaticEval import open_run
 from AutomaticEval.analysis.words.profiles import load_profile

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, build, within
+from helpers.commands import within
+from helpers.models import CONFIGS, build, save_with_code
 from torch import Tensor, nn
 
 from AutomaticEval import Edit, editing, evaluate_with_activations, open_run
@@ -591,27 +592,6 @@ def test_code_that_came_with_a_checkpoint_is_seen(tmp_path: Path, tokenizer: Any
     assert found[0] == found[1]
     assert found[0][0] == found[2][0]
     assert found[0][1] != found[2][1]
-
-
-def save_with_code(folder: Path, tokenizer: Any, factor: float = 1.0) -> None:
-    """A Llama of a class of its own, whose logits are multiplied."""
-    import json
-
-    build(CONFIGS["llama"]()).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "modeling_own.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
-        "class OwnForCausalLM(LlamaForCausalLM):\n"
-        "    config_class = OwnConfig\n"
-        "    def forward(self, *args, **kwargs):\n"
-        "        out = super().forward(*args, **kwargs)\n"
-        f"        out.logits = out.logits * {factor}\n"
-        "        return out\n"
-    )
-    config = json.loads((folder / "config.json").read_text())
-    names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": names}))
 
 
 def test_a_run_names_the_hash_of_its_model(tmp_path: Path) -> None:

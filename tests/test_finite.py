@@ -12,8 +12,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build, process
-from test_store import SETTINGS, make_sample
+from helpers.commands import process
+from helpers.models import build
+from helpers.places import ROOT
+from helpers.samples import SETTINGS, make_sample
 from transformers import GPT2Config
 
 from AutomaticEval import evaluate_with_activations, generate_inference_with_activations, open_run

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from test_store import SETTINGS, make_sample, same
+from helpers.samples import SETTINGS, make_sample, same
 
 from AutomaticEval import load_activations, open_run
 from AutomaticEval.errors import AutomaticEvalError, DamagedFile, StoreError

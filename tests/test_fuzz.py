@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutants import Case, corpus, mutate, write_case
+from helpers.mutants import Case, corpus, mutate, write_case
 
 from AutomaticEval import open_run
 from AutomaticEval.cli.show import _show_run, _show_sample

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import needs_real, raw_residuals
-from test_store import assert_same_data
+from helpers.places import needs_real
+from helpers.raw_hooks import raw_residuals
+from helpers.samples import assert_same_data
 
 import AutomaticEval
 import utils
@@ -253,7 +254,7 @@ def test_prompt_longer_than_the_context_is_refused_and_one_that_fills_it_gives_o
 def test_site_the_model_lacks_leaves_no_hook_and_no_file(
     tokenizer: Any, same_hooks_after: Callable[[Any], None], tmp_path: Path
 ) -> None:
-    from conftest import CONFIGS, build
+    from helpers.models import CONFIGS, build
 
     model = build(CONFIGS["gpt_neox"]())
     same_hooks_after(model)
@@ -344,7 +345,7 @@ def test_template_without_system_role_says_so(tiny_llama: LoadedModel) -> None:
 
 @needs_real
 def test_tokenizer_that_adds_bos_adds_one() -> None:
-    from conftest import STORIES
+    from helpers.places import STORIES
 
     for prompt in ("Once upon a time", "<s>Once upon a time"):
         _, data = generate_inference_with_activations(prompt, str(STORIES), max_new_tokens=2)
@@ -395,7 +396,7 @@ def test_prompt_that_is_no_text_is_refused() -> None:
 
 def test_two_threads_capture_their_own_rows(tokenizer: Any) -> None:
     """Each its own model: hooks and files of one do not touch the other."""
-    from conftest import CONFIGS, build
+    from helpers.models import CONFIGS, build
 
     models = [build(CONFIGS["llama"]()), build(CONFIGS["gpt2"]())]
     found: dict[int, dict[str, Any]] = {}

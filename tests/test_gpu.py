@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, build
-from test_neighbours import ALL, assert_same_rows
-from test_recompute import assert_honest, evaluated, every_kind, extracted
+from helpers.models import ALL, FAMILIES, build
+from helpers.runs import assert_honest, evaluated, every_kind, extracted
+from helpers.samples import assert_same_rows
 
 from AutomaticEval import load_model, open_run
 from AutomaticEval.capture.generation import respond

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, FAMILIES, build, n_hooks, process, within
+from helpers.commands import process, within
+from helpers.models import CONFIGS, FAMILIES, build
+from helpers.raw_hooks import n_hooks
 from scipy.stats import spearmanr
 from torch import Tensor
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, build, n_hooks
+from helpers.models import CONFIGS, build
+from helpers.raw_hooks import n_hooks
 from torch import nn
 
 from AutomaticEval import Edit, editing

@@ -17,8 +17,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_store import SETTINGS, make_sample, with_right_checksums, write_run
+from helpers.places import ROOT
+from helpers.samples import SETTINGS, make_sample, with_right_checksums, write_run
 
 from AutomaticEval import load_activations, open_run
 from AutomaticEval.errors import AutomaticEvalError, DamagedFile, StoreError, TruncatedFile, UnreadableFile

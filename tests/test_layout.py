@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import build
+from helpers.models import build
 from torch import Tensor
 
 from AutomaticEval.capture.generation import respond

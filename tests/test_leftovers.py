@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
-from test_store import SETTINGS, make_sample
+from helpers.places import ROOT
+from helpers.samples import SETTINGS, make_sample
 
 from AutomaticEval.analysis.heads.sweep_files import _swept
 from AutomaticEval.errors import DiskFull, FolderInUse, StoreError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, build
+from helpers.models import CONFIGS, build
 
 from AutomaticEval import generate_inference_with_activations, load_activations
 from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable, UnsupportedModel

@@ -14,8 +14,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, within
-from test_store import SETTINGS, make_sample, same, write_run
+from helpers.commands import within
+from helpers.places import ROOT
+from helpers.samples import SETTINGS, make_sample, same, write_run
 
 from AutomaticEval import load_activations, open_run
 from AutomaticEval.errors import (

@@ -10,8 +10,8 @@ from typing import Any
 
 import h5py
 import pytest
-from conftest import within
-from test_store import SETTINGS, make_sample
+from helpers.commands import within
+from helpers.samples import SETTINGS, make_sample
 
 from AutomaticEval import generate_inference_with_activations, load_activations
 from AutomaticEval.capture.recompute.recomputed_run import recompute

@@ -6,26 +6,19 @@ import copy
 import json
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, FAMILIES, SIZES, TORCHRUN, build, loglikelihoods, process
+from helpers.commands import TORCHRUN, process
+from helpers.models import ALL, CONFIGS, FAMILIES, OTHERS, build
+from helpers.samples import assert_near, assert_same_rows
+from helpers.tasks import loglikelihoods
 from lm_eval.api.instance import Instance
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    MambaConfig,
-    MiniMaxConfig,
-    OpenAIGPTConfig,
-    Phi3Config,
-    RecurrentGemmaConfig,
-    RobertaConfig,
-    RwkvConfig,
-)
 
 from AutomaticEval import evaluate_with_activations, open_run, score_continuations
 from AutomaticEval.capture.batch_independence import (
@@ -52,32 +45,6 @@ from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.hdf5.contract import Sample
 
-LONG_ROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0] * 4,
-    "long_factor": [4.0] * 4,
-    "original_max_position_embeddings": 24,
-}
-LONG = {"max_position_embeddings": 256, "rope_parameters": LONG_ROPE}
-OTHERS: dict[str, Callable[[], Any]] = {
-    "phi3-longrope": lambda: Phi3Config(**SIZES, original_max_position_embeddings=24, **LONG),
-    "llama-longrope": lambda: LlamaConfig(**SIZES, **LONG),
-    "rwkv": lambda: RwkvConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, context_length=128),
-    "recurrent-gemma": lambda: RecurrentGemmaConfig(
-        **{**SIZES, "num_hidden_layers": 3}, lru_width=32, attention_window_size=128, head_dim=8
-    ),
-    "minimax": lambda: MiniMaxConfig(
-        **SIZES, num_local_experts=4, head_dim=8, layer_types=["linear_attention", "full_attention"]
-    ),
-    "mamba": lambda: MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=8),
-    "gpt-1": lambda: OpenAIGPTConfig(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=200),
-    "roberta": lambda: RobertaConfig(
-        **{**SIZES, "num_key_value_heads": None}, is_decoder=True, max_position_embeddings=200
-    ),
-}
-"""Models that padding, longer rows or given positions change, if they are let to."""
-ALL = {**FAMILIES, **OTHERS}
 WORDS = [
     "cat",
     "dog",
@@ -117,22 +84,6 @@ def loaded(request: pytest.FixtureRequest, tokenizer: Any) -> LoadedModel:
 def texts(seed: int, lengths: Sequence[int], begins: str = "") -> list[str]:
     drawn = random.Random(seed)
     return [begins + " ".join(drawn.choices(WORDS, k=length)) for length in lengths]
-
-
-def assert_same_rows(found: Sample, expected: Sample) -> None:
-    """Rows are equal but for float noise: 1e-5 of the row's largest number, or of 1."""
-    assert found.generated_ids == expected.generated_ids
-    one, other = (each.activation_data("m", {}) for each in (found, expected))
-    assert one["positions"].tolist() == other["positions"].tolist()
-    assert one["activations"].keys() == other["activations"].keys()
-    for key, rows in one["activations"].items():
-        assert_near(rows, other["activations"][key])
-
-
-def assert_near(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    off, size = (found - expected).abs().amax(-1), expected.abs().amax(-1).clamp(min=1)
-    assert bool((off <= 2e-5 * size).all()), f"off by {float((off / size).max()):.1e} of the row's largest number"
 
 
 @pytest.mark.parametrize(

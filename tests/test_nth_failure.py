@@ -9,27 +9,27 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from nth_cases import CASES, STORE
-from nth_failures import WAYS
+from helpers.nth_cases import CASES, STORE
+from helpers.nth_failures import WAYS
+from helpers.places import ROOT
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if sys.platform != "linux" or shutil.which("gcc") is None:
-        pytest.skip("on Linux, install gcc to run this: it compiles tests/nth_failure.c")
+        pytest.skip("on Linux, install gcc to run this: it compiles tests/helpers/nth_failure.c")
     made = tmp_path_factory.mktemp("library") / "nth_failure.so"
-    source = ROOT / "tests" / "nth_failure.c"
+    source = ROOT / "tests" / "helpers" / "nth_failure.c"
     subprocess.run(["gcc", "-std=gnu11", "-O1", "-shared", "-fPIC", "-o", made, source, "-ldl"], check=True)
     return made
 
 
 def repeated(library: Path, folder: Path, how: str, *cases: str) -> None:
-    """See `tests/nth_failures.py`, which says what must hold after each failure."""
+    """See `tests/helpers/nth_failures.py`, which says what must hold after each failure."""
     done = subprocess.run(
-        [sys.executable, "tests/nth_failures.py", str(library), str(folder), how, *cases],
+        [sys.executable, "-m", "helpers.nth_failures", str(library), str(folder), how, *cases],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "LD_PRELOAD": str(library)},
         capture_output=True,
         text=True,
     )

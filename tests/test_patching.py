@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, build, n_hooks, process, within
+from helpers.commands import process, within
+from helpers.models import CONFIGS, build
+from helpers.raw_hooks import n_hooks
 
 from AutomaticEval.analysis.heads.patch import Pair, Patching, matched, read_pairs, recovered
 from AutomaticEval.analysis.parts.before_after import answers_with

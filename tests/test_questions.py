@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import raw_residuals
-from test_store import assert_same_data
+from helpers.raw_hooks import raw_residuals
+from helpers.samples import assert_same_data
 
 from AutomaticEval import (
     answer_benchmark_question,

@@ -14,14 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ACCELERATE, ROOT, TORCHRUN
-from test_evaluation import own_tasks
+from helpers.commands import ACCELERATE, TORCHRUN
+from helpers.places import ROOT
 
 from AutomaticEval import open_run
 from AutomaticEval.processes import Ranks, join_ranks
 from AutomaticEval.store.reader import Run
-
-assert own_tasks  # a fixture
 
 
 def run(launcher: list[str], folder: Path, *options: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:

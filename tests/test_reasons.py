@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, build
+from helpers.models import CONFIGS, build
 from torch import Tensor, nn
 
 from AutomaticEval.capture.generation import respond

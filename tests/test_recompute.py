@@ -3,87 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import FAMILIES, STORIES, build, n_hooks, needs_real, within
-from test_corpus import KINDS as SOME_KINDS
-from test_corpus import TEXTS
+from helpers.commands import within
+from helpers.models import FAMILIES, build
+from helpers.places import STORIES, needs_real
+from helpers.raw_hooks import n_hooks
+from helpers.runs import SOME_KINDS, assert_honest, evaluated, every_kind, extracted, generated
 from torch import Tensor
 
-from AutomaticEval import Edit, editing, generate_inference_with_activations, load_model, open_run, recompute
+from AutomaticEval import Edit, editing, load_model, open_run, recompute
 from AutomaticEval.capture.recompute import plain_forward as plain_module
 from AutomaticEval.capture.recompute import recomputed_sample as sample_module
 from AutomaticEval.capture.recompute.plain_forward import plain_forward
-from AutomaticEval.capture.recompute.recomputed_run import Recomputed
 from AutomaticEval.capture.recompute.tolerance import LIMITS, Judged, judged, measured
-from AutomaticEval.capture.texts.extraction import extract
 from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.errors import OtherSettings, SelectionError, SiteUnavailable
-from AutomaticEval.evaluation.benchmark_options import Benchmark
-from AutomaticEval.evaluation.run import run_benchmark
-from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.load_options import LoadOptions
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Recording
-from AutomaticEval.selection import Selection
-from AutomaticEval.sites import KINDS, Site
+from AutomaticEval.sites import Site
 from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.hdf5.write import write_shard
 from AutomaticEval.store.upkeep.rewrite import convert, merge, prune
 from AutomaticEval.store.upkeep.rewrite import verify as verify_checksums
 from AutomaticEval.store.writer import RunWriter
-
-ALL = ",".join(kind for kind in KINDS if kind != "logits")
-PROMPT = "Is an otter an animal? Tell me about the sea."
-
-
-def selection(loaded: LoadedModel, kinds: str = ALL, **how: Any) -> Selection:
-    return Selection.parse([kind for kind in kinds.split(",") if not loaded.layout.lacking(kind)], **how)
-
-
-def extracted(loaded: LoadedModel, folder: Path, kinds: str = ALL, feeding: Feeding = Feeding(), **how: Any) -> Path:
-    extract(loaded, TEXTS, selection(loaded, kinds, **how), folder, feeding=feeding)
-    return folder
-
-
-def evaluated(loaded: LoadedModel, folder: Path, kinds: str = ALL, scoring: str = "tree", **how: Any) -> Path:
-    benchmark = Benchmark(("demo",), num_trials=6, num_fewshot=2, scoring=scoring)
-    done = run_benchmark(
-        loaded, benchmark, selection(loaded, kinds, **{"positions": "all", **how}), output=RunOutput(folder)
-    )
-    assert done.folder is not None
-    return done.folder
-
-
-def generated(loaded: LoadedModel, file: Path, kinds: str = ALL, **how: Any) -> Path:
-    sites = list(selection(loaded, kinds).kinds)
-    given = {"max_new_tokens": 12, "apply_chat_template": False, **how}
-    generate_inference_with_activations(PROMPT, loaded, file, sites=sites, **given)
-    return file
-
-
-def every_kind(loaded: LoadedModel, folder: Path, kinds: str = ALL) -> Iterator[tuple[str, Path]]:
-    """Runs of every kind."""
-    yield "plain", extracted(loaded, folder / "plain", kinds)
-    yield "packed", extracted(loaded, folder / "packed", kinds, Feeding(seq_length=24, packing=True))
-    yield "patterns", extracted(loaded, folder / "patterns", kinds, Feeding(patterns=True))
-    yield "tree", evaluated(loaded, folder, kinds)
-    yield "stock", evaluated(loaded, folder, kinds, "stock")
-    yield "one prompt", generated(loaded, folder / "one.h5", kinds)
-
-
-def assert_honest(path: Path, loaded: Any, n: int = 3, **how: Any) -> Recomputed:
-    done = recompute(path, loaded, n, seed=2, **how)
-    assert not done.different, [str(each) for each in done.different]
-    assert len(done.samples) == min(n, done.n_samples)
-    assert any(each.n_numbers for each in done.samples)
-    return done
-
 
 # Honest runs
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import within
+from helpers.commands import within
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 

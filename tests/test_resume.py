@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, build
+from helpers.models import CONFIGS, build
+from helpers.places import ROOT
+from helpers.plain_lm_eval import as_json, plain
+from helpers.tasks import MIXED
 from lm_eval.models.huggingface import HFLM
-from test_benchmark import as_json
-from test_evaluation import MIXED, own_tasks, plain
 
 from AutomaticEval import evaluate_with_activations, open_run
 from AutomaticEval.capture.tree import shared_prompt as prefill
@@ -32,7 +33,6 @@ from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.store import writer
 from AutomaticEval.store.writer import RunWriter
 
-assert own_tasks  # a fixture
 evaluate = partial(evaluate_with_activations, scoring="stock")
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, SIZES, VOCABULARY, build, loglikelihoods, raw_residuals
+from helpers.models import CONFIGS, SIZES, VOCABULARY, build
+from helpers.raw_hooks import raw_residuals
+from helpers.tasks import loglikelihoods
 from torch import Tensor
 from transformers import AutoTokenizer
 

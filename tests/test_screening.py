@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, FAMILIES, build, n_hooks, process, within
+from helpers.commands import process, within
+from helpers.models import CONFIGS, FAMILIES, build
+from helpers.raw_hooks import n_hooks
 from scipy.stats import permutation_test
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

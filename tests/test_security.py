@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import within
+from helpers.commands import within
 
 TASK = """task: {name}
 dataset_path: json

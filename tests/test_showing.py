@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, process, within
-from test_store import SETTINGS, make_sample
+from helpers.commands import process, within
+from helpers.places import ROOT
+from helpers.samples import SETTINGS, make_sample
 
 from AutomaticEval.capture.texts.many_runs import Unit, folder_names
 from AutomaticEval.cli.printing import print_table, say

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, build
+from helpers.models import CONFIGS, build
 from torch import Tensor
 
 from AutomaticEval.capture.generation import respond

@@ -14,7 +14,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers.places import ROOT
+from helpers.samples import SETTINGS, assert_same_data, make_sample, same, with_right_checksums, write_run
 
 from AutomaticEval import load_activations, open_run
 from AutomaticEval.errors import (
@@ -30,69 +31,12 @@ from AutomaticEval.errors import (
     TruncatedFile,
 )
 from AutomaticEval.store import writer
-from AutomaticEval.store.contents import Listed
 from AutomaticEval.store.disk import whole_files as files
 from AutomaticEval.store.disk.whole_files import ensure_space, file_stem, hdf5_path
-from AutomaticEval.store.hdf5 import checksums
 from AutomaticEval.store.hdf5 import write as sealing
 from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.hdf5.write import write_named, write_shard
 from AutomaticEval.store.writer import RunWriter
-
-SETTINGS = {"dtype": "float32", "attention": "sdpa"}
-
-
-def make_sample(
-    dtype: torch.dtype = torch.float32,
-    n_prompt: int = 4,
-    n_response: int = 3,
-    width: int = 8,
-    seed: int = 0,
-    **fields: Any,
-) -> Sample:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 300, (n_prompt + n_response,), generator=generator).tolist()
-    n_rows = n_prompt + n_response - 1
-    rows = Rows(
-        ids[:-1],
-        [f"t{token}" for token in ids[:-1]],
-        list(range(n_rows)),
-        {key: torch.randn(n_rows, width, generator=generator).to(dtype) for key in ("embeddings", "layer_0")},
-    )
-    columns = {
-        "prompt": "What?",
-        "response": "That.",
-        "timestamp": "2026-09-15T14:30:22+00:00",
-        "n_prompt_tokens": n_prompt,
-        "batch_rows": 1,
-        "batch_columns": n_prompt,
-        **fields,
-    }
-    return Sample(columns, ids[:n_prompt], ids[n_prompt:], [Part(rows, range(n_rows))])
-
-
-def with_right_checksums(file: h5py.File, *names: str) -> None:
-    """What a dataset of one block was changed to has its checksum, as when someone means harm, or a writer was wrong."""
-    for name in names:
-        file[name].attrs[checksums.NAME] = checksums.of_numbers([file[name][()]])
-
-
-def same(one: Any, other: Any) -> bool:
-    """Equal, tensors by their bits."""
-    if isinstance(one, torch.Tensor):
-        if one.dtype != other.dtype or one.shape != other.shape:
-            return False
-        whole = {8: torch.int64, 4: torch.int32, 2: torch.int16}[one.element_size()]
-        return torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    return bool(one == other)
-
-
-def assert_same_data(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert set(one) == set(other)
-    for key in one:
-        assert same(one[key], other[key]), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -267,7 +211,7 @@ FILLS_THE_DISK = """
 import resource, signal, sys
 from pathlib import Path
 sys.path[:0] = ["tests"]
-from test_store import SETTINGS, make_sample
+from helpers.samples import SETTINGS, make_sample
 from AutomaticEval.errors import DiskFull
 from AutomaticEval.store.hdf5.write import write_shard
 sample = make_sample(n_prompt=200, width=512)
@@ -486,17 +430,6 @@ def test_many_samples_name_open_run(tmp_path: Path) -> None:
     run = open_run(tmp_path / "two.h5")
     assert len(run) == 2
     assert not run.finished
-
-
-def write_run(folder: Path, n_samples: int, shard_bytes: int) -> list[Sample]:
-    samples = [make_sample(torch.bfloat16, n_prompt=3 + i % 4, seed=i, task="t", doc_id=i) for i in range(n_samples)]
-    with RunWriter(folder, "m", SETTINGS, shard_bytes=shard_bytes) as made:
-        for sample in samples:
-            made.add([sample])
-        made.finish(
-            Listed.of([{**record, "correct": record["doc_id"] % 2 == 0} for record in reversed(made.records())])
-        )
-    return samples
 
 
 def test_run_over_many_shards_reads_every_sample_in_the_order_of_its_table(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, build, n_hooks, process, within
+from helpers.commands import process, within
+from helpers.models import FAMILIES, build
+from helpers.raw_hooks import n_hooks
 from torch import Tensor
 
 from AutomaticEval import score_continuations

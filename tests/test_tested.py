@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import ROOT
+from helpers.places import ROOT
 from packaging.version import Version
 
 from AutomaticEval import tested_versions as tested

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import process
+from helpers.commands import process
 
 from AutomaticEval.cli.app import _with_values
 

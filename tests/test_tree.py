@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, REAL, ROOT, SIZES, STORIES, VOCABULARY, build, loglikelihoods, needs_real, raw_residuals
+from helpers.models import CONFIGS, SIZES, VOCABULARY, build
+from helpers.places import REAL, ROOT, STORIES, needs_real
+from helpers.plain_lm_eval import as_json, assert_same, plain
+from helpers.raw_hooks import raw_residuals
+from helpers.tasks import DATA, GREEDY, MIXED, loglikelihoods
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from test_benchmark import DATA, as_json
-from test_evaluation import GREEDY, MIXED, assert_same, own_tasks, plain
 from transformers import AutoTokenizer
 
 from AutomaticEval import HFActivations, evaluate_with_activations, open_run
@@ -30,7 +32,6 @@ from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.reader import Run
 
-assert own_tasks  # a fixture
 KEY = ("task", "doc_id", "choice", "repeat", "window")
 
 

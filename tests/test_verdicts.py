@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import within
+from helpers.commands import within
 from lm_eval.api.instance import Instance
 from lm_eval.filters import build_filter_ensemble
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build
+from helpers.models import build
 from transformers import ByT5Tokenizer, CanineTokenizer, LlamaConfig
 
 from AutomaticEval import (

@@ -15,8 +15,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_store import SETTINGS, make_sample, same
+from helpers.places import ROOT
+from helpers.samples import SETTINGS, make_sample, same
 
 from AutomaticEval import open_run
 from AutomaticEval.errors import CaptureError, DiskFull, FolderInUse, OtherSettings, StoreError
@@ -443,9 +443,9 @@ def test_disk_that_fills_up_ends_the_run_with_one_line_and_all_sealed_shards(sma
 
 @pytest.mark.parametrize("n_kills", [25, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_nothing_sealed_is_lost_or_unreadable(tmp_path: Path, n_kills: int) -> None:
-    """See `tests/kills.py`, which says what is compared after each kill and at the end."""
+    """See `tests/helpers/kills.py`, which says what is compared after each kill and at the end."""
     done = subprocess.run(
-        [sys.executable, "tests/kills.py", str(tmp_path), str(n_kills), "1"],
+        [sys.executable, "tests/helpers/kills.py", str(tmp_path), str(n_kills), "1"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What is in a folder, as `nth_failures.py` compares it: without times, and whatever shards samples are in."""
+"""The contents of a folder for `nth_failures.py` to compare: without times, and whichever shards hold the samples."""
 
 from __future__ import annotations
 
@@ -27,47 +27,47 @@ VOLATILE = (
     "timestamp",
     "created",
 )
-"""What tells the time, or is drawn by chance."""
+"""Fields that hold a time, or something drawn at random."""
 _known: dict[Any, Any] = {}
-"""What was read before, by the bytes it was read from."""
+"""Contents that were read before, by the checksums of their files."""
 
 
 def contents_of(folder: Path) -> dict[str, Any]:
-    """All that is in a folder, by names without times: of runs and HDF5 files the samples, whatever shards they are in."""
-    found: dict[str, Any] = {}
+    """Name without times -> contents. Runs and HDF5 files are given as their samples, whichever shards hold them."""
+    contents: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = TIMES.sub("T", str(path.relative_to(folder)))
         if (path / "run.h5").exists() or (path.is_dir() and list(path.glob("shard-*.h5"))):
-            found[name] = samples_of(path)
+            contents[name] = samples_of(path)
         elif path.is_dir():
-            found[name] = "folder"
+            contents[name] = "folder"
         elif path.name == "run.h5" or re.fullmatch(r"shard-\d+\.h5", path.name):
             continue
         else:
-            found[name] = file_of(path)
-    return found
+            contents[name] = file_of(path)
+    return contents
 
 
 def samples_of(path: Path) -> list[str]:
-    """Of every sample, all numbers and texts."""
+    """All numbers and texts of every sample, sorted."""
     key = "samples", _digest(path)
     if key not in _known:
         _known[key] = _samples_of(path)
-    found: list[str] = _known[key]
-    return found
+    known: list[str] = _known[key]
+    return known
 
 
 def _samples_of(path: Path) -> list[str]:
     run = open_run(path)
-    found = [f"finished: {run.finished}"]
+    samples = [f"finished: {run.finished}"]
     for sample in run:
         kept = {
             name: value
             for name, value in sample.items()
             if name not in ("settings", "path", "shard", "index", "random_state", *VOLATILE)
         }
-        found.append(repr(_plain(kept)))
-    return sorted(found)
+        samples.append(repr(_plain(kept)))
+    return sorted(samples)
 
 
 def _plain(value: Any) -> Any:
@@ -99,12 +99,12 @@ def _without_times(value: Any) -> Any:
 
 
 def problems_of(path: Path) -> list[str]:
-    """What `verify` finds in one file."""
+    """The problems that `verify` reports for one file."""
     key = "problems", _digest(path)
     if key not in _known:
         _known[key] = maintenance.verify(path)
-    found: list[str] = _known[key]
-    return found
+    known: list[str] = _known[key]
+    return known
 
 
 def _digest(path: Path) -> tuple[tuple[str, str], ...]:
@@ -117,7 +117,7 @@ def sha256_of(file: Path) -> str:
 
 
 def rows_there(folder: Path) -> set[str]:
-    """Without the verdicts, which come when a run is finished."""
+    """Rows and keys of every sample, without the verdicts, which are written when a run is finished."""
     run = open_run(folder)
     return {
         repr(_plain({name: sample[name] for name in ("doc_id", "choice", "activations", "token_ids")}))
@@ -126,7 +126,7 @@ def rows_there(folder: Path) -> set[str]:
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
-    """Of every file but a lock and `run.h5`, which a run may write again."""
+    """Checksums of all files except locks and `run.h5`, which a run may write again."""
     return {
         str(path.relative_to(folder)): sha256_of(path)
         for path in folder.rglob("*")
@@ -135,21 +135,21 @@ def bytes_of(folder: Path) -> dict[str, str]:
 
 
 def state_of(folder: Path) -> tuple[Any, ...]:
-    """All that a command given again could see: names, and bytes but of files in hidden workplaces, which none reads."""
-    found: list[Any] = []
+    """Everything that a repeated command could see: all names, and all contents except of `.partial` files, which no command reads."""
+    state: list[Any] = []
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         plain = re.sub(r"[0-9a-f]{32}", "U", TIMES.sub("T", name))
         if path.is_dir() or ".partial" in name:
-            found.append((plain, path.is_dir()))
+            state.append((plain, path.is_dir()))
         elif re.fullmatch(r"shard-\d+\.h5", path.name):
-            found.append((plain, *problems_of(path), *Shard(path).replaces, *samples_of(path)))
+            state.append((plain, *problems_of(path), *Shard(path).replaces, *samples_of(path)))
         else:
-            found.append((plain, sha256_of(path)))
-    return tuple(found)
+            state.append((plain, sha256_of(path)))
+    return tuple(state)
 
 
-def difference(found: dict[str, Any], clean: dict[str, Any]) -> str:
-    more, fewer = sorted(found.keys() - clean.keys()), sorted(clean.keys() - found.keys())
-    other = [name for name in found.keys() & clean.keys() if found[name] != clean[name]]
+def difference(contents: dict[str, Any], clean: dict[str, Any]) -> str:
+    more, fewer = sorted(contents.keys() - clean.keys()), sorted(clean.keys() - contents.keys())
+    other = [name for name in contents.keys() & clean.keys() if contents[name] != clean[name]]
     return f"too much: {more}, missing: {fewer}, other than in a clean run: {other}"

@@ -1,9 +1,10 @@
-/* Lets the n-th call of the C library that changes something in one folder fail, or that opens something there. Loaded with LD_PRELOAD.
+/* Makes the n-th call of the C library in one folder fail. Calls that change something and calls that open for reading are counted
+ * apart. Loaded with LD_PRELOAD.
  *
- * nth_watch(folder) chooses the folder, by its real path. nth_arm(changes, n, code, stays) begins to count again, in this process and
- * those that it forks: call n of those that change something fails with errno code; with changes 0, of those that open for reading.
- * stays: so does every later one that needs room, as on a disk that is full. nth_count(changes) tells how many calls there were, and
- * nth_failed() which one failed. A write that fails has written half of its bytes.
+ * nth_watch(folder) chooses the folder, by its real path. nth_arm(changes, n, code, stays) starts the count again, in this process and
+ * in those that it forks: with changes 1, the n-th call that changes something fails with errno code; with changes 0, the n-th call that
+ * opens for reading. With stays 1, every later call that needs room fails, too, as on a full disk. nth_count(changes) gives the number
+ * of calls, and nth_failed() the call that failed. A write that fails has written half of its bytes.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -73,7 +74,7 @@ static const char *absolute(int folder, const char *path, char *found) {
 enum { READS, CHANGES };
 enum { FREES, NEEDS_ROOM };
 
-/* Whether this call, on a path, fails. */
+/* Whether this call on this path must fail. */
 static int fails(const char *call, const char *path, int changes, int needs_room) {
     if (!is_watched(path)) return 0;
     long number = __atomic_add_fetch(&shared->count[changes], 1, __ATOMIC_SEQ_CST);

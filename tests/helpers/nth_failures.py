@@ -1,11 +1,11 @@
-"""Does things again and again, each time with another call of the C library failing.
+"""Repeats an action; each time another call of the C library fails.
 
-    LD_PRELOAD=nth_failure.so python tests/nth_failures.py nth_failure.so FOLDER HOW CASE…
+    LD_PRELOAD=nth_failure.so PYTHONPATH=.:tests python -m helpers.nth_failures nth_failure.so FOLDER HOW CASE…
 
-nth_failure.so: `nth_failure.c`, compiled. HOW: a name of WAYS lets each call that changes something fail in that way; `turns`
-does so in the four ways in turn, and `reads` lets each opening for reading fail. CASE: a name of `nth_cases.py`; `CASE/N` takes each
-N-th call only. Each attempt is a real process, forked from this one (whose libraries and model are loaded), that does it in a fresh
-folder. `examine` says what must hold after it. Prints a line a case.
+nth_failure.so is `nth_failure.c`, compiled. HOW is a name of WAYS: each call that changes something fails in that way. With `turns`
+the calls fail in the four ways in turn; with `reads` each call that opens a file for reading fails. CASE is a name of `nth_cases.py`;
+`CASE/N` lets only every N-th call fail. Each attempt is a real process, forked from this one (which has loaded the libraries and the
+model), and acts in a fresh folder. `examine` says what must hold after it. Prints one line for each case.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nth_cases import CASES, begin
-from nth_contents import bytes_of, contents_of, difference, file_of, problems_of, rows_there, state_of
-
 from AutomaticEval import errors
 from AutomaticEval.store.disk.whole_files import prepare_folder
+from helpers.nth_cases import CASES, begin
+from helpers.nth_contents import bytes_of, contents_of, difference, file_of, problems_of, rows_there, state_of
 
 
 class Way(NamedTuple):
     code: int
     stays: bool = False
-    """Whether the disk stays so."""
+    """Whether all later calls that need room fail, too, as on a full disk."""
 
     changes: bool = True
 
@@ -52,24 +51,24 @@ WAYS = {
 }
 READS = [Way(errno.EIO, changes=False), Way(errno.EACCES, changes=False), Way(errno.EMFILE, changes=False)]
 LONGEST = 120
-"""Seconds of an attempt."""
+"""Seconds after which an attempt is killed."""
 
 
 class Ended(NamedTuple):
     """How a process ended."""
 
     code: int
-    """Its exit status; below 0: the signal that killed it."""
+    """Its exit status; a negative number is the signal that killed it."""
 
     said: str
     n_calls: dict[bool, int]
-    """Those that changed something, and those that opened something to read it."""
+    """True: calls that changed something. False: calls that opened a file for reading."""
 
     failed: str
 
 
 class Injection:
-    """The library that lets calls fail."""
+    """The C library that makes calls fail."""
 
     def __init__(self, library: str) -> None:
         _hdf5()
@@ -79,7 +78,7 @@ class Injection:
         self._library.nth_failed.restype = ctypes.c_char_p
 
     def run(self, act: Callable[[], object], folder: Path, n: int = 0, way: Way = Way(0)) -> Ended:
-        """A process whose n-th call in a folder fails; 0: none."""
+        """Run `act` in a process whose n-th call in the folder fails. n = 0: no call fails."""
         said = folder.with_name(f"{folder.name}.said")
         self._library.nth_arm(way.changes, n, way.code, way.stays)
         child = os.fork()
@@ -100,12 +99,12 @@ class Injection:
         )
 
     def rest(self) -> None:
-        """No call is counted from here on."""
+        """Stop counting calls."""
         self._library.nth_watch(b"")
 
 
 def status_of(act: Callable[[], object]) -> int:
-    """Does it in this process; tells errors as `main.py` does."""
+    """Act in this process and print errors as `main.py` does. Returns the exit status."""
     try:
         act()
     except SystemExit as ended:
@@ -120,7 +119,7 @@ def status_of(act: Callable[[], object]) -> int:
 
 
 def leave(status: int) -> None:
-    """As an interpreter does, also through what HDF5 does at its exit, but for freeing memory, which takes half a second."""
+    """End as the interpreter does, HDF5's own exit included, but without freeing memory, which takes half a second."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -131,7 +130,7 @@ def leave(status: int) -> None:
 
 @cache
 def _hdf5() -> Any:
-    """HDF5 as this process has loaded it."""
+    """The HDF5 library that this process has loaded."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     (path,) = {line.split()[-1] for line in lines if re.search(r"/libhdf5[.-]\S*$", line)}
     return ctypes.CDLL(path)
@@ -143,7 +142,7 @@ NAMED = tuple(
 
 
 class Attempts:
-    """Of one case."""
+    """All attempts of one case."""
 
     def __init__(self, name: str, injection: Injection, folder: Path) -> None:
         self.name, self.case, self.injection = name, CASES[name], injection
@@ -154,7 +153,7 @@ class Attempts:
         warm = folder / f"{name}-warm"
         shutil.copytree(self.original, warm)
         with chdir(warm), Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            assert status_of(self.case.act) == 0  # all that is imported on the way is there for the attempts
+            assert status_of(self.case.act) == 0  # the attempts then import nothing more
         gc.freeze()
         ended = injection.run(self.case.act, self.clean_folder)
         injection.rest()
@@ -164,17 +163,17 @@ class Attempts:
         self.rows = {path: rows_there(self.original / path) for path in runs_in(self.original)}
         self.outcomes = Counter[str]()
         self._good: set[Any] = set()
-        """States of the folder from which the same command went on as it must."""
+        """States of the folder from which the repeated command has gone on correctly."""
 
         self._came_later = False
 
     def attempt(self, n: int, way: Way) -> list[str]:
-        """What is wrong after it."""
+        """Make one attempt. Returns its problems."""
         shutil.rmtree(self.at, ignore_errors=True)
         shutil.copytree(self.original, self.at)
         ended = self.injection.run(self.case.act, self.at, n, way)
         self.injection.rest()
-        if not ended.failed:  # a run's calls are not always equally many
+        if not ended.failed:  # the number of calls varies a little between runs
             self.outcomes["not reached"] += 1
         self.outcomes["survived" if ended.code == 0 else "refused"] += 1
         problems = list(self.examine(ended))
@@ -187,7 +186,7 @@ class Attempts:
         return problems
 
     def examine(self, ended: Ended) -> Iterator[str]:
-        """What is wrong; nothing when all is as it must be. Does the same again."""
+        """Give each problem of an attempt. Repeats the action if the attempt failed."""
         if ended.code not in (0, 1, 2):
             yield f"it ended with {ended.code}"
         if "Traceback" in ended.said:
@@ -214,7 +213,7 @@ class Attempts:
             self._good.add(state)
 
     def _kept(self) -> Iterator[str]:
-        """What is whole or as it was, whatever happened."""
+        """Give each problem of what must be whole, or unchanged, whatever happened."""
         for path in self.at.rglob("*.h5"):
             if ".partial" not in str(path) and path.name != "run.h5":
                 yield from problems_of(path)
@@ -226,13 +225,13 @@ class Attempts:
                     yield f"{path} is not whole: {broken}"
         after = bytes_of(self.at)
         if not self.case.again and self.name != "resume":
-            yield from (f"{name} was changed" for name, found in self.before.items() if after.get(name) != found)
+            yield from (f"{name} was changed" for name, digest in self.before.items() if after.get(name) != digest)
         for path, rows in self.rows.items():
             if not rows <= rows_there(self.at / path):
                 yield f"samples of {path} are lost"
 
     def _cleared(self) -> Iterator[str]:
-        """What is left over goes when something comes later: once that is done, then what it does first."""
+        """Give each leftover that a later action does not remove. Later attempts use `clear`, the first step of every action."""
         left = {path.parent for path in self.at.rglob(".*.partial")}
         if left and self.case.later and not self._came_later:
             self._came_later = True
@@ -253,7 +252,7 @@ def runs_in(folder: Path) -> list[str]:
 
 
 def clear(folders: set[Path]) -> None:
-    """What a command does first that comes later; in a process of its own, for the locks."""
+    """Remove leftovers as every command does first; in a new process, because locks belong to processes."""
     child = os.fork()
     if not child:
         for each in folders:
@@ -263,14 +262,14 @@ def clear(folders: set[Path]) -> None:
 
 
 def chosen(how: str, step: int, n_calls: dict[bool, int]) -> list[tuple[int, Way]]:
-    """The calls that fail, and how."""
+    """The numbers of the calls that fail, and how each fails."""
     ways = {"turns": list(WAYS.values()), "reads": READS}.get(how) or [WAYS[how]]
     calls = range(1, n_calls[ways[0].changes] + 1, step)
     return [(n, ways[number % len(ways)]) for number, n in enumerate(calls)]
 
 
 def repeat(asked: str, how: str, injection: Injection, folder: Path) -> int:
-    """Returns how many of the attempts were not as they must be."""
+    """Make all attempts of one case. Returns the number of attempts with problems."""
     name, _, step = asked.partition("/")
     attempts = Attempts(name, injection, folder)
     started = time.monotonic()

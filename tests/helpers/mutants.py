@@ -1,6 +1,7 @@
-"""Small files and runs of every kind that the format has, and changes to them, each drawn from a seed: bytes, attributes, datasets.
+"""Small files and runs of every kind that the format has, and random changes to their bytes, attributes and datasets.
 
-Bytes of HDF5's own structures are changed only where a trailer covers them, which refuses the file before HDF5 sees it.
+A random generator that is handed in draws each change. Bytes of HDF5's own structures are changed only where a trailer covers
+them: the trailer's check then refuses the file before HDF5 reads it.
 """
 
 from __future__ import annotations
@@ -16,38 +17,38 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import torch
-from conftest import ROOT
-from test_store import SETTINGS, make_sample, write_run
 
 from AutomaticEval.store.contents import of_samples
 from AutomaticEval.store.hdf5 import checksums
 from AutomaticEval.store.hdf5.trailer import arrays_of, write_trailer
 from AutomaticEval.store.hdf5.write import write_file
+from helpers.places import ROOT
+from helpers.samples import SETTINGS, make_sample, write_run
 
 Span = tuple[int, int]
-"""Where something begins and how many bytes it has."""
+"""First byte, and number of bytes."""
 
 
 class Seed(NamedTuple):
-    """A valid file before it is changed, with the places in it."""
+    """A valid file before it is changed, and the places in it that can be changed."""
 
     raw: bytes
     arrays: Sequence[Span]
-    """Numbers."""
+    """Spans of numbers."""
 
     texts: Sequence[Span]
-    """What attributes and columns say."""
+    """Spans of the texts of attributes and columns."""
 
     end: int
-    """Where HDF5's bytes end and the trailer begins; without one, all of them."""
+    """Number of bytes that are HDF5's. The trailer, if there is one, begins there."""
 
 
 Case = dict[str, Seed]
-"""Name -> file: one alone, or those of a run."""
+"""Name -> file: one file alone, or the files of a run."""
 
 
 def corpus(folder: Path) -> dict[str, Case]:
-    """Writes the files of this version into a folder, and takes those of earlier ones as they are kept."""
+    """Write files of this version into a folder, and read the kept files of earlier versions. Returns name -> case."""
     said = {"settings": {**SETTINGS, "run_id": "x", "shape": {"n_layers": 1, "n_heads": 2}}}
     columns: dict[str, Any] = {"task": "t", "logprob": -1.5, "correct": True, "metrics": {"none": {"acc": [1.0, None]}}}
     for name, dtype, changes in (
@@ -66,9 +67,9 @@ def corpus(folder: Path) -> dict[str, Case]:
     kept = ROOT / "tests" / "data"
     folders = [path for path in folder.iterdir() if path.is_dir()]
     old = sorted(path for path in kept.rglob("*") if path.is_dir() and (path / "run.h5").exists())
-    found = {path.name: case_of(path.glob("*.h5")) for path in sorted(folders)}
-    found |= {str(path.relative_to(kept)): case_of(path.glob("*.h5")) for path in old}
-    return found | {str(path.relative_to(kept)): case_of([path]) for path in sorted(kept.glob("*/*.h5"))}
+    cases = {path.name: case_of(path.glob("*.h5")) for path in sorted(folders)}
+    cases |= {str(path.relative_to(kept)): case_of(path.glob("*.h5")) for path in old}
+    return cases | {str(path.relative_to(kept)): case_of([path]) for path in sorted(kept.glob("*/*.h5"))}
 
 
 def case_of(paths: Any) -> Case:
@@ -87,15 +88,15 @@ def seed_of(path: Path) -> Seed:
 
 
 def texts_of(file: h5py.File) -> set[bytes]:
-    found = {str(value).encode() for value in file.attrs.values()}
+    texts = {str(value).encode() for value in file.attrs.values()}
 
     def look(name: str, item: Any) -> None:
-        found.update(str(value).encode() for value in item.attrs.values())
+        texts.update(str(value).encode() for value in item.attrs.values())
         if isinstance(item, h5py.Dataset) and h5py.check_string_dtype(item.dtype) is not None:
-            found.update(item[()].tolist())
+            texts.update(item[()].tolist())
 
     file.visititems(look)
-    return found
+    return texts
 
 
 def write_case(case: Case, folder: Path) -> None:
@@ -146,7 +147,7 @@ def change_bytes(path: Path, seed: Seed, draw: random.Random) -> str:
 
 
 def arrays_in(seed: Seed) -> Sequence[Span]:
-    """As the trailer of the file has them."""
+    """The spans of numbers that the trailer of the file lists."""
     length = int.from_bytes(seed.raw[-16:-8], "little")
     return [(at, size) for at, size in json.loads(seed.raw[-16 - length : -16])["arrays"]]
 
@@ -163,14 +164,14 @@ def flip(made: bytearray, span: Span, draw: random.Random) -> None:
 
 
 def splice(made: bytearray, span: Span, draw: random.Random) -> None:
-    """Zeros, ones, random bytes or other bytes of the file in the place of a range."""
+    """Replace a range by zeros, ones, random bytes or other bytes of the file."""
     size = min(span[1], draw.choice([1, 4, 8, 64, 512, span[1]]))
     at, there = span[0] + draw.randrange(span[1] - size + 1), draw.randrange(len(made) - size + 1)
     made[at : at + size] = draw.choice([bytes(size), b"\xff" * size, draw.randbytes(size), made[there : there + size]])
 
 
 def retype(made: bytearray, span: Span, draw: random.Random) -> None:
-    """Characters that mean something in JSON, numbers and paths, in the place of some."""
+    """Replace some characters by characters that have a meaning in JSON, numbers and paths."""
     for _ in range(draw.choice([1, 2, 4])):
         made[span[0] + draw.randrange(span[1])] = draw.choice(b'{}[]",:\\/.-0129eE xu\x00\x1b\x80\xc3\xff')
 
@@ -296,7 +297,7 @@ NAMES = (
 
 
 def some_json(draw: random.Random, text: str) -> str:
-    """Another value somewhere in JSON, or other characters."""
+    """Replace one value in a JSON text, or some of its characters."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -330,9 +331,9 @@ def some_value(draw: random.Random, before: Any) -> Any:
 
 
 def objects_of(file: h5py.File) -> list[Any]:
-    found: list[Any] = [file]
-    file.visititems(lambda name, item: found.append(item))
-    return found
+    objects: list[Any] = [file]
+    file.visititems(lambda name, item: objects.append(item))
+    return objects
 
 
 def datasets_of(file: h5py.File) -> list[h5py.Dataset]:
@@ -340,7 +341,7 @@ def datasets_of(file: h5py.File) -> list[h5py.Dataset]:
 
 
 def change_objects(path: Path, draw: random.Random) -> str:
-    """One to three changes through HDF5, with checksums made right again or not."""
+    """Make one to three changes through HDF5; recompute the checksums in some cases."""
     done: list[str] = []
     with h5py.File(path, "r+") as file:
         wanted = draw.choice([1, 1, 1, 2, 3])
@@ -348,7 +349,7 @@ def change_objects(path: Path, draw: random.Random) -> str:
             change = draw.choice(CHANGES)
             try:
                 done.append(f"{change.__name__} {change(file, draw)}")
-            except Exception:  # what h5py or HDF5 cannot make of it
+            except Exception:  # h5py or HDF5 cannot make this change
                 continue
             if len(done) == wanted:
                 break
@@ -356,7 +357,7 @@ def change_objects(path: Path, draw: random.Random) -> str:
             with_right_root(file)
         trailer = None
         if draw.random() < 0.7:
-            with suppress(TypeError):  # names that are no UTF-8
+            with suppress(TypeError):  # a name is not UTF-8
                 trailer = arrays_of(file)
     if trailer is not None:
         write_trailer(path, trailer)
@@ -373,8 +374,8 @@ def with_right_root(file: h5py.File) -> None:
 
 
 def with_right_sums(dataset: h5py.Dataset) -> None:
-    """Of the whole, and of its blocks where it has several."""
-    if checksums.NAME not in dataset.attrs:  # 1.0
+    """Recompute the checksum of a whole dataset, and those of its blocks if it has several."""
+    if checksums.NAME not in dataset.attrs:  # format 1.0 has none
         return
     if h5py.check_string_dtype(dataset.dtype) is not None:
         dataset.attrs[checksums.NAME] = checksums.of_text(dataset[()].tolist())
@@ -393,12 +394,12 @@ def with_right_sums(dataset: h5py.Dataset) -> None:
 
 
 def tell_index(folder: Path, name: str) -> bool:
-    """Have `run.h5` say of a shard what it now is, as one who means harm would."""
+    """Write the shard's new size and checksum into `run.h5`, as an attacker would."""
     try:
         with h5py.File(folder / name) as shard:
             stamp = shard.attrs.get(checksums.OF_ATTRIBUTES)
         with h5py.File(folder / "run.h5", "r+") as file:
-            if "shards/size_bytes" not in file:  # 1.0
+            if "shards/size_bytes" not in file:  # format 1.0 has none
                 return False
             number = file["shards/name"].asstr()[()].tolist().index(name)
             file["shards/size_bytes"][number] = (folder / name).stat().st_size
@@ -427,7 +428,7 @@ def attribute(file: h5py.File, draw: random.Random) -> str:
 
 
 def numbers(file: h5py.File, draw: random.Random) -> str:
-    """Some numbers changed, their checksums made right."""
+    """Change some numbers, and mostly recompute their checksums."""
     every = [each for each in datasets_of(file) if each.dtype.kind in "iuf" and each.size and not each.is_virtual]
     dataset = draw.choice(every)
     values = dataset[()]
@@ -443,7 +444,7 @@ def numbers(file: h5py.File, draw: random.Random) -> str:
 
 
 def texts(file: h5py.File, draw: random.Random) -> str:
-    """One text of a column changed, its checksum made right."""
+    """Change one text of a column, and mostly recompute its checksum."""
     dataset = draw.choice([each for each in datasets_of(file) if h5py.check_string_dtype(each.dtype) and each.size])
     at = draw.randrange(len(dataset))
     before = dataset.asstr()[at]
@@ -457,7 +458,7 @@ def texts(file: h5py.File, draw: random.Random) -> str:
 
 
 def shape(file: h5py.File, draw: random.Random) -> str:
-    """A dataset with other rows, columns, dimensions or types, its attributes kept."""
+    """Give a dataset another number of rows, columns or dimensions, or another type, and keep its attributes."""
     dataset = draw.choice(datasets_of(file))
     name, attributes, before = dataset.name, dict(dataset.attrs), dataset.shape
     is_text = h5py.check_string_dtype(dataset.dtype) is not None
@@ -486,7 +487,7 @@ def shape(file: h5py.File, draw: random.Random) -> str:
 
 
 def link(file: h5py.File, draw: random.Random) -> str:
-    """Something else in the place of a dataset or group."""
+    """Replace a dataset or group by something else."""
     item = draw.choice(objects_of(file)[1:])
     other = draw.choice(objects_of(file))
     name, kind = (
@@ -519,7 +520,7 @@ def link(file: h5py.File, draw: random.Random) -> str:
 
 
 def member(file: h5py.File, draw: random.Random) -> str:
-    """What no writer of ours puts into a group."""
+    """Put something into a group that our writers never put there."""
     group = draw.choice([item for item in objects_of(file) if isinstance(item, h5py.Group)])
     name = draw.choice(NAMES)
     kind = draw.choice(["numbers", "group", "soft", "text", "copy"])

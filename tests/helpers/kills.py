@@ -1,10 +1,10 @@
-"""Kills a process that captures, at random moments, until so many kills are done; resumes it after each.
+"""Kills a capturing process at random moments and resumes it after each kill, until KILLS kills are done.
 
-    python tests/kills.py FOLDER KILLS SEED
+    python tests/helpers/kills.py FOLDER KILLS SEED
 
 Each attempt is a real process, forked from this one (whose libraries are loaded), that asks the demo model real prompts and
-writes what it captures; SIGKILL ends it. After each kill every file that has its name is read with plain h5py, and no sample
-that was there before may be missing. When a run is complete it must equal one that was never interrupted. Prints one line.
+writes what it captures; SIGKILL ends it. After each kill, plain h5py reads every file that has its final name, and every sample
+that was there before must still be there. A complete run must equal a run that was never interrupted. Prints one line.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTINGS = {"dtype": "float32"}
 
 
 def capture(loaded: LoadedModel, folder: Path) -> None:
-    """Ask every prompt that is not on the disk yet."""
+    """Ask every prompt whose sample is not on the disk yet."""
     if (folder / "run.h5").exists():  # killed after the last step
         return
     with RunWriter(folder, "demo", SETTINGS, shard_bytes=SHARD_BYTES, resume=True) as made:
@@ -58,7 +58,7 @@ def numbered(sample: Sample | None, number: int) -> Sample:
 
 
 def attempt(loaded: LoadedModel, folder: Path, seconds: float | None) -> bool:
-    """Run a process and kill it after so many seconds. Returns whether it had finished before."""
+    """Run a process and kill it after `seconds`. Returns whether it had finished before that."""
     process = os.fork()
     if process == 0:
         code = 1
@@ -78,13 +78,13 @@ def attempt(loaded: LoadedModel, folder: Path, seconds: float | None) -> bool:
 
 
 def on_disk(folder: Path) -> set[int]:
-    """The samples that plain h5py finds, after reading everything of every file that has its name."""
-    found: set[int] = set()
+    """The numbers of the samples that plain h5py reads. It reads all of every file that has its final name."""
+    doc_ids: set[int] = set()
     for path in folder.glob("*.h5"):
         with h5py.File(path) as file:
             file.visititems(lambda name, item: item[()] if isinstance(item, h5py.Dataset) else None)
-            found.update(file["samples/doc_id"][()].tolist())
-    return found
+            doc_ids.update(file["samples/doc_id"][()].tolist())
+    return doc_ids
 
 
 def assert_equal(folder: Path, expected: Path) -> None:
@@ -99,8 +99,8 @@ def assert_equal(folder: Path, expected: Path) -> None:
 
 
 def main(folder: Path, n_kills: int, seed: int) -> None:
-    writer.SHARD_SECONDS = 0  # every batch is sealed; each resume finds small shards to merge
-    torch.set_num_threads(1)  # no thread of ours is there to be lost in a fork
+    writer.SHARD_SECONDS = 0  # seal a shard after every batch, so that each resume has small shards to merge
+    torch.set_num_threads(1)  # a fork loses threads
     loaded = load_model("demo")
     assert loaded.layout.n_layers
     started = time.monotonic()

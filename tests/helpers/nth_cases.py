@@ -1,4 +1,4 @@
-"""What is given again and again by `nth_failures.py`: commands of `main.py`, and functions where the command adds nothing."""
+"""The actions that `nth_failures.py` repeats: commands of `main.py`, or functions where the command would add nothing."""
 
 from __future__ import annotations
 
@@ -12,32 +12,31 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
 
-from test_store import SETTINGS, make_sample
-
 from AutomaticEval.store import writer
 from AutomaticEval.store.export import formats as export
 from AutomaticEval.store.hdf5 import write as sealing
 from AutomaticEval.store.upkeep import rewrite as maintenance
+from helpers.samples import SETTINGS, make_sample
 
 HEADS = {**SETTINGS, "shape": {"n_heads": 4, "n_kv_heads": 2}}
 SMALL_SHARDS = 10_000
-"""Bytes of a shard of a benchmark, so that there are several."""
+"""Bytes of a benchmark's shard: small, so that the run has several shards."""
 
 
 @dataclass
 class Case:
-    """What is done in a folder of its own, and what must be there before."""
+    """An action in its own folder, and the preparation of that folder."""
 
     act: Callable[[], object]
     before: Callable[[Path], None] = lambda folder: None
     again: Callable[[], object] | None = None
-    """What goes on after a failure; None: the same."""
+    """The action that goes on after a failure. None: `act` again."""
 
     later: Callable[[], object] | None = None
-    """What comes later in the same folder, and writes `later…` there."""
+    """An action that comes later in the same folder and writes `later…` there."""
 
     has_model: bool = False
-    """It asks the demo model, in a process that begins with it."""
+    """Whether the action asks the demo model, which is then loaded before the process is forked."""
 
 
 def command(*given: str) -> Callable[[], object]:
@@ -57,9 +56,9 @@ def a_sample(number: int) -> Any:
 
 
 def make_run(folder: Path, numbers: range) -> None:
-    """A run of a shard a question."""
+    """Write a run with one shard for each question."""
     with writer.RunWriter(folder, "m", HEADS, shard_bytes=1) as made:
-        made._shard_bytes = 1  # none is merged
+        made._shard_bytes = 1  # no shards are merged
         for number in numbers:
             made.add([a_sample(number)])
         made.finish()
@@ -75,7 +74,7 @@ def two_files(folder: Path) -> None:
 
 
 def write_run(*, merged: bool) -> None:
-    """As a program does that is started again after it was stopped. merged: its small shards become one."""
+    """Write or resume a run of two samples. merged: its small shards are merged into one."""
     folder = Path("run")
     with writer.RunWriter(folder, "m", HEADS, shard_bytes=2**20 if merged else 1, resume=True) as made:
         done = {record["doc_id"] for record in made.records()}
@@ -111,8 +110,14 @@ def to_folder(to: str, source: str, name: str) -> None:
 
 
 def cut_short(folder: Path) -> None:
+<<<<<<< HEAD:tests/nth_cases.py
     """A benchmark run that was stopped after the first shards."""
     from AutomaticEval.evaluation.benchmark_options import Benchmark
+=======
+    """Leave a benchmark run that was stopped after its first shards."""
+    from AutomaticEval.evaluation.benchmark_options import Benchmark
+    from AutomaticEval.evaluation.run_output import RunOutput
+>>>>>>> tests:tests/helpers/nth_cases.py
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.evaluation.run_output import RunOutput
     from AutomaticEval.models.loading import load_model
@@ -150,7 +155,7 @@ def benchmark(*more: str) -> Callable[[], object]:
 
 
 def benchmark_goes_on() -> None:
-    """The same command, with --resume where a run was begun."""
+    """Give the benchmark command again, with --resume if a run was begun."""
     begun = [path for path in Path("activations").glob("*") if path.is_dir()]
     benchmark(*(part for path in begun for part in ("--resume", str(path))))()
 
@@ -187,7 +192,7 @@ CASES = {**STORE, **MODEL}
 
 
 class Still(datetime):
-    """A clock that stands, so that what is equal has equal bytes, and is read once."""
+    """A clock that stands still, so that equal runs have equal bytes and are read once."""
 
     @classmethod
     def now(cls, tz: tzinfo | None = None) -> Self:
@@ -195,11 +200,11 @@ class Still(datetime):
 
 
 def begin(names: list[str]) -> None:
-    """Load what the cases need, before any process is forked."""
+    """Load everything that the cases need, before any process is forked."""
     import torch
     from tqdm import tqdm
 
-    torch.set_num_threads(1)  # no thread of ours is there to be lost in a fork
+    torch.set_num_threads(1)  # a fork loses threads
     tqdm.monitor_interval = 0
     sealing.datetime = Still  # type: ignore[misc]
     writer.uuid4 = lambda: UUID(int=0)  # type: ignore[assignment]
@@ -208,7 +213,7 @@ def begin(names: list[str]) -> None:
 
         from AutomaticEval.models.loading import load_model
 
-        evaluator.add_env_info = lambda results: None  # which asks pip for three seconds
+        evaluator.add_env_info = lambda results: None  # it asks pip, for three seconds
         evaluator.get_git_commit_hash = lambda: None
         writer.SHARD_BYTES = SMALL_SHARDS
         assert load_model("demo").layout.n_layers
