@@ -110,14 +110,8 @@ def to_folder(to: str, source: str, name: str) -> None:
 
 
 def cut_short(folder: Path) -> None:
-<<<<<<< HEAD:tests/nth_cases.py
-    """A benchmark run that was stopped after the first shards."""
-    from AutomaticEval.evaluation.benchmark_options import Benchmark
-=======
     """Leave a benchmark run that was stopped after its first shards."""
     from AutomaticEval.evaluation.benchmark_options import Benchmark
-    from AutomaticEval.evaluation.run_output import RunOutput
->>>>>>> tests:tests/helpers/nth_cases.py
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.evaluation.run_output import RunOutput
     from AutomaticEval.models.loading import load_model
