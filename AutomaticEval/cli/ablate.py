@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from AutomaticEval.analysis.words.profiles import Profile
 
 
+Mode = Annotated[
+    str,
+    typer.Option("--mode", help="zero, mean or resample (over the profile's neutral prompts).", rich_help_panel=RUN),
+]
+Texts = Annotated[
+    Path | None, typer.Option("--texts", help="Prompts of your own, in place of --category.", rich_help_panel=RUN)
+]
+
+
 @command
 @takes(
     prompts=Prompts,
@@ -37,16 +46,9 @@ def ablate(
     asked: Benchmark | None,
     load: LoadOptions,
     head_spec: HeadSpec,
-    mode: Annotated[
-        str,
-        typer.Option(
-            "--mode", help="zero, mean or resample (over the profile's neutral prompts).", rich_help_panel=RUN
-        ),
-    ] = "zero",
+    mode: Mode = "zero",
     model: options.Model = "demo",
-    texts: Annotated[
-        Path | None, typer.Option("--texts", help="Prompts of your own, in place of --category.", rich_help_panel=RUN)
-    ] = None,
+    texts: Texts = None,
     sentiment: Sentiment = "vader",
     batch_size: options.BatchSize = 8,
     output: options.Results = Path("results"),

@@ -50,11 +50,11 @@ def _one_line(
 
 def _with_values(arguments: list[str]) -> list[str]:
     """`--mlflow` may have no value, which the parser does not know of."""
-    found = list(arguments)
+    completed = list(arguments)
     for at, each in enumerate(arguments):
         if each == "--mlflow" and (at + 1 == len(arguments) or arguments[at + 1].startswith("-")):
-            found[at] = "--mlflow=local"
-    return found
+            completed[at] = "--mlflow=local"
+    return completed
 
 
 def _stop(*signal_and_frame: object) -> None:

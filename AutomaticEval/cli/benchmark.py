@@ -28,6 +28,31 @@ OF_CAPTURE = (*options_in(Selection), *options_in(RunOutput))
 """Options that mean nothing when nothing is captured; of them --output is taken for lm-eval's results then."""
 
 
+CaptureActivations = Annotated[
+    bool,
+    typer.Option("--capture_activations", help="Keep the activations of every question.", rich_help_panel=KEEP),
+]
+HeadStrength = Annotated[
+    bool,
+    typer.Option(
+        "--head_strength",
+        help="Measure how strong each head is: head_strength.json in the run folder.",
+        rich_help_panel=KEEP,
+    ),
+]
+OutputPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--output_path",
+        help="Folder for lm-eval's own results and samples files. Default: the run's folder.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+UseCache = Annotated[str | None, typer.Option("--use_cache", hidden=True)]
+CacheRequests = Annotated[str | None, typer.Option("--cache_requests", hidden=True)]
+Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
+
+
 @command
 @takes(
     asked=options_of(Benchmark, benchmark="demo"),
@@ -41,31 +66,14 @@ def benchmark(
     selection: Selection,
     load: LoadOptions,
     output: RunOutput,
-    capture_activations: Annotated[
-        bool,
-        typer.Option("--capture_activations", help="Keep the activations of every question.", rich_help_panel=KEEP),
-    ] = False,
-    head_strength: Annotated[
-        bool,
-        typer.Option(
-            "--head_strength",
-            help="Measure how strong each head is: head_strength.json in the run folder.",
-            rich_help_panel=KEEP,
-        ),
-    ] = False,
+    capture_activations: CaptureActivations = False,
+    head_strength: HeadStrength = False,
     model: options.Model = "demo",
-    output_path: Annotated[
-        Path | None,
-        typer.Option(
-            "--output_path",
-            help="Folder for lm-eval's own results and samples files. Default: the run's folder.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    output_path: OutputPath = None,
     mlflow: options.Mlflow = None,
-    use_cache: Annotated[str | None, typer.Option("--use_cache", hidden=True)] = None,
-    cache_requests: Annotated[str | None, typer.Option("--cache_requests", hidden=True)] = None,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    use_cache: UseCache = None,
+    cache_requests: CacheRequests = None,
+    version: Version = False,
 ) -> None:
     """Run language models on benchmarks and prompts, and keep their activations from the pass that answered.
 
@@ -77,16 +85,8 @@ def benchmark(
     if version:
         say(f"AutomaticEval {__version__}")
         return
-    for name, given in (("use_cache", use_cache), ("cache_requests", cache_requests)):
-        if given is not None:
-            raise BenchmarkError(f"--{name}: {WHY_NOT[name]}")
-    if head_strength:
-        selection = _with_norms(selection, context, alone=not capture_activations)
-    captures = capture_activations or head_strength
-    if not captures:
-        unused = (name for name in OF_CAPTURE if name != "output")
-        refuse_unused(context, "nothing is captured without --capture_activations", *unused)
-        output_path = output_path or output.output
+    _refuse_caches(use_cache=use_cache, cache_requests=cache_requests)
+    kept = _kept(context, selection, capture_activations=capture_activations, head_strength=head_strength)
     options.quiet_libraries()
     from AutomaticEval.evaluation.benchmark import load_tasks
     from AutomaticEval.evaluation.run import run_benchmark
@@ -103,24 +103,24 @@ def benchmark(
     check_compression(output.compression)
     if ranks.is_first:
         output.refuse_existing()
-    kept = selection if captures else None
     if kept is not None:
         kept.sites(n_layers_of(model, load))  # a wrong layer is refused before the weights load
     options.tell_of_code(asked, log)
-    found = load_tasks(asked)  # what is wrong with a task is told before a large model loads
+    tasks = load_tasks(asked)  # what is wrong with a task is told before a large model loads
     loaded = load_model(model, options=load)
     started = time.perf_counter()
-    outcome = run_benchmark(loaded, asked, kept, found=found, output=output, output_path=output_path, announce=log)
+    results = output_path if kept is not None else output_path or output.output
+    outcome = run_benchmark(loaded, asked, kept, found=tasks, output=output, output_path=results, announce=log)
     if not ranks.is_first:
         return
-    names = ",".join(asked.names)
-    _print(outcome, f"{names} on {model}")
+    _print(outcome, f"{','.join(asked.names)} on {model}")
     if head_strength and outcome.folder is not None:
         _write_strength(outcome.folder)
     if mlflow is not None:
         about = {"model": loaded.name, "benchmark": asked.as_dict(), "load": load.as_dict()}
         about |= {} if kept is None else {"selection": kept.as_dict()}
-        _track(outcome, f"{names} on {loaded.name}", about, mlflow, log, time.perf_counter() - started)
+        name = f"{','.join(asked.names)} on {loaded.name}"
+        _track(outcome, name, about, mlflow, log, time.perf_counter() - started)
 
 
 def _refuse_options_before(context: typer.Context) -> None:
@@ -133,6 +133,26 @@ def _refuse_options_before(context: typer.Context) -> None:
             f"{', '.join(given)} before the command {command!r} would be ignored; write what it takes of them after it: "
             f"{command} … {given[0]} …"
         )
+
+
+def _refuse_caches(**given: str | None) -> None:
+    """Raises BenchmarkError for caches of lm-eval, which would break the link between a request and its forward."""
+    for name, value in given.items():
+        if value is not None:
+            raise BenchmarkError(f"--{name}: {WHY_NOT[name]}")
+
+
+def _kept(
+    context: typer.Context, selection: Selection, *, capture_activations: bool, head_strength: bool
+) -> Selection | None:
+    """What is kept of every question; None when nothing is captured. Raises SelectionError for options that would be ignored."""
+    if head_strength:
+        return _with_norms(selection, context, alone=not capture_activations)
+    if capture_activations:
+        return selection
+    unused = (name for name in OF_CAPTURE if name != "output")
+    refuse_unused(context, "nothing is captured without --capture_activations", *unused)
+    return None
 
 
 def _with_norms(selection: Selection, context: typer.Context, *, alone: bool) -> Selection:

@@ -27,34 +27,40 @@ READING = {
 """Format -> one line of Python."""
 
 
+File = Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="A new folder; for hdf5, a new file.", rich_help_panel=OUTPUT),
+]
+To = Annotated[str, typer.Option("--to", help="safetensors, npz, arrow, transformer_lens or hdf5.", metavar="FORMAT")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float32, float16 or bfloat16. Default: as stored, or float32 where the format has no bfloat16 or int8.",
+    ),
+]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push_to_hub",
+        help="Upload it, too, as a private data set: shows what it holds, and asks.",
+        metavar="REPO",
+    ),
+]
+Public = Annotated[bool, typer.Option("--public", help="Make the data set on the hub a public one.")]
+
+
 @command
 @takes(written=options_of(RunOutput, "compression"))
 def export(
-    path: Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="A new folder; for hdf5, a new file.", rich_help_panel=OUTPUT),
-    ],
+    path: File,
+    output: Output,
     written: RunOutput,
-    to: Annotated[
-        str, typer.Option("--to", help="safetensors, npz, arrow, transformer_lens or hdf5.", metavar="FORMAT")
-    ] = "safetensors",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            help="float32, float16 or bfloat16. Default: as stored, or float32 where the format has no bfloat16 or int8.",
-        ),
-    ] = None,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(
-            "--push_to_hub",
-            help="Upload it, too, as a private data set: shows what it holds, and asks.",
-            metavar="REPO",
-        ),
-    ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Make the data set on the hub a public one.")] = False,
+    to: To = "safetensors",
+    dtype: Dtype = None,
+    push_to_hub: PushToHub = None,
+    public: Public = False,
 ) -> None:
     """Write activations for other tools: safetensors, numpy, Hugging Face datasets, TransformerLens."""
     from AutomaticEval.errors import SelectionError
@@ -90,9 +96,9 @@ def _ask(run: Run, repository: str, *, public: bool) -> None:
     for name, value in run.settings.items():
         text = str(value)
         say(f"  {name}: {text if len(text) <= MOST_SHOWN else f'{text[:MOST_SHOWN]} …'}")
-    found = places_of(run)
-    if found:
-        say(f"  It names folders of this machine: {', '.join(found)}")
+    folders = places_of(run)
+    if folders:
+        say(f"  It names folders of this machine: {', '.join(folders)}")
     if not typer.confirm("Upload it?"):
         say("Nothing was written, and nothing was uploaded.")
         raise typer.Exit(1)

@@ -14,6 +14,41 @@ from AutomaticEval.cli.printing import say
 from AutomaticEval.models.load_options import LoadOptions
 from AutomaticEval.selection import Selection
 
+Prompt = Annotated[str, typer.Argument(help="What to ask.")]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option("--system_prompt", help="Instructions that come before the prompt.", rich_help_panel=RUN),
+]
+NoChatTemplate = Annotated[
+    bool, typer.Option("--no_chat_template", help="Do not use the model's chat template.", rich_help_panel=RUN)
+]
+CaptureActivations = Annotated[
+    bool,
+    typer.Option(
+        "--capture_activations",
+        help="Capture into a new file in --activation_save_dir.",
+        rich_help_panel=KEEP,
+    ),
+]
+Positions = Annotated[
+    str | None,
+    typer.Option(
+        "--positions",
+        help="all (default; of logits: scored), prompt, response, scored, last, or a slice.",
+        rich_help_panel=KEEP,
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Write no file with infinite numbers or NaN. Default: warn.", rich_help_panel=KEEP),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="Capture, and write the activations to this HDF5 file.", rich_help_panel=OUTPUT
+    ),
+]
+
 
 @command
 @takes(sampling=Sampling, selection=options_of(Selection, "sites", "layers", "store_dtype"), load=LoadOptions)
@@ -22,43 +57,14 @@ def generate(
     sampling: Sampling,
     selection: Selection,
     load: LoadOptions,
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    prompt: Prompt,
     model: options.Model = "demo",
-    system_prompt: Annotated[
-        str | None,
-        typer.Option("--system_prompt", help="Instructions that come before the prompt.", rich_help_panel=RUN),
-    ] = None,
-    no_chat_template: Annotated[
-        bool, typer.Option("--no_chat_template", help="Do not use the model's chat template.", rich_help_panel=RUN)
-    ] = False,
-    capture_activations: Annotated[
-        bool,
-        typer.Option(
-            "--capture_activations",
-            help="Capture into a new file in --activation_save_dir.",
-            rich_help_panel=KEEP,
-        ),
-    ] = False,
-    positions: Annotated[
-        str | None,
-        typer.Option(
-            "--positions",
-            help="all (default; of logits: scored), prompt, response, scored, last, or a slice.",
-            rich_help_panel=KEEP,
-        ),
-    ] = None,
-    strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict", help="Write no file with infinite numbers or NaN. Default: warn.", rich_help_panel=KEEP
-        ),
-    ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Capture, and write the activations to this HDF5 file.", rich_help_panel=OUTPUT
-        ),
-    ] = None,
+    system_prompt: SystemPrompt = None,
+    no_chat_template: NoChatTemplate = False,
+    capture_activations: CaptureActivations = False,
+    positions: Positions = None,
+    strict: Strict = False,
+    output: Output = None,
     activation_save_dir: options.SaveDir = Path("activations"),
     overwrite: options.Overwrite = False,
 ) -> None:

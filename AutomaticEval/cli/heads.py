@@ -135,14 +135,14 @@ def _strongest(stats: dict[tuple[int, int], dict[str, float]], most: int = 10) -
     return Table(f"The strongest of {len(stats)} heads", ("Layer", "Head", "R_h", "std"), rows)
 
 
-def _say_changes(found: dict[str, Any], most: int = 10) -> None:
+def _say_changes(comparison: dict[str, Any], most: int = 10) -> None:
     rows = []
-    for key, change in sorted(found["differences"].items(), key=lambda item: -abs(item[1]))[:most]:
-        numbers = (found["pre_tuned"][key], found["fine_tuned"][key], change, found["ratios"][key])
+    for key, change in sorted(comparison["differences"].items(), key=lambda item: -abs(item[1]))[:most]:
+        numbers = (comparison["pre_tuned"][key], comparison["fine_tuned"][key], change, comparison["ratios"][key])
         rows.append((str(key[0]), str(key[1]), *(f"{number:.4g}" for number in numbers)))
     columns = ("Layer", "Head", "Before", "After", "Change", "Ratio")
     print_table("The heads that changed most", columns, rows)
-    correlation = found["rank_correlation"]
+    correlation = comparison["rank_correlation"]
     if correlation["rho"] is None:
         say("Rank correlation of the strength before with the change: none, since one of them is all one number")
         return

@@ -21,34 +21,40 @@ if TYPE_CHECKING:
     from AutomaticEval.models.loading import LoadedModel
 
 
+TargetToken = Annotated[
+    str | None,
+    typer.Option(
+        "--target", help='A token, such as " thanks", in place of the category\'s keywords.', rich_help_panel=RUN
+    ),
+]
+AgainstToken = Annotated[
+    str | None, typer.Option("--against", help="Another token, whose logit is taken off.", rich_help_panel=RUN)
+]
+Permutations = Annotated[
+    int, typer.Option("--permutations", min=1, help="Permutations of the labels, for p.", rich_help_panel=RUN)
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        help="A .json file, or a folder for scores.json; figures go beside it.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
 @command
 @takes(prompts=options_of(Prompts, "profile", "num_trials", "seed", profile="baseline"), load=LoadOptions)
 def screen(
     prompts: Prompts,
     load: LoadOptions,
     model: options.Model = "demo",
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target", help='A token, such as " thanks", in place of the category\'s keywords.', rich_help_panel=RUN
-        ),
-    ] = None,
-    against: Annotated[
-        str | None, typer.Option("--against", help="Another token, whose logit is taken off.", rich_help_panel=RUN)
-    ] = None,
-    permutations: Annotated[
-        int, typer.Option("--permutations", min=1, help="Permutations of the labels, for p.", rich_help_panel=RUN)
-    ] = 2000,
+    target: TargetToken = None,
+    against: AgainstToken = None,
+    permutations: Permutations = 2000,
     batch_size: options.BatchSize = 8,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="A .json file, or a folder for scores.json; figures go beside it.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = Path("results"),
+    output: Output = Path("results"),
 ) -> None:
     """Three scores of every head for every category: strength, attention to keywords, direct effect on logits."""
     if (target is None) != (against is None):

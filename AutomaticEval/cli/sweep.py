@@ -23,6 +23,16 @@ N_PROMPTS = 16
 MAX_NEW_TOKENS = 15
 
 
+Mode = Annotated[
+    str | None,
+    typer.Option("--mode", help="zero (default), or mean (over the profile's neutral prompts).", rich_help_panel=RUN),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option("--max_new_tokens", help=f"Of each answer; default: {MAX_NEW_TOKENS}.", rich_help_panel=RUN),
+]
+
+
 @command
 @takes(prompts=Prompts, load=LoadOptions)
 def sweep(
@@ -31,16 +41,8 @@ def sweep(
     model: options.Model = "demo",
     pairs: Pairs = None,
     site: SiteOption = "z",
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            "--mode", help="zero (default), or mean (over the profile's neutral prompts).", rich_help_panel=RUN
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option("--max_new_tokens", help=f"Of each answer; default: {MAX_NEW_TOKENS}.", rich_help_panel=RUN),
-    ] = None,
+    mode: Mode = None,
+    max_new_tokens: MaxNewTokens = None,
     output: options.Results = Path("results"),
 ) -> None:
     """Ablate each head over prompts of a profile, or patch each between pairs. A sweep that was cut short goes on.
@@ -53,40 +55,56 @@ def sweep(
         raise SelectionError(
             "--mode and --max_new_tokens are of --category: pairs are patched, and nothing is answered."
         )
-    mode, max_new_tokens = mode or "zero", max_new_tokens or MAX_NEW_TOKENS
-    if mode not in ("zero", "mean"):
+    if mode not in (None, "zero", "mean"):
         raise SelectionError(f"--mode is {mode!r}; write zero or mean.")
     options.quiet_libraries()
+    file = result_file(output, "sweep.json", "sweep")
+    if pairs is not None:
+        result = _over_pairs(prompts, model, load, pairs, site, output / "sweep")
+    else:
+        result = _over_prompts(
+            prompts, model, load, site, output / "sweep", mode or "zero", max_new_tokens or MAX_NEW_TOKENS
+        )
+    finish(file, result, _strongest(result))
+
+
+def _over_pairs(
+    prompts: Prompts, model: str, load: LoadOptions, pairs: Path, site: str, folder: Path
+) -> dict[str, Any]:
+    """What each head's value brings back, from the clean run of a pair into the corrupted one."""
     from AutomaticEval.analysis.heads.patch import read_pairs
-    from AutomaticEval.analysis.heads.sweep_files import sweep_pairs, sweep_prompts
+    from AutomaticEval.analysis.heads.sweep_files import sweep_pairs
+    from AutomaticEval.models.loading import load_model
+
+    asked = prompts.drawn(read_pairs(pairs))
+    loaded = load_model(model, options=load)
+    settings = _settings(loaded, site) | {"pairs": [vars(pair) for pair in asked]}
+    result = sweep_pairs(loaded, asked, folder, settings, site=site)
+    return {"kind": "sweep", "settings": settings, **result}
+
+
+def _over_prompts(
+    prompts: Prompts, model: str, load: LoadOptions, site: str, folder: Path, mode: str, max_new_tokens: int
+) -> dict[str, Any]:
+    """What the answers to a category's prompts lose without each head."""
+    from AutomaticEval.analysis.heads.sweep_files import sweep_prompts
     from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.models.loading import load_model
 
-    file = result_file(output, "sweep.json", "sweep")
-    folder = output / "sweep"
-    if pairs is not None:
-        asked = prompts.drawn(read_pairs(pairs))
-        loaded = load_model(model, options=load)
-        settings = _settings(loaded, site) | {"pairs": [vars(pair) for pair in asked]}
-        result = sweep_pairs(loaded, asked, folder, settings, site=site)
-    else:
-        chosen = replace(prompts, profile=prompts.profile or "baseline", num_trials=prompts.num_trials or N_PROMPTS)
-        profile = load_profile(str(chosen.profile))
-        questions = chosen.drawn(profile.category(str(chosen.category)))
-        neutral = profile.category(profile.neutral) if mode == "mean" else None
-        loaded = load_model(model, options=load)
-        settings = _settings(loaded, site) | {
-            "profile": chosen.profile,
-            "emotion": chosen.category,
-            "mode": mode,
-            "max_tokens": max_new_tokens,
-            "prompts": questions,
-        }
-        result = sweep_prompts(
-            loaded, questions, folder, settings, site=site, neutral=neutral, max_new_tokens=max_new_tokens
-        )
-    result = {"kind": "sweep", "settings": settings, **result}
-    finish(file, result, _strongest(result))
+    chosen = replace(prompts, profile=prompts.profile or "baseline", num_trials=prompts.num_trials or N_PROMPTS)
+    profile = load_profile(str(chosen.profile))
+    asked = chosen.drawn(profile.category(str(chosen.category)))
+    neutral = profile.category(profile.neutral) if mode == "mean" else None
+    loaded = load_model(model, options=load)
+    settings = _settings(loaded, site) | {
+        "profile": chosen.profile,
+        "emotion": chosen.category,
+        "mode": mode,
+        "max_tokens": max_new_tokens,
+        "prompts": asked,
+    }
+    result = sweep_prompts(loaded, asked, folder, settings, site=site, neutral=neutral, max_new_tokens=max_new_tokens)
+    return {"kind": "sweep", "settings": settings, **result}
 
 
 def _settings(loaded: LoadedModel, site: str) -> dict[str, Any]:
