@@ -176,9 +176,9 @@ def test_pairs_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     assert last["noising"]["mean"] == pytest.approx(1, abs=1e-4)
     assert (tmp_path / "out" / "sweep_heatmap.png").read_bytes().startswith(b"\x89PNG")
     both = command("--pairs", "pairs.jsonl", "--emotion", "anger", cwd=tmp_path)
-    assert (both.returncode, "give --emotion" in both.stderr) == (2, True)
+    assert (both.returncode, "give --category" in both.stderr) == (2, True)
     ignored = command("--pairs", "pairs.jsonl", "--mode", "mean", cwd=tmp_path)
-    assert (ignored.returncode, "are of --emotion" in ignored.stderr) == (2, True)
+    assert (ignored.returncode, "are of --category" in ignored.stderr) == (2, True)
     some = command("--pairs", "pairs.jsonl", "--sample_num", "2", "--output", "two", cwd=tmp_path)
     assert some.returncode == 0, some.stderr
     assert len(json.loads((tmp_path / "two" / "sweep.json").read_text())["samples"]) == 2
