@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from AutomaticEval.errors import SelectionError, UnknownPositions
-from AutomaticEval.sites import DEFAULT_KINDS, LayersLike, Site, expand, parse_kinds, parse_layers
+from AutomaticEval.sites import DEFAULT_KINDS, LayersLike, Site, expand, parse_layers, parse_sites, refuse_layers_twice
 
 STORE_DTYPES = ("float16", "bfloat16", "int8")
 """Narrower numbers to store; int8 with a scale for each channel and block of rows, in runs only."""
@@ -104,7 +104,7 @@ class Selection:
     """What to keep of every sequence."""
 
     kinds: tuple[str, ...] = DEFAULT_KINDS
-    """Kinds of sites, names from `AutomaticEval.sites`."""
+    """Kinds of sites, names from `AutomaticEval.sites`; those that each layer has are kept in `layers`."""
 
     layers: tuple[tuple[int, int], ...] | None = None
     """Inclusive (first, last) pairs; None for all layers."""
@@ -113,7 +113,11 @@ class Selection:
     store_dtype: str | None = None
     """One of STORE_DTYPES. None keeps the model's own dtype."""
 
+    single_sites: tuple[Site, ...] = ()
+    """Sites of single layers (`layer_3.mlp_out`), which are kept beside those of `kinds`. Only without `layers`."""
+
     def __post_init__(self) -> None:
+        refuse_layers_twice(self.single_sites, self.layers_text())
         if self.store_dtype is not None and self.store_dtype not in STORE_DTYPES:
             raise SelectionError(
                 f"no store_dtype {self.store_dtype!r}; write {', '.join(STORE_DTYPES)}, or leave it out for the model's own."
@@ -129,11 +133,14 @@ class Selection:
     ) -> Selection:
         """A selection from what people type. Raises UnknownSite, UnknownLayer, UnknownPositions, SelectionError."""
         dtype = None if store_dtype is None else str(store_dtype).removeprefix("torch.")
-        return cls(parse_kinds(sites), parse_layers(layers), Positions.parse(positions), dtype)
+        parsed = parse_sites(sites)
+        kinds = tuple(site.kind for site in parsed if site.layer is None)
+        single_sites = tuple(site for site in parsed if site.layer is not None)
+        return cls(kinds, parse_layers(layers), Positions.parse(positions), dtype, single_sites)
 
     def sites(self, n_layers: int) -> tuple[Site, ...]:
-        """The sites kept in a model of n_layers. Raises UnknownLayer."""
-        return expand(self.kinds, self.layers_text(), n_layers)
+        """The sites kept in a model of n_layers, in the order of a forward. Raises UnknownLayer."""
+        return expand((*self.kinds, *self.single_sites), self.layers_text(), n_layers)
 
     @property
     def copied_as(self) -> str | None:
@@ -148,5 +155,6 @@ class Selection:
 
     def as_dict(self) -> dict[str, str]:
         """For files: sites, layers, positions and store_dtype as people type them."""
-        chosen = {"sites": ",".join(self.kinds), "layers": self.layers_text(), "positions": str(self.positions)}
+        names = (*self.kinds, *(site.key for site in self.single_sites))
+        chosen = {"sites": ",".join(names), "layers": self.layers_text(), "positions": str(self.positions)}
         return chosen if self.store_dtype is None else {**chosen, "store_dtype": self.store_dtype}

@@ -21,13 +21,7 @@ from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout, Tap, alone_with, cache_in, input_of, tensor_of, with_tensor
 from AutomaticEval.models.recording import Keep, Kept
-from AutomaticEval.sites import Site, site_of
-
-NOT_EDITED = {
-    "head_result_norm": "it is derived; edit z instead",
-    "resid_mid": "it is read where the MLP alone receives it, and the stream goes on beside it; edit attn_out instead",
-}
-"""Kinds that are read in a place where a change would mean something else."""
+from AutomaticEval.sites import TABLE, Site, site_of
 
 
 @dataclass(frozen=True)
@@ -219,13 +213,14 @@ class _Made:
 
     def __init__(self, model: nn.Module, layout: Layout, edit: Edit) -> None:
         self.edit, self.n_fired = edit, 0
-        site = edit.site if isinstance(edit.site, Site) else site_of(edit.site)
+        site = site_of(edit.site)
         self.key = site.key
-        if site.kind in NOT_EDITED:
-            raise EditError(f"{self.key} cannot be edited: {NOT_EDITED[site.kind]}.")
+        reason = TABLE[site.kind].not_edited
+        if reason is not None:
+            raise EditError(f"{self.key} cannot be edited: {reason}.")
         self.tap: Tap = layout.pick([site])[site.key]
         self.module = model.get_submodule(self.tap.module)
-        self.n_heads = {"z": layout.n_heads, "q": layout.n_heads}.get(site.kind, layout.n_kv_heads)
+        self.n_heads = layout.heads_of(site.kind)
         if edit.heads is not None and (isinstance(edit.heads, str | int) or not len(edit.heads)):
             raise EditError(
                 f"heads of {self.key} are {edit.heads!r}; write a list of numbers, or leave it out for all."
@@ -233,8 +228,9 @@ class _Made:
         for head in edit.heads if edit.heads is not None else ():
             if isinstance(head, bool) or not isinstance(head, int):
                 raise EditError(f"{self.key} has no head {head!r}; write numbers.")
-            if site.kind not in ("z", "q", "k", "v"):
-                raise EditError(f"{self.key} has no heads; z, q, k and v have.")
+            if not self.n_heads:
+                with_heads = ", ".join(name for name, row in TABLE.items() if row.heads and row.not_edited is None)
+                raise EditError(f"{self.key} has no heads; these have: {with_heads}.")
             if not 0 <= head < self.n_heads:
                 raise EditError(f"{self.key} has no head {head}: it has {self.n_heads}, 0 to {self.n_heads - 1}.")
 

@@ -7,6 +7,8 @@ never stored.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
+from math import prod
 from typing import NamedTuple
 
 from torch import nn
@@ -19,7 +21,7 @@ from AutomaticEval.models.architecture.module_names import Parts
 from AutomaticEval.models.architecture.projections import find_projections
 from AutomaticEval.models.edited_models import layout_of
 from AutomaticEval.models.layout import Layout, Tap, alone_with
-from AutomaticEval.sites import PER_LAYER, Site
+from AutomaticEval.sites import PER_LAYER, TABLE, Site
 
 
 class _Known(NamedTuple):
@@ -108,9 +110,16 @@ def _layout(parts: Parts) -> Layout:
     cached = [value.shape[1] for value in parts.probe.values if value is not None and value.dim() == 4]
     n_kv_heads = max(cached, key=cached.count) if cached else heads.n
     find_projections(parts, heads, n_kv_heads)
-    widths = {site: parts.value(tap).shape[-1] if tap.then is None else heads.n for site, tap in parts.taps.items()}
-    shape = (n_layers, parts.d_model, heads.n, n_kv_heads, heads.d_head)
-    return Layout(*shape, parts.embedding, parts.taps, widths, parts.missing)
+    sizes = {"d_model": parts.d_model, "n_heads": heads.n, "n_kv_heads": n_kv_heads, "d_head": heads.d_head}
+    widths = {site: _width(parts, site, tap, sizes) for site, tap in parts.taps.items()}
+    return Layout(n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths, missing=parts.missing)
+
+
+def _width(parts: Parts, site: Site, tap: Tap, sizes: Mapping[str, int]) -> int:
+    """The width that a site has in the small forward; for what is derived of it, the width of its kind."""
+    if tap.then is None:
+        return parts.value(tap).shape[-1]
+    return prod(sizes[name] for name in TABLE[site.kind].width)
 
 
 def _check_embedding(parts: Parts) -> None:

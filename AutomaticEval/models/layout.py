@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.head_weights import HeadResultNorms
-from AutomaticEval.sites import KINDS, ONCE, Site
+from AutomaticEval.sites import KINDS, TABLE, Site
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,13 @@ class Layout:
 
     def sites(self, kind: str) -> list[Site]:
         """All of a kind, whether the model has them or not."""
-        return [Site(kind)] if kind in ONCE else [Site(kind, layer) for layer in range(self.n_layers)]
+        is_per_layer = TABLE[kind].is_per_layer
+        return [Site(kind, layer) for layer in range(self.n_layers)] if is_per_layer else [Site(kind)]
+
+    def heads_of(self, kind: str) -> int:
+        """How many heads stand side by side in a row of a kind; 0 for a kind without heads."""
+        name = TABLE[kind].heads
+        return 0 if name is None else int(getattr(self, name))
 
     def lacking(self, kind: str) -> dict[str, list[Site]]:
         """Why the model has not all sites of a kind: reason -> the sites that it holds for."""
@@ -112,7 +118,7 @@ class Layout:
     def _reason(self, site: Site) -> str:
         if site.layer is not None and not 0 <= site.layer < self.n_layers:
             return f"it has {self.n_layers} layers, 0 to {self.n_layers - 1}"
-        return self.missing.get(site, "it was not found in the module tree")
+        return self.missing.get(site) or TABLE[site.kind].not_stored or "it was not found in the module tree"
 
 
 def layers_text(layers: Iterable[int]) -> str:

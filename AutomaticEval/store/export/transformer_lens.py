@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from AutomaticEval.errors import CaptureError, SelectionError, StoreError
+from AutomaticEval.errors import CaptureError, SelectionError, StoreError, UnknownSite
+from AutomaticEval.sites import TABLE, site_of
 from AutomaticEval.store.hdf5.contract import bits
-
-_IN_BLOCK = {
-    "resid_pre": "hook_resid_pre",
-    "resid_mid": "hook_resid_mid",
-    "resid_post": "hook_resid_post",
-    "attn_out": "hook_attn_out",
-    "mlp_out": "hook_mlp_out",
-    "q": "attn.hook_q",
-    "k": "attn.hook_k",
-    "v": "attn.hook_v",
-    "z": "attn.hook_z",
-    "mlp_post": "mlp.hook_post",
-}
-_ONCE = {"embeddings": "blocks.0.hook_resid_pre", "final_norm": "ln_final.hook_out", "logits": "logits"}
-_HEADS = {"q": "n_heads", "z": "n_heads", "k": "n_kv_heads", "v": "n_kv_heads"}
 
 
 def transformer_lens_name(key: str) -> str:
@@ -35,13 +22,14 @@ def transformer_lens_name(key: str) -> str:
     their name.
     Raises SelectionError for what has no name there.
     """
-    if key in _ONCE:
-        return _ONCE[key]
-    head, _, kind = key.partition(".")
-    layer = head.removeprefix("layer_")
-    if not layer.isdecimal() or (kind or "resid_post") not in _IN_BLOCK:
+    try:
+        site = site_of(key)
+    except UnknownSite:
+        site = None
+    name = None if site is None else TABLE[site.kind].transformer_lens
+    if site is None or name is None:
         raise SelectionError(f"TransformerLens has no name for {key!r}; export to safetensors, which keeps every site.")
-    return f"blocks.{layer}.{_IN_BLOCK[kind or 'resid_post']}"
+    return name.format(layer=site.layer)
 
 
 def as_activation_cache(sample: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -73,16 +61,16 @@ def places(widths: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, 
 
 
 def _shape(key: str, width: int, shape: Mapping[str, int] | None) -> tuple[int, ...]:
-    kind = key.partition(".")[2]
-    if kind not in _HEADS:
+    sizes = TABLE[site_of(key).kind].width  # a key without a place here has no name in TransformerLens
+    if len(sizes) == 1:
         return (width,)
-    if not shape or not shape.get(_HEADS[kind]) or not shape.get("d_head"):
+    heads = tuple((shape or {}).get(size) or 0 for size in sizes)
+    if not all(heads):
         raise StoreError(
             f"{key} cannot be split into heads: the file does not say how many there are (no 'shape' in its settings). "
             "Capture again, or export to safetensors, which keeps it as [n_rows, width]."
         )
-    heads = (shape[_HEADS[kind]], shape["d_head"])
-    if heads[0] * heads[1] != width:
+    if prod(heads) != width:
         raise StoreError(
             f"{key} is {width} wide, not {heads[0]} heads of {heads[1]}; export to safetensors, which keeps it as it is."
         )
