@@ -19,10 +19,10 @@ from torch import nn
 
 from AutomaticEval import Edit, editing
 from AutomaticEval.models import edited_models as edited
+from AutomaticEval.models.architecture.forward_call import alone_with
 from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.layout import alone_with
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
 

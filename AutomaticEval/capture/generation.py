@@ -18,7 +18,7 @@ from torch import Tensor
 from AutomaticEval.capture.batch_independence import Span, apart, company_of, is_fed_again, rope_limit
 from AutomaticEval.capture.vocabulary import text_of, token_strings
 from AutomaticEval.errors import CaptureError, PromptError, SelectionError
-from AutomaticEval.models.layout import alone_with, forward_takes, input_device
+from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Keep, Kept, Recording, capturing
 from AutomaticEval.selection import Positions, Selection

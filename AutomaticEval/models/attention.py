@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable
+from AutomaticEval.models.architecture.forward_call import alone_with, few_ids
 from AutomaticEval.models.architecture.identities import PROBE_LENGTH
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.layout import Layout, Tap, alone_with, few_ids
+from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.sites import Site
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import EditError
+from AutomaticEval.models.architecture.forward_call import alone_with, cache_in, input_of, tensor_of, with_tensor
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.edited_models import noted
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.layout import Layout, Tap, alone_with, cache_in, input_of, tensor_of, with_tensor
+from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.recording import Keep, Kept
 from AutomaticEval.sites import TABLE, Site, site_of
 

@@ -15,12 +15,13 @@ from torch import nn
 
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.branches import find_branches
+from AutomaticEval.models.architecture.forward_call import alone_with
 from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled, virtual_tokens
 from AutomaticEval.models.architecture.module_names import Parts
 from AutomaticEval.models.architecture.projections import find_projections
 from AutomaticEval.models.edited_models import layout_of
-from AutomaticEval.models.layout import Layout, Tap, alone_with
+from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.sites import PER_LAYER, TABLE, Site
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.models.architecture.forward_call import alone_with, cache_in, input_of, tensor_of
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.layout import Tap, alone_with, cache_in, input_of, tensor_of
+from AutomaticEval.models.layout import Tap
 from AutomaticEval.models.transfer import Staging
 
 

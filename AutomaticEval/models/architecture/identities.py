@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from AutomaticEval.models.architecture.forward_call import cache_in, few_ids, input_of, tensor_of
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.layout import cache_in, few_ids, input_of, tensor_of
 
 PROBE_LENGTH = 6
 
