@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, build, n_hooks
+from conftest import CONFIGS, ROOT, build, n_hooks
 from torch import nn
 
 from AutomaticEval import Edit, editing
@@ -51,8 +51,18 @@ def patterns(model: Any) -> AbstractContextManager[Any]:
 
 OURS = tuple(
     f"AutomaticEval/models/{name}.py"
-    for name in ("hooking", "hooks", "editing", "edited", "patterns", "architecture/inner_model", "taps")
+    for name in (
+        "hook_handles",
+        "recording",
+        "editing",
+        "edited_models",
+        "attention",
+        "layout",
+        "architecture/inner_model",
+        "architecture/forward_call",
+    )
 )
+assert all((ROOT / name).is_file() for name in OURS), "a module that was renamed would no longer be interrupted"
 TORCHS = ("register_forward_hook", "register_forward_pre_hook", "remove")
 
 
