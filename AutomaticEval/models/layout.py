@@ -19,7 +19,7 @@ class Tap:
     """One place where a model is read: the input or the output of a module, and what is taken of it."""
 
     module: str
-    """Dotted path of the module; "" is the model itself, whose output is the logits. Paths begin at the inner model (`inner`)."""
+    """Dotted path of the module in the model. "" is the model itself; the output of the inner model (`inner`) is the logits."""
 
     end: Literal["input", "output"]
     """Which of the two is read."""

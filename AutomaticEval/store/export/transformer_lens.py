@@ -1,4 +1,4 @@
-"""The names and shapes of TransformerLens' ActivationCache for what is captured here. Knows nothing of files."""
+"""Activations under the names and in the shapes of TransformerLens' ActivationCache. This file knows no files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from AutomaticEval.store.hdf5.contract import bits
 
 
 def transformer_lens_name(key: str) -> str:
-    """The name of an activation in TransformerLens: `layer_3.mlp_out` -> `blocks.3.hook_mlp_out`.
+    """The name that an activation has in TransformerLens: `layer_3.mlp_out` -> `blocks.3.hook_mlp_out`.
 
-    `final_norm` is `ln_final.hook_out`, as TransformerBridge has it: `hook_normalized` is taken before the norm's weights
-    in some versions and norms and after them in others. `logits`, which TransformerLens returns beside its cache, keep
-    their name.
-    Raises SelectionError for what has no name there.
+    key: any spelling of a site. `final_norm` is `ln_final.hook_out`, as in TransformerBridge, since `hook_normalized` is taken before the
+    norm's weights in some versions and norms, and after them in others. `logits` keep their name: TransformerLens returns them beside its
+    cache. Raises SelectionError for what has no name there.
     """
     try:
         site = site_of(key)
@@ -33,35 +32,38 @@ def transformer_lens_name(key: str) -> str:
 
 
 def as_activation_cache(sample: Mapping[str, Any]) -> dict[str, Tensor]:
-    """One sample's activations as TransformerLens names and shapes them: `ActivationCache(as_activation_cache(run[0]), model)`.
+    """One sample's activations for TransformerLens: `ActivationCache(as_activation_cache(run[0]), model)`.
 
-    sample: of `run[i]` or `load_activations`. Returns name -> [1, pos, ...], with q and z [1, pos, n_heads, d_head], k and
-    v [1, pos, n_kv_heads, d_head]. pos counts the rows that were kept, in their order; `sample["positions"]` says where
-    they are in the sequence. With positions="all" they are the sequence, as TransformerLens has it.
-    The numbers are those of the Hugging Face model. TransformerLens has the same ones only where it does not fold norms or
-    centre weights: `HookedTransformer.from_pretrained_no_processing`, or TransformerBridge without compatibility mode.
-    Raises SelectionError, and StoreError when the file does not say how many heads there are.
+    sample: what `run[i]` or `load_activations` gives. Returns name -> [1, pos, ...], with q and z [1, pos, n_heads, d_head], and k and v
+    [1, pos, n_kv_heads, d_head]. pos counts the rows that were kept, in their order. With positions="all" they are the whole sequence, as in
+    TransformerLens; otherwise `sample["positions"]` says where they are in it.
+    The numbers are those of the Hugging Face model. TransformerLens has the same numbers only when it neither folds norms nor centres weights:
+    `HookedTransformer.from_pretrained_no_processing`, or TransformerBridge without compatibility mode.
+    Raises SelectionError for a site without a name there, and StoreError when the file does not say how many heads there are.
     """
     activations = sample["activations"]
     widths = {key: tensor.shape[1] for key, tensor in activations.items()}
-    found: dict[str, Tensor] = {}
+    cache: dict[str, Tensor] = {}
     for key, (name, shape) in places(widths, sample["settings"]).items():
         tensor = activations[key].reshape(1, len(activations[key]), *shape)
-        if name in found and not np.array_equal(bits(found[name]), bits(tensor)):
+        if name in cache and not np.array_equal(bits(cache[name]), bits(tensor)):
             raise CaptureError(f"{key} and another site are both {name}, but hold different numbers; capture again.")
-        found.setdefault(name, tensor)
-    return found
+        cache.setdefault(name, tensor)
+    return cache
 
 
 def places(widths: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Key -> its name in TransformerLens, and the shape of one position."""
+    """Key -> its name in TransformerLens, and the shape of one position.
+
+    widths: key -> width. settings: the run's, whose `shape` says how many heads there are. Raises SelectionError, StoreError.
+    """
     return {
         key: (transformer_lens_name(key), _shape(key, width, settings.get("shape"))) for key, width in widths.items()
     }
 
 
 def _shape(key: str, width: int, shape: Mapping[str, int] | None) -> tuple[int, ...]:
-    sizes = TABLE[site_of(key).kind].width  # a key without a place here has no name in TransformerLens
+    sizes = TABLE[site_of(key).kind].width
     if len(sizes) == 1:
         return (width,)
     heads = tuple((shape or {}).get(size) or 0 for size in sizes)
