@@ -100,7 +100,7 @@ _ROWS = (
         "pattern",
         "attention after softmax: what a position pays to each of its sequence's positions",
         ("n_heads", "n_keys"),
-        not_stored="it has no fixed width a token; keep 'q' and 'k' instead",
+        not_stored="it has no fixed width a token; keep 'q' and 'k' instead, or 'pattern' of texts with the command extract",
         not_edited="it is computed within attention, where no module gives it; edit q or k instead",
     ),
     Kind("final_norm", "output of the last norm", ("d_model",), "ln_final.hook_out", is_per_layer=False),
