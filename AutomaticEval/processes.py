@@ -1,6 +1,6 @@
-"""The processes that one run is shared by, as `torchrun` or `accelerate launch` started them.
+"""The processes that share one run, as `torchrun` or `accelerate launch` started them.
 
-Only Python objects are exchanged, over gloo on the CPU, so that it works the same with and without GPUs.
+They exchange Python objects only, over gloo on the CPU, which works the same with and without GPUs.
 """
 
 from __future__ import annotations
@@ -16,39 +16,43 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)
-"""How long a process waits for the slowest; the launcher ends all when one fails."""
+"""How long a process waits for the slowest one. When a process fails, the launcher ends all of them."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run."""
+    """This process among the processes of the run."""
 
     rank: int = 0
+    """The number of this process; the first is 0."""
+
     n_ranks: int = 1
+    """How many processes share the run."""
+
     _group: Any = None
 
     @property
     def is_first(self) -> bool:
-        """Whether this process draws up the run folder, joins and prints."""
+        """Whether this process is the one that makes the run folder, joins the results and prints."""
         return self.rank == 0
 
     def gathered(self, mine: T) -> list[T]:
-        """What each process gives, in the order of the ranks. All must call it; it waits for the slowest."""
+        """What each process gives, in the order of the ranks. All processes must call it; it waits for the slowest."""
         if self.n_ranks == 1:
             return [mine]
-        found: list[Any] = [None] * self.n_ranks
-        dist.all_gather_object(found, mine, group=self._group)
-        return found
+        given: list[Any] = [None] * self.n_ranks
+        dist.all_gather_object(given, mine, group=self._group)
+        return given
 
     def from_first(self, mine: T | None) -> T:
-        """What the first process gives; the others wait for it."""
+        """What the first process gives. The others wait for it."""
         first = self.gathered(mine if self.is_first else None)[0]
         assert first is not None
         return first
 
 
 def join_ranks() -> Ranks:
-    """The processes that a launcher started together with this one; alone without a launcher."""
+    """This process among those that a launcher started together. Without a launcher it is alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return Ranks()
     if not dist.is_initialized():
@@ -61,7 +65,7 @@ def join_ranks() -> Ranks:
 
 
 def _leave() -> None:
-    """Before the interpreter goes: gloo's threads, which give Python's tensors back, must not outlive it, or the process ends in SIGABRT."""
+    """End gloo's threads before the interpreter ends: they give tensors back to Python, and the process would end in SIGABRT."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -70,14 +74,14 @@ _group_of_all: Any = None
 
 
 def _gloo_group() -> Any:
-    """A group beside that of the caller, made once."""
+    """A gloo group of all processes, beside the group of the caller. It is made once."""
     global _group_of_all
     _group_of_all = _group_of_all or dist.new_group(backend="gloo", timeout=PATIENCE)
     return _group_of_all
 
 
 def own_device(device: str = "auto") -> str:
-    """The device asked for; of auto, the GPU of this process where a launcher gave each its own."""
+    """The device that was asked for. For `auto` it is the GPU of this process, when a launcher gave each process its own."""
     local = os.environ.get("LOCAL_RANK")
     if device != "auto" or local is None or not torch.cuda.is_available():
         return device

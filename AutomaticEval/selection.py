@@ -1,7 +1,7 @@
-"""What to keep: sites x layers x positions, and in how many bits.
+"""What is kept: which sites, of which layers, at which positions, and in which dtype.
 
-Positions are derived from the sequence alone: P prompt tokens and R response tokens give P + R - 1
-positions, because the last token is never fed to the model; a text without a response is fed to its end. Knows nothing of models or files.
+Positions are derived from the sequence alone: P prompt tokens and R response tokens give P + R - 1 positions, because the last token is
+never fed to the model. A text without a response is fed to its end. This file knows neither models nor files.
 """
 
 from __future__ import annotations
@@ -13,10 +13,18 @@ from typing import Annotated
 
 from AutomaticEval.errors import SelectionError, UnknownPositions
 from AutomaticEval.options import Option
-from AutomaticEval.sites import DEFAULT_KINDS, LayersLike, Site, expand, parse_kinds, parse_layers
+from AutomaticEval.sites import (
+    DEFAULT_KINDS,
+    LayersLike,
+    Site,
+    expand,
+    parse_layers,
+    parse_sites,
+    refuse_layers_twice,
+)
 
 STORE_DTYPES = ("float16", "bfloat16", "int8")
-"""Narrower numbers to store; int8 with a scale for each channel and block of rows, in runs only."""
+"""The dtypes that rows can be narrowed to. int8 needs a scale for each channel and block of rows, and is for runs only."""
 PARTS = ("all", "prompt", "response", "scored")
 _GRAMMAR = re.compile(r"(?:(all|prompt|response|scored)(?:\[([-\d:]+)\])?|\[?([-\d:]+)\]?)")
 _HOW = "write all, prompt, response, scored or last, or a slice: -4:, ::2, prompt[-1:], response[:8]"
@@ -27,7 +35,7 @@ class Positions:
     """A slice of a part of the sequence."""
 
     part: str = "all"
-    """all; prompt; response (the response tokens that were fed); scored (whose logits gave the response)."""
+    """all; prompt; response (the response tokens that were fed); scored (the positions whose logits gave the response)."""
 
     start: int | None = None
     stop: int | None = None
@@ -51,7 +59,7 @@ class Positions:
             numbers = [int(field) if field else None for field in fields]
         except ValueError:
             raise UnknownPositions(f"no positions {positions!r}; {_HOW}.") from None
-        if len(numbers) == 1:  # a single index: one position
+        if len(numbers) == 1:  # an index names one position
             (index,) = numbers
             assert index is not None
             numbers = [index, None if index == -1 else index + 1]
@@ -76,7 +84,7 @@ class Positions:
         return f"{self.part}[{bounds}]"
 
     def resolve(self, n_prompt: int, n_response: int) -> range:
-        """The positions kept of a sequence of n_prompt + n_response tokens, ascending."""
+        """The positions that are kept of a sequence of n_prompt + n_response tokens, in ascending order."""
         end = n_prompt + max(n_response - 1, 0)
         whole = {
             "all": range(end),
@@ -87,35 +95,35 @@ class Positions:
         return whole[self.start : self.stop : self.step]
 
     def window(self, n_prompt: int) -> tuple[int, int | None]:
-        """Half-open bounds that hold every kept position, however long the response becomes.
+        """Half-open bounds that hold every kept position, however long the response becomes. None: there is no upper bound.
 
-        Used to cut on the device while the response is still being generated. None: no upper bound.
+        Rows are cut by them on the device while the response is still being generated.
         """
         if self.part == "prompt":
             kept = self.resolve(n_prompt, 1)
             return (kept[0], kept[-1] + 1) if kept else (0, 0)
         base = {"all": 0, "response": n_prompt, "scored": n_prompt - 1}[self.part]
         low = base if self.start is None else base + self.start
-        if self.start is not None and self.start < 0:  # counted from the end, which is the prompt's or comes later
+        if self.start is not None and self.start < 0:  # counted from the end, which is the end of the prompt or later
             low = max(base, n_prompt + self.start)
         return low, base + self.stop if self.stop is not None and self.stop >= 0 else None
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What to keep of every sequence."""
+    """What is kept of every sequence."""
 
     kinds: Annotated[
         tuple[str, ...],
         Option(
-            "Sites, such as embed,resid_post,mlp_out,z. Default: embed,resid_post.",
+            "Sites, such as embed,resid_post,mlp_out,z or layer_3.mlp_out. Default: embed,resid_post.",
             name="sites",
             reads=str | None,
             default=None,
             metavar="SITES",
         ),
     ] = DEFAULT_KINDS
-    """Kinds of sites, names from `AutomaticEval.sites`."""
+    """Kinds of sites, names from `AutomaticEval.sites`; those that each layer has are kept in `layers`."""
 
     layers: Annotated[
         tuple[tuple[int, int], ...] | None,
@@ -135,7 +143,11 @@ class Selection:
         str | None, Option("Store narrower numbers: float16, bfloat16, or int8 (runs only). Default: the model's own.")
     ] = None
 
+    single_sites: tuple[Site, ...] = ()
+    """Sites of single layers (`layer_3.mlp_out`), which are kept beside those of `kinds`. Only without `layers`."""
+
     def __post_init__(self) -> None:
+        refuse_layers_twice(self.single_sites, self.layers_text())
         if self.store_dtype is not None and self.store_dtype not in STORE_DTYPES:
             raise SelectionError(
                 f"no store_dtype {self.store_dtype!r}; write {', '.join(STORE_DTYPES)}, or leave it out for the model's own."
@@ -151,24 +163,28 @@ class Selection:
     ) -> Selection:
         """A selection from what people type. Raises UnknownSite, UnknownLayer, UnknownPositions, SelectionError."""
         dtype = None if store_dtype is None else str(store_dtype).removeprefix("torch.")
-        return cls(parse_kinds(sites), parse_layers(layers), Positions.parse(positions), dtype)
+        parsed = parse_sites(sites)
+        kinds = tuple(site.kind for site in parsed if site.layer is None)
+        single_sites = tuple(site for site in parsed if site.layer is not None)
+        return cls(kinds, parse_layers(layers), Positions.parse(positions), dtype, single_sites)
 
     def sites(self, n_layers: int) -> tuple[Site, ...]:
-        """The sites kept in a model of n_layers. Raises UnknownLayer."""
-        return expand(self.kinds, self.layers_text(), n_layers)
+        """The sites kept in a model of n_layers, in the order of a forward. Raises UnknownLayer."""
+        return expand((*self.kinds, *self.single_sites), self.layers_text(), n_layers)
 
     @property
     def copied_as(self) -> str | None:
-        """The dtype in which rows leave the model; int8 needs many rows together, and is made when they are written."""
+        """The dtype in which rows leave the model. int8 needs many rows together, so they become int8 only when they are written."""
         return None if self.store_dtype == "int8" else self.store_dtype
 
     def layers_text(self) -> str:
-        """The layers as people type them: `0-2,-1`, or `all`."""
+        """The layers as people write them: `0-2,-1`, or `all`."""
         if self.layers is None:
             return "all"
         return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in self.layers)
 
     def as_dict(self) -> dict[str, str]:
-        """For files: sites, layers, positions and store_dtype as people type them."""
-        chosen = {"sites": ",".join(self.kinds), "layers": self.layers_text(), "positions": str(self.positions)}
+        """Sites, layers, positions and store_dtype as people write them, for the settings in files."""
+        names = (*self.kinds, *(site.key for site in self.single_sites))
+        chosen = {"sites": ",".join(names), "layers": self.layers_text(), "positions": str(self.positions)}
         return chosen if self.store_dtype is None else {**chosen, "store_dtype": self.store_dtype}

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import CONFIGS, build
+from helpers.places import ROOT
 from helpers.raw_hooks import n_hooks
 from torch import nn
 
-from AutomaticEval import Edit, editing
 from AutomaticEval.models import edited_models as edited
+from AutomaticEval.models.architecture.forward_call import alone_with
 from AutomaticEval.models.attention import reading_patterns
+from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.layout import alone_with
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
 
@@ -52,8 +53,18 @@ def patterns(model: Any) -> AbstractContextManager[Any]:
 
 OURS = tuple(
     f"AutomaticEval/models/{name}.py"
-    for name in ("hooking", "hooks", "editing", "edited", "patterns", "architecture/inner_model", "taps")
+    for name in (
+        "hook_handles",
+        "recording",
+        "editing",
+        "edited_models",
+        "attention",
+        "layout",
+        "architecture/inner_model",
+        "architecture/forward_call",
+    )
 )
+assert all((ROOT / name).is_file() for name in OURS), "a module that was renamed would no longer be interrupted"
 TORCHS = ("register_forward_hook", "register_forward_pre_hook", "remove")
 
 

@@ -38,8 +38,8 @@ from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.capture.texts.forward import inputs, padded
 from AutomaticEval.errors import ModelError, SelectionError, TreeUnsuitable
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
+from AutomaticEval.models.architecture.forward_call import cache_in, cache_name
 from AutomaticEval.models.editing import Edit, editing
-from AutomaticEval.models.layout import cache_in, cache_name
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection

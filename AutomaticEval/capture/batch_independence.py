@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from AutomaticEval.models.architecture.forward_call import alone_with, few_ids, input_device
 from AutomaticEval.models.architecture.inner_model import virtual_tokens
 from AutomaticEval.models.edited_models import depends_on_position
-from AutomaticEval.models.layout import alone_with, few_ids, input_device
 
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far a number may be from that of a plain forward, as a part of 1 + its size: rounding, no more."""

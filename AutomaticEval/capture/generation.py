@@ -17,10 +17,11 @@ from AutomaticEval.capture.batch_independence import Span, apart, company_of, is
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.vocabulary import text_of, token_strings
 from AutomaticEval.errors import CaptureError, SelectionError
-from AutomaticEval.models.layout import alone_with, forward_takes, input_device
+from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Keep, Kept, Recording, capturing
 from AutomaticEval.selection import Positions, Selection
+from AutomaticEval.sites import TABLE
 from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 
 
@@ -40,10 +41,9 @@ def bytes_per_row(loaded: LoadedModel, selection: Selection) -> int:
     layout = loaded.layout
     sites = selection.sites(layout.n_layers)
     layout.pick(sites)
-    stored = loaded.model.dtype if selection.store_dtype is None else getattr(torch, selection.store_dtype)
-    itemsize: int = torch.empty((), dtype=stored).element_size()
-    norms = 4 - itemsize if selection.store_dtype is None else 0  # which are float32, whatever the model is
-    return sum(layout.widths[site] * (itemsize + norms * (site.kind == "head_result_norm")) for site in sites)
+    names = {site: selection.store_dtype or TABLE[site.kind].dtype for site in sites}
+    dtypes = {site: loaded.model.dtype if name is None else getattr(torch, name) for site, name in names.items()}
+    return sum(layout.widths[site] * int(dtypes[site].itemsize) for site in sites)
 
 
 def refuse_uncomputed_logits(model: Any, selection: Selection, n_prompt: int, n_new: int) -> None:

@@ -85,7 +85,6 @@ def extract(
     from AutomaticEval.capture.texts.many_runs import Plan, extract_sets
     from AutomaticEval.processes import join_ranks
     from AutomaticEval.report.mlflow_run import require_mlflow
-    from AutomaticEval.sites import parse_kinds
     from AutomaticEval.store.hdf5.write import check_compression
 
     if mlflow is not None:
@@ -93,7 +92,12 @@ def extract(
     check_compression(output.compression)
     ranks = join_ranks()
     kinds = [kind.strip() for kind in sites.split(",")]
-    selection = replace(selection, kinds=parse_kinds([kind for kind in kinds if kind != "pattern"] or "resid_post"))
+    selection = Selection.parse(
+        [kind for kind in kinds if kind != "pattern"] or "resid_post",
+        selection.layers_text(),
+        selection.positions,
+        selection.store_dtype,
+    )
     plan = Plan(selection, replace(feeding, patterns="pattern" in kinds), load, output.compression, ranks)
     name, sets, models = _sets(which, strict=feeding.strict)
     models = [each.strip() for each in (model or "").split(",") if each.strip()] or models

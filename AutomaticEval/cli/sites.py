@@ -28,24 +28,24 @@ def sites(
 
     layout = load_model(model, options=load).layout
     rows = []
-    for kind, meaning in KINDS.items():
-        found = [site for site in layout.sites(kind) if site in layout.taps]
-        widths = dict.fromkeys(str(layout.widths[site]) for site in found)
-        rows.append((kind, ", ".join(widths) or "–", _keys(found), f"{meaning}{_lacking(layout, kind)}"))
+    for name, kind in KINDS.items():
+        present = [site for site in layout.sites(name) if site in layout.taps]
+        widths = dict.fromkeys(str(layout.widths[site]) for site in present)
+        rows.append((name, ", ".join(widths) or "–", _keys(present), f"{kind.described}{_lacking(layout, name)}"))
     say(f"{model}: {layout.n_layers} layers, {layout.n_heads} heads of {layout.d_head}, d_model {layout.d_model}")
     print_table("", ("Site", "Width", "Keys", "What it is"), rows, n_words=4)
 
 
-def _keys(found: Sequence[Site]) -> str:
-    """The first and the last; all, where layers between them lack it."""
-    keys = [site.key for site in found]
-    if len(keys) > 2 and found[-1].layer == (found[0].layer or 0) + len(found) - 1:
+def _keys(present: Sequence[Site]) -> str:
+    """The first key and the last one; all keys when layers between them lack the site."""
+    keys = [site.key for site in present]
+    if len(keys) > 2 and present[-1].layer == (present[0].layer or 0) + len(present) - 1:
         return f"{keys[0]} … {keys[-1]}"
     return ", ".join(keys) or "–"
 
 
 def _lacking(layout: Layout, kind: str) -> str:
-    """Which layers lack a kind, and why."""
+    """Which layers lack a kind, and why: a line for each reason."""
     from AutomaticEval.models.layout import layers_text
 
     text = ""

@@ -1,6 +1,6 @@
-"""Remembers which models are being edited, and by which edits.
+"""Remembers which models are being edited now, and by which edits.
 
-Others ask before they probe a model, or share a result that an edit would change.
+Others ask here before they look at a model with a small forward, or share a result among requests: an edit would change both.
 """
 
 from __future__ import annotations
@@ -16,42 +16,43 @@ from AutomaticEval.models.architecture.inner_model import inner
 
 
 class Active(NamedTuple):
-    """The edits of one `editing`."""
+    """The edits of one `editing` that has not ended."""
 
     layout: Any
-    """The inner model's layout, which was found before the edits."""
+    """The layout of the inner model, found before the edits."""
     edits: Sequence[Any]
-    """Each with `described`, a text, which may take time to tell."""
+    """Each has `described`, a text that may take time to make."""
     by_position: bool
-    """Whether some depend on rows or columns, and not on a position's own values alone."""
+    """Whether an edit depends on rows or columns, and not on each position's own values alone."""
 
 
 _active: weakref.WeakKeyDictionary[nn.Module, dict[object, Active]] = weakref.WeakKeyDictionary()
-"""Model -> its edits, outermost first."""
+"""Inner model -> its edits; those of the outermost `editing` first."""
 
 
 @contextmanager
 def noted(model: nn.Module, layout: Any, edits: Sequence[Any], *, by_position: bool) -> Iterator[None]:
-    """While the edits are made."""
+    """Remember the edits of a model until the with ends."""
     own = _active.setdefault(inner(model), {})
     key = object()
     try:
-        own[key] = Active(layout, edits, by_position)  # inside, lest an interrupt leaves it there
+        own[key] = Active(layout, edits, by_position)  # within the try, so that no interrupt leaves it there
         yield
     finally:
         own.pop(key, None)  # one call, which no interrupt divides
 
 
 def layout_of(model: nn.Module) -> Any:
-    """The layout of a model that is being edited, as its inner model has it; None for others."""
+    """The layout of the inner model of a model that is being edited; None for a model without edits."""
     own = _active.get(inner(model))
     return next(iter(own.values())).layout if own else None
 
 
 def names_of(model: nn.Module) -> list[str]:
-    """What is edited, outermost first; for the settings of runs."""
+    """The edits of a model in words, the outermost first, for the settings of runs."""
     return [edit.described for each in _active.get(inner(model), {}).values() for edit in each.edits]
 
 
 def depends_on_position(model: nn.Module) -> bool:
+    """Whether a model is being edited in a way that depends on rows or columns."""
     return any(each.by_position for each in _active.get(inner(model), {}).values())

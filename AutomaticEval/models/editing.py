@@ -1,6 +1,7 @@
-"""`editing`: change chosen sites of a model while it runs, whoever runs it.
+"""`editing`: change chosen sites of a model in every forward, whoever runs the model.
 
-An edit changes what the next part of the model receives; `capturing`, whether around it or within, then records what was received.
+An edit changes what the next part of the model receives. `capturing`, whether it stands around the edit or within it, records what was
+received.
 """
 
 from __future__ import annotations
@@ -15,19 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import EditError
+from AutomaticEval.models.architecture.forward_call import alone_with, cache_in, input_of, tensor_of, with_tensor
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.edited_models import noted
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.layout import Layout, Tap, alone_with, cache_in, input_of, tensor_of, with_tensor
+from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.recording import Keep, Kept
-from AutomaticEval.sites import Site, site_of
-
-NOT_EDITED = {
-    "head_result_norm": "it is derived; edit z instead",
-    "resid_mid": "it is read where the MLP alone receives it, and the stream goes on beside it; edit attn_out instead",
-}
-"""Kinds that are read in a place where a change would mean something else."""
+from AutomaticEval.sites import TABLE, Site, site_of
 
 
 @dataclass(frozen=True)
@@ -42,78 +38,87 @@ class Edit:
     """A site, or its key: layer_3.z, layer_3 (the residual stream after block 3), embeddings, logits."""
 
     change: Callable[[Tensor], Tensor]
-    """Takes the values, gives others of the same shape: [batch, columns, width], or [n, width] with `where`; with `heads`
-    [..., n heads, d_head] in place of [..., width]. What it is given must not be changed in place."""
+    """Takes the values and returns new ones of the same shape, without changing in place what it was given. The shape is
+    [batch, columns, width]; with `where` [n, width]. With `heads` the last axis is two: [..., n heads, d_head]."""
 
     heads: Sequence[int] | None = None
-    """Which heads of z or q, or which key-value heads of k or v, are changed. None changes the whole width."""
+    """The heads of z or q, or the key-value heads of k or v, that are changed. None changes the whole width."""
 
     where: Keep | None = None
-    """where(first column, number of columns) -> the (row, column) pairs of a forward that are changed; None for all."""
+    """where(first column, number of columns) -> the (row, column) pairs of a forward that are changed. None changes all of them."""
 
     is_positionwise: bool = False
-    """Whether a position's new values depend on its own alone. An edit of which that is not so, or that has `where`, keeps lm-eval's runs
-    from computing what requests share once: it would be made in other rows and columns there."""
+    """Whether the new values of a position depend on its own values alone. When they do not, or when there is a `where`, lm-eval's requests
+    are run in lm-eval's own batches: computing once what requests share would make the edit in other rows and columns."""
 
     name: str = "change"
-    """For the settings of runs that are made with it."""
+    """What the edit does, for the settings of runs that are made with it."""
 
     value: Tensor | float | None = None
-    """What it is made with; for the same."""
+    """What the edit is made with, for the settings of those runs."""
 
     @classmethod
     def replace(cls, site: str | Site, value: Tensor | float, **how: Any) -> Edit:
-        """value: broadcast to what is changed. how: heads, where."""
-        return cls(site, lambda found: _like(value, found).expand_as(found).clone(), **_of_value("replace", value, how))
+        """Put value, broadcast to the shape of what is changed, in its place. how: `heads`, `where`."""
+        return cls(site, lambda old: _like(value, old).expand_as(old).clone(), **_of_value("replace", value, how))
 
     @classmethod
     def add(cls, site: str | Site, value: Tensor | float, **how: Any) -> Edit:
-        return cls(site, lambda found: found + _like(value, found), **_of_value("add", value, how))
+        """Add value, broadcast to the shape of what is changed. how: `heads`, `where`."""
+        return cls(site, lambda old: old + _like(value, old), **_of_value("add", value, how))
 
     @classmethod
     def scale(cls, site: str | Site, factor: float, **how: Any) -> Edit:
-        """factor: 0.0 ablates to zero, also what is infinite or NaN."""
-        change = lambda found: torch.zeros_like(found) if factor == 0 else found * factor  # noqa: E731
-        return cls(site, change, **_of_value("scale", float(factor), how))
+        """Multiply by factor; 0.0 gives zeros, also where a value is infinite or NaN. how: `heads`, `where`."""
+
+        def scaled(old: Tensor) -> Tensor:
+            return torch.zeros_like(old) if factor == 0 else old * factor
+
+        return cls(site, scaled, **_of_value("scale", float(factor), how))
 
     @classmethod
     def project_out(cls, site: str | Site, direction: Tensor, **how: Any) -> Edit:
-        """direction: [width] or [d_head]: what is changed has no part along it any more. Raises EditError for zeros."""
+        """Take away the part along a direction, [width] or, with heads, [d_head]. how: `heads`, `where`.
+
+        Raises EditError for a direction of length zero, or of no finite length.
+        """
         direction = torch.as_tensor(direction)
         length = float(direction.double().norm())
         if not 0 < length < float("inf"):
             raise EditError(f"the direction to project out of {site} has the length {length}; it needs one.")
 
-        def without(found: Tensor) -> Tensor:
-            unit = (direction.double() / length).to(found.device, torch.float32)
-            wide = found.float()
-            return (wide - (wide * unit).sum(-1, keepdim=True) * unit).to(found.dtype)
+        def without(old: Tensor) -> Tensor:
+            unit = (direction.double() / length).to(old.device, torch.float32)
+            wide = old.float()
+            return (wide - (wide * unit).sum(-1, keepdim=True) * unit).to(old.dtype)
 
         return cls(site, without, **_of_value("project_out", direction, how))
 
 
 def _of_value(name: str, value: Tensor | float, how: dict[str, Any]) -> dict[str, Any]:
-    """What an edit with a value has: name and value, and whether all positions have the same one."""
+    """The fields of an edit that is made with a value. It is positionwise when the value is the same at all positions."""
     own_axes = 1 if how.get("heads") is None else 2
     is_positionwise = not isinstance(value, Tensor) or value.dim() <= own_axes
     return {"name": name, "value": value, "is_positionwise": is_positionwise, **how}
 
 
-def _like(value: Tensor | float, found: Tensor) -> Tensor:
-    return torch.as_tensor(value).to(device=found.device, dtype=found.dtype)
+def _like(value: Tensor | float, old: Tensor) -> Tensor:
+    """The value on the device and in the dtype of old."""
+    return torch.as_tensor(value).to(device=old.device, dtype=old.dtype)
 
 
 @contextmanager
 def editing(model: Any, edits: Edit | Iterable[Edit]) -> Iterator[None]:
-    """Make edits in every forward inside the with; at one site they follow one another as they are listed.
+    """Make edits in every forward inside the with.
 
-    model: a transformers decoder, or a LoadedModel. Of nested withs the inner one's edits come first.
-    Raises EditError for an edit that cannot be made, SiteUnavailable and UnknownSite for its site; and when a forward ends in which
-    an edit was not made, also one of a part of the model, at the latest when the with ends.
+    model: a transformers decoder, or a LoadedModel. Edits of one site are made in the order of the list. When withs are nested, the edits
+    of the inner one are made first.
+    Raises UnknownSite and SiteUnavailable for the site of an edit, and EditError for an edit that cannot be made. Raises EditError, too, when
+    a forward ends in which an edit was not made. When only a part of the model is run, that is raised at the latest when the with ends.
     """
     model = model if isinstance(model, nn.Module) else _instance(model)
     edits = [edits] if isinstance(edits, Edit) else list(edits)
-    find_layout(model)  # as it is called: what wraps it may forbid it
+    find_layout(model)  # refuses a model whose wrapper cannot be captured
     model = inner(model)
     layout = find_layout(model)
     made = [_Made(model, layout, edit) for edit in edits]
@@ -123,7 +128,7 @@ def editing(model: Any, edits: Edit | Iterable[Edit]) -> Iterator[None]:
         embedding = model.get_submodule(layout.embedding)
         hooks.before(model, forward.begins, prepend=True)
         hooks.before(embedding, forward.feed, prepend=True)
-        for each in reversed(made):  # each goes before those that are there, capturing's among them
+        for each in reversed(made):  # each hook is put before the hooks that are there already, capturing's among them
             each.install(hooks, forward)
         hooks.after(model, forward.ends)
         hooks.after(model, forward.leaves, always_call=True)
@@ -132,36 +137,36 @@ def editing(model: Any, edits: Edit | Iterable[Edit]) -> Iterator[None]:
 
 
 def _instance(model: Any) -> nn.Module:
-    """The model of a LoadedModel. Raises EditError for what is none, such as a name."""
-    found = getattr(model, "model", None)
-    if not isinstance(found, nn.Module):
+    """The model of a LoadedModel. Raises EditError for anything else, such as a name."""
+    instance = getattr(model, "model", None)
+    if not isinstance(instance, nn.Module):
         raise EditError(
             f"editing changes a model that is loaded, not {model!r}: write loaded = load_model(...), and pass loaded to editing and to what "
             "runs within it."
         )
-    return found
+    return instance
 
 
 class _Forward:
-    """The current forward: which columns it feeds, and that every edit is made in it once.
+    """The current forward: which columns it feeds, and whether every edit is made in it once.
 
-    Begun by the model, or by its embedding alone, where people call a part of the model: then the columns are not known, and whether
-    the edits were made is seen when the next one begins, or at the end.
+    A forward begins when the model is called. When only a part of the model is called, it begins at the embedding: then the columns are not
+    known, and the edits are counted when the next forward begins, or when the with ends.
     """
 
     def __init__(self, made: Sequence[_Made]) -> None:
         self._made = made
         self.first: int | None = None
-        """The first column that it feeds, where that is known."""
+        """The first column that it feeds. None when that is not known."""
         self.n = 0
-        """The number of columns. 0 before ids were fed."""
+        """The number of columns that it feeds; 0 until ids are fed."""
         self._end = 0
         self._n_before: int | None = None
         self._is_whole = self._is_part = False
         self.keeps_some_logits = False
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The columns go on after those in the cache; without one they begin anew."""
+        """The model is called. Its columns come after those in the cache; without a cache they begin at 0."""
         cache = cache_in(kwargs)
         if cache is None:
             self._n_before = 0
@@ -171,6 +176,7 @@ class _Forward:
         self._is_whole = True
 
     def feed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The embedding is called with token ids [batch, columns]."""
         ids = input_of(args, kwargs)
         if ids is None or ids.dim() != 2:
             raise EditError(
@@ -192,6 +198,7 @@ class _Forward:
             each.n_fired = 0
 
     def ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The model has computed its output. Raises EditError when an edit was not made once."""
         for each in self._made:
             if each.n_fired != 1:
                 raise EditError(
@@ -199,11 +206,11 @@ class _Forward:
                 )
 
     def leaves(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The model's forward is over, or failed."""
+        """The model's forward is over, whether it ended or failed."""
         self._is_whole = False
 
     def settle(self) -> None:
-        """A forward of a part of the model, if that was the last, is over."""
+        """The last forward is over, if it was one of a part of the model. Raises EditError when an edit was not made once in it."""
         if self._is_part:
             self._is_part = False
             for each in self._made:
@@ -215,32 +222,40 @@ class _Forward:
 
 
 class _Made:
-    """One edit in one model."""
+    """One edit in one model: it finds the module to hook, and changes what passes there."""
 
     def __init__(self, model: nn.Module, layout: Layout, edit: Edit) -> None:
-        self.edit, self.n_fired = edit, 0
-        site = edit.site if isinstance(edit.site, Site) else site_of(edit.site)
+        self.edit = edit
+        self.n_fired = 0
+        """How often the edit was made in the current forward."""
+        site = site_of(edit.site)
         self.key = site.key
-        if site.kind in NOT_EDITED:
-            raise EditError(f"{self.key} cannot be edited: {NOT_EDITED[site.kind]}.")
+        reason = TABLE[site.kind].not_edited
+        if reason is not None:
+            raise EditError(f"{self.key} cannot be edited: {reason}.")
         self.tap: Tap = layout.pick([site])[site.key]
         self.module = model.get_submodule(self.tap.module)
-        self.n_heads = {"z": layout.n_heads, "q": layout.n_heads}.get(site.kind, layout.n_kv_heads)
-        if edit.heads is not None and (isinstance(edit.heads, str | int) or not len(edit.heads)):
-            raise EditError(
-                f"heads of {self.key} are {edit.heads!r}; write a list of numbers, or leave it out for all."
-            )
-        for head in edit.heads if edit.heads is not None else ():
+        self.n_heads = layout.heads_of(site.kind)
+        self._check_heads(edit.heads)
+
+    def _check_heads(self, heads: Any) -> None:
+        """Raises EditError for heads that are no list of numbers, or that the site does not have."""
+        if heads is None:
+            return
+        if isinstance(heads, str | int) or not len(heads):
+            raise EditError(f"heads of {self.key} are {heads!r}; write a list of numbers, or leave it out for all.")
+        for head in heads:
             if isinstance(head, bool) or not isinstance(head, int):
                 raise EditError(f"{self.key} has no head {head!r}; write numbers.")
-            if site.kind not in ("z", "q", "k", "v"):
-                raise EditError(f"{self.key} has no heads; z, q, k and v have.")
+            if not self.n_heads:
+                with_heads = ", ".join(name for name, row in TABLE.items() if row.heads and row.not_edited is None)
+                raise EditError(f"{self.key} has no heads; these have: {with_heads}.")
             if not 0 <= head < self.n_heads:
                 raise EditError(f"{self.key} has no head {head}: it has {self.n_heads}, 0 to {self.n_heads - 1}.")
 
     @property
     def described(self) -> str:
-        """For the settings of runs: values are told apart by their digest."""
+        """The edit in words, for the settings of runs. A tensor is named by its shape and the digest of its numbers."""
         edit, value = self.edit, self.edit.value
         name = edit.name if value is None else f"{edit.name} {value}"
         if isinstance(value, Tensor):
@@ -249,6 +264,8 @@ class _Made:
         return f"{name} at {self.key}" + ("" if edit.heads is None else f" heads {edit.heads}")
 
     def install(self, hooks: Hooks, forward: _Forward) -> None:
+        """Hook the module, so that the edit is made in every forward."""
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             changed = self._changed(input_of(args, kwargs), forward)
             if args:
@@ -265,7 +282,7 @@ class _Made:
             hooks.after(self.module, after, prepend=True)
 
     def _changed(self, value: Tensor | None, forward: _Forward) -> Tensor:
-        """What a module gives or is given, edited. value: [batch, columns, width], or its first two axes as one."""
+        """The value that a module gives or is given, with the edit made. value: [batch, columns, width], or [batch * columns, width]."""
         if value is None:
             raise EditError(f"the module of {self.key} ({self.tap.module}) gave no tensor.")
         self.n_fired += 1
@@ -273,52 +290,56 @@ class _Made:
             raise EditError(f"{self.key}: which columns are edited is not known in a forward that is fed no token ids.")
         whole = value.view(-1, forward.n, value.shape[-1]) if value.dim() == 2 else value
         if self.edit.where is None:
-            changed = self.tap.put(whole, self._of(self.tap.take(whole)))
+            changed = self._edited(whole)
         elif forward.first is None:
             raise EditError(
-                f"{self.key}: `where` is asked for columns, which are known when the whole model runs, and a part of it was run by itself."
+                f"{self.key}: `where` needs the numbers of the columns. They are not known when a part of the model is run by itself."
             )
         else:
             kept = self.edit.where(forward.first, forward.n)
-            changed = whole if kept is None or not len(kept.rows) else self._at(kept, whole, forward, forward.first)
+            changed = whole if kept is None or not len(kept.rows) else self._edited_at(kept, whole, forward)
         return changed.reshape(value.shape)
 
-    def _at(self, kept: Kept, whole: Tensor, forward: _Forward, first: int) -> Tensor:
+    def _edited_at(self, kept: Kept, whole: Tensor, forward: _Forward) -> Tensor:
+        """The value with the edit made at some (row, column) pairs. whole: [batch, columns, width]."""
         if forward.keeps_some_logits and self.key == "logits":
             raise EditError(
-                "logits_to_keep names columns, so that which logits are where is not known; leave it out, or `where`."
+                "logits_to_keep names columns, so that it is not known which logits are where; leave it out, or `where`."
             )
         lacking = forward.n - whole.shape[1]  # logits are computed for the last columns only
-        rows, column = kept.rows.to(whole.device), kept.columns.to(whole.device) - first - lacking
-        if int(column.min()) < 0 or int(column.max()) >= whole.shape[1] or int(rows.max()) >= len(whole):
+        rows, columns = kept.rows.to(whole.device), kept.columns.to(whole.device) - (forward.first or 0) - lacking
+        if int(columns.min()) < 0 or int(columns.max()) >= whole.shape[1] or int(rows.max()) >= len(whole):
             raise EditError(
                 f"{self.key} was not computed at all of the rows and columns to edit: there are {list(whole.shape[:2])}."
             )
-        changed, some = whole.clone(), whole[rows, column]
-        changed[rows, column] = self.tap.put(some, self._of(self.tap.take(some)))
+        changed = whole.clone()
+        changed[rows, columns] = self._edited(whole[rows, columns])
         return changed
 
-    def _of(self, found: Tensor) -> Tensor:
-        """The values of a site, changed in the heads that are edited."""
+    def _edited(self, value: Tensor) -> Tensor:
+        """value: [..., width of the module]."""
+        return self.tap.put(value, self._in_heads(self.tap.take(value)))
+
+    def _in_heads(self, values: Tensor) -> Tensor:
+        """The values of a site, [..., width], changed in the heads that the edit names, or in all of the width."""
         if self.edit.heads is None:
-            return self._change(found)
-        heads = torch.tensor(list(self.edit.heads), device=found.device)
-        split = found.reshape(*found.shape[:-1], self.n_heads, -1)
-        some = split.index_select(-2, heads)
-        changed = split.clone()
-        changed[..., heads, :] = self._change(some)
+            return self._change(values)
+        heads = torch.tensor(list(self.edit.heads), device=values.device)
+        changed = values.reshape(*values.shape[:-1], self.n_heads, -1).clone()
+        changed[..., heads, :] = self._change(changed.index_select(-2, heads))
         return changed.flatten(-2)
 
-    def _change(self, found: Tensor) -> Tensor:
+    def _change(self, old: Tensor) -> Tensor:
+        """What the edit's function makes of the values. Raises EditError when it fails, or gives another shape."""
         try:
-            changed = self.edit.change(found)
+            new = self.edit.change(old)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as failure:  # shapes that do not go together
             raise EditError(
-                f"the edit of {self.key} failed on values of shape {list(found.shape)}: {failure}"
+                f"the edit of {self.key} failed on values of shape {list(old.shape)}: {failure}"
             ) from failure
-        if not isinstance(changed, Tensor) or changed.shape != found.shape:
-            gave = f"shape {list(changed.shape)}" if isinstance(changed, Tensor) else type(changed).__name__
-            raise EditError(f"the edit of {self.key} gave values of {gave}; expected {list(found.shape)}.")
-        return changed.to(device=found.device, dtype=found.dtype)
+        if not isinstance(new, Tensor) or new.shape != old.shape:
+            gave = f"shape {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+            raise EditError(f"the edit of {self.key} gave values of {gave}; expected {list(old.shape)}.")
+        return new.to(device=old.device, dtype=old.dtype)

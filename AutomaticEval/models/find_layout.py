@@ -1,51 +1,55 @@
-"""Where each site lives in a Hugging Face decoder: found from the module tree, verified on a few tokens.
+"""Where each site is in a Hugging Face decoder: found in the module tree, then verified on a few tokens.
 
-What the names in `models/architecture/module_names.py` point at is checked on one small forward, so that a site that does not mean what its name says is refused,
-never stored.
+The names in `models/architecture/module_names.py` point at modules. One small forward checks that each holds what the site's name says; a
+site for which that is not so is refused, and never stored. A new kind of site needs a rule in `_layout`.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
+from math import prod
 from typing import NamedTuple
 
 from torch import nn
 
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.branches import find_branches
+from AutomaticEval.models.architecture.forward_call import alone_with
 from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled, virtual_tokens
 from AutomaticEval.models.architecture.module_names import Parts
 from AutomaticEval.models.architecture.projections import find_projections
 from AutomaticEval.models.edited_models import layout_of
-from AutomaticEval.models.layout import Layout, Tap, alone_with
-from AutomaticEval.sites import PER_LAYER, Site
+from AutomaticEval.models.layout import Layout, Tap
+from AutomaticEval.sites import PER_LAYER, TABLE, Site
 
 
 class _Known(NamedTuple):
-    """The layout of an inner model, and of the models that it was seen in."""
+    """The layout of an inner model, and the layouts of the models that it was seen in."""
 
     compiled: frozenset[str]
-    """What was compiled of it then: hooks within fire no longer once more is."""
+    """The paths of what was compiled then. When more is compiled later, hooks within it no longer fire, and the layout is found again."""
     layout: Layout
     of: weakref.WeakKeyDictionary[nn.Module, Layout]
+    """Model -> the layout with the paths that it has in that model."""
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
 def find_layout(model: nn.Module) -> Layout:
-    """The layout of a decoder, from one forward of a few tokens; remembered as long as the model lives.
+    """The layout of a decoder, found by one forward over a few tokens, and remembered as long as the model lives.
 
-    Raises UnsupportedModel for encoder-decoders, compiled models, models in training mode or tuned by virtual tokens, and models whose
-    blocks are not found.
+    Raises UnsupportedModel for encoder-decoders, for compiled models, for models in training mode or tuned by virtual tokens, and for models
+    whose blocks are not found.
     """
     refuse_unready(model)
     tuning = virtual_tokens(model)
     if tuning is not None:
         raise UnsupportedModel(
-            f"{type(model).__name__} is tuned by virtual tokens ({tuning}), which stand before what is fed, so that which row is which "
-            "token's is not known. Without them: pass model.get_base_model()."
+            f"{type(model).__name__} is tuned by virtual tokens ({tuning}), which stand before what is fed, so that it is not known which row is "
+            "which token's. To capture it without them, pass model.get_base_model()."
         )
     whole = inner(model)
     with alone_with(model):
@@ -54,11 +58,11 @@ def find_layout(model: nn.Module) -> Layout:
             while_edited: Layout | None = layout_of(model)
             if while_edited is not None:  # a forward now would show the edits
                 return _seen_from(model, while_edited)
-            others = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-            found = _layout(Parts(model))
-            if found.missing and others:  # what others' hooks change now may hold again without them
-                return _seen_from(model, found)
-            _known[whole] = _Known(compiled, found, weakref.WeakKeyDictionary())
+            n_hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+            layout = _layout(Parts(model))
+            if layout.missing and n_hooks:  # a site may be missing because of these hooks, and be there without them
+                return _seen_from(model, layout)
+            _known[whole] = _Known(compiled, layout, weakref.WeakKeyDictionary())
         known = _known[whole]
         if model not in known.of:
             known.of[model] = _seen_from(model, known.layout)
@@ -66,7 +70,7 @@ def find_layout(model: nn.Module) -> Layout:
 
 
 def _seen_from(model: nn.Module, layout: Layout) -> Layout:
-    """The layout of an inner model, with the paths that its parts have in a model around it."""
+    """The layout of an inner model, with the paths that its modules have in the model around it."""
     whole = inner(model)
     prefix = next(name for name, module in model.named_modules() if module is whole)
     return layout.under(prefix) if prefix else layout
@@ -75,7 +79,7 @@ def _seen_from(model: nn.Module, layout: Layout) -> Layout:
 def refuse_unready(model: nn.Module) -> None:
     """Raises UnsupportedModel for compiled models, models in training mode, and encoder-decoders."""
     whole = inner(model)
-    for module in model.modules():  # what is around the inner model comes first
+    for module in model.modules():  # the modules around the inner model come first
         if is_compiled(module):
             raise UnsupportedModel(
                 f"{type(module).__name__} is compiled: hooks do not fire reliably. Pass the model before torch.compile."
@@ -86,7 +90,7 @@ def refuse_unready(model: nn.Module) -> None:
 
 
 def refuse_untrue(model: nn.Module) -> None:
-    """Raises UnsupportedModel for models whose numbers are not those of a decoder that is asked: in training mode, and encoder-decoders."""
+    """Raises UnsupportedModel for models in training mode, where dropout changes every number, and for encoder-decoders."""
     name = type(model).__name__
     if any(module.training for module in model.modules()):
         raise UnsupportedModel(f"{name} is in training mode: dropout changes every value. Call model.eval() first.")
@@ -95,6 +99,7 @@ def refuse_untrue(model: nn.Module) -> None:
 
 
 def _layout(parts: Parts) -> Layout:
+    """All rules in turn: each adds the taps of its kinds to `parts.taps`, or to `parts.missing` why a layer lacks them."""
     n_layers = len(parts.blocks)
     _check_embedding(parts)
     parts.taps[Site("embed")] = Tap(parts.blocks[parts.ran.index(True)], "input")
@@ -108,18 +113,25 @@ def _layout(parts: Parts) -> Layout:
     cached = [value.shape[1] for value in parts.probe.values if value is not None and value.dim() == 4]
     n_kv_heads = max(cached, key=cached.count) if cached else heads.n
     find_projections(parts, heads, n_kv_heads)
-    widths = {site: parts.value(tap).shape[-1] if tap.then is None else heads.n for site, tap in parts.taps.items()}
-    shape = (n_layers, parts.d_model, heads.n, n_kv_heads, heads.d_head)
-    return Layout(*shape, parts.embedding, parts.taps, widths, parts.missing)
+    sizes = {"d_model": parts.d_model, "n_heads": heads.n, "n_kv_heads": n_kv_heads, "d_head": heads.d_head}
+    widths = {site: _width(parts, site, tap, sizes) for site, tap in parts.taps.items()}
+    return Layout(n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths, missing=parts.missing)
+
+
+def _width(parts: Parts, site: Site, tap: Tap, sizes: Mapping[str, int]) -> int:
+    """The width that a site has in the small forward; for what is derived of it, the width of its kind."""
+    if tap.then is None:
+        return parts.value(tap).shape[-1]
+    return prod(sizes[name] for name in TABLE[site.kind].width)
 
 
 def _check_embedding(parts: Parts) -> None:
-    """What is fed is read where the token embedding receives it."""
+    """Raises UnsupportedModel when the token embedding does not receive the token ids that the model is fed."""
     given = parts.probe.inputs.get(parts.embedding)
     if given is None or given.shape != parts.probe.ids.shape or not bool((given == parts.probe.ids).all()):
         raise UnsupportedModel(
             f"{parts.name}: its input embedding {parts.embedding} is given {None if given is None else list(given.shape)}, not the ids "
-            f"{list(parts.probe.ids.shape)} that the model is fed, so that which row is which token's cannot be seen."
+            f"{list(parts.probe.ids.shape)} that the model is fed, so that it cannot be seen which row is which token's."
         )
 
 
@@ -138,7 +150,7 @@ def _find_final_norm(parts: Parts) -> None:
 
 
 def _find_residual(parts: Parts, layer: int) -> None:
-    """resid_post is read where the next part receives it, so that edits between blocks are seen."""
+    """resid_pre and resid_post of a layer. resid_post is read where the next part receives it, so that edits between blocks are seen."""
     if not parts.ran[layer]:
         parts.lack(PER_LAYER, layer, "its block does not run in a forward over text (as those that attend to images)")
         return
@@ -146,9 +158,8 @@ def _find_residual(parts: Parts, layer: int) -> None:
     after = next(
         (block for block, ran in zip(parts.blocks[layer + 1 :], parts.ran[layer + 1 :], strict=True) if ran), None
     )
-    if (
-        after is None and Site("final_norm") in parts.taps
-    ):  # a norm that is used in several places does not say where the stream is
+    # a final norm that is used in several places is no tap, and does not say where the stream is
+    if after is None and Site("final_norm") in parts.taps:
         after = parts.norm
     given, gave = parts.probe.inputs.get(after or here), parts.probe.outputs.get(here)
     if gave is None or given is None or (after is not None and not is_sum(given, gave)) or gave.isnan().any():

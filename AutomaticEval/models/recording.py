@@ -1,9 +1,8 @@
-"""`capturing`: read chosen sites of a model while it runs, whoever runs it.
+"""`capturing`: read chosen sites of a model in every forward, whoever runs the model.
 
-Hooks are installed on entry and removed, by handle, on every exit. What is kept is cut on the device at
-once, then copied to the CPU (from a GPU by `transfer.py`). A model that is fed everything again (without a cache, or when long ropes change) has the
-rows of the last time. Which columns a forward fed is known from the token ids that reached the
-embedding and from the keys and values beside them, never from counting calls: chunked prefill and deferred stops change the count.
+Hooks are installed on entry and removed, by handle, on every exit. A hook cuts out the rows that are kept at once, on the device; they are
+then copied to the CPU (from a GPU by `transfer.py`). The columns of a forward are known from the token ids that reached the embedding, and
+from the keys and values beside them. They are never counted by calls, since chunked prefill and deferred stops change that count.
 """
 
 from __future__ import annotations
@@ -16,116 +15,155 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.models.architecture.forward_call import alone_with, cache_in, input_of, tensor_of
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.layout import Tap, alone_with, cache_in, input_of, tensor_of
+from AutomaticEval.models.layout import Tap
 from AutomaticEval.models.transfer import Staging
 
 
 class Kept(NamedTuple):
-    """Which (batch row, column) pairs of one forward are kept. Both are [n_kept], int64, on any device."""
+    """Which (batch row, column) pairs of one forward are kept. Both tensors are [n_kept], int64, on any device."""
 
     rows: Tensor
     columns: Tensor
 
 
 Keep = Callable[[int, int], Kept | None]
-"""keep(first column, number of columns) -> what to keep of that forward; None for nothing."""
+"""keep(first column, number of columns) -> what is kept of that forward; None keeps nothing."""
 
 
 class Enough(Exception):
-    """A forward was stopped, because all that is wanted of it was read."""
+    """Ends a forward early: every site that is wanted of it has been read."""
+
+
+class _Columns:
+    """The columns that the forwards so far have fed to the model, and those of the current forward."""
+
+    def __init__(self) -> None:
+        self.first = 0
+        """The first column of the current forward."""
+        self.n = 0
+        """The number of columns of the current forward."""
+        self._ids: list[Tensor] = []
+        """Each [batch, columns]."""
+
+    def begin(self, ids: Tensor, *, anew: bool) -> None:
+        """A forward feeds ids [batch, columns]. anew: from column 0, in place of all that was fed before."""
+        self._ids = [] if anew else self._ids
+        self.first = 0 if anew else self.first + self.n
+        self.n = ids.shape[1]
+        self._ids.append(ids.detach())
+
+    def are_fed_again(self, ids: Tensor, given: Mapping[str, Any] | None) -> bool:
+        """Whether ids hold every column so far and more, and what the model is given holds no keys and values of them.
+
+        Models without a cache do so, and models whose ropes change when the sequence becomes long.
+        """
+        n_before = self.first + self.n
+        if not self._ids or ids.shape[1] <= n_before or given is None:
+            return False
+        cache = cache_in(given)
+        is_empty = cache is None or (hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) == 0)
+        return is_empty and torch.equal(ids[:, :n_before].cpu(), self.ids())
+
+    def ids(self) -> Tensor:
+        """[batch, columns], on the CPU."""
+        return torch.cat([ids.cpu() for ids in self._ids], 1)
+
+    def row(self, number: int) -> list[int]:
+        """The ids of one batch row."""
+        return torch.cat([ids[number].cpu() for ids in self._ids]).tolist() if self._ids else []
 
 
 class Recording:
-    """What `capturing` saw: for every kept (batch row, column) pair, one row a key. Read it after the with."""
+    """What `capturing` has read: for every kept (batch row, column) pair, one row a key. Read it after the with.
+
+    A model that is fed everything again has the rows of the last time.
+    """
 
     def __init__(
         self, keys: list[str], keep: Keep, n_rows: int, dtype: torch.dtype | None = None, *, stops: bool = False
     ) -> None:
         self._keep, self._n_rows, self._dtype, self._stops = keep, n_rows, dtype, stops
-        self._n_unread = 0
         self._n_forwards = 0
-        self._given: Any = None
-        self._fed: list[Tensor] = []
+        self._given: Mapping[str, Any] | None = None
+        """The named arguments of the forward that begins."""
+        self._columns = _Columns()
         self._kept: list[Kept] = []
         self._current: Kept | None = None
+        """What is kept of the current forward."""
         self._keeps_all = False
-        self._n_columns = 0
-        self._first = 0
-        self._fired = dict.fromkeys(keys, 0)
+        self._n_unread = 0
+        """How many sites of the current forward are still to be read."""
+        self._n_reads = dict.fromkeys(keys, 0)
+        self._cuts: dict[torch.device, dict[str, Tensor]] = {}
+        """What was cut of the current forward on each GPU."""
+        self._staging: dict[torch.device, Staging] = {}
         self._pieces: dict[str, list[Tensor]] = {key: [] for key in keys}
+        """What has come to the CPU. The first piece of a key is empty, [0, width]."""
         self._rows: dict[str, Tensor] = {}
         self._where: dict[tuple[int, int], int] = {}
-        self._cuts: dict[torch.device, dict[str, Tensor]] = {}
-        self._staging: dict[torch.device, Staging] = {}
+        """(batch row, column) -> its place among the rows."""
 
     @property
     def n_forwards(self) -> int:
+        """How many forwards have begun."""
         return self._n_forwards
 
     @property
     def rows(self) -> Mapping[str, Tensor]:
-        """Key -> [n_kept, width]: all that was kept, forward after forward."""
+        """Key -> [n_kept, width], on the CPU: all that was kept, forward after forward."""
         return self._rows
 
     def begins(self, given: Mapping[str, Any]) -> None:
-        """The model is called with what is given by name."""
+        """The model is called. given: its named arguments."""
         self._given = given
 
     def feed(self, ids: Tensor | None) -> None:
-        """A forward begins with these token ids [batch, columns]: those after the ones before, or all of them again."""
+        """A forward feeds these token ids [batch, columns]: the columns after those before, or all of them again.
+
+        Raises CaptureError when the batch has another number of rows.
+        """
         if ids is None or ids.dim() != 2 or len(ids) != self._n_rows:
-            found = None if ids is None else tuple(ids.shape)
+            shape = None if ids is None else tuple(ids.shape)
             raise CaptureError(
-                f"the embedding was given ids of shape {found}; expected [{self._n_rows}, columns]. Beam search, "
+                f"the embedding was given ids of shape {shape}; expected [{self._n_rows}, columns]. Beam search, "
                 "assisted decoding and several sequences a prompt cannot be captured."
             )
         self._send()
-        self._n_unread = len(self._fired)
+        self._n_unread = len(self._n_reads)
         self._n_forwards += 1
-        if self._is_fed_again(ids):
+        anew = self._columns.are_fed_again(ids, self._given)
+        if anew:
             self._forget()
-        else:
-            self._first += self._n_columns
+        self._columns.begin(ids, anew=anew)
         self._given = None
-        self._fed.append(ids.detach())
-        self._n_columns = ids.shape[1]
-        kept = self._keep(self._first, self._n_columns)
+        kept = self._keep(self._columns.first, self._columns.n)
         self._current = None if kept is None or not len(kept.rows) else Kept(*(t.to(ids.device) for t in kept))
         self._keeps_all = self._current is not None and self._is_whole(self._current)
         if self._current is not None:
             self._kept.append(self._current)
 
-    def _is_fed_again(self, ids: Tensor) -> bool:
-        """Whether a forward without earlier keys and values is fed all columns before it again, and more."""
-        n_before = self._first + self._n_columns
-        if not self._fed or ids.shape[1] <= n_before or self._given is None:
-            return False
-        cache = cache_in(self._given)
-        is_empty = cache is None or (hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) == 0)
-        return is_empty and torch.equal(ids[:, :n_before].cpu(), self.fed_ids())
-
     def _forget(self) -> None:
-        """Drop what was kept: the forward that begins computes it again, and what follows goes on from that."""
+        """Drop what was kept, because the forward that begins computes it again."""
         for staging in self._staging.values():
             staging.finish()
-        self._pieces = {key: pieces[:1] for key, pieces in self._pieces.items()}  # the first has no rows
-        self._fed, self._kept = [], []
-        self._first = 0
+        self._pieces = {key: pieces[:1] for key, pieces in self._pieces.items()}
+        self._kept = []
 
     def _is_whole(self, kept: Kept) -> bool:
         """Whether every position of the forward is kept, row after row."""
-        n_positions = self._n_rows * self._n_columns
+        n_positions = self._n_rows * self._columns.n
         if len(kept.rows) != n_positions:
             return False
-        place = kept.rows * self._n_columns + kept.columns - self._first
+        place = kept.rows * self._columns.n + kept.columns - self._columns.first
         return torch.equal(place, torch.arange(n_positions, device=place.device))
 
     def read(self, key: str, tap: Tap, value: Tensor | None) -> None:
-        """A site's value [batch, columns, width] in the current forward: keep what is wanted of it.
+        """Keep what is wanted of a module's value [batch, columns, width] in the current forward.
 
-        Raises Enough after the last site of a forward that is to stop there.
+        Raises Enough after the last site, when the recording stops forwards; CaptureError when a hook is called twice in a forward.
         """
         self._take(key, tap, value)
         self._n_unread -= 1
@@ -135,15 +173,13 @@ class Recording:
     def _take(self, key: str, tap: Tap, value: Tensor | None) -> None:
         if value is None:
             raise CaptureError(f"the module of {key} ({tap.module}) gave no tensor.")
-        self._fired[key] += 1
-        if self._fired[key] != self.n_forwards:
-            raise CaptureError(f"the hook of {key} fired {self._fired[key]} times in {self.n_forwards} forwards.")
+        self._n_reads[key] += 1
+        if self._n_reads[key] != self.n_forwards:
+            raise CaptureError(f"the hook of {key} fired {self._n_reads[key]} times in {self.n_forwards} forwards.")
         if value.dim() == 2:  # some blocks flatten batch and columns
-            value = value.view(-1, self._n_columns, value.shape[-1])
-        if self._fired[key] == 1:
-            self._arrived(
-                key, self._narrowed(tap.take(value.detach()[:0, 0])).cpu()
-            )  # [0, width]: when nothing is kept
+            value = value.view(-1, self._columns.n, value.shape[-1])
+        if self._n_reads[key] == 1:  # [0, width] tells the width when nothing is kept
+            self._arrived(key, self._narrowed(tap.take(value.detach()[:0, 0])).cpu())
         if self._current is None:
             return
         cut = self._narrowed(tap.take(self._cut(key, value.detach(), self._current)))  # [n_kept, width]
@@ -159,7 +195,7 @@ class Recording:
         self._pieces[key].append(rows)
 
     def _send(self) -> None:
-        """A forward is over: what was cut of it on a GPU goes to the CPU in one transfer."""
+        """A forward is over. What was cut of it on a GPU is sent to the CPU in one transfer."""
         for device, cuts in self._cuts.items():
             if device not in self._staging:
                 self._staging[device] = Staging(device, self._arrived)
@@ -167,12 +203,12 @@ class Recording:
         self._cuts = {}
 
     def _cut(self, key: str, value: Tensor, kept: Kept) -> Tensor:
-        """A copy of the kept rows of a value [batch, columns, width]: the model may change the value in place."""
-        lacking = self._n_columns - value.shape[1]  # logits are computed for the last columns only
+        """The kept rows of a value [batch, columns, width]: [n_kept, width]. A copy, since the model may change the value in place."""
+        lacking = self._columns.n - value.shape[1]  # logits are computed for the last columns only
         if self._keeps_all and not lacking:
             return value.flatten(0, 1).clone()
         rows, columns = (index.to(value.device) for index in kept)
-        columns = columns - self._first - lacking
+        columns = columns - self._columns.first - lacking
         if lacking and int(columns.min()) < 0:
             raise CaptureError(
                 f"{key} was not computed at {int((columns < 0).sum())} of the positions asked for: a model that generates computes it, of the "
@@ -181,10 +217,13 @@ class Recording:
         return value[rows, columns]
 
     def close(self) -> None:
-        """The last forward is over: check that every hook saw every forward, and join the pieces."""
-        for key, fired in self._fired.items():
-            if fired != self.n_forwards:
-                raise CaptureError(f"the hook of {key} fired {fired} times in {self.n_forwards} forwards.")
+        """The last forward is over. Check that every hook was called in every forward, and join what was kept.
+
+        Raises CaptureError when one was not, or when a value does not fit into float16.
+        """
+        for key, n_reads in self._n_reads.items():
+            if n_reads != self.n_forwards:
+                raise CaptureError(f"the hook of {key} fired {n_reads} times in {self.n_forwards} forwards.")
         self._send()
         for staging in self._staging.values():
             staging.finish()
@@ -208,14 +247,17 @@ class Recording:
 
     def fed_ids(self) -> Tensor:
         """The token ids of all forwards: [batch, columns], on the CPU."""
-        return torch.cat([ids.cpu() for ids in self._fed], 1)
+        return self._columns.ids()
 
     def fed(self, row: int) -> list[int]:
         """The token ids that the model was given in one batch row, column after column."""
-        return torch.cat([ids[row].cpu() for ids in self._fed]).tolist() if self._fed else []
+        return self._columns.row(row)
 
     def take(self, row: int, columns: Iterable[int]) -> dict[str, Tensor]:
-        """Key -> [n_columns, width] of one batch row, on the CPU, in the model's dtype."""
+        """Some columns of one batch row: key -> [n_columns, width], on the CPU, in the dtype that is kept.
+
+        Raises CaptureError for a column that was not kept.
+        """
         try:
             where = [self._where[row, column] for column in columns]
         except KeyError as absent:
@@ -238,13 +280,13 @@ def capturing(
     *,
     stops: bool = False,
 ) -> Iterator[Recording]:
-    """Record taps of a model in every forward inside the with.
+    """Record sites of a model in every forward inside the with.
 
-    taps: key -> place, from `Layout.pick`. embedding: `Layout.embedding`. keep: what to keep of a forward.
-    n_rows: the rows of the batch, which every forward must have. dtype: to narrow what is kept to; None leaves it.
-    stops: whether a forward ends, by Enough, when all taps were read; what calls it must catch that.
-    Raises CaptureError when a forward has other rows, a hook does not fire exactly once a forward, or a value does
-    not fit into float16.
+    taps: key -> where it is read, from `Layout.pick`. embedding: `Layout.embedding`. keep: says what is kept of a forward.
+    n_rows: the number of rows of the batch, the same in every forward. dtype: what is kept is narrowed to it; None leaves the model's.
+    stops: whether a forward ends, by raising Enough, as soon as all taps are read. Whoever runs the model must catch that.
+    Raises CaptureError when a forward has another number of rows, when a hook is not called exactly once in each forward, and when a value
+    does not fit into float16.
     """
     recording = Recording(list(taps), keep, n_rows, dtype, stops=stops)
     with alone_with(model), Hooks() as hooks:
@@ -271,12 +313,12 @@ def capturing(
 def _refuse_some_logits(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
         raise CaptureError(
-            "logits_to_keep names columns, so that which logits are where is not known; give a number, or leave it out."
+            "logits_to_keep names columns, so that it is not known which logits are where; give a number, or leave it out."
         )
 
 
 def _install(hooks: Hooks, module: nn.Module, key: str, tap: Tap, recording: Recording) -> None:
-    """Hook one tap."""
+    """Hook the module of one tap."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recording.read(key, tap, input_of(args, kwargs))

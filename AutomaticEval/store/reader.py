@@ -18,6 +18,7 @@ from torch import Tensor
 
 from AutomaticEval.errors import ManySamples, NotActivations, RefusedPickle, StoreError, TruncatedFile, did_you_mean
 from AutomaticEval.selection import Positions
+from AutomaticEval.sites import key_among
 from AutomaticEval.store import contents
 from AutomaticEval.store.contents import Contents
 from AutomaticEval.store.disk.whole_files import PICKLE_SUFFIXES
@@ -149,12 +150,12 @@ class Run(Sequence[dict[str, Any]]):
 
     def read(self, index: int, key: str) -> Tensor:
         """One site of one sample: [n_positions, width]. Reads no more than those bytes."""
-        self._check_key(key)
+        key = self._key(key)
         return self._store.read(key, self._contents.segments.item(int(self._order[index])))
 
     def steps(self, index: int, key: str) -> Tensor | None:
         """What one step of each number of a sample's rows stands for: [n_positions, width]. None unless they are stored as int8."""
-        self._check_key(key)
+        key = self._key(key)
         ranges = self._contents.segments.item(int(self._order[index]))
         return self._store.scales(key, ranges) if self._store.kinds[key].dtype == torch.int8 else None
 
@@ -287,7 +288,7 @@ class Run(Sequence[dict[str, Any]]):
         position of the sequence: "prompt[-1]", "response[0]".
         Raises StoreError for an unknown key or a sample without that row.
         """
-        self._check_key(key)
+        key = self._key(key)
         return self._store.take(key, self._rows_at(position))
 
     def rows(self, key: str, *, by_sample: bool = False) -> RowArray:
@@ -295,7 +296,7 @@ class Run(Sequence[dict[str, Any]]):
 
         by_sample: sample after sample, with the rows that samples share in each.
         """
-        self._check_key(key)
+        key = self._key(key)
         numbers = indices_of(self._contents.segments.take(self._order).values)
         if by_sample:
             return self._rows(key, numbers)
@@ -336,7 +337,7 @@ class Run(Sequence[dict[str, Any]]):
             raise StoreError(f'rows are shared by samples and have no {label!r}; choose one a sample: position="last".')
         if position is None:
             return RowsDataset(self.rows(key), None)
-        self._check_key(key)
+        key = self._key(key)
         labels = None if label is None else self.column(label)
         if labels is not None and None in labels:
             raise StoreError(f"sample {labels.index(None)} has no {label!r}; leave it out with where.")
@@ -375,11 +376,14 @@ class Run(Sequence[dict[str, Any]]):
             raise StoreError(f"{self.path}: position {wanted[0]} ({positions}) of sample {number} was not stored.")
         return int(found[0])
 
-    def _check_key(self, key: str) -> None:
-        if key not in self.keys:
+    def _key(self, given: str) -> str:
+        """The stored key that a spelling of a site names. Raises StoreError."""
+        key = key_among(self.keys, given)
+        if key is None:
             raise StoreError(
-                f"{self.path} holds no {key!r}.{did_you_mean(key, self.keys)} It has {', '.join(self.keys)}."
+                f"{self.path} holds no {given!r}.{did_you_mean(given, self.keys)} It has {', '.join(self.keys)}."
             )
+        return key
 
     def __repr__(self) -> str:
         ending = "" if self.finished or self.path.is_file() else ", not finished"

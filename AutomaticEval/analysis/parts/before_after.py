@@ -15,7 +15,7 @@ from AutomaticEval.capture.generation import Response, harmless_groups, respond
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.tree.continuations import score_continuations
 from AutomaticEval.errors import PromptError
-from AutomaticEval.models.layout import input_device
+from AutomaticEval.models.architecture.forward_call import input_device
 from AutomaticEval.models.loading import LoadedModel
 
 Pairs = Sequence[tuple[list[int], list[int]]]

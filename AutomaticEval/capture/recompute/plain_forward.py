@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError, SiteUnavailable
+from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.layout import Tap, alone_with, forward_takes, input_device
+from AutomaticEval.models.layout import Tap
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.sites import Site, site_of
 

@@ -25,6 +25,7 @@ from AutomaticEval.capture.recompute.tolerance import (
 )
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions
+from AutomaticEval.sites import Site, site_of
 from AutomaticEval.store.hdf5.contract import dtype_named, fed_of
 from AutomaticEval.store.reader import Run
 
@@ -175,10 +176,7 @@ class Comparison:
 
     def _n_heads(self, key: str) -> int:
         """How many heads stand side by side in a row; 0 for a site that has none."""
-        kind = key.rpartition(".")[2]
-        if kind in ("q", "z", "head_result_norm", "pattern"):
-            return self.loaded.layout.n_heads
-        return self.loaded.layout.n_kv_heads if kind in ("k", "v") else 0
+        return self.loaded.layout.heads_of(site_of(key).kind)
 
     def _is_greedy(self, sample: Mapping[str, Any]) -> bool:
         """Whether each token of a response is known to have been the likeliest: greedily taken, of logits that nothing had changed."""
@@ -262,9 +260,8 @@ class _Rows:
 
 def _beside(key: str) -> list[str]:
     """The same kind of site one layer below and above."""
-    head, _, kind = key.partition(".")
-    number = head.removeprefix("layer_")
-    return [f"layer_{int(number) + step}{'.' * bool(kind)}{kind}" for step in (-1, 1)] if number.isdecimal() else []
+    kind, layer = site_of(key)
+    return [] if layer is None else [Site(kind, layer + step).key for step in (-1, 1)]
 
 
 def _row_problem(key: str, rows: _Rows, found: Judged, limits: Limits) -> str:

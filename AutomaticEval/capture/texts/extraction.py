@@ -25,9 +25,10 @@ from AutomaticEval.capture.tree.suitability import why_not_masked
 from AutomaticEval.capture.tree.walk import as_mask, free_memory, is_out_of_memory
 from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import CaptureError, OtherSettings, PromptError, SelectionError, TreeUnsuitable
+from AutomaticEval.models.architecture.forward_call import input_device
 from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.find_layout import refuse_unready
-from AutomaticEval.models.layout import Tap, input_device
+from AutomaticEval.models.layout import Tap
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, Recording
 from AutomaticEval.processes import Ranks

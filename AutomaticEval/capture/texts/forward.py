@@ -11,7 +11,8 @@ from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import counts_from_zero
 from AutomaticEval.errors import ModelError
-from AutomaticEval.models.layout import Layout, Tap, forward_takes, input_device, takes_few_logits
+from AutomaticEval.models.architecture.forward_call import forward_takes, input_device, takes_few_logits
+from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.recording import Enough, Kept, Recording, capturing
 
 

@@ -12,7 +12,7 @@ import torch
 from AutomaticEval.capture.generation import keep_of, recording_of, sample_columns, sequence_rows
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
-from AutomaticEval.models.layout import alone_with, input_device
+from AutomaticEval.models.architecture.forward_call import alone_with, input_device
 from AutomaticEval.models.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Positions, Selection

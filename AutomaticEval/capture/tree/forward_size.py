@@ -11,7 +11,7 @@ import torch
 from AutomaticEval.capture.tree.prefix_tree import Array
 from AutomaticEval.capture.tree.suitability import most_columns
 from AutomaticEval.capture.tree.walk import Cached, free_memory, is_out_of_memory, tree_forward
-from AutomaticEval.models.layout import alone_with
+from AutomaticEval.models.architecture.forward_call import alone_with
 from AutomaticEval.models.loading import LoadedModel
 
 CHOICES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)

@@ -20,7 +20,7 @@ from AutomaticEval.capture.generation import recording_of, sequence_rows
 from AutomaticEval.capture.tree.prefix_tree import n_shared
 from AutomaticEval.capture.tree.suitability import check_scores, why_not
 from AutomaticEval.capture.tree.walk import Cached, keep_columns, tree_forward
-from AutomaticEval.models.layout import alone_with
+from AutomaticEval.models.architecture.forward_call import alone_with
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.hdf5.contract import Part, Rows

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import counts_from_zero, is_close, rope_limit
 from AutomaticEval.errors import TreeUnsuitable
+from AutomaticEval.models.architecture.forward_call import alone_with, cache_name, forward_takes, input_device
 from AutomaticEval.models.architecture.inner_model import virtual_tokens
 from AutomaticEval.models.edited_models import depends_on_position
-from AutomaticEval.models.layout import alone_with, cache_name, forward_takes, input_device
 
 FEWEST_TOKENS = 16
 """The smallest number of tokens for a forward over the tree. With fewer, scoring row by row is better."""

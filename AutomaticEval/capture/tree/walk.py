@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from AutomaticEval.capture.generation import recording_of
 from AutomaticEval.capture.tree.prefix_tree import Array, PrefixTree
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.models.layout import alone_with, cache_name, input_device
+from AutomaticEval.models.architecture.forward_call import alone_with, cache_name, input_device
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Keep, Kept, Recording
 from AutomaticEval.selection import Selection

@@ -34,8 +34,8 @@ from AutomaticEval.evaluation.harness.speedups import quiet
 from AutomaticEval.evaluation.harness.tokens import EncodedAhead, rolling_windows, shared_beginnings, texts_of
 from AutomaticEval.evaluation.harness.tree_scores import TreeScorer
 from AutomaticEval.evaluation.results.requests import Answered, RequestKey, random_state
+from AutomaticEval.models.architecture.forward_call import cache_name, input_device
 from AutomaticEval.models.find_layout import refuse_untrue
-from AutomaticEval.models.layout import cache_name, input_device
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.processes import Ranks

@@ -1,4 +1,4 @@
-"""What the two branches of a block add to the stream, and what stands beside it: attn_out, mlp_out, resid_mid, mlp_post."""
+"""The rules for what the two branches of a block add to the residual stream, and what lies on the way: attn_out, mlp_out, resid_mid, mlp_post."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ IDENTITY = "resid_pre + attn_out + mlp_out = resid_post"
 
 
 class _Branch(NamedTuple):
-    """A candidate for what the two branches of a block add: paths below the block, and a multiplier."""
+    """A candidate: two modules whose outputs may be what attention and the MLP add. Paths begin below the block."""
 
     attn: str
     mlp: str
     scale: float
+    """What the model multiplies both outputs by."""
 
 
 def find_branches(parts: Parts) -> None:
-    """One choice for all blocks that are built alike: the one that the identity holds for best."""
+    """Add the taps of all layers. Blocks that are built alike have one choice: the candidate for which the identity holds best."""
     alike: dict[tuple[_Branch, ...], list[int]] = {}
     for layer, ran in enumerate(parts.ran):
         if ran:
@@ -49,7 +50,7 @@ def find_branches(parts: Parts) -> None:
 
 
 def _branches(parts: Parts, layer: int) -> list[_Branch]:
-    """Candidates for what attention and the MLP add, the plainest first, as paths below the block."""
+    """The candidates of a block, the plainest first."""
     block = parts.blocks[layer]
     attention = parts.children(block, ATTENTION)
     attn = [*attention, *parts.children(block, POST_ATTENTION_NORM)]
@@ -61,11 +62,12 @@ def _branches(parts: Parts, layer: int) -> list[_Branch]:
 
 
 def _down_projections(parts: Parts, block: str) -> list[str]:
-    """Paths of the output projections of the block's MLP, or of the block itself where it is the MLP."""
+    """Paths of the output projections in the block's MLP, or in the block itself when that is the MLP."""
     return [path for parent in parts.children(block, MLP) or [block] for path in parts.named(parent, DOWN_PROJECTION)]
 
 
 def _branch_taps(parts: Parts, branch: _Branch, layer: int) -> tuple[Tap, Tap]:
+    """The taps of attn_out and mlp_out when a candidate is right."""
     block = parts.blocks[layer]
     return (
         Tap(f"{block}.{branch.attn}", "output", branch.scale),
@@ -74,7 +76,7 @@ def _branch_taps(parts: Parts, branch: _Branch, layer: int) -> tuple[Tap, Tap]:
 
 
 def _error(parts: Parts, branch: _Branch, layers: list[int]) -> float:
-    """Mean error of the identity over layers, in units of what is added; infinite where it does not hold at all."""
+    """Mean error of the identity over layers, as a part of what is added. Infinite when it does not hold in one of them."""
     wrong = added = 0.0
     for layer in layers:
         before = parts.value(parts.taps[Site("resid_pre", layer)])
@@ -92,6 +94,7 @@ def _error(parts: Parts, branch: _Branch, layers: list[int]) -> float:
 
 
 def _why_no_branches(parts: Parts, layer: int, has_others: bool) -> str:
+    """Why a layer has neither attn_out nor mlp_out. has_others: whether other blocks are built like its block."""
     block = parts.blocks[layer]
     lacks = None
     if not parts.children(block, ATTENTION):
@@ -110,6 +113,7 @@ def _why_no_branches(parts: Parts, layer: int, has_others: bool) -> str:
 
 
 def _find_mlp_post(parts: Parts, layer: int) -> None:
+    """The input of the projection whose output is the MLP's, or is what the MLP adds."""
     block, added = parts.blocks[layer], parts.taps.get(Site("mlp_out", layer))
     for parent in parts.children(block, MLP) or [block]:
         ends = [parts.probe.outputs[name] for name in (parent, added.module if added else parent)]
@@ -132,11 +136,11 @@ def _why_no_mlp_post(parts: Parts, layer: int) -> str:
     if any("experts" in f"{name} {type(module).__name__}".lower() for name, module in modules):
         return f"{below} ({kind}) is a mixture of experts, each with a down projection of its own"
     if down:
-        found = f"what {parts.below(layer, down[0])} gives is not what {below} gives: something comes between"
+        reason = f"what {parts.below(layer, down[0])} gives is not what {below} gives: something comes between"
     else:
         names = ", ".join(DOWN_PROJECTION)
-        found = f"no down projection ({names}) was found in {below}, whose parts are {parts.described(mlp)}"
-    return parts.why(layer, mlp, found)
+        reason = f"no down projection ({names}) was found in {below}, whose parts are {parts.described(mlp)}"
+    return parts.why(layer, mlp, reason)
 
 
 def _find_resid_mid(parts: Parts, layer: int) -> None:
@@ -151,8 +155,9 @@ def _find_resid_mid(parts: Parts, layer: int) -> None:
         if value is None or value.numel() != before.numel():
             continue
         value = value.reshape(before.shape)
-        moved = (value - before).double().abs().mean() > 0.5 * added.double().abs().mean()  # not resid_pre itself
-        if moved and is_sum(value, before, added):
+        # resid_pre itself is close to the sum, too, when attention adds little
+        is_moved = (value - before).double().abs().mean() > 0.5 * added.double().abs().mean()
+        if is_moved and is_sum(value, before, added):
             parts.taps[Site("resid_mid", layer)] = Tap(f"{block}.{name}", "input")
             return
     parts.lack(["resid_mid"], layer, "nothing in its block receives resid_pre + attn_out (a parallel block)")

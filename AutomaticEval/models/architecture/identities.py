@@ -1,4 +1,4 @@
-"""One small forward that is looked at everywhere, and the question whether a tensor is the sum of others."""
+"""One small forward whose inputs and outputs are all kept, and the test whether a tensor is the sum of others."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from AutomaticEval.models.architecture.forward_call import cache_in, few_ids, input_of, tensor_of
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.layout import cache_in, few_ids, input_of, tensor_of
 
 PROBE_LENGTH = 6
+"""Tokens of the small forward."""
 
 
 class Probe:
-    """The inputs and outputs of every module of interest in one forward over PROBE_LENGTH tokens.
+    """What some modules of a model are given, and what they give, in one forward over PROBE_LENGTH tokens.
 
-    model: as people call it. modules: path -> module, anywhere in it.
+    model: the model as people call it. modules: path -> module, anywhere in it.
     """
 
     def __init__(self, model: Any, modules: Mapping[str, nn.Module]) -> None:
         self.inputs: dict[str, Tensor] = {}
+        """Path -> what the module is given."""
         self.outputs: dict[str, Tensor] = {}
+        """Path -> what the module gives."""
         self.n_fired: Counter[str] = Counter()
+        """Path -> how often the module ran."""
 
         def before(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -50,18 +54,19 @@ class Probe:
                 hooks.after(module, after(name))
             out = model(input_ids=ids, use_cache=True)
         layers = getattr(cache_in(out), "layers", [])
-        self.values = [getattr(layer, "values", None) for layer in layers]  # each [1, n_kv_heads, pos, d_head]
+        self.values = [getattr(layer, "values", None) for layer in layers]
+        """The values in the cache, layer by layer: each [1, n_kv_heads, pos, d_head], or None."""
 
 
-def is_sum(found: Tensor, *terms: Tensor) -> bool:
-    """Whether found is the sum of the terms, but for rounding in their dtype."""
-    terms = tuple(term.to(found.device) for term in terms)
-    if any(term.shape != found.shape for term in terms):
+def is_sum(total: Tensor, *terms: Tensor) -> bool:
+    """Whether a tensor is the sum of the terms, except for rounding in its dtype. False when the shapes differ."""
+    terms = tuple(term.to(total.device) for term in terms)
+    if any(term.shape != total.shape for term in terms):
         return False
-    total, size = torch.zeros_like(found, dtype=torch.float64), torch.zeros_like(found, dtype=torch.float64)
+    expected, size = torch.zeros_like(total, dtype=torch.float64), torch.zeros_like(total, dtype=torch.float64)
     for term in terms:
-        total += term.double()
+        expected += term.double()
         size += term.double().abs()
-    slack = 8 * torch.finfo(found.dtype).eps * size + 1e-12
-    close = (found.double() - total).abs() <= slack
+    slack = 8 * torch.finfo(total.dtype).eps * size + 1e-12
+    close = (total.double() - expected).abs() <= slack
     return close.double().mean().item() > 0.99

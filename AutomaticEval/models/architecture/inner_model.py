@@ -1,8 +1,7 @@
-"""`inner`: which module runs in every way of calling a model, whatever it was wrapped in.
+"""`inner`: the module that runs in every way of calling a model, whatever the model was wrapped in.
 
-peft's wrappers call the model that the adapters were put into, and their `generate` is that model's own: of the three, it alone runs in
-`model(...)`, in `model.generate(...)` and when it is called itself. What is said of a model as a whole is said of it: its hooks, its lock,
-its layout, its edits.
+A model with peft's adapters is a wrapper around a tuner around the model that the adapters were put into. That inner model alone runs in
+`model(...)`, in `model.generate(...)`, and when it is called itself. So a model's hooks, lock, layout and edits are those of its inner model.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from torch import nn
 
 
 def inner(model: Any) -> Any:
-    """The module whose forward gives the logits in every way of calling a model: the model itself, but for one with adapters."""
+    """The module whose forward gives the logits in every way of calling a model. Without adapters it is the model itself."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     owner = getattr(getattr(base, "generate", None), "__self__", None)  # peft's tuners hand on their model's generate
     is_within = owner is not base and any(owner is module for module in base.modules())
@@ -21,12 +20,12 @@ def inner(model: Any) -> Any:
 
 
 def virtual_tokens(model: Any) -> str | None:
-    """How a model is tuned by tokens that are not fed (prompt tuning, prefix tuning, …); None for others."""
+    """The name of the method when a model is tuned by tokens that are not fed (prompt tuning, prefix tuning, …); else None."""
     active = getattr(model, "active_peft_config", None)
     kind = getattr(active, "peft_type", None)
     return str(getattr(kind, "value", kind)) if getattr(active, "is_prompt_learning", False) else None
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """By torch.compile. Hooks on it fire; hooks on what is in it do so only by chance."""
+    """Whether torch.compile compiled a module. Hooks on such a module fire; hooks on modules within it fire only by chance."""
     return "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None

@@ -1,7 +1,7 @@
-"""The parts of one model by their names, and what each was given and gave in one small forward.
+"""The names that modules have in each family, and one model's modules found by them.
 
-Architecture knowledge is the lists of names below and nothing else. What they point at is checked by `models/find_layout.py`, `branches.py` and
-`projections.py`; why a site is missing is said here, of its block, so that blocks that are built alike lack it for the same reason.
+The lists of names below are all that is known of families. `models/find_layout.py`, `branches.py` and `projections.py` check what the names
+point at. A reason why a site is missing speaks of "its block", so that blocks that are built alike have the same reason.
 """
 
 from __future__ import annotations
@@ -28,31 +28,32 @@ QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
 FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
 N_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 N_HEADS = ("num_attention_heads", "n_head", "n_heads")
-"""Names of these numbers in configs. Code that came with a checkpoint may have others."""
+"""Names of this number in configs. Code that comes with a checkpoint may have others."""
 
 
 def n_layers_in(config: Any, name: str) -> int:
-    """What the config of a model's text part says. Raises UnsupportedModel, with the model's name, when it says nothing."""
-    found = _first(config, N_LAYERS)
-    if not isinstance(found, int):
+    """The number of layers in the config of a model's text part. Raises UnsupportedModel, with the model's name, when it has none."""
+    n_layers = _first(config, N_LAYERS)
+    if not isinstance(n_layers, int):
         raise UnsupportedModel(
             f"{name}: its config says no number of layers ({', '.join(N_LAYERS)}), so that its blocks cannot be told."
         )
-    return found
+    return n_layers
 
 
 class Heads(NamedTuple):
     """The heads of one layer, as the config gives them."""
 
     n: int
-    """0: it says none, as of a state-space model."""
+    """0 when the config names no heads, as that of a state-space model."""
     d_head: int
 
 
 class Parts:
-    """One model's blocks and the modules in them, and what was found so far of its sites.
+    """The blocks of one model with their modules, one small forward over it, and the taps that the rules have found so far.
 
-    model: as people call it; paths are those of its inner model. Raises UnsupportedModel when its blocks are not found.
+    model: the model as people call it; paths begin at its inner model. Raises UnsupportedModel when its blocks are not found, or do not run
+    once in a forward.
     """
 
     def __init__(self, model: Any) -> None:
@@ -60,17 +61,20 @@ class Parts:
         self.name = type(self.model).__name__
         self.config = self.model.config.get_text_config()
         self.taps: dict[Site, Tap] = {}
+        """The sites that were found."""
         self.missing: dict[Site, str] = {}
+        """The sites that were not found, and why."""
         self._names = {id(module): name for name, module in self.model.named_modules(remove_duplicate=False)}
         self.blocks = self._find_blocks()
-        """Paths."""
+        """The paths of the blocks, in the order of the layers."""
         self.owner = self.blocks[0].rsplit(".", 2)[0] if self.blocks[0].count(".") > 1 else ""
-        """The module that has the list of blocks."""
+        """The path of the module that holds the list of blocks."""
         self.norm = self._find_norm()
+        """The path of the final norm; None when there is none of a known name."""
         self.embedding = self._find_embedding()
         self.probe = Probe(model, {path: self.model.get_submodule(path) for path in self._to_probe()})
         self.ran = [self.probe.n_fired[block] == 1 for block in self.blocks]
-        """For each block: whether it runs when the input is text alone."""
+        """For each block, whether it runs when the input is text alone."""
         if self.probe.n_fired[""] != 1:
             raise UnsupportedModel(
                 f"a forward of {type(model).__name__} runs its {self.name} {self.probe.n_fired['']} times; once was expected. Another version "
@@ -129,18 +133,21 @@ class Parts:
 
     @staticmethod
     def _above(path: str) -> list[str]:
-        """The modules that one is in, the model first."""
+        """The paths of the modules that hold a module, the model first."""
         parts = path.split(".")
         return [".".join(parts[:end]) for end in range(len(parts))]
 
     def _compiled_around(self, path: str, block: str) -> str | None:
-        """The module of a block, or the block, that a part of it is in and that is compiled."""
+        """The path of the outermost compiled module, from a block inwards, that holds a module of the block. None without any."""
         within = (above for above in self._above(path) if above == block or above.startswith(f"{block}."))
         return next((above for above in within if is_compiled(self.model.get_submodule(above))), None)
 
     def heads(self, layer: int) -> Heads:
+        """The heads of a layer, as the config gives them."""
         config = self.config
-        if getattr(config, "is_heterogeneous", False):  # what differs among layers is not to be had of the whole
+        if getattr(
+            config, "is_heterogeneous", False
+        ):  # the config of the whole model does not have what differs among layers
             config = config.per_layer_config[layer]
         n_heads = _first(config, N_HEADS)
         n_heads = n_heads if isinstance(n_heads, int) else 0
@@ -156,46 +163,48 @@ class Parts:
         return self.probe.values[layer] if layer < len(self.probe.values) else None
 
     def value(self, tap: Tap) -> Tensor:
+        """What a tap takes in the small forward: [1, pos, width]."""
         return tap.take((self.probe.inputs if tap.end == "input" else self.probe.outputs)[tap.module])
 
     def named(self, parent: str, names: Iterable[str]) -> Iterator[str]:
-        """Probed modules below a path whose last name is one of names, in the order of names."""
+        """The paths of the modules within parent, at any depth, whose own name is one of names; in the order of names."""
         for name in names:
             yield from (
                 path for path in self.probe.outputs if path.startswith(f"{parent}.") and path.endswith(f".{name}")
             )
 
     def children(self, block: str, names: Iterable[str]) -> list[str]:
+        """The paths of a block's direct children that have one of these names; in the order of names."""
         return [f"{block}.{name}" for name in names if f"{block}.{name}" in self.probe.outputs]
 
-    # Why a site is missing: said of "its block", with paths below it.
-
     def lack(self, kinds: Iterable[str], layer: int, reason: str) -> None:
+        """Say that a layer lacks sites of these kinds. The reason speaks of "its block", with paths below the block."""
         self.missing |= {Site(kind, layer): reason for kind in kinds}
 
     def below(self, layer: int, path: str) -> str:
-        """A path as its block has it."""
+        """A path within a layer's block, without the block's own path."""
         return path[len(self.blocks[layer]) + 1 :] or "its block"
 
     def described(self, path: str) -> str:
-        """What a module consists of."""
+        """The children of a module, with their classes."""
         children = [
             f"{name} ({type(module).__name__})" for name, module in self.model.get_submodule(path).named_children()
         ]
         return ", ".join(children) or "none"
 
     def why(self, layer: int, path: str, otherwise: str) -> str:
-        """A reason for what was not found in a part of a block: that it is compiled, or else the other."""
+        """Why something was not found in a module of a block: the module is compiled, or else the reason `otherwise`."""
         block = self.blocks[layer]
-        inside = (f"{path}.{name}".rstrip(".") for name, _ in self.model.get_submodule(path).named_modules())
-        found = self._compiled_around(f"{path}.", block) or next(
-            (each for each in inside if is_compiled(self.model.get_submodule(each))), None
+        within = (f"{path}.{name}".rstrip(".") for name, _ in self.model.get_submodule(path).named_modules())
+        compiled = self._compiled_around(f"{path}.", block) or next(
+            (each for each in within if is_compiled(self.model.get_submodule(each))), None
         )
-        if found is None:
+        if compiled is None:
             return otherwise
-        return f"{self.below(layer, found)} is compiled, and hooks within what is compiled fire only by chance; capture before torch.compile"
+        return f"{self.below(layer, compiled)} is compiled, and hooks within what is compiled fire only by chance; capture before torch.compile"
 
     def no_child(self, layer: int, what: str, names: Sequence[str]) -> str:
+        """The reason that a block has no child of these names. what: what such a child is."""
         block = self.blocks[layer]
         return self.why(
             layer,
@@ -205,5 +214,5 @@ class Parts:
 
 
 def _first(config: Any, names: Iterable[str]) -> Any:
-    """What a config says by the first of some names that it has."""
+    """The value of a config under the first of some names that it has; None when it has none of them."""
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

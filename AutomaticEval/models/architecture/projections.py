@@ -1,4 +1,4 @@
-"""What attention is made of: the heads' values before its output projection (z), and its queries, keys and values (q, k, v)."""
+"""The rules for the heads' values before attention's output projection (z), and for queries, keys and values (q, k, v)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ NO_HEADS = "its config says no number of attention heads (num_attention_heads)"
 
 
 def find_projections(parts: Parts, heads: Heads, n_kv_heads: int) -> None:
-    """heads, n_kv_heads: of most layers; one that has others is refused, since rows are cut into heads by one rule in all layers."""
+    """Add the taps of all layers.
+
+    heads, n_kv_heads: those of most layers. A layer with other heads lacks the sites, since rows are cut into heads by one rule for all layers.
+    """
     for layer, ran in enumerate(parts.ran):
         if not ran:
             continue
@@ -37,15 +40,15 @@ def find_projections(parts: Parts, heads: Heads, n_kv_heads: int) -> None:
         elif not own.n:
             parts.lack((*Z, *"qkv"), layer, NO_HEADS)
         elif own != heads:
-            found = f"its layer has {own.n} heads of {own.d_head}, and most have {heads.n} of {heads.d_head}"
-            parts.lack((*Z, *"qkv"), layer, found)
+            differs = f"its layer has {own.n} heads of {own.d_head}, and most have {heads.n} of {heads.d_head}"
+            parts.lack((*Z, *"qkv"), layer, differs)
         else:
             _find_z(parts, layer, attention, own)
             _find_qkv(parts, layer, attention, own, n_kv_heads)
 
 
 def _find_z(parts: Parts, layer: int, attention: str, heads: Heads) -> None:
-    """The output projection is the module whose output is what attention adds (before any norm of it)."""
+    """z is the input of the output projection: the module whose output is what attention adds, before any norm of it."""
     added = parts.taps.get(Site("attn_out", layer))
     ends = [parts.probe.outputs[attention], *([parts.probe.outputs[added.module]] if added else [])]
     candidates = list(parts.named(attention, OUT_PROJECTION))
@@ -58,27 +61,28 @@ def _find_z(parts: Parts, layer: int, attention: str, heads: Heads) -> None:
     below = parts.below(layer, attention)
     if right:
         width = parts.probe.inputs[right[0]].shape[-1]
-        found = (
+        reason = (
             f"{parts.below(layer, right[0])} is given {width} features, not {heads.n} heads of {heads.d_head} (d_head): "
             f"the values of its heads have another width ({width / heads.n:g})"
         )
     elif candidates:
-        found = f"what {parts.below(layer, candidates[0])} gives is not what {below} gives: something comes between"
+        reason = f"what {parts.below(layer, candidates[0])} gives is not what {below} gives: something comes between"
     else:
         names = ", ".join(OUT_PROJECTION)
-        found = f"no output projection ({names}) was found in {below}, whose parts are {parts.described(attention)}"
-    parts.lack(Z, layer, parts.why(layer, attention, found))
+        reason = f"no output projection ({names}) was found in {below}, whose parts are {parts.described(attention)}"
+    parts.lack(Z, layer, parts.why(layer, attention, reason))
 
 
 def _find_qkv(parts: Parts, layer: int, attention: str, heads: Heads, n_kv_heads: int) -> None:
-    """v is checked against the KV cache; q and k are cut by the same rule."""
+    """v is checked against the values in the cache. q and k are cut by the rule that holds for v."""
     cached = parts.cached(layer)
     if cached is None:
         parts.lack("qkv", layer, "its layer keeps no values in the cache to check them against")
         return
     if cached.dim() != 4 or cached.shape[1] != n_kv_heads:
-        found = f"its layer keeps values of shape {list(cached.shape)} in the cache; [1, {n_kv_heads}, pos, d_head] was expected"
-        parts.lack("qkv", layer, found)
+        expected_shape = f"[1, {n_kv_heads}, pos, d_head]"
+        shape = list(cached.shape)
+        parts.lack("qkv", layer, f"its layer keeps values of shape {shape} in the cache; {expected_shape} was expected")
         return
     expected = cached.transpose(1, 2).flatten(2)  # [1, pos, n_kv_heads * d_head]
     for taps in _qkv_candidates(parts, attention, heads, n_kv_heads):
@@ -90,6 +94,7 @@ def _find_qkv(parts: Parts, layer: int, attention: str, heads: Heads, n_kv_heads
 
 
 def _qkv_candidates(parts: Parts, attention: str, heads: Heads, n_kv_heads: int) -> Iterator[list[Tap]]:
+    """Taps that may be those of q, k and v: three projections, or one whose features are cut in a known order."""
     separate = _separate(parts, attention)
     if all(separate):
         yield [Tap(str(path), "output") for path in separate]
@@ -98,18 +103,20 @@ def _qkv_candidates(parts: Parts, attention: str, heads: Heads, n_kv_heads: int)
         whole = Tap(path, "output")
         if parts.probe.outputs[path].shape[-1] != wide + 2 * narrow:
             continue
-        ends = [0, wide, wide + narrow, wide + 2 * narrow]  # query, key, value one after the other
+        ends = [0, wide, wide + narrow, wide + 2 * narrow]  # queries, then keys, then values
         yield [replace(whole, columns=tuple(range(ends[i], ends[i + 1]))) for i in range(3)]
-        if wide == narrow:  # head after head: its query, key and value together
+        if wide == narrow:  # head after head, each with its query, key and value
             columns = torch.arange(3 * wide).view(heads.n, 3, heads.d_head)
             yield [replace(whole, columns=tuple(columns[:, i].flatten().tolist())) for i in range(3)]
 
 
 def _separate(parts: Parts, attention: str) -> list[str | None]:
+    """The paths of the projections of queries, keys and values; None for one that is not there."""
     return [next(parts.named(attention, [name]), None) for name in QUERY_KEY_VALUE]
 
 
 def _why_no_qkv(parts: Parts, layer: int, attention: str, heads: Heads, expected: Tensor) -> str:
+    """Why no candidate is right. expected: the values in the cache, [1, pos, n_kv_heads * d_head]."""
     separate, fused = _separate(parts, attention), next(parts.named(attention, FUSED), None)
     path = separate[2] if all(separate) else fused
     if path is None:

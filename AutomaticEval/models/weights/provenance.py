@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from AutomaticEval.models.layout import input_device
+from AutomaticEval.models.architecture.forward_call import input_device
 from AutomaticEval.public_names import public_name
 
 NOT_OF_THE_MODEL = frozenset(

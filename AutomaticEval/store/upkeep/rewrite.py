@@ -26,7 +26,7 @@ from AutomaticEval.errors import (
 from AutomaticEval.public_names import is_same
 from AutomaticEval.selection import Positions
 from AutomaticEval.settings import IDENTITY, differing
-from AutomaticEval.sites import LayersLike, expand, parse_kinds, parse_layers
+from AutomaticEval.sites import LayersLike, Site, expand, kind_and_layer, parse_layers, parse_sites, refuse_layers_twice
 from AutomaticEval.store import contents
 from AutomaticEval.store.contents import Activation, Contents
 from AutomaticEval.store.disk.whole_files import ensure_space, prepare_file, prepare_folder
@@ -229,36 +229,37 @@ def kept_keys(run: Run, sites: str | None, layers: LayersLike) -> list[str]:
 
     Raises SelectionError for a kind or layer of which nothing is stored.
     """
-    stored = {key: _parts(key) for key in run.keys}
-    kinds = {kind for kind, _ in stored.values()} if sites is None else _kinds_of(sites, stored)
+    stored = {key: kind_and_layer(key) for key in run.keys}
+    kinds, single = _chosen(sites, stored)
+    refuse_layers_twice(single, layers)
     of_kinds = {key: layer for key, (kind, layer) in stored.items() if kind in kinds}
-    found = {layer for layer in of_kinds.values() if layer is not None}
-    wanted = found if parse_layers(layers) is None else _layers_of(run, layers, stored)
+    there = {layer for layer in of_kinds.values() if layer is not None}
+    wanted = there if parse_layers(layers) is None else _layers_of(run, layers, stored)
     missing = [kind for kind in kinds if kind not in {kind for kind, _ in stored.values()}]
-    missing += [f"layer {layer}" for layer in sorted(wanted - found) if found or not of_kinds]
+    missing += [site.key for site in single if site not in stored.values()]
+    missing += [f"layer {layer}" for layer in sorted(wanted - there) if there or not of_kinds]
     if missing:
         raise SelectionError(f"{run.path} holds none of these: {', '.join(missing)}; it has {', '.join(run.keys)}.")
-    return [key for key, layer in of_kinds.items() if layer is None or layer in wanted]
+    return [
+        key
+        for key, site in stored.items()
+        if site in single or (key in of_kinds and (site.layer is None or site.layer in wanted))
+    ]
 
 
-def _parts(key: str) -> tuple[str, int | None]:
-    """(kind, layer) of a stored key, also of one that is not captured by name, such as `layer_3.pattern`."""
-    head, _, kind = key.partition(".")
-    number = head.removeprefix("layer_")
-    if number == head or not number.isdecimal():
-        return ("embed" if key == "embeddings" else key), None
-    return kind or "resid_post", int(number)
+def _chosen(sites: str | None, stored: Mapping[str, Site]) -> tuple[set[str], set[Site]]:
+    """The kinds that are named, and the sites of single layers. Raises UnknownSite for what is neither stored nor a kind."""
+    there = {site.kind for site in stored.values()}
+    if sites is None:
+        return there, set()
+    named = [kind_and_layer(name.strip()) for name in sites.split(",")]
+    others = [site for site in named if site.kind not in there]
+    if others:
+        parse_sites(others)
+    return {site.kind for site in named if site.layer is None}, {site for site in named if site.layer is not None}
 
 
-def _kinds_of(sites: str, stored: Mapping[str, tuple[str, int | None]]) -> set[str]:
-    """The kinds that are named. Raises UnknownSite for what is neither stored nor a kind."""
-    names = [name.strip() for name in sites.split(",")]
-    there = {kind for kind, _ in stored.values()}
-    others = [name for name in names if name not in there]
-    return {*(name for name in names if name in there), *(parse_kinds(others) if others else ())}
-
-
-def _layers_of(run: Run, layers: LayersLike, stored: Mapping[str, tuple[str, int | None]]) -> set[int]:
+def _layers_of(run: Run, layers: LayersLike, stored: Mapping[str, Site]) -> set[int]:
     """The layers that are named. Raises UnknownLayer for one that the model does not have."""
     deepest = max((layer for _, layer in stored.values() if layer is not None), default=-1)
     n_layers = run.settings.get("shape", {}).get("n_layers", deepest + 1)

@@ -1,0 +1,97 @@
+"""What a forward is given, what it gives, and who may run it: the conventions of transformers' models and modules."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Collection, Mapping
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from AutomaticEval.models.architecture.inner_model import inner
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What transformers calls keys and values: `cache` from version 5.24 on, one of the others before that."""
+
+
+def tensor_of(value: Any) -> Tensor | None:
+    """The activation in what a module was given or returned: the logits, the tensor itself, or the first of a tuple. None without any."""
+    if hasattr(value, "logits"):
+        value = value.logits
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) else None
+
+
+def with_tensor(value: Any, tensor: Tensor) -> Any:
+    """What a module was given or returned, with tensor in place of the activation that `tensor_of` reads. The rest stays."""
+    if hasattr(value, "logits"):
+        changed = copy(value)
+        changed.logits = tensor
+        return changed
+    if isinstance(value, tuple | list):
+        return type(value)([tensor, *value[1:]])
+    return tensor
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The activation that a module is called with, by position or by name. None without any."""
+    return tensor_of(args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
+
+
+def forward_takes(model: Any) -> Collection[str]:
+    """The names of the parameters of a model's forward. A model with adapters hands what it is given on to its inner model."""
+    return inspect.signature(inner(model).forward).parameters.keys()
+
+
+def takes_few_logits(model: Any) -> bool:
+    """Whether a forward can be told to compute the logits of its last columns alone, and everything else at all columns.
+
+    A model whose layers share keys and values with layers below cannot: told so, those layers skip the other columns, too.
+    """
+    shares = getattr(inner(model).config.get_text_config(), "num_kv_shared_layers", None)
+    return "logits_to_keep" in forward_takes(model) and not shares
+
+
+def cache_name(model: Any) -> str | None:
+    """The name under which a model's forward, and its `generate`, take keys and values. None when they take none."""
+    names = forward_takes(model)
+    return next((name for name in CACHE_NAMES[:2] if name in names), None)
+
+
+def cache_in(given: object) -> Any:
+    """The keys and values among the named arguments of a forward, or in its output. None without any."""
+    if not isinstance(given, Mapping):
+        return None
+    return next((cache for name in CACHE_NAMES if (cache := given.get(name)) is not None), None)
+
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_making_locks = threading.Lock()
+
+
+def alone_with(model: nn.Module) -> threading.RLock:
+    """The lock of a model. Hooks see every forward of the model, so only one thread may run it at a time."""
+    model = inner(model)
+    lock = _locks.get(model)
+    if lock is None:
+        with _making_locks:
+            lock = _locks.setdefault(model, threading.RLock())
+    return lock
+
+
+def input_device(model: Any) -> torch.device:
+    """The device that token ids are sent to: the embedding's, or the CPU when the embedding is offloaded."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def few_ids(model: Any, n_tokens: int) -> Tensor:
+    """Token ids for a small forward that shows how a model works: [1, n_tokens], on the model's input device."""
+    n_ids = model.get_input_embeddings().weight.shape[0]  # adapted embeddings have this, but no num_embeddings
+    ids: Tensor = torch.arange(1, n_tokens + 1, device=input_device(model))[None] % n_ids
+    return ids
