@@ -49,8 +49,9 @@ from store_others import others
 from torch.utils.data import DataLoader
 
 from AutomaticEval import open_run
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store import contents, writer
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample, bits
+from AutomaticEval.store.hdf5.contract import bits
 from AutomaticEval.store.hdf5.write import write_file
 from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
 

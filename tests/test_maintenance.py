@@ -27,9 +27,9 @@ from AutomaticEval.errors import (
     StoreError,
     TruncatedFile,
 )
+from AutomaticEval.samples import Part
 from AutomaticEval.store import contents
 from AutomaticEval.store.export.formats import export
-from AutomaticEval.store.hdf5.contract import Part
 from AutomaticEval.store.hdf5.extents import naming
 from AutomaticEval.store.hdf5.write import write_file, write_shard
 from AutomaticEval.store.run_folder import shard_names

@@ -21,8 +21,8 @@ from AutomaticEval.errors import CaptureError, PromptError, SelectionError
 from AutomaticEval.models.layout import alone_with, forward_takes, input_device
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Keep, Kept, Recording, capturing
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Positions, Selection
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 
 
 @dataclass(frozen=True)

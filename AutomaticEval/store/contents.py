@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.samples import Rows, Sample
 from AutomaticEval.store import int8 as eight_bits
-from AutomaticEval.store.hdf5.contract import Rows, Sample, bits, bits_type, from_bits
+from AutomaticEval.store.hdf5.contract import bits, bits_type, from_bits
 from AutomaticEval.store.ragged import Array, Ragged, chained, gathered, ranges_of, rechunked
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.errors import ManySamples, NotActivations, RefusedPickle, StoreError, TruncatedFile, did_you_mean
+from AutomaticEval.samples import Rows, fed_of, sample_data
 from AutomaticEval.selection import Positions
 from AutomaticEval.store import contents
 from AutomaticEval.store.contents import Contents
@@ -129,23 +130,14 @@ class Run(Sequence[dict[str, Any]]):
             [int(v) for a, b in ranges for v in ints[a:b]] for ints in (held.token_ids, held.positions)
         )
         prompt, response = held.input_ids.item(number).tolist(), held.generated_ids.item(number).tolist()
-        fed = dict(enumerate(contract.fed_of(prompt, response)))
+        fed = dict(enumerate(fed_of(prompt, response)))
         with naming(self.path):
             if [fed.get(position) for position in positions] != token_ids:
                 raise ValueError(f"the rows of sample {number} are not its tokens")
             strings = held.strings()
             tokens = [strings[token] for token in token_ids]
-        return contract.assemble(
-            held.model,
-            held.settings,
-            held.columns.record(number),
-            prompt,
-            response,
-            token_ids,
-            positions,
-            tokens,
-            {key: self._store.read(key, ranges) for key in self.keys},
-        )
+        rows = Rows(token_ids, tokens, positions, {key: self._store.read(key, ranges) for key in self.keys})
+        return sample_data(held.model, held.settings, held.columns.record(number), prompt, response, rows)
 
     def read(self, index: int, key: str) -> Tensor:
         """One site of one sample: [n_positions, width]. Reads no more than those bytes."""

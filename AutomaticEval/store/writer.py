@@ -34,6 +34,7 @@ from AutomaticEval.errors import (
     StoreError,
     TruncatedFile,
 )
+from AutomaticEval.samples import Sample
 from AutomaticEval.settings import differing
 from AutomaticEval.store import contents
 from AutomaticEval.store.contents import Columns, Contents, Listed
@@ -41,7 +42,7 @@ from AutomaticEval.store.disk.partial_folders import clear_leftovers
 from AutomaticEval.store.disk.whole_files import named_failures, prepare_folder
 from AutomaticEval.store.finite import say_non_finite
 from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES
-from AutomaticEval.store.hdf5.contract import Sample, as_json, attribute_text
+from AutomaticEval.store.hdf5.contract import as_json, attribute_text
 from AutomaticEval.store.hdf5.damage import verify_file
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.hdf5.write import Source, check_compression, write_file, write_run

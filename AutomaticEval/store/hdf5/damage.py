@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from AutomaticEval.errors import AutomaticEvalError, FileRefused, MissingFilter, NewerFormat, NotActivations
+from AutomaticEval.samples import COLUMNS
 from AutomaticEval.store import int8 as eight_bits
 from AutomaticEval.store.contents import Contents
 from AutomaticEval.store.hdf5 import checksums, contract
@@ -92,7 +93,7 @@ def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:
 
 
 def _texts(shard: Shard, file: h5py.File) -> list[str]:
-    names = [f"samples/{name}" for name in shard.column_names if name in contract.COLUMNS]
+    names = [f"samples/{name}" for name in shard.column_names if name in COLUMNS]
     names += ["vocabulary/token"]
     names += [f"shards/{name}" for name in ("name", checksums.OF_ATTRIBUTES) if shard.kind == contract.RUN_FORMAT]
     return [name for name in names if h5py.check_string_dtype(file[name].dtype) is not None]

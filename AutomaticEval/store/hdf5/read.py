@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import torch
 
+from AutomaticEval.samples import COLUMNS
 from AutomaticEval.sites import key_order
 from AutomaticEval.store import int8 as eight_bits
 from AutomaticEval.store.contents import Activation, Contents
@@ -35,7 +36,7 @@ class Shard(OpenedFile):
     def _read(self, file: h5py.File) -> None:
         self.columns: dict[str, tuple[str, Extent]] = {}
         """Those of numbers: the encoding, and where they lie."""
-        known = list(contract.COLUMNS)  # a newer minor version may have more
+        known = list(COLUMNS)  # a newer minor version may have more
         self.column_names = sorted(
             names_of(file, "samples"), key=lambda name: known.index(name) if name in known else len(known)
         )
@@ -78,7 +79,7 @@ class Shard(OpenedFile):
                 if encoding in contract.NUMPY:
                     self.columns[name] = encoding, self._extent(file, f"samples/{name}", contract.NUMPY[encoding])
             except (ValueError, KeyError):
-                if name in contract.COLUMNS:
+                if name in COLUMNS:
                     raise
                 self.column_names.remove(name)  # a newer minor version's, of a kind that is not known here
 
@@ -245,7 +246,7 @@ class FileColumns:
 
 
 def _decode(name: str) -> Callable[[h5py.Dataset, slice], list[Any]]:
-    return contract.decode_texts if contract.COLUMNS.get(name) == "text" else contract.decode_column
+    return contract.decode_texts if COLUMNS.get(name) == "text" else contract.decode_column
 
 
 def _number_names(file: h5py.File, groups: Sequence[str]) -> list[str]:

@@ -17,13 +17,13 @@ import torch
 
 from AutomaticEval.errors import CaptureError, PathExists, SelectionError
 from AutomaticEval.public_names import without_folders
+from AutomaticEval.samples import COLUMNS, Sample, check_columns
 from AutomaticEval.store import contents
 from AutomaticEval.store import int8 as eight_bits
 from AutomaticEval.store.contents import Activation, Columns, Contents
 from AutomaticEval.store.disk.whole_files import new_hdf5
 from AutomaticEval.store.finite import NON_FINITE, counts_in, n_non_finite, say_non_finite
 from AutomaticEval.store.hdf5 import checksums, contract
-from AutomaticEval.store.hdf5.contract import Sample
 from AutomaticEval.store.hdf5.extents import load_filters
 from AutomaticEval.store.hdf5.trailer import CHECKSUMS
 from AutomaticEval.store.ragged import Array, rechunked
@@ -138,11 +138,11 @@ def write_run(path: Path, held: Contents, sources: Sequence[Source], *, finished
 
 def _table_bytes(held: Contents) -> int:
     """More than everything but the activations takes in a file."""
-    names = [name for name in held.columns.names if name in contract.COLUMNS]
+    names = [name for name in held.columns.names if name in COLUMNS]
     text = sum(
         len(value.encode("utf-8", "replace")) if isinstance(value, str) else 64 if value is None else len(str(value))
         for name in names
-        if contract.COLUMNS[name] in ("text", "json")
+        if COLUMNS[name] in ("text", "json")
         for value in held.columns.whole(name)
     )
     ids = len(held.input_ids.values) + len(held.generated_ids.values) + 2 * len(held.segments.values)
@@ -322,9 +322,9 @@ def _write_strings(file: h5py.File, name: str, texts: Sequence[str], encoding: s
 
 def _write_columns(file: h5py.File, columns: Columns) -> None:
     """`/samples`: one dataset a column. Raises CaptureError for one that the format does not have, such as a newer version's."""
-    contract.check_columns(columns.names)
+    check_columns(columns.names)
     group = file.require_group("samples")
-    for name in contract.COLUMNS:
+    for name in COLUMNS:
         if name not in columns.names:
             continue
         values, encoding = contract.encode_column(name, columns.whole(name))
