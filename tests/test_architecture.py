@@ -34,7 +34,7 @@ EXCEPTIONS = {
 MOST_FILES = 12
 """In a folder; commands aside."""
 OWNERS = {
-    "h5py": ("store.hdf5", "store.disk.whole_files"),  # `new_hdf5` is to move into store.hdf5
+    "h5py": ("store.hdf5",),
     "lm_eval": ("evaluation",),
     "typer": ("cli",),
     "rich": ("cli.printing",),

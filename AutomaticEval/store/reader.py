@@ -21,7 +21,7 @@ from AutomaticEval.samples import Rows, fed_of, sample_data
 from AutomaticEval.selection import Positions
 from AutomaticEval.store import contents
 from AutomaticEval.store.contents import Contents
-from AutomaticEval.store.disk.whole_files import PICKLE_SUFFIXES
+from AutomaticEval.store.disk.file_names import PICKLE_SUFFIXES
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.hdf5.extents import naming

@@ -21,10 +21,10 @@ from AutomaticEval.samples import COLUMNS, Sample, check_columns
 from AutomaticEval.store import contents
 from AutomaticEval.store import int8 as eight_bits
 from AutomaticEval.store.contents import Activation, Columns, Contents
-from AutomaticEval.store.disk.whole_files import new_hdf5
 from AutomaticEval.store.finite import NON_FINITE, counts_in, n_non_finite, say_non_finite
 from AutomaticEval.store.hdf5 import checksums, contract
 from AutomaticEval.store.hdf5.extents import load_filters
+from AutomaticEval.store.hdf5.new_hdf5 import new_hdf5
 from AutomaticEval.store.hdf5.trailer import CHECKSUMS
 from AutomaticEval.store.ragged import Array, rechunked
 
