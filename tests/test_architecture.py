@@ -27,9 +27,7 @@ FLOORS = (
 """From the lowest to the highest: folders, and the files of the root. A folder within a folder is on its floor."""
 ABOVE = {"demo.train": "cli"}
 """Scripts that stand on another floor than their folder."""
-EXCEPTIONS = {
-    ("report.extraction_page", "capture.texts.many_runs"): "draws `Unit`, which is to give it plain data",
-}
+EXCEPTIONS: dict[tuple[str, str], str] = {}
 """Imports that break the rule, and why they are there yet. Only ever shorter."""
 MOST_FILES = 12
 """In a folder; commands aside."""
