@@ -22,7 +22,7 @@ import torch
 from gauges import seconds
 
 from AutomaticEval.samples import Part, Rows, Sample
-from AutomaticEval.store.hdf5.contract import bits
+from AutomaticEval.store.bits import bits
 from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
 
 MB = 1e6

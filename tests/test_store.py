@@ -31,7 +31,7 @@ from AutomaticEval.errors import (
 )
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store import writer
-from AutomaticEval.store.contents import Listed
+from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.disk import whole_files as files
 from AutomaticEval.store.disk.file_names import file_stem, hdf5_path
 from AutomaticEval.store.disk.whole_files import ensure_space

@@ -34,7 +34,7 @@ from AutomaticEval.safe_text import shown
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site, expand
-from AutomaticEval.store.contents import Columns, Ordered
+from AutomaticEval.store.contents.columns import Columns, Ordered
 from AutomaticEval.store.shared import SharedRun
 from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
 

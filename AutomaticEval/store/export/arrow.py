@@ -15,7 +15,7 @@ from torch import Tensor
 
 from AutomaticEval.errors import StoreError
 from AutomaticEval.samples import COLUMNS
-from AutomaticEval.store.contents import Contents
+from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.export.outgoing import Advance, column_names, records, sample
 from AutomaticEval.store.reader import Run
 

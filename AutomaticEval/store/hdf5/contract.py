@@ -13,7 +13,6 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from torch import Tensor
 
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.samples import COLUMNS
@@ -44,12 +43,6 @@ _DTYPES = {
     torch.float16: h5py.h5t.IEEE_F16LE,
     torch.int8: h5py.h5t.STD_I8LE,
 }
-_BITS: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
-    8: (np.dtype("<u8"), torch.int64),
-    4: (np.dtype("<u4"), torch.int32),
-    2: (np.dtype("<u2"), torch.int16),
-    1: (np.dtype("i1"), torch.int8),
-}
 
 
 def shard_number(name: str) -> int:
@@ -79,28 +72,6 @@ def hdf5_type(dtype: torch.dtype) -> h5py.h5t.TypeID:
     made.set_size(2)
     made.set_ebias(127)
     return made
-
-
-def bits(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The raw bits of a contiguous tensor, as unsigned integers that share its memory."""
-    numpy_type, torch_type = _BITS[tensor.element_size()]
-    return tensor.contiguous().view(torch_type).numpy().view(numpy_type)
-
-
-def from_bits(raw: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
-    """The tensor whose raw bits these are, sharing their memory."""
-    signed = raw.view(np.dtype(f"<i{raw.dtype.itemsize}"))
-    return torch.from_numpy(signed).view(dtype)
-
-
-def raw_bytes(array: np.ndarray[Any, Any]) -> memoryview:
-    """The bytes of a contiguous array, sharing its memory."""
-    return array.reshape(-1).view(np.uint8).data
-
-
-def bits_type(dtype: torch.dtype) -> np.dtype[Any]:
-    """The unsigned integer type as wide as a dtype."""
-    return _BITS[torch.empty((), dtype=dtype).element_size()][0]
 
 
 def attribute_of(item: h5py.HLObject, name: str) -> Any:
