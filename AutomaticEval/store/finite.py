@@ -12,7 +12,7 @@ import torch
 
 from AutomaticEval.errors import NotFinite
 from AutomaticEval.safe_text import shown
-from AutomaticEval.store.hdf5.contract import attribute_of
+from AutomaticEval.store.hdf5.attributes import attribute_of
 
 NON_FINITE = "non_finite"
 """The attribute of a dataset: how many of its numbers are infinite or NaN."""

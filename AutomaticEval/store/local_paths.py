@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.store.disk.parsing import parse_json
+from AutomaticEval.store.disk.json_text import parse_json
 from AutomaticEval.store.disk.whole_files import new_file
 
 LOCAL_PATHS = "local_paths.json"

@@ -26,6 +26,7 @@ from AutomaticEval.store.contents.joined import joined
 from AutomaticEval.store.disk.file_names import PICKLE_SUFFIXES
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES
+from AutomaticEval.store.hdf5.column_codec import decode_texts
 from AutomaticEval.store.hdf5.extents import naming
 from AutomaticEval.store.hdf5.open import OneSite, OpenedFile
 from AutomaticEval.store.hdf5.read import FileColumns, Shard
@@ -431,8 +432,8 @@ def _stored(shards: Sequence[Shard]) -> ShardedRows:
 def _listed(folder: Path, index: Shard, opened: Open, *, check: bool) -> ShardedRows:
     """The rows of the shards that `run.h5` lists, each of which must be there, as large as it was."""
     with index.reading() as file:
-        names = contract.decode_texts(file["shards/name"])
-        stamps = contract.decode_texts(file[f"shards/{OF_ATTRIBUTES}"])
+        names = decode_texts(file["shards/name"])
+        stamps = decode_texts(file[f"shards/{OF_ATTRIBUTES}"])
         sizes, n_rows = (index.ints(f"shards/{name}")[:].tolist() for name in ("size_bytes", "n_rows"))
         if (
             not len(names) == len(stamps) == len(sizes) == len(n_rows)
@@ -483,7 +484,7 @@ def _gathered(folder: Path, index: Shard | None, opened: Open) -> tuple[ShardedR
     names = living(folder, shard_names(folder))
     if index is not None:
         with index.reading() as file:
-            names = contract.decode_texts(file["shards/name"])
+            names = decode_texts(file["shards/name"])
     if not names:
         raise NotActivations(f"{folder} is not a run: it holds neither {INDEX} nor shard-*.h5.")
     _check_there(folder, names)

@@ -41,14 +41,16 @@ from AutomaticEval.store.contents.columns import Columns, Listed, records_of
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.contents.joined import joined
+from AutomaticEval.store.disk.json_text import as_json
 from AutomaticEval.store.disk.partial_folders import clear_leftovers
 from AutomaticEval.store.disk.whole_files import named_failures, prepare_folder
 from AutomaticEval.store.finite import say_non_finite
+from AutomaticEval.store.hdf5.attributes import attribute_text
 from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES
-from AutomaticEval.store.hdf5.contract import as_json, attribute_text
 from AutomaticEval.store.hdf5.damage import verify_file
 from AutomaticEval.store.hdf5.read import Shard
-from AutomaticEval.store.hdf5.write import Source, check_compression, write_file, write_run
+from AutomaticEval.store.hdf5.write import check_compression, write_file, write_run
+from AutomaticEval.store.hdf5.writing.activations import Source
 from AutomaticEval.store.local_paths import LOCAL_PATHS
 from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.run_folder import (

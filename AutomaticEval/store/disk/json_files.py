@@ -10,7 +10,7 @@ from typing import Any
 
 from AutomaticEval.errors import OtherSettings, StoreError
 from AutomaticEval.settings import differing
-from AutomaticEval.store.disk.parsing import parse_json
+from AutomaticEval.store.disk.json_text import parse_json
 from AutomaticEval.store.disk.whole_files import new_file, prepare_file, prepare_folder
 
 Stats = dict[tuple[int, int], dict[str, float]]

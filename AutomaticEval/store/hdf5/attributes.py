@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
+import numpy as np
 
 from AutomaticEval.errors import NewerFormat, NotActivations
-from AutomaticEval.store.disk.parsing import parse_json
+from AutomaticEval.store.disk.json_text import parse_json
 from AutomaticEval.store.hdf5 import contract
 
 _OURS = ("format", "format_version", "model", "created", "settings", "replaces", "state", "attributes_xxh3_64")
 _FLAT = 64
 """Settings within settings, each written with the names of those that it is in, take at most so many times their text."""
 _MOST_LAYERS = 2**16
+_TEXT_TYPE = h5py.h5t.py_create(contract.TEXT)
 
 
 class About(NamedTuple):
@@ -37,7 +39,7 @@ def about(path: Path, file: h5py.File, kind: str) -> About:
     text: dict[str, str] = {}
     for name in file.attrs:
         try:
-            text[name] = str(contract.attribute_of(file, name))
+            text[name] = str(attribute_of(file, name))
         except (ValueError, TypeError):  # of another program, which may have types that h5py does not know
             if name in _OURS:
                 raise
@@ -90,3 +92,30 @@ def _replaces(text: str) -> list[str]:
     for name in found:
         contract.shard_number(name)
     return found
+
+
+def attribute_of(item: h5py.HLObject, name: str) -> Any:
+    """An attribute of one value, text or a whole number. Raises ValueError for another, which is not read; KeyError for none."""
+    made = h5py.h5a.open(item.id, name.encode("utf-8", "surrogateescape"))
+    one, stored = made.get_space().get_simple_extent_type() == h5py.h5s.SCALAR, made.get_type()
+    if not one or stored.get_class() not in (h5py.h5t.STRING, h5py.h5t.INTEGER):
+        raise ValueError(f"the attribute {name} of {item.name} is neither one text nor one whole number")
+    if stored.get_class() == h5py.h5t.INTEGER or not stored.is_variable_str():
+        return item.attrs[name]
+    found = np.empty((), dtype=contract.TEXT)  # as h5py does, which asks for type and shape again
+    made.read(found, mtype=_TEXT_TYPE)
+    text = found[()]
+    return text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
+
+
+def text_of(item: h5py.HLObject, name: str) -> str:
+    """An attribute that is text. Raises ValueError for another, KeyError for none."""
+    found = attribute_of(item, name)
+    if not isinstance(found, str):
+        raise ValueError(f"the attribute {name} of {item.name} is {found!r}, expected text")
+    return found
+
+
+def attribute_text(text: str) -> str:
+    """Text as a root attribute: HDF5 holds neither U+0000 nor lone surrogates, which stand there escaped (`\\udc80`)."""
+    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()

@@ -18,7 +18,8 @@ import numpy as np
 from AutomaticEval.errors import FileRefused, MissingFilter, TruncatedFile
 from AutomaticEval.samples import COLUMNS
 from AutomaticEval.store.disk.system import UNREAD, code_of
-from AutomaticEval.store.hdf5 import contract
+from AutomaticEval.store.hdf5.attributes import text_of
+from AutomaticEval.store.hdf5.column_codec import ENCODED, ENCODINGS, NUMPY
 from AutomaticEval.store.hdf5.room import REFERENCE, Room, text_bytes
 
 _MAX_CHUNK_BYTES = 16 * 2**20
@@ -219,10 +220,10 @@ def check_column(file: h5py.File, name: str, n_values: int, size: int, room: Roo
     if dataset.shape != (n_values,):
         raise ValueError(f"/{name} has shape {dataset.shape}, expected [{n_values}]")
     is_text = h5py.check_string_dtype(dataset.dtype) is not None
-    encoding, column = contract.text_of(dataset, "encoding"), name.removeprefix("samples/")
+    encoding, column = text_of(dataset, "encoding"), name.removeprefix("samples/")
     kind = COLUMNS.get(column) if column != name else "text"
-    allowed = contract.ENCODINGS if kind is None else contract.ENCODED[kind]
-    if encoding not in allowed or is_text == (encoding in contract.NUMPY):
+    allowed = ENCODINGS if kind is None else ENCODED[kind]
+    if encoding not in allowed or is_text == (encoding in NUMPY):
         raise ValueError(f"/{name} is {dataset.dtype} with the encoding {encoding!r}")
     if is_text and n_values:
         _check_text(file, dataset, name, n_values, size, room)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import h5py
 import xxhash
 
-from AutomaticEval.store.disk.parsing import parse_json
+from AutomaticEval.store.disk.json_text import parse_json
 
 MAGIC = b"AEvalEnd"
 CHECKSUMS = "checksums"
