@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from AutomaticEval.errors import DamagedFile, StoreError
+from AutomaticEval.store.disk.partial_folders import clear_leftovers
 from AutomaticEval.store.hdf5.contract import RUN_FORMAT, shard_number
 from AutomaticEval.store.hdf5.open import OpenedFile
+from AutomaticEval.store.local_paths import LOCAL_PATHS
 
 INDEX = "run.h5"
 LOCK = ".lock"
@@ -115,3 +117,18 @@ def next_number(folder: Path) -> int:
     """The number for a new shard: higher than that of any shard that is or was in the folder."""
     names = [*shard_names(folder), *set_aside_names(folder)]
     return max((int(found[1]) + 1 for name in names if (found := re.match(r"shard-([0-9]+)\.h5", name))), default=0)
+
+
+@contextmanager
+def leaving_nothing(folder: Path) -> Iterator[None]:
+    """Remove a folder when the with fails before anything of a run is in it: neither a shard nor a result."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            clear_leftovers(folder)
+            if {path.name for path in folder.iterdir()} <= {LOCK, LOCAL_PATHS}:
+                for path in folder.iterdir():
+                    path.unlink()
+                folder.rmdir()
+        raise

@@ -26,8 +26,7 @@ from AutomaticEval.store.disk.json_files import read_json, refuse_others, write_
 from AutomaticEval.store.disk.json_text import as_json
 from AutomaticEval.store.disk.whole_files import prepare_folder, size_text
 from AutomaticEval.store.reader import Run, open_run
-from AutomaticEval.store.run_folder import LOCK, is_finished, shards_bytes
-from AutomaticEval.store.writer import leaving_nothing
+from AutomaticEval.store.run_folder import LOCK, is_finished, leaving_nothing, shards_bytes
 
 NUMBERS = "extraction.json"
 """In each run folder: what the extraction gave."""

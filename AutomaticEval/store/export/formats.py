@@ -29,7 +29,7 @@ from AutomaticEval.store.export.outgoing import Advance, records, sample
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.reader import Run, open_run
-from AutomaticEval.store.upkeep.rewrite import check
+from AutomaticEval.store.upkeep.verify import check
 
 FORMATS = {
     "safetensors": "a file a shard, key -> [n_rows, width], and samples.jsonl",

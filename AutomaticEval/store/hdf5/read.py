@@ -16,7 +16,7 @@ import torch
 from AutomaticEval.samples import COLUMNS
 from AutomaticEval.sites import key_order
 from AutomaticEval.store import int8
-from AutomaticEval.store.contents.file_contents import Activation, Contents
+from AutomaticEval.store.contents.file_contents import Activation, Contents, RowFormat
 from AutomaticEval.store.finite import counts_in
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.blocks import FileArray, damaged, read_ranges
@@ -147,6 +147,11 @@ class Shard(OpenedFile):
         used, inverse = np.unique(lines, return_inverse=True)
         found: Array = read_ranges(self.path, self.scales[key], ranges_of(used))[inverse]
         return found
+
+    @property
+    def row_formats(self) -> dict[str, RowFormat]:
+        """Site -> how its rows are stored."""
+        return {key: RowFormat(self.dtypes[key], self.extents[key].shape[1]) for key in self.keys}
 
     @cached_property
     def non_finite(self) -> dict[str, int]:
