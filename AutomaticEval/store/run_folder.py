@@ -46,13 +46,13 @@ def living(folder: Path, names: Sequence[str]) -> list[str]:
 
 def _replaced_by(path: Path) -> list[str]:
     """Raises DamagedFile for a shard that says it replaces a later one, or itself: then none of them might be left."""
-    found = OpenedFile(path).replaces
-    for old in found:
+    replaced = OpenedFile(path).replaces
+    for old in replaced:
         if shard_number(old) >= shard_number(path.name):
             raise DamagedFile(
                 f"{path} says that it replaces {old}; a shard replaces earlier ones. Restore it from a copy."
             )
-    return found
+    return replaced
 
 
 def delete_replaced(folder: Path) -> None:
@@ -116,7 +116,8 @@ def tell_set_aside(folder: Path) -> None:
 def next_number(folder: Path) -> int:
     """The number for a new shard: higher than that of any shard that is or was in the folder."""
     names = [*shard_names(folder), *set_aside_names(folder)]
-    return max((int(found[1]) + 1 for name in names if (found := re.match(r"shard-([0-9]+)\.h5", name))), default=0)
+    matches = [re.match(r"shard-([0-9]+)\.h5", name) for name in names]
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
 @contextmanager

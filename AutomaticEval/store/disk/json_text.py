@@ -16,14 +16,14 @@ def parse_json(text: str) -> Any:
     """Raises ValueError for what is no JSON, and for what is nested deeper than DEPTH."""
     try:
         stripped = text.strip(_SPACE)
-        found, end = _DECODER.raw_decode(stripped)  # a third of the time of json.loads, for the short texts of a column
+        value, end = _DECODER.raw_decode(stripped)  # a third of the time of json.loads, for the short texts of a column
         if end < len(stripped):
             raise ValueError(f"{text[:40]!r} is JSON with {len(stripped) - end} characters after it")
     except RecursionError:
-        found = None
+        value = None
     else:
-        if not (_may_be_deep(text) and _is_deep(found, DEPTH)):
-            return found
+        if not (_may_be_deep(text) and _is_deep(value, DEPTH)):
+            return value
     raise ValueError(f"JSON is nested deeper than {DEPTH}")
 
 

@@ -100,8 +100,8 @@ def stored_sums(path: Path, extent: Extent) -> Array | None:
     if extent.sums is None or extent.sums.offset is None:
         return None
     n_blocks = -(-extent.shape[0] // extent.sums.rows)
-    found = Extent("checksums", extent.sums.offset, (n_blocks,), np.dtype("<u8"), extent.stamp)
-    return read_ranges(path, found, [(0, n_blocks)])
+    checksums = Extent("checksums", extent.sums.offset, (n_blocks,), np.dtype("<u8"), extent.stamp)
+    return read_ranges(path, checksums, [(0, n_blocks)])
 
 
 def damaged(path: Path, name: str, start: int, stop: int) -> DamagedFile:

@@ -59,8 +59,8 @@ def n_non_finite_floats(numbers: np.ndarray[Any, Any]) -> int:
 
 
 def _is_none(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    found: np.ndarray[Any, Any] = np.isnan(numbers) & (np.ascontiguousarray(numbers).view(np.uint64) != _NAN)
-    return found
+    is_none: np.ndarray[Any, Any] = np.isnan(numbers) & (np.ascontiguousarray(numbers).view(np.uint64) != _NAN)
+    return is_none
 
 
 def encode_text(values: Sequence[str]) -> tuple[list[str], str]:
@@ -80,10 +80,10 @@ def _is_utf8(text: str) -> bool:
 
 def decode_texts(dataset: h5py.Dataset, at: Any = ()) -> list[str]:
     """As `decode_column`, of text. Raises ValueError, also for JSON that is no text."""
-    found = decode_column(dataset, at)
-    if not all(isinstance(value, str) for value in found):
+    values = decode_column(dataset, at)
+    if not all(isinstance(value, str) for value in values):
         raise ValueError(f"{dataset.name} holds values that are no text")
-    return found
+    return values
 
 
 def decode_column(dataset: h5py.Dataset, at: Any = ()) -> list[Any]:

@@ -28,18 +28,18 @@ _DTYPES = {
 
 def shard_number(name: str) -> int:
     """`shard-00003.h5` -> 3. Raises ValueError for what is not the name of a shard, such as one in another folder."""
-    found = re.fullmatch(r"shard-([0-9]+)\.h5", name)
-    if found is None:
+    match = re.fullmatch(r"shard-([0-9]+)\.h5", name)
+    if match is None:
         raise ValueError(f"{name[:80]!r} is not a shard's name, such as shard-00000.h5")
-    return int(found[1])
+    return int(match[1])
 
 
 def dtype_named(name: str) -> torch.dtype:
     """The dtype of an activation dataset by its `dtype` attribute. Raises ValueError for one that there is not."""
-    found = {str(dtype).removeprefix("torch."): dtype for dtype in (*_DTYPES, torch.bfloat16)}.get(name)
-    if found is None:
+    dtype = {str(dtype).removeprefix("torch."): dtype for dtype in (*_DTYPES, torch.bfloat16)}.get(name)
+    if dtype is None:
         raise ValueError(f"no dtype {name!r}")
-    return found
+    return dtype
 
 
 def hdf5_type(dtype: torch.dtype) -> h5py.h5t.TypeID:

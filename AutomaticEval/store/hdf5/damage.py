@@ -81,9 +81,9 @@ def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:
         yield "the root attributes are not what their checksum says"
     with shard.reading() as file:
         for name in _texts(shard, file):
-            expected, found = _checksum_of(file[name]), checksums.of_text(file[name][()].tolist())
-            if found != expected:
-                yield _unlike(name, f"found {found}, expected {expected}")
+            expected, computed = _checksum_of(file[name]), checksums.of_text(file[name][()].tolist())
+            if computed != expected:
+                yield _unlike(name, f"found {computed}, expected {expected}")
         numbers = [
             each._replace(sums=sums_of(file, dataset_of(file, each.name), each, shard.version))
             for each in _numbers(shard)

@@ -113,10 +113,10 @@ def _is_of_hdf5(failure: BaseException) -> bool:
 
 
 def group_of(file: h5py.File, name: str) -> h5py.Group:
-    found = _object_of(file, name)
-    if not isinstance(found, h5py.h5g.GroupID):
+    group = _object_of(file, name)
+    if not isinstance(group, h5py.h5g.GroupID):
         raise ValueError(f"/{name} is not a group of this file")
-    return h5py.Group(found)
+    return h5py.Group(group)
 
 
 def _object_of(file: h5py.File, name: str) -> Any:
@@ -124,15 +124,15 @@ def _object_of(file: h5py.File, name: str) -> Any:
 
     By HDF5's own calls: h5py's ask a dozen questions for each, and a run has thousands of datasets.
     """
-    found = h5py.h5g.open(file.id, b"/")
+    item = h5py.h5g.open(file.id, b"/")
     for part in filter(None, name.split("/")):
         own = part.encode("utf-8", "surrogateescape")
-        if not isinstance(found, h5py.h5g.GroupID) or not found.links.exists(own):
+        if not isinstance(item, h5py.h5g.GroupID) or not item.links.exists(own):
             return None
-        if found.links.get_info(own).type != h5py.h5l.TYPE_HARD:
+        if item.links.get_info(own).type != h5py.h5l.TYPE_HARD:
             return None
-        found = h5py.h5o.open(found, own)
-    return found
+        item = h5py.h5o.open(item, own)
+    return item
 
 
 def names_of(file: h5py.File, name: str) -> list[str]:
@@ -140,23 +140,23 @@ def names_of(file: h5py.File, name: str) -> list[str]:
     group = group_of(file, name)
     if _ENTRY_BYTES * len(group) > file.id.get_filesize():
         raise ValueError(f"/{name} says that it has {len(group)} members, in a file of {file.id.get_filesize()} bytes")
-    found = list(group)
-    for each in found:
+    names = list(group)
+    for each in names:
         if not isinstance(each, str) or "/" in each or each in ("", ".", ".."):
             raise ValueError(f"/{name} has a member of the name {each!r}")
-    return found
+    return names
 
 
 def dataset_of(file: h5py.File, name: str) -> h5py.Dataset:
     """A dataset whose numbers are in this very file."""
-    found = _object_of(file, name)
-    if not isinstance(found, h5py.h5d.DatasetID):
+    dataset = _object_of(file, name)
+    if not isinstance(dataset, h5py.h5d.DatasetID):
         raise ValueError(f"/{name} is not a dataset of this file")
-    if found.get_create_plist().get_external_count():
+    if dataset.get_create_plist().get_external_count():
         raise ValueError(f"/{name} has its numbers in another file")
-    if found.get_space().get_simple_extent_type() == h5py.h5s.NULL:
+    if dataset.get_space().get_simple_extent_type() == h5py.h5s.NULL:
         raise ValueError(f"/{name} has no shape")
-    return h5py.Dataset(found)
+    return h5py.Dataset(dataset)
 
 
 def extent_of(

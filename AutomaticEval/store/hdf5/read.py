@@ -145,8 +145,8 @@ class Shard(OpenedFile):
         """What one step of each int8 number of some rows stands for: float32 [n, width]."""
         lines = read_ranges(self.path, self.numbers["rows/block"], ranges)
         used, inverse = np.unique(lines, return_inverse=True)
-        found: Array = read_ranges(self.path, self.scales[key], ranges_of(used))[inverse]
-        return found
+        scales: Array = read_ranges(self.path, self.scales[key], ranges_of(used))[inverse]
+        return scales
 
     @property
     def row_formats(self) -> dict[str, RowFormat]:
@@ -177,14 +177,14 @@ class Shard(OpenedFile):
         return {name: values[0] for name, values in self._values(names, slice(index, index + 1)).items()}
 
     def _values(self, names: Sequence[str], at: slice) -> dict[str, list[Any]]:
-        found = {}
+        values = {}
         for name in set(names) & self.columns.keys():
             encoding, extent = self.columns[name]
-            found[name] = decoded(FileArray(self.path, extent)[at], encoding)
-        if len(found) < len(names):
+            values[name] = decoded(FileArray(self.path, extent)[at], encoding)
+        if len(values) < len(names):
             with self.reading() as file:
-                found |= {name: _decode(name)(file[f"samples/{name}"], at) for name in names if name not in found}
-        return found
+                values |= {name: _decode(name)(file[f"samples/{name}"], at) for name in names if name not in values}
+        return values
 
     def vocabulary(self) -> dict[int, str]:
         return self.strings
