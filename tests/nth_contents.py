@@ -135,7 +135,7 @@ def bytes_of(folder: Path) -> dict[str, str]:
 
 
 def state_of(folder: Path) -> tuple[Any, ...]:
-    """All that a command given again could see: names, and bytes but of files in hidden workplaces, which none reads."""
+    """All that a command given again could see: names, and bytes but of files in hidden partial folders, which none reads."""
     found: list[Any] = []
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))

@@ -1,4 +1,4 @@
-"""JSON that others wrote: parsed, or refused. Knows nothing of what it says."""
+"""JSON text: made of any value, and parsed or refused. Knows nothing of what it says."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 _DECODER = json.JSONDecoder()
 _SPACE = " \t\n\r"
 DEPTH = 100
-"""Lists and objects in one another. What walks through a value calls itself as often, and Python allows it a thousand times."""
+"""So many lists and objects may be inside one another. Code that walks through a value calls itself as often, and Python allows that a
+thousand times."""
 
 
 def parse_json(text: str) -> Any:
-    """Raises ValueError for what is no JSON, and for what is nested deeper than DEPTH."""
+    """The value that a JSON text stands for. Raises ValueError for text that is no JSON, and for values nested deeper than DEPTH."""
     try:
         stripped = text.strip(_SPACE)
         value, end = _DECODER.raw_decode(stripped)  # a third of the time of json.loads, for the short texts of a column
@@ -28,7 +29,7 @@ def parse_json(text: str) -> Any:
 
 
 def is_too_deep(text: str) -> bool:
-    """Whether `parse_json` refuses JSON for that."""
+    """Whether a JSON text is nested deeper than `parse_json` accepts."""
     return _may_be_deep(text) and _is_deep(json.loads(text), DEPTH)
 
 
@@ -43,7 +44,7 @@ def _is_deep(value: Any, left: int) -> bool:
 
 
 def as_json(value: Any) -> str:
-    """Any value as JSON. Keys that JSON does not have are text, and so is what holds itself or is nested too deep to be read."""
+    """Any value as JSON. A key that JSON does not have becomes text, and so does a value that holds itself or is nested too deep to be read."""
     try:
         text = json.dumps(value, default=_plain)
     except (TypeError, ValueError, RecursionError):
@@ -61,5 +62,5 @@ def _with_text_keys(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: numbers of numpy or torch as Python's, anything else that it has no type for as text."""
+    """A value that JSON has no type for: numbers of numpy or torch become Python's, anything else becomes text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

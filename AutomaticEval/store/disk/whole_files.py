@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, folders that can be written, and the operating system's refusals by name.
+"""Writes files that appear whole or not at all, prepares folders, and turns the operating system's refusals into our errors.
 
 Knows nothing of what is in a file.
 """
@@ -12,15 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from AutomaticEval.errors import DiskFull, FolderNotWritable, PathExists, StoreError
-from AutomaticEval.store.disk.partial_folders import DONE, SET, clear_leftovers, hidden_name, workplace
+from AutomaticEval.store.disk.partial_folders import DONE, SET, clear_leftovers, hidden_name, partial_folder
 from AutomaticEval.store.disk.read_back import read_back
 from AutomaticEval.store.disk.system import DENIED, FULL, LOST, code_of
 
 
 def prepare_file(path: Path, *, overwrite: bool = False, offer_overwrite: bool = True) -> None:
-    """Refuse, before any work, a file that could not be written afterwards; make its folder.
+    """Make the folder of a file that will be written, and refuse now, before any work, a file that cannot be written.
 
-    Raises PathExists, FolderNotWritable.
+    offer_overwrite: name overwriting in the message. Raises PathExists, FolderNotWritable.
     """
     with named_failures(path):
         is_folder, is_there = path.is_dir(), path.exists()
@@ -33,13 +33,13 @@ def prepare_file(path: Path, *, overwrite: bool = False, offer_overwrite: bool =
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make a folder, check that it can be written, and clear up what killed processes left there. Raises FolderNotWritable, DiskFull."""
+    """Make a folder, check that it can be written, and remove what killed processes left in it. Raises FolderNotWritable, DiskFull."""
     with named_failures(folder):
         folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder)
         trial = folder / hidden_name()
         trial.touch()
-        trial.unlink(missing_ok=True)  # another process may clear up here just now
+        trial.unlink(missing_ok=True)  # another process may remove leftovers here just now
 
 
 def ensure_space(folder: Path, size_bytes: int) -> None:
@@ -64,12 +64,12 @@ def size_text(size_bytes: float) -> str:
 
 @contextmanager
 def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary path to write to; what is there when the with ends is synced, read back, and gets its name.
+    """A temporary path to write to. When the with ends, the file there is synced and read back, and gets its name.
 
-    Raises PathExists, FolderNotWritable, DiskFull, and StoreError for what is not whole; then nothing is left behind.
+    Raises PathExists, FolderNotWritable, DiskFull, and StoreError for a file that is not whole; then nothing is left behind.
     """
-    with named_failures(path), workplace(path.parent, path.name) as place:
-        partial = place / path.name
+    with named_failures(path), partial_folder(path.parent, path.name) as hidden:
+        partial = hidden / path.name
         yield partial
         _settle(partial)
         replaces = overwrite and path.exists()
@@ -79,7 +79,7 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         except BaseException as failure:
             if not replaces:
                 path.unlink(missing_ok=True)
-            elif isinstance(failure, OSError):  # what was there before is gone, and this is whole
+            elif isinstance(failure, OSError):  # the file before is gone, and this one is whole
                 raise _refusal(
                     failure, f"{path} took the place of the one before and is whole, but may not outlast a power cut"
                 ) from failure
@@ -88,28 +88,28 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_files(folder: Path, what: str) -> Iterator[Path]:
-    """A temporary folder to fill, also with folders; when the with ends its files get their names in a folder, all of them or none.
+    """A temporary folder to fill, also with folders. When the with ends, its files get their names in a folder, all of them or none.
 
-    what: they are, for the temporary name. Raises what `new_file` raises.
+    what: what the files are; it becomes part of the temporary name. Raises what `new_file` raises.
     """
     prepare_folder(folder)
-    with named_failures(folder), workplace(folder, what) as place:
-        made = place / SET
-        made.mkdir()
-        yield made
-        files = sorted(file for file in made.rglob("*") if file.is_file())
+    with named_failures(folder), partial_folder(folder, what) as hidden:
+        filled = hidden / SET
+        filled.mkdir()
+        yield filled
+        files = sorted(file for file in filled.rglob("*") if file.is_file())
         for file in files:
             _settle(file)
         named: list[Path] = []
         try:
             for file in files:
-                path = folder / file.relative_to(made)
+                path = folder / file.relative_to(filled)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with named_failures(path):
                     _publish(file, path, overwrite=False)
                 named.append(path)
                 _sync_folder(path.parent)
-            made.rename(place / DONE)
+            filled.rename(hidden / DONE)
         except BaseException:
             for path in named:
                 path.unlink(missing_ok=True)
@@ -118,7 +118,7 @@ def new_files(folder: Path, what: str) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill; it gets its name when the with ends, and is removed when it fails.
+    """A temporary folder to fill. It gets its name when the with ends, and is removed when the with fails.
 
     Raises PathExists, FolderNotWritable, DiskFull.
     """
@@ -127,8 +127,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     if is_there:
         raise PathExists(f"{path} exists and is not overwritten; choose another name.")
     prepare_folder(path.parent)
-    with named_failures(path), workplace(path.parent, path.name) as place:
-        partial = place / path.name
+    with named_failures(path), partial_folder(path.parent, path.name) as hidden:
+        partial = hidden / path.name
         partial.mkdir()
         yield partial
         for each in sorted(partial.rglob("*")):
@@ -148,7 +148,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _settle(path: Path) -> None:
-    """Have a file or folder on the disk, and a file read back. Raises StoreError for one that is not whole."""
+    """Have a file or folder on the disk, and read a file back. Raises StoreError for a file that is not whole."""
     if path.is_dir():
         _sync_folder(path)
         return
@@ -157,7 +157,7 @@ def _settle(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Have the names in a folder on the disk. Raises OSError when they may be lost; some file systems cannot do it at all."""
+    """Have the names in a folder on the disk. Raises OSError when they may be lost, but not on a file system that cannot sync folders."""
     try:
         _sync(path)
     except OSError as failure:
@@ -166,7 +166,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def _publish(partial: Path, path: Path, *, overwrite: bool) -> None:
-    """Name a finished file. A hard link fails when the name is taken, also by another process just now."""
+    """Give a finished file its name. This is a hard link, which fails when the name is taken, also when another process took it just now."""
     if overwrite:
         partial.replace(path)
         return
@@ -190,7 +190,10 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def named_failures(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals, also those that HDF5 wraps, into ours."""
+    """Turn the operating system's refusals, also those that HDF5 wraps, into our errors about a path.
+
+    Raises FolderNotWritable, DiskFull, StoreError.
+    """
     try:
         yield
     except (OSError, RuntimeError) as failure:  # HDF5 raises RuntimeError when it cannot close a file on a full disk
@@ -204,7 +207,7 @@ def named_failures(path: Path) -> Iterator[None]:
 
 
 def _refusal(failure: BaseException, told: str) -> StoreError:
-    """What is raised where the operating system refused something. told: which file, and what is there now."""
+    """The error for a refusal of the operating system. told: which file it was, and what is there now."""
     code = code_of(failure)
     if code in FULL:
         return DiskFull(f"the disk is full: {told}.")

@@ -14,18 +14,19 @@ from AutomaticEval.store.bits import raw_bytes
 NAME = "xxh3_64"
 OF_ATTRIBUTES = "attributes_xxh3_64"
 BLOCK_BYTES = 65536
-"""Read in some microseconds, and hashed in a fraction of that."""
+"""A block of this size is read in some microseconds, and hashed in a fraction of that."""
 
 
 def rows_per_block(row_bytes: int) -> int:
-    """How many rows a block has in a dataset that is not chunked: as many as fit into BLOCK_BYTES, at least one."""
+    """Number of rows in a block of a dataset that is not chunked: as many as fit into BLOCK_BYTES, but at least one."""
     return max(1, BLOCK_BYTES // max(1, row_bytes))
 
 
 class ArrayHash:
-    """The checksum of an array that comes in slabs, each contiguous and little-endian, and those of its blocks.
+    """Computes the checksum of an array, and those of its blocks, while the array comes slab by slab.
 
-    The slabs may begin and end anywhere. Both are taken of a block while it is in the processor's cache.
+    A slab is contiguous and little-endian, and may begin and end anywhere in a block. Both checksums are computed while the bytes are in
+    the processor's cache.
     """
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
@@ -62,7 +63,7 @@ class ArrayHash:
 
 
 def of_numbers(slabs: Iterable[np.ndarray[Any, Any]]) -> str:
-    """The checksum of an array that comes in slabs."""
+    """The checksum of an array, which comes slab by slab."""
     hashed = xxhash.xxh3_64()
     for slab in slabs:
         hashed.update(raw_bytes(slab))
@@ -70,7 +71,7 @@ def of_numbers(slabs: Iterable[np.ndarray[Any, Any]]) -> str:
 
 
 def of_text(values: Iterable[str | bytes]) -> str:
-    """The checksum of strings, each preceded by its length, so that no two lists of strings have the same bytes."""
+    """The checksum of strings. Each is hashed after its length, so that no two lists of strings give the same bytes."""
     hashed = xxhash.xxh3_64()
     for value in values:
         raw = value.encode("utf-8") if isinstance(value, str) else value
@@ -80,6 +81,6 @@ def of_text(values: Iterable[str | bytes]) -> str:
 
 
 def of_attributes(attributes: Mapping[str, Any]) -> str:
-    """The checksum of the root attributes, without this checksum itself."""
+    """The checksum of the root attributes, which leaves out the attribute that holds this checksum."""
     text = json.dumps({name: str(value) for name, value in attributes.items() if name != OF_ATTRIBUTES}, sort_keys=True)
     return xxhash.xxh3_64_hexdigest(text.encode("utf-8"))

@@ -1,4 +1,4 @@
-"""The file contract: names, dtypes and versions, as `docs/format.md` says. Owns how each value is encoded.
+"""The file contract in code, as `docs/format.md` says: the names of the formats, their version, and the types of activations.
 
 Knows nothing of models, of runs, or of when a file is written.
 """
@@ -27,7 +27,7 @@ _DTYPES = {
 
 
 def shard_number(name: str) -> int:
-    """`shard-00003.h5` -> 3. Raises ValueError for what is not the name of a shard, such as one in another folder."""
+    """`shard-00003.h5` -> 3. Raises ValueError for any other name, such as that of a shard in another folder."""
     match = re.fullmatch(r"shard-([0-9]+)\.h5", name)
     if match is None:
         raise ValueError(f"{name[:80]!r} is not a shard's name, such as shard-00000.h5")
@@ -35,7 +35,7 @@ def shard_number(name: str) -> int:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The dtype of an activation dataset by its `dtype` attribute. Raises ValueError for one that there is not."""
+    """The dtype that the `dtype` attribute of an activation dataset names. Raises ValueError for an unknown name."""
     dtype = {str(dtype).removeprefix("torch."): dtype for dtype in (*_DTYPES, torch.bfloat16)}.get(name)
     if dtype is None:
         raise ValueError(f"no dtype {name!r}")
@@ -43,13 +43,15 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def hdf5_type(dtype: torch.dtype) -> h5py.h5t.TypeID:
-    """The HDF5 type of an activation dtype; bfloat16 is HDF5's own, which h5py has no name for."""
+    """The HDF5 type of an activation dtype. h5py has no name for bfloat16, so that type is made here. Raises CaptureError for other dtypes."""
     if dtype in _DTYPES:
         return _DTYPES[dtype]
     if dtype != torch.bfloat16:
         raise CaptureError(f"activations of dtype {dtype} cannot be stored; expected a floating dtype.")
-    made = h5py.h5t.IEEE_F32LE.copy()
-    made.set_fields(15, 7, 8, 0, 7)  # sign, exponent at and of, mantissa at and of
-    made.set_size(2)
-    made.set_ebias(127)
-    return made
+    bfloat16 = h5py.h5t.IEEE_F32LE.copy()
+    bfloat16.set_fields(
+        15, 7, 8, 0, 7
+    )  # the sign's bit, the exponent's first bit and length, the mantissa's first bit and length
+    bfloat16.set_size(2)
+    bfloat16.set_ebias(127)
+    return bfloat16

@@ -1,6 +1,6 @@
-"""Reads one file: checked when it is opened, and never held open.
+"""Reads one file. It is checked when it is opened, and never held open.
 
-HDF5's structures, text, shapes, types and ranges are checked at once, numbers whenever they are read.
+HDF5's structures, text, shapes, types and ranges are checked when the file is opened; numbers are checked whenever they are read.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from AutomaticEval.store.ragged import Array, Ragged, ranges_of
 
 _SLAB_BYTES = 8 * 2**20
 _WIDE = ("offset", "start", "stop", "n_rows", "size_bytes")
-"""Numbers of 64 bits; the others have 32."""
+"""Endings of the names of datasets whose numbers have 64 bits; the others have 32."""
 
 
 class Shard(OpenedFile):
-    """One file, of either kind: a shard, or the `run.h5` over all shards of a run. All of its structures are checked."""
+    """A shard, or the `run.h5` over all shards of a run. All of its structures are checked."""
 
     def _read(self, file: h5py.File) -> None:
         self.columns: dict[str, tuple[str, Extent]] = {}
-        """Those of numbers: the encoding, and where they lie."""
+        """Columns of numbers: their encoding, and where they lie in the file."""
         known = list(COLUMNS)  # a newer minor version may have more
         self.column_names = sorted(
             names_of(file, "samples"), key=lambda name: known.index(name) if name in known else len(known)
         )
         groups = names_of(file, "/")
-        self.has_rows = self.kind == contract.SHARD_FORMAT or "rows" in groups  # run.h5 of version 1.0 has none
+        self.has_rows = self.file_format == contract.SHARD_FORMAT or "rows" in groups  # run.h5 of version 1.0 has none
         if self.has_rows:
             self._read_structure(file, groups)
         else:
@@ -82,7 +82,7 @@ class Shard(OpenedFile):
             except (ValueError, KeyError):
                 if name in COLUMNS:
                     raise
-                self.column_names.remove(name)  # a newer minor version's, of a kind that is not known here
+                self.column_names.remove(name)  # a newer minor version's, in an encoding that is not known here
 
     def _check_numbers(self) -> None:
         lists = {name.removesuffix("/offset") for name in self.numbers if name.endswith("/offset")}
@@ -121,7 +121,7 @@ class Shard(OpenedFile):
                 raise ValueError(f"/rows/block points outside the {lines} lines of /scales")
 
     def _check_lengths(self, lengths: Array) -> None:
-        """A sample points at no more rows than it was fed tokens, and than there are: else a few bytes could ask for any number."""
+        """Refuse a sample with more rows than it has tokens, or than the file has rows: a few bytes could ask for any amount of memory."""
         ends = np.concatenate([[0], np.cumsum(lengths)])[self.offsets["segments"]]
         n_prompt, n_response = (np.diff(self.offsets[name]) for name in ("input_ids", "generated_ids"))
         most = np.minimum(n_prompt + np.maximum(n_response - 1, 0), self.n_rows)
@@ -130,11 +130,11 @@ class Shard(OpenedFile):
             raise ValueError(f"/segments give sample {wrong[0]} more rows than it has tokens")
 
     def ints(self, name: str) -> FileArray:
-        """One of `numbers`."""
+        """The dataset of numbers with this name, which is sliced like an array."""
         return FileArray(self.path, self.numbers[name])
 
     def read_into(self, key: str, ranges: Array, out: Array) -> None:
-        """Rows of a site into out, [n, width]: its raw bits; for what is stored as int8, those of float32."""
+        """Read rows of a site into out, [n, width], as raw bits: of its own dtype, or of float32 for a site that is stored as int8."""
         if self.dtypes[key] != torch.int8:
             read_ranges(self.path, self.extents[key], ranges, out)
             return
@@ -142,7 +142,7 @@ class Shard(OpenedFile):
         out.view(np.float32)[:] = int8.restored(raw, self.read_scales(key, ranges))
 
     def read_scales(self, key: str, ranges: Array) -> Array:
-        """What one step of each int8 number of some rows stands for: float32 [n, width]."""
+        """The scales of some int8 rows, [n, width], float32: a number is its stored integer times its scale."""
         lines = read_ranges(self.path, self.numbers["rows/block"], ranges)
         used, inverse = np.unique(lines, return_inverse=True)
         scales: Array = read_ranges(self.path, self.scales[key], ranges_of(used))[inverse]
@@ -155,7 +155,7 @@ class Shard(OpenedFile):
 
     @cached_property
     def non_finite(self) -> dict[str, int]:
-        """Site or column -> how many of its numbers are infinite or NaN; older files do not say it."""
+        """Site or column -> how many of its numbers are infinite or NaN. Older files do not say it: theirs are missing."""
         with self.reading() as file:
             return counts_in(file, self.keys, self.column_names)
 
@@ -173,7 +173,7 @@ class Shard(OpenedFile):
         return self._values([name], slice(None))[name]
 
     def record(self, index: int, names: Sequence[str]) -> dict[str, Any]:
-        """One sample's values of these columns, which are there."""
+        """One sample's values of some columns, which the file must have."""
         return {name: values[0] for name, values in self._values(names, slice(index, index + 1)).items()}
 
     def _values(self, names: Sequence[str], at: slice) -> dict[str, list[Any]]:
@@ -186,11 +186,8 @@ class Shard(OpenedFile):
                 values |= {name: _decode(name)(file[f"samples/{name}"], at) for name in names if name not in values}
         return values
 
-    def vocabulary(self) -> dict[int, str]:
-        return self.strings
-
     def contents(self) -> Contents:
-        """What it holds; numbers and columns are read when they are used."""
+        """What the file holds. Numbers and columns are read when they are used."""
         segments, input_ids, generated_ids = (
             Ragged(self.offsets["segments"], self.ranges),
             *(Ragged(self.offsets[name], self.ints(f"{name}/values")) for name in ("input_ids", "generated_ids")),
@@ -204,9 +201,9 @@ class Shard(OpenedFile):
             segments,
             input_ids,
             generated_ids,
-            self.vocabulary,
+            lambda: self.strings,
             FileColumns(self),
-            {} if self.kind == contract.RUN_FORMAT else {key: self._stored(key) for key in self.keys},
+            {} if self.file_format == contract.RUN_FORMAT else {key: self._stored(key) for key in self.keys},
         )
 
     def _stored(self, key: str) -> Activation:
@@ -214,7 +211,7 @@ class Shard(OpenedFile):
         return Activation(self.dtypes[key], self.extents[key].shape[1], partial(self.slabs, self.extents[key]), scales)
 
     def slabs(self, extent: Extent) -> Iterator[Array]:
-        """A dataset from its first row to its last, a few megabytes at a time."""
+        """The rows of a dataset from the first to the last, a few megabytes at a time."""
         sums = extent.sums
         hashed = None if sums is None or not sums.only_whole else ArrayHash()
         # whole chunks and blocks: none is decompressed or checked twice
@@ -230,7 +227,7 @@ class Shard(OpenedFile):
 
 
 class FileColumns:
-    """The sample table of a file, read when it is asked for."""
+    """The sample table of a file. A column is read when it is first asked for, and then kept."""
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
