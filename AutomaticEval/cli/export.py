@@ -77,7 +77,7 @@ def export(
 
 def _ask(run: Run, repository: str, *, public: bool) -> None:
     """Show what would be uploaded. Without a yes the command ends before anything is written or sent."""
-    from AutomaticEval.store.export.outgoing import column_names, places_of
+    from AutomaticEval.store.export.outgoing import absolute_paths, column_names
 
     kind = "PUBLIC, for everyone to read" if public else "private, unless it is there already and public"
     say(f"To be uploaded to {repository} ({kind}):")
@@ -86,7 +86,7 @@ def _ask(run: Run, repository: str, *, public: bool) -> None:
     for name, value in run.settings.items():
         text = str(value)
         say(f"  {name}: {text if len(text) <= MOST_SHOWN else f'{text[:MOST_SHOWN]} …'}")
-    found = places_of(run)
+    found = absolute_paths(run)
     if found:
         say(f"  It names folders of this machine: {', '.join(found)}")
     if not typer.confirm("Upload it?"):

@@ -1,6 +1,6 @@
-"""`local_paths.json` in a run folder: where the model was on this machine, for those who go on with the run here.
+"""`local_paths.json` in a run folder: where the model was on this machine, for going on with the run here.
 
-Exports and uploads leave it out: it tells the names of folders, homes and users.
+Exports and uploads leave it out, because it tells the names of folders, homes and users.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LOCAL_PATHS = "local_paths.json"
 
 
 def write_local_paths(folder: Path, paths: Mapping[str, str]) -> None:
-    """paths: model, peft and delta -> where it is, of those that are folders; nothing is written of none."""
+    """Write the file unless it is there. paths: "model", "peft" or "delta" -> its folder; without any, nothing is written."""
     if not paths or (folder / LOCAL_PATHS).exists():
         return
     with new_file(folder / LOCAL_PATHS) as partial:
@@ -25,7 +25,7 @@ def write_local_paths(folder: Path, paths: Mapping[str, str]) -> None:
 
 
 def read_local_paths(path: Path) -> dict[str, str]:
-    """{} of a file, or of a folder without it, as when it was copied. Raises StoreError for one that is damaged."""
+    """The paths in a run folder; {} for a folder without the file, such as a copy, and for a single file. Raises StoreError for a damaged one."""
     file = path / LOCAL_PATHS
     if not file.is_file():
         return {}

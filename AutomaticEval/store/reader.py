@@ -38,7 +38,7 @@ def load_activations(path: str | Path, sample: int | None = None, *, check: bool
     """One sample of a file or run folder. For a file that a drop-in function wrote, it is bit for bit what the function returned.
 
     path: a file, a run folder, or the old pickle name of a file written as `.h5`. sample: which one, from 0; needed
-    where there are several. check: hold the numbers against their checksums; False for those who measure.
+    where there are several. check: check the numbers against their checksums; False is for measuring what checking costs.
     Returns prompt, response, model, timestamp, input_ids [1, P], generated_ids [R], token_ids, positions and
     tokens (aligned with the rows), n_prompt_tokens, settings, and activations: key -> [n_positions, width].
     Raises UnreadableFile (NotActivations, TruncatedFile, DamagedFile, NewerFormat), RefusedPickle, ManySamples, StoreError.
@@ -63,8 +63,8 @@ def load_activations(path: str | Path, sample: int | None = None, *, check: bool
 def open_run(path: str | Path, *, check: bool = True) -> Run:
     """The samples of a run folder (or of one file) as a lazy sequence.
 
-    check: hold every number that is read, now and later, against its checksum; False for those who measure.
-    Raises UnreadableFile, StoreError; every read DamagedFile, with the shard, the dataset and the rows.
+    check: check every number that is read, now and later, against its checksum; False is for measuring what checking costs.
+    Raises UnreadableFile, StoreError. Every read may raise DamagedFile, with the shard, the dataset and the rows.
     """
     given = Path(path).expanduser().absolute()
     return Run(given.parent if given.name == INDEX and given.is_file() else given, check=check)
@@ -87,7 +87,7 @@ def _load_torch(path: Path) -> dict[str, Any]:
 
 
 class Run(Sequence[dict[str, Any]]):
-    """A run as a sequence of samples; each is read when it is asked for. `where` gives some of them."""
+    """A run as a sequence of samples. Each is read when it is asked for. `where` selects some of them."""
 
     def __init__(self, path: Path, *, check: bool = True) -> None:
         if not path.exists():
@@ -108,7 +108,7 @@ class Run(Sequence[dict[str, Any]]):
     @overload
     def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        """Sample number index, with its activations, task, doc and correctness; or a list for a slice."""
+        """One sample as a dict, with its activations, task, doc and correctness; for a slice a list of them."""
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = int(self._order[index])
@@ -132,7 +132,10 @@ class Run(Sequence[dict[str, Any]]):
         return self._rows.read(key, self._contents.segments.item(int(self._order[index])))
 
     def steps(self, index: int, key: str) -> Tensor | None:
-        """What one step of each number of a sample's rows stands for: [n_positions, width]. None unless they are stored as int8."""
+        """For a site that is stored as int8: by how much each number grows when its stored integer grows by one, [n_positions, width].
+
+        None for other sites.
+        """
         self._check_key(key)
         ranges = self._contents.segments.item(int(self._order[index]))
         return self._rows.scales(key, ranges) if self._rows.formats[key].dtype == torch.int8 else None
@@ -154,9 +157,10 @@ class Run(Sequence[dict[str, Any]]):
         return layers
 
     def pattern(self, index: int, layer: int) -> Tensor:
-        """What one sample's positions attend to: [n_heads, n_positions, key_pos], key_pos up to the sample's length.
+        """How much each position of one sample attends to each position before it: [n_heads, n_positions, key_pos].
 
-        Raises StoreError for a run that kept no pattern of the layer.
+        layer: from 0, or from the end when negative. key_pos goes up to the sample's length.
+        Raises StoreError for a run that did not keep the layer's pattern.
         """
         shape = self.settings.get("shape", {})
         n_layers, n_heads = (shape.get(name) or 0 for name in ("n_layers", "n_heads"))
@@ -170,7 +174,7 @@ class Run(Sequence[dict[str, Any]]):
 
     @property
     def keys(self) -> list[str]:
-        """The activations that every sample has: embeddings, layer_0, …"""
+        """The keys of the activations that every sample has: embeddings, layer_0, …"""
         return self._rows.keys
 
     @property
@@ -185,32 +189,35 @@ class Run(Sequence[dict[str, Any]]):
 
     @property
     def contents(self) -> Contents:
-        """All that it holds, for what is made of it: merge, prune, export."""
+        """Everything that these samples hold, for merging, pruning and exporting."""
         stored = {key: self._rows.activation(key) for key in self.keys}
         whole = replace(self._contents, activations=stored)
         return whole if len(self) == whole.n_samples else reordered(whole, self._order)
 
     @property
     def non_finite(self) -> dict[str, int]:
-        """Site or column -> how many of the run's numbers are infinite or NaN, of all samples. Older files do not say it."""
+        """Site or column -> how many of its numbers are infinite or NaN, over all samples of the run.
+
+        Older files do not say it: theirs are missing.
+        """
         counts = [shard.non_finite for shard in ([self._index] if self._index else self.shards)]
         return {key: sum(each[key] for each in counts) for key in counts[0] if all(key in each for each in counts)}
 
     def finite(self) -> Array:
         """[n_samples], bool: whether no row of a sample, and not its logprob, is infinite or NaN: `run.where(run.finite())`.
 
-        Reads the sites that have such numbers, and of older files all.
+        Reads the sites that have such numbers; of older files, which do not say it, all sites.
         """
         finite: Array = finite_samples(self._rows, self._contents, self.non_finite)[self._order]
         return finite
 
     @property
     def shards(self) -> list[Shard]:
-        """The files that hold the rows, each checked when it is first used."""
+        """The files that hold the rows. Each is checked when it is first used."""
         return self._rows.shards
 
     def records(self) -> list[dict[str, Any]]:
-        """The columns of every sample, with batch shapes and places in the shards."""
+        """All columns of every sample, one dict each, also those of bookkeeping: the batch's shape, the shard and the index in it."""
         columns = self._contents.columns
         whole = {name: columns.whole(name) for name in columns.names}
         return [{name: values[number] for name, values in whole.items()} for number in self._order.tolist()]
@@ -220,7 +227,7 @@ class Run(Sequence[dict[str, Any]]):
         return pandas_table(self._columns)
 
     def column(self, name: str) -> list[Any]:
-        """One column of the table. Raises StoreError for one that there is not."""
+        """One column of the table: a list of n_samples values. Raises StoreError for a column that the run does not have."""
         names = self._contents.columns.names
         if name not in names:
             raise StoreError(
@@ -235,9 +242,9 @@ class Run(Sequence[dict[str, Any]]):
     def where(self, mask: Any = None, **wanted: Any) -> Run:
         """The samples whose columns have these values: `run.where(correct=True, task="mmlu_anatomy")`.
 
-        A list, tuple or set gives several values; a function is asked for each value. mask: a truth value for each
-        sample, for what one column does not say: `run.where(table.choice == table.prediction)`.
-        Raises StoreError for a column that there is not, or a mask of another length.
+        A list, tuple or set stands for any of its values; a function is called with each value. mask: a truth value for each
+        sample, for conditions on several columns: `run.where(table.choice == table.prediction)`.
+        Raises StoreError for a column that the run does not have, or for a mask of another length.
         """
         kept = np.ones(len(self), dtype=bool) if mask is None else np.array(mask, dtype=bool)
         if kept.shape != (len(self),):
@@ -266,9 +273,10 @@ class Run(Sequence[dict[str, Any]]):
         return self._rows.take(key, self._row_numbers(position))
 
     def rows(self, key: str, *, by_sample: bool = False) -> RowArray:
-        """All rows of these samples, each once, in the files' order, as an array-like [n_rows, width] on the disk.
+        """All rows of these samples as an array-like [n_rows, width] on the disk: each row once, in the order of the files.
 
-        by_sample: sample after sample, with the rows that samples share in each.
+        by_sample: one sample after the other instead, so that rows which samples share are there once for each of them.
+        Raises StoreError for an unknown key.
         """
         self._check_key(key)
         numbers = indices_of(self._contents.segments.take(self._order).values)
@@ -297,9 +305,10 @@ class Run(Sequence[dict[str, Any]]):
     ) -> RowsDataset | ShuffledRows:
         """A torch Dataset for a DataLoader, also with workers.
 
-        Without position: each item is one row [width], each row once. With a position, as for `activations`: one item
-        a sample. label: a column; items are then (row, the sample's value).
-        shuffle: all rows as a stream in an order drawn by seed, anew each time, through a buffer of buffer_rows. Raises StoreError.
+        Without position, each item is one row [width], and each row is there once. With a position, as for `activations`, each item is one
+        row of one sample. label: a column; each item is then (row, the sample's value).
+        shuffle: all rows as a stream, in an order that seed decides and that is new in each pass, through a buffer of buffer_rows rows.
+        Raises StoreError for an unknown key, a sample without that row or label, and options that do not go together.
         """
         if shuffle:
             if position is not None or label is not None:

@@ -15,7 +15,8 @@ from AutomaticEval.store import int8
 from AutomaticEval.store.bits import bits
 from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.contents.file_contents import Activation, Contents
-from AutomaticEval.store.ragged import Array, Ragged, gathered, rechunked
+from AutomaticEval.store.contents.slabs import enlarged, resized
+from AutomaticEval.store.ragged import Array, Ragged
 
 
 def of_samples(
@@ -85,9 +86,9 @@ def _in_memory(tensors: Sequence[torch.Tensor], *, in_8_bits: bool) -> Activatio
     """One site of all Rows, [n_rows, width] each."""
     dtype, width = tensors[0].dtype, tensors[0].shape[1]
     if not in_8_bits:
-        return Activation(dtype, width, lambda: gathered(map(bits, tensors)))
+        return Activation(dtype, width, lambda: enlarged(map(bits, tensors)))
 
     def blocks() -> Iterator[Array]:
-        return rechunked((tensor.float().numpy() for tensor in tensors), int8.BLOCK_ROWS)
+        return resized((tensor.float().numpy() for tensor in tensors), int8.BLOCK_ROWS)
 
     return Activation(torch.int8, width, lambda: map(int8.quantized, blocks()), lambda: map(int8.scales_of, blocks()))

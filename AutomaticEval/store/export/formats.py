@@ -1,7 +1,7 @@
 """Copies a run out to other tools: safetensors, npz, Hugging Face datasets, TransformerLens.
 
-Owns what those folders hold; knows nothing of how a run is written. Activations pass through slab by slab, or sample by
-sample; the sample table is in memory, as in `Run.table`.
+Knows nothing of how a run is written. Activations pass through slab by slab, or sample by sample, so that they are never all in
+memory. The sample table is in memory.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ _NUMPY = {torch.float64: "<f8", torch.float32: "<f4", torch.int32: "<i4", torch.
 
 
 def _silent(n_samples: int) -> None:
-    """No progress is shown."""
+    """The `advance` for an export whose progress is not shown."""
 
 
 def export(path: Path, destination: Path, to: str, *, dtype: str | None = None, advance: Advance = _silent) -> Path:
-    """A file or run as a new folder for other tools, which appears whole or not at all. Returns the folder.
+    """Write a file or run as a new folder for other tools, which appears whole or not at all. Returns the folder.
 
-    to: one of FORMATS. dtype: of DTYPES; None keeps each site's own, but float32 for int8, and for bfloat16 where the
-    format has none. advance: is told how many samples were just done.
-    `run.json` holds the model and settings. The formats with a file a shard have `samples.jsonl`, a line a sample in the
-    run's order, with its columns, token ids, and `rows`: [[file, start, stop], ...]. The others write rows that samples
-    share once for each of them. The tensors of TransformerLens are as `lens.as_activation_cache` says.
+    to: one of FORMATS. dtype: one of DTYPES; None keeps each site's own dtype, but writes float32 for int8, and for bfloat16 in a
+    format that does not have it. advance: is called with the number of samples that were done since its last call.
+    `run.json` holds the model and settings. The formats with a file a shard have `samples.jsonl`, with a line a sample in the
+    run's order: its columns, token ids, and `rows`: [[file, start, stop], ...]. The other formats write rows that samples
+    share once for each sample. For TransformerLens the tensors are named and shaped by `as_activation_cache`.
     Raises SelectionError, PathExists, DiskFull, UnreadableFile, StoreError, and CaptureError for a number that is too
     large for dtype.
     """
@@ -84,7 +84,7 @@ def export(path: Path, destination: Path, to: str, *, dtype: str | None = None, 
 
 
 def check_format(to: str, dtype: str | None, formats: Iterable[str] = FORMATS) -> None:
-    """Raises SelectionError for a format or dtype that there is not, or that do not go together."""
+    """Raises SelectionError for an unknown format or dtype, or when the two do not go together."""
     known = list(formats)
     if to not in known:
         raise SelectionError(f"no format {to!r}.{did_you_mean(to, known)} Formats: {', '.join(known)}.")
@@ -107,42 +107,45 @@ def _size_bytes(held: Contents, dtypes: Mapping[str, torch.dtype], *, each_sampl
     return n_rows * sum(each.width * dtypes[key].itemsize for key, each in held.activations.items())
 
 
-class Stored(NamedTuple):
-    """One tensor on its way into a file."""
+class OutgoingTensor(NamedTuple):
+    """One tensor that is written into a file of another tool."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     slabs: Callable[[], Iterable[Array]]
-    """Its raw bits in order, some rows at a time."""
+    """Gives its raw bits in order, some rows at a time."""
 
     @property
     def size_bytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-Save = Callable[[Path, Sequence[Stored]], None]
+Save = Callable[[Path, Sequence[OutgoingTensor]], None]
 
 
 def _write_shards(
     suffix: str, save: Save, run: Run, folder: Path, dtypes: Mapping[str, torch.dtype], advance: Advance
 ) -> None:
-    """A file for each shard, and samples.jsonl."""
+    """Write a file for each shard, and samples.jsonl."""
     names = [f"shard-{number:05d}.{suffix}" for number in range(len(run.shards))]
     first = np.cumsum([0, *(shard.n_rows for shard in run.shards)])
     segments = run.contents.segments
     with (folder / "samples.jsonl").open("w", encoding="ascii") as lines:
         for number, record in enumerate(records(run)):
-            places = _places(segments.item(number), first)
-            rows = [[names[shard], start, stop] for shard, start, stop in places]
+            ranges = _ranges_in_shards(segments.item(number), first)
+            rows = [[names[shard], start, stop] for shard, start, stop in ranges]
             lines.write(json.dumps({**record, "rows": rows}) + "\n")
     for name, shard in zip(names, run.shards, strict=True):
         save(folder / name, _tensors(shard, dtypes))
         advance(shard.n_samples)
 
 
-def _places(ranges: Array, first: Array) -> Iterator[tuple[int, int, int]]:
-    """(shard, start, stop), counted in the shard, of half-open ranges that are counted over the run."""
+def _ranges_in_shards(ranges: Array, first: Array) -> Iterator[tuple[int, int, int]]:
+    """(shard, start, stop) for each part of half-open ranges that lies in one shard, counted in that shard.
+
+    ranges: [n, 2], counted over the run. first: [n_shards + 1], the number of each shard's first row.
+    """
     for start, stop in ranges.tolist():
         while start < stop:
             shard = int(np.searchsorted(first, start, side="right")) - 1
@@ -151,18 +154,22 @@ def _places(ranges: Array, first: Array) -> Iterator[tuple[int, int, int]]:
             start = end
 
 
-def _tensors(shard: Shard, dtypes: Mapping[str, torch.dtype]) -> list[Stored]:
+def _tensors(shard: Shard, dtypes: Mapping[str, torch.dtype]) -> list[OutgoingTensor]:
     held, tensors = shard.contents(), []
     for key, each in held.activations.items():
         changed = converted(replace(held, activations={key: each}), dtypes[key]).activations[key]
-        tensors.append(Stored(key, changed.dtype, (held.n_rows, each.width), changed.slabs))
+        tensors.append(OutgoingTensor(key, changed.dtype, (held.n_rows, each.width), changed.slabs))
     numbers = {"token_id": held.token_ids[:], "position": held.positions[:]}
-    return tensors + [Stored(name, torch.int32, (held.n_rows,), partial(iter, [v])) for name, v in numbers.items()]
+    return tensors + [
+        OutgoingTensor(name, torch.int32, (held.n_rows,), partial(iter, [v])) for name, v in numbers.items()
+    ]
 
 
-def _save_safetensors(path: Path, tensors: Sequence[Stored]) -> None:
-    """The file that safetensors reads; its own writer wants all tensors in memory at once."""
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # each begins at a multiple of its item
+def _save_safetensors(path: Path, tensors: Sequence[OutgoingTensor]) -> None:
+    """Write a file that safetensors reads. Its own writer wants all tensors in memory at once."""
+    ordered = sorted(
+        tensors, key=lambda tensor: -tensor.dtype.itemsize
+    )  # so that each begins at a multiple of the size of its numbers
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in ordered:
@@ -177,8 +184,8 @@ def _save_safetensors(path: Path, tensors: Sequence[Stored]) -> None:
                 file.write(raw_bytes(np.ascontiguousarray(slab)))
 
 
-def _save_npz(path: Path, tensors: Sequence[Stored]) -> None:
-    """The file that np.load reads; np.savez wants all arrays in memory at once."""
+def _save_npz(path: Path, tensors: Sequence[OutgoingTensor]) -> None:
+    """Write a file that np.load reads. np.savez wants all arrays in memory at once."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for tensor in tensors:
             header = {"descr": _NUMPY[tensor.dtype], "fortran_order": False, "shape": tensor.shape}
@@ -189,14 +196,14 @@ def _save_npz(path: Path, tensors: Sequence[Stored]) -> None:
 
 
 def _write_lens(run: Run, folder: Path, dtypes: Mapping[str, torch.dtype], advance: Advance) -> None:
-    """A file for each sample, and samples.jsonl with its name, token_ids and positions."""
+    """Write a file for each sample, and samples.jsonl with the file's name, token_ids and positions."""
     with (folder / "samples.jsonl").open("w", encoding="ascii") as lines:
         for number, record in enumerate(records(run)):
             data, name = sample(run, number, dtypes), f"sample-{number:05d}.safetensors"
             _save_safetensors(
                 folder / name,
                 [
-                    Stored(each, tensor.dtype, tuple(tensor.shape), partial(iter, [bits(tensor)]))
+                    OutgoingTensor(each, tensor.dtype, tuple(tensor.shape), partial(iter, [bits(tensor)]))
                     for each, tensor in lens.as_activation_cache(data).items()
                 ],
             )

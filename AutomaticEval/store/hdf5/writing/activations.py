@@ -13,12 +13,12 @@ import torch
 
 from AutomaticEval.store import int8
 from AutomaticEval.store.contents.file_contents import Activation
+from AutomaticEval.store.contents.slabs import resized
 from AutomaticEval.store.finite import NON_FINITE, n_non_finite
 from AutomaticEval.store.hdf5 import checksums
 from AutomaticEval.store.hdf5.contract import hdf5_type
 from AutomaticEval.store.hdf5.extents import load_filters
 from AutomaticEval.store.hdf5.writing.numbers import write_checksums
-from AutomaticEval.store.ragged import rechunked
 
 _SLAB_BYTES = 8 * 2**20
 _CHUNK_BYTES = 512 * 2**10
@@ -49,7 +49,7 @@ def write_activation(file: h5py.File, key: str, activation: Activation, n_rows: 
     step = -(-max(1, _SLAB_BYTES // row_bytes) // int8.BLOCK_ROWS) * int8.BLOCK_ROWS
     space, at, started = dataset.id.get_space(), 0, 0
     in_steps = compression is not None or activation.dtype == torch.int8
-    for slab in rechunked(activation.slabs(), step) if in_steps else activation.slabs():
+    for slab in resized(activation.slabs(), step) if in_steps else activation.slabs():
         values = np.ascontiguousarray(slab)
         space.select_hyperslab((at, 0), values.shape)
         dataset.id.write(h5py.h5s.create_simple(values.shape), space, values, mtype=stored)
