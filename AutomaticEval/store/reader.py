@@ -112,19 +112,20 @@ class Run(Sequence[dict[str, Any]]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = int(self._order[index])
-        ranges, held = self._contents.segments.item(number), self._contents
+        contents = self._contents
+        ranges = contents.segments.item(number)
         token_ids, positions = (
-            [int(v) for a, b in ranges for v in ints[a:b]] for ints in (held.token_ids, held.positions)
+            [int(v) for a, b in ranges for v in ints[a:b]] for ints in (contents.token_ids, contents.positions)
         )
-        prompt, response = held.input_ids.item(number).tolist(), held.generated_ids.item(number).tolist()
+        prompt, response = contents.input_ids.item(number).tolist(), contents.generated_ids.item(number).tolist()
         fed = dict(enumerate(fed_of(prompt, response)))
         with naming(self.path):
             if [fed.get(position) for position in positions] != token_ids:
                 raise ValueError(f"the rows of sample {number} are not its tokens")
-            strings = held.strings()
+            strings = contents.strings()
             tokens = [strings[token] for token in token_ids]
         rows = Rows(token_ids, tokens, positions, {key: self._rows.read(key, ranges) for key in self.keys})
-        return sample_data(held.model, held.settings, held.columns.record(number), prompt, response, rows)
+        return sample_data(contents.model, contents.settings, contents.columns.record(number), prompt, response, rows)
 
     def read(self, index: int, key: str) -> Tensor:
         """One site of one sample: [n_positions, width]. Reads no more than those bytes."""

@@ -19,7 +19,7 @@ class RowFormat(NamedTuple):
     """How the rows of one site are stored."""
 
     dtype: torch.dtype
-    """As it is stored."""
+    """The dtype in which the numbers are stored."""
 
     width: int
 
@@ -37,7 +37,7 @@ class Activation:
     """
 
     dtype: torch.dtype
-    """The dtype in which the numbers are stored; int8 has scales."""
+    """The dtype in which the numbers are stored. int8 has scales."""
 
     width: int
     slabs: Callable[[], Iterator[Array]]

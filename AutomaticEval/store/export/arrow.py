@@ -26,10 +26,10 @@ _MAX_NUMBERS = 2**31 - _BATCH_BYTES
 """Arrow counts the numbers of all lists of a batch together, in 32 bits."""
 
 
-def check_unicode(held: Contents) -> None:
+def check_unicode(contents: Contents) -> None:
     """Raises StoreError for text that is not Unicode, which Arrow cannot hold."""
-    for name in column_names(held):
-        for number, value in enumerate(held.columns.whole(name) if COLUMNS.get(name) == "text" else ()):
+    for name in column_names(contents):
+        for number, value in enumerate(contents.columns.whole(name) if COLUMNS.get(name) == "text" else ()):
             try:
                 (value or "").encode("utf-8")
             except UnicodeEncodeError:
@@ -69,7 +69,7 @@ def write_arrow(run: Run, folder: Path, dtypes: Mapping[str, torch.dtype], advan
     (folder / "state.json").write_text(json.dumps(state, indent=2))
 
 
-def _features(held: Contents, dtypes: Mapping[str, torch.dtype]) -> Any:
+def _features(contents: Contents, dtypes: Mapping[str, torch.dtype]) -> Any:
     """The type of each column. Arrow is not left to guess it, because columns hold None and JSON of many shapes."""
     from datasets import Array2D, Features, Sequence, Value
 
@@ -77,12 +77,12 @@ def _features(held: Contents, dtypes: Mapping[str, torch.dtype]) -> Any:
     ids = ("input_ids", "generated_ids", "token_ids", "positions")
     return Features(
         {
-            **{name: Value(arrow_types[COLUMNS.get(name, "json")]) for name in column_names(held)},
+            **{name: Value(arrow_types[COLUMNS.get(name, "json")]) for name in column_names(contents)},
             **{name: Sequence(Value("int32")) for name in ids},
             "tokens": Sequence(Value("string")),
             **{
                 key: Array2D((None, each.width), str(dtypes[key]).removeprefix("torch."))
-                for key, each in held.activations.items()
+                for key, each in contents.activations.items()
             },
         }
     )

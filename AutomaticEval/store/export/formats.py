@@ -68,14 +68,14 @@ def export(path: Path, destination: Path, to: str, *, dtype: str | None = None, 
     check_format(to, dtype)
     check(path)
     run, destination = open_run(path), destination.expanduser()
-    held = run.contents
+    contents = run.contents
     if to == "transformer_lens":
-        lens.places({key: each.width for key, each in held.activations.items()}, run.settings)
+        lens.places({key: each.width for key, each in contents.activations.items()}, run.settings)
     if to == "arrow":
-        arrow.check_unicode(held)
-    dtypes = {key: _target(each.dtype, to, dtype) for key, each in held.activations.items()}
+        arrow.check_unicode(contents)
+    dtypes = {key: _target(each.dtype, to, dtype) for key, each in contents.activations.items()}
     with new_folder(destination) as folder:
-        ensure_space(destination, _size_bytes(held, dtypes, each_sample=to in _A_SAMPLE_AT_A_TIME))
+        ensure_space(destination, _size_bytes(contents, dtypes, each_sample=to in _A_SAMPLE_AT_A_TIME))
         (folder / "run.json").write_text(
             json.dumps({"model": without_folders(run.model), "settings": run.settings}, indent=2)
         )
@@ -101,10 +101,10 @@ def _target(stored: torch.dtype, to: str, dtype: str | None) -> torch.dtype:
     return torch.float32 if widened else stored
 
 
-def _size_bytes(held: Contents, dtypes: Mapping[str, torch.dtype], *, each_sample: bool) -> int:
-    start, stop = held.segments.values[:].T
-    n_rows = int((stop - start).sum()) if each_sample else held.n_rows
-    return n_rows * sum(each.width * dtypes[key].itemsize for key, each in held.activations.items())
+def _size_bytes(contents: Contents, dtypes: Mapping[str, torch.dtype], *, each_sample: bool) -> int:
+    start, stop = contents.segments.values[:].T
+    n_rows = int((stop - start).sum()) if each_sample else contents.n_rows
+    return n_rows * sum(each.width * dtypes[key].itemsize for key, each in contents.activations.items())
 
 
 class OutgoingTensor(NamedTuple):
@@ -155,13 +155,13 @@ def _ranges_in_shards(ranges: Array, first: Array) -> Iterator[tuple[int, int, i
 
 
 def _tensors(shard: Shard, dtypes: Mapping[str, torch.dtype]) -> list[OutgoingTensor]:
-    held, tensors = shard.contents(), []
-    for key, each in held.activations.items():
-        changed = converted(replace(held, activations={key: each}), dtypes[key]).activations[key]
-        tensors.append(OutgoingTensor(key, changed.dtype, (held.n_rows, each.width), changed.slabs))
-    numbers = {"token_id": held.token_ids[:], "position": held.positions[:]}
+    contents, tensors = shard.contents(), []
+    for key, each in contents.activations.items():
+        changed = converted(replace(contents, activations={key: each}), dtypes[key]).activations[key]
+        tensors.append(OutgoingTensor(key, changed.dtype, (contents.n_rows, each.width), changed.slabs))
+    numbers = {"token_id": contents.token_ids[:], "position": contents.positions[:]}
     return tensors + [
-        OutgoingTensor(name, torch.int32, (held.n_rows,), partial(iter, [v])) for name, v in numbers.items()
+        OutgoingTensor(name, torch.int32, (contents.n_rows,), partial(iter, [v])) for name, v in numbers.items()
     ]
 
 

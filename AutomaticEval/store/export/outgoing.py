@@ -16,22 +16,22 @@ Advance = Callable[[int], None]
 """Called again and again while work goes on, with the number of samples that were done since the last call."""
 
 
-def column_names(held: Contents) -> list[str]:
+def column_names(contents: Contents) -> list[str]:
     """The columns that are exported: all but those that say in which shard of the run a sample is."""
-    return [name for name in held.columns.names if name not in ("shard", "index")]
+    return [name for name in contents.columns.names if name not in ("shard", "index")]
 
 
 def records(run: Run) -> Iterator[dict[str, Any]]:
     """Every sample's columns and token ids, one dict a sample."""
-    held = run.contents
+    contents = run.contents
     whole = {
-        name: held.columns.whole(name) for name in held.columns.names
+        name: contents.columns.whole(name) for name in contents.columns.names
     }  # read at once, so that `run[i]` opens no file for them
-    for number in range(held.n_samples):
+    for number in range(contents.n_samples):
         yield {
-            **{name: whole[name][number] for name in column_names(held)},
-            "input_ids": held.input_ids.item(number).tolist(),
-            "generated_ids": held.generated_ids.item(number).tolist(),
+            **{name: whole[name][number] for name in column_names(contents)},
+            "input_ids": contents.input_ids.item(number).tolist(),
+            "generated_ids": contents.generated_ids.item(number).tolist(),
         }
 
 

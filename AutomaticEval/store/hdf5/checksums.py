@@ -37,17 +37,17 @@ class ArrayHash:
     def add(self, slab: np.ndarray[Any, Any]) -> None:
         view, at = raw_bytes(slab), 0
         while at < len(view):
-            part = view[at : at + self._block_bytes - self._n_open]
-            self._whole.update(part)
-            if len(part) == self._block_bytes:
-                self._closed.append(xxhash.xxh3_64_intdigest(part))
+            in_block = view[at : at + self._block_bytes - self._n_open]
+            self._whole.update(in_block)
+            if len(in_block) == self._block_bytes:
+                self._closed.append(xxhash.xxh3_64_intdigest(in_block))
             else:
-                self._add_to_open(part)
-            at += len(part)
+                self._add_to_open(in_block)
+            at += len(in_block)
 
-    def _add_to_open(self, part: memoryview) -> None:
-        self._open.update(part)
-        self._n_open += len(part)
+    def _add_to_open(self, in_block: memoryview) -> None:
+        self._open.update(in_block)
+        self._n_open += len(in_block)
         if self._n_open == self._block_bytes:
             self._closed.append(self._open.intdigest())
             self._open.reset()

@@ -164,21 +164,29 @@ def _hashed(path: Path, extent: Extent, advance: Advance) -> checksums.ArrayHash
     return hashed
 
 
-def _wrong_rows(held: Contents) -> list[str]:
+def _wrong_rows(contents: Contents) -> list[str]:
     """The first sample with a row whose token is not the sample's token at the row's position."""
-    token_ids, positions, ranges = held.token_ids[:], held.positions[:], held.segments.values[:].reshape(-1, 2)
-    prompts, responses = (ragged.values[:] for ragged in (held.input_ids, held.generated_ids))
-    owner = np.repeat(np.arange(held.n_samples), np.diff(held.segments.offset))
+    token_ids, positions, ranges = (
+        contents.token_ids[:],
+        contents.positions[:],
+        contents.segments.values[:].reshape(-1, 2),
+    )
+    prompts, responses = (ragged.values[:] for ragged in (contents.input_ids, contents.generated_ids))
+    owner = np.repeat(np.arange(contents.n_samples), np.diff(contents.segments.offset))
     n_rows = np.cumsum(ranges[:, 1] - ranges[:, 0])
     for start, stop in _steps(n_rows):
         some = ranges[start:stop]
         rows, of = indices_of(some), np.repeat(owner[start:stop], some[:, 1] - some[:, 0])
-        at_positions, n_prompt = positions[rows], np.diff(held.input_ids.offset)[of]
-        n_fed = n_prompt + np.maximum(np.diff(held.generated_ids.offset)[of] - 1, 0)
+        at_positions, n_prompt = positions[rows], np.diff(contents.input_ids.offset)[of]
+        n_fed = n_prompt + np.maximum(np.diff(contents.generated_ids.offset)[of] - 1, 0)
         wrong = (at_positions < 0) | (at_positions >= n_fed)
         for ids, at, here in (
-            (prompts, held.input_ids.offset[of] + at_positions, ~wrong & (at_positions < n_prompt)),
-            (responses, held.generated_ids.offset[of] + at_positions - n_prompt, ~wrong & (at_positions >= n_prompt)),
+            (prompts, contents.input_ids.offset[of] + at_positions, ~wrong & (at_positions < n_prompt)),
+            (
+                responses,
+                contents.generated_ids.offset[of] + at_positions - n_prompt,
+                ~wrong & (at_positions >= n_prompt),
+            ),
         ):
             wrong[here] = ids[at[here]] != token_ids[rows[here]]
         if wrong.any():

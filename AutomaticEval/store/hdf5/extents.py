@@ -135,13 +135,13 @@ def _object_of(file: h5py.File, name: str) -> Any:
     Calls HDF5 directly: h5py asks it a dozen questions for each object, and a run has thousands of datasets.
     """
     item = h5py.h5g.open(file.id, b"/")
-    for part in filter(None, name.split("/")):
-        own = part.encode("utf-8", "surrogateescape")
-        if not isinstance(item, h5py.h5g.GroupID) or not item.links.exists(own):
+    for each in filter(None, name.split("/")):
+        own_name = each.encode("utf-8", "surrogateescape")
+        if not isinstance(item, h5py.h5g.GroupID) or not item.links.exists(own_name):
             return None
-        if item.links.get_info(own).type != h5py.h5l.TYPE_HARD:
+        if item.links.get_info(own_name).type != h5py.h5l.TYPE_HARD:
             return None
-        item = h5py.h5o.open(item, own)
+        item = h5py.h5o.open(item, own_name)
     return item
 
 

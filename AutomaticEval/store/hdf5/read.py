@@ -253,7 +253,7 @@ def _decode(name: str) -> Callable[[h5py.Dataset, slice], list[Any]]:
 
 
 def _number_names(file: h5py.File, groups: Sequence[str]) -> list[str]:
-    names = [f"{group}/{part}" for group in ("input_ids", "generated_ids") for part in ("offset", "values")]
+    names = [f"{group}/{name}" for group in ("input_ids", "generated_ids") for name in ("offset", "values")]
     names += ["segments/offset", "segments/start", "segments/stop", "rows/token_id", "rows/position"]
     names += ["rows/block"] if "block" in names_of(file, "rows") else []
     names += ["shards/n_rows", "shards/size_bytes"] if "shards" in groups else []

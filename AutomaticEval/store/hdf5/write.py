@@ -80,7 +80,7 @@ def write_named(
 
 def write_file(
     path: Path,
-    held: Contents,
+    contents: Contents,
     *,
     overwrite: bool = False,
     compression: str | None = None,
@@ -91,63 +91,63 @@ def write_file(
     replaces: names of the shards whose place it takes.
     Raises PathExists, FolderNotWritable, DiskFull, CaptureError.
     """
-    if not held.activations:
+    if not contents.activations:
         raise CaptureError(f"{path}: no sample has activations; nothing is written.")
-    rows_bytes = held.n_rows * sum(each.width * each.dtype.itemsize for each in held.activations.values())
-    with new_hdf5(path, rows_bytes + rows_bytes // _SUMMED_BYTES + _table_bytes(held), overwrite=overwrite) as file:
+    rows_bytes = contents.n_rows * sum(each.width * each.dtype.itemsize for each in contents.activations.values())
+    with new_hdf5(path, rows_bytes + rows_bytes // _SUMMED_BYTES + _table_bytes(contents), overwrite=overwrite) as file:
         more = {"replaces": json.dumps(list(replaces))} if replaces else {}
-        stamp = _write_attributes(file, contract.SHARD_FORMAT, held, more)
-        for key, activation in held.activations.items():
-            write_activation(file, key, activation, held.n_rows, compression)
-        _write_table(file, held)
-        counts = counts_in(file, held.activations, held.columns.names)
-    return Source(path.name, held.n_rows, path.stat().st_size, stamp, counts)
+        stamp = _write_attributes(file, contract.SHARD_FORMAT, contents, more)
+        for key, activation in contents.activations.items():
+            write_activation(file, key, activation, contents.n_rows, compression)
+        _write_table(file, contents)
+        counts = counts_in(file, contents.activations, contents.columns.names)
+    return Source(path.name, contents.n_rows, path.stat().st_size, stamp, counts)
 
 
-def write_run(path: Path, held: Contents, sources: Sequence[Source], *, finished: bool) -> dict[str, int]:
-    """Write `run.h5` over the shards in its folder. The rows of held are those of the sources, one source after the other.
+def write_run(path: Path, contents: Contents, sources: Sequence[Source], *, finished: bool) -> dict[str, int]:
+    """Write `run.h5` over the shards in its folder. The rows of contents are those of the sources, one source after the other.
 
     Returns how many numbers are infinite or NaN, in the form of `Source.non_finite`.
     """
-    with new_hdf5(path, _table_bytes(held) + 4096 * len(sources), overwrite=True) as file:
-        _write_attributes(file, contract.RUN_FORMAT, held, {"state": "finished" if finished else "unfinished"})
-        for key, activation in held.activations.items():
+    with new_hdf5(path, _table_bytes(contents) + 4096 * len(sources), overwrite=True) as file:
+        _write_attributes(file, contract.RUN_FORMAT, contents, {"state": "finished" if finished else "unfinished"})
+        for key, activation in contents.activations.items():
             write_virtual(file, key, activation, sources)
-        _write_table(file, held)
+        _write_table(file, contents)
         write_text(file, "shards/name", [source.name for source in sources])
         write_text(file, f"shards/{checksums.OF_ATTRIBUTES}", [source.stamp for source in sources])
         for name in ("n_rows", "size_bytes"):
             write_numbers(file, f"shards/{name}", np.array([getattr(source, name) for source in sources]), "<i8")
-        return counts_in(file, held.activations, held.columns.names)
+        return counts_in(file, contents.activations, contents.columns.names)
 
 
-def _table_bytes(held: Contents) -> int:
+def _table_bytes(contents: Contents) -> int:
     """An upper bound of the bytes that everything but the activations takes in a file."""
-    names = [name for name in held.columns.names if name in COLUMNS]
+    names = [name for name in contents.columns.names if name in COLUMNS]
     text = sum(
         len(value.encode("utf-8", "replace")) if isinstance(value, str) else 64 if value is None else len(str(value))
         for name in names
         if COLUMNS[name] in ("text", "json")
-        for value in held.columns.whole(name)
+        for value in contents.columns.whole(name)
     )
-    ids = len(held.input_ids.values) + len(held.generated_ids.values) + 2 * len(held.segments.values)
-    scales = 0 if held.blocks is None else int(np.max(held.blocks[:], initial=-1)) + 1
-    widths = sum(each.width for each in held.activations.values())
-    strings = held.strings()
-    numbers = 12 * held.n_rows + 8 * ids + 4 * scales * widths
-    texts = 2 * text + 64 * len(names) * held.n_samples + sum(64 + 4 * len(each) for each in strings.values())
-    headers = 2**18 + 4096 * len(held.activations) + len(as_json(held.settings))
+    ids = len(contents.input_ids.values) + len(contents.generated_ids.values) + 2 * len(contents.segments.values)
+    scales = 0 if contents.blocks is None else int(np.max(contents.blocks[:], initial=-1)) + 1
+    widths = sum(each.width for each in contents.activations.values())
+    strings = contents.strings()
+    numbers = 12 * contents.n_rows + 8 * ids + 4 * scales * widths
+    texts = 2 * text + 64 * len(names) * contents.n_samples + sum(64 + 4 * len(each) for each in strings.values())
+    headers = 2**18 + 4096 * len(contents.activations) + len(as_json(contents.settings))
     return headers + numbers + numbers // _SUMMED_BYTES + texts
 
 
-def _write_attributes(file: h5py.File, file_format: str, held: Contents, more: Mapping[str, str]) -> str:
+def _write_attributes(file: h5py.File, file_format: str, contents: Contents, more: Mapping[str, str]) -> str:
     """Returns the checksum of the attributes."""
     attributes = {
         "format": file_format,
         "format_version": ".".join(map(str, contract.VERSION)),
-        "model": attribute_text(without_folders(held.model)),
+        "model": attribute_text(without_folders(contents.model)),
         "created": datetime.now().astimezone().isoformat(),
-        "settings": as_json(held.settings),
+        "settings": as_json(contents.settings),
         **more,
     }
     stamp = checksums.of_attributes(attributes)
@@ -155,26 +155,26 @@ def _write_attributes(file: h5py.File, file_format: str, held: Contents, more: M
     return stamp
 
 
-def _write_table(file: h5py.File, held: Contents) -> None:
+def _write_table(file: h5py.File, contents: Contents) -> None:
     """Write everything but the activations."""
-    write_numbers(file, "rows/token_id", held.token_ids, "<i4")
-    write_numbers(file, "rows/position", held.positions, "<i4")
-    if held.blocks is not None:
-        write_numbers(file, "rows/block", held.blocks, "<i4")
-        for key, activation in held.activations.items():
+    write_numbers(file, "rows/token_id", contents.token_ids, "<i4")
+    write_numbers(file, "rows/position", contents.positions, "<i4")
+    if contents.blocks is not None:
+        write_numbers(file, "rows/block", contents.blocks, "<i4")
+        for key, activation in contents.activations.items():
             assert activation.scales is not None
             write_numbers(file, f"scales/{key}", _together(activation.scales(), activation.width), "<f4")
     for name in ("segments", "input_ids", "generated_ids"):
-        write_numbers(file, f"{name}/offset", getattr(held, name).offset, "<i8")
-    ranges = held.segments.values[:].reshape(-1, 2)
+        write_numbers(file, f"{name}/offset", getattr(contents, name).offset, "<i8")
+    ranges = contents.segments.values[:].reshape(-1, 2)
     write_numbers(file, "segments/start", ranges[:, 0], "<i8")
     write_numbers(file, "segments/stop", ranges[:, 1], "<i8")
-    write_numbers(file, "input_ids/values", held.input_ids.values, "<i4")
-    write_numbers(file, "generated_ids/values", held.generated_ids.values, "<i4")
-    strings = held.strings()
+    write_numbers(file, "input_ids/values", contents.input_ids.values, "<i4")
+    write_numbers(file, "generated_ids/values", contents.generated_ids.values, "<i4")
+    strings = contents.strings()
     write_numbers(file, "vocabulary/token_id", np.array(sorted(strings)), "<i4")
     write_text(file, "vocabulary/token", [strings[token] for token in sorted(strings)])
-    write_columns(file, held.columns)
+    write_columns(file, contents.columns)
 
 
 def _together(slabs: Iterator[Array], width: int) -> Array:

@@ -121,7 +121,7 @@ class ShardedRows:
                 yield number, ranges[together] - self.first[number]
 
     def _cut_at_borders(self, ranges: Array) -> Array:
-        """The same rows, in ranges of which none lies across two shards."""
+        """Ranges of the same rows, of which none lies across two shards."""
         borders = self.first[1:-1]
         cut: list[tuple[int, int]] = []
         for start, stop in ranges:

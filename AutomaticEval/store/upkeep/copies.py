@@ -20,7 +20,7 @@ from AutomaticEval.store.run_folder import INDEX, shard_names
 
 
 def without_shards(contents: Contents) -> Contents:
-    """The same without the columns that say in which shard of a run a sample is."""
+    """The contents without the columns that say in which shard of a run a sample is."""
     names = [name for name in contents.columns.names if name not in ("shard", "index")]
     return replace(contents, columns=Listed({name: contents.columns.whole(name) for name in names}))
 
