@@ -26,7 +26,7 @@ from AutomaticEval.models.load_options import LoadOptions
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.hdf5.contract import bits
+from AutomaticEval.store.bits import bits
 from AutomaticEval.store.writer import RunWriter
 
 Line = dict[str, Any]

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from AutomaticEval import open_run
 from AutomaticEval.models.loading import DEMO_FOLDER
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store import int8 as stored
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
-from AutomaticEval.store.ragged import rechunked
+from AutomaticEval.store.contents.slabs import resized
 from AutomaticEval.store.writer import RunWriter
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
@@ -96,7 +96,7 @@ def compressed(folder: Path, samples: list[Sample], way: str | None) -> tuple[fl
 
 def by_channel(rows: Tensor) -> Tensor:
     """As the files hold int8: a scale a channel over a block of rows."""
-    blocks = rechunked([rows.numpy()], stored.BLOCK_ROWS)
+    blocks = resized([rows.numpy()], stored.BLOCK_ROWS)
     return torch.from_numpy(np.concatenate([stored.restored(stored.quantized(b), stored.scales_of(b)) for b in blocks]))
 
 

@@ -19,11 +19,14 @@ from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.store import int8 as eight_bits
 from AutomaticEval.store.hdf5 import extents
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
-from AutomaticEval.store.upkeep.rewrite import convert, merge, prune, verify
+from AutomaticEval.store.upkeep.convert import convert
+from AutomaticEval.store.upkeep.merge import merge
+from AutomaticEval.store.upkeep.prune import prune
+from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval.store.writer import RunWriter
 
 

@@ -31,7 +31,7 @@ from AutomaticEval.models.load_options import LoadOptions
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.upkeep.rewrite import verify
+from AutomaticEval.store.upkeep.verify import verify
 
 command = partial(within, "extract")
 

@@ -22,12 +22,13 @@ from helpers.samples import SETTINGS, make_sample, with_right_checksums, write_r
 
 from AutomaticEval import load_activations, open_run
 from AutomaticEval.errors import AutomaticEvalError, DamagedFile, StoreError, TruncatedFile, UnreadableFile
-from AutomaticEval.store.contents import of_samples
-from AutomaticEval.store.hdf5.contract import Part, Sample
+from AutomaticEval.samples import Part, Sample
+from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.hdf5.room import EXPANSION
 from AutomaticEval.store.hdf5.write import write_file, write_shard
-from AutomaticEval.store.upkeep.rewrite import convert, verify
+from AutomaticEval.store.upkeep.convert import convert
+from AutomaticEval.store.upkeep.verify import verify
 
 
 @pytest.fixture
@@ -188,7 +189,7 @@ FLIPS = """
 import random, sys
 from pathlib import Path
 import h5py
-from AutomaticEval.store.upkeep.rewrite import verify
+from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval import open_run
 from AutomaticEval.errors import AutomaticEvalError
 

@@ -28,13 +28,17 @@ from AutomaticEval.errors import (
     StoreError,
     TruncatedFile,
 )
-from AutomaticEval.store import contents
+from AutomaticEval.samples import Part
+from AutomaticEval.store.contents.columns import Listed, listed
 from AutomaticEval.store.export.formats import export
-from AutomaticEval.store.hdf5.contract import Part
 from AutomaticEval.store.hdf5.extents import naming
 from AutomaticEval.store.hdf5.write import write_file, write_shard
 from AutomaticEval.store.run_folder import shard_names
-from AutomaticEval.store.upkeep.rewrite import convert, merge, prune, rebuild_index, verify
+from AutomaticEval.store.upkeep.convert import convert
+from AutomaticEval.store.upkeep.merge import merge
+from AutomaticEval.store.upkeep.prune import prune
+from AutomaticEval.store.upkeep.rebuild import rebuild_index
+from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval.store.writer import RunWriter
 
 DATA = ROOT / "tests" / "data"
@@ -427,7 +431,7 @@ def test_column_that_the_format_lacks_is_refused_and_named() -> None:
 def test_column_of_a_newer_version_is_not_dropped_from_a_copy(tmp_path: Path) -> None:
     write_shard(tmp_path / "one.h5", [make_sample()], "m", SETTINGS)
     held = open_run(tmp_path / "one.h5").contents
-    newer = replace(held, columns=contents.Listed({**contents.listed(held.columns).columns, "mood": ["calm"]}))
+    newer = replace(held, columns=Listed({**listed(held.columns).columns, "mood": ["calm"]}))
     with pytest.raises(CaptureError, match="'mood'"):
         write_file(tmp_path / "two.h5", newer)
     assert not (tmp_path / "two.h5").exists()

@@ -42,8 +42,8 @@ from AutomaticEval.models.architecture.forward_call import cache_in, cache_name
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
+from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.hdf5.contract import Sample
 
 WORDS = [
     "cat",

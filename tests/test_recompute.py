@@ -27,11 +27,13 @@ from AutomaticEval.errors import OtherSettings, SelectionError, SiteUnavailable
 from AutomaticEval.models.load_options import LoadOptions
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Recording
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.sites import Site
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.hdf5.write import write_shard
-from AutomaticEval.store.upkeep.rewrite import convert, merge, prune
-from AutomaticEval.store.upkeep.rewrite import verify as verify_checksums
+from AutomaticEval.store.upkeep.convert import convert
+from AutomaticEval.store.upkeep.merge import merge
+from AutomaticEval.store.upkeep.prune import prune
+from AutomaticEval.store.upkeep.verify import verify as verify_checksums
 from AutomaticEval.store.writer import RunWriter
 
 # Honest runs

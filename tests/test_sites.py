@@ -34,7 +34,7 @@ from AutomaticEval.sites import (
 )
 from AutomaticEval.store.export.transformer_lens import transformer_lens_name
 from AutomaticEval.store.reader import open_run
-from AutomaticEval.store.upkeep.rewrite import kept_keys
+from AutomaticEval.store.upkeep.prune import kept_keys
 
 SPELLINGS = {
     "embeddings": ["embed", "embeddings", " embed "],

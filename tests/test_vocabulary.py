@@ -20,9 +20,10 @@ from AutomaticEval import (
     open_run,
 )
 from AutomaticEval.capture.vocabulary import text_of, token_strings
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample, as_json
+from AutomaticEval.samples import Part, Rows, Sample
+from AutomaticEval.store.disk.json_text import as_json
 from AutomaticEval.store.hdf5.write import write_shard
-from AutomaticEval.store.upkeep.rewrite import verify
+from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval.store.writer import RunWriter
 
 PADDED = """

@@ -20,9 +20,9 @@ from AutomaticEval.errors import CaptureError, SelectionError
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Keep, Kept, Recording, capturing
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import TABLE
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 
 
 class Response(NamedTuple):

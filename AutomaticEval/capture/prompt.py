@@ -14,10 +14,12 @@ from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, SelectionError, unknown_option
 from AutomaticEval.models.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.loading import LoadedModel, load_model, n_layers_of
+from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
-from AutomaticEval.store.disk.whole_files import ensure_space, hdf5_path, prepare_file
-from AutomaticEval.store.hdf5.contract import Sample, as_json
+from AutomaticEval.store.disk.file_names import hdf5_path
+from AutomaticEval.store.disk.json_text import as_json
+from AutomaticEval.store.disk.whole_files import ensure_space, prepare_file
 from AutomaticEval.store.hdf5.write import write_shard
 
 

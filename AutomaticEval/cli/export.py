@@ -87,7 +87,7 @@ def export(
 
 def _ask(run: Run, repository: str, *, public: bool) -> None:
     """Show what would be uploaded. Without a yes the command ends before anything is written or sent."""
-    from AutomaticEval.store.export.outgoing import column_names, places_of
+    from AutomaticEval.store.export.outgoing import absolute_paths, column_names
 
     kind = "PUBLIC, for everyone to read" if public else "private, unless it is there already and public"
     say(f"To be uploaded to {repository} ({kind}):")
@@ -96,7 +96,7 @@ def _ask(run: Run, repository: str, *, public: bool) -> None:
     for name, value in run.settings.items():
         text = str(value)
         say(f"  {name}: {text if len(text) <= MOST_SHOWN else f'{text[:MOST_SHOWN]} …'}")
-    folders = places_of(run)
+    folders = absolute_paths(run)
     if folders:
         say(f"  It names folders of this machine: {', '.join(folders)}")
     if not typer.confirm("Upload it?"):
@@ -107,7 +107,8 @@ def _ask(run: Run, repository: str, *, public: bool) -> None:
 def _write(path: Path, output: Path, to: str, dtype: str | None, compression: str | None, n_samples: int) -> None:
     """Show a bar meanwhile: of bytes for one HDF5 file, of samples for the others."""
     if to == HDF5:
-        from AutomaticEval.store.upkeep.rewrite import convert, size_of
+        from AutomaticEval.store.upkeep.convert import convert
+        from AutomaticEval.store.upkeep.sizes import size_of
 
         with progress("Exporting", lambda: size_of(path)) as advance:
             convert(path, output, dtype=dtype, compression=compression, advance=advance)

@@ -79,7 +79,8 @@ def generate(
         refuse_unused(context, "no file is made in it", "activation_save_dir")
     options.quiet_libraries()
     from AutomaticEval.capture.prompt import generate_inference, generate_inference_with_activations
-    from AutomaticEval.store.disk.whole_files import file_stem, size_text
+    from AutomaticEval.store.disk.file_names import file_stem
+    from AutomaticEval.store.disk.whole_files import size_text
 
     chosen = selection.as_dict()
     asked: dict[str, Any] = {

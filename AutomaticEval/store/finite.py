@@ -1,4 +1,4 @@
-"""Counts the numbers that are infinite or not a number (NaN) while they are written, and says that there are some."""
+"""Counts numbers that are infinite or not a number (NaN) while they are written, and warns of them."""
 
 from __future__ import annotations
 
@@ -12,37 +12,43 @@ import torch
 
 from AutomaticEval.errors import NotFinite
 from AutomaticEval.safe_text import shown
-from AutomaticEval.store.hdf5.contract import attribute_of
+from AutomaticEval.store.hdf5.attributes import attribute_of
 
 NON_FINITE = "non_finite"
-"""The attribute of a dataset: how many of its numbers are infinite or NaN."""
+"""The attribute of a dataset that says how many of its numbers are infinite or NaN."""
 
 _EXPONENTS = {torch.float64: 0x7FF0 << 48, torch.float32: 0x7F80 << 16, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
-"""The bits of the exponent: an infinite number and NaN have all of them set, and no other number has."""
+"""The bits of the exponent. They are all set in infinite numbers and NaN, and in no other number."""
 _STEP_NUMBERS = 2**18
-"""Looked at together, so that they are in the processor's cache."""
+"""So many numbers are looked at together, so that they stay in the processor's cache."""
 
 
 def n_non_finite(raw: np.ndarray[Any, Any], dtype: torch.dtype) -> int:
     """How many numbers are infinite or NaN. raw: their bits, as unsigned integers."""
     if dtype not in _EXPONENTS:  # int8 holds neither
         return 0
-    flat, exponent, found = raw.reshape(-1), raw.dtype.type(_EXPONENTS[dtype]), 0
+    flat, exponent, n_wrong = raw.reshape(-1), raw.dtype.type(_EXPONENTS[dtype]), 0
     for at in range(0, len(flat), _STEP_NUMBERS):
         exponents = flat[at : at + _STEP_NUMBERS] & exponent
         if exponents.max() == exponent:
-            found += int(np.count_nonzero(exponents == exponent))
-    return found
+            n_wrong += int(np.count_nonzero(exponents == exponent))
+    return n_wrong
 
 
 def counts_in(file: Any, keys: Iterable[str], columns: Iterable[str]) -> dict[str, int]:
-    """Site or column of an open file -> how many of its numbers are infinite or NaN. What does not say it is left out. Raises ValueError."""
+    """Site or column of an open file -> how many of its numbers are infinite or NaN, where the file says it.
+
+    keys: the sites to look at. columns: the columns. Raises ValueError for an attribute that is no whole number.
+    """
     datasets = {key: file[f"activations/{key}"] for key in keys} | {name: file[f"samples/{name}"] for name in columns}
     return {name: int(attribute_of(each, NON_FINITE)) for name, each in datasets.items() if NON_FINITE in each.attrs}
 
 
 def say_non_finite(path: Path, counts: Mapping[str, int], *, strict: bool = False) -> None:
-    """Warn when a file or a run holds numbers that are infinite or NaN. strict: raise NotFinite."""
+    """Warn when a file or a run holds numbers that are infinite or NaN. strict: raise NotFinite instead.
+
+    counts: site or column -> how many.
+    """
     some = {key: count for key, count in counts.items() if count}
     if not some:
         return

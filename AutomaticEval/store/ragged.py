@@ -3,71 +3,72 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-_PIECE_BYTES = 2**20
-"""Small enough for the processor's cache, large enough that the pages on the disk are read back at full speed."""
 
 
 class Ragged(NamedTuple):
     """Lists of different lengths, one after the other: item i is values[offset[i]:offset[i + 1]]."""
 
     offset: Array
+    """[n_items + 1], ascending."""
+
     values: Any
-    """An array, or what is sliced like one."""
+    """An array, or an object that is sliced like one."""
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[Any]], shape: tuple[int, ...] = ()) -> Ragged:
-        """shape: of each element."""
+        """lists: of whole numbers. shape: of each element of a list, when it is not one number."""
         offset = np.cumsum([0, *map(len, lists)], dtype=np.int64)
         values = np.array(list(itertools.chain.from_iterable(lists)), dtype=np.int64).reshape(-1, *shape)
         return cls(offset, values)
 
     @classmethod
-    def joined(cls, parts: Sequence[Ragged]) -> Ragged:
-        ends = np.cumsum([0, *(part.offset[-1] for part in parts)], dtype=np.int64)
-        offsets = [part.offset[:-1] + end for part, end in zip(parts, ends, strict=False)]
-        return cls(np.concatenate([*offsets, ends[-1:]]), chained([part.values for part in parts]))
+    def joined(cls, several: Sequence[Ragged]) -> Ragged:
+        """The items of several, one after the other."""
+        ends = np.cumsum([0, *(each.offset[-1] for each in several)], dtype=np.int64)
+        offsets = [each.offset[:-1] + end for each, end in zip(several, ends, strict=False)]
+        return cls(np.concatenate([*offsets, ends[-1:]]), chained([each.values for each in several]))
 
     def item(self, index: int) -> Array:
-        found: Array = self.values[int(self.offset[index]) : int(self.offset[index + 1])]
-        return found
+        values: Array = self.values[int(self.offset[index]) : int(self.offset[index + 1])]
+        return values
 
     def take(self, order: Array) -> Ragged:
-        """The items in another order, or some of them; values that are in files stay there."""
+        """The items in another order, or some of them. Values that are in files stay there."""
         taken = Taken(self.values, self.offset[:-1][order], self.offset[1:][order])
         return Ragged(taken.offset, taken[:] if isinstance(self.values, np.ndarray) else taken)
 
     def first_difference(self, other: Ragged) -> int | None:
-        """The number of the first item that the other has not; None when all are the same."""
-        same = min(len(self.offset), len(other.offset))
-        wrong = [np.flatnonzero(self.offset[:same] != other.offset[:same])[:1] - 1]
+        """The number of the first item that the other does not have in its place; None when all are the same."""
+        n_offsets = min(len(self.offset), len(other.offset))
+        wrong = [np.flatnonzero(self.offset[:n_offsets] != other.offset[:n_offsets])[:1] - 1]
         if not len(wrong[0]):
             one, two = self.values[:], other.values[:]
             n = min(len(one), len(two))
             at = np.flatnonzero((one[:n] != two[:n]).reshape(n, -1).any(axis=1))[:1]
             wrong.append(np.searchsorted(self.offset, at, "right") - 1)
-        found = np.concatenate(wrong)
-        if len(found):
-            return int(found[0])
-        return None if len(self.offset) == len(other.offset) else same - 1
+        wrong_items = np.concatenate(wrong)
+        if len(wrong_items):
+            return int(wrong_items[0])
+        return None if len(self.offset) == len(other.offset) else n_offsets - 1
 
 
-def chained(parts: Sequence[Any]) -> Any:
-    """Arrays one after the other; where some are in files, sliced like one, and read when they are asked for."""
-    return np.concatenate(parts) if all(isinstance(part, np.ndarray) for part in parts) else Chained(parts)
+def chained(arrays: Sequence[Any]) -> Any:
+    """Arrays one after the other. When some of them are in files, the result is sliced like an array, and reads them then."""
+    return np.concatenate(arrays) if all(isinstance(each, np.ndarray) for each in arrays) else Chained(arrays)
 
 
 class Chained:
-    """What is sliced like an array, one after the other, sliced like one."""
+    """Several arrays, or objects that are sliced like one, which are sliced as one long array."""
 
-    def __init__(self, parts: Sequence[Any]) -> None:
-        self._parts = list(parts)
-        self._first = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+    def __init__(self, arrays: Sequence[Any]) -> None:
+        self._arrays = list(arrays)
+        self._first = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -77,24 +78,27 @@ class Chained:
             return self._picked(np.asarray(at))
         start, stop, step = at.indices(len(self))
         assert step == 1
-        found = [self._parts[0][:0]]
-        for part, first in zip(self._parts, self._first.tolist(), strict=False):
-            if start < first + len(part) and first < stop:
-                found.append(part[max(start - first, 0) : stop - first])
-        return np.concatenate(found)
+        slices = [self._arrays[0][:0]]
+        for array, first in zip(self._arrays, self._first.tolist(), strict=False):
+            if start < first + len(array) and first < stop:
+                slices.append(array[max(start - first, 0) : stop - first])
+        return np.concatenate(slices)
 
     def _picked(self, at: Array) -> Array:
-        none = self._parts[0][:0]
-        found: Array = np.empty((len(at), *none.shape[1:]), none.dtype)
+        none = self._arrays[0][:0]
+        picked: Array = np.empty((len(at), *none.shape[1:]), none.dtype)
         owner = np.searchsorted(self._first, at, "right") - 1
         for number in np.unique(owner).tolist():
             here = owner == number
-            found[here] = self._parts[number][at[here] - self._first[number]]
-        return found
+            picked[here] = self._arrays[number][at[here] - self._first[number]]
+        return picked
 
 
 class Taken:
-    """Ranges of what is sliced like an array, one after the other, sliced like one."""
+    """Ranges of an array, or of an object that is sliced like one. They are sliced as one array, in which they follow one another.
+
+    start, stop: [n_ranges] each.
+    """
 
     def __init__(self, values: Any, start: Array, stop: Array) -> None:
         self._values, self._start = values, start
@@ -111,12 +115,12 @@ class Taken:
         first, last = np.searchsorted(self.offset, [start, stop - 1], "right") - 1
         edges = np.clip(self.offset[first : last + 2], start, stop)
         begins = self._start[first : last + 1] + edges[:-1] - self.offset[first : last + 1]
-        found: Array = self._values[indices_of(np.column_stack([begins, begins + np.diff(edges)]))]
-        return found
+        values: Array = self._values[indices_of(np.column_stack([begins, begins + np.diff(edges)]))]
+        return values
 
 
 def ranges_of(indices: Iterable[int]) -> list[tuple[int, int]]:
-    """Indices as the half-open ranges in which they follow one another: [3, 4, 7] -> [(3, 5), (7, 8)]."""
+    """Indices as half-open ranges of indices that follow one another: [3, 4, 7] -> [(3, 5), (7, 8)]."""
     array = np.fromiter(indices, dtype=np.int64)
     if not len(array):
         return []
@@ -125,41 +129,9 @@ def ranges_of(indices: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def indices_of(ranges: Array) -> Array:
-    """ranges: [n, 2], half-open. Returns every index, one range after the other."""
+    """Every index of half-open ranges [n, 2], one range after the other."""
     if len(ranges) == 1:  # most samples
         return np.arange(*ranges[0])
     lengths = ranges[:, 1] - ranges[:, 0]
     ends = np.cumsum(lengths)
     return np.repeat(ranges[:, 1] - ends, lengths) + np.arange(ends[-1] if len(ends) else 0)
-
-
-def rechunked(pieces: Iterable[Array], n_rows: int) -> Iterator[Array]:
-    """The same rows in pieces of n_rows; the last piece may be shorter. Large pieces are cut without a copy."""
-    waiting: list[Array] = []
-    n_waiting = 0
-    for piece in pieces:
-        at = 0
-        while n_waiting + len(piece) - at >= n_rows:
-            stop = at + n_rows - n_waiting
-            part = piece[at:stop]
-            yield np.concatenate([*waiting, part]) if waiting else part
-            waiting, n_waiting, at = [], 0, stop
-        if at < len(piece):
-            waiting.append(piece[at:])
-            n_waiting += len(piece) - at
-    if waiting:
-        yield np.concatenate(waiting)
-
-
-def gathered(pieces: Iterable[Array]) -> Iterator[Array]:
-    """The same rows, with thousands of small pieces joined into pieces of _PIECE_BYTES."""
-    waiting: list[Array] = []
-    n_bytes = 0
-    for piece in pieces:
-        waiting.append(piece)
-        n_bytes += piece.nbytes
-        if n_bytes >= _PIECE_BYTES:
-            yield np.concatenate(waiting) if len(waiting) > 1 else piece
-            waiting, n_bytes = [], 0
-    if waiting:
-        yield np.concatenate(waiting)

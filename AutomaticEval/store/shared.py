@@ -1,4 +1,4 @@
-"""A run folder that several processes write: the first opens it, then the others; the first finishes it when all have closed."""
+"""A run folder into which several processes write: the first opens it, then the others. When all have closed it, the first finishes it."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from AutomaticEval.processes import Ranks
-from AutomaticEval.store.contents import Columns
+from AutomaticEval.store.contents.columns import Columns
 from AutomaticEval.store.local_paths import write_local_paths
-from AutomaticEval.store.writer import RunWriter, leaving_nothing
+from AutomaticEval.store.run_folder import leaving_nothing
+from AutomaticEval.store.writer import RunWriter
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class SharedRun:
-    """What a run is made with."""
+    """A run that one or more processes write, and how they write it."""
 
     model: str
     settings: Mapping[str, Any]
     shard_bytes: int
     compression: str | None
     strict: bool
-    """Stop at numbers that are infinite or NaN."""
+    """Whether to stop at numbers that are infinite or NaN."""
 
     ranks: Ranks
     paths: Mapping[str, str] = field(default_factory=dict)
-    """Where the model is on this machine."""
+    """Where the model is on this machine, for `local_paths.json`."""
 
     @contextmanager
     def writing(
         self, new_folder: Callable[[], Path], *, resume: bool, tell: Callable[[RunWriter], T]
     ) -> Iterator[tuple[RunWriter, Path, T]]:
-        """Opens the run in every process: (this process's writer, the folder, what `tell` returned). On every exit what was gathered is sealed.
+        """Opens the run in every process: (this process's writer, the folder, what `tell` returned). Every exit seals what was gathered.
 
-        new_folder: makes the folder; called in the first process alone. tell: called with the first process's writer, to say what is on the
-        disk already; every process gets what it returned.
+        new_folder: makes the folder, and is called in the first process only. tell: is called with the first process's writer, to say what is
+        on the disk already; every process gets what it returned.
         """
         opened, shared = None, None
         if self.ranks.is_first:
@@ -61,9 +62,10 @@ class SharedRun:
             raise
 
     def finish(self, folder: Path, columns_of: Callable[[Columns], Columns]) -> tuple[int, int] | None:
-        """In the first process, when all have closed: write `run.h5` over all samples, with the columns made of the sealed ones.
+        """Wait until all processes have closed the run, and write `run.h5` over all samples in the first one.
 
-        Returns samples and bytes; None in the others.
+        columns_of: makes the sample table that is written of the one that was sealed.
+        Returns the number of samples and of bytes; None in the other processes.
         """
         self.ranks.gathered(None)  # all have sealed
         if not self.ranks.is_first:

@@ -9,9 +9,9 @@ import h5py
 import torch
 from torch import Tensor
 
-from AutomaticEval.store.contents import Listed
+from AutomaticEval.samples import Part, Rows, Sample
+from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.hdf5 import checksums
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.writer import RunWriter
 
 SETTINGS = {"dtype": "float32", "attention": "sdpa"}

@@ -24,9 +24,10 @@ from AutomaticEval.capture.recompute.tolerance import (
     score_of,
 )
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.samples import fed_of
 from AutomaticEval.selection import Positions
 from AutomaticEval.sites import Site, site_of
-from AutomaticEval.store.hdf5.contract import dtype_named, fed_of
+from AutomaticEval.store.hdf5.contract import dtype_named
 from AutomaticEval.store.reader import Run
 
 HARMLESS = frozenset(

@@ -15,9 +15,9 @@ from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
 from AutomaticEval.models.architecture.forward_call import alone_with, input_device
 from AutomaticEval.models.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.samples import Part, Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
-from AutomaticEval.store.hdf5.contract import Part, Sample
 
 Text = str | Sequence[int]
 """A text, or its token ids."""

@@ -19,11 +19,19 @@ from AutomaticEval.evaluation.results.requests import Answered, RequestKey, answ
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.contents import Columns, Listed, records_of
-from AutomaticEval.store.disk.whole_files import own_name, plain_name, prepare_folder
+from AutomaticEval.store.contents.columns import Columns
+from AutomaticEval.store.contents.columns import Listed
+from AutomaticEval.store.contents.columns import records_of
+from AutomaticEval.store.disk.file_names import own_name
+from AutomaticEval.store.disk.file_names import plain_name
+from AutomaticEval.store.disk.whole_files import prepare_folder
 from AutomaticEval.store.run_folder import is_finished
+from AutomaticEval.store.disk.whole_files import named_failures
+from AutomaticEval.store.run_folder import LOCK
+from AutomaticEval.store.run_folder import refuse_finished
 from AutomaticEval.store.shared import SharedRun
-from AutomaticEval.store.writer import RunWriter, leaving_nothing
+from AutomaticEval.store.run_folder import leaving_nothing
+from AutomaticEval.store.writer import RunWriter
 
 
 class Opened(NamedTuple):

@@ -1,7 +1,7 @@
-"""Hidden folders in which files are written before they get their names, and what a killed process left of them.
+"""Hidden folders in which files are written before they get their names, and leftovers of such folders after a process was killed.
 
-A workplace is `.<name>.<32 hexadecimal digits>.partial`. Its process holds a lock (flock) on the file `owner` in it, which the system takes
-back when the process ends, however it ends: a workplace whose lock is free is a leftover.
+A partial folder is called `.<name>.<32 hexadecimal digits>.partial`. Its process holds a lock (flock) on the file `owner` in it. The
+system releases the lock when the process ends, however it ends: a partial folder whose lock is free is a leftover.
 """
 
 from __future__ import annotations
@@ -17,60 +17,61 @@ from uuid import uuid4
 
 OWNER = "owner"
 SET, DONE = "set", "done"
-"""Folders in a workplace: of files that appear together; and when all of them have."""
+"""Folders in a partial folder: SET holds files that appear together; it is renamed to DONE when all of them have their names."""
 _NAMES = re.compile(r"\.(.*\.)?[0-9a-f]{32}\.partial", re.DOTALL)
 
 
 def hidden_name(name: str = "") -> str:
-    """A name that none has, by which a leftover is known. Names are limited in bytes."""
+    """A name that no other file has, and that `clear_leftovers` knows. name: what it is for, of which the beginning is kept."""
     short = name.encode("utf-8", "replace")[:80].decode("utf-8", "ignore")
     return f".{short}{'.' if short else ''}{uuid4().hex}.partial"
 
 
 @contextmanager
-def workplace(folder: Path, name: str) -> Iterator[Path]:
-    """An empty hidden folder in a folder, which goes with all that is still in it when the with ends. Raises OSError."""
-    place, lock = _held(folder, name)
+def partial_folder(folder: Path, name: str) -> Iterator[Path]:
+    """A new hidden folder in a folder. It is removed, with everything that is still in it, when the with ends. Raises OSError."""
+    partial, lock = _new_and_locked(folder, name)
     try:
-        yield place
+        yield partial
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
 
 
-def _held(folder: Path, name: str) -> tuple[Path, int]:
-    """A new workplace, and its lock."""
+def _new_and_locked(folder: Path, name: str) -> tuple[Path, int]:
+    """A new partial folder, and its lock."""
     while True:
-        place = folder / hidden_name(name)
-        place.mkdir()
+        partial = folder / hidden_name(name)
+        partial.mkdir()
         with suppress(FileNotFoundError):  # another process took it for a leftover just now
-            lock = os.open(place / OWNER, os.O_RDWR | os.O_CREAT, 0o666)
+            lock = os.open(partial / OWNER, os.O_RDWR | os.O_CREAT, 0o666)
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_SH)
             if os.fstat(lock).st_nlink:
-                return place, lock
+                return partial, lock
             os.close(lock)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed processes left in a folder; what a process is writing just now stays, and so does what cannot be removed."""
+    """Remove the leftovers of killed processes from a folder. The partial folders of running processes stay, and so do leftovers that cannot be removed."""
     with suppress(OSError):
-        for found in [Path(each.path) for each in os.scandir(folder) if _NAMES.fullmatch(each.name)]:
+        for leftover in [Path(each.path) for each in os.scandir(folder) if _NAMES.fullmatch(each.name)]:
             with suppress(OSError):
-                if found.is_dir() and not found.is_symlink():
-                    _clear(found, folder)
-                else:  # as the first versions wrote them
-                    found.unlink()
+                if leftover.is_dir() and not leftover.is_symlink():
+                    _clear(leftover, folder)
+                else:  # the first versions wrote single files
+                    leftover.unlink()
 
 
-def _clear(place: Path, folder: Path) -> None:
-    lock = os.open(place / OWNER, os.O_RDWR | os.O_CREAT, 0o666)
+def _clear(leftover: Path, folder: Path) -> None:
+    """Remove a partial folder unless its process runs, and with it those of its files that had got their names already."""
+    lock = os.open(leftover / OWNER, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for file in sorted((place / SET).rglob("*")):  # some of them may have their names already
-            named = folder / file.relative_to(place / SET)
+        for file in sorted((leftover / SET).rglob("*")):
+            named = folder / file.relative_to(leftover / SET)
             if file.is_file() and named.exists() and named.samefile(file):
                 named.unlink()
-        shutil.rmtree(place)
+        shutil.rmtree(leftover)
     finally:
         os.close(lock)

@@ -1,4 +1,4 @@
-"""Whether a file that was just written is all there: read back and parsed, by the ending of its name.
+"""Reads a file back that was just written, and parses it by the ending of its name, to be sure that it is whole.
 
 Knows nothing of HDF5, whose files carry a trailer and checksums.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.store.disk.parsing import parse_json
+from AutomaticEval.store.disk.json_text import parse_json
 
 _PNG_BEGINS, _PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 def read_back(path: Path) -> None:
-    """Parse a .json, .jsonl or .png file; others are as their writer left them. Raises StoreError."""
+    """Parse a .json, .jsonl or .png file; other files are not looked at. Raises StoreError for a file that is not whole."""
     try:
         if path.suffix == ".json":
             parse_json(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Which refusal of the operating system an exception is, also where HDF5 tells it in words of its own."""
+"""Which refusal of the operating system an exception stands for, also where HDF5 reports it in its own words."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import errno
 import re
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A disk without room."""
+"""The disk has no room."""
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG)
-"""A place that is not to be written."""
+"""The path cannot be written."""
 UNREAD = (
     *FULL,
     errno.EACCES,
@@ -20,13 +20,13 @@ UNREAD = (
     errno.EIO,
     errno.ESTALE,
 )
-"""What says nothing of a file's bytes: they may be sound."""
+"""The file could not be read for a reason that has nothing to do with its bytes: they may be sound."""
 LOST = (*FULL, errno.EIO)
-"""After an fsync: what was written may never be on the disk, whatever the next fsync says."""
+"""An fsync failed like this: what was written may never reach the disk, even when the next fsync succeeds."""
 
 
 def code_of(failure: BaseException) -> int | None:
-    """errno; None where the operating system refused nothing."""
+    """The errno of an exception; None when the operating system refused nothing."""
     code = getattr(failure, "errno", None)
     told = re.search(r"errno = (\d+),", str(failure))
     return int(told[1]) if code is None and told else code

@@ -1,4 +1,4 @@
-"""A Hugging Face dataset of a run: one row a sample, read back with `datasets.load_from_disk`."""
+"""Writes a run as a Hugging Face dataset, one row a sample, for `datasets.load_from_disk`."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.store.contents import Contents
+from AutomaticEval.samples import COLUMNS
+from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.export.outgoing import Advance, column_names, records, sample
-from AutomaticEval.store.hdf5.contract import COLUMNS
 from AutomaticEval.store.reader import Run
 
 _BATCH_BYTES = 64 * 2**20
 _BATCH_SAMPLES = 1000
 _ARROW_FILE_BYTES = 512 * 2**20
 _MAX_NUMBERS = 2**31 - _BATCH_BYTES
-"""Arrow counts the numbers of a list in 32 bits, over a whole batch."""
+"""Arrow counts the numbers of all lists of a batch together, in 32 bits."""
 
 
-def check_unicode(held: Contents) -> None:
+def check_unicode(contents: Contents) -> None:
     """Raises StoreError for text that is not Unicode, which Arrow cannot hold."""
-    for name in column_names(held):
-        for number, value in enumerate(held.columns.whole(name) if COLUMNS.get(name) == "text" else ()):
+    for name in column_names(contents):
+        for number, value in enumerate(contents.columns.whole(name) if COLUMNS.get(name) == "text" else ()):
             try:
                 (value or "").encode("utf-8")
             except UnicodeEncodeError:
@@ -39,7 +39,7 @@ def check_unicode(held: Contents) -> None:
 
 
 def write_arrow(run: Run, folder: Path, dtypes: Mapping[str, torch.dtype], advance: Advance) -> None:
-    """A folder for datasets.load_from_disk; written here, because save_to_disk writes everything twice."""
+    """Write the folder. This is done here, because `save_to_disk` of datasets writes everything twice."""
     import datasets
     import pyarrow as pa
 
@@ -69,40 +69,40 @@ def write_arrow(run: Run, folder: Path, dtypes: Mapping[str, torch.dtype], advan
     (folder / "state.json").write_text(json.dumps(state, indent=2))
 
 
-def _features(held: Contents, dtypes: Mapping[str, torch.dtype]) -> Any:
-    """The type of each column, said and not guessed: None and JSON of many shapes are in them."""
+def _features(contents: Contents, dtypes: Mapping[str, torch.dtype]) -> Any:
+    """The type of each column. Arrow is not left to guess it, because columns hold None and JSON of many shapes."""
     from datasets import Array2D, Features, Sequence, Value
 
-    kinds = {"text": "string", "json": "string", "int": "int64", "float": "float64", "bool": "bool"}
+    arrow_types = {"text": "string", "json": "string", "int": "int64", "float": "float64", "bool": "bool"}
     ids = ("input_ids", "generated_ids", "token_ids", "positions")
     return Features(
         {
-            **{name: Value(kinds[COLUMNS.get(name, "json")]) for name in column_names(held)},
+            **{name: Value(arrow_types[COLUMNS.get(name, "json")]) for name in column_names(contents)},
             **{name: Sequence(Value("int32")) for name in ids},
             "tokens": Sequence(Value("string")),
             **{
                 key: Array2D((None, each.width), str(dtypes[key]).removeprefix("torch."))
-                for key, each in held.activations.items()
+                for key, each in contents.activations.items()
             },
         }
     )
 
 
 def _batches(run: Run, dtypes: Mapping[str, torch.dtype]) -> Iterator[list[dict[str, Any]]]:
-    """Samples, flat as their rows will be, some megabytes at a time."""
+    """Samples as rows of the dataset, some megabytes at a time."""
     batch: list[dict[str, Any]] = []
     size_bytes = 0
     for number, record in enumerate(records(run)):
-        found = sample(run, number, dtypes)
-        for key, tensor in found["activations"].items():
+        data = sample(run, number, dtypes)
+        for key, tensor in data["activations"].items():
             if tensor.numel() > _MAX_NUMBERS:
                 raise StoreError(
                     f"{key} of sample {number} has {tensor.numel()} numbers; Arrow holds at most {_MAX_NUMBERS} in a list. "
                     "Export to safetensors."
                 )
             size_bytes += tensor.numel() * tensor.element_size()
-        picked = {name: found[name].tolist() for name in ("token_ids", "positions")}
-        batch.append({**_plain(record), **picked, "tokens": found["tokens"], **found["activations"]})
+        picked = {name: data[name].tolist() for name in ("token_ids", "positions")}
+        batch.append({**_plain(record), **picked, "tokens": data["tokens"], **data["activations"]})
         if size_bytes >= _BATCH_BYTES or len(batch) == _BATCH_SAMPLES:
             yield batch
             batch, size_bytes = [], 0
@@ -111,10 +111,10 @@ def _batches(run: Run, dtypes: Mapping[str, torch.dtype]) -> Iterator[list[dict[
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns of JSON as their text; what Arrow has a type for stays."""
-    kinds = {**dict.fromkeys(("input_ids", "generated_ids"), "int"), **COLUMNS}
+    """A sample's columns, with those of type json as JSON text. Arrow has a type for each of the others."""
+    types = {**dict.fromkeys(("input_ids", "generated_ids"), "int"), **COLUMNS}
     return {
-        name: json.dumps(value) if value is not None and kinds.get(name, "json") == "json" else value
+        name: json.dumps(value) if value is not None and types.get(name, "json") == "json" else value
         for name, value in record.items()
     }
 
@@ -124,14 +124,14 @@ def _arrow_table(batch: Sequence[Mapping[str, Any]], features: Any) -> Any:
 
     schema, arrays = features.arrow_schema, []
     for name in features:
-        values, kind = [row[name] for row in batch], schema.field(name).type
+        values, arrow_type = [row[name] for row in batch], schema.field(name).type
         if not isinstance(values[0], Tensor):
-            arrays.append(pa.array(values, kind))
+            arrays.append(pa.array(values, arrow_type))
             continue
         width = values[0].shape[1]
         n_rows = np.cumsum([0, *map(len, values)])
         rows = pa.array(np.arange(n_rows[-1] + 1, dtype=np.int32) * np.int32(width))
         numbers = pa.array(torch.cat(values).reshape(-1).numpy())
         lists = pa.ListArray.from_arrays(pa.array(n_rows, pa.int32()), pa.ListArray.from_arrays(rows, numbers))
-        arrays.append(pa.ExtensionArray.from_storage(kind, lists))
+        arrays.append(pa.ExtensionArray.from_storage(arrow_type, lists))
     return pa.Table.from_arrays(arrays, schema=schema)

@@ -1,7 +1,7 @@
 """Copies a run out to other tools: safetensors, npz, Hugging Face datasets, TransformerLens.
 
-Owns what those folders hold; knows nothing of how a run is written. Activations pass through piece by piece, or sample by
-sample; the sample table is in memory, as in `Run.table`.
+Knows nothing of how a run is written. Activations pass through slab by slab, or sample by sample, so that they are never all in
+memory. The sample table is in memory.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ import torch
 
 from AutomaticEval.errors import SelectionError, did_you_mean
 from AutomaticEval.public_names import without_folders
-from AutomaticEval.store import contents
+from AutomaticEval.store.bits import bits, raw_bytes
+from AutomaticEval.store.contents.changed import converted
+from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.disk.whole_files import ensure_space, new_folder
 from AutomaticEval.store.export import arrow
 from AutomaticEval.store.export import transformer_lens as lens
 from AutomaticEval.store.export.outgoing import Advance, records, sample
-from AutomaticEval.store.hdf5.contract import bits, raw_bytes
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.reader import Run, open_run
-from AutomaticEval.store.upkeep.rewrite import check
+from AutomaticEval.store.upkeep.verify import check
 
 FORMATS = {
     "safetensors": "a file a shard, key -> [n_rows, width], and samples.jsonl",
@@ -50,31 +51,31 @@ _NUMPY = {torch.float64: "<f8", torch.float32: "<f4", torch.int32: "<i4", torch.
 
 
 def _silent(n_samples: int) -> None:
-    """No progress is shown."""
+    """The `advance` for an export whose progress is not shown."""
 
 
 def export(path: Path, destination: Path, to: str, *, dtype: str | None = None, advance: Advance = _silent) -> Path:
-    """A file or run as a new folder for other tools, which appears whole or not at all. Returns the folder.
+    """Write a file or run as a new folder for other tools, which appears whole or not at all. Returns the folder.
 
-    to: one of FORMATS. dtype: of DTYPES; None keeps each site's own, but float32 for int8, and for bfloat16 where the
-    format has none. advance: is told how many samples were just done.
-    `run.json` holds the model and settings. The formats with a file a shard have `samples.jsonl`, a line a sample in the
-    run's order, with its columns, token ids, and `rows`: [[file, start, stop], ...]. The others write rows that samples
-    share once for each of them. The tensors of TransformerLens are as `lens.as_activation_cache` says.
+    to: one of FORMATS. dtype: one of DTYPES; None keeps each site's own dtype, but writes float32 for int8, and for bfloat16 in a
+    format that does not have it. advance: is called with the number of samples that were done since its last call.
+    `run.json` holds the model and settings. The formats with a file a shard have `samples.jsonl`, with a line a sample in the
+    run's order: its columns, token ids, and `rows`: [[file, start, stop], ...]. The other formats write rows that samples
+    share once for each sample. For TransformerLens the tensors are named and shaped by `as_activation_cache`.
     Raises SelectionError, PathExists, DiskFull, UnreadableFile, StoreError, and CaptureError for a number that is too
     large for dtype.
     """
     check_format(to, dtype)
     check(path)
     run, destination = open_run(path), destination.expanduser()
-    held = run.contents
+    contents = run.contents
     if to == "transformer_lens":
-        lens.places({key: each.width for key, each in held.activations.items()}, run.settings)
+        lens.places({key: each.width for key, each in contents.activations.items()}, run.settings)
     if to == "arrow":
-        arrow.check_unicode(held)
-    dtypes = {key: _target(each.dtype, to, dtype) for key, each in held.activations.items()}
+        arrow.check_unicode(contents)
+    dtypes = {key: _target(each.dtype, to, dtype) for key, each in contents.activations.items()}
     with new_folder(destination) as folder:
-        ensure_space(destination, _size_bytes(held, dtypes, each_sample=to in _A_SAMPLE_AT_A_TIME))
+        ensure_space(destination, _size_bytes(contents, dtypes, each_sample=to in _A_SAMPLE_AT_A_TIME))
         (folder / "run.json").write_text(
             json.dumps({"model": without_folders(run.model), "settings": run.settings}, indent=2)
         )
@@ -83,7 +84,7 @@ def export(path: Path, destination: Path, to: str, *, dtype: str | None = None, 
 
 
 def check_format(to: str, dtype: str | None, formats: Iterable[str] = FORMATS) -> None:
-    """Raises SelectionError for a format or dtype that there is not, or that do not go together."""
+    """Raises SelectionError for an unknown format or dtype, or when the two do not go together."""
     known = list(formats)
     if to not in known:
         raise SelectionError(f"no format {to!r}.{did_you_mean(to, known)} Formats: {', '.join(known)}.")
@@ -100,48 +101,51 @@ def _target(stored: torch.dtype, to: str, dtype: str | None) -> torch.dtype:
     return torch.float32 if widened else stored
 
 
-def _size_bytes(held: contents.Contents, dtypes: Mapping[str, torch.dtype], *, each_sample: bool) -> int:
-    start, stop = held.segments.values[:].T
-    n_rows = int((stop - start).sum()) if each_sample else held.n_rows
-    return n_rows * sum(each.width * dtypes[key].itemsize for key, each in held.activations.items())
+def _size_bytes(contents: Contents, dtypes: Mapping[str, torch.dtype], *, each_sample: bool) -> int:
+    start, stop = contents.segments.values[:].T
+    n_rows = int((stop - start).sum()) if each_sample else contents.n_rows
+    return n_rows * sum(each.width * dtypes[key].itemsize for key, each in contents.activations.items())
 
 
-class Stored(NamedTuple):
-    """One tensor on its way into a file."""
+class OutgoingTensor(NamedTuple):
+    """One tensor that is written into a file of another tool."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: Callable[[], Iterable[Array]]
-    """Its raw bits in order, some rows at a time."""
+    slabs: Callable[[], Iterable[Array]]
+    """Gives its raw bits in order, some rows at a time."""
 
     @property
     def size_bytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-Save = Callable[[Path, Sequence[Stored]], None]
+Save = Callable[[Path, Sequence[OutgoingTensor]], None]
 
 
 def _write_shards(
     suffix: str, save: Save, run: Run, folder: Path, dtypes: Mapping[str, torch.dtype], advance: Advance
 ) -> None:
-    """A file for each shard, and samples.jsonl."""
+    """Write a file for each shard, and samples.jsonl."""
     names = [f"shard-{number:05d}.{suffix}" for number in range(len(run.shards))]
     first = np.cumsum([0, *(shard.n_rows for shard in run.shards)])
     segments = run.contents.segments
     with (folder / "samples.jsonl").open("w", encoding="ascii") as lines:
         for number, record in enumerate(records(run)):
-            places = _places(segments.item(number), first)
-            rows = [[names[shard], start, stop] for shard, start, stop in places]
+            ranges = _ranges_in_shards(segments.item(number), first)
+            rows = [[names[shard], start, stop] for shard, start, stop in ranges]
             lines.write(json.dumps({**record, "rows": rows}) + "\n")
     for name, shard in zip(names, run.shards, strict=True):
         save(folder / name, _tensors(shard, dtypes))
         advance(shard.n_samples)
 
 
-def _places(ranges: Array, first: Array) -> Iterator[tuple[int, int, int]]:
-    """(shard, start, stop), counted in the shard, of half-open ranges that are counted over the run."""
+def _ranges_in_shards(ranges: Array, first: Array) -> Iterator[tuple[int, int, int]]:
+    """(shard, start, stop) for each part of half-open ranges that lies in one shard, counted in that shard.
+
+    ranges: [n, 2], counted over the run. first: [n_shards + 1], the number of each shard's first row.
+    """
     for start, stop in ranges.tolist():
         while start < stop:
             shard = int(np.searchsorted(first, start, side="right")) - 1
@@ -150,18 +154,22 @@ def _places(ranges: Array, first: Array) -> Iterator[tuple[int, int, int]]:
             start = end
 
 
-def _tensors(shard: Shard, dtypes: Mapping[str, torch.dtype]) -> list[Stored]:
-    held, found = shard.contents(), []
-    for key, each in held.activations.items():
-        changed = contents.converted(replace(held, activations={key: each}), dtypes[key]).activations[key]
-        found.append(Stored(key, changed.dtype, (held.n_rows, each.width), changed.pieces))
-    numbers = {"token_id": held.token_ids[:], "position": held.positions[:]}
-    return found + [Stored(name, torch.int32, (held.n_rows,), partial(iter, [v])) for name, v in numbers.items()]
+def _tensors(shard: Shard, dtypes: Mapping[str, torch.dtype]) -> list[OutgoingTensor]:
+    contents, tensors = shard.contents(), []
+    for key, each in contents.activations.items():
+        changed = converted(replace(contents, activations={key: each}), dtypes[key]).activations[key]
+        tensors.append(OutgoingTensor(key, changed.dtype, (contents.n_rows, each.width), changed.slabs))
+    numbers = {"token_id": contents.token_ids[:], "position": contents.positions[:]}
+    return tensors + [
+        OutgoingTensor(name, torch.int32, (contents.n_rows,), partial(iter, [v])) for name, v in numbers.items()
+    ]
 
 
-def _save_safetensors(path: Path, tensors: Sequence[Stored]) -> None:
-    """The file that safetensors reads; its own writer wants all tensors in memory at once."""
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # each begins at a multiple of its item
+def _save_safetensors(path: Path, tensors: Sequence[OutgoingTensor]) -> None:
+    """Write a file that safetensors reads. Its own writer wants all tensors in memory at once."""
+    ordered = sorted(
+        tensors, key=lambda tensor: -tensor.dtype.itemsize
+    )  # so that each begins at a multiple of the size of its numbers
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in ordered:
@@ -172,35 +180,35 @@ def _save_safetensors(path: Path, tensors: Sequence[Stored]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
-            for piece in tensor.pieces():
-                file.write(raw_bytes(np.ascontiguousarray(piece)))
+            for slab in tensor.slabs():
+                file.write(raw_bytes(np.ascontiguousarray(slab)))
 
 
-def _save_npz(path: Path, tensors: Sequence[Stored]) -> None:
-    """The file that np.load reads; np.savez wants all arrays in memory at once."""
+def _save_npz(path: Path, tensors: Sequence[OutgoingTensor]) -> None:
+    """Write a file that np.load reads. np.savez wants all arrays in memory at once."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for tensor in tensors:
             header = {"descr": _NUMPY[tensor.dtype], "fortran_order": False, "shape": tensor.shape}
             with archive.open(f"{tensor.name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, header)
-                for piece in tensor.pieces():
-                    file.write(raw_bytes(np.ascontiguousarray(piece)))
+                for slab in tensor.slabs():
+                    file.write(raw_bytes(np.ascontiguousarray(slab)))
 
 
 def _write_lens(run: Run, folder: Path, dtypes: Mapping[str, torch.dtype], advance: Advance) -> None:
-    """A file for each sample, and samples.jsonl with its name, token_ids and positions."""
+    """Write a file for each sample, and samples.jsonl with the file's name, token_ids and positions."""
     with (folder / "samples.jsonl").open("w", encoding="ascii") as lines:
         for number, record in enumerate(records(run)):
-            found, name = sample(run, number, dtypes), f"sample-{number:05d}.safetensors"
+            data, name = sample(run, number, dtypes), f"sample-{number:05d}.safetensors"
             _save_safetensors(
                 folder / name,
                 [
-                    Stored(each, tensor.dtype, tuple(tensor.shape), partial(iter, [bits(tensor)]))
-                    for each, tensor in lens.as_activation_cache(found).items()
+                    OutgoingTensor(each, tensor.dtype, tuple(tensor.shape), partial(iter, [bits(tensor)]))
+                    for each, tensor in lens.as_activation_cache(data).items()
                 ],
             )
-            rows = {each: found[each].tolist() for each in ("token_ids", "positions")}
-            lines.write(json.dumps({**record, **rows, "tokens": found["tokens"], "file": name}) + "\n")
+            rows = {each: data[each].tolist() for each in ("token_ids", "positions")}
+            lines.write(json.dumps({**record, **rows, "tokens": data["tokens"], "file": name}) + "\n")
             advance(1)
 
 

@@ -1,4 +1,4 @@
-"""Up to the Hugging Face Hub: a folder or file as a data set."""
+"""Uploads a folder or file to the Hugging Face Hub, as a data set."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from AutomaticEval.errors import StoreError, first_line
 from AutomaticEval.store.local_paths import LOCAL_PATHS
 
 PRIVATE = [LOCAL_PATHS, f"*/{LOCAL_PATHS}", ".lock", ".lock-*", "*.partial", "*.partial/*", "*.damaged*"]
-"""Names in a folder that are never uploaded."""
+"""Patterns of the names of files that are never uploaded."""
 
 
 def push_to_hub(folder: Path, repo_id: str, *, private: bool = True) -> str:
     """Upload a folder (or a file) as a data set of the Hugging Face Hub. Returns its address.
 
-    repo_id: "user/name", which is made when it is not there; private is for one that is made. A call that was
-    interrupted goes on where it stopped when it is repeated.
+    repo_id: "user/name". It is made when it is not there; private says whether a data set that is made is private. When a call was
+    interrupted, calling again goes on where it stopped.
     Raises StoreError.
     """
     from huggingface_hub import HfApi
@@ -34,7 +34,7 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool = True) -> str:
 
 
 def create_repository(repo_id: str, *, private: bool = True) -> str:
-    """Make a data set on the Hub unless it is there, which tells whether it can be written. Raises StoreError."""
+    """Make a data set on the Hub unless it is there. Raises StoreError when it cannot be written."""
     from huggingface_hub import HfApi
 
     with _named_failures(repo_id):
@@ -43,10 +43,10 @@ def create_repository(repo_id: str, *, private: bool = True) -> str:
 
 @contextmanager
 def _named_failures(repo_id: str) -> Iterator[None]:
-    """The Hub's refusals in one line that says what to do."""
+    """Raise the Hub's refusals inside the with as StoreError, in one line that says what to do."""
     from huggingface_hub import errors
 
-    web: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
+    web: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # the error of the HTTP library that the Hub's client uses
     try:
         yield
     except (OSError, ValueError, RuntimeError, web) as failure:

@@ -1,4 +1,4 @@
-"""Samples on their way out to other tools: plain columns, and activations in another dtype."""
+"""Samples for other tools: their columns as plain values, and their activations in another dtype."""
 
 from __future__ import annotations
 
@@ -8,32 +8,36 @@ from typing import Any
 import torch
 
 from AutomaticEval.public_names import without_folders
-from AutomaticEval.store.contents import Contents, narrowed
+from AutomaticEval.store.contents.changed import narrowed
+from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.reader import Run
 
 Advance = Callable[[int], None]
-"""Told how many samples were just done."""
+"""Called again and again while work goes on, with the number of samples that were done since the last call."""
 
 
-def column_names(held: Contents) -> list[str]:
-    return [name for name in held.columns.names if name not in ("shard", "index")]
+def column_names(contents: Contents) -> list[str]:
+    """The columns that are exported: all but those that say in which shard of the run a sample is."""
+    return [name for name in contents.columns.names if name not in ("shard", "index")]
 
 
 def records(run: Run) -> Iterator[dict[str, Any]]:
-    """Every sample's columns and token ids."""
-    held = run.contents
-    whole = {name: held.columns.whole(name) for name in held.columns.names}  # all: `run[i]` then opens no file for them
-    for number in range(held.n_samples):
+    """Every sample's columns and token ids, one dict a sample."""
+    contents = run.contents
+    whole = {
+        name: contents.columns.whole(name) for name in contents.columns.names
+    }  # read at once, so that `run[i]` opens no file for them
+    for number in range(contents.n_samples):
         yield {
-            **{name: whole[name][number] for name in column_names(held)},
-            "input_ids": held.input_ids.item(number).tolist(),
-            "generated_ids": held.generated_ids.item(number).tolist(),
+            **{name: whole[name][number] for name in column_names(contents)},
+            "input_ids": contents.input_ids.item(number).tolist(),
+            "generated_ids": contents.generated_ids.item(number).tolist(),
         }
 
 
-def places_of(run: Run) -> list[str]:
-    """The absolute paths in what a run says of itself, beside its samples."""
-    found: dict[str, None] = {}
+def absolute_paths(run: Run) -> list[str]:
+    """The absolute paths in a run's settings, each once."""
+    paths: dict[str, None] = {}
 
     def look(value: Any) -> None:
         if isinstance(value, Mapping):
@@ -43,14 +47,14 @@ def places_of(run: Run) -> list[str]:
             for each in value:
                 look(each)
         elif isinstance(value, str) and without_folders(value) != value:
-            found[value] = None
+            paths[value] = None
 
     look({"settings": run.settings})
-    return list(found)
+    return list(paths)
 
 
 def sample(run: Run, number: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
-    """One sample with its activations in their new dtypes."""
-    found = run[number]
-    changed = {key: narrowed(key, tensor, dtypes[key]) for key, tensor in found["activations"].items()}
-    return {**found, "activations": changed}
+    """One sample as a dict, with its activations in other dtypes. dtypes: key -> the new dtype. Raises CaptureError for a number that is too large."""
+    data = run[number]
+    changed = {key: narrowed(key, tensor, dtypes[key]) for key, tensor in data["activations"].items()}
+    return {**data, "activations": changed}

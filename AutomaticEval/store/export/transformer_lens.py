@@ -11,7 +11,7 @@ from torch import Tensor
 
 from AutomaticEval.errors import CaptureError, SelectionError, StoreError, UnknownSite
 from AutomaticEval.sites import TABLE, site_of
-from AutomaticEval.store.hdf5.contract import bits
+from AutomaticEval.store.bits import bits
 
 
 def transformer_lens_name(key: str) -> str:

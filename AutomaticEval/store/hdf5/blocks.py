@@ -1,8 +1,8 @@
-"""Reads rows of a dataset where they lie, and checks the blocks that they lie in.
+"""Reads rows of a dataset from the file, and checks each block of rows against its checksum.
 
-Contiguous datasets are read with `pread` at the offset that HDF5 gives, which needs neither HDF5 nor its lock: it is quick,
-and works in threads and forked workers. What is compressed is read through HDF5. A block is read whole, also for one of its
-rows, and hashed while it is in the processor's cache.
+A contiguous dataset is read with `pread` at the offset that HDF5 gives. This needs neither HDF5 nor its lock, so it is quick, and
+works in threads and forked workers. A compressed dataset is read through HDF5. A block is read whole, also for one of its rows,
+and hashed while it is in the processor's cache.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ import numpy as np
 import xxhash
 
 from AutomaticEval.errors import DamagedFile, StoreError
-from AutomaticEval.store.hdf5 import contract
+from AutomaticEval.store.bits import raw_bytes
+from AutomaticEval.store.hdf5.attributes import attribute_of, text_of
 from AutomaticEval.store.hdf5.checksums import NAME, rows_per_block
-from AutomaticEval.store.hdf5.extents import Extent, Sums, dataset_of, naming, needs_filters, offset_of, stamp_of
+from AutomaticEval.store.hdf5.extents import BlockSums, Extent, dataset_of, naming, needs_filters, offset_of, stamp_of
 from AutomaticEval.store.hdf5.trailer import CHECKSUMS
 from AutomaticEval.store.ragged import Array, ranges_of
 
 _STEP_BYTES = 2**19
-"""Read at once: it is still in the processor's cache when it is hashed."""
+"""So many bytes are read at once: they are still in the processor's cache when they are hashed."""
 
 Fetch = Callable[[int, int, Array], None]
-"""Reads the rows from the first to before the second into an array as large."""
+"""Called with start, stop and an array of stop - start rows, into which it reads them."""
 
 
 class FileArray:
-    """A dataset of a file, sliced like an array; a slice reads its own bytes."""
+    """A dataset of a file that is sliced like an array. A slice reads only the blocks that it needs."""
 
     def __init__(self, path: Path, extent: Extent) -> None:
         self._path, self._extent = path, extent
@@ -52,7 +53,11 @@ class FileArray:
 def read_ranges(
     path: Path, extent: Extent, ranges: Array | Sequence[tuple[int, int]], out: Array | None = None
 ) -> Array:
-    """Rows of a dataset, one range after the other. Raises TruncatedFile when the file ends before them, DamagedFile when they are not what their checksums say."""
+    """Rows of a dataset, one half-open range after the other: [n, ...].
+
+    out: the array to read into; None makes one. Raises TruncatedFile when the file ends before the rows, DamagedFile when they do not fit
+    their checksums, and StoreError when the file is another one than the extent was taken from.
+    """
     wanted = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
     if out is None:
         out = np.empty((int((wanted[:, 1] - wanted[:, 0]).sum()), *extent.shape[1:]), extent.dtype)
@@ -72,39 +77,42 @@ def read_ranges(
     return out
 
 
-def sums_of(file: h5py.File, dataset: h5py.Dataset, extent: Extent, version: tuple[int, ...]) -> Sums | None:
-    """The checksums of a dataset; None where it has none. Raises ValueError when they are not those of its blocks."""
+def sums_of(file: h5py.File, dataset: h5py.Dataset, extent: Extent, version: tuple[int, ...]) -> BlockSums | None:
+    """Where the checksums of a dataset's blocks are; None for a dataset without checksums.
+
+    version: of the file's format. Raises ValueError when there are not as many as the dataset has blocks.
+    """
     if not math.prod(extent.shape) or version < (1, 1):
         return None
     n_rows = extent.shape[0]
     rows = dataset.chunks[0] if dataset.chunks else rows_per_block(extent.row_bytes)
     if n_rows > rows and version >= (1, 2):
-        return Sums(rows, _offset_of_sums(file, extent.name, rows, -(-n_rows // rows)))
+        return BlockSums(rows, _offset_of_sums(file, extent.name, rows, -(-n_rows // rows)))
     try:
-        single = contract.text_of(dataset, NAME)
+        single = text_of(dataset, NAME)
     except KeyError:
         raise ValueError(f"/{extent.name} has no checksum") from None
-    return Sums(n_rows, None, int(single, 16), only_whole=n_rows > rows)
+    return BlockSums(n_rows, None, int(single, 16), only_whole=n_rows > rows)
 
 
 def _offset_of_sums(file: h5py.File, name: str, rows: int, n_blocks: int) -> int:
-    made = dataset_of(file, f"{CHECKSUMS}/{name}")
-    if made.shape != (n_blocks,) or made.dtype != np.dtype("<u8") or contract.attribute_of(made, "rows") != rows:
+    stored = dataset_of(file, f"{CHECKSUMS}/{name}")
+    if stored.shape != (n_blocks,) or stored.dtype != np.dtype("<u8") or attribute_of(stored, "rows") != rows:
         raise ValueError(f"/{CHECKSUMS}/{name} are not the {n_blocks} checksums of blocks of {rows} rows")
-    return offset_of(made, made.name.strip("/"), 8 * n_blocks, file.id.get_filesize())
+    return offset_of(stored, stored.name.strip("/"), 8 * n_blocks, file.id.get_filesize())
 
 
 def stored_sums(path: Path, extent: Extent) -> Array | None:
-    """[n_blocks], uint64: the checksums of a dataset's blocks, where it has several."""
+    """[n_blocks], uint64: the checksums of a dataset's blocks. None where it has one block or none."""
     if extent.sums is None or extent.sums.offset is None:
         return None
     n_blocks = -(-extent.shape[0] // extent.sums.rows)
-    found = Extent("checksums", extent.sums.offset, (n_blocks,), np.dtype("<u8"), extent.stamp)
-    return read_ranges(path, found, [(0, n_blocks)])
+    checksums = Extent("checksums", extent.sums.offset, (n_blocks,), np.dtype("<u8"), extent.stamp)
+    return read_ranges(path, checksums, [(0, n_blocks)])
 
 
 def damaged(path: Path, name: str, start: int, stop: int) -> DamagedFile:
-    """What is raised for rows of a dataset that are not what their checksum says."""
+    """The error for rows of a dataset that do not fit their checksum."""
     return DamagedFile(
         f"{path}: /{name} is not what its checksum says in the rows {start} to {stop - 1}. Restore the file from a copy, or "
         "capture again (--resume does of a run that was cut short); the other rows and files can be read."
@@ -116,18 +124,18 @@ def _read(path: Path, extent: Extent, handle: int, fetch: Fetch, wanted: Array, 
     sums = extent.sums
     if sums is None or not sums.only_whole or not _is_whole(wanted, sums.rows):
         return
-    if xxhash.xxh3_64_intdigest(contract.raw_bytes(out)) != sums.single:
+    if xxhash.xxh3_64_intdigest(raw_bytes(out)) != sums.single:
         raise damaged(path, extent.name, 0, sums.rows)
 
 
 def _is_whole(wanted: Array, n_rows: int) -> bool:
-    """Whether ranges are all rows, in order."""
+    """Whether the ranges are all n_rows rows, in order."""
     edges = wanted.reshape(-1)
     return bool(len(edges)) and edges[0] == 0 and edges[-1] == n_rows and bool(np.all(edges[1:-1:2] == edges[2::2]))
 
 
 class _Blocks:
-    """The blocks of a dataset, read and checked within one call; without checksums each row is one."""
+    """The blocks of a dataset, which are read and checked within one call. Without checksums, each row is a block."""
 
     def __init__(self, path: Path, extent: Extent, handle: int, fetch: Fetch) -> None:
         self._path, self._extent, self._handle, self._fetch = path, extent, handle, fetch
@@ -135,10 +143,13 @@ class _Blocks:
         self._rows, self._n_rows = 1 if self._sums is None else self._sums.rows, extent.shape[0]
         self._held = np.empty((0, *extent.shape[1:]), extent.dtype)
         self._first = self._stop = 0
-        """The first row of the block that is held, and the row after its last."""
+        """The first row of the block that is held, and the row after its last row."""
 
     def read(self, wanted: Array, out: Array) -> None:
-        """Whole blocks go straight into out; of others the rows, through one block that is held for those that follow."""
+        """Read ranges of rows into out.
+
+        Whole blocks are read straight into out. A block of which only some rows are wanted is read into memory, and held for the next range.
+        """
         rows, filled = self._rows, 0
         for start, stop in wanted.tolist():
             while start < stop:
@@ -162,12 +173,12 @@ class _Blocks:
         self._first, self._stop = start, stop
 
     def _whole(self, start: int, stop: int, out: Array) -> None:
-        """Whole blocks, from the first row of one to the last row of one."""
+        """Read and check whole blocks. start: the first row of a block. stop: the row after the last row of a block."""
         sums = self._sums
         if sums is None:
             self._fetch(start, stop, out)
             return
-        view, block_bytes = contract.raw_bytes(out), sums.rows * self._extent.row_bytes
+        view, block_bytes = raw_bytes(out), sums.rows * self._extent.row_bytes
         expected = self._expected(sums, start // sums.rows, -(-(stop - start) // sums.rows))
         together = max(1, _STEP_BYTES // block_bytes)
         for first in range(0, len(expected), together):
@@ -180,7 +191,7 @@ class _Blocks:
                     wrong = start + number * sums.rows
                     raise damaged(self._path, self._extent.name, wrong, min(wrong + sums.rows, self._n_rows))
 
-    def _expected(self, sums: Sums, first: int, n_blocks: int) -> Sequence[int]:
+    def _expected(self, sums: BlockSums, first: int, n_blocks: int) -> Sequence[int]:
         if sums.offset is None:
             return (sums.single,)
         raw = os.pread(self._handle, 8 * n_blocks, sums.offset + 8 * first)
@@ -191,7 +202,7 @@ class _Blocks:
 
 def _fetch(handle: int, extent: Extent, start: int, stop: int, out: Array) -> None:
     assert extent.offset is not None
-    view, filled = contract.raw_bytes(out), 0
+    view, filled = raw_bytes(out), 0
     at = extent.offset + start * extent.row_bytes
     while filled < len(view):
         got = os.preadv(handle, [view[filled:]], at + filled)

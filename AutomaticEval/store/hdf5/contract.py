@@ -1,390 +1,57 @@
-"""The file contract: names, dtypes and versions, as `docs/format.md` says. Owns how each value is encoded.
+"""The file contract in code, as `docs/format.md` says: the names of the formats, their version, and the types of activations.
 
 Knows nothing of models, of runs, or of when a file is written.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import h5py
-import numpy as np
 import torch
-from torch import Tensor
 
-from AutomaticEval.errors import CaptureError, did_you_mean
-from AutomaticEval.store.disk.parsing import is_too_deep, parse_json
+from AutomaticEval.errors import CaptureError
 
 SHARD_FORMAT = "automatic-eval/activations"
 RUN_FORMAT = "automatic-eval/run"
 VERSION = (1, 2)
 TEXT = h5py.string_dtype()
-_TEXT_TYPE = h5py.h5t.py_create(TEXT)
 
-COLUMNS = {
-    "prompt": "text",
-    "response": "text",
-    "timestamp": "text",
-    "n_prompt_tokens": "int",
-    "batch_rows": "int",
-    "batch_columns": "int",
-    "task": "text",
-    "doc_id": "int",
-    "choice": "int",
-    "repeat": "int",
-    "window": "int",
-    "n_truncated": "int",
-    "question": "text",
-    "extracted_answer": "json",
-    "choices": "json",
-    "logprob": "float",
-    "is_greedy": "bool",
-    "scoring": "text",
-    "correct": "bool",
-    "target": "json",
-    "prediction": "json",
-    "metrics": "json",
-    "prompt_hash": "text",
-    "random_state": "text",
-    "shard": "int",
-    "index": "int",
-}
-"""Column -> type. Nothing else can be written."""
 
-ENCODINGS = ("utf-8", "json", "int", "float", "bool")
-ENCODED: dict[str, tuple[str, ...]] = {
-    "text": ("utf-8", "json"),
-    "json": ("json",),
-    "int": ("int",),
-    "float": ("float",),
-    "bool": ("bool",),
-}
-"""Type of a column -> the encodings that it may have."""
-NUMPY: dict[str, np.dtype[Any]] = {"int": np.dtype("<i8"), "float": np.dtype("<f8"), "bool": np.dtype("i1")}
-"""The dtype in which each type of column is stored that holds numbers."""
-_NONE, _NAN = 0x7FF8 << 48, (0x7FF8 << 48) + 1
-"""The bits of a float that is absent, and of one that is not a number. Older versions wrote _NONE for both."""
 _DTYPES = {
     torch.float64: h5py.h5t.IEEE_F64LE,
     torch.float32: h5py.h5t.IEEE_F32LE,
     torch.float16: h5py.h5t.IEEE_F16LE,
     torch.int8: h5py.h5t.STD_I8LE,
 }
-_BITS: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
-    8: (np.dtype("<u8"), torch.int64),
-    4: (np.dtype("<u4"), torch.int32),
-    2: (np.dtype("<u2"), torch.int16),
-    1: (np.dtype("i1"), torch.int8),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows of one sequence that are stored together. Several samples may point into the same Rows."""
-
-    token_ids: Sequence[int]
-    tokens: Sequence[str]
-    """The tokens' strings, aligned with token_ids."""
-
-    positions: Sequence[int]
-    activations: Mapping[str, Tensor]
-    """Key -> [n_rows, width], on the CPU."""
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(each.numel() * each.element_size() for each in self.activations.values())
-
-    @property
-    def memory_bytes(self) -> int:
-        """With about what Python takes for each row's token, string and position."""
-        return self.size_bytes + 150 * len(self.positions)
-
-
-class Part(NamedTuple):
-    """Some of the rows that are stored together."""
-
-    rows: Rows
-    where: Sequence[int]
-    """Indices into rows, ascending by position."""
-
-
-def fed_of(input_ids: Sequence[int], generated_ids: Sequence[int]) -> list[int]:
-    """What a model is fed of a sample: all but the last token of a response; a text without one to its end."""
-    return [*input_ids, *list(generated_ids)[:-1]]
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One prompt (or context) with one response (or continuation), and where its rows are."""
-
-    fields: Mapping[str, Any]
-    """Columns of COLUMNS: prompt, response, timestamp, …"""
-
-    input_ids: Sequence[int]
-    generated_ids: Sequence[int]
-    parts: Sequence[Part]
-    """Its rows, one part after the other: a prefix that many samples share, then its own."""
-
-    def __post_init__(self) -> None:
-        """Refuse rows that are not this sample's tokens, and columns that could not be written."""
-        check_columns(self.fields)
-        if not self.parts:
-            raise CaptureError("a sample needs the rows it points into, of which it may keep none.")
-        fed = fed_of(self.input_ids, self.generated_ids)
-        for rows, where in self.parts:
-            positions = [rows.positions[index] for index in where]
-            found = [rows.token_ids[index] for index in where]
-            inside = not positions or (min(where) >= 0 and min(positions) >= 0 and max(positions) < len(fed))
-            if not inside or [fed[position] for position in positions] != found:
-                raise CaptureError(
-                    f"rows of the tokens {found[:8]} at the positions {positions[:8]} do not belong to their sample, which was fed "
-                    f"{len(fed)} tokens (prompt {self.fields.get('prompt', '')[:40]!r})."
-                )
-
-    @property
-    def memory_bytes(self) -> int:
-        """About what it takes beside its rows: Python's numbers and text."""
-        n_ids = len(self.input_ids) + len(self.generated_ids)
-        return 36 * n_ids + sum(len(value) for value in self.fields.values() if isinstance(value, str)) + 2048
-
-    def activation_data(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The dict that the drop-in functions return and `load_activations` gives back."""
-        picked: dict[str, list[Tensor]] = {}
-        for rows, where in self.parts:
-            index = torch.tensor(list(where), dtype=torch.long)
-            for key, tensor in rows.activations.items():
-                picked.setdefault(key, []).append(tensor[index])
-        return assemble(
-            model,
-            settings,
-            self.fields,
-            self.input_ids,
-            self.generated_ids,
-            [rows.token_ids[i] for rows, where in self.parts for i in where],
-            [rows.positions[i] for rows, where in self.parts for i in where],
-            [rows.tokens[i] for rows, where in self.parts for i in where],
-            {key: torch.cat(tensors) for key, tensors in picked.items()},
-        )
-
-
-def assemble(
-    model: str,
-    settings: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    input_ids: Sequence[int],
-    generated_ids: Sequence[int],
-    token_ids: Sequence[int],
-    positions: Sequence[int],
-    tokens: Sequence[str],
-    activations: dict[str, Tensor],
-) -> dict[str, Any]:
-    """One sample as a dict, the same whether it comes from a model or from a file."""
-    rest = {
-        name: value for name, value in fields.items() if name not in ("batch_rows", "batch_columns", "shard", "index")
-    }
-    shape = [fields[name] for name in ("batch_rows", "batch_columns") if name in fields]
-    return {
-        **rest,
-        "model": model,
-        "input_ids": torch.tensor(list(input_ids), dtype=torch.long)[None],  # [1, P]
-        "generated_ids": torch.tensor(list(generated_ids), dtype=torch.long),  # [R]
-        "token_ids": torch.tensor(list(token_ids), dtype=torch.long),  # [n_positions]
-        "positions": torch.tensor(list(positions), dtype=torch.long),  # [n_positions]
-        "tokens": list(tokens),
-        "activations": activations,
-        "settings": {**settings, "batch_shape": shape} if shape else dict(settings),
-    }
 
 
 def shard_number(name: str) -> int:
-    """`shard-00003.h5` -> 3. Raises ValueError for what is not the name of a shard, such as one in another folder."""
-    found = re.fullmatch(r"shard-([0-9]+)\.h5", name)
-    if found is None:
+    """`shard-00003.h5` -> 3. Raises ValueError for any other name, such as that of a shard in another folder."""
+    match = re.fullmatch(r"shard-([0-9]+)\.h5", name)
+    if match is None:
         raise ValueError(f"{name[:80]!r} is not a shard's name, such as shard-00000.h5")
-    return int(found[1])
+    return int(match[1])
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The dtype of an activation dataset by its `dtype` attribute. Raises ValueError for one that there is not."""
-    found = {str(dtype).removeprefix("torch."): dtype for dtype in (*_DTYPES, torch.bfloat16)}.get(name)
-    if found is None:
+    """The dtype that the `dtype` attribute of an activation dataset names. Raises ValueError for an unknown name."""
+    dtype = {str(dtype).removeprefix("torch."): dtype for dtype in (*_DTYPES, torch.bfloat16)}.get(name)
+    if dtype is None:
         raise ValueError(f"no dtype {name!r}")
-    return found
+    return dtype
 
 
 def hdf5_type(dtype: torch.dtype) -> h5py.h5t.TypeID:
-    """The HDF5 type of an activation dtype; bfloat16 is HDF5's own, which h5py has no name for."""
+    """The HDF5 type of an activation dtype. h5py has no name for bfloat16, so that type is made here. Raises CaptureError for other dtypes."""
     if dtype in _DTYPES:
         return _DTYPES[dtype]
     if dtype != torch.bfloat16:
         raise CaptureError(f"activations of dtype {dtype} cannot be stored; expected a floating dtype.")
-    made = h5py.h5t.IEEE_F32LE.copy()
-    made.set_fields(15, 7, 8, 0, 7)  # sign, exponent at and of, mantissa at and of
-    made.set_size(2)
-    made.set_ebias(127)
-    return made
-
-
-def bits(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The raw bits of a contiguous tensor, as unsigned integers that share its memory."""
-    numpy_type, torch_type = _BITS[tensor.element_size()]
-    return tensor.contiguous().view(torch_type).numpy().view(numpy_type)
-
-
-def from_bits(raw: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
-    """The tensor whose raw bits these are, sharing their memory."""
-    signed = raw.view(np.dtype(f"<i{raw.dtype.itemsize}"))
-    return torch.from_numpy(signed).view(dtype)
-
-
-def raw_bytes(array: np.ndarray[Any, Any]) -> memoryview:
-    """The bytes of a contiguous array, sharing its memory."""
-    return array.reshape(-1).view(np.uint8).data
-
-
-def bits_type(dtype: torch.dtype) -> np.dtype[Any]:
-    """The unsigned integer type as wide as a dtype."""
-    return _BITS[torch.empty((), dtype=dtype).element_size()][0]
-
-
-def attribute_of(item: h5py.HLObject, name: str) -> Any:
-    """An attribute of one value, text or a whole number. Raises ValueError for another, which is not read; KeyError for none."""
-    made = h5py.h5a.open(item.id, name.encode("utf-8", "surrogateescape"))
-    one, stored = made.get_space().get_simple_extent_type() == h5py.h5s.SCALAR, made.get_type()
-    if not one or stored.get_class() not in (h5py.h5t.STRING, h5py.h5t.INTEGER):
-        raise ValueError(f"the attribute {name} of {item.name} is neither one text nor one whole number")
-    if stored.get_class() == h5py.h5t.INTEGER or not stored.is_variable_str():
-        return item.attrs[name]
-    found = np.empty((), dtype=TEXT)  # as h5py does, which asks for type and shape again
-    made.read(found, mtype=_TEXT_TYPE)
-    text = found[()]
-    return text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
-
-
-def text_of(item: h5py.HLObject, name: str) -> str:
-    """An attribute that is text. Raises ValueError for another, KeyError for none."""
-    found = attribute_of(item, name)
-    if not isinstance(found, str):
-        raise ValueError(f"the attribute {name} of {item.name} is {found!r}, expected text")
-    return found
-
-
-def check_columns(names: Iterable[str]) -> None:
-    """Raises CaptureError for a column that the format does not have: it would be lost."""
-    for name in names:
-        if name not in COLUMNS:
-            raise CaptureError(
-                f"a sample has the column {name!r}, which format {'.'.join(map(str, VERSION))} does not have, and nothing was written."
-                f"{did_you_mean(name, COLUMNS)} Columns: {', '.join(COLUMNS)}."
-            )
-
-
-def encode_column(name: str, values: Sequence[Any]) -> tuple[np.ndarray[Any, Any] | list[str], str]:
-    """A column's values as they are written, and its `encoding` attribute."""
-    kind = COLUMNS[name]
-    if kind == "json":
-        return [as_json(value) for value in values], "json"
-    if kind == "text":
-        return encode_text(["" if value is None else str(value) for value in values])
-    if kind == "bool" and any(value not in (None, False, True) for value in values):
-        raise CaptureError(
-            f"the column {name} holds {next(v for v in values if v not in (None, False, True))!r}, which is neither true nor false."
-        )
-    if kind == "float":
-        return _encoded_floats(values), kind
-    return np.array([-1 if value is None else value for value in values], dtype=NUMPY[kind]), kind
-
-
-def _encoded_floats(values: Sequence[Any]) -> np.ndarray[Any, Any]:
-    """None is NaN, and NaN is another NaN."""
-    is_none = np.array([value is None for value in values], dtype=bool)
-    numbers = np.array([0.0 if value is None else value for value in values], dtype=NUMPY["float"])
-    raw = numbers.view(np.uint64)
-    raw[np.isnan(numbers)], raw[is_none] = _NAN, _NONE
-    return numbers
-
-
-def n_non_finite_floats(numbers: np.ndarray[Any, Any]) -> int:
-    """How many of a column's encoded floats are infinite or NaN; None is neither."""
-    return int(np.count_nonzero(~np.isfinite(numbers) & ~_is_none(numbers)))
-
-
-def _is_none(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    found: np.ndarray[Any, Any] = np.isnan(numbers) & (np.ascontiguousarray(numbers).view(np.uint64) != _NAN)
-    return found
-
-
-def as_json(value: Any) -> str:
-    """Any value as JSON. Keys that JSON does not have are text, and so is what holds itself or is nested too deep to be read."""
-    try:
-        text = json.dumps(value, default=plain)
-    except (TypeError, ValueError, RecursionError):
-        try:
-            text = json.dumps(_with_text_keys(value), default=plain)
-        except RecursionError:
-            return json.dumps(str(value))
-    return json.dumps(str(value)) if is_too_deep(text) else text
-
-
-def _with_text_keys(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _with_text_keys(each) for key, each in value.items()}
-    return [_with_text_keys(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def plain(value: Any) -> Any:
-    """For JSON: numbers of numpy or torch as Python's, anything else that it has no type for as text."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def attribute_text(text: str) -> str:
-    """Text as a root attribute: HDF5 holds neither U+0000 nor lone surrogates, which stand there escaped (`\\udc80`)."""
-    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
-
-
-def encode_text(values: Sequence[str]) -> tuple[list[str], str]:
-    """Strings as they are written: as they are, or as JSON when HDF5 cannot hold one of them."""
-    if all("\0" not in value and _is_utf8(value) for value in values):
-        return list(values), "utf-8"
-    return [json.dumps(value) for value in values], "json"
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def decode_texts(dataset: h5py.Dataset, at: Any = ()) -> list[str]:
-    """As `decode_column`, of text. Raises ValueError, also for JSON that is no text."""
-    found = decode_column(dataset, at)
-    if not all(isinstance(value, str) for value in found):
-        raise ValueError(f"{dataset.name} holds values that are no text")
-    return found
-
-
-def decode_column(dataset: h5py.Dataset, at: Any = ()) -> list[Any]:
-    """A column's values, whole or at a slice, with None where none was written. Raises ValueError."""
-    return decoded(dataset[at], dataset.attrs["encoding"])
-
-
-def decoded(raw: Any, encoding: str) -> list[Any]:
-    """Values as they are written -> as they were given. Raises ValueError."""
-    if encoding not in ENCODINGS:
-        raise ValueError(f"a column has the encoding {encoding!r}")
-    if encoding in ("utf-8", "json"):
-        texts = [value.decode("utf-8") if isinstance(value, bytes) else value for value in np.atleast_1d(raw)]
-        return [parse_json(text) for text in texts] if encoding == "json" else texts
-    values = np.atleast_1d(raw).tolist()
-    if encoding == "float":
-        nones = _is_none(np.atleast_1d(raw)).tolist()
-        return [None if is_none else value for value, is_none in zip(values, nones, strict=True)]
-    if encoding == "bool":
-        return [None if value < 0 else bool(value) for value in values]
-    return [None if value == -1 else value for value in values]
+    bfloat16 = h5py.h5t.IEEE_F32LE.copy()
+    bfloat16.set_fields(
+        15, 7, 8, 0, 7
+    )  # the sign's bit, the exponent's first bit and length, the mantissa's first bit and length
+    bfloat16.set_size(2)
+    bfloat16.set_ebias(127)
+    return bfloat16

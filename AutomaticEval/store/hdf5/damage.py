@@ -1,6 +1,6 @@
-"""What is wrong with one file: every checksum computed again, every sample's rows compared with its tokens.
+"""Says what is wrong with one file: computes every checksum again, and compares every sample's rows with its tokens.
 
-Reads without checking, so that all that is damaged is named. Knows nothing of runs.
+Reads without checks that raise, so that everything that is damaged is named. Knows nothing of runs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import h5py
 import numpy as np
 
 from AutomaticEval.errors import AutomaticEvalError, FileRefused, MissingFilter, NewerFormat, NotActivations
-from AutomaticEval.store import int8 as eight_bits
-from AutomaticEval.store.contents import Contents
+from AutomaticEval.samples import COLUMNS
+from AutomaticEval.store import int8
+from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.hdf5 import checksums, contract
+from AutomaticEval.store.hdf5.attributes import attribute_of, text_of
 from AutomaticEval.store.hdf5.blocks import read_ranges, stored_sums, sums_of
 from AutomaticEval.store.hdf5.extents import Extent, dataset_of
 from AutomaticEval.store.hdf5.read import Shard
@@ -24,30 +26,32 @@ from AutomaticEval.store.hdf5.trailer import CHECKSUMS
 from AutomaticEval.store.ragged import Array, indices_of
 
 Advance = Callable[[int], None]
-"""Told, as the work goes on, how many bytes of activations were done."""
+"""Called again and again while work goes on, with the number of bytes of activations that were done since the last call."""
 _STEP_BYTES = 2**20
-"""Read at once: it stays in the processor's cache until it is hashed."""
+"""So many bytes are read at once: they stay in the processor's cache until they are hashed."""
 _CHUNKED_BYTES = 2**23
-"""What is compressed goes through HDF5, which opens the file for each step."""
+"""So many bytes of a compressed dataset are read at once: they are read through HDF5, which opens the file for each step."""
 _STEP_ROWS = 2**20
 _NAMED = 5
-"""Places that are named of each dataset."""
+"""So many damaged blocks of a dataset are named."""
 
 
-def ignore(n_bytes: int) -> None: ...
+def ignore(n_bytes: int) -> None:
+    """The `advance` for work whose progress is not shown."""
 
 
-def verify_file(path: Path, kind: str = contract.SHARD_FORMAT, advance: Advance = ignore) -> list[str]:
-    """What is wrong with a shard or `run.h5`, one line each.
+def verify_file(path: Path, file_format: str = contract.SHARD_FORMAT, advance: Advance = ignore) -> list[str]:
+    """What is wrong with a shard or `run.h5`, one line each; empty when all is well.
 
-    Raises MissingFilter, NewerFormat, NotActivations and FileRefused for what is not damaged: it cannot be told here, or is something else.
+    file_format: SHARD_FORMAT or RUN_FORMAT. Raises MissingFilter, NewerFormat, NotActivations and FileRefused for a file that cannot be
+    checked here, or that is no such file.
     """
     try:
-        shard = Shard(path, kind, check=False)
-        _follow(shard)
+        shard = Shard(path, file_format, check=False)
+        _visit_everything(shard)
         problems = list(_wrong_checksums(shard, advance))
         if shard.has_rows:
-            problems += _strangers(shard.contents())
+            problems += _wrong_rows(shard.contents())
         if not shard.has_trailer and shard.version >= (1, 1):
             problems.append("its trailer is missing: it was changed or cut short")
         return [f"{path}: {problem}" for problem in problems]
@@ -57,63 +61,65 @@ def verify_file(path: Path, kind: str = contract.SHARD_FORMAT, advance: Advance 
         return [str(failure)]
 
 
-def _follow(shard: Shard) -> None:
-    """Raises TruncatedFile when HDF5's own structures cannot be followed to every object and attribute."""
+def _visit_everything(shard: Shard) -> None:
+    """Raises TruncatedFile when HDF5 does not find every object and attribute of the file."""
 
     def look(name: str, item: Any) -> None:
         for each in item.attrs:
-            # a value that is not of ours is none of our business; ours are read, and refused, where they are used
+            # another program's attribute may have any value; ours are checked where they are used
             with suppress(ValueError, TypeError):
-                contract.attribute_of(item, each)
+                attribute_of(item, each)
 
     with shard.reading() as file:
         file.visititems(look)
 
 
 def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:
-    """Datasets whose elements are not what their checksums say."""
-    if shard.version < (1, 1):  # had none
+    """Datasets whose elements do not fit their checksums."""
+    if shard.version < (1, 1):  # it had no checksums
         shard.say_what_is_not_checked()
         return
     if checksums.of_attributes(shard.attributes) != shard.attributes.get(checksums.OF_ATTRIBUTES):
         yield "the root attributes are not what their checksum says"
     with shard.reading() as file:
         for name in _texts(shard, file):
-            expected, found = _checksum_of(file[name]), checksums.of_text(file[name][()].tolist())
-            if found != expected:
-                yield _unlike(name, f"found {found}, expected {expected}")
+            expected, computed = _checksum_of(file[name]), checksums.of_text(file[name][()].tolist())
+            if computed != expected:
+                yield _unlike(name, f"found {computed}, expected {expected}")
         numbers = [
             each._replace(sums=sums_of(file, dataset_of(file, each.name), each, shard.version))
             for each in _numbers(shard)
         ]
-        told = [_told(file, each) for each in numbers]
-    for extent, (whole, of_blocks) in zip(numbers, told, strict=True):
+        stored = [_stored_checksums(file, each) for each in numbers]
+    for extent, (whole, of_blocks) in zip(numbers, stored, strict=True):
         yield from _wrong_numbers(shard.path, extent, whole, of_blocks, advance)
 
 
 def _texts(shard: Shard, file: h5py.File) -> list[str]:
-    names = [f"samples/{name}" for name in shard.column_names if name in contract.COLUMNS]
+    names = [f"samples/{name}" for name in shard.column_names if name in COLUMNS]
     names += ["vocabulary/token"]
-    names += [f"shards/{name}" for name in ("name", checksums.OF_ATTRIBUTES) if shard.kind == contract.RUN_FORMAT]
+    names += [
+        f"shards/{name}" for name in ("name", checksums.OF_ATTRIBUTES) if shard.file_format == contract.RUN_FORMAT
+    ]
     return [name for name in names if h5py.check_string_dtype(file[name].dtype) is not None]
 
 
 def _numbers(shard: Shard) -> list[Extent]:
-    rows = shard.extents.values() if shard.kind == contract.SHARD_FORMAT else ()
+    rows = shard.extents.values() if shard.file_format == contract.SHARD_FORMAT else ()
     columns = (extent for _, extent in shard.columns.values())
     return [*shard.numbers.values(), *shard.scales.values(), *columns, *rows]
 
 
-def _told(file: h5py.File, extent: Extent) -> tuple[str | None, str | None]:
-    """A dataset's checksum, and that of its blocks' checksums."""
+def _stored_checksums(file: h5py.File, extent: Extent) -> tuple[str | None, str | None]:
+    """A dataset's checksum, and the checksum of its blocks' checksums; None for one that the file does not have."""
     blocks = f"{CHECKSUMS}/{extent.name}"
     has_blocks = extent.sums is not None and extent.sums.offset is not None
     return _checksum_of(file[extent.name]), _checksum_of(file[blocks]) if has_blocks else None
 
 
 def _checksum_of(dataset: h5py.Dataset) -> str | None:
-    """What a dataset says of itself; None where it says nothing. Raises ValueError for what is no text."""
-    return contract.text_of(dataset, checksums.NAME) if checksums.NAME in dataset.attrs else None
+    """The checksum in a dataset's attribute, or None. Raises ValueError for an attribute that is no text."""
+    return text_of(dataset, checksums.NAME) if checksums.NAME in dataset.attrs else None
 
 
 def _wrong_numbers(
@@ -126,7 +132,7 @@ def _wrong_numbers(
     wrong = np.arange(0) if expected is None else np.flatnonzero(hashed.blocks() != expected)
     if len(wrong):
         assert extent.sums is not None
-        yield _unlike(extent.name, _places(wrong, extent.sums.rows, extent.shape[0]))
+        yield _unlike(extent.name, _row_ranges(wrong, extent.sums.rows, extent.shape[0]))
     elif hashed.hexdigest() != whole:
         yield _unlike(extent.name, f"found {hashed.hexdigest()}, expected {whole}")
 
@@ -135,44 +141,52 @@ def _unlike(name: str, how: str) -> str:
     return f"/{name} is not what its checksum says ({how})"
 
 
-def _places(blocks: Array, rows: int, n_rows: int) -> str:
-    """Numbers of blocks -> 'rows 0 to 63, 128 to 191'."""
+def _row_ranges(blocks: Array, rows: int, n_rows: int) -> str:
+    """The rows of blocks as text: 'rows 0 to 63, 128 to 191'. blocks: their numbers. rows: in a block. n_rows: in the dataset."""
     named = [f"{number * rows} to {min((number + 1) * rows, n_rows) - 1}" for number in blocks[:_NAMED].tolist()]
     return f"rows {', '.join(named)}" + (f" and {len(blocks) - _NAMED} more blocks" if len(blocks) > _NAMED else "")
 
 
-def _hashed(path: Path, extent: Extent, advance: Advance) -> checksums.Running:
-    """The checksums of all rows, which are read into one buffer."""
+def _hashed(path: Path, extent: Extent, advance: Advance) -> checksums.ArrayHash:
+    """The checksums of all rows. The rows are read into one buffer, some at a time."""
     has_blocks = extent.sums is not None and not extent.sums.only_whole
-    rows = extent.sums.rows if extent.sums is not None and has_blocks else eight_bits.BLOCK_ROWS
-    hashed = checksums.Running(rows * extent.row_bytes)
+    rows = extent.sums.rows if extent.sums is not None and has_blocks else int8.BLOCK_ROWS
+    hashed = checksums.ArrayHash(rows * extent.row_bytes)
     step = max(1, (_CHUNKED_BYTES if extent.offset is None else _STEP_BYTES) // max(1, rows * extent.row_bytes)) * rows
     buffer = np.empty((min(step, extent.shape[0]), *extent.shape[1:]), extent.dtype)
     plain = extent._replace(sums=None)
     for start in range(0, extent.shape[0], step):
-        piece = buffer[: min(step, extent.shape[0] - start)]
-        read_ranges(path, plain, [(start, start + len(piece))], piece)
-        hashed.add(piece)
+        slab = buffer[: min(step, extent.shape[0] - start)]
+        read_ranges(path, plain, [(start, start + len(slab))], slab)
+        hashed.add(slab)
         if extent.name.startswith("activations/"):
-            advance(piece.nbytes)
+            advance(slab.nbytes)
     return hashed
 
 
-def _strangers(held: Contents) -> list[str]:
-    """Samples with a row that is not their token's."""
-    token_ids, positions, ranges = held.token_ids[:], held.positions[:], held.segments.values[:].reshape(-1, 2)
-    prompts, responses = (ragged.values[:] for ragged in (held.input_ids, held.generated_ids))
-    owner = np.repeat(np.arange(held.n_samples), np.diff(held.segments.offset))
+def _wrong_rows(contents: Contents) -> list[str]:
+    """The first sample with a row whose token is not the sample's token at the row's position."""
+    token_ids, positions, ranges = (
+        contents.token_ids[:],
+        contents.positions[:],
+        contents.segments.values[:].reshape(-1, 2),
+    )
+    prompts, responses = (ragged.values[:] for ragged in (contents.input_ids, contents.generated_ids))
+    owner = np.repeat(np.arange(contents.n_samples), np.diff(contents.segments.offset))
     n_rows = np.cumsum(ranges[:, 1] - ranges[:, 0])
     for start, stop in _steps(n_rows):
         some = ranges[start:stop]
         rows, of = indices_of(some), np.repeat(owner[start:stop], some[:, 1] - some[:, 0])
-        places, n_prompt = positions[rows], np.diff(held.input_ids.offset)[of]
-        n_fed = n_prompt + np.maximum(np.diff(held.generated_ids.offset)[of] - 1, 0)
-        wrong = (places < 0) | (places >= n_fed)
+        at_positions, n_prompt = positions[rows], np.diff(contents.input_ids.offset)[of]
+        n_fed = n_prompt + np.maximum(np.diff(contents.generated_ids.offset)[of] - 1, 0)
+        wrong = (at_positions < 0) | (at_positions >= n_fed)
         for ids, at, here in (
-            (prompts, held.input_ids.offset[of] + places, ~wrong & (places < n_prompt)),
-            (responses, held.generated_ids.offset[of] + places - n_prompt, ~wrong & (places >= n_prompt)),
+            (prompts, contents.input_ids.offset[of] + at_positions, ~wrong & (at_positions < n_prompt)),
+            (
+                responses,
+                contents.generated_ids.offset[of] + at_positions - n_prompt,
+                ~wrong & (at_positions >= n_prompt),
+            ),
         ):
             wrong[here] = ids[at[here]] != token_ids[rows[here]]
         if wrong.any():
@@ -181,7 +195,7 @@ def _strangers(held: Contents) -> list[str]:
 
 
 def _steps(ends: Array) -> Iterator[tuple[int, int]]:
-    """Ranges of segments that have about _STEP_ROWS rows together. ends: the rows up to the end of each."""
+    """Half-open ranges of segments, each range with about _STEP_ROWS rows. ends: for each segment the number of rows up to its end."""
     at = 0
     while at < len(ends):
         done = ends[at - 1] if at else 0

@@ -1,6 +1,6 @@
-"""Where the numbers of a dataset lie in its file.
+"""Finds where the numbers of a dataset lie in its file.
 
-Nothing is believed that the file does not bear out: links that lead elsewhere and sizes larger than the file are refused.
+The file may be damaged or made to do harm: links that lead out of it, and sizes larger than the file, are refused.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import h5py
 import numpy as np
 
 from AutomaticEval.errors import FileRefused, MissingFilter, TruncatedFile
+from AutomaticEval.samples import COLUMNS
 from AutomaticEval.store.disk.system import UNREAD, code_of
-from AutomaticEval.store.hdf5 import contract
+from AutomaticEval.store.hdf5.attributes import text_of
+from AutomaticEval.store.hdf5.column_codec import ENCODED, ENCODINGS, NUMPY
 from AutomaticEval.store.hdf5.room import REFERENCE, Room, text_bytes
 
 _MAX_CHUNK_BYTES = 16 * 2**20
@@ -25,49 +27,52 @@ _DAMAGED = "{} cannot be read ({}): it is damaged; capture it again or restore a
 _FILTERS = {32015: "zstd", 32004: "lz4"}
 _MADE_BY = {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, *_FILTERS}
 _ENTRY_BYTES = 40
-"""That a group takes at least for each of its members."""
+"""A group takes at least so many bytes for each of its members."""
 
 
-class Sums(NamedTuple):
-    """The checksums of a dataset's blocks of rows, by which its reads are checked."""
+class BlockSums(NamedTuple):
+    """Where the checksums of a dataset's blocks of rows are, against which its reads are checked."""
 
     rows: int
-    """The number of rows in a block. The last block may have fewer."""
+    """Number of rows in a block. The last block may have fewer."""
 
     offset: int | None
-    """Where they lie in the file, 8 bytes each. None: there is one block."""
+    """Where the checksums lie in the file, 8 bytes each. None: there is one block, and single is its checksum."""
 
     single: int = 0
-    """The checksum of the one block."""
 
     only_whole: bool = False
-    """The one block is large, as in files of 1.1: it is checked when all of it is read."""
+    """Whether the one block is large, as in files of 1.1: it is checked only when all of it is read."""
 
 
 class Extent(NamedTuple):
-    """Where the numbers of a contiguous dataset lie in its file; an offset of None: in chunks."""
+    """Where the numbers of a dataset lie in its file."""
 
     name: str
     offset: int | None
+    """Where the first byte of a contiguous dataset is. None: the dataset is in chunks, and is read through HDF5."""
+
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     stamp: tuple[int, ...]
-    """Device, inode, size and time of the file when it was opened, so that another file of the same name is not read in its place."""
+    """Device, inode, size and time of the file when it was opened, so that another file with the same name is not taken for it."""
 
-    sums: Sums | None = None
+    sums: BlockSums | None = None
     """None: reads are not checked."""
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one row, uncompressed."""
         return self.dtype.itemsize * math.prod(self.shape[1:])
 
 
 def stamp_of(status: os.stat_result) -> tuple[int, ...]:
+    """What identifies the file that was opened, as `Extent.stamp`."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def needs_filters(path: Path, dataset: h5py.Dataset) -> None:
-    """Raises MissingFilter when HDF5 lacks what the dataset was compressed with."""
+    """Have HDF5 know the filters that a dataset was compressed with. Raises MissingFilter when their library is not installed."""
     settings = dataset.id.get_create_plist()
     codes = [settings.get_filter(number)[0] for number in range(settings.get_nfilters())]
     for code in codes:
@@ -76,7 +81,10 @@ def needs_filters(path: Path, dataset: h5py.Dataset) -> None:
 
 
 def load_filters(what: Path | str, name: str) -> Any:
-    """hdf5plugin, which registers its filters with HDF5. Raises MissingFilter without it."""
+    """Import hdf5plugin, which registers its filters with HDF5. Raises MissingFilter when it is not installed.
+
+    what: the file or option that the message names. name: of the compression.
+    """
     try:
         import hdf5plugin
     except ImportError:
@@ -88,7 +96,10 @@ def load_filters(what: Path | str, name: str) -> Any:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """What damage raises inside carries the file. A mistake of our own stays what it is: it is in no frame of h5py's."""
+    """Raise what a damaged or unreadable file causes inside the with as TruncatedFile or FileRefused, with the file's path.
+
+    A TypeError and the like is taken for damage only when h5py raised it. One of our own code is a mistake, and stays as it is.
+    """
     try:
         yield
     except (OSError, KeyError, ValueError, RuntimeError, MemoryError, ArithmeticError) as failure:
@@ -103,7 +114,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _is_of_hdf5(failure: BaseException) -> bool:
-    """Whether it was raised in h5py, which says so of types that it does not know."""
+    """Whether an exception was raised in h5py, which raises a TypeError for types that it does not know."""
     trace = failure.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -111,56 +122,61 @@ def _is_of_hdf5(failure: BaseException) -> bool:
 
 
 def group_of(file: h5py.File, name: str) -> h5py.Group:
-    found = _object_of(file, name)
-    if not isinstance(found, h5py.h5g.GroupID):
+    """A group of this very file. Raises ValueError for anything else."""
+    group = _object_of(file, name)
+    if not isinstance(group, h5py.h5g.GroupID):
         raise ValueError(f"/{name} is not a group of this file")
-    return h5py.Group(found)
+    return h5py.Group(group)
 
 
 def _object_of(file: h5py.File, name: str) -> Any:
-    """What is in the file under a name; None where there is nothing, or a link that leads elsewhere.
+    """The object of a file with a name; None where there is none, or a link that leads elsewhere.
 
-    By HDF5's own calls: h5py's ask a dozen questions for each, and a run has thousands of datasets.
+    Calls HDF5 directly: h5py asks it a dozen questions for each object, and a run has thousands of datasets.
     """
-    found = h5py.h5g.open(file.id, b"/")
-    for part in filter(None, name.split("/")):
-        own = part.encode("utf-8", "surrogateescape")
-        if not isinstance(found, h5py.h5g.GroupID) or not found.links.exists(own):
+    item = h5py.h5g.open(file.id, b"/")
+    for each in filter(None, name.split("/")):
+        own_name = each.encode("utf-8", "surrogateescape")
+        if not isinstance(item, h5py.h5g.GroupID) or not item.links.exists(own_name):
             return None
-        if found.links.get_info(own).type != h5py.h5l.TYPE_HARD:
+        if item.links.get_info(own_name).type != h5py.h5l.TYPE_HARD:
             return None
-        found = h5py.h5o.open(found, own)
-    return found
+        item = h5py.h5o.open(item, own_name)
+    return item
 
 
 def names_of(file: h5py.File, name: str) -> list[str]:
-    """What is in a group, by names that lead nowhere else. Raises ValueError for others."""
+    """The names of a group's members. Raises ValueError for a name that could lead out of the group."""
     group = group_of(file, name)
     if _ENTRY_BYTES * len(group) > file.id.get_filesize():
         raise ValueError(f"/{name} says that it has {len(group)} members, in a file of {file.id.get_filesize()} bytes")
-    found = list(group)
-    for each in found:
+    names = list(group)
+    for each in names:
         if not isinstance(each, str) or "/" in each or each in ("", ".", ".."):
             raise ValueError(f"/{name} has a member of the name {each!r}")
-    return found
+    return names
 
 
 def dataset_of(file: h5py.File, name: str) -> h5py.Dataset:
-    """A dataset whose numbers are in this very file."""
-    found = _object_of(file, name)
-    if not isinstance(found, h5py.h5d.DatasetID):
+    """A dataset whose numbers are in this very file. Raises ValueError for anything else."""
+    dataset = _object_of(file, name)
+    if not isinstance(dataset, h5py.h5d.DatasetID):
         raise ValueError(f"/{name} is not a dataset of this file")
-    if found.get_create_plist().get_external_count():
+    if dataset.get_create_plist().get_external_count():
         raise ValueError(f"/{name} has its numbers in another file")
-    if found.get_space().get_simple_extent_type() == h5py.h5s.NULL:
+    if dataset.get_space().get_simple_extent_type() == h5py.h5s.NULL:
         raise ValueError(f"/{name} has no shape")
-    return h5py.Dataset(found)
+    return h5py.Dataset(dataset)
 
 
 def extent_of(
     dataset: h5py.Dataset, name: str, status: os.stat_result, dtype: Any, room: Room, n_dimensions: int = 1
 ) -> Extent:
-    """Where a dataset's numbers lie. Raises ValueError when they are not all in the file, as wide as expected, and in no other dataset."""
+    """Where a dataset's numbers lie.
+
+    status: of the file. dtype: that the numbers must have. room: what the file can still hold, from which the dataset is taken.
+    Raises ValueError when the numbers are of another dtype or number of dimensions, or not all in the file.
+    """
     expected, stamp = np.dtype(dtype), stamp_of(status)
     if dataset.id.get_type().get_size() != expected.itemsize or (
         expected.kind in "if" and not _alike(dataset, name, expected)
@@ -182,7 +198,7 @@ def extent_of(
 
 
 def offset_of(dataset: h5py.Dataset, name: str, n_bytes: int, size: int) -> int:
-    """Where the bytes of a dataset begin. Raises ValueError when they are not one after the other in the file."""
+    """Where the bytes of a dataset begin. Raises ValueError when they do not follow one another in the file of this size."""
     offset = dataset.id.get_offset()
     if offset is None or dataset.is_virtual or dataset.id.get_storage_size() != n_bytes or offset + n_bytes > size:
         raise ValueError(f"/{name} says {n_bytes} bytes, which are not in the file of {size}")
@@ -190,7 +206,7 @@ def offset_of(dataset: h5py.Dataset, name: str, n_bytes: int, size: int) -> int:
 
 
 def _alike(dataset: h5py.Dataset, name: str, expected: np.dtype[Any]) -> bool:
-    """Whether numbers are of the type that is expected; an activation's own type was compared before."""
+    """Whether a dataset has the expected dtype. The type of an activation was compared before."""
     return name.startswith("activations/") or bool(dataset.dtype == expected)
 
 
@@ -210,18 +226,19 @@ def _check_chunks(dataset: h5py.Dataset, name: str, item_bytes: int) -> None:
 
 
 def check_column(file: h5py.File, name: str, n_values: int, size: int, room: Room) -> str:
-    """A column's encoding. Raises ValueError when it does not have one value a sample, all of them in the file.
+    """Check a column, and return its encoding. size: of the file.
 
-    Of text, every reference is looked at: what they name together must fit into the file, too.
+    Raises ValueError when the column does not have n_values values in an encoding of its type, or when they are not all in the file. For
+    text every reference is looked at: the texts that the references name must together fit into the file, too.
     """
     dataset = dataset_of(file, name)
     if dataset.shape != (n_values,):
         raise ValueError(f"/{name} has shape {dataset.shape}, expected [{n_values}]")
     is_text = h5py.check_string_dtype(dataset.dtype) is not None
-    encoding, column = contract.text_of(dataset, "encoding"), name.removeprefix("samples/")
-    kind = contract.COLUMNS.get(column) if column != name else "text"
-    allowed = contract.ENCODINGS if kind is None else contract.ENCODED[kind]
-    if encoding not in allowed or is_text == (encoding in contract.NUMPY):
+    encoding, column = text_of(dataset, "encoding"), name.removeprefix("samples/")
+    column_type = COLUMNS.get(column) if column != name else "text"
+    allowed = ENCODINGS if column_type is None else ENCODED[column_type]
+    if encoding not in allowed or is_text == (encoding in NUMPY):
         raise ValueError(f"/{name} is {dataset.dtype} with the encoding {encoding!r}")
     if is_text and n_values:
         _check_text(file, dataset, name, n_values, size, room)
@@ -229,7 +246,7 @@ def check_column(file: h5py.File, name: str, n_values: int, size: int, room: Roo
 
 
 def _check_text(file: h5py.File, dataset: h5py.Dataset, name: str, n_values: int, size: int, room: Room) -> None:
-    """Raises ValueError for text that does not fit into the file, as when thousands of values are one and the same."""
+    """Raises ValueError for text that does not fit into the file, such as thousands of references to one long text."""
     n_bytes = n_values * REFERENCE.itemsize
     offset = offset_of(dataset, name, n_bytes, size)
     if h5py.check_string_dtype(dataset.dtype).length is not None:

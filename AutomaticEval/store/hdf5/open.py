@@ -1,4 +1,4 @@
-"""Opens one file: its trailer and its attributes are checked, and where one site lies.
+"""Opens one file: checks its trailer and its attributes, and finds where one site lies in it.
 
 Knows nothing of samples.
 """
@@ -15,9 +15,10 @@ import h5py
 import torch
 
 from AutomaticEval.errors import DamagedFile, NotActivations, StoreError, TruncatedFile
+from AutomaticEval.store.bits import bits_type
 from AutomaticEval.store.disk.system import UNREAD, code_of
 from AutomaticEval.store.hdf5 import contract, trailer
-from AutomaticEval.store.hdf5.attributes import about
+from AutomaticEval.store.hdf5.attributes import about, text_of
 from AutomaticEval.store.hdf5.blocks import read_ranges, sums_of
 from AutomaticEval.store.hdf5.extents import Extent, dataset_of, extent_of, naming
 from AutomaticEval.store.hdf5.room import Room
@@ -47,13 +48,14 @@ def open_hdf5(path: Path) -> h5py.File:
 
 
 class OpenedFile:
-    """One file, of either kind, whose trailer and attributes are right. Of its datasets nothing is read.
+    """A shard, or a `run.h5`, whose trailer and attributes are right. Its datasets are not read.
 
-    check: hold what is read against its checksums.
+    file_format: SHARD_FORMAT or RUN_FORMAT. check: check everything that is read against its checksums.
+    Raises StoreError when there is no such file, and UnreadableFile.
     """
 
-    def __init__(self, path: Path, kind: str = contract.SHARD_FORMAT, *, check: bool = True) -> None:
-        self.path, self.kind, self._check = path, kind, check
+    def __init__(self, path: Path, file_format: str = contract.SHARD_FORMAT, *, check: bool = True) -> None:
+        self.path, self.file_format, self._check = path, file_format, check
         if not path.is_file():
             raise StoreError(f"no file {path}.")
         with naming(path):
@@ -63,7 +65,7 @@ class OpenedFile:
                     f"{path}: HDF5's structures, the text or the trailer are not what the trailer's checksum says; restore a copy."
                 )
         with self.reading() as file:
-            self.attributes, self.version, self.model, self.settings, self.replaces = about(path, file, kind)
+            self.attributes, self.version, self.model, self.settings, self.replaces = about(path, file, file_format)
             self._status = path.stat()
             self.size_bytes = self._status.st_size
             self._room = Room(self.size_bytes)
@@ -72,10 +74,10 @@ class OpenedFile:
             self.say_what_is_not_checked()
 
     def _read(self, file: h5py.File) -> None:
-        """What else is read while the file is open."""
+        """Read what a subclass needs while the file is open."""
 
     def say_what_is_not_checked(self) -> None:
-        """Once: of each file that lost its trailer, of each folder with files of an older version."""
+        """Warn once for each file without a trailer, and once for each folder with files of an older version."""
         if self.version < (1, 1):
             what = f"{self.path.parent}: files of format 1.0 have no checksums: what is read of them is not checked."
         elif not self.has_trailer:
@@ -96,21 +98,21 @@ class OpenedFile:
 
     @contextmanager
     def reading(self) -> Iterator[h5py.File]:
-        """The open file; failures carry its path."""
+        """The open file. What fails inside the with is raised with the file's path."""
         with naming(self.path), open_hdf5(self.path) as file:
             yield file
 
     def _site(self, file: h5py.File, key: str) -> tuple[torch.dtype, Extent]:
-        """Where the rows of a site lie; of `run.h5`, how many there are."""
+        """The dtype of a site, and where its rows lie in the file. For `run.h5`, whose rows are in the shards, only how many there are."""
         name = f"activations/{key}"
         dataset = dataset_of(file, name)
-        dtype = contract.dtype_named(contract.text_of(dataset, "dtype"))
+        dtype = contract.dtype_named(text_of(dataset, "dtype"))
         if dataset.ndim != 2 or dataset.id.get_type() != contract.hdf5_type(dtype):
             raise ValueError(f"/{name} has shape {dataset.shape} and {dataset.dtype}, expected rows of {dtype}")
-        if self.kind == contract.RUN_FORMAT:
+        if self.file_format == contract.RUN_FORMAT:
             self._room.check_shape(name, dataset.shape)
-            return dtype, Extent(name, None, dataset.shape, contract.bits_type(dtype), ())
-        return dtype, self._extent_of(file, dataset, name, contract.bits_type(dtype), 2)
+            return dtype, Extent(name, None, dataset.shape, bits_type(dtype), ())
+        return dtype, self._extent_of(file, dataset, name, bits_type(dtype), 2)
 
     def _extent(self, file: h5py.File, name: str, dtype: Any, n_dimensions: int = 1) -> Extent:
         return self._extent_of(file, dataset_of(file, name), name, dtype, n_dimensions)
@@ -121,7 +123,7 @@ class OpenedFile:
 
 
 class OneSite(OpenedFile):
-    """One site of a shard, for those who read no other: nothing else in the file is looked at. int8 needs the whole `Shard`."""
+    """One site of a shard, for a caller that reads no other. The rest of the file is not looked at. int8 needs the whole `Shard`."""
 
     def __init__(self, path: Path, key: str, *, check: bool = True) -> None:
         self.key = key
@@ -131,6 +133,6 @@ class OneSite(OpenedFile):
         self.dtype, self.extent = self._site(file, self.key)
 
     def read_into(self, key: str, ranges: Array, out: Array) -> None:
-        """Rows of the site into out, [n, width]: raw bits."""
+        """Read rows of the site into out, [n, width], as raw bits."""
         assert key == self.key
         read_ranges(self.path, self.extent, ranges, out)

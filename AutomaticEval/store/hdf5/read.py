@@ -1,6 +1,6 @@
-"""Reads one file: checked when it is opened, and never held open.
+"""Reads one file. It is checked when it is opened, and never held open.
 
-HDF5's structures, text, shapes, types and ranges are checked at once, numbers whenever they are read.
+HDF5's structures, text, shapes, types and ranges are checked when the file is opened; numbers are checked whenever they are read.
 """
 
 from __future__ import annotations
@@ -13,34 +13,36 @@ import h5py
 import numpy as np
 import torch
 
+from AutomaticEval.samples import COLUMNS
 from AutomaticEval.sites import key_order
-from AutomaticEval.store import int8 as eight_bits
-from AutomaticEval.store.contents import Activation, Contents
+from AutomaticEval.store import int8
+from AutomaticEval.store.contents.file_contents import Activation, Contents, RowFormat
 from AutomaticEval.store.finite import counts_in
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.blocks import FileArray, damaged, read_ranges
-from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES, Running
+from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES, ArrayHash
+from AutomaticEval.store.hdf5.column_codec import NUMPY, decode_column, decode_texts, decoded
 from AutomaticEval.store.hdf5.extents import Extent, check_column, dataset_of, names_of
 from AutomaticEval.store.hdf5.open import OpenedFile
 from AutomaticEval.store.ragged import Array, Ragged, ranges_of
 
-_PIECE_BYTES = 8 * 2**20
+_SLAB_BYTES = 8 * 2**20
 _WIDE = ("offset", "start", "stop", "n_rows", "size_bytes")
-"""Numbers of 64 bits; the others have 32."""
+"""Endings of the names of datasets whose numbers have 64 bits; the others have 32."""
 
 
 class Shard(OpenedFile):
-    """One file, of either kind: a shard, or the `run.h5` over all shards of a run. All of its structures are checked."""
+    """A shard, or the `run.h5` over all shards of a run. All of its structures are checked."""
 
     def _read(self, file: h5py.File) -> None:
         self.columns: dict[str, tuple[str, Extent]] = {}
-        """Those of numbers: the encoding, and where they lie."""
-        known = list(contract.COLUMNS)  # a newer minor version may have more
+        """Columns of numbers: their encoding, and where they lie in the file."""
+        known = list(COLUMNS)  # a newer minor version may have more
         self.column_names = sorted(
             names_of(file, "samples"), key=lambda name: known.index(name) if name in known else len(known)
         )
         groups = names_of(file, "/")
-        self.has_rows = self.kind == contract.SHARD_FORMAT or "rows" in groups  # run.h5 of version 1.0 has none
+        self.has_rows = self.file_format == contract.SHARD_FORMAT or "rows" in groups  # run.h5 of version 1.0 has none
         if self.has_rows:
             self._read_structure(file, groups)
         else:
@@ -75,12 +77,12 @@ class Shard(OpenedFile):
         for name in list(self.column_names):
             try:
                 encoding = check_column(file, f"samples/{name}", self.n_samples, self.size_bytes, self._room)
-                if encoding in contract.NUMPY:
-                    self.columns[name] = encoding, self._extent(file, f"samples/{name}", contract.NUMPY[encoding])
+                if encoding in NUMPY:
+                    self.columns[name] = encoding, self._extent(file, f"samples/{name}", NUMPY[encoding])
             except (ValueError, KeyError):
-                if name in contract.COLUMNS:
+                if name in COLUMNS:
                     raise
-                self.column_names.remove(name)  # a newer minor version's, of a kind that is not known here
+                self.column_names.remove(name)  # a newer minor version's, in an encoding that is not known here
 
     def _check_numbers(self) -> None:
         lists = {name.removesuffix("/offset") for name in self.numbers if name.endswith("/offset")}
@@ -119,7 +121,7 @@ class Shard(OpenedFile):
                 raise ValueError(f"/rows/block points outside the {lines} lines of /scales")
 
     def _check_lengths(self, lengths: Array) -> None:
-        """A sample points at no more rows than it was fed tokens, and than there are: else a few bytes could ask for any number."""
+        """Refuse a sample with more rows than it has tokens, or than the file has rows: a few bytes could ask for any amount of memory."""
         ends = np.concatenate([[0], np.cumsum(lengths)])[self.offsets["segments"]]
         n_prompt, n_response = (np.diff(self.offsets[name]) for name in ("input_ids", "generated_ids"))
         most = np.minimum(n_prompt + np.maximum(n_response - 1, 0), self.n_rows)
@@ -128,27 +130,32 @@ class Shard(OpenedFile):
             raise ValueError(f"/segments give sample {wrong[0]} more rows than it has tokens")
 
     def ints(self, name: str) -> FileArray:
-        """One of `numbers`."""
+        """The dataset of numbers with this name, which is sliced like an array."""
         return FileArray(self.path, self.numbers[name])
 
     def read_into(self, key: str, ranges: Array, out: Array) -> None:
-        """Rows of a site into out, [n, width]: its raw bits; for what is stored as int8, those of float32."""
+        """Read rows of a site into out, [n, width], as raw bits: of its own dtype, or of float32 for a site that is stored as int8."""
         if self.dtypes[key] != torch.int8:
             read_ranges(self.path, self.extents[key], ranges, out)
             return
         raw = read_ranges(self.path, self.extents[key], ranges)
-        out.view(np.float32)[:] = eight_bits.restored(raw, self.read_scales(key, ranges))
+        out.view(np.float32)[:] = int8.restored(raw, self.read_scales(key, ranges))
 
     def read_scales(self, key: str, ranges: Array) -> Array:
-        """What one step of each int8 number of some rows stands for: float32 [n, width]."""
+        """The scales of some int8 rows, [n, width], float32: a number is its stored integer times its scale."""
         lines = read_ranges(self.path, self.numbers["rows/block"], ranges)
         used, inverse = np.unique(lines, return_inverse=True)
-        found: Array = read_ranges(self.path, self.scales[key], ranges_of(used))[inverse]
-        return found
+        scales: Array = read_ranges(self.path, self.scales[key], ranges_of(used))[inverse]
+        return scales
+
+    @property
+    def row_formats(self) -> dict[str, RowFormat]:
+        """Site -> how its rows are stored."""
+        return {key: RowFormat(self.dtypes[key], self.extents[key].shape[1]) for key in self.keys}
 
     @cached_property
     def non_finite(self) -> dict[str, int]:
-        """Site or column -> how many of its numbers are infinite or NaN; older files do not say it."""
+        """Site or column -> how many of its numbers are infinite or NaN. Older files do not say it: theirs are missing."""
         with self.reading() as file:
             return counts_in(file, self.keys, self.column_names)
 
@@ -157,7 +164,7 @@ class Shard(OpenedFile):
         """The token strings of every id that a row has."""
         ids = self.ints("vocabulary/token_id")[:].tolist()
         with self.reading() as file:
-            return dict(zip(ids, contract.decode_texts(file["vocabulary/token"]), strict=True))
+            return dict(zip(ids, decode_texts(file["vocabulary/token"]), strict=True))
 
     def column(self, name: str) -> list[Any]:
         """A column's value for every sample, None where there is none."""
@@ -166,24 +173,21 @@ class Shard(OpenedFile):
         return self._values([name], slice(None))[name]
 
     def record(self, index: int, names: Sequence[str]) -> dict[str, Any]:
-        """One sample's values of these columns, which are there."""
+        """One sample's values of some columns, which the file must have."""
         return {name: values[0] for name, values in self._values(names, slice(index, index + 1)).items()}
 
     def _values(self, names: Sequence[str], at: slice) -> dict[str, list[Any]]:
-        found = {}
+        values = {}
         for name in set(names) & self.columns.keys():
             encoding, extent = self.columns[name]
-            found[name] = contract.decoded(FileArray(self.path, extent)[at], encoding)
-        if len(found) < len(names):
+            values[name] = decoded(FileArray(self.path, extent)[at], encoding)
+        if len(values) < len(names):
             with self.reading() as file:
-                found |= {name: _decode(name)(file[f"samples/{name}"], at) for name in names if name not in found}
-        return found
-
-    def vocabulary(self) -> dict[int, str]:
-        return self.strings
+                values |= {name: _decode(name)(file[f"samples/{name}"], at) for name in names if name not in values}
+        return values
 
     def contents(self) -> Contents:
-        """What it holds; numbers and columns are read when they are used."""
+        """What the file holds. Numbers and columns are read when they are used."""
         segments, input_ids, generated_ids = (
             Ragged(self.offsets["segments"], self.ranges),
             *(Ragged(self.offsets[name], self.ints(f"{name}/values")) for name in ("input_ids", "generated_ids")),
@@ -197,33 +201,33 @@ class Shard(OpenedFile):
             segments,
             input_ids,
             generated_ids,
-            self.vocabulary,
+            lambda: self.strings,
             FileColumns(self),
-            {} if self.kind == contract.RUN_FORMAT else {key: self._stored(key) for key in self.keys},
+            {} if self.file_format == contract.RUN_FORMAT else {key: self._stored(key) for key in self.keys},
         )
 
     def _stored(self, key: str) -> Activation:
-        scales = partial(self.pieces, self.scales[key]) if self.dtypes[key] == torch.int8 else None
-        return Activation(self.dtypes[key], self.extents[key].shape[1], partial(self.pieces, self.extents[key]), scales)
+        scales = partial(self.slabs, self.scales[key]) if self.dtypes[key] == torch.int8 else None
+        return Activation(self.dtypes[key], self.extents[key].shape[1], partial(self.slabs, self.extents[key]), scales)
 
-    def pieces(self, extent: Extent) -> Iterator[Array]:
-        """A dataset from its first row to its last, a few megabytes at a time."""
+    def slabs(self, extent: Extent) -> Iterator[Array]:
+        """The rows of a dataset from the first to the last, a few megabytes at a time."""
         sums = extent.sums
-        hashed = None if sums is None or not sums.only_whole else Running()
+        hashed = None if sums is None or not sums.only_whole else ArrayHash()
         # whole chunks and blocks: none is decompressed or checked twice
-        unit = eight_bits.BLOCK_ROWS if sums is None or sums.only_whole else sums.rows
-        step = -(-max(1, _PIECE_BYTES // max(1, extent.row_bytes)) // unit) * unit
+        unit = int8.BLOCK_ROWS if sums is None or sums.only_whole else sums.rows
+        step = -(-max(1, _SLAB_BYTES // max(1, extent.row_bytes)) // unit) * unit
         for start in range(0, extent.shape[0], step):
-            piece = read_ranges(self.path, extent, [(start, min(start + step, extent.shape[0]))])
+            slab = read_ranges(self.path, extent, [(start, min(start + step, extent.shape[0]))])
             if hashed is not None:
-                hashed.add(piece)
-            yield piece
+                hashed.add(slab)
+            yield slab
         if sums is not None and hashed is not None and int(hashed.hexdigest(), 16) != sums.single:
             raise damaged(self.path, extent.name, 0, extent.shape[0])
 
 
 class FileColumns:
-    """The sample table of a file, read when it is asked for."""
+    """The sample table of a file. A column is read when it is first asked for, and then kept."""
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
@@ -245,11 +249,11 @@ class FileColumns:
 
 
 def _decode(name: str) -> Callable[[h5py.Dataset, slice], list[Any]]:
-    return contract.decode_texts if contract.COLUMNS.get(name) == "text" else contract.decode_column
+    return decode_texts if COLUMNS.get(name) == "text" else decode_column
 
 
 def _number_names(file: h5py.File, groups: Sequence[str]) -> list[str]:
-    names = [f"{group}/{part}" for group in ("input_ids", "generated_ids") for part in ("offset", "values")]
+    names = [f"{group}/{name}" for group in ("input_ids", "generated_ids") for name in ("offset", "values")]
     names += ["segments/offset", "segments/start", "segments/stop", "rows/token_id", "rows/position"]
     names += ["rows/block"] if "block" in names_of(file, "rows") else []
     names += ["shards/n_rows", "shards/size_bytes"] if "shards" in groups else []

@@ -1,7 +1,7 @@
-"""The last bytes of a file: a checksum over everything in it that is not a plain array of numbers.
+"""The trailer: the last bytes of a file, with a checksum over everything in the file that is not a plain array of numbers.
 
-HDF5 does not check its own structures, and can loop for ever, or crash, over one flipped bit in them. This is read without
-HDF5, before it. Knows nothing of what the arrays are.
+HDF5 does not check its own structures. One flipped bit in them can make it crash, or loop for ever. So the trailer is read first, and
+without HDF5. Knows nothing of what the arrays are.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any, BinaryIO
 import h5py
 import xxhash
 
-from AutomaticEval.store.disk.parsing import parse_json
+from AutomaticEval.store.disk.json_text import parse_json
 
 MAGIC = b"AEvalEnd"
 CHECKSUMS = "checksums"
-"""The group with the checksums of blocks. They are few, and hashed with the rest: opening a file checks them."""
+"""The group with the checksums of blocks. They are few, so the trailer's checksum covers them: opening a file checks them."""
 _END_BYTES = 16
 _STEP = 8 * 2**20
 
 
 def arrays_of(file: h5py.File) -> list[tuple[int, int]]:
     """(offset, size) of every contiguous dataset of numbers that has a checksum of its own."""
-    found: list[tuple[int, int]] = []
+    arrays: list[tuple[int, int]] = []
 
     def look(name: str, item: Any) -> None:
         if name.startswith(f"{CHECKSUMS}/"):
@@ -35,14 +35,14 @@ def arrays_of(file: h5py.File) -> list[tuple[int, int]]:
         if isinstance(item, h5py.Dataset) and h5py.check_string_dtype(item.dtype) is None:
             offset = item.id.get_offset()
             if offset is not None:
-                found.append((offset, item.id.get_storage_size()))
+                arrays.append((offset, item.id.get_storage_size()))
 
     file.visititems(look)
-    return sorted(found)
+    return sorted(arrays)
 
 
 def write_trailer(path: Path, arrays: list[tuple[int, int]], least_bytes: int = 0) -> None:
-    """Append the trailer to a file that HDF5 has closed. least_bytes: of the file, which spaces in the trailer fill up."""
+    """Append the trailer to a file that HDF5 has closed. least_bytes: the size that spaces in the trailer fill the file up to."""
     size = path.stat().st_size
     with path.open("r+b") as file:
         text = json.dumps({"size": size, "arrays": arrays, "xxh3_64": _checksum(file, size, arrays)}).encode()
@@ -58,19 +58,19 @@ def is_there(path: Path) -> bool:
 
 
 def is_right(path: Path) -> bool:
-    """Whether the bytes outside the arrays of numbers are those that were written."""
+    """Whether the bytes outside the arrays of numbers still fit the trailer's checksum."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(_tail(file, size)[:8], "little")
         start = size - _END_BYTES - length
         try:
             file.seek(start)
-            said = parse_json(file.read(length).decode())
-            arrays = [(int(offset), int(n_bytes)) for offset, n_bytes in said["arrays"]]
+            trailer = parse_json(file.read(length).decode())
+            arrays = [(int(offset), int(n_bytes)) for offset, n_bytes in trailer["arrays"]]
             return bool(
-                said["size"] == start
+                trailer["size"] == start
                 and _follow_one_another(arrays, start)
-                and said["xxh3_64"] == _checksum(file, start, arrays)
+                and trailer["xxh3_64"] == _checksum(file, start, arrays)
             )
         except OSError as failure:
             if failure.errno not in (None, errno.EINVAL):  # the bytes may be sound
@@ -86,26 +86,26 @@ def _tail(file: BinaryIO, size: int) -> bytes:
 
 
 def _checksum(file: BinaryIO, size: int, arrays: list[tuple[int, int]]) -> str:
-    found = xxhash.xxh3_64()
+    hashed = xxhash.xxh3_64()
     for start, stop in _outside(size, arrays):
         file.seek(start)
         while start < stop:
-            piece = file.read(min(_STEP, stop - start))
-            if not piece:
+            read = file.read(min(_STEP, stop - start))
+            if not read:
                 raise OSError("the file ends too soon")
-            found.update(piece)
-            start += len(piece)
-    return found.hexdigest()
+            hashed.update(read)
+            start += len(read)
+    return hashed.hexdigest()
 
 
 def _follow_one_another(arrays: list[tuple[int, int]], size: int) -> bool:
-    """Whether no byte is in two of them, so that all are hashed once at most."""
+    """Whether no byte is in two arrays."""
     edges = [0, *(edge for offset, n_bytes in arrays for edge in (offset, offset + n_bytes)), size]
     return all(one <= other for one, other in itertools.pairwise(edges))
 
 
 def _outside(size: int, arrays: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """What lies between the arrays."""
+    """The half-open ranges of bytes before, between and after the arrays."""
     at = 0
     for offset, n_bytes in arrays:
         yield at, offset

@@ -1,4 +1,4 @@
-"""Rows of a run in random order, for training: blocks of neighbours are read in random order, rows drawn from many blocks together."""
+"""Rows of a run in random order, for training. Blocks of neighbouring rows are read in random order, and mixed in a buffer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from AutomaticEval.store.row_array import RowArray
 
 BUFFER_ROWS = 65536
 BLOCKS = 64
-"""Blocks that are in the buffer together: rows in one batch come from so many places of the corpus."""
+"""So many blocks are in the buffer together: the rows of one batch come from so many parts of the corpus."""
 
 
 class ShuffledRows(IterableDataset[Tensor]):
-    """Every row once, [width] each, in an order that is drawn anew each time.
+    """Every row once, [width] each, in an order that is drawn anew for each pass.
 
-    About three times buffer_rows are in memory. The order follows from seed and the number of passes begun before; over one pass the workers of
-    a DataLoader have different rows, and the order follows from torch's own seed, too.
+    About three times buffer_rows rows are in memory. The order is decided by seed and by the number of passes begun before. With the workers
+    of a DataLoader, each worker gives other rows, and the order is also decided by torch's own seed.
+    Raises StoreError for a buffer of less than one row.
     """
 
     def __init__(self, rows: RowArray, seed: int = 0, buffer_rows: int = BUFFER_ROWS) -> None:
@@ -28,7 +29,7 @@ class ShuffledRows(IterableDataset[Tensor]):
             raise StoreError(f"buffer_rows is {buffer_rows}; it must be 1 or more.")
         self.rows, self.seed, self.buffer_rows = rows, seed, buffer_rows
         self.n_passes = 0
-        """Begun so far."""
+        """Number of passes begun so far."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -38,7 +39,7 @@ class ShuffledRows(IterableDataset[Tensor]):
             yield from some
 
     def batches(self, n_rows: int) -> Iterator[Tensor]:
-        """[n_rows, width] each; the last one may be smaller. Raises StoreError for less than one row."""
+        """The rows in batches [n_rows, width]; the last one may be smaller. Raises StoreError for n_rows below 1."""
         if n_rows < 1:
             raise StoreError(f"batches of {n_rows} rows were asked for; at least 1 is needed.")
         left: list[Tensor] = []
@@ -55,7 +56,7 @@ class ShuffledRows(IterableDataset[Tensor]):
             yield torch.cat(left)
 
     def _mixed(self) -> Iterator[Tensor]:
-        """The rows in pieces [n, width], each drawn from a full buffer."""
+        """The rows, some at a time [n, width], each time drawn from a full buffer."""
         worker = get_worker_info()
         number, n_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         of_workers = 0 if worker is None else worker.seed - worker.id  # the same in all workers of a pass
