@@ -22,7 +22,7 @@ from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, LoadOptions, 
 from AutomaticEval.models.weights import fingerprint as of
 from AutomaticEval.models.weights.fingerprint import fingerprint, hash_of_tensor, sampled_fingerprint
 from AutomaticEval.models.weights.provenance import provenance
-from AutomaticEval.settings import differing
+from AutomaticEval.settings import Difference, RunSettings
 from AutomaticEval.store.upkeep.rewrite import merge
 from AutomaticEval.store.writer import RunWriter
 
@@ -377,6 +377,10 @@ def changed(settings: dict[str, Any], **others: Any) -> dict[str, Any]:
     return {**settings, **others}
 
 
+def differences(where: str, before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    return RunSettings.from_dict(before).differences(RunSettings.from_dict(now), where)
+
+
 @pytest.mark.parametrize(
     ("before", "now", "apart"),
     [
@@ -392,7 +396,7 @@ def changed(settings: dict[str, Any], **others: Any) -> dict[str, Any]:
 def test_runs_of_now_are_compared_by_everything(before: Any, now: Any, apart: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [each.name for each in differing("r", before, now)] == apart
+        assert [each.name for each in differences("r", before, now)] == apart
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -406,7 +410,7 @@ def test_an_older_run_is_compared_by_what_it_holds_which_is_said(turned: bool) -
     ]:
         pair = (now, OLD) if turned else (OLD, now)
         with pytest.warns(UserWarning, match="64 numbers of each weight") as said:
-            assert [each.name for each in differing("runs/old", *pair)] == apart
+            assert [each.name for each in differences("runs/old", *pair)] == apart
         (line,) = (str(each.message) for each in said)
         assert line.startswith("runs/old: model_hash, config, tokenizer, generation_config were not written down")
 
@@ -537,7 +541,7 @@ def test_running_changes_nothing_of_what_is_compared(demo: LoadedModel, tmp_path
     tokenizer("padded", padding="max_length", max_length=9, truncation=True)  # fast tokenizers remember both
     assert loaded.made_with() == before
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    assert provenance(loaded.model, tokenizer)["tokenizer"] == before["tokenizer"]
+    assert provenance(loaded.model, tokenizer)["tokenizer"] == before.tokenizer
 
 
 def test_runs_of_other_models_or_edits_are_not_merged(demo: LoadedModel, tmp_path: Path) -> None:
@@ -573,7 +577,7 @@ def test_an_older_sweep_goes_on_with_a_word(demo: LoadedModel, tmp_path: Path) -
 
     older = {"model": "demo", "weights": sampled_fingerprint(demo.model), "dtype": "torch.float32", "site": "z"}
     write_json(tmp_path / "settings.json", older)
-    now = {"model": "demo", **demo.made_with(), "dtype": "torch.float32", "site": "z"}
+    now = {"model": "demo", **demo.made_with().as_dict(), "dtype": "torch.float32", "site": "z"}
     with pytest.warns(UserWarning, match="64 numbers"):
         _check_settings(tmp_path, now)
     with pytest.warns(UserWarning, match="64 numbers"), pytest.raises(OtherSettings, match="fingerprint was"):
@@ -615,9 +619,9 @@ def save_with_code(folder: Path, tokenizer: Any, factor: float = 1.0) -> None:
 
 def test_a_run_names_the_hash_of_its_model(tmp_path: Path) -> None:
     loaded = load_model(DEMO_FOLDER)
-    with RunWriter(tmp_path, "m", loaded.made_with()) as writer:
-        assert writer._settings["model_hash"] == loaded.fingerprint()
-        assert writer._settings["fingerprint"] == sampled_fingerprint(loaded.model)
+    with RunWriter(tmp_path, "m", loaded.made_with().as_dict()) as writer:
+        assert writer._settings.model_hash == loaded.fingerprint()
+        assert writer._settings.fingerprint == sampled_fingerprint(loaded.model)
 
 
 def test_an_extraction_that_is_there_is_of_the_same_commit_and_adapter(

@@ -65,7 +65,7 @@ def screen(
         seed=seed,
         batch_size=batch_size,
     )
-    settings: dict[str, Any] = {"model": loaded.name, **loaded.made_with(), "dtype": str(loaded.model.dtype)}
+    settings: dict[str, Any] = {"model": loaded.name, **loaded.made_with().as_dict(), "dtype": str(loaded.model.dtype)}
     settings |= {"profile": profile, "permutations": permutations, "seed": seed, "keywords": found.keywords}
     settings["prompts"] = {category: len(texts) for category, texts in prompts.items()}
     settings["targets"] = {

@@ -57,7 +57,7 @@ def sweep(
     prompts = [] if emotion is None else drawn(found.category(emotion), sample_num or 16, seed)
     neutral = found.category(found.neutral) if mode == "mean" else None
     loaded = load_model(model, options=load())
-    settings: dict[str, Any] = {"model": loaded.name, **loaded.made_with(), "dtype": str(loaded.model.dtype)}
+    settings: dict[str, Any] = {"model": loaded.name, **loaded.made_with().as_dict(), "dtype": str(loaded.model.dtype)}
     settings["site"] = site
     if pairs is not None:
         settings["pairs"] = [vars(pair) for pair in asked]

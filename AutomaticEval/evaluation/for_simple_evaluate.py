@@ -75,11 +75,8 @@ class HFActivations(CapturingHFLM):
         load = _load_options(pretrained, tokenizer, options)
         loaded = load_model(pretrained, tokenizer=tokenizer, options=load)
         ranks = join_ranks()
-        settings = {
-            **made_with(loaded, selection),
-            "scoring": scoring,
-            "lm_eval": {name: public_name(str(value)) for name, value in options.items()},
-        }
+        given = {name: public_name(str(value)) for name, value in options.items()}
+        settings = made_with(loaded, selection).changed(scoring=scoring, lm_eval=given)
         name = folder_name(["lm-eval"], loaded.name)
         keeping = Keeping(Path(activation_save_dir), compression=compression, strict=strict)
         super().__init__(loaded, selection, self._take, scoring=scoring, ranks=ranks, **options)

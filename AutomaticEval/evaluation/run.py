@@ -131,7 +131,7 @@ def _captured(
         keeping,
         folder_name(benchmark.names, loaded.name),
         loaded.name,
-        _settings(loaded, benchmark, selection),
+        made_with(loaded, selection).changed(benchmark=benchmark.as_dict()),
         shard_bytes_for(size.rows_bytes),
         ranks,
         loaded.paths,
@@ -224,7 +224,3 @@ def _evaluate(
     scores = scores_of(results, samples, found.totals, found.n_questions)
     unjudged = without_verdict(results, samples)
     return Outcome(scores, results, samples, without_verdict=unjudged, n_tokens=n_tokens, n_computed=n_computed)
-
-
-def _settings(loaded: LoadedModel, benchmark: Benchmark, selection: Selection) -> dict[str, Any]:
-    return {**made_with(loaded, selection), "benchmark": benchmark.as_dict()}

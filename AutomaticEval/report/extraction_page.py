@@ -85,7 +85,7 @@ def _kept(unit: Unit, folder: str) -> tuple[str, ...]:
         unit.status,
         str(len(run)),
         str(run.shards and sum(shard.n_rows for shard in run.shards)),
-        f"{run.settings['sites']}; layers {run.settings['layers']}; positions {run.settings['positions']}",
+        f"{run.made_with.sites}; layers {run.made_with.layers}; positions {run.made_with.positions}",
         size_text(numbers.get("size_bytes", 0)),
         "" if rate is None else f"{rate:.0f}",
         folder,
@@ -105,13 +105,13 @@ def _tokenizer(model: str, found: dict[str, Any]) -> tuple[str, ...]:
 
 def _structure(model: str, unit: Unit) -> tuple[str, ...]:
     run = unit.run()
-    shape = run.settings["shape"]
+    shape = run.made_with.shape or {}
     widths: dict[int, list[str]] = {}
     for key in run.keys:
         widths.setdefault(run.rows(key).shape[1], []).append(key)
     keys = "; ".join(f"{names[0]} … {names[-1]} ({len(names)}): {width}" for width, names in widths.items())
     sizes = [str(shape[name]) for name in ("n_layers", "n_heads", "n_kv_heads", "d_model")]
-    return (model, *sizes, keys, str(run.settings.get("store_dtype") or run.settings["dtype"]))
+    return (model, *sizes, keys, str(run.made_with.store_dtype or run.made_with.dtype))
 
 
 def _length(unit: Unit) -> tuple[str, ...]:

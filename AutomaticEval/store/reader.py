@@ -18,6 +18,7 @@ from torch import Tensor
 
 from AutomaticEval.errors import ManySamples, NotActivations, RefusedPickle, StoreError, TruncatedFile, did_you_mean
 from AutomaticEval.selection import Positions
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.store import contents
 from AutomaticEval.store.contents import Contents
 from AutomaticEval.store.disk.whole_files import PICKLE_SUFFIXES
@@ -175,7 +176,7 @@ class Run(Sequence[dict[str, Any]]):
 
         Raises StoreError for a run that kept no pattern of the layer.
         """
-        shape = self.settings.get("shape", {})
+        shape = self.made_with.shape or {}
         n_layers, n_heads = (shape.get(name) or 0 for name in ("n_layers", "n_heads"))
         rows = self.read(index, f"layer_{layer + n_layers if layer < 0 else layer}.pattern")
         if n_heads < 1 or rows.shape[1] % n_heads:
@@ -199,6 +200,11 @@ class Run(Sequence[dict[str, Any]]):
     def settings(self) -> dict[str, Any]:
         """What decided the numbers: dtype, attention kernel, library versions, selection."""
         return dict(self._contents.settings)
+
+    @property
+    def made_with(self) -> RunSettings:
+        """`settings`, as fields."""
+        return RunSettings.from_dict(self._contents.settings)
 
     @property
     def contents(self) -> Contents:
@@ -493,7 +499,7 @@ def _gathered(folder: Path, index: Shard | None, opened: Open) -> tuple[ShardedR
     if not names:
         raise NotActivations(f"{folder} is not a run: it holds neither {INDEX} nor shard-*.h5.")
     _check_there(folder, names)
-    run_id = (index or opened(folder / names[0])).settings.get("run_id")
+    run_id = (index or opened(folder / names[0])).made_with.run_id
     shards = [_of_run(opened(folder / name), run_id) for name in names]
     parts = [shard.contents() for shard in shards]
     columns: contents.Columns = contents.listed(Placed(shards)) if index is None else FileColumns(index)
@@ -515,6 +521,6 @@ def _check_there(folder: Path, names: Sequence[str]) -> None:
 
 
 def _of_run(shard: Shard, run_id: Any) -> Shard:
-    if shard.settings.get("run_id") != run_id:
+    if shard.made_with.run_id != run_id:
         raise StoreError(f"{shard.path} is of another run; restore this run's own shard from a copy.")
     return shard

@@ -34,7 +34,7 @@ from AutomaticEval.errors import (
     StoreError,
     TruncatedFile,
 )
-from AutomaticEval.settings import differing
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.store import contents
 from AutomaticEval.store.contents import Columns, Contents, Listed
 from AutomaticEval.store.disk.partial_folders import clear_leftovers
@@ -109,7 +109,7 @@ class RunWriter:
         self.folder = folder = folder.expanduser().absolute()
         self._model, self._shard_bytes, self._compression = attribute_text(model), shard_bytes, compression
         self._strict = strict
-        self._settings = json.loads(as_json({"run_id": uuid4().hex, **settings}))
+        self._settings = RunSettings.from_dict(json.loads(as_json({"run_id": uuid4().hex, **settings})))
         self._kinds: dict[str, tuple[torch.dtype, int]] | None = None
         self._mutex = threading.RLock()
         self._gathered: list[Sample] = []
@@ -170,10 +170,11 @@ class RunWriter:
     def _check_same(self, shards: Sequence[Shard]) -> None:
         """Take their run_id. Raises OtherSettings when one was made with other settings."""
         if shards:
-            self._settings["run_id"] = shards[0].settings.get("run_id")
+            self._settings = self._settings.changed(run_id=shards[0].made_with.run_id)
         for shard in shards:
-            found, wanted = {"model": shard.model, **shard.settings}, {"model": self._model, **self._settings}
-            apart = differing(str(self.folder), found, wanted)
+            before = RunSettings.from_dict({"model": shard.model, **shard.settings})
+            now = RunSettings.from_dict({"model": self._model, **self._settings.as_dict()})
+            apart = before.differences(now, str(self.folder))
             if apart:
                 raise OtherSettings(f"{self.folder} cannot be resumed: {'; '.join(map(str, apart))}.")
 
@@ -204,7 +205,7 @@ class RunWriter:
     @property
     def run_id(self) -> str:
         """What the shards of one run, and only they, have in common."""
-        return str(self._settings["run_id"])
+        return str(self._settings.run_id)
 
     @property
     def n_samples(self) -> int:
@@ -243,7 +244,7 @@ class RunWriter:
 
     def _check_kinds(self, samples: Sequence[Sample]) -> None:
         """Raises CaptureError for what could not be sealed together with the rest."""
-        in_8_bits = self._settings.get("store_dtype") == "int8"
+        in_8_bits = self._settings.store_dtype == "int8"
         for rows in {id(part.rows): part.rows for sample in samples for part in sample.parts}.values():
             found = {
                 key: (torch.int8 if in_8_bits else each.dtype, each.shape[1]) for key, each in rows.activations.items()
@@ -297,8 +298,8 @@ class RunWriter:
         return f"shard-{self._next - self._n_ranks:05d}.h5"
 
     def _write(self, name: str, samples: Sequence[Sample]) -> tuple[Source, int]:
-        in_8_bits = self._settings.get("store_dtype") == "int8"
-        held = contents.of_samples(samples, self._model, self._settings, in_8_bits=in_8_bits)
+        in_8_bits = self._settings.store_dtype == "int8"
+        held = contents.of_samples(samples, self._model, self._settings.as_dict(), in_8_bits=in_8_bits)
         return self._write_contents(name, held), len(samples)
 
     def _write_contents(self, name: str, held: Contents, replaces: Sequence[str] = ()) -> Source:

@@ -18,6 +18,7 @@ from AutomaticEval.evaluation.results.requests import Answered, RequestKey, answ
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.contents import Columns, Listed, records_of
 from AutomaticEval.store.disk.whole_files import named_failures, own_name, plain_name, prepare_folder
 from AutomaticEval.store.run_folder import LOCK, is_finished, refuse_finished
@@ -70,7 +71,7 @@ class RunFolder:
     """What the name of a new folder begins with: `<name>_<timestamp>`."""
 
     model: str
-    settings: Mapping[str, Any]
+    settings: RunSettings
     shard_bytes: int
     ranks: Ranks
     paths: Mapping[str, str] = field(default_factory=dict)
@@ -107,7 +108,7 @@ class RunFolder:
     def _shared(self) -> SharedRun:
         return SharedRun(
             self.model,
-            self.settings,
+            self.settings.as_dict(),
             self.shard_bytes,
             self.keeping.compression,
             self.keeping.strict,
@@ -150,10 +151,11 @@ class RunFolder:
             self.n_samples, self.size_bytes = done
 
 
-def made_with(loaded: LoadedModel, selection: Selection) -> dict[str, Any]:
+def made_with(loaded: LoadedModel, selection: Selection) -> RunSettings:
     """The settings that decide a run's numbers."""
     made = loaded.made_with()
-    return {**made, "versions": {**made["versions"], "lm_eval": lm_eval.__version__}, **selection.as_dict()}
+    versions = {**(made.versions or {}), "lm_eval": lm_eval.__version__}
+    return made.changed(versions=versions, **selection.as_dict())
 
 
 def new_folder(save_dir: Path, name: str) -> Path:

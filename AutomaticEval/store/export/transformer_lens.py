@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from AutomaticEval.errors import CaptureError, SelectionError, StoreError
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.hdf5.contract import bits
 
 _IN_BLOCK = {
@@ -67,9 +68,8 @@ def as_activation_cache(sample: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def places(widths: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Key -> its name in TransformerLens, and the shape of one position."""
-    return {
-        key: (transformer_lens_name(key), _shape(key, width, settings.get("shape"))) for key, width in widths.items()
-    }
+    shape = RunSettings.from_dict(settings).shape
+    return {key: (transformer_lens_name(key), _shape(key, width, shape)) for key, width in widths.items()}
 
 
 def _shape(key: str, width: int, shape: Mapping[str, int] | None) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from AutomaticEval.errors import (
 )
 from AutomaticEval.public_names import is_same
 from AutomaticEval.selection import Positions
-from AutomaticEval.settings import IDENTITY, differing
+from AutomaticEval.settings import IDENTITY, RunSettings
 from AutomaticEval.sites import LayersLike, expand, parse_kinds, parse_layers
 from AutomaticEval.store import contents
 from AutomaticEval.store.contents import Activation, Contents
@@ -163,7 +163,7 @@ def merge(
 def _check_joinable(runs: Sequence[Run]) -> None:
     first = runs[0]
     for run in runs[1:]:
-        apart = differing(f"{first.path} and {run.path}", first.settings, run.settings, SAME)
+        apart = first.made_with.differences(run.made_with, f"{first.path} and {run.path}", SAME)
         if not (is_same(run.model, first.model) or is_same(first.model, run.model)) or apart:
             named = ", ".join(f"{name} {one!r} and {other!r}" for name, one, other in apart)
             raise OtherSettings(
@@ -185,7 +185,8 @@ def _joined_settings(runs: Sequence[Run]) -> dict[str, Any]:
     same = {name: value for name, value in every[0].items() if all(one.get(name) == value for one in every)}
     if len(runs) == 1:
         return same
-    return {**same, "merged": [{name: one[name] for name in one if name not in same} for one in every]}
+    parts = [{name: one[name] for name in one if name not in same} for one in every]
+    return RunSettings.from_dict(same).changed(merged=parts).as_dict()
 
 
 def _alone(held: Contents) -> Contents:
@@ -220,7 +221,8 @@ def prune(
     before = {name: run.settings.get(name) for name in now}
     if before.get("positions") not in (None, "all", now.get("positions")):  # of what was stored, not of everything
         now["positions"] = f"{now['positions']} of {before['positions']}"
-    settings = {**run.settings, **now, "pruned_from": [*run.settings.get("pruned_from", []), before]}
+    made = run.made_with
+    settings = made.changed(**now, pruned_from=[*(made.pruned_from or []), before]).as_dict()
     return _write(destination, replace(contents.cut(held, kept, keys), settings=settings), compression, advance)
 
 
@@ -261,7 +263,7 @@ def _kinds_of(sites: str, stored: Mapping[str, tuple[str, int | None]]) -> set[s
 def _layers_of(run: Run, layers: LayersLike, stored: Mapping[str, tuple[str, int | None]]) -> set[int]:
     """The layers that are named. Raises UnknownLayer for one that the model does not have."""
     deepest = max((layer for _, layer in stored.values() if layer is not None), default=-1)
-    n_layers = run.settings.get("shape", {}).get("n_layers", deepest + 1)
+    n_layers = (run.made_with.shape or {}).get("n_layers", deepest + 1)
     return {site.layer or 0 for site in expand(["resid_post"], layers, n_layers)} if n_layers else set()
 
 
@@ -293,8 +295,9 @@ def convert(
     held = _alone(run.contents)
     if dtype is not None:
         changed = contents.converted(held, getattr(torch, dtype))
-        before = run.settings.get("store_dtype") or run.settings.get("dtype")
-        held = replace(changed, settings={**run.settings, "store_dtype": dtype, "converted_from": before})
+        before = run.made_with.store_dtype or run.made_with.dtype
+        made = run.made_with.changed(store_dtype=dtype, converted_from=before)
+        held = replace(changed, settings=made.as_dict())
     return _write(destination, held, compression, advance)
 
 
