@@ -50,6 +50,11 @@ class AutomaticEvalError(Exception):
     """The base of every error this project raises on purpose."""
 
     exit_code = 2
+    """What the command line exits with: 2 when the request is refused, 1 when a run had begun or a file is damaged."""
+
+    def interrupts_run(self) -> None:
+        """Say that a run had begun when this was raised."""
+        self.exit_code = 1
 
 
 class SelectionError(AutomaticEvalError, ValueError):

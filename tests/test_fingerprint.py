@@ -437,7 +437,11 @@ def cut_short(demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 made = LoadedModel.made_with
                 names = ("model_hash", "config", "generation_config", "tokenizer", "arithmetic")
                 patched.setattr(
-                    LoadedModel, "made_with", lambda self: {k: v for k, v in made(self).items() if k not in names}
+                    LoadedModel,
+                    "made_with",
+                    lambda self: RunSettings.from_dict(
+                        {name: value for name, value in made(self).as_dict().items() if name not in names}
+                    ),
                 )
             with pytest.raises(Stopped):
                 evaluate(loaded, activation_save_dir=tmp_path / "out")

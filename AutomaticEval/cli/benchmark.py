@@ -114,7 +114,7 @@ def benchmark(
     loaded = load_model(model, options=load())
     started = time.perf_counter()
     outcome = run_benchmark(
-        loaded, asked, selection, found=found, keeping=keeping, output_path=output_path, announce=say
+        loaded, asked, selection, loaded_tasks=found, keeping=keeping, output_path=output_path, announce=say
     )
     if ranks.is_first:
         _print(outcome, f"{benchmark} on {model}")

@@ -86,7 +86,7 @@ def evaluate_with_activations(
         **given,
     )
     keeping = Keeping(Path(activation_save_dir), None if resume is None else Path(resume), compression, strict)
-    found = load_tasks(benchmark)  # what is wrong with a task is told before a large model loads
+    loaded_tasks = load_tasks(benchmark)  # what is wrong with a task is told before a large model loads
     loaded = load_model(model, tokenizer=tokenizer, options=load)
     results = None if output_path is None else Path(output_path)
-    return run_benchmark(loaded, benchmark, selection, found=found, keeping=keeping, output_path=results)
+    return run_benchmark(loaded, benchmark, selection, loaded_tasks=loaded_tasks, keeping=keeping, output_path=results)

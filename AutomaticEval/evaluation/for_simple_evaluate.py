@@ -21,7 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from AutomaticEval.errors import BenchmarkError, DeviceUnavailable, StoreError, unknown_option
-from AutomaticEval.evaluation.harness.call import Call, Request
+from AutomaticEval.evaluation.harness.call import Call, Request, Workload
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.results.captured_run import Keeping, RunFolder, folder_name, made_with
 from AutomaticEval.models.loading import LoadOptions, load_model
@@ -79,7 +79,7 @@ class HFActivations(CapturingHFLM):
         settings = made_with(loaded, selection).changed(scoring=scoring, lm_eval=given)
         name = folder_name(["lm-eval"], loaded.name)
         keeping = Keeping(Path(activation_save_dir), compression=compression, strict=strict)
-        super().__init__(loaded, selection, self._take, scoring=scoring, ranks=ranks, **options)
+        super().__init__(loaded, selection, self._take, scoring=scoring, workload=Workload(ranks=ranks), **options)
         self._folder = RunFolder(keeping, name, loaded.name, settings, SHARD_BYTES, ranks, loaded.paths)
         self._open = ExitStack()
         self._writer = self._open.enter_context(self._folder.writing()).writer

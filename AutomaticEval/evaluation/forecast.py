@@ -26,7 +26,7 @@ from AutomaticEval.evaluation.benchmark import Benchmark, LoadedTasks, asked_of,
 from AutomaticEval.evaluation.harness.refusals import document, new_tokens, refuse_generating, refuse_pair
 from AutomaticEval.evaluation.harness.speedups import quick_templates, stock_model
 from AutomaticEval.evaluation.harness.tokens import rolling_windows
-from AutomaticEval.evaluation.results.requests import random_state
+from AutomaticEval.evaluation.results.earlier_answers import random_state
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.disk.whole_files import size_text

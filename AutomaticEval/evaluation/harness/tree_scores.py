@@ -48,7 +48,7 @@ class TreeScorer:
         Raises TreeUnsuitable, in all processes, before anything is answered.
         """
         requests = [Cut.of(*call.tokens[index], self.max_length) for index in range(len(call.tokens))]
-        answered = call.take_answered()
+        answered = call.take_earlier()
         why = None
         try:
             how = ScoringOptions(

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import lm_eval
 
 from AutomaticEval.errors import BenchmarkError, StoreError
+from AutomaticEval.evaluation.results.earlier_answers import EarlierAnswer, earlier_answers
 from AutomaticEval.evaluation.results.join import Directions, join
 from AutomaticEval.evaluation.results.repeats import Verdicts
-from AutomaticEval.evaluation.results.requests import Answered, RequestKey, answered_in
+from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
@@ -58,7 +59,7 @@ class Opened(NamedTuple):
     """A run folder that is being written."""
 
     writer: RunWriter
-    answered: dict[RequestKey, Answered]
+    answered: dict[RequestKey, EarlierAnswer]
     """The requests that are on the disk already."""
 
 
@@ -92,7 +93,7 @@ class RunFolder:
         run = self._shared.writing(
             lambda: resume or new_folder(self.keeping.save_dir, self.name),
             resume=resume is not None,
-            tell=lambda writer: answered_in(writer.records()) if resume else {},
+            tell=lambda writer: earlier_answers(writer.records()) if resume else {},
         )
         writer: RunWriter | None = None
         try:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.evaluation.results.earlier_answers import logprob_of
 from AutomaticEval.evaluation.results.repeats import Verdicts
-from AutomaticEval.evaluation.results.requests import RequestKey, key_of, logprob_of
+from AutomaticEval.evaluation.results.request_key import RequestKey, key_of
 
 VERDICTS = re.compile(
     r"(acc|accuracy|correct|exact|exact_match|em|acc_\w+|exact_match_\w+|prompt_level_(strict|loose)_acc|pass(@|_at_)1|math_verify|numerical_match)"

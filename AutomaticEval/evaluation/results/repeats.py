@@ -16,7 +16,7 @@ from lm_eval.api.task import Task
 from lm_eval.filters.selection import TakeKFilter
 
 from AutomaticEval.errors import BenchmarkError, first_line
-from AutomaticEval.evaluation.results.requests import RequestKey
+from AutomaticEval.evaluation.results.request_key import RequestKey
 
 Verdicts = dict[RequestKey, dict[str, dict[str, Any]]]
 """Request -> filter -> {"filtered": the answer after it, "metrics": metric -> value}."""
