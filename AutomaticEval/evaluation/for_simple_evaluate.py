@@ -32,27 +32,28 @@ from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.writer import SHARD_BYTES
 
 LOADING = tuple(each.name for each in fields(LoadOptions))
+"""The options that say how the model is loaded."""
 PLACING = ("parallelize", "max_memory_per_gpu", "max_cpu_memory")
-"""lm-eval's words for `device_map` and `max_memory`."""
+"""lm-eval's options that stand for `device_map` and `max_memory`."""
 UNSERVED = {
     "autogptq": "transformers loads GPTQ checkpoints by itself, as it finds them; leave it out.",
     "gptqmodel": "transformers loads GPTQ checkpoints by itself, as it finds them; leave it out.",
     "gguf_file": "GGUF files are not loaded; let transformers write the model into a folder (save_pretrained), and name that.",
     "tp_plan": "a model is not shared by processes; spread it over the GPUs of one with parallelize=True.",
 }
-"""lm-eval's options that would change the numbers, and are not served."""
+"""Option of lm-eval that would change the numbers -> why it is refused, and what to do."""
 
 
 @register_model("hf-activations")
 class HFActivations(CapturingHFLM):
     """lm-eval's `hf` model that captures what it is asked into a run folder.
 
-    pretrained: a name, a folder, or a loaded model with tokenizer=. scoring: tree, or stock: lm-eval's own batches.
-    strict: stop once numbers are stored that are infinite or NaN.
-    options: of loading (`LoadOptions`: dtype, device, peft, …) and of lm-eval's `hf` (batch_size, max_length, parallelize, …); what is not
-    served is refused.
-    After each of lm-eval's calls what was captured is on the disk; `finish` joins it to the scores.
-    Raises SelectionError, ModelError, StoreError, BenchmarkError; TypeError for an option there is not.
+    pretrained: a name, a folder, or a loaded model with tokenizer=. scoring: tree scores over the prefix tree of all requests, stock in
+    lm-eval's own batches. strict: stop once numbers are stored that are infinite or NaN.
+    options: those of loading (`LoadOptions`: dtype, device, peft, …) and those of lm-eval's `hf` (batch_size, max_length, parallelize, …). An
+    option that cannot be served is refused.
+    After each call of lm-eval what was captured is on the disk; `finish` joins it to the scores.
+    Raises SelectionError, ModelError, StoreError, BenchmarkError; TypeError for an unknown option.
     """
 
     def __init__(
@@ -107,23 +108,23 @@ class HFActivations(CapturingHFLM):
             raise StoreError(f"{self.folder} is finished already; one instance makes one run.")
 
     def finish(self, results: Mapping[str, Any] | None) -> Path:
-        """Join what was captured to what `simple_evaluate` returned, and close the run. Returns its folder.
+        """Join what was captured to what `simple_evaluate` returned, and close the run. Returns the run folder.
 
-        results: None in the processes that lm-eval gives none.
-        Raises BenchmarkError for results without samples, or of samples that were not in order; CaptureError.
+        results: None in the processes to which lm-eval gives none.
+        Raises BenchmarkError for results without samples, or with documents that were not in order; CaptureError, StoreError.
         """
         if self._ranks.is_first and (results is None or not results.get("samples")):
             raise BenchmarkError("these results hold no samples; call simple_evaluate with log_samples=True.")
         self._check_open()
         samples = (results or {}).get("samples", {})
-        doc_ids = {task: _asked(task, logged) for task, logged in samples.items()}
+        doc_ids = {task: _documents(task, logged) for task, logged in samples.items()}
         self._open.close()
         self._folder.finish(samples, doc_ids=doc_ids, directions=(results or {}).get("higher_is_better"))
         return self.folder
 
 
 def _refuse_unserved(options: Mapping[str, Any]) -> None:
-    """Raises TypeError for what is no option, BenchmarkError for what is not served."""
+    """Raises TypeError for an unknown option, BenchmarkError for one that is not served."""
     own, theirs = (inspect.signature(each).parameters.values() for each in (HFActivations, HFLM))
     known = dict.fromkeys([*(each.name for each in [*own, *theirs] if each.kind is not each.VAR_KEYWORD), *LOADING])
     for name, value in options.items():
@@ -136,7 +137,7 @@ def _refuse_unserved(options: Mapping[str, Any]) -> None:
 
 
 def _load_options(pretrained: Any, tokenizer: Any, options: dict[str, Any]) -> LoadOptions:
-    """Takes out of options how the model is loaded."""
+    """How the model is loaded. Takes these options out of the others. Raises BenchmarkError, DeviceUnavailable, ModelError."""
     load = {name: options.pop(name) for name in LOADING if name in options}
     parallelize, per_gpu, cpu = (options.pop(name, None) for name in PLACING)
     if parallelize:
@@ -160,12 +161,12 @@ def _load_options(pretrained: Any, tokenizer: Any, options: dict[str, Any]) -> L
     return LoadOptions(**load)
 
 
-def _asked(task: str, logged: Any) -> list[int]:
-    """The documents that lm-eval asked of a task, in their order: its requests count within them."""
-    asked = list(dict.fromkeys(entry["doc_id"] for entry in logged))
-    if asked != sorted(asked):
+def _documents(task: str, logged: Any) -> list[int]:
+    """The documents that lm-eval asked of a task. Its requests count within this list. Raises BenchmarkError when it is not ascending."""
+    documents = list(dict.fromkeys(entry["doc_id"] for entry in logged))
+    if documents != sorted(documents):
         raise BenchmarkError(
-            f"{task}: the documents of samples= were not in ascending order ({asked[:5]} …), and lm-eval mislabels such; sort "
+            f"{task}: the documents of samples= were not in ascending order ({documents[:5]} …), and lm-eval mislabels such; sort "
             "them and run again."
         )
-    return asked
+    return documents

@@ -186,7 +186,7 @@ class _Run:
                 model=lm,
                 model_args={"pretrained": short_name(self.loaded.name)},
                 tasks=list(self.tasks.top),
-                task_manager=LoadedBefore(self.tasks.drawn_with, is_first=is_first),
+                task_manager=LoadedBefore(self.tasks.random_states, is_first=is_first),
                 num_fewshot=benchmark.num_fewshot,
                 limit=benchmark.limit,
                 samples=self.tasks.drawn,

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import has_bos_prefix
 from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import Span, company_of
@@ -30,11 +28,10 @@ from AutomaticEval.evaluation.harness.refusals import document, refuse_generatin
 from AutomaticEval.evaluation.harness.request_keys import RequestKeys
 from AutomaticEval.evaluation.harness.row_groups import RowGroups
 from AutomaticEval.evaluation.harness.shared_prefixes import SharedPrefixes
-from AutomaticEval.evaluation.harness.speedups import quiet
-from AutomaticEval.evaluation.harness.tokens import EncodedAhead, rolling_windows, texts_of
+from AutomaticEval.evaluation.harness.tokens import EncodingHFLM, rolling_windows, texts_of
 from AutomaticEval.evaluation.harness.tree_scores import TreeScorer
 from AutomaticEval.models.find_layout import refuse_untrue
-from AutomaticEval.models.layout import cache_name, input_device
+from AutomaticEval.models.layout import cache_name
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 
@@ -42,7 +39,7 @@ NO_SCORE = (float("nan"), False)
 """Stands in for the score of a request that is not computed by lm-eval here."""
 
 
-class CapturingHFLM(HFLM):  # type: ignore[misc]
+class CapturingHFLM(EncodingHFLM):
     """HFLM that hands every captured sample to a sink.
 
     selection: what is captured; None captures nothing. scoring: "tree" scores log-likelihoods over the prefix tree of all requests, if the
@@ -62,10 +59,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
     ) -> None:
         refuse_untrue(loaded.model)  # lm-eval would silently change its mode
         check_scoring(scoring)
-        self._ahead = EncodedAhead((), self._encode_many)
-        with quiet(HFLM.__module__):  # lm-eval warns that a model which is loaded already is not shared out; here it is
-            super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)
-        self._device = input_device(loaded.model)  # lm-eval takes the first weight's, which may be offloaded
+        super().__init__(loaded, has_stock_batches=scoring == "stock", **kwargs)
         self._selection, self._scoring = selection, scoring
         self._workload, self._ranks = workload, workload.ranks
         self._keys = RequestKeys(workload.doc_ids, is_captured=selection is not None)
@@ -97,7 +91,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         for key, prompt, response in keyed:  # lm-eval would fail over these while it encodes
             if not response or (not prompt and not self.tok_encode(response, add_special_tokens=False)):
                 refuse_pair(document(key.task, key.doc_id), [0], [], (prompt, response or ""), self.max_length)
-        self._ahead = EncodedAhead(texts_of(request.args for request in requests), self._encode_many)
+        self._encode_ahead(texts_of(request.args for request in requests))
         with self._serving(keyed, placeholder=NO_SCORE) as call:
             own = super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self._ranks.is_first)
             return call.complete(own)
@@ -106,7 +100,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         keyed = self._keys.of(requests)
         self._refuse_generating(keyed)
         prompts = [request.args[0] for request in requests]
-        self._ahead = EncodedAhead(prompts, self._encode_many)
+        self._encode_ahead(prompts)
         groups = self._prefixes.expect(prompts)
         asked = [Request(key, prompt, None) for (key, _), prompt in zip(keyed, prompts, strict=True)]
         with self._serving(asked, placeholder="", groups=groups) as call:
@@ -157,7 +151,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             self._call, self.cache_hook = None, stock
             if self._capture is not None:
                 self._capture.drop()
-            self._ahead = EncodedAhead((), self._encode_many)
+            self._encode_ahead(())
             self._prefixes.forget()
 
     def _served(self) -> Call:
@@ -285,7 +279,7 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         """How many tokens of a request's prompt are not fed. Raises CaptureError when what is fed is not its end."""
         asked = self._served().requests
         prompt = asked[request].prompt
-        whole = self._prompt_ids(prompt, asked[first].prompt if self._scoring == "stock" else prompt)
+        whole = self._prompt_ids(prompt, asked[first].prompt)
         check_fed(whole[len(whole) - len(fed) :], fed)
         return len(whole) - len(fed)
 
@@ -303,48 +297,3 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             return plain
         reader = AnswerReader(self.tok_decode, stop, self.model.generation_config.eos_token_id)
         return self._capture.generated(self._served(), prompts, prefix, reader, generate)
-
-    # Texts and tokens.
-
-    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-        encoded = None if args or kwargs else self._ahead.get(string)
-        return list(super().tok_encode(string, *args, **kwargs)) if encoded is None else encoded
-
-    def _encode_many(self, texts: Sequence[str]) -> Sequence[list[int]]:
-        """What tok_encode gives for each text."""
-        bos = self.tokenizer.decode(self.prefix_token_id)
-        if self.add_bos_token is not None or any(has_bos_prefix(text, bos) for text in texts):
-            return [super(CapturingHFLM, self).tok_encode(text) for text in texts]
-        encoded: list[list[int]] = self.tokenizer(texts, return_attention_mask=False)["input_ids"]
-        return encoded
-
-    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The prompts of a batch, left-padded: (token ids, mask), [n_prompts, width] each.
-
-        lm-eval adds special tokens to all prompts of a batch or to none, as the first needs them. Over the tree each prompt has its own.
-        """
-        if self._scoring == "stock" or len({self._writes_bos(text) for text in strings}) == 1:
-            encoded: tuple[Tensor, Tensor] = super().tok_batch_encode(strings, *args, **kwargs)
-            return encoded
-        each = [super(CapturingHFLM, self).tok_batch_encode([text], *args, **kwargs) for text in strings]
-        width = max(ids.shape[1] for ids, _ in each)
-        ids = torch.cat([_padded(ids, width, self.tokenizer.pad_token_id) for ids, _ in each])
-        return ids, torch.cat([_padded(mask, width, 0) for _, mask in each])
-
-    def _writes_bos(self, text: str) -> bool:
-        """Whether a text begins with the first token that the tokenizer would add."""
-        return bool(has_bos_prefix(text, getattr(self.tokenizer, "bos_token", None)))
-
-    def _prompt_ids(self, text: str, first: str) -> list[int]:
-        """A prompt's tokens in a batch whose first prompt decides about special tokens."""
-        with_special = False if self._writes_bos(first) else self.add_bos_token
-        special = {} if with_special is None else {"add_special_tokens": with_special}
-        return list(self.tokenizer.encode(text, truncation=self.truncation, **special))
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self.tok_decode(ids, skip_special_tokens=False))
-
-
-def _padded(row: Tensor, width: int, filler: int) -> Tensor:
-    """One row [1, n] with filler on its left, [1, width]."""
-    return torch.nn.functional.pad(row, (width - row.shape[1], 0), value=filler)

@@ -1,4 +1,4 @@
-"""The folder of a benchmark run: opened, shared by the run's processes, resumed, and finished with what lm-eval said."""
+"""The folder of a benchmark run: how it is opened, shared by the run's processes, resumed, and finished with lm-eval's verdicts."""
 
 from __future__ import annotations
 
@@ -60,26 +60,26 @@ class Opened(NamedTuple):
 
     writer: RunWriter
     answered: dict[RequestKey, EarlierAnswer]
-    """The requests that are on the disk already."""
+    """The requests whose answers are on the disk already."""
 
 
 @dataclass
 class RunFolder:
-    """Where one run goes, and what it is made with."""
+    """Where one run goes, and what it was made with. `writing` opens it, `finish` closes it."""
 
     keeping: Keeping
     name: str
-    """What the name of a new folder begins with: `<name>_<timestamp>`."""
+    """A new folder is called `<name>_<timestamp>`."""
 
     model: str
     settings: RunSettings
     shard_bytes: int
     ranks: Ranks
     paths: Mapping[str, str] = field(default_factory=dict)
-    """Where the model is on this machine."""
+    """model, peft and delta -> where they are on this machine, if they are folders."""
 
     path: Path | None = None
-    """Known once it is open."""
+    """The folder; None until it is open."""
 
     n_samples: int = 0
     size_bytes: int = 0
@@ -88,7 +88,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[Opened]:
-        """Open the folder in every process of the run; on every exit what was captured is sealed."""
+        """Open the folder, in every process of the run. On every exit what was captured is sealed."""
         resume = self.keeping.resume
         run = self._shared.writing(
             lambda: resume or new_folder(self.keeping.save_dir, self.name),
@@ -98,7 +98,7 @@ class RunFolder:
         writer: RunWriter | None = None
         try:
             with ExitStack() as left, run as (writer, folder, answered):
-                if not resume and self.ranks.n_ranks == 1:  # others may have rows still
+                if not resume and self.ranks.n_ranks == 1:  # other processes may still have rows
                     left.enter_context(leaving_nothing(folder))
                 self.path = folder
                 yield Opened(writer, answered)
@@ -129,9 +129,11 @@ class RunFolder:
         doc_ids: Mapping[str, Sequence[int]] | None = None,
         directions: Directions | None = None,
     ) -> None:
-        """Join every sample of every process to what lm-eval logged of it, and write `run.h5`.
+        """Join the samples of all processes to what lm-eval logged of them, and write `run.h5`.
 
-        doc_ids: task -> the documents' own indices, when the samples count within them. directions: of the tasks' metrics.
+        samples: lm-eval's, by task. repeats: the verdict on each of several answers to one question. doc_ids: task -> the documents' own
+        indices, when the captured samples count within these. directions: task -> metric -> whether higher is better.
+        Raises BenchmarkError for captured tasks that are not among the samples, CaptureError for samples that do not fit.
         """
 
         def joined(columns: Columns) -> Columns:
@@ -153,14 +155,14 @@ class RunFolder:
 
 
 def made_with(loaded: LoadedModel, selection: Selection) -> RunSettings:
-    """The settings that decide a run's numbers."""
+    """The settings of a run that captures a selection: what decides its numbers."""
     made = loaded.made_with()
     versions = {**(made.versions or {}), "lm_eval": lm_eval.__version__}
     return made.changed(versions=versions, **selection.as_dict())
 
 
 def new_folder(save_dir: Path, name: str) -> Path:
-    """A new folder `<name>_<timestamp>`."""
+    """Make a new folder `<name>_<timestamp>`, and return it."""
     prepare_folder(save_dir)
     stem = f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
     number = 1
@@ -175,5 +177,5 @@ def new_folder(save_dir: Path, name: str) -> Path:
 
 
 def folder_name(benchmarks: Sequence[str], model: str) -> str:
-    """`<benchmark>_<model>`, of characters that every file system takes."""
+    """`<benchmark>_<model>`, in characters that every file system takes."""
     return "_".join(own_name(plain_name(part), 80) for part in ("-".join(benchmarks), Path(model).name))
