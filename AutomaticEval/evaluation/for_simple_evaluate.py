@@ -33,8 +33,6 @@ from AutomaticEval.store.writer import SHARD_BYTES
 
 LOADING = tuple(each.name for each in fields(LoadOptions))
 """The options that say how the model is loaded."""
-PLACING = ("parallelize", "max_memory_per_gpu", "max_cpu_memory")
-"""lm-eval's options that stand for `device_map` and `max_memory`."""
 UNSERVED = {
     "autogptq": "transformers loads GPTQ checkpoints by itself, as it finds them; leave it out.",
     "gptqmodel": "transformers loads GPTQ checkpoints by itself, as it finds them; leave it out.",
@@ -139,16 +137,7 @@ def _refuse_unserved(options: Mapping[str, Any]) -> None:
 def _load_options(pretrained: Any, tokenizer: Any, options: dict[str, Any]) -> LoadOptions:
     """How the model is loaded. Takes these options out of the others. Raises BenchmarkError, DeviceUnavailable, ModelError."""
     load = {name: options.pop(name) for name in LOADING if name in options}
-    parallelize, per_gpu, cpu = (options.pop(name, None) for name in PLACING)
-    if parallelize:
-        if per_gpu is not None and not torch.cuda.is_available():
-            raise DeviceUnavailable("max_memory_per_gpu was given, but torch sees no GPU here; leave it out.")
-        gpus = {} if per_gpu is None else dict.fromkeys(range(torch.cuda.device_count()), per_gpu)
-        most = {**gpus, **({} if cpu is None else {"cpu": cpu})}
-        load = {"device_map": "auto", **({"max_memory": most} if most else {}), **load}
-    for name, value in zip(PLACING[1:], (per_gpu, cpu), strict=True):
-        if value is not None and not parallelize:
-            raise BenchmarkError(f"{name} is for parallelize=True, which spreads the model; add that, or leave it out.")
+    load = {**_placing(options), **load}
     for name in UNSERVED:
         options.pop(name, None)
     is_named = isinstance(pretrained, str | Path)
@@ -159,6 +148,25 @@ def _load_options(pretrained: Any, tokenizer: Any, options: dict[str, Any]) -> L
         if not is_named or not isinstance(tokenizer, str | Path | None):
             del load["add_bos_token"]
     return LoadOptions(**load)
+
+
+def _placing(options: dict[str, Any]) -> dict[str, Any]:
+    """`device_map` and `max_memory` for lm-eval's parallelize, max_memory_per_gpu and max_cpu_memory, which are taken out of options."""
+    parallelize = options.pop("parallelize", None)
+    limits = {name: options.pop(name, None) for name in ("max_memory_per_gpu", "max_cpu_memory")}
+    per_gpu, cpu = limits.values()
+    if not parallelize:
+        for name, limit in limits.items():
+            if limit is not None:
+                raise BenchmarkError(
+                    f"{name} is for parallelize=True, which spreads the model; add that, or leave it out."
+                )
+        return {}
+    if per_gpu is not None and not torch.cuda.is_available():
+        raise DeviceUnavailable("max_memory_per_gpu was given, but torch sees no GPU here; leave it out.")
+    gpus = {} if per_gpu is None else dict.fromkeys(range(torch.cuda.device_count()), per_gpu)
+    max_memory = {**gpus, **({} if cpu is None else {"cpu": cpu})}
+    return {"device_map": "auto", **({"max_memory": max_memory} if max_memory else {})}
 
 
 def _documents(task: str, logged: Any) -> list[int]:
