@@ -1,11 +1,11 @@
 """Every exception of this project.
 
     AutomaticEvalError                  the base; the command line prints it in one line and exits with 2
-    ├── SelectionError                  what was asked to be kept cannot be named
+    ├── SelectionError                  the sites, layers or positions to keep do not exist or cannot be read
     │   ├── UnknownSite
     │   ├── UnknownLayer
     │   └── UnknownPositions
-    ├── PromptError                     the question itself
+    ├── PromptError                     the question cannot be asked
     │   ├── EmptyPrompt
     │   ├── PromptTooLong
     │   └── DatasetUnavailable
@@ -18,7 +18,7 @@
     ├── BenchmarkError                  the benchmark cannot be had, or cannot be captured
     │   ├── UnknownBenchmark
     │   └── BenchmarkUnavailable
-    ├── StoreError                      files and folders
+    ├── StoreError                      a file or folder cannot be written or read
     │   ├── PathExists
     │   ├── FolderNotWritable
     │   ├── FolderInUse
@@ -33,8 +33,8 @@
     │   │   └── NewerFormat
     │   ├── RefusedPickle
     │   └── ManySamples
-    ├── EditError                       an intervention that cannot be made as it is asked for
-    ├── TrackingUnavailable             an experiment tracker that was asked for
+    ├── EditError                       an intervention cannot be made as it is asked for
+    ├── TrackingUnavailable             an experiment tracker is not installed, or refused the run
     └── CaptureError                    what the hooks saw is not what was expected; nothing is stored
 
 Messages name the thing, what was found, what was expected and what to do.
@@ -50,10 +50,15 @@ class AutomaticEvalError(Exception):
     """The base of every error this project raises on purpose."""
 
     exit_code = 2
+    """What the command line exits with: 2 when the request is refused, 1 when a run had begun or a file is damaged."""
+
+    def interrupts_run(self) -> None:
+        """Say that a run had begun when this was raised."""
+        self.exit_code = 1
 
 
 class SelectionError(AutomaticEvalError, ValueError):
-    """What was asked to be kept cannot be named."""
+    """The sites, layers or positions to keep do not exist or cannot be read."""
 
 
 class UnknownSite(SelectionError):
@@ -81,7 +86,7 @@ class PromptTooLong(PromptError):
 
 
 class DatasetUnavailable(PromptError):
-    """Texts cannot be had: no such data set, or not reachable."""
+    """Texts cannot be had: the data set does not exist, or is out of reach."""
 
 
 class ModelError(AutomaticEvalError):
@@ -97,7 +102,7 @@ class DeviceUnavailable(ModelError):
 
 
 class UnsupportedModel(ModelError):
-    """The model's shape is not one that can be captured truly."""
+    """The parts of the model were not found, or do not add up, so that it cannot be captured truly."""
 
 
 class SiteUnavailable(ModelError):
@@ -125,7 +130,7 @@ class StoreError(AutomaticEvalError):
 
 
 class PathExists(StoreError):
-    """The file is there already, and nothing is overwritten unasked."""
+    """The file exists already, and is not overwritten without being asked to."""
 
 
 class FolderNotWritable(StoreError):
@@ -145,7 +150,7 @@ class DiskFull(StoreError):
 
 
 class FileRefused(StoreError):
-    """The operating system does not give the file's bytes, which may be sound."""
+    """The operating system does not give the bytes of the file, which may be undamaged."""
 
 
 class UnreadableFile(StoreError):
@@ -161,13 +166,13 @@ class TruncatedFile(UnreadableFile):
 
 
 class DamagedFile(UnreadableFile):
-    """What is in the file is not what its checksums say."""
+    """The content of the file does not match its checksums."""
 
     exit_code = 1
 
 
 class MissingFilter(UnreadableFile):
-    """The file is compressed with what is not installed."""
+    """The file is compressed with a filter that is not installed."""
 
 
 class NewerFormat(UnreadableFile):
@@ -195,16 +200,16 @@ class CaptureError(AutomaticEvalError):
 
 
 class NotFinite(CaptureError):
-    """With strict: a model computed infinite numbers or NaN. They are stored, as everything before them."""
+    """The model computed infinite numbers or NaN, and strict was asked for. They are stored, like everything before them."""
 
 
 def first_line(failure: BaseException) -> str:
-    """What another library's error says, in one line; its kind when it says nothing."""
+    """The first line of another library's error, or its class's name when it has no text."""
     return next(iter(str(failure).splitlines()), type(failure).__name__)
 
 
 def unknown_option(name: str, known: Iterable[str]) -> TypeError:
-    """What a function raises for a keyword that it does not have."""
+    """The TypeError for a keyword that a function does not have."""
     known = list(known)
     return TypeError(f"no option {name!r}.{did_you_mean(name, known)} Options: {', '.join(known)}.")
 

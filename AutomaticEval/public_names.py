@@ -1,4 +1,4 @@
-"""What files call a model, an adapter or a folder: its name, and not where it is on the machine of the person who ran it."""
+"""The names that files give to models, adapters and folders. They do not tell where these are on somebody's machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def public_name(given: str | Path) -> str:
-    """A hub name as it is; of a folder or path its last name, which tells neither home nor user."""
+    """The name for files: a hub name as it is; the last name of a folder or path, which tells neither home nor user."""
     text = os.fspath(given)
     is_path = text.startswith((".", "~")) or os.path.isdir(text)  # noqa: PTH112 - no error for a long name
     return without_folders(str(absolute(text)) if is_path else text)
@@ -19,10 +19,10 @@ def without_folders(text: str) -> str:
 
 
 def absolute(given: str | Path) -> Path:
-    """Where a path is, wherever the next command is run. Links are not followed: a model goes by the name it was given."""
+    """A path that holds in every current folder. Links are not followed: a model keeps the name that it was given."""
     return Path(os.path.abspath(os.path.expanduser(given)))  # noqa: PTH100, PTH111 - "~nobody" is no error
 
 
 def is_same(before: str, now: str) -> bool:
-    """Whether two names are of one thing, of which the first versions wrote down the path."""
+    """Whether two names mean the same thing. before: may be a path, which the first versions wrote down."""
     return public_name(before) == public_name(now) or before.rstrip("/").endswith(f"/{now}")

@@ -1,4 +1,4 @@
-"""The newest versions of the libraries that this version was tested with, and one line when a newer one is installed."""
+"""The newest versions of the libraries that this version was tested with, and a warning when a newer one is installed."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ NEWEST = {
 
 
 def newer() -> list[str]:
-    """The installed libraries that are newer than what was tested, as "transformers 6.0.0 (5.24.0)"."""
-    found = []
+    """The installed libraries that are newer than what was tested, each as "transformers 6.0.0 (5.24.0)"."""
+    libraries = []
     for name, tested in NEWEST.items():
         try:
             installed = version(name)
         except PackageNotFoundError:
             continue
         if Version(installed).release > Version(tested).release:
-            found.append(f"{name} {installed} ({tested})")
-    return found
+            libraries.append(f"{name} {installed} ({tested})")
+    return libraries
 
 
 @functools.cache
 def tell_newer() -> None:
-    """Warn in one line, once a process, of libraries that are newer than what was tested."""
-    found = newer()
-    if found:
+    """Warn once a process, in one line, of libraries that are newer than what was tested."""
+    libraries = newer()
+    if libraries:
         warnings.warn(
-            f"Newer than what this version was tested with (in brackets): {', '.join(found)}. What is captured is checked all the same; "
+            f"Newer than what this version was tested with (in brackets): {', '.join(libraries)}. What is captured is checked all the same; "
             "`verify RUN --recompute N` checks it once more.",
             stacklevel=3,
         )

@@ -168,7 +168,7 @@ def generation(asked: Benchmark, tokenizer: str, rounds: int) -> None:
         selection = Selection.parse()
         with (
             tempfile.TemporaryDirectory() as folder,
-            RunWriter(Path(folder), loaded.name, made_with(loaded, selection)) as into,
+            RunWriter(Path(folder), loaded.name, made_with(loaded, selection).as_dict()) as into,
         ):
             ours = CapturingHFLM(loaded, selection, into.add, scoring=asked.scoring, batch_size=8)
             ours.generate_until(lm.requests)

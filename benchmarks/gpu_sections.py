@@ -114,7 +114,7 @@ def generate(setting: Setting) -> Iterator[Line]:
 def _generated(
     setting: Setting, loaded: LoadedModel, prompts: list[list[int]], n_new: int, ends: float
 ) -> Iterator[Line]:
-    settings = made_with(loaded, EVERYTHING)  # once a run
+    settings = made_with(loaded, EVERYTHING).as_dict()  # once a run
     known: dict[str, Line] = {}
 
     def on_disk(n: int) -> list[Response]:

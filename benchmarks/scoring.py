@@ -173,7 +173,7 @@ class Sides:
     def _on_disk(self, positions: str) -> Any:
         selection = Selection.parse(positions=positions)
         with tempfile.TemporaryDirectory() as folder:
-            settings = made_with(self.loaded, selection)
+            settings = made_with(self.loaded, selection).as_dict()
             with RunWriter(Path(folder), self.loaded.name, settings) as writer:
                 answers = self._ours(selection, writer.add).loglikelihood(self.requests)
                 writer.finish()

@@ -32,7 +32,7 @@ from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.harness import speedups as harness
 from AutomaticEval.evaluation.harness.batches import RecordingCollator
 from AutomaticEval.evaluation.harness.call import Call
-from AutomaticEval.evaluation.harness.generated import Answers
+from AutomaticEval.evaluation.harness.generated import AnswerReader
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.harness.tokens import EncodedAhead, texts_of
 from AutomaticEval.evaluation.local_files import read_documents
@@ -716,7 +716,7 @@ def evaluate_plainly(loaded: LoadedModel, tasks: str) -> Outcome:
 def test_answer_ends_where_lm_eval_ends_it_when_later_tokens_change_earlier_text() -> None:
     """Byte fallback: a newline before half a character is no newline any more."""
     texts = {(1,): "foo", (1, 2): "foo\n", (1, 2, 3): "foo??", (1, 2, 3, 4): "foo??bar", (1, 2, 3, 4, 2): "foo??bar\n"}
-    answers = Answers(lambda ids: texts[tuple(ids)], ["\n"], None)
+    answers = AnswerReader(lambda ids: texts[tuple(ids)], ["\n"], None)
     assert answers.own([1, 2, 3, 4, 2]) == [1, 2, 3, 4]
     assert answers.own([1, 2]) == [1, 2]
 

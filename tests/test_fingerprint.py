@@ -24,7 +24,7 @@ from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model
 from AutomaticEval.models.weights import fingerprint as of
 from AutomaticEval.models.weights.fingerprint import fingerprint, hash_of_tensor, sampled_fingerprint
 from AutomaticEval.models.weights.provenance import provenance
-from AutomaticEval.settings import differing
+from AutomaticEval.settings import Difference, RunSettings
 from AutomaticEval.store.upkeep.merge import merge
 from AutomaticEval.store.writer import RunWriter
 
@@ -379,6 +379,10 @@ def changed(settings: dict[str, Any], **others: Any) -> dict[str, Any]:
     return {**settings, **others}
 
 
+def differences(where: str, before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    return RunSettings.from_dict(before).differences(RunSettings.from_dict(now), where)
+
+
 @pytest.mark.parametrize(
     ("before", "now", "apart"),
     [
@@ -394,7 +398,7 @@ def changed(settings: dict[str, Any], **others: Any) -> dict[str, Any]:
 def test_runs_of_now_are_compared_by_everything(before: Any, now: Any, apart: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [each.name for each in differing("r", before, now)] == apart
+        assert [each.name for each in differences("r", before, now)] == apart
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -408,7 +412,7 @@ def test_an_older_run_is_compared_by_what_it_holds_which_is_said(turned: bool) -
     ]:
         pair = (now, OLD) if turned else (OLD, now)
         with pytest.warns(UserWarning, match="64 numbers of each weight") as said:
-            assert [each.name for each in differing("runs/old", *pair)] == apart
+            assert [each.name for each in differences("runs/old", *pair)] == apart
         (line,) = (str(each.message) for each in said)
         assert line.startswith("runs/old: model_hash, config, tokenizer, generation_config were not written down")
 
@@ -435,7 +439,11 @@ def cut_short(demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 made = LoadedModel.made_with
                 names = ("model_hash", "config", "generation_config", "tokenizer", "arithmetic")
                 patched.setattr(
-                    LoadedModel, "made_with", lambda self: {k: v for k, v in made(self).items() if k not in names}
+                    LoadedModel,
+                    "made_with",
+                    lambda self: RunSettings.from_dict(
+                        {name: value for name, value in made(self).as_dict().items() if name not in names}
+                    ),
                 )
             with pytest.raises(Stopped):
                 evaluate(loaded, activation_save_dir=tmp_path / "out")
@@ -539,7 +547,7 @@ def test_running_changes_nothing_of_what_is_compared(demo: LoadedModel, tmp_path
     tokenizer("padded", padding="max_length", max_length=9, truncation=True)  # fast tokenizers remember both
     assert loaded.made_with() == before
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    assert provenance(loaded.model, tokenizer)["tokenizer"] == before["tokenizer"]
+    assert provenance(loaded.model, tokenizer)["tokenizer"] == before.tokenizer
 
 
 def test_runs_of_other_models_or_edits_are_not_merged(demo: LoadedModel, tmp_path: Path) -> None:
@@ -575,7 +583,7 @@ def test_an_older_sweep_goes_on_with_a_word(demo: LoadedModel, tmp_path: Path) -
 
     older = {"model": "demo", "weights": sampled_fingerprint(demo.model), "dtype": "torch.float32", "site": "z"}
     write_json(tmp_path / "settings.json", older)
-    now = {"model": "demo", **demo.made_with(), "dtype": "torch.float32", "site": "z"}
+    now = {"model": "demo", **demo.made_with().as_dict(), "dtype": "torch.float32", "site": "z"}
     with pytest.warns(UserWarning, match="64 numbers"):
         _check_settings(tmp_path, now)
     with pytest.warns(UserWarning, match="64 numbers"), pytest.raises(OtherSettings, match="fingerprint was"):
@@ -596,9 +604,9 @@ def test_code_that_came_with_a_checkpoint_is_seen(tmp_path: Path, tokenizer: Any
 
 def test_a_run_names_the_hash_of_its_model(tmp_path: Path) -> None:
     loaded = load_model(DEMO_FOLDER)
-    with RunWriter(tmp_path, "m", loaded.made_with()) as writer:
-        assert writer._settings["model_hash"] == loaded.fingerprint()
-        assert writer._settings["fingerprint"] == sampled_fingerprint(loaded.model)
+    with RunWriter(tmp_path, "m", loaded.made_with().as_dict()) as writer:
+        assert writer._settings.model_hash == loaded.fingerprint()
+        assert writer._settings.fingerprint == sampled_fingerprint(loaded.model)
 
 
 def test_an_extraction_that_is_there_is_of_the_same_commit_and_adapter(

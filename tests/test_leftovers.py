@@ -28,6 +28,7 @@ from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.report.figures import save_with_figures
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.disk.json_files import read_json, write_json
 from AutomaticEval.store.disk.partial_folders import clear_leftovers
 from AutomaticEval.store.disk.read_back import read_back
@@ -265,7 +266,7 @@ def test_locks_of_a_shared_run_go_when_it_is_finished(tmp_path: Path) -> None:
 def test_a_run_that_fails_before_its_first_rows_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder(RunOutput(tmp_path), "run", "m", SETTINGS, 10**6, Ranks())
+    folder = RunFolder(RunOutput(tmp_path), "run", "m", RunSettings.from_dict(SETTINGS), 10**6, Ranks())
     with pytest.raises(DiskFull), folder.writing():
         raise DiskFull("no room")
     assert list(tmp_path.iterdir()) == []

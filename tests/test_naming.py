@@ -19,7 +19,7 @@ from AutomaticEval.errors import OtherSettings
 from AutomaticEval.models.load_options import LoadOptions
 from AutomaticEval.models.loading import DEMO_FOLDER, load_model
 from AutomaticEval.public_names import is_same, public_name
-from AutomaticEval.settings import differing
+from AutomaticEval.settings import Difference, RunSettings
 from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.export.hub import PRIVATE
 from AutomaticEval.store.hdf5 import checksums
@@ -56,6 +56,10 @@ def test_a_name_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert public_name("demo") == "demo"
 
 
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    return RunSettings.from_dict(before).differences(RunSettings.from_dict(now), "x")
+
+
 def test_one_that_knows_a_path_and_one_that_knows_the_name_are_one_run() -> None:
     assert is_same("/home/a/models/x", "x")
     assert is_same("models/x", "x")
@@ -63,11 +67,11 @@ def test_one_that_knows_a_path_and_one_that_knows_the_name_are_one_run() -> None
     assert not is_same("/home/a/y", "x")
     before: dict[str, Any] = {"model": "/a/m", "benchmark": {"include_path": ["/a/tasks"], "local_files": "/a/d"}}
     now: dict[str, Any] = {"model": "m", "benchmark": {"include_path": ["tasks"], "local_files": "d"}}
-    assert differing("x", before, now) == []
+    assert differences(before, now) == []
     now["benchmark"]["include_path"] = ["others"]
-    (apart,) = differing("x", before, now)
+    (apart,) = differences(before, now)
     assert apart.name == "benchmark.include_path"
-    assert differing("x", {"attention": "/a/m"}, {"attention": "m"})  # of other settings nothing is guessed
+    assert differences({"attention": "/a/m"}, {"attention": "m"})  # of other settings nothing is guessed
 
 
 def test_runs_tell_no_folder_and_are_recomputed_all_the_same(model: str, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from AutomaticEval.capture.tree import shared_prompt as prefill
 from AutomaticEval.capture.tree import walk as walking
 from AutomaticEval.capture.tree.score import TOKENS_A_FORWARD
 from AutomaticEval.errors import FolderInUse, OtherSettings, StoreError
-from AutomaticEval.evaluation import run as run_module
+from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.store import writer
 from AutomaticEval.store.writer import RunWriter
@@ -287,8 +287,7 @@ def test_partly_answered_batches_are_computed_and_stored_once(
 
     Other batches round otherwise, which is exaggerated: what is on the disk stands.
     """
-    real = run_module._settings
-    monkeypatch.setattr(run_module, "_settings", lambda *a: {**real(*a), "benchmark": None})
+    monkeypatch.setattr(Benchmark, "as_dict", lambda self: None)
     folder = cut(tmp_path, forwards)
     before = open_run(folder).table().set_index(["task", "doc_id", "choice"]).logprob
     assert len(before) % 5

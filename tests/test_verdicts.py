@@ -14,7 +14,7 @@ from AutomaticEval import HFActivations, evaluate_with_activations, open_run
 from AutomaticEval.errors import BenchmarkError
 from AutomaticEval.evaluation.results.join import join, main_metric, scores_of, without_verdict
 from AutomaticEval.evaluation.results.repeats import needs_several, score_repeats
-from AutomaticEval.evaluation.results.requests import RequestKey
+from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.models.loading import LoadedModel
 
 DATA = """

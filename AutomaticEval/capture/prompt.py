@@ -202,16 +202,15 @@ def ask(loaded: LoadedModel, request: Request, *, capture: bool, folder: Path | 
         n_rows = len(request.selection.positions.resolve(len(ids), sampling.max_new_tokens))
         ensure_space(folder, n_rows * bytes_per_row(loaded, request.selection) + 2**16)
     (response,) = respond(loaded, [ids], sampling, request.selection if capture else None, [request.prompt])
-    settings = {
-        **loaded.numbers(),
+    made = loaded.numbers().changed(
         **({"shape": loaded.shape} if capture else {}),
         **request.selection.as_dict(),
         **asdict(sampling),
-        "generation_config": loaded.model.generation_config.to_diff_dict(),
-        "system_prompt": request.system_prompt,
-        "chat_template": request.apply_chat_template and bool(loaded.tokenizer.chat_template),
-    }
-    settings = json.loads(as_json(settings))  # as the file will give them back
+        generation_config=loaded.model.generation_config.to_diff_dict(),
+        system_prompt=request.system_prompt,
+        chat_template=request.apply_chat_template and bool(loaded.tokenizer.chat_template),
+    )
+    settings = json.loads(as_json(made.as_dict()))  # as the file will give them back
     return Asked(response.text, response.sample, loaded.name, settings)
 
 

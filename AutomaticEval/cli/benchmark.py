@@ -110,7 +110,7 @@ def benchmark(
     loaded = load_model(model, options=load)
     started = time.perf_counter()
     results = output_path if kept is not None else output_path or output.output
-    outcome = run_benchmark(loaded, asked, kept, found=tasks, output=output, output_path=results, announce=log)
+    outcome = run_benchmark(loaded, asked, kept, loaded_tasks=tasks, output=output, output_path=results, announce=log)
     if not ranks.is_first:
         return
     _print(outcome, f"{','.join(asked.names)} on {model}")

@@ -82,7 +82,7 @@ def screen(
     )
     settings: dict[str, Any] = {
         "model": loaded.name,
-        **loaded.made_with(),
+        **loaded.made_with().as_dict(),
         "dtype": str(loaded.model.dtype),
         "profile": prompts.profile,
         "permutations": permutations,

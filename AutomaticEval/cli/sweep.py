@@ -108,7 +108,7 @@ def _over_prompts(
 
 
 def _settings(loaded: LoadedModel, site: str) -> dict[str, Any]:
-    return {"model": loaded.name, **loaded.made_with(), "dtype": str(loaded.model.dtype), "site": site}
+    return {"model": loaded.name, **loaded.made_with().as_dict(), "dtype": str(loaded.model.dtype), "site": site}
 
 
 def _strongest(result: dict[str, Any], most: int = 10) -> Table:

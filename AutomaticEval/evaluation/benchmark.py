@@ -43,12 +43,16 @@ OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "ge
 
 @dataclass
 class LoadedTasks:
-    """Loaded tasks, cut down to the drawn documents."""
+    """A benchmark's tasks, without those of which no document was drawn."""
 
     top: list[Task | Group]
+    """The tasks and groups that are in no group; lm-eval is given these."""
+
     tasks: dict[str, Task]
+    """Name -> task, of all groups."""
+
     drawn: dict[str, list[int]] | None
-    """Task -> its drawn documents, sorted; None: all of them."""
+    """Task -> its drawn documents, sorted. None: all documents are asked."""
 
     totals: dict[str, int]
     """Task or group -> the number of its documents, drawn or not."""
@@ -56,8 +60,8 @@ class LoadedTasks:
     n_questions: int
     """Documents of the whole benchmark."""
 
-    drawn_with: RandomStates
-    """Python's, NumPy's and torch's, after the tasks were loaded."""
+    random_states: RandomStates
+    """The random states of Python, NumPy and torch after the tasks were loaded."""
 
 
 def load_tasks(benchmark: Benchmark) -> LoadedTasks:
@@ -65,31 +69,28 @@ def load_tasks(benchmark: Benchmark) -> LoadedTasks:
     bundled = all(name in BUNDLED_NAMES for name in benchmark.names) and not benchmark.include_path
     manager = task_manager([str(BUNDLED), *benchmark.include_path], include_defaults=not bundled)
     names = [each for name in benchmark.names for each in _known(name, manager)]
-    seed_everything(benchmark.seed)  # as lm-eval does before it loads: a task may shuffle its documents
+    seed_everything(benchmark.seed)  # lm-eval does so before it loads: a task may shuffle its documents
     try:
         with quick_templates(), local_files(benchmark.local_files):
-            found = _load(manager, names)
-            drawn_with = random_states()
-            totals = {name: len(task.eval_docs) for name, task in found["tasks"].items()}
+            tasks, groups = _load(manager, names)
+            states = random_states()
+            totals = {name: len(task.eval_docs) for name, task in tasks.items()}
     except OSError as failure:
         raise BenchmarkUnavailable(_unavailable(benchmark, failure)) from failure
-    for name, task in found["tasks"].items():
+    for name, task in tasks.items():
         _prepare(name, task, benchmark)
-    children = {id(task) for group in found["groups"].values() for task in group}
-    top: list[Task | Group] = [*found["groups"].values(), *found["tasks"].values()]
-    top = [item for item in top if id(item) not in children]
+    children = {id(child) for group in groups.values() for child in group}
+    top: list[Task | Group] = [item for item in (*groups.values(), *tasks.values()) if id(item) not in children]
     drawn = _draw(benchmark, totals)
-    in_groups = {
-        name: sum(totals[task.task_name] for task in group.get_all_tasks()) for name, group in found["groups"].items()
-    }
+    in_groups = {name: sum(totals[task.task_name] for task in group.get_all_tasks()) for name, group in groups.items()}
     if drawn is not None:
         top = [kept for kept in (_prune(item, drawn) for item in top) if kept is not None]
-    tasks = {name: task for name, task in found["tasks"].items() if drawn is None or name in drawn}
-    return LoadedTasks(top, tasks, drawn, {**totals, **in_groups}, sum(totals.values()), drawn_with)
+        tasks = {name: task for name, task in tasks.items() if name in drawn}
+    return LoadedTasks(top, tasks, drawn, {**totals, **in_groups}, sum(totals.values()), states)
 
 
 def _known(name: str, manager: TaskManager) -> list[str]:
-    """The tasks that a name, a pattern such as mmlu_*, or a YAML file stands for. Raises UnknownBenchmark."""
+    """The names of the tasks that a name, a pattern such as mmlu_*, or a YAML file stands for. Raises UnknownBenchmark."""
     if name in manager.all_tasks or (Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()):
         return [name]
     matching: list[str] = fnmatch.filter(manager.all_tasks, name)
@@ -101,9 +102,11 @@ def _known(name: str, manager: TaskManager) -> list[str]:
     return matching
 
 
-def _load(manager: TaskManager, names: list[str]) -> dict[str, Any]:
+def _load(manager: TaskManager, names: list[str]) -> tuple[dict[str, Task], dict[str, Group]]:
+    """(tasks, groups), each by name. Raises BenchmarkError for a task that lm-eval cannot make."""
     try:
-        return dict(manager.load(names))
+        loaded = manager.load(names)
+        return loaded["tasks"], loaded["groups"]
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as failure:
         if "Duplicate task" in str(failure):
             raise BenchmarkError(f"{', '.join(names)}: {failure}; name each task once.") from failure
@@ -124,29 +127,9 @@ def _unavailable(benchmark: Benchmark, failure: OSError) -> str:
 
 
 def _prepare(name: str, task: Task, benchmark: Benchmark) -> None:
-    """Refuse a task that cannot be run; set what it is asked with."""
-    if task.OUTPUT_TYPE not in OUTPUT_TYPES or getattr(task, "MULTIMODAL", False):
-        raise BenchmarkError(
-            f"the task {name!r} ({task.OUTPUT_TYPE}) is none that a text model answers in one pass; tasks of the types "
-            f"{', '.join(OUTPUT_TYPES)} are."
-        )
-    if not benchmark.predict_only:
-        refuse_unknown_metric(name, task)
-    if getattr(task, "UNSAFE_CODE", False) and not benchmark.confirm_run_unsafe_code:
-        raise BenchmarkError(
-            f"the task {name!r} runs code that the model wrote; where that is safe, add --confirm_run_unsafe_code."
-        )
-    if task.config.process_docs is not None and _first_docs(task) != _first_docs(task):
-        raise BenchmarkError(
-            f"the task {name!r} gives other documents each time it is read (its process_docs draws at random on data in memory), "
-            "so that it would be asked in one form and scored in another."
-        )
-    shots = _shots(task, benchmark)
-    if benchmark.local_files is not None and shots and len(list(task.fewshot_docs() or ())) < shots:
-        split = task.fewshot_cfg.split or task.config.training_split or task.config.validation_split
-        raise BenchmarkUnavailable(
-            f"{shots} examples are needed. {missing(Path(benchmark.local_files), task, split)} Or ask with --num_fewshot 0."
-        )
+    """Set what a task is asked with. Raises BenchmarkError, BenchmarkUnavailable for a task that cannot be run."""
+    _refuse_unserved(name, task, benchmark)
+    _refuse_without_examples(task, benchmark)
     generates = task.OUTPUT_TYPE == "generate_until"
     given = _given_kwargs(benchmark)
     if generates and given:
@@ -167,7 +150,38 @@ def _prepare(name: str, task: Task, benchmark: Benchmark) -> None:
         )
 
 
+def _refuse_unserved(name: str, task: Task, benchmark: Benchmark) -> None:
+    """Raises BenchmarkError for a task that cannot be asked, scored, or trusted."""
+    if task.OUTPUT_TYPE not in OUTPUT_TYPES or getattr(task, "MULTIMODAL", False):
+        raise BenchmarkError(
+            f"the task {name!r} ({task.OUTPUT_TYPE}) is none that a text model answers in one pass; tasks of the types "
+            f"{', '.join(OUTPUT_TYPES)} are."
+        )
+    if not benchmark.predict_only:
+        refuse_unknown_metric(name, task)
+    if getattr(task, "UNSAFE_CODE", False) and not benchmark.confirm_run_unsafe_code:
+        raise BenchmarkError(
+            f"the task {name!r} runs code that the model wrote; where that is safe, add --confirm_run_unsafe_code."
+        )
+    if task.config.process_docs is not None and _first_docs(task) != _first_docs(task):
+        raise BenchmarkError(
+            f"the task {name!r} gives other documents each time it is read (its process_docs draws at random on data in memory), "
+            "so that it would be asked in one form and scored in another."
+        )
+
+
+def _refuse_without_examples(task: Task, benchmark: Benchmark) -> None:
+    """Raises BenchmarkUnavailable when files of one's own hold fewer examples than each question is to have."""
+    shots = _shots(task, benchmark)
+    if benchmark.local_files is not None and shots and len(list(task.fewshot_docs() or ())) < shots:
+        split = task.fewshot_cfg.split or task.config.training_split or task.config.validation_split
+        raise BenchmarkUnavailable(
+            f"{shots} examples are needed. {missing(Path(benchmark.local_files), task, split)} Or ask with --num_fewshot 0."
+        )
+
+
 def _first_docs(task: Task, n_docs: int = 8) -> list[Any]:
+    """The first documents of a task, read anew."""
     docs = task.eval_docs
     return [docs[number] for number in range(min(n_docs, len(docs)))]
 
@@ -187,7 +201,7 @@ def _given_kwargs(benchmark: Benchmark) -> dict[str, Any]:
 
 
 def indistinct(task: str) -> str:
-    """Why a task's requests cannot be keyed."""
+    """The line that says why the requests of a task cannot be told apart."""
     return (
         f"the task {task!r} asks several requests of one document under the same index, so that they cannot be told apart; run "
         "it without --capture_activations."
@@ -195,25 +209,25 @@ def indistinct(task: str) -> str:
 
 
 def _shots(task: Task, benchmark: Benchmark) -> int:
-    """Examples before each question: a task that says 0 is never given any."""
+    """The number of examples before each question. A task that says 0 is never given any."""
     own = task.config.num_fewshot
     return int(own or 0) if benchmark.num_fewshot is None or own == 0 else benchmark.num_fewshot
 
 
 def _draw(benchmark: Benchmark, totals: Mapping[str, int]) -> dict[str, list[int]] | None:
-    """num_trials questions over all documents of all tasks, or None for all of them."""
+    """Task -> its drawn documents: num_trials drawn over all documents of all tasks. None when all are asked."""
     every = [(task, doc) for task, total in totals.items() for doc in range(total)]
     if benchmark.num_trials is None:
         return None
     chosen = random.Random(benchmark.seed or 0).sample(every, min(benchmark.num_trials, len(every)))
     drawn: dict[str, list[int]] = {}
-    for task, doc in sorted(chosen):  # lm-eval mislabels documents that are not in order
+    for task, doc in sorted(chosen):  # lm-eval mixes up documents that are not in ascending order
         drawn.setdefault(task, []).append(doc)
     return drawn
 
 
 def _prune(item: Task | Group, drawn: Mapping[str, list[int]]) -> Task | Group | None:
-    """A task or group without the tasks that no question was drawn from: lm-eval would run those in full."""
+    """A task or group without the tasks of which no question was drawn, which lm-eval would run in full; None when nothing is left."""
     if not isinstance(item, Group):
         return item if item.task_name in drawn else None
     for child in list(item):
@@ -222,8 +236,8 @@ def _prune(item: Task | Group, drawn: Mapping[str, list[int]]) -> Task | Group |
     return item if len(item) else None
 
 
-def asked_of(n_docs: int, benchmark: Benchmark, drawn: Mapping[str, list[int]] | None, task: str) -> Sequence[int]:
-    """The documents of a task that are asked: the drawn ones, the first so many, or all."""
+def asked_docs(n_docs: int, benchmark: Benchmark, drawn: Mapping[str, list[int]] | None, task: str) -> Sequence[int]:
+    """The documents of a task that are asked: those that were drawn, the first so many, or all."""
     if drawn is not None:
         return drawn[task]
     if benchmark.limit is None:

@@ -18,7 +18,7 @@ WHY_NOT = {
     "cache_requests": "lm-eval keeps requests under a key that leaves out the task's settings and the questions drawn, and so "
     "may ask the wrong ones; leave it out.",
 }
-"""lm-eval's options that would break the link between a request and its forward."""
+"""Option of lm-eval -> why it is not served: it would break the link between a request and its forward."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,12 @@ class Benchmark:
             raise BenchmarkError(f"--batch_size is {self.batch_size!r}; write a number or auto.")
 
     def as_dict(self) -> dict[str, Any]:
-        """For settings: folders and YAML files by their names."""
+        """The fields, for the settings of runs: folders and YAML files are told by their names, not by their paths."""
         named = {name: [public_name(each) for each in getattr(self, name)] for name in ("names", "include_path")}
         return {**asdict(self), **named, "local_files": self.local_files and public_name(self.local_files)}
 
 
 def check_scoring(scoring: str) -> None:
-    """Raises BenchmarkError for a way to score that there is not."""
+    """Raises BenchmarkError for a way to score that does not exist."""
     if scoring not in SCORINGS:
         raise BenchmarkError(f"--scoring is {scoring!r}; write {' or '.join(SCORINGS)}.")

@@ -20,19 +20,19 @@ from AutomaticEval.sites import LayersLike
 
 
 class EvaluateOptions(LoadKeywords, total=False):
-    """What is asked, as lm-eval has it, and how the model is loaded."""
+    """Keyword options of `evaluate_with_activations`: lm-eval's own, and those of loading the model."""
 
     num_trials: int | None
-    """Questions, drawn over the whole benchmark."""
+    """How many questions are drawn over the whole benchmark."""
     limit: float | None
     num_fewshot: int | None
     seed: int | None
     batch_size: int | str
     scoring: str
-    """tree, or stock: lm-eval's own batches."""
+    """tree scores over the prefix tree of all requests, stock in lm-eval's own batches."""
     include_path: str | Path | Iterable[str | Path]
     benchmark_data: str | Path | None
-    """Folder with the tasks' data."""
+    """A folder with the tasks' data."""
     apply_chat_template: bool | str
     system_instruction: str | None
     gen_kwargs: str | dict[str, Any] | None
@@ -57,14 +57,14 @@ def evaluate_with_activations(
     strict: bool = False,
     **options: Unpack[EvaluateOptions],
 ) -> Outcome:
-    """Evaluate a model on lm-eval tasks, and keep every request's activations, joined to its score.
+    """Evaluate a model on lm-eval tasks, and keep the activations of every request, joined to its score.
 
     model: a name, a folder, "demo", or a loaded model with tokenizer=. tasks: "mmlu,gsm8k" or a list.
     resume: a run folder that was cut short; the other arguments must be those of that run.
     strict: stop once numbers are stored that are infinite or NaN; without it the run warns of them at its end.
     output_path: for lm-eval's own results and samples files; None puts them into the run folder.
     Returns an Outcome: `results` and `samples` are lm-eval's, `folder` is what `open_run` reads.
-    Raises SelectionError, ModelError, BenchmarkError, StoreError, CaptureError; TypeError for an option there is not.
+    Raises SelectionError, ModelError, BenchmarkError, StoreError, CaptureError; TypeError for an unknown option.
     """
     given: dict[str, Any] = dict(options)
     selection = Selection.parse(sites, layers_to_capture, positions, store_dtype)
@@ -88,7 +88,7 @@ def evaluate_with_activations(
         **given,
     )
     output = RunOutput(Path(activation_save_dir), None, None if resume is None else Path(resume), compression, strict)
-    found = load_tasks(benchmark)  # what is wrong with a task is told before a large model loads
+    loaded_tasks = load_tasks(benchmark)  # what is wrong with a task is told before a large model loads
     loaded = load_model(model, tokenizer=tokenizer, options=load)
     results = None if output_path is None else Path(output_path)
-    return run_benchmark(loaded, benchmark, selection, found=found, output=output, output_path=results)
+    return run_benchmark(loaded, benchmark, selection, loaded_tasks=loaded_tasks, output=output, output_path=results)

@@ -21,7 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from AutomaticEval.errors import BenchmarkError, DeviceUnavailable, StoreError, unknown_option
-from AutomaticEval.evaluation.harness.call import Call, Request
+from AutomaticEval.evaluation.harness.call import Call, Request, Workload
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.results.captured_run import RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.run_output import RunOutput
@@ -34,27 +34,26 @@ from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.writer import SHARD_BYTES
 
 LOADING = tuple(each.name for each in fields(LoadOptions))
-PLACING = ("parallelize", "max_memory_per_gpu", "max_cpu_memory")
-"""lm-eval's words for `device_map` and `max_memory`."""
+"""The options that say how the model is loaded."""
 UNSERVED = {
     "autogptq": "transformers loads GPTQ checkpoints by itself, as it finds them; leave it out.",
     "gptqmodel": "transformers loads GPTQ checkpoints by itself, as it finds them; leave it out.",
     "gguf_file": "GGUF files are not loaded; let transformers write the model into a folder (save_pretrained), and name that.",
     "tp_plan": "a model is not shared by processes; spread it over the GPUs of one with parallelize=True.",
 }
-"""lm-eval's options that would change the numbers, and are not served."""
+"""Option of lm-eval that would change the numbers -> why it is refused, and what to do."""
 
 
 @register_model("hf-activations")
 class HFActivations(CapturingHFLM):
     """lm-eval's `hf` model that captures what it is asked into a run folder.
 
-    pretrained: a name, a folder, or a loaded model with tokenizer=. scoring: tree, or stock: lm-eval's own batches.
-    strict: stop once numbers are stored that are infinite or NaN.
-    options: of loading (`LoadOptions`: dtype, device, peft, …) and of lm-eval's `hf` (batch_size, max_length, parallelize, …); what is not
-    served is refused.
-    After each of lm-eval's calls what was captured is on the disk; `finish` joins it to the scores.
-    Raises SelectionError, ModelError, StoreError, BenchmarkError; TypeError for an option there is not.
+    pretrained: a name, a folder, or a loaded model with tokenizer=. scoring: tree scores over the prefix tree of all requests, stock in
+    lm-eval's own batches. strict: stop once numbers are stored that are infinite or NaN.
+    options: those of loading (`LoadOptions`: dtype, device, peft, …) and those of lm-eval's `hf` (batch_size, max_length, parallelize, …). An
+    option that cannot be served is refused.
+    After each call of lm-eval what was captured is on the disk; `finish` joins it to the scores.
+    Raises SelectionError, ModelError, StoreError, BenchmarkError; TypeError for an unknown option.
     """
 
     def __init__(
@@ -77,14 +76,11 @@ class HFActivations(CapturingHFLM):
         load = _load_options(pretrained, tokenizer, options)
         loaded = load_model(pretrained, tokenizer=tokenizer, options=load)
         ranks = join_ranks()
-        settings = {
-            **made_with(loaded, selection),
-            "scoring": scoring,
-            "lm_eval": {name: public_name(str(value)) for name, value in options.items()},
-        }
+        given = {name: public_name(str(value)) for name, value in options.items()}
+        settings = made_with(loaded, selection).changed(scoring=scoring, lm_eval=given)
         name = folder_name(["lm-eval"], loaded.name)
         output = RunOutput(Path(activation_save_dir), compression=compression, strict=strict)
-        super().__init__(loaded, selection, self._take, scoring=scoring, ranks=ranks, **options)
+        super().__init__(loaded, selection, self._take, scoring=scoring, workload=Workload(ranks=ranks), **options)
         self._folder = RunFolder(output, name, loaded.name, settings, SHARD_BYTES, ranks, loaded.paths)
         self._open = ExitStack()
         self._writer = self._open.enter_context(self._folder.writing()).writer
@@ -112,23 +108,23 @@ class HFActivations(CapturingHFLM):
             raise StoreError(f"{self.folder} is finished already; one instance makes one run.")
 
     def finish(self, results: Mapping[str, Any] | None) -> Path:
-        """Join what was captured to what `simple_evaluate` returned, and close the run. Returns its folder.
+        """Join what was captured to what `simple_evaluate` returned, and close the run. Returns the run folder.
 
-        results: None in the processes that lm-eval gives none.
-        Raises BenchmarkError for results without samples, or of samples that were not in order; CaptureError.
+        results: None in the processes to which lm-eval gives none.
+        Raises BenchmarkError for results without samples, or with documents that were not in order; CaptureError, StoreError.
         """
         if self._ranks.is_first and (results is None or not results.get("samples")):
             raise BenchmarkError("these results hold no samples; call simple_evaluate with log_samples=True.")
         self._check_open()
         samples = (results or {}).get("samples", {})
-        doc_ids = {task: _asked(task, logged) for task, logged in samples.items()}
+        doc_ids = {task: _documents(task, logged) for task, logged in samples.items()}
         self._open.close()
         self._folder.finish(samples, doc_ids=doc_ids, directions=(results or {}).get("higher_is_better"))
         return self.folder
 
 
 def _refuse_unserved(options: Mapping[str, Any]) -> None:
-    """Raises TypeError for what is no option, BenchmarkError for what is not served."""
+    """Raises TypeError for an unknown option, BenchmarkError for one that is not served."""
     own, theirs = (inspect.signature(each).parameters.values() for each in (HFActivations, HFLM))
     known = dict.fromkeys([*(each.name for each in [*own, *theirs] if each.kind is not each.VAR_KEYWORD), *LOADING])
     for name, value in options.items():
@@ -141,18 +137,9 @@ def _refuse_unserved(options: Mapping[str, Any]) -> None:
 
 
 def _load_options(pretrained: Any, tokenizer: Any, options: dict[str, Any]) -> LoadOptions:
-    """Takes out of options how the model is loaded."""
+    """How the model is loaded. Takes these options out of the others. Raises BenchmarkError, DeviceUnavailable, ModelError."""
     load = {name: options.pop(name) for name in LOADING if name in options}
-    parallelize, per_gpu, cpu = (options.pop(name, None) for name in PLACING)
-    if parallelize:
-        if per_gpu is not None and not torch.cuda.is_available():
-            raise DeviceUnavailable("max_memory_per_gpu was given, but torch sees no GPU here; leave it out.")
-        gpus = {} if per_gpu is None else dict.fromkeys(range(torch.cuda.device_count()), per_gpu)
-        most = {**gpus, **({} if cpu is None else {"cpu": cpu})}
-        load = {"device_map": "auto", **({"max_memory": most} if most else {}), **load}
-    for name, value in zip(PLACING[1:], (per_gpu, cpu), strict=True):
-        if value is not None and not parallelize:
-            raise BenchmarkError(f"{name} is for parallelize=True, which spreads the model; add that, or leave it out.")
+    load = {**_placing(options), **load}
     for name in UNSERVED:
         options.pop(name, None)
     is_named = isinstance(pretrained, str | Path)
@@ -165,12 +152,31 @@ def _load_options(pretrained: Any, tokenizer: Any, options: dict[str, Any]) -> L
     return LoadOptions(**load)
 
 
-def _asked(task: str, logged: Any) -> list[int]:
-    """The documents that lm-eval asked of a task, in their order: its requests count within them."""
-    asked = list(dict.fromkeys(entry["doc_id"] for entry in logged))
-    if asked != sorted(asked):
+def _placing(options: dict[str, Any]) -> dict[str, Any]:
+    """`device_map` and `max_memory` for lm-eval's parallelize, max_memory_per_gpu and max_cpu_memory, which are taken out of options."""
+    parallelize = options.pop("parallelize", None)
+    limits = {name: options.pop(name, None) for name in ("max_memory_per_gpu", "max_cpu_memory")}
+    per_gpu, cpu = limits.values()
+    if not parallelize:
+        for name, limit in limits.items():
+            if limit is not None:
+                raise BenchmarkError(
+                    f"{name} is for parallelize=True, which spreads the model; add that, or leave it out."
+                )
+        return {}
+    if per_gpu is not None and not torch.cuda.is_available():
+        raise DeviceUnavailable("max_memory_per_gpu was given, but torch sees no GPU here; leave it out.")
+    gpus = {} if per_gpu is None else dict.fromkeys(range(torch.cuda.device_count()), per_gpu)
+    max_memory = {**gpus, **({} if cpu is None else {"cpu": cpu})}
+    return {"device_map": "auto", **({"max_memory": max_memory} if max_memory else {})}
+
+
+def _documents(task: str, logged: Any) -> list[int]:
+    """The documents that lm-eval asked of a task. Its requests count within this list. Raises BenchmarkError when it is not ascending."""
+    documents = list(dict.fromkeys(entry["doc_id"] for entry in logged))
+    if documents != sorted(documents):
         raise BenchmarkError(
-            f"{task}: the documents of samples= were not in ascending order ({asked[:5]} …), and lm-eval mislabels such; sort "
+            f"{task}: the documents of samples= were not in ascending order ({documents[:5]} …), and lm-eval mislabels such; sort "
             "them and run again."
         )
-    return asked
+    return documents

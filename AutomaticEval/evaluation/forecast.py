@@ -1,8 +1,8 @@
-"""How much a captured benchmark run will write, foreseen from its requests before the model runs.
+"""How much a captured benchmark run will write, told from its requests before the model runs.
 
-Of a benchmark of up to EXACT_DOCS documents every request is made and encoded, and what is said is a bound. Of a larger one a few of
-each task are, spread over all of them, and it is said to be about so much: to encode 14,042 questions with five examples each
-takes as long as lm-eval's own encoding of them.
+When a benchmark has up to EXACT_DOCS documents, every request is made and encoded, and the forecast is a bound. When it has more, a few
+documents of each task are looked at, spread over the task, and the forecast is an estimate: encoding 14,042 questions with five examples
+each would take as long as lm-eval's own encoding of them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from AutomaticEval.capture.generation import bytes_per_row
 from AutomaticEval.capture.tree.prefix_tree import PrefixTree
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.errors import BenchmarkError, SelectionError
-from AutomaticEval.evaluation.benchmark import LoadedTasks, asked_of, indistinct, requests_of
+from AutomaticEval.evaluation.benchmark import LoadedTasks, asked_docs, indistinct, requests_of
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.harness.refusals import document, new_tokens, refuse_generating, refuse_pair
 from AutomaticEval.evaluation.harness.speedups import quick_templates, stock_model
 from AutomaticEval.evaluation.harness.tokens import rolling_windows
-from AutomaticEval.evaluation.results.requests import random_state
+from AutomaticEval.evaluation.results.earlier_answers import random_state
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.disk.whole_files import size_text
@@ -35,21 +35,21 @@ from AutomaticEval.store.int8 import BLOCK_ROWS
 from AutomaticEval.store.writer import shard_bytes_for
 
 EXACT_DOCS = 512
-"""Documents of a benchmark up to which all are looked at."""
+"""A benchmark of up to so many documents is looked at whole."""
 SAMPLED_DOCS = 16
-"""Documents that are looked at of each task of a larger benchmark."""
+"""How many documents of each task are looked at in a larger benchmark."""
 TIGHT = 1.5
-"""A bound is said when it is no more than so many times what is expected; else rows that requests share make it useless."""
+"""A bound is told when it is no more than so many times what is expected. Otherwise the rows that requests share make it useless."""
 MARGIN = 1.25
-"""The room that is asked for where the size is no bound, as a part of it."""
+"""When the size is an estimate, so many times as much room is asked for."""
 _FILE_BYTES, _DATASET_BYTES = 2**15, 2**10
-"""HDF5's own structures: of an empty file, and of each dataset of activations. Measured: 24 KB, and 0.6 to 0.8 KB."""
+"""The size of HDF5's own structures: in an empty file, and for each dataset of activations. Measured: 24 KB, and 0.6 to 0.8 KB."""
 _SAMPLE_BYTES, _TEXT_BYTES = 256, 48
-"""Of a sample in one file: its columns of numbers and offsets; of each of its values that are text, beside the text. Measured: 410 bytes
-for a sample with five texts.
+"""What a sample takes in one file: its columns of numbers and offsets; and, for each text, what is written beside the text. Measured: 410
+bytes for a sample with five texts.
 """
 _N_TEXTS = 11
-"""Columns of text, JSON included."""
+"""The number of text columns, JSON included."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,18 @@ class Forecast:
 
 
 class _Document(NamedTuple):
-    """What one document's requests will leave."""
+    """What the requests of one document will leave in the files."""
 
     kept: dict[tuple[int, ...], set[int]]
-    """What is fed -> the positions kept of it; equal inputs share their rows."""
+    """Token ids that are fed -> the positions kept of them. Equal inputs share their rows."""
 
     n_samples: int
     n_positions: int
-    """Kept of all its samples, those that they share counted for each."""
+    """Kept positions of all samples; a position that samples share counts for each of them."""
 
     n_ids: int
+    """Token ids of all samples, prompts and responses."""
+
     text_bytes: int
     """The size of prompts and responses, as JSON."""
 
@@ -101,72 +103,83 @@ class _Document(NamedTuple):
 
 @dataclass
 class _Sum:
-    """Over all documents that are asked."""
+    """The sums over all documents that are asked."""
 
     rows: float = 0
-    distinct: float = 0
-    """With what requests share counted once."""
+    """Rows, when requests share nothing."""
+
+    distinct_rows: float = 0
+    """Rows, when those that requests share are counted once."""
+
     samples: float = 0
     positions: float = 0
     ids: float = 0
-    texts: float = 0
-    verdicts: float = 0
-    longest: int = 0
+    text_bytes: float = 0
+    verdict_bytes: float = 0
+    most_rows: int = 0
+    """The most rows of one document."""
+
     empty: list[str] = field(default_factory=list)
     """Tasks of which nothing is kept."""
 
 
 def forecast(
-    loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, selection: Selection, n_ranks: int = 1
+    loaded: LoadedModel, benchmark: Benchmark, loaded_tasks: LoadedTasks, selection: Selection, n_ranks: int = 1
 ) -> Forecast:
-    """What a run is expected to write.
+    """What a run is expected to write. n_ranks: the processes that write it.
 
     Raises BenchmarkError for a request that lm-eval could not ask, SelectionError when nothing is kept of a task.
     """
-    row = bytes_per_row(loaded, selection)
-    asked = {name: asked_of(len(task.eval_docs), benchmark, found.drawn, name) for name, task in found.tasks.items()}
-    is_exact = sum(map(len, asked.values())) <= EXACT_DOCS
+    row_bytes = bytes_per_row(loaded, selection)
+    tasks, drawn = loaded_tasks.tasks, loaded_tasks.drawn
+    docs = {name: asked_docs(len(task.eval_docs), benchmark, drawn, name) for name, task in tasks.items()}
+    is_exact = sum(map(len, docs.values())) <= EXACT_DOCS
     reader = _Reader(stock_model(loaded), loaded, selection, benchmark)
     total = _Sum()
-    for name, task in found.tasks.items():
-        _add(total, name, task, asked[name], reader, is_exact=is_exact)
+    for name, task in tasks.items():
+        _add(total, name, task, docs[name], reader, is_exact=is_exact)
     if total.empty:
         raise SelectionError(
             f"positions={selection.positions} keep nothing of {', '.join(total.empty)}: choices of one token are never "
             "fed to the model. Use scored (the positions that scored them), prompt or all, or leave these tasks out."
         )
     bound, expected = (
-        _size(loaded, selection, total, rows * row, rows, n_ranks) for rows in (total.rows, total.distinct)
+        _size(loaded, selection, total, rows * row_bytes, rows, n_ranks) for rows in (total.rows, total.distinct_rows)
     )
     is_bound = is_exact and bound <= TIGHT * expected
     if not is_bound:
         n_shards = expected // shard_bytes_for(round(expected))
-        expected += n_shards * total.longest * row  # what is shared is written into each shard
-    rows = total.rows if is_bound else total.distinct
-    wide = loaded.model.dtype.itemsize if selection.store_dtype == "int8" else 1
-    return Forecast(round(bound if is_bound else expected), is_bound, round(rows * row * wide), round(2 * total.texts))
+        expected += n_shards * total.most_rows * row_bytes  # what is shared is written into each shard
+    rows = total.rows if is_bound else total.distinct_rows
+    widening = loaded.model.dtype.itemsize if selection.store_dtype == "int8" else 1
+    return Forecast(
+        round(bound if is_bound else expected),
+        is_bound,
+        round(rows * row_bytes * widening),
+        round(2 * total.text_bytes),
+    )
 
 
 def _size(
     loaded: LoadedModel, selection: Selection, total: _Sum, rows_bytes: float, n_rows: float, n_ranks: int
 ) -> float:
-    """Bytes of all files with so many rows: the shards, and `run.h5`, which has all tables once more."""
+    """The size of all files with so many rows: of the shards, and of `run.h5`, which has all tables once more."""
     layout = loaded.layout
     n_keys = len(selection.sites(layout.n_layers))
     shard_bytes = shard_bytes_for(round(rows_bytes))
-    # smaller shards than an eighth are merged with their neighbours
+    # Shards of less than an eighth of this size are merged with their neighbours.
     n_files = 16 * rows_bytes // shard_bytes + 1 + n_ranks
     strings = min(len(loaded.tokenizer) + 1, n_rows) * 128
     files = n_files * (_FILE_BYTES + n_keys * _DATASET_BYTES + strings)
     in_8_bits = selection.store_dtype == "int8"
     scales = (n_rows / BLOCK_ROWS + n_files) * 4 * bytes_per_row(loaded, selection) if in_8_bits else 0
     table = n_rows * (12 if in_8_bits else 8) + scales + 4 * total.ids + 16 * total.positions
-    table += total.samples * (_SAMPLE_BYTES + _N_TEXTS * _TEXT_BYTES) + total.texts
-    return rows_bytes + files + 2 * table + total.verdicts
+    table += total.samples * (_SAMPLE_BYTES + _N_TEXTS * _TEXT_BYTES) + total.text_bytes
+    return rows_bytes + files + 2 * table + total.verdict_bytes
 
 
 def _add(total: _Sum, name: str, task: Task, asked: Sequence[int], reader: _Reader, *, is_exact: bool) -> None:
-    """Add what is asked of a task."""
+    """Add a task to the sums. asked: its documents. is_exact: look at each; otherwise at a few, for all."""
     if not asked:
         return
     docs, step = task.eval_docs, max(1, len(asked) // SAMPLED_DOCS)
@@ -177,32 +190,32 @@ def _add(total: _Sum, name: str, task: Task, asked: Sequence[int], reader: _Read
     times = len(asked) / len(seen) * (task.config.repeats if task.OUTPUT_TYPE == "generate_until" else 1)
     rows = sum(each.n_rows for each in documents)
     total.rows += times * rows
-    total.distinct += _distinct(documents, len(asked)) if reader.shares(task) else times * rows
+    total.distinct_rows += _distinct(documents, len(asked)) if reader.shares(task) else times * rows
     total.samples += times * sum(each.n_samples for each in documents)
     total.positions += times * sum(each.n_positions for each in documents)
     total.ids += times * sum(each.n_ids for each in documents)
-    total.texts += times * sum(each.text_bytes for each in documents)
-    total.verdicts += times * sum(each.verdict_bytes for each in documents)
-    total.longest = max(total.longest, *(each.n_rows for each in documents))
+    total.text_bytes += times * sum(each.text_bytes for each in documents)
+    total.verdict_bytes += times * sum(each.verdict_bytes for each in documents)
+    total.most_rows = max(total.most_rows, *(each.n_rows for each in documents))
     if not rows:
         total.empty.append(name)
 
 
 def _distinct(documents: Sequence[_Document], n_asked: int) -> float:
-    """The rows of all documents over their prefix tree: each adds what it does not share with those before it."""
+    """The rows of all documents over their prefix tree. Each document adds what it does not share with those before it."""
     first = _n_distinct(documents[0].kept)
     whole = _n_distinct(dict(chain.from_iterable(each.kept.items() for each in documents)))
     return first + max(0, whole - first) / max(1, len(documents) - 1) * (n_asked - 1)
 
 
-def _n_distinct(wanted: Mapping[tuple[int, ...], set[int]]) -> int:
-    """The rows that sequences give over their prefix tree."""
-    places = list(wanted.values())
-    return int(PrefixTree(list(wanted)).marked(lambda index: sorted(places[index])).sum())
+def _n_distinct(kept: Mapping[tuple[int, ...], set[int]]) -> int:
+    """The rows that sequences give over their prefix tree. kept: sequence -> its positions that are kept."""
+    positions = list(kept.values())
+    return int(PrefixTree(list(kept)).marked(lambda index: sorted(positions[index])).sum())
 
 
 class _Reader:
-    """Makes and encodes a document's requests, as lm-eval will."""
+    """Makes and encodes the requests of a document as lm-eval will make and encode them."""
 
     def __init__(self, lm: HFLM, loaded: LoadedModel, selection: Selection, benchmark: Benchmark) -> None:
         self._lm, self._model, self._selection, self.benchmark = lm, loaded.model, selection, benchmark
@@ -214,6 +227,7 @@ class _Reader:
         return self.benchmark.scoring == "tree" and task.OUTPUT_TYPE != "generate_until"
 
     def read(self, name: str, task: Task, doc: Any, doc_id: int) -> _Document:
+        """What one document will leave. Raises BenchmarkError for requests that cannot be told apart, or not be asked."""
         requests = requests_of(self._lm, task, doc, self.benchmark)
         if len({request.idx for request in requests}) < len(requests):
             raise BenchmarkError(indistinct(name))
@@ -231,7 +245,10 @@ class _Reader:
         return _Document(kept, n_samples, n_positions, n_ids, texts, verdict)
 
     def _samples(self, request: Instance, where: str) -> Iterator[tuple[tuple[int, ...], int, int, int]]:
-        """For each sample of a request: (token ids that are fed, for a generation those of the prompt; P; R; size of its texts in bytes)."""
+        """For each sample of a request: (fed token ids, prompt tokens, response tokens, bytes of its texts).
+
+        Of a generation only the prompt's token ids are known, and the response is as long as it may become.
+        """
         lm = self._lm
         if request.request_type == "generate_until":
             refuse_generating(self._model, self._selection, where, request.args[1], lm.max_length, lm.max_gen_toks)
@@ -247,23 +264,23 @@ class _Reader:
                 )
                 yield (*context, *continuation[:-1]), len(context), len(continuation), text
         else:
-            # without a context lm-eval feeds one token in its place; "?" stands for it here
+            # Without a context lm-eval feeds one token in its place; "?" stands for it here.
             context, continuation = lm._encode_pair(request.args[0] or "?", request.args[1])
             refuse_pair(where, context, continuation, request.args, lm.max_length)
             cut = Cut.of(context, continuation, lm.max_length)
             yield tuple(cut.fed), len(cut.context), len(continuation), sum(map(_json_bytes, request.args))
 
     def _answer_bytes(self, request: Instance) -> int:
-        """The most that a generated answer's text can take, as JSON, each of its tokens the longest there is."""
+        """The most bytes that the text of a generated answer can take as JSON: each of its tokens is the longest there is."""
         return 6 * self._longest_token * new_tokens(request.args[1], self._lm.max_gen_toks)
 
     def _verdict_bytes(self, task: Task, doc: Any, n_requests: int, answer: int) -> int:
-        """Target, prediction and metrics of one sample: metrics may hold what they were computed of."""
+        """Bytes of target, prediction and metrics of one sample. Metrics may hold what they were computed of."""
         target = _json_bytes(task.doc_to_target(doc))
         n_filters, n_metrics = len(task._filters), len(task.aggregation())
         return target + answer + n_filters * n_metrics * (128 + 32 * n_requests + target + answer)
 
 
 def _json_bytes(value: Any) -> int:
-    """No text takes more in a file, whether it is written as it is or as JSON."""
+    """The bytes of a value as JSON. No text takes more in a file, whether it is written as it is or as JSON."""
     return len(json.dumps(value, default=str))

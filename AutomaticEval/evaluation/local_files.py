@@ -1,7 +1,7 @@
-"""Stock tasks on files of your own: the data of each task found in a folder, in the layouts that people have.
+"""Stock tasks on files of your own: finds the data of each task in a folder, in the layouts that people have.
 
-Of a task whose data is `cais/mmlu`, configuration `astronomy`, the split `test` is looked for as PATTERNS say, in the
-folder itself and in its subfolders `mmlu` and `<task>`. Files are read each time, never from a cache of an earlier state.
+Example: a task has the data `cais/mmlu`, configuration `astronomy`. Its split `test` is looked for as PATTERNS say, in the folder itself and
+in its subfolders `mmlu` and `<task>`. Files are read anew each time, never from a cache of an earlier state.
 """
 
 from __future__ import annotations
@@ -26,18 +26,21 @@ PATTERNS = (
     "{name}/{split}-*-of-*",
     "{name}_{split}",
 )
-"""Where a split of a named configuration is, without its ending; of the only one, and in a folder of the task's own, `{split}`."""
+"""Where the split of a named configuration may be, without the file's ending."""
 ALONE = ("{split}", "{split}-*-of-*", "data/{split}-*-of-*")
+"""Where the split may be besides, if the configuration is the only one, or the folder is the task's own."""
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+"""Formats that are read, in the order in which they are looked for."""
 SPELLINGS = {"validation": ("validation", "valid", "val", "dev")}
+"""Split -> the names that its file may have."""
 OWN_FILES = ("json", "csv", "text", "parquet", "arrow")
-"""Data sets of tasks that name their files themselves."""
+"""Tasks with these data sets name their files themselves."""
 LETTERS = "ABCD"
 
 
 @contextmanager
 def local_files(folder: str | None) -> Iterator[None]:
-    """Have lm-eval's tasks take their data from a folder; None leaves them alone. Raises BenchmarkUnavailable."""
+    """Have lm-eval's tasks take their data from a folder. None: from where the tasks say. Raises BenchmarkUnavailable."""
     if folder is None:
         yield
         return
@@ -60,7 +63,7 @@ def local_files(folder: str | None) -> Iterator[None]:
 
 
 def _once(process_docs: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """lm-eval processes documents whenever it looks at them; some tasks shuffle choices as they do."""
+    """process_docs that processes the same documents once. lm-eval calls it at every look, and some tasks shuffle choices in it."""
     done: list[tuple[Any, Any]] = []
 
     @functools.wraps(process_docs)
@@ -75,25 +78,26 @@ def _once(process_docs: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def read_splits(folder: Path, task: Any) -> datasets.DatasetDict:
-    """Every split that a task names and the folder has. Raises BenchmarkUnavailable without the one that is asked."""
+    """Every split that a task names and the folder has. Raises BenchmarkUnavailable when the split with the questions is missing."""
     config = task.config
     asked = config.test_split or config.validation_split
     named = [config.test_split, config.validation_split, config.training_split, task.fewshot_cfg.split]
     splits = {}
     for split in dict.fromkeys(filter(None, named)):
         places = list(_places(folder, task, split))
-        files = next((found for found in (sorted(place.parent.glob(place.name)) for place in places) if found), None)
+        matches = (sorted(place.parent.glob(place.name)) for place in places)
+        files = next((match for match in matches if match), None)
         if files is not None:
             splits[split] = _dataset([doc for file in files for doc in read_documents(file)], files[0])
         elif split == asked:
             raise BenchmarkUnavailable(missing(folder, task, split))
     for split in filter(None, named):
-        splits.setdefault(split, datasets.Dataset.from_list([]))  # a split that nothing is taken from
+        splits.setdefault(split, datasets.Dataset.from_list([]))  # nothing is taken from it
     return datasets.DatasetDict(splits)
 
 
 def _dataset(documents: list[dict[str, Any]], file: Path) -> datasets.Dataset:
-    """Every field that any of the documents has, None where one lacks it, as on the hub."""
+    """Documents as a data set. It has every field that any document has, None where a document lacks it, as on the hub."""
     names = dict.fromkeys(name for document in documents for name in document)
     try:
         return datasets.Dataset.from_list([{name: document.get(name) for name in names} for document in documents])
@@ -102,7 +106,7 @@ def _dataset(documents: list[dict[str, Any]], file: Path) -> datasets.Dataset:
 
 
 def _places(folder: Path, task: Any, split: str) -> Iterator[Path]:
-    """Where a split may be, likeliest first."""
+    """The paths where a split may be, the likeliest first. They may hold `*`."""
     for root in _roots(folder, task):
         for spelling in SPELLINGS.get(split, (split,)):
             for pattern in _patterns(root, task):
@@ -111,7 +115,7 @@ def _places(folder: Path, task: Any, split: str) -> Iterator[Path]:
 
 
 def _roots(folder: Path, task: Any) -> list[Path]:
-    """The nearest first: two tasks may have a file of the same name."""
+    """The folders that a task's files may be in. The task's own comes first: two tasks may have files of the same name."""
     return [folder / task.config.task, folder / Path(task.DATASET_PATH).name, folder]
 
 
@@ -121,7 +125,7 @@ def _patterns(root: Path, task: Any) -> tuple[str, ...]:
 
 
 def missing(folder: Path, task: Any, split: str) -> str:
-    """What was looked for, and what to do."""
+    """The message that says which files of a split were looked for, and what to do."""
     roots = _roots(folder, task)
     below = " and ".join(dict.fromkeys(root.name for root in roots[:2]))
     patterns = dict.fromkeys(pattern for root in roots for pattern in _patterns(root, task))
@@ -152,10 +156,10 @@ def read_documents(file: Path) -> list[dict[str, Any]]:
 
 
 def _read_list(file: Path) -> list[dict[str, Any]]:
-    found = json.loads(file.read_text(encoding="utf-8-sig"))
-    if not isinstance(found, list):
+    documents = json.loads(file.read_text(encoding="utf-8-sig"))
+    if not isinstance(documents, list):
         raise ValueError("the outermost value must be a list of documents")
-    return found
+    return documents
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
@@ -171,7 +175,7 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _read_csv(file: Path) -> list[dict[str, Any]]:
-    """Rows under a header; or, as Hendrycks' MMLU has them, question, four choices and a letter without one."""
+    """Rows under a header; or the rows of Hendrycks' MMLU, which have no header: question, four choices, letter."""
     with file.open(encoding="utf-8-sig", newline="") as text:
         rows = list(csv.reader(text))
     if not rows:

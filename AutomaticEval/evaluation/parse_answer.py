@@ -1,7 +1,7 @@
-"""The answer in what a model wrote: RULES in order, the last match of the first that gives an answer.
+"""Takes the answer out of what a model wrote. RULES are tried in order; the last match of the first rule that gives an answer counts.
 
-Model output is messier than any list: a new habit is a new line in RULES and a row in
-`tests/test_extraction.py`. Knows nothing of models.
+Models write in more ways than any list holds: for a new habit add a line to RULES and a row to `tests/test_extraction.py`. This module
+knows nothing of models.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _END = r"(?=\.\s|\.?\s*$|\n|$)"
-"""An answer in a sentence goes to the sentence's end: 3.5 is not two sentences."""
+"""The end of an answer within a sentence: the sentence's end. The point in 3.5 ends no sentence."""
 
 
 class Rule(NamedTuple):
@@ -53,17 +53,18 @@ _PLACEHOLDER = re.compile(r"^[<\[{(]\s*(?:letter|answer|your answer|x)\s*[>\]})]
 
 
 def extract_answer(text: str, choices: Sequence[str] | None = None) -> str | None:
-    """The answer that a response gives, or None when it gives none (unfinished, or no habit that is known).
+    """The answer that a response gives, or None when it gives none: it is unfinished, or has none of the known habits.
 
-    With choices, the letter of one of them: "A" for the first. Without, the answer's text, unadorned.
+    With choices the answer is the letter of one of them, "A" for the first. Without choices it is the answer's text, without markdown,
+    LaTeX and quotes.
     """
     said = re.split(r"</think(?:ing)?>", text)[-1]  # thinking is not answering
     if re.search(r"<think(?:ing)?>", said):
         return None
     said = _until_next_question(said)
     for rule in RULES:
-        for found in reversed(rule.pattern.findall(said)):
-            answer = _unadorned(found)
+        for match in reversed(rule.pattern.findall(said)):
+            answer = _unadorned(match)
             if answer and not _PLACEHOLDER.match(answer):
                 settled = answer if choices is None else letter_of(answer, choices)
                 if settled is not None:
@@ -72,7 +73,7 @@ def extract_answer(text: str, choices: Sequence[str] | None = None) -> str | Non
 
 
 def _until_next_question(said: str) -> str:
-    """A base model goes on and asks itself the next question; its answer to that is none to ours."""
+    """A response up to where a base model asks itself the next question, whose answer is none to ours."""
     after = next((match for match in _NEXT_QUESTION.finditer(said) if said[: match.start()].strip()), None)
     return said if after is None else said[: after.start()]
 
@@ -96,7 +97,7 @@ def letter_of(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def _last_line(said: str, choices: Sequence[str] | None) -> str | None:
-    """A lone letter, or a choice and nothing else, on the last line."""
+    """The answer on a last line that holds a lone letter, or a choice and nothing else."""
     lines = [line for line in said.strip().splitlines() if line.strip()]
     if not lines:
         return None
@@ -115,7 +116,7 @@ def _last_line(said: str, choices: Sequence[str] | None) -> str | None:
 
 
 def _unadorned(answer: str) -> str:
-    """An answer without markdown, LaTeX, quotes and the full stop at its end."""
+    """An answer without markdown, LaTeX, quotes, and the full stop at its end."""
     boxed = _boxed(answer)
     answer = boxed if boxed else answer
     answer = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", answer)
@@ -128,7 +129,7 @@ def _unadorned(answer: str) -> str:
 
 
 def _boxed(text: str) -> str | None:
-    r"""What is in the last \boxed{…}, braces within braces included."""
+    r"""The content of the last \boxed{…}, with braces within it; None when there is none."""
     start = text.rfind("\\boxed")
     inner = text[start:].partition("{")[2] if start >= 0 else ""
     depth = 1

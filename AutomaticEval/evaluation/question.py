@@ -1,6 +1,6 @@
-"""Ask one question of a model, extract its answer, and keep what happened inside.
+"""Asks a model one question, takes the answer out of its response, and keeps what happened inside.
 
-For evaluation loops that people already have. Benchmarks through lm-eval are in `run.py`.
+This is for evaluation loops that people already have. Benchmarks through lm-eval are in `run.py`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ TEMPLATE = (
     'Reason step by step, then finish with one line of the form "FINAL ANSWER: {form}".\n'
     "Answer:"
 )
-"""How a question is put. A template of your own must contain {question}; {choices} are the lettered lines."""
+"""The prompt of a question. A template of your own must contain {question}; {choices} stands for the lettered lines."""
 
 
 def write_question(question: str, choices: Sequence[str] | None = None, template: str = TEMPLATE) -> str:
-    """The prompt that puts a question, with its choices as lettered lines. Raises PromptError, EmptyPrompt."""
+    """The prompt for a question, with its choices as lettered lines. Raises PromptError, EmptyPrompt."""
     check_prompt(question)
     if isinstance(choices, str | Mapping):
         raise PromptError(f"choices are a list of texts; found {type(choices).__name__}.")
@@ -62,8 +62,8 @@ def answer_benchmark_question_with_activations(
     """A model's answer to a question, and the activations of the pass that produced it.
 
     save_activations: write `benchmark_activations_<time>_<question>.h5` into activation_save_dir.
-    choices: written as lettered lines; the answer is then a letter. template: how the question is put.
-    options: see `capture.asking.AskOptions`.
+    choices: written as lettered lines; the answer is then a letter. template: the prompt, see TEMPLATE.
+    options: see `capture.prompt.AskOptions`.
     Returns (full_response, extracted_answer, activation_data); the answer is None when the response gives none.
     activation_data is that of `generate_inference_with_activations`, with `question`, `choices` and
     `extracted_answer`. Raises SelectionError, PromptError, ModelError, StoreError, CaptureError.
@@ -125,8 +125,9 @@ def answer_benchmark_question(
     layers_to_capture: LayersLike = None,
     **options: Unpack[AskOptions],
 ) -> tuple[str, str | None] | tuple[str, str | None, dict[str, Any]]:
-    """(full_response, extracted_answer); with capture_activations, what
-    `answer_benchmark_question_with_activations` returns. The text is the same with and without capture.
+    """(full_response, extracted_answer); with capture_activations, what `answer_benchmark_question_with_activations` returns.
+
+    The text is the same with and without capture. Raises SelectionError, PromptError, ModelError, StoreError, CaptureError.
     """
     if capture_activations:
         return answer_benchmark_question_with_activations(
@@ -147,7 +148,7 @@ def answer_benchmark_question(
 
 
 def _texts(choices: Sequence[Any] | None) -> Sequence[str] | None:
-    """The choices as texts: numbers and arrays are people's choices too."""
+    """The choices as texts: people give numbers and arrays, too."""
     if choices is None or isinstance(choices, str | Mapping):
         return choices  # write_question refuses what is no list
     return [str(choice) for choice in choices]

@@ -5,7 +5,7 @@ Scores are lm-eval's. With a selection, every request's activations are in one f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,17 @@ from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, O
 from AutomaticEval.evaluation.benchmark import LoadedTasks, load_tasks
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.forecast import forecast
+from AutomaticEval.evaluation.harness.batch_capture import Sink
+from AutomaticEval.evaluation.harness.call import Workload
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.harness.refusals import refuse_tasks
 from AutomaticEval.evaluation.harness.speedups import LoadedBefore, quick_templates, stock_model
 from AutomaticEval.evaluation.results.captured_run import RunFolder, folder_name, made_with
+from AutomaticEval.evaluation.results.earlier_answers import EarlierAnswer
 from AutomaticEval.evaluation.results.join import Score, scores_of, without_verdict
 from AutomaticEval.evaluation.results.lm_eval_files import save_results, short_name
 from AutomaticEval.evaluation.results.repeats import score_repeats
+from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks, join_ranks
@@ -53,14 +57,14 @@ class Outcome:
     """Samples whose prompt was cut on the left to fit the context."""
 
     without_verdict: list[str] = field(default_factory=list)
-    """Tasks whose metrics say of no answer whether it is right: their `correct` is none."""
+    """Tasks whose metrics do not say whether an answer is right. The `correct` of their samples is none."""
 
     results_file: Path | None = None
     n_tokens: int = 0
-    """Tokens that the requests scored over a prefix tree would have fed one by one, equal ones once."""
+    """Tokens that the requests scored over a prefix tree would have fed one by one, equal requests counted once."""
 
     n_computed: int = 0
-    """Tokens that were computed for them."""
+    """Tokens that were computed for these requests."""
 
 
 def run_benchmark(
@@ -68,101 +72,149 @@ def run_benchmark(
     benchmark: Benchmark,
     selection: Selection | None = None,
     *,
-    found: LoadedTasks | None = None,
+    loaded_tasks: LoadedTasks | None = None,
     output: RunOutput = RunOutput(),
     output_path: Path | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Evaluate a model on a benchmark; with a selection, capture it into a run folder.
 
-    found: the benchmark's tasks, loaded before the model was. output_path: folder for lm-eval's own results and samples
-    files; None puts them into the run folder.
-    Under `torchrun` or `accelerate launch` the processes share the requests; the first gives the outcome, the others give an
-    empty one.
-    Raises BenchmarkError, DiskFull before the first forward; OtherSettings for a run that was made otherwise than it is
-    resumed; CaptureError, StoreError during the run, whose sealed shards then stay readable.
+    loaded_tasks: the benchmark's tasks, when they were loaded before the model. output_path: folder for lm-eval's own results and samples
+    files; None puts them into the run folder. announce: is called with each line that a person should read during the run.
+    Under `torchrun` or `accelerate launch` the processes share the requests; the first returns the outcome, the others return an empty one.
+    Raises BenchmarkError, DiskFull before the first forward; OtherSettings for a run that is resumed with other settings than it was made
+    with; CaptureError, StoreError during the run, whose sealed shards then stay readable.
     """
     ranks = join_ranks()
-    found = found or load_tasks(benchmark)
+    loaded_tasks = loaded_tasks or load_tasks(benchmark)
     if benchmark.apply_chat_template and not getattr(loaded.tokenizer, "chat_template", None):
         raise BenchmarkError(
             f"--apply_chat_template: the tokenizer of {loaded.name} has no chat template; leave it out."
         )
-    refuse_tasks(loaded.model, selection, found.tasks, stock_model(loaded))
+    refuse_tasks(loaded.model, selection, loaded_tasks.tasks, stock_model(loaded))
     if output_path is not None:
         prepare_folder(output_path)
+    run = _Run(loaded, benchmark, loaded_tasks, ranks, announce)
     if selection is not None:
-        return _captured(loaded, benchmark, found, selection, output, output_path, ranks, announce)
-    how = _how(benchmark, found, ranks)
-    outcome = _evaluate(CapturingHFLM(loaded, None, lambda samples: None, **how), loaded, benchmark, found, ranks)
+        return run.captured(selection, output, output_path)
+    outcome = run.evaluated()
     if output_path is not None and ranks.is_first:
-        outcome.results_file = _saved(outcome, loaded, benchmark, output_path, announce)
+        outcome.results_file = run.saved(outcome, output_path)
     return outcome
 
 
-def _saved(
-    outcome: Outcome, loaded: LoadedModel, benchmark: Benchmark, folder: Path, announce: Callable[[str], None]
-) -> Path:
-    """lm-eval's results file. When it cannot be written the scores are told all the same."""
-    try:
-        return save_results(outcome.results, outcome.samples, loaded, benchmark, folder)
-    except StoreError as failure:
-        failure.exit_code = 1  # the run had begun
-        for score in outcome.scores:
-            announce(f"{score.task}, {score.metric}: {score.value:.4f}")
-        raise
+@dataclass(frozen=True)
+class _Run:
+    """A model, a benchmark and its tasks, about to be evaluated."""
 
+    loaded: LoadedModel
+    benchmark: Benchmark
+    tasks: LoadedTasks
+    ranks: Ranks
+    announce: Callable[[str], None]
 
-def _captured(
-    loaded: LoadedModel,
-    benchmark: Benchmark,
-    found: LoadedTasks,
-    selection: Selection,
-    output: RunOutput,
-    output_path: Path | None,
-    ranks: Ranks,
-    announce: Callable[[str], None],
-) -> Outcome:
-    size = forecast(loaded, benchmark, found, selection, ranks.n_ranks)
-    there = 0 if output.resume is None else shards_bytes(output.resume)
-    if ranks.is_first:
-        already = f", {size_text(there)} of it already there" if there else ""
-        announce(f"Activations: {size} expected{already}")
-    ensure_space(output.place, size.room_bytes - there)
-    folder = RunFolder(
-        output,
-        folder_name(benchmark.names, loaded.name),
-        loaded.name,
-        _settings(loaded, benchmark, selection),
-        shard_bytes_for(size.rows_bytes),
-        ranks,
-        loaded.paths,
-    )
-    try:
-        with folder.writing() as (writer, answered):
-            if ranks.is_first:
-                announce(f"Run folder: {writer.folder}{_went_before(output, len(answered))}")
-            how = {**_how(benchmark, found, ranks), "answered": answered}
-            outcome = _evaluate(CapturingHFLM(loaded, selection, writer.add, **how), loaded, benchmark, found, ranks)
-            if ranks.is_first:  # before the join, so that the scores outlive one that fails
-                outcome.results_file = _saved(outcome, loaded, benchmark, output_path or writer.folder, announce)
-        repeats = score_repeats(found.tasks, found.drawn) if ranks.is_first else None
-        folder.finish(outcome.samples, repeats=repeats, directions=outcome.results.get("higher_is_better"))
-    except DiskFull as full:
-        full.exit_code = 1  # the run had begun
-        raise
-    except BaseException as failure:
-        if folder.path is not None and folder.path.exists():
-            there_now = f"{folder.n_samples} samples captured until then are in {folder.path}"
-            announce(f"\nThe run was cut short; {there_now}. {_what_next(failure)}")
-        raise
-    outcome.folder, outcome.n_samples, outcome.size_bytes = folder.path, folder.n_samples, folder.size_bytes
-    outcome.n_truncated = folder.n_truncated
-    return outcome
+    def captured(self, selection: Selection, output: RunOutput, output_path: Path | None) -> Outcome:
+        """Evaluate, and capture a selection into a run folder."""
+        folder = self._folder(selection, output)
+        try:
+            with folder.writing() as (writer, answered):
+                if self.ranks.is_first:
+                    self.announce(f"Run folder: {writer.folder}{_went_before(output, len(answered))}")
+                outcome = self.evaluated(selection, writer.add, answered)
+                if self.ranks.is_first:  # before the join, so that the scores outlive one that fails
+                    outcome.results_file = self.saved(outcome, output_path or writer.folder)
+            repeats = score_repeats(self.tasks.tasks, self.tasks.drawn) if self.ranks.is_first else None
+            folder.finish(outcome.samples, repeats=repeats, directions=outcome.results.get("higher_is_better"))
+        except DiskFull as full:
+            full.interrupts_run()
+            raise
+        except BaseException as failure:
+            if folder.path is not None and folder.path.exists():
+                there_now = f"{folder.n_samples} samples captured until then are in {folder.path}"
+                self.announce(f"\nThe run was cut short; {there_now}. {_what_next(failure)}")
+            raise
+        outcome.folder, outcome.n_samples, outcome.size_bytes = folder.path, folder.n_samples, folder.size_bytes
+        outcome.n_truncated = folder.n_truncated
+        return outcome
+
+    def _folder(self, selection: Selection, output: RunOutput) -> RunFolder:
+        """Where the run goes, when there is room for it. Raises DiskFull."""
+        size = forecast(self.loaded, self.benchmark, self.tasks, selection, self.ranks.n_ranks)
+        there = 0 if output.resume is None else shards_bytes(output.resume)
+        if self.ranks.is_first:
+            already = f", {size_text(there)} of it already there" if there else ""
+            self.announce(f"Activations: {size} expected{already}")
+        ensure_space(output.place, size.room_bytes - there)
+        return RunFolder(
+            output,
+            folder_name(self.benchmark.names, self.loaded.name),
+            self.loaded.name,
+            made_with(self.loaded, selection).changed(benchmark=self.benchmark.as_dict()),
+            shard_bytes_for(size.rows_bytes),
+            self.ranks,
+            self.loaded.paths,
+        )
+
+    def evaluated(
+        self,
+        selection: Selection | None = None,
+        sink: Sink = lambda samples: None,
+        answered: Mapping[RequestKey, EarlierAnswer] = {},
+    ) -> Outcome:
+        """What lm-eval says of the model. selection, sink: what is captured, and where it goes. answered: what is not computed again."""
+        workload = Workload(self.tasks.drawn or {}, answered, self.ranks)
+        how: dict[str, Any] = {"scoring": self.benchmark.scoring, "batch_size": self.benchmark.batch_size}
+        lm = CapturingHFLM(self.loaded, selection, sink, workload=workload, **how)
+        results = self._simple_evaluate(lm)
+        n_tokens, n_computed = map(sum, zip(*self.ranks.gathered(lm.n_tokens), strict=True))
+        if results is None or not self.ranks.is_first:
+            return Outcome([], {}, {})
+        samples = results.pop("samples")
+        scores = scores_of(results, samples, self.tasks.totals, self.tasks.n_questions)
+        unjudged = without_verdict(results, samples)
+        return Outcome(scores, results, samples, without_verdict=unjudged, n_tokens=n_tokens, n_computed=n_computed)
+
+    def _simple_evaluate(self, lm: CapturingHFLM) -> dict[str, Any] | None:
+        """lm-eval's results with its logged samples; None in all processes but the first."""
+        benchmark, is_first = self.benchmark, self.ranks.is_first
+        seeds = {}
+        if benchmark.seed is not None:
+            names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+            seeds = dict.fromkeys(names, benchmark.seed)
+        if not is_first:  # or all would sample the same answers
+            seeds["torch_random_seed"] = seeds.get("torch_random_seed", DEFAULT_OTHER_SEED) + self.ranks.rank
+        with quick_templates():
+            results: dict[str, Any] | None = simple_evaluate(
+                model=lm,
+                model_args={"pretrained": short_name(self.loaded.name)},
+                tasks=list(self.tasks.top),
+                task_manager=LoadedBefore(self.tasks.random_states, is_first=is_first),
+                num_fewshot=benchmark.num_fewshot,
+                limit=benchmark.limit,
+                samples=self.tasks.drawn,
+                batch_size=benchmark.batch_size,
+                apply_chat_template=benchmark.apply_chat_template,
+                system_instruction=benchmark.system_instruction,
+                gen_kwargs=benchmark.gen_kwargs,
+                predict_only=benchmark.predict_only,
+                confirm_run_unsafe_code=benchmark.confirm_run_unsafe_code,
+                **seeds,
+            )
+        return results
+
+    def saved(self, outcome: Outcome, folder: Path) -> Path:
+        """lm-eval's results file. When it cannot be written the scores are announced all the same."""
+        try:
+            return save_results(outcome.results, outcome.samples, self.loaded, self.benchmark, folder)
+        except StoreError as failure:
+            failure.interrupts_run()
+            for score in outcome.scores:
+                self.announce(f"{score.task}, {score.metric}: {score.value:.4f}")
+            raise
 
 
 def _what_next(failure: BaseException) -> str:
-    """Whether a resume can go on after a failure: not where it would meet the same refusal again."""
+    """Whether a resume can go on after a failure: it cannot where it would meet the same refusal again."""
     if isinstance(failure, OtherSettings) or (
         isinstance(failure, AutomaticEvalError) and not isinstance(failure, StoreError)
     ):
@@ -173,16 +225,6 @@ def _what_next(failure: BaseException) -> str:
     )
 
 
-def _how(benchmark: Benchmark, found: LoadedTasks, ranks: Ranks) -> dict[str, Any]:
-    """How lm-eval's model serves a benchmark."""
-    return {
-        "scoring": benchmark.scoring,
-        "doc_ids": found.drawn,
-        "ranks": ranks,
-        "batch_size": benchmark.batch_size,
-    }
-
-
 def _went_before(output: RunOutput, n_answered: int) -> str:
     if output.resume is None:
         return ""
@@ -191,42 +233,3 @@ def _went_before(output: RunOutput, n_answered: int) -> str:
         if n_answered
         else " (nothing was sealed there: from the beginning)"
     )
-
-
-def _evaluate(
-    lm: CapturingHFLM, loaded: LoadedModel, benchmark: Benchmark, found: LoadedTasks, ranks: Ranks
-) -> Outcome:
-    seeds = {}
-    if benchmark.seed is not None:
-        names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-        seeds = dict.fromkeys(names, benchmark.seed)
-    if not ranks.is_first:  # or all would sample alike
-        seeds["torch_random_seed"] = seeds.get("torch_random_seed", DEFAULT_OTHER_SEED) + ranks.rank
-    with quick_templates():
-        results = simple_evaluate(
-            model=lm,
-            model_args={"pretrained": short_name(loaded.name)},
-            tasks=list(found.top),
-            task_manager=LoadedBefore(found.drawn_with, is_first=ranks.is_first),
-            num_fewshot=benchmark.num_fewshot,
-            limit=benchmark.limit,
-            samples=found.drawn,
-            batch_size=benchmark.batch_size,
-            apply_chat_template=benchmark.apply_chat_template,
-            system_instruction=benchmark.system_instruction,
-            gen_kwargs=benchmark.gen_kwargs,
-            predict_only=benchmark.predict_only,
-            confirm_run_unsafe_code=benchmark.confirm_run_unsafe_code,
-            **seeds,
-        )
-    n_tokens, n_computed = map(sum, zip(*ranks.gathered(lm.n_tokens), strict=True))
-    if results is None or not ranks.is_first:
-        return Outcome([], {}, {})
-    samples = results.pop("samples")
-    scores = scores_of(results, samples, found.totals, found.n_questions)
-    unjudged = without_verdict(results, samples)
-    return Outcome(scores, results, samples, without_verdict=unjudged, n_tokens=n_tokens, n_computed=n_computed)
-
-
-def _settings(loaded: LoadedModel, benchmark: Benchmark, selection: Selection) -> dict[str, Any]:
-    return {**made_with(loaded, selection), "benchmark": benchmark.as_dict()}

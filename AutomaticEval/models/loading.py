@@ -30,7 +30,7 @@ from AutomaticEval.models.weights.adapters import Alone, adapter_alone, add_delt
 from AutomaticEval.models.weights.fingerprint import fingerprint, sampled_fingerprint
 from AutomaticEval.models.weights.provenance import adapters_of, library_versions, provenance
 from AutomaticEval.public_names import absolute, public_name
-from AutomaticEval.settings import MODEL, SAMPLED
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.tested_versions import tell_newer
 
 DEMO = "demo"
@@ -74,39 +74,40 @@ class LoadedModel:
         """A hash of every number of the model as it is now. Raises ModelError."""
         return fingerprint(self.model)
 
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> RunSettings:
         """Which weights, for settings: by the hash of every number, and by the older one that is held by older runs."""
-        return {MODEL: self.fingerprint(), SAMPLED: sampled_fingerprint(self.model)}
+        return RunSettings().changed(model_hash=self.fingerprint(), fingerprint=sampled_fingerprint(self.model))
 
-    def made_with(self) -> dict[str, Any]:
+    def made_with(self) -> RunSettings:
         """`numbers`, and which model it is and how it computes, for the settings of runs. Computed anew each time."""
-        return {**self.numbers(), **self.identity(), "shape": self.shape, **provenance(self.model, self.tokenizer)}
+        identity = self.identity().as_dict()
+        return self.numbers().changed(**identity, shape=self.shape, **provenance(self.model, self.tokenizer))
 
-    def numbers(self) -> dict[str, Any]:
+    def numbers(self) -> RunSettings:
         """The settings of the model that decide its numbers, for files."""
         model = self.model
         method = getattr(model, "quantization_method", None)
         some = {"edits": names_of(model), "loaded_with": dict(self.loaded_with), "adapters": adapters_of(model)}
-        return {
+        return RunSettings().changed(
             **{name: value for name, value in some.items() if value},
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "attention": getattr(model.config, "_attn_implementation", None),
-            "device": str(model.device),
-            "quantization": None
+            dtype=str(model.dtype).removeprefix("torch."),
+            attention=getattr(model.config, "_attn_implementation", None),
+            device=str(model.device),
+            quantization=None
             if method is None
             else "8bit"
             if getattr(model, "is_loaded_in_8bit", False)
             else "4bit"
             if getattr(model, "is_loaded_in_4bit", False)
             else str(method),
-            "revision": getattr(model.config, "_commit_hash", None),
-            "versions": {
+            revision=getattr(model.config, "_commit_hash", None),
+            versions={
                 "AutomaticEval": __version__,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 **library_versions(model),
             },
-        }
+        )
 
 
 @dataclass

@@ -111,7 +111,7 @@ def _kept(run: ExtractedRun, folder: str) -> tuple[str, ...]:
         run.status,
         str(len(stored)),
         str(sum(shard.n_rows for shard in stored.shards)),
-        f"{stored.settings['sites']}; layers {stored.settings['layers']}; positions {stored.settings['positions']}",
+        f"{stored.made_with.sites}; layers {stored.made_with.layers}; positions {stored.made_with.positions}",
         size_text(numbers.get("size_bytes", 0)),
         "" if rate is None else f"{rate:.0f}",
         folder,
@@ -131,13 +131,13 @@ def _tokenizer(model: str, tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _structure(model: str, run: ExtractedRun) -> tuple[str, ...]:
     stored = open_run(run.folder)
-    shape = stored.settings["shape"]
+    shape = stored.made_with.shape or {}
     widths: dict[int, list[str]] = {}
     for key in stored.keys:
         widths.setdefault(stored.rows(key).shape[1], []).append(key)
     keys = "; ".join(f"{names[0]} … {names[-1]} ({len(names)}): {width}" for width, names in widths.items())
     sizes = [str(shape[name]) for name in ("n_layers", "n_heads", "n_kv_heads", "d_model")]
-    return (model, *sizes, keys, str(stored.settings.get("store_dtype") or stored.settings["dtype"]))
+    return (model, *sizes, keys, str(stored.made_with.store_dtype or stored.made_with.dtype))
 
 
 def _length(run: ExtractedRun) -> tuple[str, ...]:

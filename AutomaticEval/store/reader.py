@@ -17,6 +17,7 @@ from torch import Tensor
 
 from AutomaticEval.errors import ManySamples, RefusedPickle, StoreError, did_you_mean
 from AutomaticEval.samples import Rows, fed_of, sample_data
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.sites import key_among
 from AutomaticEval.store.contents.changed import reordered
 from AutomaticEval.store.contents.columns import Ordered
@@ -164,7 +165,7 @@ class Run(Sequence[dict[str, Any]]):
         layer: from 0, or from the end when negative. key_pos goes up to the sample's length.
         Raises StoreError for a run that did not keep the layer's pattern.
         """
-        shape = self.settings.get("shape", {})
+        shape = self.made_with.shape or {}
         n_layers, n_heads = (shape.get(name) or 0 for name in ("n_layers", "n_heads"))
         rows = self.read(index, f"layer_{layer + n_layers if layer < 0 else layer}.pattern")
         if n_heads < 1 or rows.shape[1] % n_heads:
@@ -188,6 +189,11 @@ class Run(Sequence[dict[str, Any]]):
     def settings(self) -> dict[str, Any]:
         """What decided the numbers: dtype, attention kernel, library versions, selection."""
         return dict(self._contents.settings)
+
+    @property
+    def made_with(self) -> RunSettings:
+        """`settings`, as fields."""
+        return RunSettings.from_dict(self._contents.settings)
 
     @property
     def contents(self) -> Contents:

@@ -17,8 +17,12 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
 
-from AutomaticEval.errors import AutomaticEvalError, StoreError
+from AutomaticEval.errors import (
+    AutomaticEvalError,
+    StoreError,
+)
 from AutomaticEval.samples import Sample
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.contents.columns import Columns, records_of
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.contents.from_samples import of_samples
@@ -87,8 +91,8 @@ class RunWriter:
         self.folder = folder = folder.expanduser().absolute()
         self._model, self._shard_bytes, self._compression = attribute_text(model), shard_bytes, compression
         self._strict = strict
-        self._settings = json.loads(as_json({"run_id": uuid4().hex, **settings}))
-        self._in_8_bits = self._settings.get("store_dtype") == "int8"
+        self._settings = RunSettings.from_dict(json.loads(as_json({"run_id": uuid4().hex, **settings})))
+        self._in_8_bits = self._settings.store_dtype == "int8"
         self._gathered = GatheredSamples(in_8_bits=self._in_8_bits)
         self._mutex = threading.RLock()
         self._sealed: list[Source] = []
@@ -111,9 +115,9 @@ class RunWriter:
         if self._rank:
             return  # the first process has prepared the folder
         refuse_other_ranks(self.folder)
-        described = {"model": self._model, **self._settings}
+        described = {"model": self._model, **self._settings.as_dict()}
         for shard in kept_shards(self.folder, described, resume=resume, finishing=finishing):
-            self._settings["run_id"] = shard.settings.get("run_id")
+            self._settings = self._settings.changed(run_id=shard.made_with.run_id)
             self._gathered.formats = shard.row_formats
             self._note_sealed(source_of(shard), shard.n_samples)
 
@@ -147,7 +151,7 @@ class RunWriter:
     @property
     def run_id(self) -> str:
         """The identifier that all shards of one run have, and no others."""
-        return str(self._settings["run_id"])
+        return str(self._settings.run_id)
 
     @property
     def n_samples(self) -> int:
@@ -208,7 +212,7 @@ class RunWriter:
         return f"shard-{self._next - self._n_ranks:05d}.h5"
 
     def _write_samples(self, name: str, samples: Sequence[Sample]) -> Source:
-        return self._write(name, of_samples(samples, self._model, self._settings, in_8_bits=self._in_8_bits))
+        return self._write(name, of_samples(samples, self._model, self._settings.as_dict(), in_8_bits=self._in_8_bits))
 
     def _write(self, name: str, contents: Contents, replaces: Sequence[str] = ()) -> Source:
         return write_file(self.folder / name, contents, compression=self._compression, replaces=replaces)

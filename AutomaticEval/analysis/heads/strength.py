@@ -19,7 +19,6 @@ from AutomaticEval.models.head_weights import HeadResultNorms, n_inputs
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.public_names import public_name
-from AutomaticEval.settings import differing
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
 from AutomaticEval.store.disk.json_files import Stats, strength_result, write_json
 from AutomaticEval.store.reader import Run
@@ -236,7 +235,7 @@ def _norms_of(run: Run, model: Any, layers: Sequence[int]) -> dict[int, HeadResu
     """What makes norms of z, of each layer. Raises StoreError for another model than the run's."""
     loaded = _loaded(model)
     now = loaded.identity()
-    apart = differing(repr(run), run.settings, now, now.keys())
+    apart = run.made_with.differences(now, repr(run), now.names)
     if apart:
         raise StoreError(
             f"{run!r} was made by a model with other weights ({apart[0]}); pass the one that it was made with."

@@ -16,7 +16,7 @@ from AutomaticEval.capture.recompute.recomputed_sample import Compared, Comparis
 from AutomaticEval.errors import OtherSettings, SelectionError
 from AutomaticEval.models.load_options import LoadOptions
 from AutomaticEval.models.loading import LoadedModel, load_model
-from AutomaticEval.settings import MODEL, SAMPLED
+from AutomaticEval.settings import MODEL, SAMPLED, RunSettings
 from AutomaticEval.store.local_paths import read_local_paths
 from AutomaticEval.store.reader import Run, open_run
 
@@ -106,7 +106,7 @@ def model_of(
     if model is None or isinstance(model, str | Path):
         paths = read_local_paths(run.path)
         model = paths.get("model", run.model) if model is None else model
-        options = _as_then(options, run.settings, paths)
+        options = _as_then(options, run.made_with, paths)
     loaded = load_model(model, tokenizer=tokenizer, options=options)
     refuse_other_model(run, loaded)
     refuse_lacking(loaded, run.keys)
@@ -115,13 +115,13 @@ def model_of(
 
 def refuse_unknown_numbers(run: Run) -> None:
     """Raises OtherSettings for a run whose numbers a plain forward of its model does not give."""
-    for settings in _all_settings(run):
-        if settings.get("edits"):
+    for made in run.made_with.of_parts():
+        if made.edits:
             raise OtherSettings(
-                f"{run.path} was made while its model was edited ({', '.join(settings['edits'])}); a plain forward gives other numbers, so "
+                f"{run.path} was made while its model was edited ({', '.join(made.edits)}); a plain forward gives other numbers, so "
                 "that it cannot be recomputed."
             )
-        if settings.get("converted_from") == "int8":
+        if made.converted_from == "int8":
             raise OtherSettings(
                 f"{run.path} was converted from int8, and how coarse its numbers are is not known any more; recompute the run it was made of."
             )
@@ -130,23 +130,24 @@ def refuse_unknown_numbers(run: Run) -> None:
 def refuse_other_model(run: Run, loaded: LoadedModel) -> None:
     """Raises OtherSettings unless a model is the one that a run was made with, as far as the run says."""
     own = loaded.made_with()
-    if own.get("edits"):
-        raise OtherSettings(f"{loaded.name} is being edited ({', '.join(own['edits'])}); recompute outside of it.")
-    for settings in _all_settings(run):
-        told = [name for name in FINGERPRINTS if name in settings][:1] + [
-            name for name in OF_THE_MODEL if name in settings
+    if own.edits:
+        raise OtherSettings(f"{loaded.name} is being edited ({', '.join(own.edits)}); recompute outside of it.")
+    for made in run.made_with.of_parts():
+        told = [name for name in FINGERPRINTS if name in made.names][:1] + [
+            name for name in OF_THE_MODEL if name in made.names
         ]
         for name in told:
-            if settings[name] != own[name]:
+            then, now = getattr(made, name), getattr(own, name)
+            if then != now:
                 raise OtherSettings(
-                    f"{run.path} was made with another model than {loaded.name}: its {name} is {settings[name]}, and this one's is {own[name]}. "
+                    f"{run.path} was made with another model than {loaded.name}: its {name} is {then}, and this one's is {now}. "
                     f"Give the model that made it ({run.model!r}), loaded as it was then."
                 )
 
 
 def _notes(run: Run, loaded: LoadedModel) -> Iterator[str]:
     """What weakens the verdicts on a run."""
-    if not any(name in settings for settings in _all_settings(run) for name in FINGERPRINTS):
+    if not any(name in made.names for made in run.made_with.of_parts() for name in FINGERPRINTS):
         yield "The run holds no fingerprint of its model, which is known by its shape and dtype alone"
     config, dtype = loaded.model.config.get_text_config(), loaded.model.dtype
     if dtype.itemsize < 4 and any(getattr(config, name, None) for name in CHOSEN_EXPERTS):
@@ -154,22 +155,17 @@ def _notes(run: Run, loaded: LoadedModel) -> Iterator[str]:
         yield f"The model chooses among experts: in {name} near ties fall either way, and such a token is DIFFERENT without a fault"
 
 
-def _all_settings(run: Run) -> list[Mapping[str, Any]]:
-    """The run's, and of one that was merged what each part says beside them."""
-    return [run.settings, *run.settings.get("merged", [])]
-
-
-def _as_then(options: LoadOptions, settings: Mapping[str, Any], paths: Mapping[str, str]) -> LoadOptions:
+def _as_then(options: LoadOptions, made: RunSettings, paths: Mapping[str, str]) -> LoadOptions:
     """What options leave open, as the run's settings say."""
-    bits = settings.get("quantization")
-    made_of = {**settings.get("loaded_with", {}), **paths}
+    bits = made.quantization
+    made_of = {**(made.loaded_with or {}), **paths}
     is_open = not (options.load_in_8bit or options.load_in_4bit)
     return replace(
         options,
-        dtype=settings.get("dtype", "auto") if options.dtype == "auto" else options.dtype,
+        dtype=(made.dtype or "auto") if options.dtype == "auto" else options.dtype,
         load_in_8bit=bits == "8bit" if is_open else options.load_in_8bit,
         load_in_4bit=bits == "4bit" if is_open else options.load_in_4bit,
-        revision=options.revision or settings.get("revision"),
+        revision=options.revision or made.revision,
         peft=options.peft or made_of.get("peft"),
         delta=options.delta or made_of.get("delta"),
         subfolder=options.subfolder or made_of.get("subfolder"),

@@ -26,6 +26,7 @@ from AutomaticEval.capture.recompute.tolerance import (
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.samples import fed_of
 from AutomaticEval.selection import Positions
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.sites import Site, site_of
 from AutomaticEval.store.hdf5.contract import dtype_named
 from AutomaticEval.store.reader import Run
@@ -103,7 +104,7 @@ class Comparison:
 
     def __init__(self, run: Run, loaded: LoadedModel) -> None:
         self.run, self.loaded = run, loaded
-        self.limits = IN_8_BITS if loaded.numbers()["quantization"] == "8bit" else LIMITS[loaded.model.dtype]
+        self.limits = IN_8_BITS if loaded.numbers().quantization == "8bit" else LIMITS[loaded.model.dtype]
         self._told: dict[str | None, Mapping[str, Any] | None] = {}
 
     def of(self, number: int) -> Compared:
@@ -112,7 +113,7 @@ class Comparison:
         held = _Held.of(sample)
         n_scored = len(held.response) if sample.get("logprob") is not None or self._is_greedy(sample) else 0
         plain = plain_forward(self.loaded, held.fed, self.run.keys, held.around, n_scored)
-        problems = _misplaced(held, self.run.settings)
+        problems = _misplaced(held, self.run.made_with)
         rows, furthest, is_equal = _Rows(held, plain), None, True
         for key, whole in sample["activations"].items():
             stored, steps = self._cropped(key, whole, self.run.steps(number, key), len(held.fed))
@@ -151,7 +152,7 @@ class Comparison:
     def _problems(self, key: str, stored: Tensor, steps: Tensor | None, rows: _Rows, found: Judged) -> Iterator[str]:
         """What is wrong with the rows of one key."""
         right = rows.own(key, stored)
-        told, is_as = self.run.settings.get("store_dtype"), stored.dtype if steps is None else torch.int8
+        told, is_as = self.run.made_with.store_dtype, stored.dtype if steps is None else torch.int8
         promised = right.dtype if told is None else dtype_named(told)
         narrow = (
             narrowed_to(stored, right.to(self._through or promised)) if is_as == promised and steps is None else None
@@ -172,7 +173,7 @@ class Comparison:
     @property
     def _through(self) -> torch.dtype | None:
         """What the rows were stored in before they were converted."""
-        before = self.run.settings.get("converted_from")
+        before = self.run.made_with.converted_from
         return None if before is None else dtype_named(before)
 
     def _n_heads(self, key: str) -> int:
@@ -181,11 +182,11 @@ class Comparison:
 
     def _is_greedy(self, sample: Mapping[str, Any]) -> bool:
         """Whether each token of a response is known to have been the likeliest: greedily taken, of logits that nothing had changed."""
-        settings = self.run.settings
+        made = self.run.made_with
         if not len(sample["generated_ids"]):
             return False
-        if "temperature" in settings:  # one prompt
-            return settings["temperature"] == 0 and set(settings.get("generation_config", {})) <= HARMLESS
+        if made.temperature is not None:  # one prompt
+            return made.temperature == 0 and set(made.generation_config or {}) <= HARMLESS
         task = sample.get("task")
         if task not in self._told:
             self._told[task] = _generation_kwargs(self.run.path, task)
@@ -217,10 +218,10 @@ class _Held(NamedTuple):
         return cls(prompt, response, fed_of(prompt, response), sample["positions"].tolist(), sample["tokens"])
 
 
-def _misplaced(held: _Held, settings: Mapping[str, Any]) -> list[str]:
+def _misplaced(held: _Held, made: RunSettings) -> list[str]:
     """Whether other positions are stored than the run kept; of a pruned one, those that were kept of those."""
     wanted = set(range(len(held.fed)))
-    for part in str(settings.get("positions", "all")).split(" of "):
+    for part in str(made.positions or "all").split(" of "):
         wanted &= set(Positions.parse(part).resolve(len(held.prompt), len(held.response)))
     if sorted(wanted) == held.positions:
         return []

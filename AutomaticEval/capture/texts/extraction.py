@@ -85,8 +85,8 @@ def extract(
     """
     refuse_response(selection)
     forwards = Forwards(loaded, selection, feeding)
-    settings = {**loaded.made_with(), **selection.as_dict(), "corpus": {"name": name, **(about or {})}}
-    settings["corpus"] |= {"seq_length": forwards.longest, "packing": feeding.packing}
+    corpus = {"name": name, **(about or {}), "seq_length": forwards.longest, "packing": feeding.packing}
+    settings = loaded.made_with().changed(**selection.as_dict(), corpus=corpus).as_dict()
     shared = SharedRun(loaded.name, settings, SHARD_BYTES, compression, feeding.strict, ranks, loaded.paths)
     done = Extracted(folder)
     started = time.perf_counter()

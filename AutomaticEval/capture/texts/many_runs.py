@@ -237,7 +237,7 @@ def _there(unit: Unit, texts: TextSet, plan: Plan) -> str:
     }
     commit = revision_of(unit.model, plan.load)
     wanted |= {} if commit is None else {"revision": commit}
-    found = {"model": run.model, "store_dtype": None, **run.settings, **run.settings.get("corpus", {})}
+    found = {"model": run.model, "store_dtype": None, **run.settings, **(run.made_with.corpus or {})}
     refuse_others(unit.folder, found, json.loads(as_json(wanted)))
     unit.numbers = _kept_numbers(unit.folder, run)
     return "was there"

@@ -82,7 +82,7 @@ def score_continuations(
     except TreeUnsuitable as why:
         warnings.warn(f"Computing request by request: {why}", stacklevel=2)
         batches, shape = _one_by_one(loaded, cuts, how), (1, 0)
-    settings = {**loaded.numbers(), **({} if selection is None else selection.as_dict())}
+    settings = loaded.numbers().changed(**({} if selection is None else selection.as_dict())).as_dict()
     found: dict[int, ScoredContinuation] = {}
     for scored in (each for batch in batches for each in batch):
         cut = cuts[scored.request]

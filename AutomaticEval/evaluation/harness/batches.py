@@ -1,7 +1,7 @@
 """Between lm-eval's batches and our requests: which requests each batch row serves, and what was answered.
 
-lm-eval forgets which request a row serves. Its Collator alone knows order and grouping, so it is asked; answers come back
-through the place where lm-eval would cache them. No scoring code is copied.
+lm-eval forgets which request a row serves. Its Collator alone knows order and grouping, so the Collator is asked. Answers come back
+through the hook by which lm-eval would cache them. No scoring code is copied.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lm_eval.models import huggingface
@@ -18,17 +20,26 @@ Batch = list[list[int]]
 """For each row of a batch: the indices of the requests that it answers."""
 
 
+@dataclass(frozen=True)
+class Follower:
+    """What a `RecordingCollator` is to do for one call of lm-eval."""
+
+    is_wanted: Callable[[Batch], bool]
+    """Asked of each batch: whether it is to be computed here."""
+
+    placeholder: Any
+    """What takes the place of an answer that is not computed here."""
+
+    groups: Sequence[int] = ()
+    """The group of each request. Requests of one group are batched one after the other. Empty: lm-eval's own order."""
+
+
 class RecordingCollator(Collator):  # type: ignore[misc]
     """lm-eval's Collator, which asks of each batch whether it is to be computed here."""
 
-    wanted: Callable[[Batch], bool]
-    placeholder: Any
-    """What takes the place of an answer that is not computed here."""
-    groups: Sequence[int]
-    """The group of each request. Requests of one group are batched one after the other. Empty: lm-eval's own order."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, follower: Follower, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._follower = follower
         self._order: deque[int] = deque()
         self._members: dict[int, list[int]] | None = None
         if self._group_by == "contexts":  # now: get_cache takes groups out as it goes
@@ -42,8 +53,9 @@ class RecordingCollator(Collator):  # type: ignore[misc]
         for index, request in arr:
             waiting[id(request)].append(index)
         ordered = [(waiting[id(request)].popleft(), request) for request in super()._reorder(arr)]
-        if self.groups:
-            ordered.sort(key=lambda each: self.groups[each[0]])
+        groups = self._follower.groups
+        if groups:
+            ordered.sort(key=lambda each: groups[each[0]])
         for index, request in ordered:
             self._order.append(index)
             yield request
@@ -52,31 +64,30 @@ class RecordingCollator(Collator):  # type: ignore[misc]
         for chunk in super().get_batched(n=n, batch_fn=batch_fn):
             served = [self._order.popleft() for _ in chunk]
             batch = [[index] if self._members is None else self._members[index] for index in served]
-            if self.wanted(batch):
+            if self._follower.is_wanted(batch):
                 self._computed += [index for row in batch for index in row]
                 yield chunk
 
     def get_original(self, newarr: list[Any]) -> list[Any]:
         """The answers computed here in the order of the requests, and placeholders."""
-        answers = [self.placeholder] * self._size
+        answers = [self._follower.placeholder] * self._size
         for index, answer in zip(self._computed, newarr, strict=True):
             answers[index] = answer
         return answers
 
 
 class AnswerHook:
-    """Takes the place of lm-eval's cache hook: told of every answer, in the order in which they are computed."""
+    """Takes the place of lm-eval's cache hook. It is told of every answer, in the order in which they are computed."""
 
-    def __init__(self, answered: Callable[[str, Any, Any], None]) -> None:
-        self.add_partial = answered
+    def __init__(self, hear: Callable[[str, Any, Any], None]) -> None:
+        self.add_partial = hear
 
 
 @contextmanager
-def recording(wanted: Callable[[Batch], bool], placeholder: Any, groups: Sequence[int] = ()) -> Iterator[None]:
+def recording(is_wanted: Callable[[Batch], bool], placeholder: Any, groups: Sequence[int] = ()) -> Iterator[None]:
     """Have lm-eval's hf model use a RecordingCollator."""
     stock = huggingface.Collator
-    members = {"wanted": staticmethod(wanted), "placeholder": placeholder, "groups": groups}
-    huggingface.Collator = type("RecordingCollator", (RecordingCollator,), members)
+    huggingface.Collator = partial(RecordingCollator, Follower(is_wanted, placeholder, groups))
     try:
         yield
     finally:

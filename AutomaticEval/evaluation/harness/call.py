@@ -1,7 +1,7 @@
-"""One call of lm-eval with a list of requests: which batches are computed here, and what was answered.
+"""`Call`: one call of lm-eval with a list of requests, which of its batches are computed here, and the answers.
 
-A batch that was answered before (a run that is resumed), or is another process's (one that is shared), is not computed; order
-and shape of the batches stay lm-eval's own. Knows nothing of activations.
+A batch is not computed here when an earlier process of the run answered it (a resumed run), or when another process computes it (a
+shared run). The order and the shape of batches stay lm-eval's own. This module knows nothing of activations.
 """
 
 from __future__ import annotations
@@ -9,59 +9,75 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.evaluation.harness.batches import Batch
-from AutomaticEval.evaluation.results.requests import Answered, RequestKey, set_random_state
+from AutomaticEval.evaluation.results.earlier_answers import EarlierAnswer, set_random_state
+from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.processes import Ranks
 
 UNKNOWN = "this version of lm-eval is not known (0.4.13 is)"
 
 
 class Request(NamedTuple):
-    """What is asked of the model: a continuation to score after a prompt, or (response None) one to generate."""
+    """One request of lm-eval: a continuation to score after a prompt, or (response None) one to generate."""
 
     key: RequestKey
     prompt: str
     response: str | None
 
 
+@dataclass(frozen=True)
+class Workload:
+    """Which documents an evaluation asks, and which of its requests are computed in this process."""
+
+    doc_ids: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Task -> the documents' own indices, for tasks of which only some documents are asked."""
+
+    answered: Mapping[RequestKey, EarlierAnswer] = field(default_factory=dict)
+    """The requests that are not computed again."""
+
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that share the requests. Each is given all requests, and gets all answers."""
+
+
 class Call:
     """Follows lm-eval through one call of `loglikelihood`, `loglikelihood_rolling` or `generate_until`.
 
-    ready: told when every request of a batch that was computed here is answered.
+    is_ready: called when every request of a batch that was computed here is answered.
     """
 
-    def __init__(
-        self,
-        requests: Sequence[Request],
-        answered: Mapping[RequestKey, Answered],
-        ranks: Ranks,
-        ready: Callable[[], None],
-    ) -> None:
+    def __init__(self, requests: Sequence[Request], workload: Workload, is_ready: Callable[[], None]) -> None:
         self.requests = requests
         self.tokens: dict[int, tuple[list[int], list[int]]] = {}
         """Index -> (context, continuation): of rolling windows beforehand, of others once lm-eval has encoded them."""
         self.answers: dict[int, Any] = {}
         self.computed: set[int] = set()
-        self._answered, self._ranks, self._ready = answered, ranks, ready
-        asked = 0
-        for request in requests if ranks.n_ranks > 1 else ():
-            asked = zlib.crc32(repr(request).encode(errors="replace"), asked)
-        if len(set(ranks.gathered(asked))) > 1:
-            raise CaptureError(
-                "the processes of the run ask different questions: a task draws at random where no seed reaches."
-            )
+        """The indices of the requests that were computed here."""
+        self._earlier, self._ranks, self._is_ready = workload.answered, workload.ranks, is_ready
+        self._check_equal_in_all_processes()
         self._list_start = self._n_listed = 0  # lm-eval scores rolling windows in several lists
         self._n_batches = 0
         self._announced: Batch | None = None
+        """The batch that lm-eval has made, and not fed yet."""
         self._waiting: deque[int] = deque()
+        """The requests that were fed, and not answered yet, in the order of their answers."""
+
+    def _check_equal_in_all_processes(self) -> None:
+        checksum = 0
+        for request in self.requests if self._ranks.n_ranks > 1 else ():
+            checksum = zlib.crc32(repr(request).encode(errors="replace"), checksum)
+        if len(set(self._ranks.gathered(checksum))) > 1:
+            raise CaptureError(
+                "the processes of the run ask different questions: a task draws at random where no seed reaches."
+            )
 
     def listed(self, requests: Sequence[Any]) -> list[Any]:
         """A list of requests that is about to be scored, each with its index in the place of its text.
 
-        lm-eval hands that on and never looks at it.
+        lm-eval hands the text on and never looks at it.
         """
         self._list_start = self._n_listed
         tagged = [(self._list_start + number, *tokens) for number, (_, *tokens) in enumerate(requests)]
@@ -71,16 +87,16 @@ class Call:
         self._n_listed += len(tagged)
         return tagged
 
-    def take_answered(self) -> set[int]:
-        """Take the answers that are there from before. Returns which requests they answer."""
+    def take_earlier(self) -> set[int]:
+        """Take every answer that is on the disk already. Returns the indices of the requests that have one."""
         for index, request in enumerate(self.requests):
-            before = self._answered.get(request.key)
-            if before is not None:
-                self._take(index, before)
+            earlier = self._earlier.get(request.key)
+            if earlier is not None:
+                self._take(index, earlier)
         return set(self.answers)
 
     def answer(self, index: int, answer: Any) -> None:
-        """A request is answered without lm-eval."""
+        """Set the answer to a request that was computed here, without lm-eval's batches."""
         self.answers[index] = answer
         self.computed.add(index)
 
@@ -91,54 +107,53 @@ class Call:
         batch = [[self._list_start + index for index in row] for row in batch]
         is_mine = self._n_batches % self._ranks.n_ranks == self._ranks.rank
         self._n_batches += 1
-        if self._was_answered([index for row in batch for index in row], is_mine=is_mine):
+        if self._take_batch([index for row in batch for index in row], is_mine=is_mine):
             return False
         self._announced = batch if is_mine else None
         return is_mine
 
-    def _was_answered(self, indices: Sequence[int], *, is_mine: bool) -> bool:
-        """Take the answers of a batch from before, if all are there."""
-        before = [self._answered.get(self.requests[index].key) for index in indices]
-        if not all(before):
+    def _take_batch(self, indices: Sequence[int], *, is_mine: bool) -> bool:
+        """Take the answers to a batch from the disk. Returns whether all are there; otherwise none is taken."""
+        batch = [self._earlier.get(self.requests[index].key) for index in indices]
+        if not all(batch):
             return False
-        for index, each in zip(indices, before, strict=True):
-            assert each is not None
-            self._take(index, each)
-            if each.random_state is not None and is_mine:
-                set_random_state(each.random_state)
+        for index, earlier in zip(indices, batch, strict=True):
+            assert earlier is not None
+            self._take(index, earlier)
+            if earlier.random_state is not None and is_mine:
+                set_random_state(earlier.random_state)
         return True
 
-    def _take(self, index: int, before: Answered) -> None:
-        before.check(self.requests[index].prompt, self.requests[index].response)
-        self.answers[index] = before.answer
+    def _take(self, index: int, earlier: EarlierAnswer) -> None:
+        earlier.check(self.requests[index].prompt, self.requests[index].response)
+        self.answers[index] = earlier.answer
 
     def fed(self, n_rows: int) -> Batch:
         """The batch that a forward of so many rows serves."""
         batch, self._announced = self._announced, None
         if batch is None or len(batch) != n_rows:
-            found = "none" if batch is None else len(batch)
-            raise CaptureError(f"a forward of {n_rows} rows, but {found} were announced; {UNKNOWN}.")
+            n_announced = "none" if batch is None else len(batch)
+            raise CaptureError(f"a forward of {n_rows} rows, but {n_announced} were announced; {UNKNOWN}.")
         self._waiting.extend(index for row in batch for index in row)
         return batch
 
     def hear(self, kind: str, request: Any, answer: Any) -> None:
-        """Takes an answer, at the moment when lm-eval would write it into its cache."""
+        """Take an answer, at the moment when lm-eval would write it into its cache."""
         if kind == "loglikelihood_rolling":  # the sum over windows, each of which was heard
             return
         index = self._waiting.popleft()
         if kind == "loglikelihood" and request != index:
             raise CaptureError(f"{self.requests[index].key}: answers come in another order; {UNKNOWN}.")
-        before = self._answered.get(self.requests[index].key)
-        if before is None:
-            self.answers[index] = answer
-            self.computed.add(index)
-        else:  # of a batch that was cut elsewhere than it was: what is on the disk stands
-            self._take(index, before)
+        earlier = self._earlier.get(self.requests[index].key)
+        if earlier is None:
+            self.answer(index, answer)
+        else:  # the batches were cut elsewhere when the run began: what is on the disk stands
+            self._take(index, earlier)
         if not self._waiting:
-            self._ready()
+            self._is_ready()
 
     def complete(self, own: Sequence[Any]) -> list[Any]:
-        """The answers to all requests: from before, computed here, and computed by other processes.
+        """The answers to all requests: those from the disk, those computed here, and those of other processes.
 
         own: what lm-eval gives back, with placeholders for what was not computed here.
         """

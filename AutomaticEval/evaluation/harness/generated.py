@@ -1,4 +1,4 @@
-"""Which of a generated row's tokens are its answer. A row that has stopped goes on generating until its whole batch has."""
+"""Which of a generated row's tokens are its answer. A row that has stopped generates on until its whole batch has stopped."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from AutomaticEval.capture.generation import until_end
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The answers of one batch, as lm-eval reads them."""
+class AnswerReader:
+    """Reads the answers of one batch as lm-eval reads them."""
 
     decode: Callable[[list[int]], str]
     stop: Sequence[str]
-    """Strings that end an answer."""
+    """The strings that end an answer."""
+
     end_token_id: Any
-    """One or several, or None, as in a generation config."""
+    """One token id, several, or None, as in a generation config."""
 
     def text(self, generated: list[int]) -> str:
+        """The text of the answer, without the stop string and what follows it."""
         return str(postprocess_generated_text(self.decode(generated), list(self.stop), None))
 
     def own(self, generated: list[int]) -> list[int]:
@@ -36,7 +38,7 @@ class Answers:
         answer = self.text(ended)
         if self.text(ended[:high]) == answer:
             return ended[:high]
-        # a later token can change the text of an earlier one (byte fallback), and a stop string be gone again
+        # A later token can change the text of an earlier one (byte fallback), and a stop string can vanish again.
         return next((ended[:n] for n in range(1, len(ended)) if self.text(ended[:n]) == answer), ended)
 
     def _has_stop(self, generated: list[int]) -> bool:

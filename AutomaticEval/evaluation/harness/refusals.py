@@ -1,7 +1,6 @@
-"""What a task, a model and a selection make impossible, told before the model runs, with the task and the document.
+"""Refuses what a task, a model and a selection make impossible, before the model runs, and names the task and the document.
 
-Where lm-eval has an assertion of its own, or a forward would be found to be another than was captured, the request is refused
-here in one line instead.
+Without these refusals an assertion of lm-eval would fail later, or a forward would turn out not to be the one that its request asks.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ ONE_SEQUENCE: dict[str, Any] = {
     "prompt_lookup_num_tokens": None,
     "guidance_scale": 1,
 }
-"""What generation must be told, where it is told anything, so that each row of a forward is one prompt's next token."""
+"""Option of generation -> the value that it must have if it is given, so that each row of a forward is one prompt's next token."""
 ANY_PROMPT = 2**20
-"""A prompt's length where none is known: the rules hold for every one."""
+"""Stands for the length of any prompt, because the rules here hold for every length."""
 
 
 def document(task: str, doc_id: int) -> str:
-    """How a document of a task is named."""
+    """The words that name a document of a task in messages."""
     return f"the task {task!r}, document {doc_id},"
 
 
 def new_tokens(gen_kwargs: Mapping[str, Any], default: int) -> int:
-    """How many tokens lm-eval lets a model generate."""
+    """How many tokens lm-eval lets a model generate. default: the number where gen_kwargs give none."""
     return int(normalize_gen_kwargs(dict(gen_kwargs), default)["max_gen_toks"])
 
 
@@ -68,7 +67,7 @@ def refuse_generating(
 
 
 def refuse_tasks(model: Any, selection: Selection | None, tasks: Mapping[str, Task], lm: Any) -> None:
-    """`refuse_generating` of every task that generates, before any is asked. lm: lm-eval's model, for its limits."""
+    """Raises what `refuse_generating` raises, for every task that generates. lm: lm-eval's model, for its limits."""
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
             how = task.config.generation_kwargs or {}
@@ -78,7 +77,10 @@ def refuse_tasks(model: Any, selection: Selection | None, tasks: Mapping[str, Ta
 def refuse_pair(
     where: str, context: Sequence[int], continuation: Sequence[int], texts: Sequence[str], max_length: int
 ) -> None:
-    """Raises BenchmarkError for a continuation that lm-eval could not score: without tokens, after none, or too long."""
+    """Raises BenchmarkError for a continuation that lm-eval could not score: it has no tokens, follows none, or is too long.
+
+    where: the task and the document. context, continuation: token ids. texts: of both. max_length: the model's context.
+    """
     prompt, response = texts
     said = f"{where} asks to score {response[:60]!r} after {prompt[-60:]!r}"
     if not len(continuation):
@@ -97,7 +99,7 @@ def refuse_pair(
 
 
 def refuse_unknown_metric(name: str, task: Task) -> None:
-    """Raises BenchmarkError for a metric or an aggregation that lm-eval will not find when the answers are there."""
+    """Raises BenchmarkError for a metric or an aggregation that lm-eval does not know. It would fail when all answers are there."""
     metrics = getattr(task, "_metric_fn_list", {})
     unknown = [each for each, scores in metrics.items() if scores is None] if not task.config.process_results else []
     if unknown:
@@ -113,10 +115,10 @@ def refuse_unknown_metric(name: str, task: Task) -> None:
 
 
 def refused_by(failure: BaseException) -> str | None:
-    """The name of the task that was being made when something failed, with its metric; None when it was none."""
+    """The name of the task that lm-eval was making when it failed, with its metric; None when it was not making a task."""
     for frame, _ in reversed(list(traceback.walk_tb(failure.__traceback__))):
-        made = frame.f_locals.get("self")
-        if isinstance(made, Task) and getattr(made, "_config", None) is not None:
+        task = frame.f_locals.get("self")
+        if isinstance(task, Task) and getattr(task, "_config", None) is not None:
             metric = frame.f_locals.get("metric_name")
-            return f"the task {made.config.task!r}" + (f" with the metric {metric!r}" if metric else "")
+            return f"the task {task.config.task!r}" + (f" with the metric {metric!r}" if metric else "")
     return None

@@ -1,7 +1,7 @@
-"""lm-eval's own work, done once instead of again and again: templates compiled, task files indexed. Prompts stay the same.
+"""Does lm-eval's own work once instead of again and again: compiles templates, indexes task files, loads tasks. Prompts stay the same.
 
-The index of lm-eval's 14,000 task files takes seconds to make; it is kept in the user's cache folder, and made again when
-a task file or lm-eval changes.
+The index of lm-eval's 14,000 task files takes seconds to make. It is kept in the user's cache folder, and made again when a task file or
+lm-eval changes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.store.disk.json_files import write_json
 
 STOCK = Path(lm_eval.tasks.__file__).parent
+"""The folder of the task files that come with lm-eval."""
 
 
 def stock_model(loaded: LoadedModel) -> HFLM:
-    """lm-eval's own model, for its limits and its encoding."""
-    with quiet(HFLM.__module__):  # it warns that a model which is loaded already is not shared out
+    """lm-eval's own model of a loaded one, for its limits and its encoding."""
+    with quiet(HFLM.__module__):  # lm-eval warns that a model which is loaded already is not shared out
         return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
 
 
@@ -63,21 +64,26 @@ def quick_templates() -> Iterator[None]:
 
 
 RandomStates = tuple[Any, Any, Any]
+"""The random states of Python, NumPy and torch."""
 
 
 def seed_everything(seed: int | None) -> None:
-    """As lm-eval does before it loads tasks."""
+    """Seed Python, NumPy and torch as lm-eval does before it loads tasks. None: with lm-eval's own seeds."""
     random.seed(DEFAULT_RANDOM_SEED if seed is None else seed)
     np.random.seed(DEFAULT_OTHER_SEED if seed is None else seed)
     torch.manual_seed(DEFAULT_OTHER_SEED if seed is None else seed)
 
 
 def random_states() -> RandomStates:
+    """The random states as they are now."""
     return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
 
 class LoadedBefore(TaskManager):  # type: ignore[misc]
-    """Gives lm-eval tasks that are loaded already, with the random states that loading them here would have left."""
+    """Gives lm-eval tasks that are loaded already, and sets the random states that loading them now would leave.
+
+    is_first: this is the first process of the run. torch's state is set in it alone: the other processes sample other answers.
+    """
 
     def __init__(self, states: RandomStates, *, is_first: bool) -> None:
         super().__init__(include_defaults=False)
@@ -86,13 +92,13 @@ class LoadedBefore(TaskManager):  # type: ignore[misc]
     def load(self, task_list: Any) -> Any:
         random.setstate(self._states[0])
         np.random.set_state(self._states[1])
-        if self._is_first:  # other processes sample otherwise
+        if self._is_first:
             torch.set_rng_state(self._states[2])
         return super().load(task_list)
 
 
 def task_manager(include_path: Sequence[str], *, include_defaults: bool) -> TaskManager:
-    """What lm-eval's TaskManager gives, quicker from the second time on."""
+    """lm-eval's TaskManager, made quicker from the second time on. include_defaults: with lm-eval's own tasks."""
     manager = TaskManager(include_path=list(include_path), include_defaults=False)
     if include_defaults:
         manager._index = {**_stock_index(), **manager._index}
@@ -101,9 +107,9 @@ def task_manager(include_path: Sequence[str], *, include_defaults: bool) -> Task
 
 
 def _stock_index() -> dict[str, Entry]:
-    """Every task, group and tag that comes with lm-eval."""
+    """Name -> entry, for every task, group and tag that comes with lm-eval."""
     file = _cache_folder() / f"lm_eval_tasks_{_state_of_stock()}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # absent, or not ours
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no such file, or not one of ours
         return {name: _entry(name, **fields) for name, fields in json.loads(file.read_text(encoding="utf-8")).items()}
     index = TaskManager()._index
     with suppress(StoreError):  # a home that cannot be written only costs time
@@ -116,14 +122,14 @@ def _cache_folder() -> Path:
 
 
 def _state_of_stock() -> str:
-    """Changes when a task file does: its path, size and time."""
-    found = hashlib.blake2b(lm_eval.__version__.encode(), digest_size=12)
+    """A hash of path, size and time of every task file. It changes when a task file does."""
+    state = hashlib.blake2b(lm_eval.__version__.encode(), digest_size=12)
     for folder, _, names in sorted(os.walk(STOCK)):
         for name in sorted(name for name in names if not name.endswith((".pyc", ".md"))):
             file = Path(folder, name)
             status = file.stat()
-            found.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
-    return found.hexdigest()
+            state.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
+    return state.hexdigest()
 
 
 def _fields(entry: Entry) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""lm-eval's log-likelihood requests over the prefix tree of all of them, in the place of lm-eval's own batches."""
+"""Scores lm-eval's log-likelihood requests over the prefix tree of all of them, in the place of lm-eval's own batches."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from AutomaticEval.selection import Selection
 
 @dataclass
 class TreeScorer:
-    """Scores one call of lm-eval after the other, and hands on what was captured."""
+    """Scores one call of lm-eval after the other, and hands the captured samples to a sink."""
 
     loaded: LoadedModel
     selection: Selection | None
     sink: Callable[[list[Sample]], None]
     ranks: Ranks
     measures: bool
-    """Find the tokens of a forward by measuring, once."""
+    """Measure once how many tokens a forward should take; otherwise a fixed number is taken."""
 
     max_length: int
     dtype: torch.dtype | None
@@ -39,17 +39,19 @@ class TreeScorer:
     n_computed: int = 0
     """Tokens fed so far, by this process."""
     n_alone: int = 0
-    """Tokens that the same requests would have fed one by one, equal ones once."""
+    """Tokens that these requests would have fed one by one, equal requests counted once."""
+
     _tokens: int | None = None
+    """The measured tokens of a forward; None until they are measured."""
 
     def score(self, call: Call, bar: str | None) -> None:
-        """Answer what a call listed. bar: what the progress bar is called; None shows none.
+        """Answer the requests of a call. bar: the name of the progress bar; None shows no bar.
 
         Raises TreeUnsuitable, in all processes, before anything is answered.
         """
         requests = [Cut.of(*call.tokens[index], self.max_length) for index in range(len(call.tokens))]
-        answered = call.take_answered()
-        why = None
+        answered = call.take_earlier()
+        refusal = None
         try:
             how = ScoringOptions(
                 self.selection, self._measured(requests), self.dtype, (self.ranks.rank, self.ranks.n_ranks)
@@ -58,8 +60,8 @@ class TreeScorer:
             if len(answered) < len(requests):
                 scoring.check()
         except TreeUnsuitable as unsuitable:
-            why = str(unsuitable)
-        for each in self.ranks.gathered(why):
+            refusal = str(unsuitable)
+        for each in self.ranks.gathered(refusal):
             if each is not None:
                 raise TreeUnsuitable(each)
         with tqdm(total=len(requests), initial=len(answered), desc=bar, disable=bar is None) as progress:
@@ -70,7 +72,7 @@ class TreeScorer:
         self.n_alone += scoring.n_alone
 
     def _measured(self, requests: list[Cut]) -> int | None:
-        """The tokens of a forward, found once; None when they are not measured."""
+        """The measured tokens of a forward; None when they are not to be measured."""
         if self.measures and self._tokens is None:
             lengths = [len(request.context) + len(request.continuation) for request in requests]
             refuse_unsuitable(self.loaded.model, max(lengths) - 1)  # in all processes, or in none

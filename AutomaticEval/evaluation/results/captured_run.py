@@ -1,4 +1,4 @@
-"""The folder of a benchmark run: opened, shared by the run's processes, resumed, and finished with what lm-eval said."""
+"""The folder of a benchmark run: how it is opened, shared by the run's processes, resumed, and finished with lm-eval's verdicts."""
 
 from __future__ import annotations
 
@@ -12,25 +12,20 @@ from typing import Any, NamedTuple
 import lm_eval
 
 from AutomaticEval.errors import BenchmarkError
+from AutomaticEval.evaluation.results.earlier_answers import EarlierAnswer, earlier_answers
 from AutomaticEval.evaluation.results.join import Directions, join
 from AutomaticEval.evaluation.results.repeats import Verdicts
+from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.evaluation.results.requests import Answered, RequestKey, answered_in
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.contents.columns import Columns
-from AutomaticEval.store.contents.columns import Listed
-from AutomaticEval.store.contents.columns import records_of
-from AutomaticEval.store.disk.file_names import own_name
-from AutomaticEval.store.disk.file_names import plain_name
+from AutomaticEval.settings import RunSettings
+from AutomaticEval.store.contents.columns import Columns, Listed, records_of
+from AutomaticEval.store.disk.file_names import own_name, plain_name
 from AutomaticEval.store.disk.whole_files import prepare_folder
-from AutomaticEval.store.run_folder import is_finished
-from AutomaticEval.store.disk.whole_files import named_failures
-from AutomaticEval.store.run_folder import LOCK
-from AutomaticEval.store.run_folder import refuse_finished
+from AutomaticEval.store.run_folder import is_finished, leaving_nothing
 from AutomaticEval.store.shared import SharedRun
-from AutomaticEval.store.run_folder import leaving_nothing
 from AutomaticEval.store.writer import RunWriter
 
 
@@ -38,27 +33,27 @@ class Opened(NamedTuple):
     """A run folder that is being written."""
 
     writer: RunWriter
-    answered: dict[RequestKey, Answered]
-    """The requests that are on the disk already."""
+    answered: dict[RequestKey, EarlierAnswer]
+    """The requests whose answers are on the disk already."""
 
 
 @dataclass
 class RunFolder:
-    """Where one run goes, and what it is made with."""
+    """Where one run goes, and what it was made with. `writing` opens it, `finish` closes it."""
 
     output: RunOutput
     name: str
-    """What the name of a new folder begins with: `<name>_<timestamp>`."""
+    """A new folder is called `<name>_<timestamp>`."""
 
     model: str
-    settings: Mapping[str, Any]
+    settings: RunSettings
     shard_bytes: int
     ranks: Ranks
     paths: Mapping[str, str] = field(default_factory=dict)
-    """Where the model is on this machine."""
+    """model, peft and delta -> where they are on this machine, if they are folders."""
 
     path: Path | None = None
-    """Known once it is open."""
+    """The folder; None until it is open."""
 
     n_samples: int = 0
     size_bytes: int = 0
@@ -67,17 +62,17 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[Opened]:
-        """Open the folder in every process of the run; on every exit what was captured is sealed."""
+        """Open the folder, in every process of the run. On every exit what was captured is sealed."""
         resume = self.output.resume
         run = self._shared.writing(
             lambda: resume or _new_folder_of(self.output, self.name),
             resume=resume is not None,
-            tell=lambda writer: answered_in(writer.records()) if resume else {},
+            tell=lambda writer: earlier_answers(writer.records()) if resume else {},
         )
         writer: RunWriter | None = None
         try:
             with ExitStack() as left, run as (writer, folder, answered):
-                if not resume and self.ranks.n_ranks == 1:  # others may have rows still
+                if not resume and self.ranks.n_ranks == 1:  # other processes may still have rows
                     left.enter_context(leaving_nothing(folder))
                 self.path = folder
                 yield Opened(writer, answered)
@@ -88,7 +83,7 @@ class RunFolder:
     def _shared(self) -> SharedRun:
         return SharedRun(
             self.model,
-            self.settings,
+            self.settings.as_dict(),
             self.shard_bytes,
             self.output.compression,
             self.output.strict,
@@ -108,9 +103,11 @@ class RunFolder:
         doc_ids: Mapping[str, Sequence[int]] | None = None,
         directions: Directions | None = None,
     ) -> None:
-        """Join every sample of every process to what lm-eval logged of it, and write `run.h5`.
+        """Join the samples of all processes to what lm-eval logged of them, and write `run.h5`.
 
-        doc_ids: task -> the documents' own indices, when the samples count within them. directions: of the tasks' metrics.
+        samples: lm-eval's, by task. repeats: the verdict on each of several answers to one question. doc_ids: task -> the documents' own
+        indices, when the captured samples count within these. directions: task -> metric -> whether higher is better.
+        Raises BenchmarkError for captured tasks that are not among the samples, CaptureError for samples that do not fit.
         """
 
         def joined(columns: Columns) -> Columns:
@@ -131,10 +128,11 @@ class RunFolder:
             self.n_samples, self.size_bytes = done
 
 
-def made_with(loaded: LoadedModel, selection: Selection) -> dict[str, Any]:
-    """The settings that decide a run's numbers."""
+def made_with(loaded: LoadedModel, selection: Selection) -> RunSettings:
+    """The settings of a run that captures a selection: what decides its numbers."""
     made = loaded.made_with()
-    return {**made, "versions": {**made["versions"], "lm_eval": lm_eval.__version__}, **selection.as_dict()}
+    versions = {**(made.versions or {}), "lm_eval": lm_eval.__version__}
+    return made.changed(versions=versions, **selection.as_dict())
 
 
 def _new_folder_of(output: RunOutput, name: str) -> Path:
@@ -147,7 +145,7 @@ def _new_folder_of(output: RunOutput, name: str) -> Path:
 
 
 def new_folder(save_dir: Path, name: str) -> Path:
-    """A new folder `<name>_<timestamp>`."""
+    """Make a new folder `<name>_<timestamp>`, and return it."""
     prepare_folder(save_dir)
     stem = f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
     number = 1
@@ -162,5 +160,5 @@ def new_folder(save_dir: Path, name: str) -> Path:
 
 
 def folder_name(benchmarks: Sequence[str], model: str) -> str:
-    """`<benchmark>_<model>`, of characters that every file system takes."""
+    """`<benchmark>_<model>`, in characters that every file system takes."""
     return "_".join(own_name(plain_name(part), 80) for part in ("-".join(benchmarks), Path(model).name))

@@ -9,28 +9,36 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.evaluation.results.earlier_answers import logprob_of
 from AutomaticEval.evaluation.results.repeats import Verdicts
-from AutomaticEval.evaluation.results.requests import RequestKey, key_of, logprob_of
+from AutomaticEval.evaluation.results.request_key import RequestKey, key_of
 
 VERDICTS = re.compile(
     r"(acc|accuracy|correct|exact|exact_match|em|acc_\w+|exact_match_\w+|prompt_level_(strict|loose)_acc|pass(@|_at_)1|math_verify|numerical_match)"
 )
-"""Names of metrics that say whether an answer is right. Of others 0 or 1 means something else, or chances to be all there is."""
+"""Names of metrics that say whether an answer is right. In other metrics 0 and 1 mean something else, even if no other values occur."""
 
 Directions = Mapping[str, Mapping[str, Any]]
-"""Task -> metric -> whether higher is better, as lm-eval's results have it."""
+"""Task -> metric -> whether higher is better, as lm-eval's results say."""
 
 
 class Score(NamedTuple):
-    """One line of the results."""
+    """One line of the results table."""
 
     task: str
+    """The task, the group, or "all questions"."""
+
     metric: str
     value: float
     stderr: float | None
     chance: float | None
+    """The accuracy of guessing among the choices; None where it is not known."""
+
     answered: int
+    """Documents that were asked."""
+
     total: int
+    """Documents that there are."""
 
 
 def join(
@@ -41,8 +49,8 @@ def join(
 ) -> list[dict[str, Any]]:
     """Each captured sample with what lm-eval logged for its request, in the order of (task, doc, choice, repeat, window).
 
-    repeats: of answers that are several to one question, what each is worth by itself; one that is not there has no verdict.
-    directions: of the metrics; one whose lower values are better gives no verdict.
+    repeats: the verdict on each of several answers to one question; an answer that is not among them has no verdict.
+    directions: a metric whose lower values are better gives no verdict.
     Raises CaptureError when a request was captured twice or not at all, or when its text is not what was logged.
     """
     captured = {key_of(record): dict(record) for record in records}
@@ -68,13 +76,14 @@ def join(
 
 
 def _windows(captured: dict[RequestKey, dict[str, Any]], key: RequestKey) -> list[dict[str, Any]]:
-    """Take out what was captured of one request: one sample, but of a text that is scored in windows."""
-    found = []
+    """Take out the samples of one request: one, or one a window when a whole text was scored in windows."""
+    samples = []
     while key in captured:
-        found.append(captured.pop(key))
-        found[-1].pop("random_state", None)  # of use to a run that is resumed, and to none else
+        sample = captured.pop(key)
+        sample.pop("random_state", None)  # only a run that is resumed needs it
+        samples.append(sample)
         key = key._replace(window=key.window + 1)
-    return found
+    return samples
 
 
 def _check(own: Sequence[Mapping[str, Any]], key: RequestKey, arguments: Sequence[Any], response: Any) -> None:
@@ -99,17 +108,17 @@ def _check(own: Sequence[Mapping[str, Any]], key: RequestKey, arguments: Sequenc
 
 
 def _by_document(logged: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
-    """doc_id -> its entries, one a filter."""
-    found: dict[int, list[Mapping[str, Any]]] = {}
+    """doc_id -> the logged entries of the document, one a filter."""
+    entries: dict[int, list[Mapping[str, Any]]] = {}
     for entry in logged:
-        found.setdefault(entry["doc_id"], []).append(entry)
-    return found
+        entries.setdefault(entry["doc_id"], []).append(entry)
+    return entries
 
 
 def main_metric(logged: Sequence[Mapping[str, Any]], higher_is_better: Mapping[str, Any] | None = None) -> str | None:
-    """The first metric of a task that says right or wrong of an answer; None when none does.
+    """The first metric of a task that says whether an answer is right; None when none does.
 
-    It is one by its name, higher values are not worse, and of each of the task's documents it is 0 or 1.
+    Such a metric has one of the names VERDICTS, higher values of it are not worse, and it is 0 or 1 for each document.
     """
     better = higher_is_better or {}
     names = [
@@ -125,7 +134,7 @@ def _is_one_or_zero(value: Any) -> bool:
 
 
 def _verdict(entries: Sequence[Mapping[str, Any]], main: str | None) -> dict[str, Any]:
-    """What lm-eval said of one document, over all its filters; `correct` is the main metric after the first filter."""
+    """The columns that lm-eval's entries for one document give, one entry a filter. `correct` is the main metric after the first filter."""
     first = entries[0]
     return {
         "target": first["target"],
@@ -139,7 +148,7 @@ def _verdict(entries: Sequence[Mapping[str, Any]], main: str | None) -> dict[str
 def _verdict_of_repeat(
     verdict: Mapping[str, Any], alone: Mapping[str, Mapping[str, Any]] | None, first_filter: str, main: str | None
 ) -> Mapping[str, Any]:
-    """The verdict on one of several answers: its own, or none; never that of the question."""
+    """The verdict on one of several answers to a question: its own or none, and never that on the question."""
     if alone is None:
         return {**verdict, "prediction": None, "correct": None}
     first = alone.get(first_filter, {"filtered": None, "metrics": {}})
@@ -167,7 +176,7 @@ def _prediction(entry: Mapping[str, Any], main: str | None) -> Any:
 
 
 def _choices(entry: Mapping[str, Any]) -> list[int]:
-    """The requests that score a choice; acc_mutual_info also scores each choice without a context."""
+    """The numbers of the requests that score a choice. acc_mutual_info also scores each choice without a context."""
     contexts = [arguments[0] for arguments in entry["arguments"]]
     return [number for number, context in enumerate(contexts) if context or not contexts[0]]
 
@@ -178,9 +187,9 @@ def scores_of(
     totals: Mapping[str, int],
     n_questions: int,
 ) -> list[Score]:
-    """The lines of the results table: every metric of each task and group, and all questions that have a verdict together.
+    """The lines of the results table: every metric of each task and group, and the accuracy over all questions that have a verdict.
 
-    totals: task or group -> its number of documents. n_questions: those of the whole benchmark.
+    totals: task or group -> its number of documents. n_questions: the documents of the whole benchmark.
     """
     answered = {task: len({entry["doc_id"] for entry in logged}) for task, logged in samples.items()}
     scores = []
@@ -198,21 +207,21 @@ def scores_of(
 
 
 def without_verdict(results: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """The tasks of which no metric says right or wrong of an answer."""
+    """The tasks without a metric that says whether an answer is right."""
     better = results.get("higher_is_better", {})
     return [task for task, logged in samples.items() if main_metric(logged, better.get(task)) is None]
 
 
 def _metrics(values: Mapping[str, Any]) -> list[tuple[str, float, float | None]]:
-    """(metric, value, standard error) of lm-eval's "acc,none": 0.5, "acc_stderr,none": 0.1, …"""
-    found = []
+    """(metric, value, standard error) of each metric, from lm-eval's {"acc,none": 0.5, "acc_stderr,none": 0.1, …}."""
+    metrics = []
     for name, value in values.items():
         metric, _, filtered = name.partition(",")
         if filtered and not metric.endswith("_stderr") and isinstance(value, int | float):
             stderr = values.get(f"{metric}_stderr,{filtered}")
             shown = metric if filtered == "none" else f"{metric} ({filtered})"
-            found.append((shown, float(value), stderr if isinstance(stderr, float) else None))
-    return found
+            metrics.append((shown, float(value), stderr if isinstance(stderr, float) else None))
+    return metrics
 
 
 def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
@@ -231,7 +240,7 @@ def _chance(metric: str, logged: Sequence[Mapping[str, Any]]) -> float | None:
 def _overall(
     results: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]], n_questions: int
 ) -> list[Score]:
-    """The share of right answers among all questions that have a verdict, whatever their task."""
+    """The share of right answers among all questions that have a verdict, over all tasks."""
     verdicts = []
     for task, logged in samples.items():
         main = main_metric(logged, results.get("higher_is_better", {}).get(task))

@@ -1,6 +1,6 @@
-"""lm-eval's own `results_*.json` and `samples_*.jsonl`: lm-eval writes them, all of them get their names whole, or it is an error.
+"""lm-eval's own `results_*.json` and `samples_*.jsonl`, written by lm-eval: either all of them are there and whole, or it is an error.
 
-lm-eval catches what goes wrong when it writes, and only warns.
+lm-eval itself catches what goes wrong when it writes, and only warns.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from AutomaticEval.errors import DiskFull, StoreError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.public_names import public_name
+from AutomaticEval.store.disk.file_names import own_name
+from AutomaticEval.store.disk.json_text import as_json
 from AutomaticEval.store.disk.read_back import read_back
 from AutomaticEval.store.disk.system import FULL
-from AutomaticEval.store.disk.file_names import own_name
 from AutomaticEval.store.disk.whole_files import new_files
-from AutomaticEval.store.disk.json_text import as_json
 
 MODEL_BYTES, TASK_BYTES = 220, 180
-"""The most that a model's and a task's name may take of a file's name."""
+"""The most bytes of a file's name that the name of a model, and of a task, may take."""
 
 
 def save_results(
@@ -37,9 +37,9 @@ def save_results(
     benchmark: Benchmark,
     folder: Path,
 ) -> Path:
-    """Write results and samples into a folder of the model's name in a folder. Returns the results' file.
+    """Write results and samples into `<folder>/<model>/`. Returns the path of the results.
 
-    Raises StoreError or DiskFull, which name the files, and then none is there.
+    Raises StoreError or DiskFull, which name the files; then none of the files is there.
     """
     with new_files(folder, "lm-eval") as made:
         tracker = EvaluationTracker(output_path=str(made))
@@ -64,13 +64,13 @@ def save_results(
 
 
 def _named(results: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """With the model's name in place of its path, and those of the tasks' files in place of theirs."""
+    """Results with names in the place of paths: of the model, and of the tasks' files."""
     named = {**results, "config": {**results.get("config", {}), "model": model}}
     return named | {"configs": _without_places(results.get("configs", {}))}
 
 
 def _without_places(value: Any) -> Any:
-    """The last name of each file and folder that is there; of a prompt that begins with / there is none."""
+    """A value with the last name of each path that exists here. A prompt that begins with / is no such path, and stays."""
     if isinstance(value, Mapping):
         return {name: _without_places(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -80,11 +80,12 @@ def _without_places(value: Any) -> Any:
 
 
 def short_name(model: str) -> str:
-    """How lm-eval names its folder: not too long for a file system."""
+    """A model's name, short enough for lm-eval to name a folder by it."""
     return "/".join(own_name(part, MODEL_BYTES // 2) for part in model.split("/", 1))
 
 
 def _is_whole(file: Path, n_lines: int | None) -> bool:
+    """Whether a file can be read back, with as many lines as are expected; None expects any number."""
     try:
         read_back(file)
         if n_lines is None:
@@ -96,7 +97,7 @@ def _is_whole(file: Path, n_lines: int | None) -> bool:
 
 
 def _refuse_broken(files: list[Path], folder: Path, heard: list[str]) -> None:
-    """Raises StoreError, DiskFull."""
+    """Raises StoreError or DiskFull when there are broken files. heard: what lm-eval logged."""
     if not files:
         return
     why = heard[-1] if heard else "it did not say why"
@@ -109,7 +110,7 @@ def _refuse_broken(files: list[Path], folder: Path, heard: list[str]) -> None:
 
 @contextmanager
 def _listening() -> Iterator[list[str]]:
-    """What lm-eval says of the failures that it catches."""
+    """Collect what lm-eval logs about the failures that it catches."""
     heard: list[str] = []
 
     class Listener(logging.Handler):

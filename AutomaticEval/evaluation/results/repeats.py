@@ -1,7 +1,7 @@
-"""Each of several sampled answers to one question, scored by itself.
+"""Scores each of several sampled answers to one question by itself.
 
-lm-eval scores a question once, whatever its filters make of all answers (usually the first alone); beside each answer stands
-what those filters and metrics say of that answer.
+lm-eval scores a question once, on what its filters make of all answers, which is usually the first answer alone. Here the same filters and
+metrics score each answer.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from lm_eval.api.task import Task
 from lm_eval.filters.selection import TakeKFilter
 
 from AutomaticEval.errors import BenchmarkError, first_line
-from AutomaticEval.evaluation.results.requests import RequestKey
+from AutomaticEval.evaluation.results.request_key import RequestKey
 
 Verdicts = dict[RequestKey, dict[str, dict[str, Any]]]
 """Request -> filter -> {"filtered": the answer after it, "metrics": metric -> value}."""
 
 
 def score_repeats(tasks: Mapping[str, Task], doc_ids: Mapping[str, Sequence[int]] | None) -> Verdicts:
-    """What each answer is worth, of the questions that were answered more than once.
+    """The verdict on each answer to the questions that were answered more than once.
 
-    tasks: as they are after the evaluation. doc_ids: task -> the documents' own indices, when only some were asked.
+    tasks: the tasks after the evaluation. doc_ids: task -> the documents' own indices, when only some were asked.
     Raises BenchmarkError when a task's own filter or metric fails over an answer.
     """
-    found: Verdicts = {}
+    verdicts: Verdicts = {}
     for name, task in tasks.items():
         own = (doc_ids or {}).get(name)
         for instance in task.instances:
@@ -37,13 +37,13 @@ def score_repeats(tasks: Mapping[str, Task], doc_ids: Mapping[str, Sequence[int]
             doc_id = instance.doc_id if own is None else own[instance.doc_id]
             for repeat, response in enumerate(instance.resps):
                 key = RequestKey(name, doc_id, instance.idx, repeat)
-                found[key] = _score(task, instance, response, key)
-    return found
+                verdicts[key] = _score(task, instance, response, key)
+    return verdicts
 
 
 def _score(task: Task, instance: Instance, response: str, key: RequestKey) -> dict[str, dict[str, Any]]:
-    """By each filter that takes one answer alone: the first of eight is one, a majority of eight is not."""
-    found = {}
+    """Filter -> its verdict on one answer, for each filter that takes a single answer: "the first of eight" does, a majority does not."""
+    verdicts = {}
     for ensemble in task._filters:
         if needs_several(ensemble):
             continue
@@ -59,14 +59,14 @@ def _score(task: Task, instance: Instance, response: str, key: RequestKey) -> di
                 f"{ensemble.name!r}, or the metric after it, failed over {response[:60]!r} ({type(failure).__name__}: "
                 f"{first_line(failure)}). Mend the task; then the same command with --resume finishes the run, and computes nothing again."
             ) from failure
-        found[ensemble.name] = {"filtered": filtered, "metrics": metrics}
-    return found
+        verdicts[ensemble.name] = {"filtered": filtered, "metrics": metrics}
+    return verdicts
 
 
 def needs_several(ensemble: FilterEnsemble) -> bool:
-    """Whether a filter asks for several answers to a question: lm-eval's take_first_k of more than one does.
+    """Whether a filter needs several answers to a question. lm-eval's take_first_k does when k is more than one.
 
-    No other of lm-eval's filters does, and a task's own is asked about one answer as about any number of them.
+    None of lm-eval's other filters does. A filter that a task brings along is expected to take any number of answers.
     """
     steps = [make() for make in ensemble.filters]
     return any(isinstance(step, TakeKFilter) and step.k > 1 for step in steps)

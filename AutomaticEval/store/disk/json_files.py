@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from AutomaticEval.errors import OtherSettings, StoreError
-from AutomaticEval.settings import differing
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.disk.json_text import parse_json
 from AutomaticEval.store.disk.whole_files import new_file, prepare_file, prepare_folder
 
@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises OtherSettings when a folder was made with settings other than those of now. Settings that now does not name do not matter."""
-    apart = differing(str(folder), before, now, now.keys())
+    apart = RunSettings.from_dict(before).differences(RunSettings.from_dict(now), str(folder), now.keys())
     if apart:
         raise OtherSettings(f"{folder} was made with other settings: {min(apart)}. Name another folder.")
 

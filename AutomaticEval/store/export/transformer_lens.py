@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from AutomaticEval.errors import CaptureError, SelectionError, StoreError, UnknownSite
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.sites import TABLE, site_of
 from AutomaticEval.store.bits import bits
 
@@ -58,7 +59,8 @@ def places(widths: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, 
     widths: key -> width. settings: the run's, whose `shape` says how many heads there are. Raises SelectionError, StoreError.
     """
     return {
-        key: (transformer_lens_name(key), _shape(key, width, settings.get("shape"))) for key, width in widths.items()
+        key: (transformer_lens_name(key), _shape(key, width, RunSettings.from_dict(settings).shape))
+        for key, width in widths.items()
     }
 
 

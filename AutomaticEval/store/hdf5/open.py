@@ -15,6 +15,7 @@ import h5py
 import torch
 
 from AutomaticEval.errors import DamagedFile, NotActivations, StoreError, TruncatedFile
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.bits import bits_type
 from AutomaticEval.store.disk.system import UNREAD, code_of
 from AutomaticEval.store.hdf5 import contract, trailer
@@ -72,6 +73,11 @@ class OpenedFile:
             self._read(file)
         if check:
             self.say_what_is_not_checked()
+
+    @property
+    def made_with(self) -> RunSettings:
+        """`settings`, as fields."""
+        return RunSettings.from_dict(self.settings)
 
     def _read(self, file: h5py.File) -> None:
         """Read what a subclass needs while the file is open."""

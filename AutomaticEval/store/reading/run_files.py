@@ -119,7 +119,7 @@ def _shards_there(folder: Path, index: Shard | None, opened: Open) -> tuple[Shar
     if not names:
         raise NotActivations(f"{folder} is not a run: it holds neither {INDEX} nor shard-*.h5.")
     _check_there(folder, names)
-    run_id = (index or opened(folder / names[0])).settings.get("run_id")
+    run_id = (index or opened(folder / names[0])).made_with.run_id
     shards = [_of_run(opened(folder / name), run_id) for name in names]
     files = [shard.contents() for shard in shards]
     columns: Columns = listed(ShardColumns(shards)) if index is None else FileColumns(index)
@@ -140,6 +140,6 @@ def _check_there(folder: Path, names: Sequence[str]) -> None:
 
 
 def _of_run(shard: Shard, run_id: Any) -> Shard:
-    if shard.settings.get("run_id") != run_id:
+    if shard.made_with.run_id != run_id:
         raise StoreError(f"{shard.path} is of another run; restore this run's own shard from a copy.")
     return shard

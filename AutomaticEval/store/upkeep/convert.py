@@ -36,7 +36,7 @@ def convert(
     run = open_run(path)
     contents = without_shards(run.contents)
     if dtype is not None:
-        before = run.settings.get("store_dtype") or run.settings.get("dtype")
-        settings = {**run.settings, "store_dtype": dtype, "converted_from": before}
+        before = run.made_with.store_dtype or run.made_with.dtype
+        settings = run.made_with.changed(store_dtype=dtype, converted_from=before).as_dict()
         contents = replace(converted(contents, getattr(torch, dtype)), settings=settings)
     return write_copy(destination, contents, compression, advance)

@@ -8,7 +8,7 @@ from typing import Any
 
 from AutomaticEval.errors import OtherSettings, StoreError
 from AutomaticEval.public_names import is_same
-from AutomaticEval.settings import IDENTITY, differing
+from AutomaticEval.settings import IDENTITY, RunSettings
 from AutomaticEval.store.contents.joined import joined
 from AutomaticEval.store.hdf5.damage import Advance, ignore
 from AutomaticEval.store.reader import Run, open_run
@@ -38,7 +38,7 @@ def merge(
 def _check_joinable(runs: Sequence[Run]) -> None:
     first = runs[0]
     for run in runs[1:]:
-        apart = differing(f"{first.path} and {run.path}", first.settings, run.settings, SAME)
+        apart = first.made_with.differences(run.made_with, f"{first.path} and {run.path}", SAME)
         if not (is_same(run.model, first.model) or is_same(first.model, run.model)) or apart:
             named = ", ".join(f"{name} {one!r} and {other!r}" for name, one, other in apart)
             raise OtherSettings(
@@ -66,4 +66,5 @@ def _joined_settings(runs: Sequence[Run]) -> dict[str, Any]:
     same = {name: value for name, value in every[0].items() if all(one.get(name) == value for one in every)}
     if len(runs) == 1:
         return same
-    return {**same, "merged": [{name: one[name] for name in one if name not in same} for one in every]}
+    parts = [{name: one[name] for name in one if name not in same} for one in every]
+    return RunSettings.from_dict(same).changed(merged=parts).as_dict()

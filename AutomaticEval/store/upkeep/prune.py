@@ -47,7 +47,8 @@ def prune(
     before = {name: run.settings.get(name) for name in now}
     if before.get("positions") not in (None, "all", now.get("positions")):  # of what was stored, not of everything
         now["positions"] = f"{now['positions']} of {before['positions']}"
-    settings = {**run.settings, **now, "pruned_from": [*run.settings.get("pruned_from", []), before]}
+    made = run.made_with
+    settings = made.changed(**now, pruned_from=[*(made.pruned_from or []), before]).as_dict()
     return write_copy(destination, replace(cut(contents, rows, keys), settings=settings), compression, advance)
 
 
@@ -89,7 +90,7 @@ def _chosen(sites: str | None, stored: Mapping[str, Site]) -> tuple[set[str], se
 def _layers_of(run: Run, layers: LayersLike, stored: Mapping[str, Site]) -> set[int]:
     """The layers that are named. Raises UnknownLayer for one that the model does not have."""
     deepest = max((site.layer for site in stored.values() if site.layer is not None), default=-1)
-    n_layers = run.settings.get("shape", {}).get("n_layers", deepest + 1)
+    n_layers = (run.made_with.shape or {}).get("n_layers", deepest + 1)
     return {site.layer or 0 for site in expand(["resid_post"], layers, n_layers)} if n_layers else set()
 
 

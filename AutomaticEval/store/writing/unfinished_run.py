@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from AutomaticEval.errors import DamagedFile, NotActivations, OtherSettings, StoreError, TruncatedFile
-from AutomaticEval.settings import differing
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.hdf5.damage import verify_file
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.run_folder import INDEX, living, refuse_finished, set_aside, shard_names
@@ -49,8 +49,8 @@ def _set_damaged_aside(folder: Path, names: Sequence[str], settings: Mapping[str
 def _check_settings(folder: Path, shards: Sequence[Shard], settings: Mapping[str, Any]) -> None:
     """Raises OtherSettings when a shard was made with other settings, or is not of the same run as the first one."""
     for shard in shards:
-        wanted = {**settings, "run_id": shards[0].settings.get("run_id")}
-        apart = differing(str(folder), {"model": shard.model, **shard.settings}, wanted)
+        wanted = RunSettings.from_dict({**settings, "run_id": shards[0].made_with.run_id})
+        apart = RunSettings.from_dict({"model": shard.model, **shard.settings}).differences(wanted, str(folder))
         if apart:
             raise OtherSettings(f"{folder} cannot be resumed: {'; '.join(map(str, apart))}.")
 

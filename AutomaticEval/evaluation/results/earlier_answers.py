@@ -1,4 +1,4 @@
-"""What of a run is on the disk already: its answers by request, so that they are not computed again."""
+"""The answers that a run has on the disk already, so that a resumed run does not compute them again."""
 
 from __future__ import annotations
 
@@ -7,72 +7,60 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from AutomaticEval.errors import OtherSettings
-
-
-class RequestKey(NamedTuple):
-    """Which request: every sample has its own. window: of a text that is scored in several, which."""
-
-    task: str
-    doc_id: int
-    choice: int
-    repeat: int
-    window: int = 0
+from AutomaticEval.evaluation.results.request_key import RequestKey, key_of
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One request that was answered."""
+class EarlierAnswer:
+    """The answer to one request, which is on the disk."""
 
     answer: Any
-    """(log-likelihood, is greedy), or the text."""
+    """(log-likelihood, is greedy), or the generated text."""
 
-    text: int
-    """Hash of the prompt and, of a scored continuation, of its text."""
+    text_hash: int
+    """Hash of the prompt and, when a continuation was scored, of the continuation."""
 
     random_state: str | None = None
     """torch's random state after the batch in which the answer was sampled."""
 
     def check(self, prompt: str, response: str | None) -> None:
-        """Raises OtherSettings when the request asks something else now."""
-        if hash_of(prompt, response) != self.text:
+        """Raises OtherSettings when the request has another text now. response: None when it is generated."""
+        if hash_of(prompt, response) != self.text_hash:
             raise OtherSettings(
                 f"the run cannot be resumed: a request asks another text than it did ({prompt[-60:]!r} …). The task, its data "
                 "or the tokenizer changed."
             )
 
 
-def answered_in(records: Sequence[Mapping[str, Any]]) -> dict[RequestKey, Answered]:
-    """The answers among a run's records."""
-    found = {}
+def earlier_answers(records: Sequence[Mapping[str, Any]]) -> dict[RequestKey, EarlierAnswer]:
+    """The answers in a run's records, by request."""
+    answers = {}
     for record in records:
-        key = key_of(record)
-        scored = record.get("is_greedy") is not None
-        answer = (logprob_of(record), record["is_greedy"]) if scored else record["response"]
-        text = hash_of(record["prompt"], record["response"] if scored else None)
-        found[key] = Answered(answer, text, record.get("random_state") or None)
-    return found
-
-
-def key_of(record: Mapping[str, Any]) -> RequestKey:
-    return RequestKey(*(record[name] for name in RequestKey._fields))
+        is_scored = record.get("is_greedy") is not None
+        answer = (logprob_of(record), record["is_greedy"]) if is_scored else record["response"]
+        text_hash = hash_of(record["prompt"], record["response"] if is_scored else None)
+        answers[key_of(record)] = EarlierAnswer(answer, text_hash, record.get("random_state") or None)
+    return answers
 
 
 def logprob_of(record: Mapping[str, Any]) -> float:
+    """The log-likelihood of a record in nats; files write NaN as null."""
     logprob = record["logprob"]
-    return float("nan") if logprob is None else float(logprob)  # none is written as nan
+    return float("nan") if logprob is None else float(logprob)
 
 
 def hash_of(prompt: str, response: str | None) -> int:
+    """A hash of a request's texts."""
     return zlib.crc32(json.dumps([prompt, response]).encode())
 
 
 def random_state(device: torch.device) -> str:
-    """torch's random state here, as text."""
+    """torch's random state on the CPU and, for a GPU, on that GPU; as text."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -80,6 +68,7 @@ def random_state(device: torch.device) -> str:
 
 
 def set_random_state(text: str) -> None:
+    """Set the random state that `random_state` gave."""
     states = [
         torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(each))), dtype=torch.uint8)
         for each in json.loads(text)
