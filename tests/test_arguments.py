@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import typer
 from conftest import CONFIGS, build, loglikelihoods, within
 from lm_eval.models.huggingface import HFLM
@@ -471,13 +472,13 @@ def test_loading_uses_every_option(folders: Path, monkeypatch: pytest.MonkeyPatc
     """What transformers is told; peft, delta, subfolder, add_bos_token and trust_remote_code are scored above."""
     told: dict[str, Any] = {}
     for kind in ("AutoModelForCausalLM", "AutoConfig", "AutoTokenizer"):
-        stock = getattr(loading, kind).from_pretrained
+        stock = getattr(transformers, kind).from_pretrained
 
         def spy(*args: Any, _stock: Any = stock, **kwargs: Any) -> Any:
             told.update(kwargs)
             return _stock(*args, **kwargs)
 
-        monkeypatch.setattr(getattr(loading, kind), "from_pretrained", spy)
+        monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", spy)
     for name, value in LOADING.items():
         monkeypatch.setattr(loading, "_loaded", type(loading._loaded)())
         told.clear()

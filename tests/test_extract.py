@@ -291,12 +291,12 @@ def test_each_model_is_loaded_once(demo: LoadedModel, tmp_path: Path, monkeypatc
     """Also one that cannot be: a name that is not there may take half a minute to be told."""
     asked: list[str] = []
 
-    def load(name: str, *how: Any) -> Any:
-        asked.append(name)
-        return really(name, *how)
+    def load(sources: Any, *how: Any) -> Any:
+        asked.append(sources.name)
+        return really(sources, *how)
 
-    really = loading._load
-    monkeypatch.setattr(loading, "_load", load)
+    really = loading.load_weights
+    monkeypatch.setattr(loading, "load_weights", load)
     monkeypatch.setattr(loading, "_loaded", OrderedDict())  # nothing is kept from other tests
     every = [TextSet.of(name, [f"{name} is here."]) for name in ("anger", "joy")]
     plan = Plan(Selection.parse("embed", "0"), Feeding(), LoadOptions(), None, Ranks())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import CONFIGS, build
 
 from AutomaticEval import generate_inference_with_activations, load_activations
@@ -120,7 +121,7 @@ def test_hub_failures_say_what_to_do(kind: str, says: str, monkeypatch: pytest.M
     def fail(*args: Any, **kwargs: Any) -> None:
         raise hub_failure(kind)
 
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
     with pytest.raises(ModelUnavailable, match=says):
         load_model("meta-llama/Llama-3.2-3B-Instruct")
     with pytest.raises(ModelUnavailable, match=says):

@@ -1,0 +1,122 @@
+"""How a model is loaded: the options of every function and command that loads one. Imports no torch until one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypedDict
+
+from AutomaticEval.errors import ModelError
+from AutomaticEval.public_names import public_name
+
+ALWAYS_WRITTEN = ("dtype", "device", "device_map", "load_in_8bit", "load_in_4bit", "revision")
+"""The options that the first versions had. Settings hold them even at their defaults, as those versions wrote them."""
+MAY_BE_PATHS = ("peft", "delta", "offload_folder")
+"""Options that may be paths. Files hold their last name, which tells nothing about the machine."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded."""
+
+    dtype: str = "auto"
+    """auto (the checkpoint's own), float32, bfloat16 or float16; a torch dtype is taken by its name."""
+
+    device: str = "auto"
+    """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""
+
+    device_map: str | dict[str, Any] | None = None
+    """"auto" spreads a model that is larger than one device, also over CPU and disk; or part -> device. It takes the place
+    of `device`."""
+
+    load_in_8bit: bool = False
+    """LLM.int8 through bitsandbytes."""
+
+    load_in_4bit: bool = False
+    """NF4 through bitsandbytes."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    peft: str | None = None
+    """An adapter of peft, by its folder or hub name, that the model is run with."""
+
+    delta: str | None = None
+    """Weights that are added to the model's, by their folder or hub name."""
+
+    subfolder: str | None = None
+    """Where in the folder or on the hub the model's files are."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint."""
+
+    use_fast_tokenizer: bool = True
+    """False: a tokenizer written in Python, where there is one."""
+
+    add_bos_token: bool | None = None
+    """Whether the tokenizer begins each text with its first token; None as it does by itself."""
+
+    max_memory: Mapping[int | str, int | str] | None = None
+    """With device_map: device -> the most it may hold, such as {0: "10GiB", "cpu": "30GiB"}."""
+
+    offload_folder: str | None = None
+    """With device_map: where the weights go that fit nowhere else."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        object.__setattr__(self, "device", str(self.device))
+        for name in ("peft", "delta", "subfolder", "offload_folder"):  # lm-eval writes "" for no subfolder
+            value = getattr(self, name)
+            object.__setattr__(self, name, str(value) if value else None)
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        """Raises ModelError for options that exclude each other, and for an unknown dtype."""
+        import torch  # the command line makes its options from this class, and starts without torch
+
+        if self.peft and self.delta:
+            raise ModelError("peft and delta were both asked for; choose one.")
+        if self.delta and (self.load_in_8bit or self.load_in_4bit):
+            raise ModelError(
+                "delta cannot be added to weights of 8 or 4 bits; leave load_in_8bit and load_in_4bit out."
+            )
+        unplaced = [name for name in ("max_memory", "offload_folder") if getattr(self, name) and not self.device_map]
+        if unplaced:
+            raise ModelError(
+                f"{' and '.join(unplaced)} need device_map, such as device_map='auto'; on one device nothing is placed."
+            )
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ModelError("load_in_8bit and load_in_4bit were both asked for; choose one.")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ModelError(f"no dtype {self.dtype!r}; write auto, float32, bfloat16 or float16.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options for the settings of a run: those in ALWAYS_WRITTEN, and all others that are not at their defaults."""
+        return {
+            name: public_name(value) if name in MAY_BE_PATHS and value else value
+            for name, value in asdict(self).items()
+            if name in ALWAYS_WRITTEN or value != getattr(LoadOptions, name)
+        }
+
+    def given(self, names: Iterable[str]) -> list[str]:
+        """Those of the named options that are not at their defaults."""
+        return [name for name in names if getattr(self, name) != getattr(LoadOptions, name)]
+
+
+class LoadKeywords(TypedDict, total=False):
+    """The fields of `LoadOptions` as keyword arguments of functions."""
+
+    dtype: str
+    device: str
+    device_map: str | dict[str, Any] | None
+    load_in_8bit: bool
+    load_in_4bit: bool
+    revision: str | None
+    peft: str | None
+    delta: str | None
+    subfolder: str | None
+    trust_remote_code: bool
+    use_fast_tokenizer: bool
+    add_bos_token: bool | None
+    max_memory: Mapping[int | str, int | str] | None
+    offload_folder: str | None
