@@ -6,23 +6,22 @@ Knows nothing of prompts as people write them (`prompt.py`), nor of benchmarks.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import Span, apart, company_of, is_fed_again, rope_limit
-from AutomaticEval.capture.vocabulary import text_of, token_strings
-from AutomaticEval.errors import CaptureError, PromptError, SelectionError
+from AutomaticEval.capture.keeping import BatchRow, keep_of, recording_of, sample_columns, sequence_rows
+from AutomaticEval.capture.vocabulary import text_of
+from AutomaticEval.errors import PromptError, SelectionError
 from AutomaticEval.models.layout import alone_with, forward_takes, input_device
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.recording import Keep, Kept, Recording, capturing
-from AutomaticEval.selection import Positions, Selection
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
+from AutomaticEval.selection import Selection
+from AutomaticEval.store.hdf5.contract import Part, Sample
 
 
 @dataclass(frozen=True)
@@ -43,27 +42,26 @@ class Sampling:
     """Seed for sampling. None draws one at random; the run's settings record the seed that was used."""
 
     def __post_init__(self) -> None:
-        for name, wanted, holds in (
-            (
-                "max_new_tokens",
-                "a whole number, at least 1",
-                _is_whole(self.max_new_tokens) and self.max_new_tokens >= 1,
-            ),
-            ("temperature", "0 (greedy) or more", _is_number(self.temperature) and self.temperature >= 0),
-            ("top_p", "above 0 and at most 1", _is_number(self.top_p) and 0 < self.top_p <= 1),
-            ("top_k", "a whole number, 0 (no limit) or more", _is_whole(self.top_k) and self.top_k >= 0),
-            ("seed", "a whole number, or None", self.seed is None or _is_whole(self.seed)),
-        ):
-            if not holds:
-                raise PromptError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+        at_least_1, n_or_none = "a whole number, at least 1", "a whole number, or None"
+        self._require("max_new_tokens", _is_whole(self.max_new_tokens) and self.max_new_tokens >= 1, at_least_1)
+        self._require("temperature", _is_number(self.temperature) and self.temperature >= 0, "0 (greedy) or more")
+        self._require("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._require("top_k", _is_whole(self.top_k) and self.top_k >= 0, "a whole number, 0 (no limit) or more")
+        self._require("seed", self.seed is None or _is_whole(self.seed), n_or_none)
         plain = {"max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "seed": int}
-        for name, kind in plain.items():  # numpy's numbers are not Python's
+        for name, kind in plain.items():  # numbers of numpy are taken too, and become Python's own
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else kind(value))
 
+    def _require(self, name: str, is_sound: bool, expected: str) -> None:
+        if not is_sound:
+            raise PromptError(f"{name} is {getattr(self, name)!r}; it must be {expected}.")
+
     def kwargs(self) -> dict[str, Any]:
-        """For transformers' generate. They come before the checkpoint's own generation config, of which the rest
-        (a repetition penalty, say) counts and is in the settings.
+        """The arguments for transformers' `generate`.
+
+        They override the checkpoint's own generation config. What that config says besides (a repetition penalty, say) still
+        counts, and is written into the settings of a run.
         """
         chosen: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
@@ -71,7 +69,7 @@ class Sampling:
             "num_return_sequences": 1,
             "use_cache": True,
             "return_dict_in_generate": False,
-            "disable_compile": True,  # hooks that are added after compilation are ignored
+            "disable_compile": True,  # a compiled model ignores hooks that are added later
         }
         if self.temperature == 0:
             return {**chosen, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -87,92 +85,34 @@ def _is_number(value: object) -> bool:
 
 
 class Response(NamedTuple):
-    """One prompt's response."""
+    """The response to one prompt."""
 
     text: str
     sample: Sample | None
-    """With its rows, when activations were captured."""
+    """The sample with its rows, when activations were captured."""
 
     generated_ids: list[int]
-    """Up to its own end."""
-
-
-def bytes_per_row(loaded: LoadedModel, selection: Selection) -> int:
-    """Size of one position over all selected sites. Raises UnknownLayer, SiteUnavailable."""
-    layout = loaded.layout
-    sites = selection.sites(layout.n_layers)
-    layout.pick(sites)
-    stored = loaded.model.dtype if selection.store_dtype is None else getattr(torch, selection.store_dtype)
-    itemsize: int = torch.empty((), dtype=stored).element_size()
-    norms = 4 - itemsize if selection.store_dtype is None else 0  # which are float32, whatever the model is
-    return sum(layout.widths[site] * (itemsize + norms * (site.kind == "head_result_norm")) for site in sites)
+    """The tokens of the response, up to its own end."""
 
 
 def refuse_uncomputed_logits(model: Any, selection: Selection, n_prompt: int, n_new: int) -> None:
-    """Raises SelectionError for logits that a model which generates does not compute: those of a prompt but for its last token.
+    """Raises SelectionError when logits are selected that are not computed: a model that generates computes those of a prompt at its last
+    token only.
 
-    n_prompt: tokens of the prompt. n_new: the most that are generated; the answer may be any shorter.
+    n_prompt: tokens of the prompt. n_new: the most tokens that are generated; the response may be any shorter.
     """
     if "logits" not in selection.kinds or "logits_to_keep" not in forward_takes(model):
         return
     kept = [selection.positions.resolve(n_prompt, n_response) for n_response in (1, n_new)]
     if any(positions and positions[0] < n_prompt - 1 for positions in kept):
         raise SelectionError(
-            f"positions={selection.positions} would keep logits of the prompt, which a model that generates does not compute but at its "
-            "last token; use positions scored (the logits that gave the answer), or leave the site logits out."
+            f"positions={selection.positions} would keep logits of the prompt, which a model that generates computes at its last token "
+            "only; use positions scored (the logits that gave the answer), or leave the site logits out."
         )
 
 
-def dtype_of(selection: Selection) -> torch.dtype | None:
-    """What rows are narrowed to when they are copied out of the model; None leaves them."""
-    return None if selection.copied_as is None else getattr(torch, selection.copied_as)
-
-
-def recording_of(
-    loaded: LoadedModel, selection: Selection | None, keep: Keep | None, n_rows: int
-) -> AbstractContextManager[Any]:
-    """`capturing` of a selection; without one nothing is hooked, and the recording is None."""
-    if selection is None or keep is None:
-        return nullcontext()
-    layout = loaded.layout
-    taps = layout.pick(selection.sites(layout.n_layers))
-    return capturing(loaded.model, taps, layout.embedding, keep, n_rows, dtype_of(selection))
-
-
-def respond(
-    loaded: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    selection: Selection | None = None,
-    texts: Sequence[str] | None = None,
-) -> list[Response]:
-    """Responses to token sequences, run together, left-padded, as far as they change nothing of one another.
-
-    selection: what to capture; None captures nothing. texts: what was asked, for the samples' `prompt`.
-    Raises CaptureError when what the model was fed is not what it answered.
-    """
-    found: dict[int, Response] = {}
-    refuse_logits_fed_again(loaded.model, selection, _spans(prompts, sampling))
-    with _seeded(sampling):
-        for group in harmless_groups(loaded, prompts, sampling):
-            some = [prompts[row] for row in group]
-            asked = [texts[row] if texts else text_of(loaded.tokenizer, prompts[row]) for row in group]
-            found |= zip(group, _respond_together(loaded, some, sampling, selection, asked), strict=True)
-    return [found[row] for row in range(len(prompts))]
-
-
-def harmless_groups(loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-    """The prompts (by number) that may be answered in one batch, because they change nothing of one another."""
-    spans = _spans(prompts, sampling)
-    return apart(loaded.model, spans, company_of(loaded.model, sampling.kwargs(), spans))
-
-
-def _spans(prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Span]:
-    return [Span(len(prompt), len(prompt) + sampling.max_new_tokens - 1) for prompt in prompts]
-
-
 def refuse_logits_fed_again(model: Any, selection: Selection | None, spans: Sequence[Span]) -> None:
-    """Raises SelectionError where logits are wanted of tokens that are fed again without them."""
+    """Raises SelectionError when logits are selected, and the model feeds tokens again without computing their logits."""
     if selection is None or "logits" not in selection.kinds:
         return
     for span in spans:
@@ -183,6 +123,38 @@ def refuse_logits_fed_again(model: Any, selection: Selection | None, spans: Sequ
             )
 
 
+def respond(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    selection: Selection | None = None,
+    texts: Sequence[str] | None = None,
+) -> list[Response]:
+    """The responses to token sequences. They are run together, padded on the left, where none changes the numbers of another.
+
+    selection: what to capture; None captures nothing. texts: the prompts as texts, for the column `prompt` of the samples.
+    Raises CaptureError when the model was fed other tokens than those that it answered; SelectionError.
+    """
+    responses: dict[int, Response] = {}
+    refuse_logits_fed_again(loaded.model, selection, _spans(prompts, sampling))
+    with _seeded(sampling):
+        for group in harmless_groups(loaded, prompts, sampling):
+            own = [prompts[row] for row in group]
+            own_texts = [texts[row] if texts else text_of(loaded.tokenizer, prompts[row]) for row in group]
+            responses |= zip(group, _respond_together(loaded, own, sampling, selection, own_texts), strict=True)
+    return [responses[row] for row in range(len(prompts))]
+
+
+def harmless_groups(loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    """Groups of prompts, by number, that may be answered in one batch because none changes the numbers of another."""
+    spans = _spans(prompts, sampling)
+    return apart(loaded.model, spans, company_of(loaded.model, sampling.kwargs(), spans))
+
+
+def _spans(prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Span]:
+    return [Span(len(prompt), len(prompt) + sampling.max_new_tokens - 1) for prompt in prompts]
+
+
 def _respond_together(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
@@ -190,10 +162,10 @@ def _respond_together(
     selection: Selection | None,
     texts: Sequence[str],
 ) -> list[Response]:
-    """Responses to one batch."""
+    """The responses to one batch."""
     model, tokenizer = loaded.model, loaded.tokenizer
     width = max(map(len, prompts))
-    pads = [width - len(ids) for ids in prompts]
+    pads = [width - len(prompt) for prompt in prompts]
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     ids = [[filler] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
     mask = [[0] * pad + [1] * (width - pad) for pad in pads]
@@ -214,7 +186,7 @@ def _respond_together(
         sample = None
         if selection is not None:
             kept = selection.positions.resolve(len(prompt), len(generated))
-            rows = sequence_rows(recording, row, pads[row], [*prompt, *generated], kept, tokenizer)
+            rows = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept, tokenizer)
             columns = sample_columns(texts[row], text, len(prompt), (len(prompts), width))
             sample = Sample(columns, list(prompt), generated, [Part(rows, range(len(rows.positions)))])
         responses.append(Response(text, sample, generated))
@@ -232,67 +204,13 @@ def _seeded(sampling: Sampling) -> Iterator[None]:
         yield
 
 
-def sample_columns(prompt: str, response: str, n_prompt_tokens: int, batch: Sequence[int]) -> dict[str, Any]:
-    """The columns that every sample has. batch: rows and columns of the batch it was computed in."""
-    return {
-        "prompt": prompt,
-        "response": response,
-        "timestamp": datetime.now().astimezone().isoformat(),
-        "n_prompt_tokens": n_prompt_tokens,
-        "batch_rows": batch[0],
-        "batch_columns": batch[1],
-    }
-
-
-def keep_of(positions: Positions, prompts: Sequence[Sequence[int]], pads: Sequence[int], n_past: int = 0) -> Keep:
-    """What to keep of each forward of a left-padded batch: never padding, and what may still be selected.
-
-    n_past: tokens of each prompt that were computed before, and are not fed.
-    """
-    windows = [positions.window(len(prompt)) for prompt in prompts]
-    begins = [pad - n_past for pad in pads]
-    low = torch.tensor([begin + first for begin, (first, _) in zip(begins, windows, strict=True)])
-    high = torch.tensor(
-        [2**62 if last is None else begin + last for begin, (_, last) in zip(begins, windows, strict=True)]
-    )
-    low = torch.maximum(low, torch.tensor(list(pads)))
-
-    def keep(first: int, n_columns: int) -> Kept:
-        columns = torch.arange(first, first + n_columns)[None]  # [1, columns]
-        rows, chosen = torch.nonzero((columns >= low[:, None]) & (columns < high[:, None]), as_tuple=True)
-        return Kept(rows, chosen + first)
-
-    return keep
-
-
 def until_end(generated: Sequence[int], end: int | Sequence[int] | None) -> list[int]:
-    """A row's own tokens: up to and including its first end token; what follows is padding of the batch."""
-    ends = {end} if isinstance(end, int) else set(end or ())
-    stop = next((number + 1 for number, token in enumerate(generated) if token in ends), len(generated))
-    return list(generated[:stop])
+    """The tokens of one row up to and including its first end token. What follows is padding of the batch.
 
-
-def sequence_rows(
-    recording: Recording,
-    row: int,
-    pad: int,
-    sequence: Sequence[int],
-    positions: range | Sequence[int],
-    tokenizer: Any,
-    n_past: int = 0,
-) -> Rows:
-    """The kept rows of one sequence of a batch, after checking that the model was fed that very sequence.
-
-    sequence: prompt and response, of which the last token is never fed. n_past: its tokens that were computed before, and
-    of which no positions may be asked. Raises CaptureError.
+    end: the end token, several of them, or None.
     """
-    own = list(sequence[n_past:-1])
-    fed = recording.fed(row)[pad : pad + len(own)]
-    if fed != own:
-        raise CaptureError(
-            f"batch row {row}: the model was fed {len(fed)} tokens that are not the {len(own)} of its sequence "
-            "(beam search and assisted decoding cannot be captured). Nothing was stored."
-        )
-    token_ids = [sequence[position] for position in positions]
-    activations: Mapping[str, Tensor] = recording.take(row, [pad + position - n_past for position in positions])
-    return Rows(token_ids, token_strings(tokenizer, token_ids), list(positions), activations)
+    ends = {end} if isinstance(end, int) else set(end or ())
+    for n_before, token in enumerate(generated):
+        if token in ends:
+            return list(generated[: n_before + 1])
+    return list(generated)

@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 
-from AutomaticEval.capture.generation import bytes_per_row
+from AutomaticEval.capture.keeping import bytes_per_row
 from AutomaticEval.capture.tree.prefix_tree import PrefixTree
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.errors import BenchmarkError, SelectionError

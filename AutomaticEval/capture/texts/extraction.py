@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from AutomaticEval.capture.batch_independence import rope_limit
-from AutomaticEval.capture.generation import bytes_per_row, dtype_of, sample_columns
+from AutomaticEval.capture.keeping import bytes_per_row, dtype_of, sample_columns
+from AutomaticEval.capture.memory import unless_too_large
 from AutomaticEval.capture.texts.batching import ROW_TOKENS, Feeding, Piece, Place, TextPieces, batches_of, shared_rows
 from AutomaticEval.capture.texts.forward import Batch, inputs, padded, recorded
 from AutomaticEval.capture.texts.sources import Text
 from AutomaticEval.capture.tree.suitability import why_not_masked
-from AutomaticEval.capture.tree.walk import as_mask, free_memory, is_out_of_memory
+from AutomaticEval.capture.tree.walk import as_mask
 from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import CaptureError, OtherSettings, PromptError, SelectionError, TreeUnsuitable
 from AutomaticEval.models.attention import reading_patterns
@@ -212,24 +214,15 @@ class Forwards:
         waiting = list(batches_of(pieces, self._feeding, self.longest, self._n_tokens, limit))[::-1]
         while waiting:
             places = waiting.pop()
-            samples = self._fitting(places)
+            n_rows = len({place.row for place in places})
+            samples = unless_too_large(partial(self._samples, places), can_be_smaller=n_rows > 1)
             if samples is None:
-                free_memory()
                 waiting += _halves(places)[::-1]
                 self._n_tokens = max(1, self._n_tokens // 2)
                 continue
             if not self._is_checked:
                 self._check(places, samples)
             yield sum(len(place.pieces[0].ids) for place in places), samples
-
-    def _fitting(self, places: Sequence[Place]) -> list[Sample] | None:
-        """None when the batch does not fit into memory, and can be halved."""
-        try:
-            return self._samples(places)
-        except RuntimeError as failure:
-            if not is_out_of_memory(failure) or len({place.row for place in places}) == 1:
-                raise
-            return None
 
     def _samples(self, places: Sequence[Place]) -> list[Sample]:
         sequences = [place.pieces[0].ids for place in places]

@@ -20,7 +20,8 @@ from lm_eval.models.utils import has_bos_prefix
 from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import Company, Span, apart, company_of, rope_limit
-from AutomaticEval.capture.generation import dtype_of, keep_of, refuse_logits_fed_again, sample_columns, sequence_rows
+from AutomaticEval.capture.generation import refuse_logits_fed_again
+from AutomaticEval.capture.keeping import BatchRow, dtype_of, keep_columns, keep_of, sample_columns, sequence_rows
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.capture.tree.shared_prompt import Prefill, Prefix
 from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable
@@ -36,7 +37,7 @@ from AutomaticEval.evaluation.results.requests import Answered, RequestKey, rand
 from AutomaticEval.models.find_layout import refuse_untrue
 from AutomaticEval.models.layout import cache_name, input_device
 from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.recording import Kept, capturing
+from AutomaticEval.models.recording import capturing
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
@@ -295,11 +296,11 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         rows = [self._scored_row(indices) for indices in batch]
         for (sequence, _, _), fed in zip(rows, inps, strict=True):
             self._check_fed(sequence[:-1], fed[: len(sequence) - 1].tolist())
-        keep = _keep_rows([kept for _, _, kept in rows])
+        keep = keep_columns([kept for _, _, kept in rows])
         with capturing(self.model, self._taps, self._layout.embedding, keep, len(rows), self._dtype) as captured:
             out: Tensor = super()._model_call(inps)
         for number, (sequence, members, kept) in enumerate(rows):
-            stored = sequence_rows(captured, number, 0, sequence, kept, self.tokenizer)
+            stored = sequence_rows(captured, BatchRow(number), sequence, kept, self.tokenizer)
             for index, n_prompt, continuation, n_truncated in members:
                 self._hold(index, sequence[:n_prompt], continuation, stored, tuple(inps.shape), n_truncated)
         return out
@@ -414,7 +415,8 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
             kept = self._positions.resolve(len(prompt), len(generated))
             before = prefix.parts(kept) if prefix is not None else []
             own = [position for position in kept if position >= n_past]
-            stored = sequence_rows(captured, number, pads[number], [*prompt, *generated], own, self.tokenizer, n_past)
+            at = BatchRow(number, pads[number], n_past)
+            stored = sequence_rows(captured, at, [*prompt, *generated], own, self.tokenizer)
             text = call.requests[index].prompt
             whole = self._prompt_ids(text, text if first is None else first)
             self._check_fed(whole[len(whole) - len(prompt) :], prompt)
@@ -482,14 +484,3 @@ class CapturingHFLM(HFLM):  # type: ignore[misc]
         kept = set(self._positions.resolve(len(member.input_ids), len(member.generated_ids)))
         where = [index for index, position in enumerate(member.rows.positions) if position in kept]
         return Sample(fields, member.input_ids, member.generated_ids, [*member.before, Part(member.rows, where)])
-
-
-def _keep_rows(positions: Sequence[Sequence[int]]) -> Callable[[int, int], Kept]:
-    """What to keep of one right-padded forward: these positions of each row."""
-
-    def keep(first: int, n_columns: int) -> Kept:
-        rows = torch.tensor([row for row, kept in enumerate(positions) for _ in kept], dtype=torch.long)
-        columns = torch.tensor([column for kept in positions for column in kept], dtype=torch.long)
-        return Kept(rows, columns)
-
-    return keep

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from AutomaticEval.capture.generation import sample_columns
+from AutomaticEval.capture.keeping import sample_columns
 from AutomaticEval.capture.tree.forward_size import measured_tokens
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.capture.tree.suitability import refuse_unsuitable
