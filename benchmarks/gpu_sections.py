@@ -24,7 +24,7 @@ from AutomaticEval.evaluation.results.captured_run import made_with
 from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.hdf5.contract import bits
+from AutomaticEval.store.bits import bits
 from AutomaticEval.store.writer import RunWriter
 
 Line = dict[str, Any]

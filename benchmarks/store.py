@@ -49,8 +49,11 @@ from store_others import others
 from torch.utils.data import DataLoader
 
 from AutomaticEval import open_run
-from AutomaticEval.store import contents, writer
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample, bits
+from AutomaticEval.samples import Part, Rows, Sample
+from AutomaticEval.store import writer
+from AutomaticEval.store.bits import bits
+from AutomaticEval.store.contents.columns import Listed
+from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.hdf5.write import write_file
 from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
 
@@ -99,12 +102,12 @@ def sealing(name: str, samples: list[Sample], rounds: int, folder: Path) -> None
             break
     plain = bits_of(some)
     pairs = alternating(
-        lambda: seconds_in(folder, lambda path: write_file(path, contents.of_samples(some, "m", {}))),
+        lambda: seconds_in(folder, lambda path: write_file(path, of_samples(some, "m", {}))),
         lambda: seconds_in(folder, lambda path: write_raw(path, plain)),
         rounds,
     )
     show_ratio(f"{name}: one shard", n_bytes, pairs, "tofile")
-    gathering = times(lambda: contents.of_samples(some, "m", {}), rounds)
+    gathering = times(lambda: of_samples(some, "m", {}), rounds)
     show(f"{name}: of_samples alone", statistics.median(gathering) * 1e3, "ms", [t * 1e3 for t in gathering])
 
 
@@ -211,7 +214,7 @@ def write_many(folder: Path, n_samples: int) -> None:
                 rows = Rows([ids[i] for i in where], [f"Ġt{ids[i]}" for i in where], list(where), {"layer_0": tensor})
                 batch.append(Sample(columns(number, n_tokens), ids[:-1], ids[-1:], [Part(rows, range(n_kept))]))
             writer.add(batch)
-        writer.finish(contents.Listed.of([scored(record) for record in writer.records()]))
+        writer.finish(Listed.of([scored(record) for record in writer.records()]))
 
 
 def memory(rounds: int, folder: Path) -> None:

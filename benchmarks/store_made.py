@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from gauges import seconds
 
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample, bits
+from AutomaticEval.samples import Part, Rows, Sample
+from AutomaticEval.store.bits import bits
 from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
 
 MB = 1e6

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from AutomaticEval import open_run
 from AutomaticEval.models.loading import DEMO_FOLDER
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store import int8 as stored
-from AutomaticEval.store.contents import rechunked
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
+from AutomaticEval.store.ragged import rechunked
 from AutomaticEval.store.writer import RunWriter
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"

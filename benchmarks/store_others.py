@@ -17,7 +17,8 @@ from safetensors import safe_open
 from store_made import BATCH, MB, Workload, fresh, rows_bytes, size_of, sync_all, write
 
 from AutomaticEval import open_run
-from AutomaticEval.store.hdf5.contract import Sample, bits, from_bits
+from AutomaticEval.samples import Sample
+from AutomaticEval.store.bits import bits, from_bits
 
 SAME = Workload(n_samples=96, n_tokens=110, n_layers=13, width=768)  # 210 MB
 Reader = Callable[[int, str], torch.Tensor]

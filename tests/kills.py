@@ -22,9 +22,9 @@ import torch
 
 from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.store import writer
-from AutomaticEval.store.hdf5.contract import Sample
 from AutomaticEval.store.reader import open_run
 from AutomaticEval.store.writer import RunWriter
 

@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT
 from test_store import SETTINGS, make_sample, write_run
 
-from AutomaticEval.store.contents import of_samples
+from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.hdf5 import checksums
 from AutomaticEval.store.hdf5.trailer import arrays_of, write_trailer
 from AutomaticEval.store.hdf5.write import write_file
@@ -383,7 +383,7 @@ def with_right_sums(dataset: h5py.Dataset) -> None:
     dataset.id.read(h5py.h5s.ALL, h5py.h5s.ALL, raw, mtype=dataset.id.get_type())
     row_bytes = raw.dtype.itemsize * math.prod(raw.shape[1:])
     rows = dataset.chunks[0] if dataset.chunks else checksums.rows_per_block(row_bytes)
-    hashed = checksums.Running(rows * row_bytes)
+    hashed = checksums.ArrayHash(rows * row_bytes)
     hashed.add(raw)
     dataset.attrs[checksums.NAME] = hashed.hexdigest()
     blocks = dataset.file.get(f"checksums{dataset.name}")

@@ -27,14 +27,12 @@ FLOORS = (
 """From the lowest to the highest: folders, and the files of the root. A folder within a folder is on its floor."""
 ABOVE = {"demo.train": "cli"}
 """Scripts that stand on another floor than their folder."""
-EXCEPTIONS = {
-    ("report.extraction_page", "capture.texts.many_runs"): "draws `Unit`, which is to give it plain data",
-}
+EXCEPTIONS: dict[tuple[str, str], str] = {}
 """Imports that break the rule, and why they are there yet. Only ever shorter."""
 MOST_FILES = 12
 """In a folder; commands aside."""
 OWNERS = {
-    "h5py": ("store.hdf5", "store.disk.whole_files"),  # `new_hdf5` is to move into store.hdf5
+    "h5py": ("store.hdf5",),
     "lm_eval": ("evaluation",),
     "typer": ("cli",),
     "rich": ("cli.printing",),

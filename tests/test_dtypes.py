@@ -19,10 +19,10 @@ from AutomaticEval.evaluation.benchmark import Benchmark
 from AutomaticEval.evaluation.results.captured_run import Keeping
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.store import int8 as eight_bits
 from AutomaticEval.store.hdf5 import extents
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.upkeep.rewrite import convert, merge, prune, verify
 from AutomaticEval.store.writer import RunWriter
 

@@ -19,8 +19,8 @@ from AutomaticEval import score_continuations
 from AutomaticEval.errors import PromptError
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.hdf5.contract import Sample
 
 TEXTS = [
     "The capital of France is Paris, of course.",

@@ -27,12 +27,12 @@ from AutomaticEval import generate_inference_with_activations, load_activations,
 from AutomaticEval.cli.export import export as command
 from AutomaticEval.cli.options import SPELLINGS
 from AutomaticEval.errors import CaptureError, PathExists, SelectionError, StoreError
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store.export import arrow
 from AutomaticEval.store.export import formats as store
 from AutomaticEval.store.export.formats import FORMATS, export
 from AutomaticEval.store.export.hub import push_to_hub
 from AutomaticEval.store.export.transformer_lens import as_activation_cache, transformer_lens_name
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.hdf5.write import write_shard
 from AutomaticEval.store.writer import RunWriter
 

@@ -18,8 +18,9 @@ from transformers import GPT2Config
 
 from AutomaticEval import evaluate_with_activations, generate_inference_with_activations, open_run
 from AutomaticEval.errors import NotFinite
+from AutomaticEval.samples import Part, Sample
+from AutomaticEval.store.bits import bits, from_bits
 from AutomaticEval.store.finite import n_non_finite
-from AutomaticEval.store.hdf5.contract import Part, Sample, bits, from_bits
 from AutomaticEval.store.run_folder import shard_names
 from AutomaticEval.store.upkeep.rewrite import convert, merge
 from AutomaticEval.store.writer import RunWriter

@@ -20,9 +20,9 @@ from test_store import SETTINGS, make_sample, same
 
 from AutomaticEval import load_activations, open_run
 from AutomaticEval.errors import AutomaticEvalError, DamagedFile, StoreError
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.hdf5 import open as opened
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.reader import Run
 from AutomaticEval.store.upkeep.rewrite import merge, rebuild_index, verify
 from AutomaticEval.store.writer import RunWriter

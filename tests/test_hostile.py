@@ -22,8 +22,8 @@ from test_store import SETTINGS, make_sample, with_right_checksums, write_run
 
 from AutomaticEval import load_activations, open_run
 from AutomaticEval.errors import AutomaticEvalError, DamagedFile, StoreError, TruncatedFile, UnreadableFile
-from AutomaticEval.store.contents import of_samples
-from AutomaticEval.store.hdf5.contract import Part, Sample
+from AutomaticEval.samples import Part, Sample
+from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.hdf5.room import EXPANSION
 from AutomaticEval.store.hdf5.write import write_file, write_shard

@@ -27,9 +27,9 @@ from AutomaticEval.errors import (
     StoreError,
     TruncatedFile,
 )
-from AutomaticEval.store import contents
+from AutomaticEval.samples import Part
+from AutomaticEval.store.contents.columns import Listed, listed
 from AutomaticEval.store.export.formats import export
-from AutomaticEval.store.hdf5.contract import Part
 from AutomaticEval.store.hdf5.extents import naming
 from AutomaticEval.store.hdf5.write import write_file, write_shard
 from AutomaticEval.store.run_folder import shard_names
@@ -426,7 +426,7 @@ def test_column_that_the_format_lacks_is_refused_and_named() -> None:
 def test_column_of_a_newer_version_is_not_dropped_from_a_copy(tmp_path: Path) -> None:
     write_shard(tmp_path / "one.h5", [make_sample()], "m", SETTINGS)
     held = open_run(tmp_path / "one.h5").contents
-    newer = replace(held, columns=contents.Listed({**contents.listed(held.columns).columns, "mood": ["calm"]}))
+    newer = replace(held, columns=Listed({**listed(held.columns).columns, "mood": ["calm"]}))
     with pytest.raises(CaptureError, match="'mood'"):
         write_file(tmp_path / "two.h5", newer)
     assert not (tmp_path / "two.h5").exists()

@@ -47,8 +47,8 @@ from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.layout import cache_in, cache_name
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
+from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.hdf5.contract import Sample
 
 LONG_ROPE = {
     "rope_type": "longrope",

@@ -29,9 +29,9 @@ from AutomaticEval.evaluation.results.captured_run import Keeping
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel, LoadOptions
 from AutomaticEval.models.recording import Recording
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import KINDS, Site
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.hdf5.write import write_shard
 from AutomaticEval.store.upkeep.rewrite import convert, merge, prune
 from AutomaticEval.store.upkeep.rewrite import verify as verify_checksums

@@ -30,7 +30,8 @@ from AutomaticEval.evaluation.results.captured_run import Keeping, folder_name
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Positions, Selection
-from AutomaticEval.store.disk.whole_files import own_name, prepare_file
+from AutomaticEval.store.disk.file_names import own_name
+from AutomaticEval.store.disk.whole_files import prepare_file
 
 GENERATING = """
 task: NAME

@@ -23,8 +23,8 @@ from AutomaticEval.models.loading import DEMO_FOLDER
 from AutomaticEval.report.extraction_page import write_summary
 from AutomaticEval.report.figures import _FIGURES, save_with_figures
 from AutomaticEval.safe_text import shown
-from AutomaticEval.store.disk.whole_files import own_name, plain_name
-from AutomaticEval.store.hdf5.contract import Sample
+from AutomaticEval.samples import Sample
+from AutomaticEval.store.disk.file_names import own_name, plain_name
 from AutomaticEval.store.hdf5.write import write_shard
 from AutomaticEval.store.reader import open_run
 

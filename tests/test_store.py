@@ -29,13 +29,14 @@ from AutomaticEval.errors import (
     StoreError,
     TruncatedFile,
 )
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store import writer
-from AutomaticEval.store.contents import Listed
+from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.disk import whole_files as files
-from AutomaticEval.store.disk.whole_files import ensure_space, file_stem, hdf5_path
+from AutomaticEval.store.disk.file_names import file_stem, hdf5_path
+from AutomaticEval.store.disk.whole_files import ensure_space
 from AutomaticEval.store.hdf5 import checksums
 from AutomaticEval.store.hdf5 import write as sealing
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 from AutomaticEval.store.hdf5.write import write_named, write_shard
 from AutomaticEval.store.writer import RunWriter
 

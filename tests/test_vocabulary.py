@@ -20,7 +20,8 @@ from AutomaticEval import (
     open_run,
 )
 from AutomaticEval.capture.vocabulary import text_of, token_strings
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample, as_json
+from AutomaticEval.samples import Part, Rows, Sample
+from AutomaticEval.store.hdf5.contract import as_json
 from AutomaticEval.store.hdf5.write import write_shard
 from AutomaticEval.store.upkeep.rewrite import verify
 from AutomaticEval.store.writer import RunWriter

@@ -21,7 +21,7 @@ from test_store import SETTINGS, make_sample, same
 from AutomaticEval import open_run
 from AutomaticEval.errors import CaptureError, DiskFull, FolderInUse, OtherSettings, StoreError
 from AutomaticEval.store import writer
-from AutomaticEval.store.contents import Listed
+from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.run_folder import shard_names
 from AutomaticEval.store.upkeep.rewrite import rebuild_index, verify
 from AutomaticEval.store.writer import RunWriter, shard_bytes_for
@@ -390,7 +390,7 @@ FULL_DISK = """
 import sys, threading, time
 from pathlib import Path
 from AutomaticEval.store import writer
-from AutomaticEval.store.contents import Listed
+from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.upkeep.rewrite import rebuild_index, verify
 from AutomaticEval.evaluation import forecast
 forecast.shard_bytes_for = lambda n_bytes: 2**28  # so many small shards would be foreseen not to fit

@@ -20,8 +20,8 @@ from AutomaticEval.capture.vocabulary import text_of
 from AutomaticEval.errors import PromptError, SelectionError
 from AutomaticEval.models.layout import alone_with, forward_takes, input_device
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.samples import Part, Sample
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.hdf5.contract import Part, Sample
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Keep, Kept, Recording, capturing
+from AutomaticEval.samples import Rows
 from AutomaticEval.selection import Positions, Selection
-from AutomaticEval.store.hdf5.contract import Rows
 
 
 class BatchRow(NamedTuple):

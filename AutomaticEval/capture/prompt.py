@@ -13,10 +13,12 @@ from AutomaticEval.capture.generation import Sampling, refuse_uncomputed_logits,
 from AutomaticEval.capture.keeping import bytes_per_row
 from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, SelectionError, unknown_option
 from AutomaticEval.models.loading import LoadedModel, LoadKeywords, LoadOptions, load_model, n_layers_of
+from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
-from AutomaticEval.store.disk.whole_files import ensure_space, hdf5_path, prepare_file
-from AutomaticEval.store.hdf5.contract import Sample, as_json
+from AutomaticEval.store.disk.file_names import hdf5_path
+from AutomaticEval.store.disk.whole_files import ensure_space, prepare_file
+from AutomaticEval.store.hdf5.contract import as_json
 from AutomaticEval.store.hdf5.write import write_shard
 
 

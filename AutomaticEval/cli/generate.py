@@ -59,7 +59,8 @@ def generate(
         options.refuse_unused(context, "no file is named by itself", "activation_save_dir")
     options.quiet_libraries()
     from AutomaticEval.capture.prompt import generate_inference, generate_inference_with_activations
-    from AutomaticEval.store.disk.whole_files import file_stem, size_text
+    from AutomaticEval.store.disk.file_names import file_stem
+    from AutomaticEval.store.disk.whole_files import size_text
 
     asked: dict[str, Any] = {
         "sites": sites,

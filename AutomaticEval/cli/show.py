@@ -23,7 +23,7 @@ def show(
 ) -> None:
     """Print what is in a file: prompt, response, settings, shapes, and statistics of each layer."""
     from AutomaticEval.errors import StoreError
-    from AutomaticEval.store.disk.whole_files import PICKLE_SUFFIXES
+    from AutomaticEval.store.disk.file_names import PICKLE_SUFFIXES
     from AutomaticEval.store.reader import load_activations, open_run
 
     if path.suffix.lower() in PICKLE_SUFFIXES:

@@ -14,9 +14,10 @@ from AutomaticEval.capture.prompt import AskOptions, CheckedPrompt, PromptRespon
 from AutomaticEval.errors import PromptError
 from AutomaticEval.evaluation.parse_answer import LETTERS, extract_answer
 from AutomaticEval.models.loading import load_model
+from AutomaticEval.samples import Sample
 from AutomaticEval.sites import LayersLike
-from AutomaticEval.store.disk.whole_files import file_stem, prepare_folder
-from AutomaticEval.store.hdf5.contract import Sample
+from AutomaticEval.store.disk.file_names import file_stem
+from AutomaticEval.store.disk.whole_files import prepare_folder
 from AutomaticEval.store.hdf5.write import write_named
 
 TEMPLATE = (

@@ -1,4 +1,4 @@
-"""What an extraction gave, as Markdown and as one HTML page."""
+"""The summary of an extraction: the runs that it made, as Markdown and as one HTML page."""
 
 from __future__ import annotations
 
@@ -6,25 +6,51 @@ import base64
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
 
-from AutomaticEval.capture.texts.many_runs import Unit
 from AutomaticEval.public_names import public_name
 from AutomaticEval.report.labels import label, save
 from AutomaticEval.safe_text import shown
 from AutomaticEval.store.disk.whole_files import new_file, size_text
+from AutomaticEval.store.reader import open_run
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
     "table{border-collapse:collapse;margin:1em 0}th,td{border:1px solid #ccc;padding:.25em .6em;text-align:left}"
     "th{background:#f3f3f3}img{max-width:100%}"
 )
+
+
+class ExtractedRun(Protocol):
+    """What the page needs to know of one run: one model on one set of texts."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def name(self) -> str:
+        """The name of the set of texts."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder; nothing is read from it when the run failed."""
+
+    @property
+    def status(self) -> str:
+        """ "captured", "was there" or "failed"."""
+
+    @property
+    def error(self) -> str:
+        """Why it failed."""
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        """What `extraction.json` in the run folder holds."""
 
 
 class Section(NamedTuple):
@@ -36,119 +62,119 @@ class Section(NamedTuple):
     lines: Sequence[str] = ()
 
 
-def write_summary(units: Sequence[Unit], title: str, folder: Path) -> list[Path]:
-    """Write summary.md and summary.html over those that are there. Returns the files."""
-    sections = _sections(units, folder)
+def write_summary(runs: Sequence[ExtractedRun], title: str, folder: Path) -> list[Path]:
+    """Write summary.md and summary.html about the runs into a folder, in place of earlier ones. Returns the two files."""
+    sections = _sections(runs, folder)
     files = [folder / "summary.md", folder / "summary.html"]
-    for file, text in zip(files, (_markdown(title, sections), _html(title, sections, _lengths(units))), strict=True):
+    for file, text in zip(files, (_markdown(title, sections), _html(title, sections, _lengths(runs))), strict=True):
         with new_file(file, overwrite=True) as partial:
             partial.write_text(text, encoding="utf-8")
     return files
 
 
-def _sections(units: Sequence[Unit], folder: Path) -> list[Section]:
-    done = [unit for unit in units if unit.status != "failed"]
-    by_model = {unit.model: unit for unit in done}
+def _sections(runs: Sequence[ExtractedRun], folder: Path) -> list[Section]:
+    done = [run for run in runs if run.status != "failed"]
+    by_model = {run.model: run for run in done}
     return [
         Section(
             "What was kept",
             ("Model", "Texts", "Status", "Samples", "Rows", "Sites", "Size", "Tokens a second", "Folder"),
-            [_kept(unit, os.path.relpath(unit.folder, folder)) for unit in units],
+            [_kept(run, os.path.relpath(run.folder, folder)) for run in runs],
         ),
         Section(
             "Tokenisation",
             ("Model", "Tokenizer", "Tokens it has", "First token it adds", "Context"),
-            [_tokenizer(public_name(model), unit.numbers.get("tokenizer", {})) for model, unit in by_model.items()],
+            [_tokenizer(public_name(model), run.numbers.get("tokenizer", {})) for model, run in by_model.items()],
         ),
         Section(
             "Structure",
             ("Model", "Layers", "Heads", "Key-value heads", "Width", "Keys and widths", "dtype"),
-            [_structure(public_name(model), unit) for model, unit in by_model.items()],
+            [_structure(public_name(model), run) for model, run in by_model.items()],
         ),
         Section(
             "Lengths, in tokens",
             ("Model", "Texts", "Number", "Shortest", "Median", "Mean", "Longest", "Cut to fit", "Tokens cut"),
-            [_length(unit) for unit in done],
+            [_length(run) for run in done],
         ),
-        Section("Problems", lines=_problems(units) or ["None."]),
+        Section("Problems", lines=_problems(runs) or ["None."]),
     ]
 
 
-def _kept(unit: Unit, folder: str) -> tuple[str, ...]:
-    if unit.status == "failed":
-        return (public_name(unit.model), unit.name, "failed", *[""] * 5, folder)
-    run, numbers = unit.run(), unit.numbers
+def _kept(run: ExtractedRun, folder: str) -> tuple[str, ...]:
+    if run.status == "failed":
+        return (public_name(run.model), run.name, "failed", *[""] * 5, folder)
+    stored, numbers = open_run(run.folder), run.numbers
     rate = numbers["n_tokens"] / max(numbers["seconds"], 1e-9) if numbers.get("n_tokens") else None
     return (
-        public_name(unit.model),
-        unit.name,
-        unit.status,
-        str(len(run)),
-        str(run.shards and sum(shard.n_rows for shard in run.shards)),
-        f"{run.settings['sites']}; layers {run.settings['layers']}; positions {run.settings['positions']}",
+        public_name(run.model),
+        run.name,
+        run.status,
+        str(len(stored)),
+        str(sum(shard.n_rows for shard in stored.shards)),
+        f"{stored.settings['sites']}; layers {stored.settings['layers']}; positions {stored.settings['positions']}",
         size_text(numbers.get("size_bytes", 0)),
         "" if rate is None else f"{rate:.0f}",
         folder,
     )
 
 
-def _tokenizer(model: str, found: dict[str, Any]) -> tuple[str, ...]:
-    first = found.get("first_token_added")
+def _tokenizer(model: str, tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
+    first = tokenizer.get("first_token_added")
     return (
         model,
-        str(found.get("class", "")),
-        str(found.get("n_tokens", "")),
+        str(tokenizer.get("class", "")),
+        str(tokenizer.get("n_tokens", "")),
         first or "none",
-        str(found.get("context", "")),
+        str(tokenizer.get("context", "")),
     )
 
 
-def _structure(model: str, unit: Unit) -> tuple[str, ...]:
-    run = unit.run()
-    shape = run.settings["shape"]
+def _structure(model: str, run: ExtractedRun) -> tuple[str, ...]:
+    stored = open_run(run.folder)
+    shape = stored.settings["shape"]
     widths: dict[int, list[str]] = {}
-    for key in run.keys:
-        widths.setdefault(run.rows(key).shape[1], []).append(key)
+    for key in stored.keys:
+        widths.setdefault(stored.rows(key).shape[1], []).append(key)
     keys = "; ".join(f"{names[0]} … {names[-1]} ({len(names)}): {width}" for width, names in widths.items())
     sizes = [str(shape[name]) for name in ("n_layers", "n_heads", "n_kv_heads", "d_model")]
-    return (model, *sizes, keys, str(run.settings.get("store_dtype") or run.settings["dtype"]))
+    return (model, *sizes, keys, str(stored.settings.get("store_dtype") or stored.settings["dtype"]))
 
 
-def _length(unit: Unit) -> tuple[str, ...]:
-    numbers = unit.numbers
+def _length(run: ExtractedRun) -> tuple[str, ...]:
+    numbers = run.numbers
     lengths = numbers.get("lengths", {})
     spread = [_number(lengths.get(name)) for name in ("shortest", "median", "mean", "longest")]
     cut = [str(numbers.get(name, "")) for name in ("n_truncated", "n_tokens_cut")]
-    return (public_name(unit.model), unit.name, str(numbers.get("n_texts", "")), *spread, *cut)
+    return (public_name(run.model), run.name, str(numbers.get("n_texts", "")), *spread, *cut)
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}".removesuffix(".0")
 
 
-def _problems(units: Sequence[Unit]) -> list[str]:
-    found = [f"{public_name(unit.model)}, {unit.name}: {unit.error}" for unit in units if unit.status == "failed"]
-    for unit in units:
-        if unit.numbers.get("n_truncated"):
-            found.append(
-                f"{public_name(unit.model)}, {unit.name}: {unit.numbers['n_truncated']} texts were cut to fit."
+def _problems(runs: Sequence[ExtractedRun]) -> list[str]:
+    problems = [f"{public_name(run.model)}, {run.name}: {run.error}" for run in runs if run.status == "failed"]
+    for run in runs:
+        if run.numbers.get("n_truncated"):
+            problems.append(
+                f"{public_name(run.model)}, {run.name}: {run.numbers['n_truncated']} texts were cut to fit."
             )
-        if unit.numbers.get("n_empty"):
-            found.append(
-                f"{public_name(unit.model)}, {unit.name}: {unit.numbers['n_empty']} texts were empty, and left out."
+        if run.numbers.get("n_empty"):
+            problems.append(
+                f"{public_name(run.model)}, {run.name}: {run.numbers['n_empty']} texts were empty, and left out."
             )
-    return found
+    return problems
 
 
-def _lengths(units: Sequence[Unit]) -> str:
-    """A box plot of the samples' lengths, as the text of a PNG; empty when nothing is there."""
-    done = [unit for unit in units if unit.status != "failed"]
+def _lengths(runs: Sequence[ExtractedRun]) -> str:
+    """A box plot of the samples' lengths: a PNG in base64, or an empty text when every run failed."""
+    done = [run for run in runs if run.status != "failed"]
     if not done:
         return ""
     figure = Figure(figsize=(7, 0.35 * len(done) + 1.2), layout="constrained")
     axes = figure.add_subplot()
-    labels = [label(f"{Path(public_name(unit.model)).name}, {unit.name}") for unit in done]
-    axes.boxplot([unit.run().column("n_prompt_tokens") for unit in done], vert=False, tick_labels=labels)
+    labels = [label(f"{Path(public_name(run.model)).name}, {run.name}") for run in done]
+    axes.boxplot([open_run(run.folder).column("n_prompt_tokens") for run in done], vert=False, tick_labels=labels)
     axes.set(xlabel="tokens a sample")
     axes.invert_yaxis()
     kept = io.BytesIO()
@@ -157,7 +183,7 @@ def _lengths(units: Sequence[Unit]) -> str:
 
 
 def _cell(text: str) -> str:
-    """The text as one cell of a Markdown table: on one line, and no part of it can act as HTML, link, picture, code or the end of the cell."""
+    """The text as one cell of a Markdown table: on one line, with everything escaped that could act as HTML, link, picture, code or the end of the cell."""
     return re.sub(r"([\\`*$\[\]|])", r"\\\1", escape(" ".join(shown(text).split()), quote=False))
 
 

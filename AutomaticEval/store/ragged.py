@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-_PIECE_BYTES = 2**20
+_SLAB_BYTES = 2**20
 """Small enough for the processor's cache, large enough that the pages on the disk are read back at full speed."""
 
 
@@ -133,33 +133,33 @@ def indices_of(ranges: Array) -> Array:
     return np.repeat(ranges[:, 1] - ends, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
-def rechunked(pieces: Iterable[Array], n_rows: int) -> Iterator[Array]:
-    """The same rows in pieces of n_rows; the last piece may be shorter. Large pieces are cut without a copy."""
+def rechunked(slabs: Iterable[Array], n_rows: int) -> Iterator[Array]:
+    """The same rows in slabs of n_rows; the last slab may be shorter. Large slabs are cut without a copy."""
     waiting: list[Array] = []
     n_waiting = 0
-    for piece in pieces:
+    for slab in slabs:
         at = 0
-        while n_waiting + len(piece) - at >= n_rows:
+        while n_waiting + len(slab) - at >= n_rows:
             stop = at + n_rows - n_waiting
-            part = piece[at:stop]
+            part = slab[at:stop]
             yield np.concatenate([*waiting, part]) if waiting else part
             waiting, n_waiting, at = [], 0, stop
-        if at < len(piece):
-            waiting.append(piece[at:])
-            n_waiting += len(piece) - at
+        if at < len(slab):
+            waiting.append(slab[at:])
+            n_waiting += len(slab) - at
     if waiting:
         yield np.concatenate(waiting)
 
 
-def gathered(pieces: Iterable[Array]) -> Iterator[Array]:
-    """The same rows, with thousands of small pieces joined into pieces of _PIECE_BYTES."""
+def gathered(slabs: Iterable[Array]) -> Iterator[Array]:
+    """The same rows, with thousands of small slabs joined into slabs of _SLAB_BYTES."""
     waiting: list[Array] = []
     n_bytes = 0
-    for piece in pieces:
-        waiting.append(piece)
-        n_bytes += piece.nbytes
-        if n_bytes >= _PIECE_BYTES:
-            yield np.concatenate(waiting) if len(waiting) > 1 else piece
+    for slab in slabs:
+        waiting.append(slab)
+        n_bytes += slab.nbytes
+        if n_bytes >= _SLAB_BYTES:
+            yield np.concatenate(waiting) if len(waiting) > 1 else slab
             waiting, n_bytes = [], 0
     if waiting:
         yield np.concatenate(waiting)

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.errors import ManySamples, NotActivations, RefusedPickle, StoreError, TruncatedFile, did_you_mean
+from AutomaticEval.samples import Rows, fed_of, sample_data
 from AutomaticEval.selection import Positions
-from AutomaticEval.store import contents
-from AutomaticEval.store.contents import Contents
-from AutomaticEval.store.disk.whole_files import PICKLE_SUFFIXES
+from AutomaticEval.store.contents.changed import reordered
+from AutomaticEval.store.contents.columns import Columns, listed
+from AutomaticEval.store.contents.file_contents import Contents
+from AutomaticEval.store.contents.joined import joined
+from AutomaticEval.store.disk.file_names import PICKLE_SUFFIXES
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES
 from AutomaticEval.store.hdf5.extents import naming
@@ -129,23 +132,14 @@ class Run(Sequence[dict[str, Any]]):
             [int(v) for a, b in ranges for v in ints[a:b]] for ints in (held.token_ids, held.positions)
         )
         prompt, response = held.input_ids.item(number).tolist(), held.generated_ids.item(number).tolist()
-        fed = dict(enumerate(contract.fed_of(prompt, response)))
+        fed = dict(enumerate(fed_of(prompt, response)))
         with naming(self.path):
             if [fed.get(position) for position in positions] != token_ids:
                 raise ValueError(f"the rows of sample {number} are not its tokens")
             strings = held.strings()
             tokens = [strings[token] for token in token_ids]
-        return contract.assemble(
-            held.model,
-            held.settings,
-            held.columns.record(number),
-            prompt,
-            response,
-            token_ids,
-            positions,
-            tokens,
-            {key: self._store.read(key, ranges) for key in self.keys},
-        )
+        rows = Rows(token_ids, tokens, positions, {key: self._store.read(key, ranges) for key in self.keys})
+        return sample_data(held.model, held.settings, held.columns.record(number), prompt, response, rows)
 
     def read(self, index: int, key: str) -> Tensor:
         """One site of one sample: [n_positions, width]. Reads no more than those bytes."""
@@ -205,7 +199,7 @@ class Run(Sequence[dict[str, Any]]):
         """All that it holds, for what is made of it: merge, prune, export."""
         stored = {key: self._store.activation(key) for key in self.keys}
         whole = replace(self._contents, activations=stored)
-        return whole if len(self) == whole.n_samples else contents.reordered(whole, self._order)
+        return whole if len(self) == whole.n_samples else reordered(whole, self._order)
 
     @property
     def non_finite(self) -> dict[str, int]:
@@ -496,10 +490,10 @@ def _gathered(folder: Path, index: Shard | None, opened: Open) -> tuple[ShardedR
     run_id = (index or opened(folder / names[0])).settings.get("run_id")
     shards = [_of_run(opened(folder / name), run_id) for name in names]
     parts = [shard.contents() for shard in shards]
-    columns: contents.Columns = contents.listed(Placed(shards)) if index is None else FileColumns(index)
+    columns: Columns = listed(Placed(shards)) if index is None else FileColumns(index)
     with naming(folder / INDEX):
         order = order_of(parts, columns)
-    held = contents.reordered(contents.joined(parts), order, columns)
+    held = reordered(joined(parts), order, columns)
     return _stored(shards), held
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.store.contents import Activation
-from AutomaticEval.store.hdf5.contract import bits_type, from_bits
+from AutomaticEval.store.bits import bits_type, from_bits
+from AutomaticEval.store.contents.file_contents import Activation
 from AutomaticEval.store.hdf5.open import OneSite
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.ragged import Array, ranges_of
@@ -135,11 +135,11 @@ class ShardedRows:
     def _cut_at_borders(self, ranges: Array) -> Array:
         """The same rows as ranges none of which lies across two shards."""
         borders = self.first[1:-1]
-        pieces: list[tuple[int, int]] = []
+        slabs: list[tuple[int, int]] = []
         for start, stop in ranges:
             inside = borders[(borders > start) & (borders < stop)]
-            pieces += itertools.pairwise([start, *inside, stop])
-        return np.array(pieces, dtype=np.int64).reshape(-1, 2)
+            slabs += itertools.pairwise([start, *inside, stop])
+        return np.array(slabs, dtype=np.int64).reshape(-1, 2)
 
     def non_finite_rows(self, key: str) -> Array:
         """[n_rows], bool: the rows that hold infinite numbers or NaN."""
@@ -164,7 +164,7 @@ class ShardedRows:
 
     def _raw(self, which: str, key: str) -> Iterator[Array]:
         for shard in self.shards:
-            yield from shard.pieces(getattr(shard, which)[key])
+            yield from shard.slabs(getattr(shard, which)[key])
 
 
 class RowArray:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from AutomaticEval.processes import Ranks
-from AutomaticEval.store.contents import Columns
+from AutomaticEval.store.contents.columns import Columns
 from AutomaticEval.store.local_paths import write_local_paths
 from AutomaticEval.store.writer import RunWriter, leaving_nothing
 

@@ -55,7 +55,7 @@ class ShuffledRows(IterableDataset[Tensor]):
             yield torch.cat(left)
 
     def _mixed(self) -> Iterator[Tensor]:
-        """The rows in pieces [n, width], each drawn from a full buffer."""
+        """The rows in slabs [n, width], each drawn from a full buffer."""
         worker = get_worker_info()
         number, n_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         of_workers = 0 if worker is None else worker.seed - worker.id  # the same in all workers of a pass

@@ -34,14 +34,18 @@ from AutomaticEval.errors import (
     StoreError,
     TruncatedFile,
 )
+from AutomaticEval.samples import Sample
 from AutomaticEval.settings import differing
-from AutomaticEval.store import contents
-from AutomaticEval.store.contents import Columns, Contents, Listed
+from AutomaticEval.store.contents.changed import reordered
+from AutomaticEval.store.contents.columns import Columns, Listed, records_of
+from AutomaticEval.store.contents.file_contents import Contents
+from AutomaticEval.store.contents.from_samples import of_samples
+from AutomaticEval.store.contents.joined import joined
 from AutomaticEval.store.disk.partial_folders import clear_leftovers
 from AutomaticEval.store.disk.whole_files import named_failures, prepare_folder
 from AutomaticEval.store.finite import say_non_finite
 from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES
-from AutomaticEval.store.hdf5.contract import Sample, as_json, attribute_text
+from AutomaticEval.store.hdf5.contract import as_json, attribute_text
 from AutomaticEval.store.hdf5.damage import verify_file
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.hdf5.write import Source, check_compression, write_file, write_run
@@ -298,7 +302,7 @@ class RunWriter:
 
     def _write(self, name: str, samples: Sequence[Sample]) -> tuple[Source, int]:
         in_8_bits = self._settings.get("store_dtype") == "int8"
-        held = contents.of_samples(samples, self._model, self._settings, in_8_bits=in_8_bits)
+        held = of_samples(samples, self._model, self._settings, in_8_bits=in_8_bits)
         return self._write_contents(name, held), len(samples)
 
     def _write_contents(self, name: str, held: Contents, replaces: Sequence[str] = ()) -> Source:
@@ -306,7 +310,7 @@ class RunWriter:
 
     def records(self) -> list[dict[str, Any]]:
         """`table()`, one dict a sample."""
-        return contents.records_of(self.table())
+        return records_of(self.table())
 
     def table(self) -> Columns:
         """The columns of every sealed sample, with its shard and index, read when they are asked for. Seals what is gathered; merges small shards."""
@@ -329,7 +333,7 @@ class RunWriter:
                 continue
             parts = [Shard(self.folder / source.name).contents() for source in group]
             names = [source.name for source in group]
-            merged.append(self._write_contents(self._take_name(), contents.joined(parts), names))
+            merged.append(self._write_contents(self._take_name(), joined(parts), names))
         self._sealed = merged
 
     def finish(self, columns: Columns | None = None) -> None:
@@ -451,7 +455,7 @@ def write_index(
     if not shards:
         raise StoreError(f"{folder} holds no shard: nothing was captured.")
     parts = [replace(shard.contents(), columns=Listed({})) for shard in shards]  # the table has the columns
-    held = contents.reordered(contents.joined(parts, shards[0].settings), order_of(parts, columns), columns)
+    held = reordered(joined(parts, shards[0].settings), order_of(parts, columns), columns)
     return write_run(folder / INDEX, held, sources, finished=finished)
 
 

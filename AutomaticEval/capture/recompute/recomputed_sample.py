@@ -24,8 +24,9 @@ from AutomaticEval.capture.recompute.tolerance import (
     score_of,
 )
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.samples import fed_of
 from AutomaticEval.selection import Positions
-from AutomaticEval.store.hdf5.contract import dtype_named, fed_of
+from AutomaticEval.store.hdf5.contract import dtype_named
 from AutomaticEval.store.reader import Run
 
 HARMLESS = frozenset(

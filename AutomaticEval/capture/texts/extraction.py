@@ -33,10 +33,10 @@ from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, Recording
 from AutomaticEval.processes import Ranks
 from AutomaticEval.safe_text import shown
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site, expand
-from AutomaticEval.store.contents import Columns, Ordered
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
+from AutomaticEval.store.contents.columns import Columns, Ordered
 from AutomaticEval.store.shared import SharedRun
 from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
 

@@ -21,8 +21,9 @@ from AutomaticEval.models.loading import LoadedModel, LoadOptions, load_model, r
 from AutomaticEval.processes import Ranks
 from AutomaticEval.public_names import public_name
 from AutomaticEval.selection import Selection
+from AutomaticEval.store.disk.file_names import own_name, plain_name
 from AutomaticEval.store.disk.json_files import read_json, refuse_others, write_json
-from AutomaticEval.store.disk.whole_files import own_name, plain_name, prepare_folder, size_text
+from AutomaticEval.store.disk.whole_files import prepare_folder, size_text
 from AutomaticEval.store.hdf5.contract import as_json
 from AutomaticEval.store.reader import Run, open_run
 from AutomaticEval.store.run_folder import LOCK, is_finished, shards_bytes

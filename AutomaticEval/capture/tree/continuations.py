@@ -14,9 +14,9 @@ from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeSc
 from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
 from AutomaticEval.models.layout import alone_with, input_device
 from AutomaticEval.models.loading import LoadedModel, LoadKeywords, LoadOptions, load_model
+from AutomaticEval.samples import Part, Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
-from AutomaticEval.store.hdf5.contract import Part, Sample
 
 Text = str | Sequence[int]
 """A text, or its token ids."""

@@ -10,7 +10,7 @@ from AutomaticEval.capture.tree.prefix_tree import Array, PrefixTree
 from AutomaticEval.capture.tree.walk import Stretch
 from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.store.hdf5.contract import Part, Rows
+from AutomaticEval.samples import Part, Rows
 
 
 class WalkRows:

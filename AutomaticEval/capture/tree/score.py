@@ -21,8 +21,8 @@ from AutomaticEval.capture.tree.suitability import check_scores, most_columns, r
 from AutomaticEval.capture.tree.walk import Stretch, Walk
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.samples import Part
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.hdf5.contract import Part
 
 TOKENS_A_FORWARD = {"cpu": 256, "cuda": 2048}
 """Tokens a forward, by kind of device, where the number is not measured."""

@@ -22,8 +22,8 @@ from AutomaticEval.capture.tree.suitability import check_scores, why_not
 from AutomaticEval.capture.tree.walk import Cached, tree_forward
 from AutomaticEval.models.layout import alone_with
 from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.samples import Part, Rows
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.hdf5.contract import Part, Rows
 
 PLAIN = frozenset(
     [

@@ -39,8 +39,8 @@ from AutomaticEval.models.layout import cache_name, input_device
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import capturing
 from AutomaticEval.processes import Ranks
+from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.hdf5.contract import Part, Rows, Sample
 
 Sink = Callable[[list[Sample]], None]
 """Takes the samples of one batch; they may share rows."""

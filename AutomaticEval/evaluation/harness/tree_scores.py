@@ -17,8 +17,8 @@ from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.evaluation.harness.call import Call
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
+from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.hdf5.contract import Sample
 
 
 @dataclass

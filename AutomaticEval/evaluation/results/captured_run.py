@@ -18,8 +18,9 @@ from AutomaticEval.evaluation.results.requests import Answered, RequestKey, answ
 from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.contents import Columns, Listed, records_of
-from AutomaticEval.store.disk.whole_files import named_failures, own_name, plain_name, prepare_folder
+from AutomaticEval.store.contents.columns import Columns, Listed, records_of
+from AutomaticEval.store.disk.file_names import own_name, plain_name
+from AutomaticEval.store.disk.whole_files import named_failures, prepare_folder
 from AutomaticEval.store.run_folder import LOCK, is_finished, refuse_finished
 from AutomaticEval.store.shared import SharedRun
 from AutomaticEval.store.writer import RunWriter, leaving_nothing

@@ -22,7 +22,8 @@ from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.public_names import public_name
 from AutomaticEval.store.disk.read_back import read_back
 from AutomaticEval.store.disk.system import FULL
-from AutomaticEval.store.disk.whole_files import new_files, own_name
+from AutomaticEval.store.disk.file_names import own_name
+from AutomaticEval.store.disk.whole_files import new_files
 from AutomaticEval.store.hdf5.contract import as_json
 
 MODEL_BYTES, TASK_BYTES = 220, 180

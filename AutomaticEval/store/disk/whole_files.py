@@ -5,40 +5,16 @@ Knows nothing of what is in a file.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import re
 import shutil
-import tempfile
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from contextlib import contextmanager
 from pathlib import Path
-
-import h5py
-import xxhash
 
 from AutomaticEval.errors import DiskFull, FolderNotWritable, PathExists, StoreError
 from AutomaticEval.store.disk.partial_folders import DONE, SET, clear_leftovers, hidden_name, workplace
 from AutomaticEval.store.disk.read_back import read_back
 from AutomaticEval.store.disk.system import DENIED, FULL, LOST, code_of
-from AutomaticEval.store.hdf5.room import EXPANSION, held_bytes
-from AutomaticEval.store.hdf5.trailer import arrays_of, write_trailer
-
-PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt")
-_KEEP_SIZE = 1
-"""FALLOC_FL_KEEP_SIZE of Linux."""
-
-
-def hdf5_path(path: str | Path) -> Path:
-    """Where a save path is written: itself, or `.h5` beside a pickle's name, with a warning that says so."""
-    given = Path(path).expanduser()
-    if given.suffix.lower() not in PICKLE_SUFFIXES:
-        return given
-    written = given.with_suffix(".h5")
-    warnings.warn(f"files are HDF5: {given} is written as {written}", UserWarning, stacklevel=3)
-    return written
 
 
 def prepare_file(path: Path, *, overwrite: bool = False, offer_overwrite: bool = True) -> None:
@@ -84,31 +60,6 @@ def size_text(size_bytes: float) -> str:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1024
     return f"{size_bytes:.1f} TB"
-
-
-def plain_name(text: str) -> str:
-    """The text as a name that every file system accepts, of one file or folder: not hidden, and neither `.` nor `..`."""
-    return re.sub(r"[^\w.-]+", "-", text).lstrip(".") or "-"
-
-
-def own_name(text: str, most_bytes: int) -> str:
-    """A plain name of at most so many bytes, by which no other text goes: file systems take 255, and a Chinese character is three.
-
-    A text that is one already; of another a plain name, or its beginning, and a hash of it all.
-    """
-    name, raw = plain_name(text), text.encode("utf-8", "surrogatepass")
-    if name == text and len(raw) <= most_bytes:
-        return name
-    mark = f"-{xxhash.xxh3_64_hexdigest(raw)[:8]}"
-    return name.encode()[: most_bytes - len(mark)].decode("utf-8", "ignore") + mark
-
-
-def file_stem(prefix: str, text: str, now: datetime | None = None) -> str:
-    """`<prefix>_20240915_143022_123456_What_is_the_capital_of`: time to the microsecond, first words of the text."""
-    name = "_".join(re.findall(r"\w+", text)[:5])
-    while len(name.encode("utf-8", "replace")) > 60:  # names are limited in bytes; a Chinese character is three
-        name = name[:-1]
-    return f"{prefix}_{now or datetime.now():%Y%m%d_%H%M%S_%f}_{name.strip('_') or 'question'}"
 
 
 @contextmanager
@@ -166,23 +117,6 @@ def new_files(folder: Path, what: str) -> Iterator[Path]:
 
 
 @contextmanager
-def new_hdf5(path: Path, size_bytes: int, *, overwrite: bool = False) -> Iterator[h5py.File]:
-    """An HDF5 file that gets its name only when it is complete and on the disk.
-
-    size_bytes: at least what it will hold, which is reserved first: HDF5 crashes the process at its exit when the disk
-    fills up while it writes.
-    """
-    with new_file(path, overwrite=overwrite) as partial:
-        partial.write_bytes(_empty_hdf5())
-        _reserve(partial, size_bytes)
-        with _hdf5_to_write(partial) as file:
-            yield file
-            arrays, held = arrays_of(file), held_bytes(file)
-        write_trailer(partial, arrays, -(-held // EXPANSION))
-        os.truncate(partial, partial.stat().st_size)  # gives back what was reserved beyond
-
-
-@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill; it gets its name when the with ends, and is removed when it fails.
 
@@ -211,53 +145,6 @@ def new_folder(path: Path) -> Iterator[Path]:
             except OSError:  # it needs room, which deleting does not
                 shutil.rmtree(path, ignore_errors=True)
             raise
-
-
-@contextmanager
-def _hdf5_to_write(path: Path) -> Iterator[h5py.File]:
-    """An HDF5 file, each of whose failures to write is raised where it happens.
-
-    What HDF5 keeps in buffers it writes when a dataset or the file is closed; h5py does not tell of a dataset that could not be
-    closed, and a file that could not be closed crashes the process at its exit. So numbers have no buffer, the rest is
-    flushed, and after a failure the file is closed onto nothing.
-    """
-    settings = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    settings.set_libver_bounds(h5py.h5f.LIBVER_EARLIEST, h5py.h5f.LIBVER_V110)
-    settings.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
-    settings.set_sieve_buf_size(0)
-    settings.set_cache(0, 0, 0, 0.0)
-    file = h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDWR, fapl=settings))
-    try:
-        yield file
-        file.flush()
-    except BaseException:
-        with tempfile.TemporaryFile() as nothing:
-            os.dup2(nothing.fileno(), file.id.get_vfd_handle())
-        # after a failed flush HDF5 refuses the first close; the failure that counts is the one above
-        with suppress(OSError, RuntimeError):
-            file.close()
-        raise
-    file.close()
-
-
-def _empty_hdf5() -> bytes:
-    with h5py.File("empty", "w", driver="core", backing_store=False, libver=("earliest", "v110")) as file:
-        file.flush()
-        return bytes(file.id.get_file_image())
-
-
-def _reserve(path: Path, size_bytes: int) -> None:
-    """Have the disk set bytes aside for a file, whose size stays. Raises OSError when there is no room.
-
-    Where the system or the file system cannot, nothing is reserved.
-    """
-    allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if allocate is None:
-        return
-    with path.open("r+b") as file:
-        failed = allocate(file.fileno(), _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size_bytes))
-    if failed and ctypes.get_errno() in FULL:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _settle(path: Path) -> None:

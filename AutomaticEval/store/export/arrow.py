@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.store.contents import Contents
+from AutomaticEval.samples import COLUMNS
+from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.export.outgoing import Advance, column_names, records, sample
-from AutomaticEval.store.hdf5.contract import COLUMNS
 from AutomaticEval.store.reader import Run
 
 _BATCH_BYTES = 64 * 2**20

@@ -1,6 +1,6 @@
 """Copies a run out to other tools: safetensors, npz, Hugging Face datasets, TransformerLens.
 
-Owns what those folders hold; knows nothing of how a run is written. Activations pass through piece by piece, or sample by
+Owns what those folders hold; knows nothing of how a run is written. Activations pass through slab by slab, or sample by
 sample; the sample table is in memory, as in `Run.table`.
 """
 
@@ -19,12 +19,13 @@ import torch
 
 from AutomaticEval.errors import SelectionError, did_you_mean
 from AutomaticEval.public_names import without_folders
-from AutomaticEval.store import contents
+from AutomaticEval.store.bits import bits, raw_bytes
+from AutomaticEval.store.contents.changed import converted
+from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.disk.whole_files import ensure_space, new_folder
 from AutomaticEval.store.export import arrow
 from AutomaticEval.store.export import transformer_lens as lens
 from AutomaticEval.store.export.outgoing import Advance, records, sample
-from AutomaticEval.store.hdf5.contract import bits, raw_bytes
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.reader import Run, open_run
@@ -100,7 +101,7 @@ def _target(stored: torch.dtype, to: str, dtype: str | None) -> torch.dtype:
     return torch.float32 if widened else stored
 
 
-def _size_bytes(held: contents.Contents, dtypes: Mapping[str, torch.dtype], *, each_sample: bool) -> int:
+def _size_bytes(held: Contents, dtypes: Mapping[str, torch.dtype], *, each_sample: bool) -> int:
     start, stop = held.segments.values[:].T
     n_rows = int((stop - start).sum()) if each_sample else held.n_rows
     return n_rows * sum(each.width * dtypes[key].itemsize for key, each in held.activations.items())
@@ -112,7 +113,7 @@ class Stored(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: Callable[[], Iterable[Array]]
+    slabs: Callable[[], Iterable[Array]]
     """Its raw bits in order, some rows at a time."""
 
     @property
@@ -153,8 +154,8 @@ def _places(ranges: Array, first: Array) -> Iterator[tuple[int, int, int]]:
 def _tensors(shard: Shard, dtypes: Mapping[str, torch.dtype]) -> list[Stored]:
     held, found = shard.contents(), []
     for key, each in held.activations.items():
-        changed = contents.converted(replace(held, activations={key: each}), dtypes[key]).activations[key]
-        found.append(Stored(key, changed.dtype, (held.n_rows, each.width), changed.pieces))
+        changed = converted(replace(held, activations={key: each}), dtypes[key]).activations[key]
+        found.append(Stored(key, changed.dtype, (held.n_rows, each.width), changed.slabs))
     numbers = {"token_id": held.token_ids[:], "position": held.positions[:]}
     return found + [Stored(name, torch.int32, (held.n_rows,), partial(iter, [v])) for name, v in numbers.items()]
 
@@ -172,8 +173,8 @@ def _save_safetensors(path: Path, tensors: Sequence[Stored]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
-            for piece in tensor.pieces():
-                file.write(raw_bytes(np.ascontiguousarray(piece)))
+            for slab in tensor.slabs():
+                file.write(raw_bytes(np.ascontiguousarray(slab)))
 
 
 def _save_npz(path: Path, tensors: Sequence[Stored]) -> None:
@@ -183,8 +184,8 @@ def _save_npz(path: Path, tensors: Sequence[Stored]) -> None:
             header = {"descr": _NUMPY[tensor.dtype], "fortran_order": False, "shape": tensor.shape}
             with archive.open(f"{tensor.name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, header)
-                for piece in tensor.pieces():
-                    file.write(raw_bytes(np.ascontiguousarray(piece)))
+                for slab in tensor.slabs():
+                    file.write(raw_bytes(np.ascontiguousarray(slab)))
 
 
 def _write_lens(run: Run, folder: Path, dtypes: Mapping[str, torch.dtype], advance: Advance) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from AutomaticEval.public_names import without_folders
-from AutomaticEval.store.contents import Contents, narrowed
+from AutomaticEval.store.contents.changed import narrowed
+from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.reader import Run
 
 Advance = Callable[[int], None]

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from AutomaticEval.errors import CaptureError, SelectionError, StoreError
-from AutomaticEval.store.hdf5.contract import bits
+from AutomaticEval.store.bits import bits
 
 _IN_BLOCK = {
     "resid_pre": "hook_resid_pre",

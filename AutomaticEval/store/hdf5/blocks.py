@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from AutomaticEval.errors import DamagedFile, StoreError
+from AutomaticEval.store.bits import raw_bytes
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.checksums import NAME, rows_per_block
 from AutomaticEval.store.hdf5.extents import Extent, Sums, dataset_of, naming, needs_filters, offset_of, stamp_of
@@ -116,7 +117,7 @@ def _read(path: Path, extent: Extent, handle: int, fetch: Fetch, wanted: Array, 
     sums = extent.sums
     if sums is None or not sums.only_whole or not _is_whole(wanted, sums.rows):
         return
-    if xxhash.xxh3_64_intdigest(contract.raw_bytes(out)) != sums.single:
+    if xxhash.xxh3_64_intdigest(raw_bytes(out)) != sums.single:
         raise damaged(path, extent.name, 0, sums.rows)
 
 
@@ -167,7 +168,7 @@ class _Blocks:
         if sums is None:
             self._fetch(start, stop, out)
             return
-        view, block_bytes = contract.raw_bytes(out), sums.rows * self._extent.row_bytes
+        view, block_bytes = raw_bytes(out), sums.rows * self._extent.row_bytes
         expected = self._expected(sums, start // sums.rows, -(-(stop - start) // sums.rows))
         together = max(1, _STEP_BYTES // block_bytes)
         for first in range(0, len(expected), together):
@@ -191,7 +192,7 @@ class _Blocks:
 
 def _fetch(handle: int, extent: Extent, start: int, stop: int, out: Array) -> None:
     assert extent.offset is not None
-    view, filled = contract.raw_bytes(out), 0
+    view, filled = raw_bytes(out), 0
     at = extent.offset + start * extent.row_bytes
     while filled < len(view):
         got = os.preadv(handle, [view[filled:]], at + filled)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from AutomaticEval.store.hdf5.contract import raw_bytes
+from AutomaticEval.store.bits import raw_bytes
 
 NAME = "xxh3_64"
 OF_ATTRIBUTES = "attributes_xxh3_64"
@@ -22,10 +22,10 @@ def rows_per_block(row_bytes: int) -> int:
     return max(1, BLOCK_BYTES // max(1, row_bytes))
 
 
-class Running:
-    """The checksum of an array that comes in pieces, each contiguous and little-endian, and those of its blocks.
+class ArrayHash:
+    """The checksum of an array that comes in slabs, each contiguous and little-endian, and those of its blocks.
 
-    The pieces may begin and end anywhere. Both are taken of a block while it is in the processor's cache.
+    The slabs may begin and end anywhere. Both are taken of a block while it is in the processor's cache.
     """
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
@@ -33,8 +33,8 @@ class Running:
         self._block_bytes, self._n_open = max(1, block_bytes), 0
         self._closed: list[int] = []
 
-    def add(self, piece: np.ndarray[Any, Any]) -> None:
-        view, at = raw_bytes(piece), 0
+    def add(self, slab: np.ndarray[Any, Any]) -> None:
+        view, at = raw_bytes(slab), 0
         while at < len(view):
             part = view[at : at + self._block_bytes - self._n_open]
             self._whole.update(part)
@@ -53,7 +53,7 @@ class Running:
             self._n_open = 0
 
     def hexdigest(self) -> str:
-        """The checksum of all pieces that were added."""
+        """The checksum of all slabs that were added."""
         return self._whole.hexdigest()
 
     def blocks(self) -> np.ndarray[Any, Any]:
@@ -61,11 +61,11 @@ class Running:
         return np.array([*self._closed, *([self._open.intdigest()] if self._n_open else [])], dtype="<u8")
 
 
-def of_numbers(pieces: Iterable[np.ndarray[Any, Any]]) -> str:
-    """The checksum of an array that comes in pieces."""
+def of_numbers(slabs: Iterable[np.ndarray[Any, Any]]) -> str:
+    """The checksum of an array that comes in slabs."""
     found = xxhash.xxh3_64()
-    for piece in pieces:
-        found.update(raw_bytes(piece))
+    for slab in slabs:
+        found.update(raw_bytes(slab))
     return found.hexdigest()
 
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import h5py
 import numpy as np
 import torch
-from torch import Tensor
 
-from AutomaticEval.errors import CaptureError, did_you_mean
+from AutomaticEval.errors import CaptureError
+from AutomaticEval.samples import COLUMNS
 from AutomaticEval.store.disk.parsing import is_too_deep, parse_json
 
 SHARD_FORMAT = "automatic-eval/activations"
@@ -24,36 +23,6 @@ RUN_FORMAT = "automatic-eval/run"
 VERSION = (1, 2)
 TEXT = h5py.string_dtype()
 _TEXT_TYPE = h5py.h5t.py_create(TEXT)
-
-COLUMNS = {
-    "prompt": "text",
-    "response": "text",
-    "timestamp": "text",
-    "n_prompt_tokens": "int",
-    "batch_rows": "int",
-    "batch_columns": "int",
-    "task": "text",
-    "doc_id": "int",
-    "choice": "int",
-    "repeat": "int",
-    "window": "int",
-    "n_truncated": "int",
-    "question": "text",
-    "extracted_answer": "json",
-    "choices": "json",
-    "logprob": "float",
-    "is_greedy": "bool",
-    "scoring": "text",
-    "correct": "bool",
-    "target": "json",
-    "prediction": "json",
-    "metrics": "json",
-    "prompt_hash": "text",
-    "random_state": "text",
-    "shard": "int",
-    "index": "int",
-}
-"""Column -> type. Nothing else can be written."""
 
 ENCODINGS = ("utf-8", "json", "int", "float", "bool")
 ENCODED: dict[str, tuple[str, ...]] = {
@@ -74,130 +43,6 @@ _DTYPES = {
     torch.float16: h5py.h5t.IEEE_F16LE,
     torch.int8: h5py.h5t.STD_I8LE,
 }
-_BITS: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
-    8: (np.dtype("<u8"), torch.int64),
-    4: (np.dtype("<u4"), torch.int32),
-    2: (np.dtype("<u2"), torch.int16),
-    1: (np.dtype("i1"), torch.int8),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows of one sequence that are stored together. Several samples may point into the same Rows."""
-
-    token_ids: Sequence[int]
-    tokens: Sequence[str]
-    """The tokens' strings, aligned with token_ids."""
-
-    positions: Sequence[int]
-    activations: Mapping[str, Tensor]
-    """Key -> [n_rows, width], on the CPU."""
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(each.numel() * each.element_size() for each in self.activations.values())
-
-    @property
-    def memory_bytes(self) -> int:
-        """With about what Python takes for each row's token, string and position."""
-        return self.size_bytes + 150 * len(self.positions)
-
-
-class Part(NamedTuple):
-    """Some of the rows that are stored together."""
-
-    rows: Rows
-    where: Sequence[int]
-    """Indices into rows, ascending by position."""
-
-
-def fed_of(input_ids: Sequence[int], generated_ids: Sequence[int]) -> list[int]:
-    """What a model is fed of a sample: all but the last token of a response; a text without one to its end."""
-    return [*input_ids, *list(generated_ids)[:-1]]
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One prompt (or context) with one response (or continuation), and where its rows are."""
-
-    fields: Mapping[str, Any]
-    """Columns of COLUMNS: prompt, response, timestamp, …"""
-
-    input_ids: Sequence[int]
-    generated_ids: Sequence[int]
-    parts: Sequence[Part]
-    """Its rows, one part after the other: a prefix that many samples share, then its own."""
-
-    def __post_init__(self) -> None:
-        """Refuse rows that are not this sample's tokens, and columns that could not be written."""
-        check_columns(self.fields)
-        if not self.parts:
-            raise CaptureError("a sample needs the rows it points into, of which it may keep none.")
-        fed = fed_of(self.input_ids, self.generated_ids)
-        for rows, where in self.parts:
-            positions = [rows.positions[index] for index in where]
-            found = [rows.token_ids[index] for index in where]
-            inside = not positions or (min(where) >= 0 and min(positions) >= 0 and max(positions) < len(fed))
-            if not inside or [fed[position] for position in positions] != found:
-                raise CaptureError(
-                    f"rows of the tokens {found[:8]} at the positions {positions[:8]} do not belong to their sample, which was fed "
-                    f"{len(fed)} tokens (prompt {self.fields.get('prompt', '')[:40]!r})."
-                )
-
-    @property
-    def memory_bytes(self) -> int:
-        """About what it takes beside its rows: Python's numbers and text."""
-        n_ids = len(self.input_ids) + len(self.generated_ids)
-        return 36 * n_ids + sum(len(value) for value in self.fields.values() if isinstance(value, str)) + 2048
-
-    def activation_data(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The dict that the drop-in functions return and `load_activations` gives back."""
-        picked: dict[str, list[Tensor]] = {}
-        for rows, where in self.parts:
-            index = torch.tensor(list(where), dtype=torch.long)
-            for key, tensor in rows.activations.items():
-                picked.setdefault(key, []).append(tensor[index])
-        return assemble(
-            model,
-            settings,
-            self.fields,
-            self.input_ids,
-            self.generated_ids,
-            [rows.token_ids[i] for rows, where in self.parts for i in where],
-            [rows.positions[i] for rows, where in self.parts for i in where],
-            [rows.tokens[i] for rows, where in self.parts for i in where],
-            {key: torch.cat(tensors) for key, tensors in picked.items()},
-        )
-
-
-def assemble(
-    model: str,
-    settings: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    input_ids: Sequence[int],
-    generated_ids: Sequence[int],
-    token_ids: Sequence[int],
-    positions: Sequence[int],
-    tokens: Sequence[str],
-    activations: dict[str, Tensor],
-) -> dict[str, Any]:
-    """One sample as a dict, the same whether it comes from a model or from a file."""
-    rest = {
-        name: value for name, value in fields.items() if name not in ("batch_rows", "batch_columns", "shard", "index")
-    }
-    shape = [fields[name] for name in ("batch_rows", "batch_columns") if name in fields]
-    return {
-        **rest,
-        "model": model,
-        "input_ids": torch.tensor(list(input_ids), dtype=torch.long)[None],  # [1, P]
-        "generated_ids": torch.tensor(list(generated_ids), dtype=torch.long),  # [R]
-        "token_ids": torch.tensor(list(token_ids), dtype=torch.long),  # [n_positions]
-        "positions": torch.tensor(list(positions), dtype=torch.long),  # [n_positions]
-        "tokens": list(tokens),
-        "activations": activations,
-        "settings": {**settings, "batch_shape": shape} if shape else dict(settings),
-    }
 
 
 def shard_number(name: str) -> int:
@@ -229,28 +74,6 @@ def hdf5_type(dtype: torch.dtype) -> h5py.h5t.TypeID:
     return made
 
 
-def bits(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The raw bits of a contiguous tensor, as unsigned integers that share its memory."""
-    numpy_type, torch_type = _BITS[tensor.element_size()]
-    return tensor.contiguous().view(torch_type).numpy().view(numpy_type)
-
-
-def from_bits(raw: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
-    """The tensor whose raw bits these are, sharing their memory."""
-    signed = raw.view(np.dtype(f"<i{raw.dtype.itemsize}"))
-    return torch.from_numpy(signed).view(dtype)
-
-
-def raw_bytes(array: np.ndarray[Any, Any]) -> memoryview:
-    """The bytes of a contiguous array, sharing its memory."""
-    return array.reshape(-1).view(np.uint8).data
-
-
-def bits_type(dtype: torch.dtype) -> np.dtype[Any]:
-    """The unsigned integer type as wide as a dtype."""
-    return _BITS[torch.empty((), dtype=dtype).element_size()][0]
-
-
 def attribute_of(item: h5py.HLObject, name: str) -> Any:
     """An attribute of one value, text or a whole number. Raises ValueError for another, which is not read; KeyError for none."""
     made = h5py.h5a.open(item.id, name.encode("utf-8", "surrogateescape"))
@@ -271,16 +94,6 @@ def text_of(item: h5py.HLObject, name: str) -> str:
     if not isinstance(found, str):
         raise ValueError(f"the attribute {name} of {item.name} is {found!r}, expected text")
     return found
-
-
-def check_columns(names: Iterable[str]) -> None:
-    """Raises CaptureError for a column that the format does not have: it would be lost."""
-    for name in names:
-        if name not in COLUMNS:
-            raise CaptureError(
-                f"a sample has the column {name!r}, which format {'.'.join(map(str, VERSION))} does not have, and nothing was written."
-                f"{did_you_mean(name, COLUMNS)} Columns: {', '.join(COLUMNS)}."
-            )
 
 
 def encode_column(name: str, values: Sequence[Any]) -> tuple[np.ndarray[Any, Any] | list[str], str]:

@@ -14,8 +14,9 @@ import h5py
 import numpy as np
 
 from AutomaticEval.errors import AutomaticEvalError, FileRefused, MissingFilter, NewerFormat, NotActivations
-from AutomaticEval.store import int8 as eight_bits
-from AutomaticEval.store.contents import Contents
+from AutomaticEval.samples import COLUMNS
+from AutomaticEval.store import int8
+from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.hdf5 import checksums, contract
 from AutomaticEval.store.hdf5.blocks import read_ranges, stored_sums, sums_of
 from AutomaticEval.store.hdf5.extents import Extent, dataset_of
@@ -92,7 +93,7 @@ def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:
 
 
 def _texts(shard: Shard, file: h5py.File) -> list[str]:
-    names = [f"samples/{name}" for name in shard.column_names if name in contract.COLUMNS]
+    names = [f"samples/{name}" for name in shard.column_names if name in COLUMNS]
     names += ["vocabulary/token"]
     names += [f"shards/{name}" for name in ("name", checksums.OF_ATTRIBUTES) if shard.kind == contract.RUN_FORMAT]
     return [name for name in names if h5py.check_string_dtype(file[name].dtype) is not None]
@@ -141,20 +142,20 @@ def _places(blocks: Array, rows: int, n_rows: int) -> str:
     return f"rows {', '.join(named)}" + (f" and {len(blocks) - _NAMED} more blocks" if len(blocks) > _NAMED else "")
 
 
-def _hashed(path: Path, extent: Extent, advance: Advance) -> checksums.Running:
+def _hashed(path: Path, extent: Extent, advance: Advance) -> checksums.ArrayHash:
     """The checksums of all rows, which are read into one buffer."""
     has_blocks = extent.sums is not None and not extent.sums.only_whole
-    rows = extent.sums.rows if extent.sums is not None and has_blocks else eight_bits.BLOCK_ROWS
-    hashed = checksums.Running(rows * extent.row_bytes)
+    rows = extent.sums.rows if extent.sums is not None and has_blocks else int8.BLOCK_ROWS
+    hashed = checksums.ArrayHash(rows * extent.row_bytes)
     step = max(1, (_CHUNKED_BYTES if extent.offset is None else _STEP_BYTES) // max(1, rows * extent.row_bytes)) * rows
     buffer = np.empty((min(step, extent.shape[0]), *extent.shape[1:]), extent.dtype)
     plain = extent._replace(sums=None)
     for start in range(0, extent.shape[0], step):
-        piece = buffer[: min(step, extent.shape[0] - start)]
-        read_ranges(path, plain, [(start, start + len(piece))], piece)
-        hashed.add(piece)
+        slab = buffer[: min(step, extent.shape[0] - start)]
+        read_ranges(path, plain, [(start, start + len(slab))], slab)
+        hashed.add(slab)
         if extent.name.startswith("activations/"):
-            advance(piece.nbytes)
+            advance(slab.nbytes)
     return hashed
 
 

@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from AutomaticEval.errors import FileRefused, MissingFilter, TruncatedFile
+from AutomaticEval.samples import COLUMNS
 from AutomaticEval.store.disk.system import UNREAD, code_of
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.room import REFERENCE, Room, text_bytes
@@ -219,7 +220,7 @@ def check_column(file: h5py.File, name: str, n_values: int, size: int, room: Roo
         raise ValueError(f"/{name} has shape {dataset.shape}, expected [{n_values}]")
     is_text = h5py.check_string_dtype(dataset.dtype) is not None
     encoding, column = contract.text_of(dataset, "encoding"), name.removeprefix("samples/")
-    kind = contract.COLUMNS.get(column) if column != name else "text"
+    kind = COLUMNS.get(column) if column != name else "text"
     allowed = contract.ENCODINGS if kind is None else contract.ENCODED[kind]
     if encoding not in allowed or is_text == (encoding in contract.NUMPY):
         raise ValueError(f"/{name} is {dataset.dtype} with the encoding {encoding!r}")

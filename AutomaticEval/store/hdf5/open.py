@@ -15,6 +15,7 @@ import h5py
 import torch
 
 from AutomaticEval.errors import DamagedFile, NotActivations, StoreError, TruncatedFile
+from AutomaticEval.store.bits import bits_type
 from AutomaticEval.store.disk.system import UNREAD, code_of
 from AutomaticEval.store.hdf5 import contract, trailer
 from AutomaticEval.store.hdf5.attributes import about
@@ -109,8 +110,8 @@ class OpenedFile:
             raise ValueError(f"/{name} has shape {dataset.shape} and {dataset.dtype}, expected rows of {dtype}")
         if self.kind == contract.RUN_FORMAT:
             self._room.check_shape(name, dataset.shape)
-            return dtype, Extent(name, None, dataset.shape, contract.bits_type(dtype), ())
-        return dtype, self._extent_of(file, dataset, name, contract.bits_type(dtype), 2)
+            return dtype, Extent(name, None, dataset.shape, bits_type(dtype), ())
+        return dtype, self._extent_of(file, dataset, name, bits_type(dtype), 2)
 
     def _extent(self, file: h5py.File, name: str, dtype: Any, n_dimensions: int = 1) -> Extent:
         return self._extent_of(file, dataset_of(file, name), name, dtype, n_dimensions)

@@ -13,18 +13,19 @@ import h5py
 import numpy as np
 import torch
 
+from AutomaticEval.samples import COLUMNS
 from AutomaticEval.sites import key_order
-from AutomaticEval.store import int8 as eight_bits
-from AutomaticEval.store.contents import Activation, Contents
+from AutomaticEval.store import int8
+from AutomaticEval.store.contents.file_contents import Activation, Contents
 from AutomaticEval.store.finite import counts_in
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.blocks import FileArray, damaged, read_ranges
-from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES, Running
+from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES, ArrayHash
 from AutomaticEval.store.hdf5.extents import Extent, check_column, dataset_of, names_of
 from AutomaticEval.store.hdf5.open import OpenedFile
 from AutomaticEval.store.ragged import Array, Ragged, ranges_of
 
-_PIECE_BYTES = 8 * 2**20
+_SLAB_BYTES = 8 * 2**20
 _WIDE = ("offset", "start", "stop", "n_rows", "size_bytes")
 """Numbers of 64 bits; the others have 32."""
 
@@ -35,7 +36,7 @@ class Shard(OpenedFile):
     def _read(self, file: h5py.File) -> None:
         self.columns: dict[str, tuple[str, Extent]] = {}
         """Those of numbers: the encoding, and where they lie."""
-        known = list(contract.COLUMNS)  # a newer minor version may have more
+        known = list(COLUMNS)  # a newer minor version may have more
         self.column_names = sorted(
             names_of(file, "samples"), key=lambda name: known.index(name) if name in known else len(known)
         )
@@ -78,7 +79,7 @@ class Shard(OpenedFile):
                 if encoding in contract.NUMPY:
                     self.columns[name] = encoding, self._extent(file, f"samples/{name}", contract.NUMPY[encoding])
             except (ValueError, KeyError):
-                if name in contract.COLUMNS:
+                if name in COLUMNS:
                     raise
                 self.column_names.remove(name)  # a newer minor version's, of a kind that is not known here
 
@@ -137,7 +138,7 @@ class Shard(OpenedFile):
             read_ranges(self.path, self.extents[key], ranges, out)
             return
         raw = read_ranges(self.path, self.extents[key], ranges)
-        out.view(np.float32)[:] = eight_bits.restored(raw, self.read_scales(key, ranges))
+        out.view(np.float32)[:] = int8.restored(raw, self.read_scales(key, ranges))
 
     def read_scales(self, key: str, ranges: Array) -> Array:
         """What one step of each int8 number of some rows stands for: float32 [n, width]."""
@@ -203,21 +204,21 @@ class Shard(OpenedFile):
         )
 
     def _stored(self, key: str) -> Activation:
-        scales = partial(self.pieces, self.scales[key]) if self.dtypes[key] == torch.int8 else None
-        return Activation(self.dtypes[key], self.extents[key].shape[1], partial(self.pieces, self.extents[key]), scales)
+        scales = partial(self.slabs, self.scales[key]) if self.dtypes[key] == torch.int8 else None
+        return Activation(self.dtypes[key], self.extents[key].shape[1], partial(self.slabs, self.extents[key]), scales)
 
-    def pieces(self, extent: Extent) -> Iterator[Array]:
+    def slabs(self, extent: Extent) -> Iterator[Array]:
         """A dataset from its first row to its last, a few megabytes at a time."""
         sums = extent.sums
-        hashed = None if sums is None or not sums.only_whole else Running()
+        hashed = None if sums is None or not sums.only_whole else ArrayHash()
         # whole chunks and blocks: none is decompressed or checked twice
-        unit = eight_bits.BLOCK_ROWS if sums is None or sums.only_whole else sums.rows
-        step = -(-max(1, _PIECE_BYTES // max(1, extent.row_bytes)) // unit) * unit
+        unit = int8.BLOCK_ROWS if sums is None or sums.only_whole else sums.rows
+        step = -(-max(1, _SLAB_BYTES // max(1, extent.row_bytes)) // unit) * unit
         for start in range(0, extent.shape[0], step):
-            piece = read_ranges(self.path, extent, [(start, min(start + step, extent.shape[0]))])
+            slab = read_ranges(self.path, extent, [(start, min(start + step, extent.shape[0]))])
             if hashed is not None:
-                hashed.add(piece)
-            yield piece
+                hashed.add(slab)
+            yield slab
         if sums is not None and hashed is not None and int(hashed.hexdigest(), 16) != sums.single:
             raise damaged(self.path, extent.name, 0, extent.shape[0])
 
@@ -245,7 +246,7 @@ class FileColumns:
 
 
 def _decode(name: str) -> Callable[[h5py.Dataset, slice], list[Any]]:
-    return contract.decode_texts if contract.COLUMNS.get(name) == "text" else contract.decode_column
+    return contract.decode_texts if COLUMNS.get(name) == "text" else contract.decode_column
 
 
 def _number_names(file: h5py.File, groups: Sequence[str]) -> list[str]:

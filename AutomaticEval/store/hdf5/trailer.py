@@ -90,11 +90,11 @@ def _checksum(file: BinaryIO, size: int, arrays: list[tuple[int, int]]) -> str:
     for start, stop in _outside(size, arrays):
         file.seek(start)
         while start < stop:
-            piece = file.read(min(_STEP, stop - start))
-            if not piece:
+            read = file.read(min(_STEP, stop - start))
+            if not read:
                 raise OSError("the file ends too soon")
-            found.update(piece)
-            start += len(piece)
+            found.update(read)
+            start += len(read)
     return found.hexdigest()
 
 

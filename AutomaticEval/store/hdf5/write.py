@@ -17,20 +17,21 @@ import torch
 
 from AutomaticEval.errors import CaptureError, PathExists, SelectionError
 from AutomaticEval.public_names import without_folders
-from AutomaticEval.store import contents
-from AutomaticEval.store import int8 as eight_bits
-from AutomaticEval.store.contents import Activation, Columns, Contents
-from AutomaticEval.store.disk.whole_files import new_hdf5
+from AutomaticEval.samples import COLUMNS, Sample, check_columns
+from AutomaticEval.store import int8
+from AutomaticEval.store.contents.columns import Columns
+from AutomaticEval.store.contents.file_contents import Activation, Contents
+from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.finite import NON_FINITE, counts_in, n_non_finite, say_non_finite
 from AutomaticEval.store.hdf5 import checksums, contract
-from AutomaticEval.store.hdf5.contract import Sample
 from AutomaticEval.store.hdf5.extents import load_filters
+from AutomaticEval.store.hdf5.new_hdf5 import new_hdf5
 from AutomaticEval.store.hdf5.trailer import CHECKSUMS
 from AutomaticEval.store.ragged import Array, rechunked
 
 COMPRESSIONS = ("zstd", "lz4", "gzip")
-_PIECE_BYTES = 8 * 2**20
-_PIECE_NUMBERS = 2**18
+_SLAB_BYTES = 8 * 2**20
+_SLAB_NUMBERS = 2**18
 """Numbers of a table that are written at once. Picking them from shards takes about a hundred bytes for each."""
 _CHUNK_BYTES = 512 * 2**10
 """Below the 1 MiB that older HDF5 libraries keep in memory for each dataset."""
@@ -74,7 +75,7 @@ def write_shard(
 
     Raises PathExists, FolderNotWritable, DiskFull, NotFinite.
     """
-    written = write_file(path, contents.of_samples(samples, model, settings), overwrite=overwrite)
+    written = write_file(path, of_samples(samples, model, settings), overwrite=overwrite)
     say_non_finite(path, written.non_finite, strict=strict)
 
 
@@ -138,11 +139,11 @@ def write_run(path: Path, held: Contents, sources: Sequence[Source], *, finished
 
 def _table_bytes(held: Contents) -> int:
     """More than everything but the activations takes in a file."""
-    names = [name for name in held.columns.names if name in contract.COLUMNS]
+    names = [name for name in held.columns.names if name in COLUMNS]
     text = sum(
         len(value.encode("utf-8", "replace")) if isinstance(value, str) else 64 if value is None else len(str(value))
         for name in names
-        if contract.COLUMNS[name] in ("text", "json")
+        if COLUMNS[name] in ("text", "json")
         for value in held.columns.whole(name)
     )
     ids = len(held.input_ids.values) + len(held.generated_ids.values) + 2 * len(held.segments.values)
@@ -191,30 +192,30 @@ def _write_table(file: h5py.File, held: Contents) -> None:
     _write_columns(file, held.columns)
 
 
-def _together(pieces: Iterator[Array], width: int) -> Array:
-    found = list(pieces)
+def _together(slabs: Iterator[Array], width: int) -> Array:
+    found = list(slabs)
     return np.concatenate(found) if found else np.empty((0, width), np.float32)
 
 
 def _write_activation(file: h5py.File, key: str, activation: Activation, n_rows: int, compression: str | None) -> None:
-    """One dataset, written piece after piece as raw bits, its checksum on the way."""
+    """One dataset, written slab after slab as raw bits, its checksum on the way."""
     stored = contract.hdf5_type(activation.dtype)
     dataset = _create(file, f"activations/{key}", stored, (n_rows, activation.width), compression)
     row_bytes = max(1, activation.width * stored.get_size())
     rows = dataset.chunks[0] if dataset.chunks else checksums.rows_per_block(row_bytes)
-    hashed, n_wrong = checksums.Running(rows * row_bytes), 0
+    hashed, n_wrong = checksums.ArrayHash(rows * row_bytes), 0
     # whole chunks, and whole blocks of scales, so that neither is written twice
-    step = -(-max(1, _PIECE_BYTES // row_bytes) // eight_bits.BLOCK_ROWS) * eight_bits.BLOCK_ROWS
+    step = -(-max(1, _SLAB_BYTES // row_bytes) // int8.BLOCK_ROWS) * int8.BLOCK_ROWS
     space, at, started = dataset.id.get_space(), 0, 0
     whole = compression is not None or activation.dtype == torch.int8
-    for piece in rechunked(activation.pieces(), step) if whole else activation.pieces():
-        values = np.ascontiguousarray(piece)
+    for slab in rechunked(activation.slabs(), step) if whole else activation.slabs():
+        values = np.ascontiguousarray(slab)
         space.select_hyperslab((at, 0), values.shape)
         dataset.id.write(h5py.h5s.create_simple(values.shape), space, values, mtype=stored)
         hashed.add(values)
         n_wrong += n_non_finite(values, activation.dtype)
         at += len(values)
-        if not whole and (at - started) * row_bytes >= _PIECE_BYTES:
+        if not whole and (at - started) * row_bytes >= _SLAB_BYTES:
             _start_writing(file, dataset.id.get_offset() + started * row_bytes, (at - started) * row_bytes)
             started = at
     assert at == n_rows, f"{key}: {at} rows came, expected {n_rows}"
@@ -223,7 +224,7 @@ def _write_activation(file: h5py.File, key: str, activation: Activation, n_rows:
     _write_checksums(dataset, hashed, rows)
 
 
-def _write_checksums(dataset: h5py.Dataset, hashed: checksums.Running, rows: int) -> None:
+def _write_checksums(dataset: h5py.Dataset, hashed: checksums.ArrayHash, rows: int) -> None:
     """The dataset's own, and where it has several blocks of so many rows, those of the blocks."""
     dataset.attrs[checksums.NAME] = hashed.hexdigest()
     blocks = hashed.blocks()
@@ -258,7 +259,7 @@ def _create(
 
 def _compress(settings: Any, shape: tuple[int, int], item_bytes: int, compression: str) -> None:
     rows = max(1, _CHUNK_BYTES // (shape[1] * item_bytes))
-    rows = 2 ** (min(rows, eight_bits.BLOCK_ROWS).bit_length() - 1)  # divides the pieces that are written
+    rows = 2 ** (min(rows, int8.BLOCK_ROWS).bit_length() - 1)  # divides the slabs that are written
     settings.set_chunk((min(rows, shape[0]), shape[1]))
     if item_bytes > 1:
         settings.set_shuffle()
@@ -297,15 +298,15 @@ def _write_numbers(file: h5py.File, name: str, values: Any, dtype: str) -> None:
     shape = values[:0].shape[1:]
     dataset = file.create_dataset(name, (len(values), *shape), dtype, track_times=False)
     rows = checksums.rows_per_block(dataset.dtype.itemsize * math.prod(shape))
-    hashed = checksums.Running(rows * dataset.dtype.itemsize * math.prod(shape))
-    step = max(1, _PIECE_NUMBERS // max(1, math.prod(shape)))
+    hashed = checksums.ArrayHash(rows * dataset.dtype.itemsize * math.prod(shape))
+    step = max(1, _SLAB_NUMBERS // max(1, math.prod(shape)))
     for at in range(0, len(values), step):
         given = np.asarray(values[at : at + step])
-        piece = np.ascontiguousarray(given, dtype=dtype)
-        if given.dtype.kind in "iu" and not np.array_equal(given, piece):
+        slab = np.ascontiguousarray(given, dtype=dtype)
+        if given.dtype.kind in "iu" and not np.array_equal(given, slab):
             raise CaptureError(f"/{name} holds numbers that {dtype} cannot hold: {given.min()} to {given.max()}.")
-        dataset[at : at + step] = piece
-        hashed.add(piece)
+        dataset[at : at + step] = slab
+        hashed.add(slab)
     _write_checksums(dataset, hashed, rows)
 
 
@@ -322,9 +323,9 @@ def _write_strings(file: h5py.File, name: str, texts: Sequence[str], encoding: s
 
 def _write_columns(file: h5py.File, columns: Columns) -> None:
     """`/samples`: one dataset a column. Raises CaptureError for one that the format does not have, such as a newer version's."""
-    contract.check_columns(columns.names)
+    check_columns(columns.names)
     group = file.require_group("samples")
-    for name in contract.COLUMNS:
+    for name in COLUMNS:
         if name not in columns.names:
             continue
         values, encoding = contract.encode_column(name, columns.whole(name))

@@ -27,8 +27,10 @@ from AutomaticEval.public_names import is_same
 from AutomaticEval.selection import Positions
 from AutomaticEval.settings import IDENTITY, differing
 from AutomaticEval.sites import LayersLike, expand, parse_kinds, parse_layers
-from AutomaticEval.store import contents
-from AutomaticEval.store.contents import Activation, Contents
+from AutomaticEval.store.contents.changed import converted, cut
+from AutomaticEval.store.contents.columns import Listed
+from AutomaticEval.store.contents.file_contents import Activation, Contents
+from AutomaticEval.store.contents.joined import joined
 from AutomaticEval.store.disk.whole_files import ensure_space, prepare_file, prepare_folder
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.damage import Advance, ignore, verify_file
@@ -106,12 +108,12 @@ def check(path: Path) -> None:
 def _verify_places(run: Run) -> list[str]:
     """Samples of `run.h5` that are not those of the shards it names."""
     shards = run.shards  # each is checked to be of this run, with its rows
-    parts = [replace(shard.contents(), columns=contents.Listed({})) for shard in shards]
+    parts = [replace(shard.contents(), columns=Listed({})) for shard in shards]
     try:
         order = order_of(parts, run.contents.columns)
     except ValueError as stray:
         return [f"{run.path / INDEX}: {stray}"]
-    theirs, ours = contents.joined(parts).segments.take(order), run.contents.segments
+    theirs, ours = joined(parts).segments.take(order), run.contents.segments
     wrong = theirs.first_difference(ours)
     if wrong is None:
         return []
@@ -138,7 +140,7 @@ def rebuild_index(folder: Path) -> Path:
     try:
         run = open_run(folder)
         sources = [source_of(shard) for shard in run.shards]
-        write_index(folder, sources, run.shards, contents.Listed.of(run.records()), finished=run.finished)
+        write_index(folder, sources, run.shards, Listed.of(run.records()), finished=run.finished)
         delete_replaced(folder)
     finally:
         lock.release()
@@ -156,7 +158,7 @@ def merge(
         check(path)
     runs = [open_run(path) for path in paths]
     _check_joinable(runs)
-    held = _alone(contents.joined([run.contents for run in runs], _joined_settings(runs)))
+    held = _alone(joined([run.contents for run in runs], _joined_settings(runs)))
     return _write(destination, held, compression, advance)
 
 
@@ -191,7 +193,7 @@ def _joined_settings(runs: Sequence[Run]) -> dict[str, Any]:
 def _alone(held: Contents) -> Contents:
     """Without the columns that say where in a run a sample is."""
     names = [name for name in held.columns.names if name not in ("shard", "index")]
-    return replace(held, columns=contents.Listed({name: held.columns.whole(name) for name in names}))
+    return replace(held, columns=Listed({name: held.columns.whole(name) for name in names}))
 
 
 def prune(
@@ -221,7 +223,7 @@ def prune(
     if before.get("positions") not in (None, "all", now.get("positions")):  # of what was stored, not of everything
         now["positions"] = f"{now['positions']} of {before['positions']}"
     settings = {**run.settings, **now, "pruned_from": [*run.settings.get("pruned_from", []), before]}
-    return _write(destination, replace(contents.cut(held, kept, keys), settings=settings), compression, advance)
+    return _write(destination, replace(cut(held, kept, keys), settings=settings), compression, advance)
 
 
 def kept_keys(run: Run, sites: str | None, layers: LayersLike) -> list[str]:
@@ -292,7 +294,7 @@ def convert(
     run = open_run(path)
     held = _alone(run.contents)
     if dtype is not None:
-        changed = contents.converted(held, getattr(torch, dtype))
+        changed = converted(held, getattr(torch, dtype))
         before = run.settings.get("store_dtype") or run.settings.get("dtype")
         held = replace(changed, settings={**run.settings, "store_dtype": dtype, "converted_from": before})
     return _write(destination, held, compression, advance)
@@ -306,16 +308,16 @@ def _write(destination: Path, held: Contents, compression: str | None, advance: 
     prepare_file(destination, offer_overwrite=False)
     row_bytes = sum(each.width * each.dtype.itemsize for each in held.activations.values())
     ensure_space(destination.parent, 0 if compression else held.n_rows * row_bytes)
-    told = {key: replace(each, pieces=_telling(each, advance)) for key, each in held.activations.items()}
+    told = {key: replace(each, slabs=_telling(each, advance)) for key, each in held.activations.items()}
     write_file(destination, replace(held, activations=told), compression=compression)
     return destination
 
 
-def _counted(pieces: Iterator[Array], advance: Advance) -> Iterator[Array]:
-    for piece in pieces:
-        yield piece
-        advance(piece.nbytes)
+def _counted(slabs: Iterator[Array], advance: Advance) -> Iterator[Array]:
+    for slab in slabs:
+        yield slab
+        advance(slab.nbytes)
 
 
 def _telling(activation: Activation, advance: Advance) -> Callable[[], Iterator[Array]]:
-    return lambda: _counted(activation.pieces(), advance)
+    return lambda: _counted(activation.slabs(), advance)

@@ -1,0 +1,165 @@
+"""A sample and its rows of activations: what capture, evaluation and store hand to one another.
+
+Knows nothing of models or of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from AutomaticEval.errors import CaptureError, did_you_mean
+
+COLUMNS = {
+    "prompt": "text",
+    "response": "text",
+    "timestamp": "text",
+    "n_prompt_tokens": "int",
+    "batch_rows": "int",
+    "batch_columns": "int",
+    "task": "text",
+    "doc_id": "int",
+    "choice": "int",
+    "repeat": "int",
+    "window": "int",
+    "n_truncated": "int",
+    "question": "text",
+    "extracted_answer": "json",
+    "choices": "json",
+    "logprob": "float",
+    "is_greedy": "bool",
+    "scoring": "text",
+    "correct": "bool",
+    "target": "json",
+    "prediction": "json",
+    "metrics": "json",
+    "prompt_hash": "text",
+    "random_state": "text",
+    "shard": "int",
+    "index": "int",
+}
+"""The columns that a sample may have, and the type of each. `docs/format.md` says what they hold. No other can be written."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of one sequence that are stored together. Several samples may point into the same Rows."""
+
+    token_ids: Sequence[int]
+    tokens: Sequence[str]
+    """The tokens' strings, aligned with token_ids."""
+
+    positions: Sequence[int]
+    activations: Mapping[str, Tensor]
+    """Key -> [n_rows, width], on the CPU."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the activations."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.activations.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the activations, and about what Python needs for the token, string and position of each row."""
+        return self.size_bytes + 150 * len(self.positions)
+
+
+class Part(NamedTuple):
+    """Some of the rows that are stored together."""
+
+    rows: Rows
+    where: Sequence[int]
+    """Indices into rows, ascending by position."""
+
+
+def fed_of(input_ids: Sequence[int], generated_ids: Sequence[int]) -> list[int]:
+    """The token ids that a model was fed for a sample: the prompt, and the response without its last token, which is never fed."""
+    return [*input_ids, *list(generated_ids)[:-1]]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One prompt (or context) with one response (or continuation), and where its rows are."""
+
+    fields: Mapping[str, Any]
+    """Values of COLUMNS: prompt, response, timestamp, …"""
+
+    input_ids: Sequence[int]
+    generated_ids: Sequence[int]
+    parts: Sequence[Part]
+    """Its rows, one part after the other: first a prefix that many samples share, then its own."""
+
+    def __post_init__(self) -> None:
+        """Raises CaptureError for rows that are not this sample's tokens, and for columns that cannot be written."""
+        check_columns(self.fields)
+        if not self.parts:
+            raise CaptureError("a sample needs the rows it points into, of which it may keep none.")
+        fed = fed_of(self.input_ids, self.generated_ids)
+        for rows, where in self.parts:
+            positions = [rows.positions[index] for index in where]
+            token_ids = [rows.token_ids[index] for index in where]
+            inside = not positions or (min(where) >= 0 and min(positions) >= 0 and max(positions) < len(fed))
+            if not inside or [fed[position] for position in positions] != token_ids:
+                raise CaptureError(
+                    f"rows of the tokens {token_ids[:8]} at the positions {positions[:8]} do not belong to their sample, which was fed "
+                    f"{len(fed)} tokens (prompt {self.fields.get('prompt', '')[:40]!r})."
+                )
+
+    @property
+    def memory_bytes(self) -> int:
+        """About what the sample needs beside its rows: Python's numbers and text."""
+        n_ids = len(self.input_ids) + len(self.generated_ids)
+        return 36 * n_ids + sum(len(value) for value in self.fields.values() if isinstance(value, str)) + 2048
+
+    def activation_data(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The dict that the drop-in functions return and that `load_activations` gives back."""
+        picked: dict[str, list[Tensor]] = {}
+        for rows, where in self.parts:
+            index = torch.tensor(list(where), dtype=torch.long)
+            for key, tensor in rows.activations.items():
+                picked.setdefault(key, []).append(tensor[index])
+        own = Rows(
+            [rows.token_ids[i] for rows, where in self.parts for i in where],
+            [rows.tokens[i] for rows, where in self.parts for i in where],
+            [rows.positions[i] for rows, where in self.parts for i in where],
+            {key: torch.cat(tensors) for key, tensors in picked.items()},
+        )
+        return sample_data(model, settings, self.fields, self.input_ids, self.generated_ids, own)
+
+
+def sample_data(
+    model: str,
+    settings: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    input_ids: Sequence[int],
+    generated_ids: Sequence[int],
+    rows: Rows,
+) -> dict[str, Any]:
+    """One sample as a dict, which is the same whether the sample comes from a model or from a file. rows: its own, and no others."""
+    hidden = ("batch_rows", "batch_columns", "shard", "index")
+    batch_shape = [fields[name] for name in ("batch_rows", "batch_columns") if name in fields]
+    return {
+        **{name: value for name, value in fields.items() if name not in hidden},
+        "model": model,
+        "input_ids": torch.tensor(list(input_ids), dtype=torch.long)[None],  # [1, P]
+        "generated_ids": torch.tensor(list(generated_ids), dtype=torch.long),  # [R]
+        "token_ids": torch.tensor(list(rows.token_ids), dtype=torch.long),  # [n_positions]
+        "positions": torch.tensor(list(rows.positions), dtype=torch.long),  # [n_positions]
+        "tokens": list(rows.tokens),
+        "activations": dict(rows.activations),
+        "settings": {**settings, "batch_shape": batch_shape} if batch_shape else dict(settings),
+    }
+
+
+def check_columns(names: Iterable[str]) -> None:
+    """Raises CaptureError for a column that is not in COLUMNS: it would be lost."""
+    for name in names:
+        if name not in COLUMNS:
+            raise CaptureError(
+                f"a sample has the column {name!r}, which the file format does not have, and nothing was written."
+                f"{did_you_mean(name, COLUMNS)} Columns: {', '.join(COLUMNS)}."
+            )

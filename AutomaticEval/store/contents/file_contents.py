@@ -1,0 +1,68 @@
+"""What one file holds, whether it is made of samples in memory or read from files.
+
+Activations come slab by slab and are never gathered. Knows nothing of HDF5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from AutomaticEval.store.contents.columns import Columns
+from AutomaticEval.store.ragged import Array, Ragged
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The rows of one site.
+
+    A slab is some of them that follow one another, as an array. All slabs, one after the other, are all rows.
+    """
+
+    dtype: torch.dtype
+    """The dtype in which the numbers are stored; int8 has scales."""
+
+    width: int
+    slabs: Callable[[], Iterator[Array]]
+    """Gives all rows as slabs [n, width] of raw bits."""
+
+    scales: Callable[[], Iterator[Array]] | None = None
+    """For int8: gives all scales as slabs [n, width], float32, one line a block of rows."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """One file's worth of samples with their rows."""
+
+    model: str
+    settings: Mapping[str, Any]
+    token_ids: Any
+    """[n_rows]: an array, or an object that is sliced like one. So are positions and blocks."""
+
+    positions: Any
+    """[n_rows]: the position of each row in its sequence."""
+
+    blocks: Any
+    """[n_rows]: each row's line in the scales. None without int8 activations."""
+
+    segments: Ragged
+    """[n_segments, 2]: for each sample the half-open ranges of its rows."""
+
+    input_ids: Ragged
+    generated_ids: Ragged
+    strings: Callable[[], Mapping[int, str]]
+    """Gives the string of every token id that a row has."""
+
+    columns: Columns
+    activations: Mapping[str, Activation]
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.segments.offset) - 1
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.token_ids)
