@@ -28,9 +28,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from AutomaticEval.capture.texts import extraction as corpus
 from AutomaticEval.capture.texts.batching import Feeding, TextPieces, batches_of
-from AutomaticEval.capture.texts.extraction import TOKENS, extract
+from AutomaticEval.capture.texts.extraction import extract
 from AutomaticEval.capture.texts.forward import inputs, padded
+from AutomaticEval.capture.texts.piece_forwards import TOKENS
 from AutomaticEval.capture.texts.sources import Text, read_texts
+from AutomaticEval.capture.texts.text_set import TextSet
 from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model
 from AutomaticEval.selection import Selection
 
@@ -100,7 +102,7 @@ def speed(texts: list[str], tokenizer: str, rounds: int, chosen: list[str]) -> N
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            extract(loaded, texts, selection, Path(folder) / "run")
+            extract(loaded, TextSet("texts", texts), selection, Path(folder) / "run")
 
     def bare() -> None:
         for batch in batches:
@@ -154,7 +156,7 @@ def memory(texts: list[str], n: int) -> None:
     corpus.SHARD_BYTES = 16 * 2**20
     folder = Path(tempfile.mkdtemp())
     many = (f"{texts[number % len(texts)]} {number}" for number in range(n))
-    extract(load_model("demo"), many, Selection.parse("resid_post", 1), folder / "run")
+    extract(load_model("demo"), TextSet("texts", many), Selection.parse("resid_post", 1), folder / "run")
     shutil.rmtree(folder)
     print(peak_memory())
 

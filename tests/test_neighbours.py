@@ -39,8 +39,9 @@ from AutomaticEval.capture.batch_independence import (
 )
 from AutomaticEval.capture.generation import Sampling, respond
 from AutomaticEval.capture.texts.batching import Feeding, TextPieces
-from AutomaticEval.capture.texts.extraction import Forwards, as_text
 from AutomaticEval.capture.texts.forward import inputs, padded
+from AutomaticEval.capture.texts.piece_forwards import PieceForwards
+from AutomaticEval.capture.texts.sources import as_text
 from AutomaticEval.errors import ModelError, SelectionError, TreeUnsuitable
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.models.editing import Edit, editing
@@ -257,7 +258,7 @@ def test_extracted_rows(loaded: LoadedModel) -> None:
         for packing in (False, True):
             feeding = Feeding(seq_length=100 if packing else None, packing=packing, batch_size=5)
             try:
-                forwards = Forwards(loaded, selection, feeding)
+                forwards = PieceForwards(loaded, selection, feeding)
                 pieces = TextPieces(loaded.tokenizer, feeding, forwards.longest)
                 window = next(pieces.windows((number, as_text(asked[number])) for number in order))
                 samples = [sample for _, each in forwards.over(window) for sample in each]

@@ -23,6 +23,7 @@ from AutomaticEval.capture.recompute.recomputed_run import Recomputed
 from AutomaticEval.capture.recompute.tolerance import LIMITS, Judged, judged, measured
 from AutomaticEval.capture.texts.batching import Feeding
 from AutomaticEval.capture.texts.extraction import extract
+from AutomaticEval.capture.texts.text_set import TextSet
 from AutomaticEval.errors import OtherSettings, SelectionError, SiteUnavailable
 from AutomaticEval.evaluation.benchmark import Benchmark
 from AutomaticEval.evaluation.results.captured_run import Keeping
@@ -46,7 +47,7 @@ def selection(loaded: LoadedModel, kinds: str = ALL, **how: Any) -> Selection:
 
 
 def extracted(loaded: LoadedModel, folder: Path, kinds: str = ALL, feeding: Feeding = Feeding(), **how: Any) -> Path:
-    extract(loaded, TEXTS, selection(loaded, kinds, **how), folder, feeding=feeding)
+    extract(loaded, TextSet("texts", TEXTS), selection(loaded, kinds, **how), folder, feeding)
     return folder
 
 
