@@ -16,7 +16,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "AutomaticEval"
 FLOORS = (
-    ("errors", "sites", "processes", "public_names", "safe_text", "tested_versions", "moved", "demo"),
+    ("errors", "sites", "processes", "public_names", "safe_text", "file_states", "tested_versions", "moved", "demo"),
     ("selection", "samples", "settings"),
     ("models",),
     ("store",),

@@ -28,16 +28,9 @@ from transformers import (
 )
 
 from AutomaticEval import evaluate_with_activations, open_run, score_continuations
-from AutomaticEval.capture.batch_independence import (
-    Company,
-    Span,
-    apart,
-    batches_are_harmless,
-    counts_from_zero,
-    padding_changes,
-    settings_that_look,
-)
+from AutomaticEval.capture.batch_independence import Company, Span, apart, settings_that_look
 from AutomaticEval.capture.generation import Sampling, respond
+from AutomaticEval.capture.padding_probes import batches_are_harmless, counts_from_zero, padding_changes
 from AutomaticEval.capture.texts.batching import Feeding, TextPieces
 from AutomaticEval.capture.texts.forward import inputs, padded
 from AutomaticEval.capture.texts.piece_forwards import PieceForwards

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.batch_independence import counts_from_zero
+from AutomaticEval.capture.padding_probes import counts_from_zero
 from AutomaticEval.capture.tree.walk import as_mask
 from AutomaticEval.errors import ModelError
 from AutomaticEval.models.layout import Layout, Tap, forward_takes, input_device, takes_few_logits

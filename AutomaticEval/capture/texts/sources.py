@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from AutomaticEval.errors import DatasetUnavailable, PromptError, SelectionError, did_you_mean, first_line
+from AutomaticEval.file_states import file_states
 from AutomaticEval.public_names import public_name
 
 T = TypeVar("T")
@@ -94,6 +95,23 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(lines_of(path), 1):
         if line.strip():
             yield number, _parsed(line, path, number)
+
+
+def objects_with(names: Sequence[str], path: Path) -> Iterator[tuple[str, list[Any]]]:
+    """For each line of a JSONL file: its place, for errors, and the values of the named fields of its object. Empty lines are left out.
+
+    Raises PromptError, which names the line, for a line that is not an object with these fields.
+    """
+    for number, line in enumerate(lines_of(path), 1):
+        place = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            values = [item[name] for name in names]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise PromptError(f"{place}: not an object with {', '.join(names[:-1])} and {names[-1]}.") from None
+        yield place, values
 
 
 def _read(path: Path, field: str | None) -> Iterator[Text]:
@@ -233,8 +251,7 @@ def _state_of_folder(folder: Path) -> str | None:
     """A hash of the names, sizes and times of a local folder's files; None for a data set on the hub."""
     if not folder.is_dir():
         return None
-    files = [(str(path.relative_to(folder)), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    state = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
+    state = repr([*file_states(folder, with_subfolders=True)])
     return hashlib.blake2b(state.encode(), digest_size=8).hexdigest()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.batch_independence import is_tested
+from AutomaticEval.capture.padding_probes import is_tested
 from AutomaticEval.capture.tree.prefix_tree import Array, PrefixTree, n_shared
 from AutomaticEval.capture.tree.rows import WalkRows
 from AutomaticEval.capture.tree.suitability import check_scores, most_columns, refuse_unsuitable

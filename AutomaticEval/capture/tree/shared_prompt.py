@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from AutomaticEval.capture.batch_independence import is_tested
 from AutomaticEval.capture.keeping import BatchRow, keep_columns, recording_of, sequence_rows
+from AutomaticEval.capture.padding_probes import is_tested
 from AutomaticEval.capture.tree.prefix_tree import n_shared
 from AutomaticEval.capture.tree.suitability import check_scores, why_not
 from AutomaticEval.capture.tree.walk import Cached, tree_forward

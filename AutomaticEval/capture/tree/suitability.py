@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.batch_independence import counts_from_zero, is_close, rope_limit
+from AutomaticEval.capture.batch_independence import rope_limit
+from AutomaticEval.capture.padding_probes import counts_from_zero, is_close
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.models.architecture.inner_model import virtual_tokens
 from AutomaticEval.models.edited_models import depends_on_position

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from AutomaticEval.errors import ModelError
+from AutomaticEval.file_states import file_states
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.weights.adapters import Alone, adapter_alone
 
@@ -66,14 +67,6 @@ def folder_states(sources: ModelSources, options: LoadOptions) -> tuple[Any, ...
 
     A checkpoint that was trained further in its folder has another state, and so it is another model.
     """
-    base = _state(str(Path(sources.base, options.subfolder)) if options.subfolder else sources.base)
-    others = [_state(source) for source in (sources.adapter, sources.delta) if source is not None]
+    base = file_states(Path(sources.base, options.subfolder or ""))
+    others = [file_states(Path(source)) for source in (sources.adapter, sources.delta) if source is not None]
     return (base, *others) if any(others) else base
-
-
-def _state(source: str) -> tuple[tuple[str, int, int], ...]:
-    """The name, size and modification time of each file of a folder; () for a hub name."""
-    if not Path(source).is_dir():
-        return ()
-    files = sorted(path for path in Path(source).iterdir() if path.is_file())
-    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
