@@ -12,7 +12,7 @@ from gauges import seconds
 from store_made import FULL, MB, SMALL, alternating, fresh, write
 
 from AutomaticEval import open_run
-from AutomaticEval.store.upkeep.rewrite import verify
+from AutomaticEval.store.upkeep.verify import verify
 
 _STEP_BYTES = 2**20
 

@@ -17,7 +17,10 @@ from test_store import SETTINGS, make_sample
 from AutomaticEval.store import writer
 from AutomaticEval.store.export import formats as export
 from AutomaticEval.store.hdf5 import write as sealing
-from AutomaticEval.store.upkeep import rewrite as maintenance
+from AutomaticEval.store.upkeep.convert import convert as convert_run
+from AutomaticEval.store.upkeep.merge import merge as merge_runs
+from AutomaticEval.store.upkeep.prune import prune as prune_run
+from AutomaticEval.store.upkeep.rebuild import rebuild_index
 
 HEADS = {**SETTINGS, "shape": {"n_heads": 4, "n_kv_heads": 2}}
 SMALL_SHARDS = 10_000
@@ -87,23 +90,23 @@ def write_run(*, merged: bool) -> None:
 
 
 def merge(to: str) -> None:
-    maintenance.merge([Path("a.h5"), Path("b.h5")], Path(to))
+    merge_runs([Path("a.h5"), Path("b.h5")], Path(to))
 
 
 def prune(to: str) -> None:
-    maintenance.prune(Path("a.h5"), Path(to), positions="last")
+    prune_run(Path("a.h5"), Path(to), positions="last")
 
 
 def convert(to: str) -> None:
-    maintenance.convert(Path("a.h5"), Path(to), compression="gzip")
+    convert_run(Path("a.h5"), Path(to), compression="gzip")
 
 
 def index() -> None:
-    maintenance.rebuild_index(Path("a"))
+    rebuild_index(Path("a"))
 
 
 def index_of_run() -> None:
-    maintenance.rebuild_index(Path("run"))
+    rebuild_index(Path("run"))
 
 
 def to_folder(to: str, source: str, name: str) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.reader import open_run
-from AutomaticEval.store.upkeep import rewrite as maintenance
+from AutomaticEval.store.upkeep.verify import verify
 
 TIMES = re.compile(r"\d{8}_\d{6}(_\d+)?|\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d\.\d+")
 VOLATILE = (
@@ -102,7 +102,7 @@ def problems_of(path: Path) -> list[str]:
     """What `verify` finds in one file."""
     key = "problems", _digest(path)
     if key not in _known:
-        _known[key] = maintenance.verify(path)
+        _known[key] = verify(path)
     found: list[str] = _known[key]
     return found
 

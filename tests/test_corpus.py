@@ -34,7 +34,7 @@ from AutomaticEval.errors import (
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.loading import LoadedModel, load_model
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.upkeep.rewrite import verify
+from AutomaticEval.store.upkeep.verify import verify
 
 TEXTS = [
     "What is 3 + 4?",

@@ -23,7 +23,10 @@ from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.store import int8 as eight_bits
 from AutomaticEval.store.hdf5 import extents
-from AutomaticEval.store.upkeep.rewrite import convert, merge, prune, verify
+from AutomaticEval.store.upkeep.convert import convert
+from AutomaticEval.store.upkeep.merge import merge
+from AutomaticEval.store.upkeep.prune import prune
+from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval.store.writer import RunWriter
 
 

@@ -28,7 +28,7 @@ from AutomaticEval.models import loading
 from AutomaticEval.models.loading import LoadedModel, LoadOptions
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.upkeep.rewrite import verify
+from AutomaticEval.store.upkeep.verify import verify
 
 command = partial(within, "extract")
 

@@ -23,7 +23,7 @@ from AutomaticEval.models.weights import fingerprint as of
 from AutomaticEval.models.weights.fingerprint import fingerprint, hash_of_tensor, sampled_fingerprint
 from AutomaticEval.models.weights.provenance import provenance
 from AutomaticEval.settings import differing
-from AutomaticEval.store.upkeep.rewrite import merge
+from AutomaticEval.store.upkeep.merge import merge
 from AutomaticEval.store.writer import RunWriter
 
 MASK = 2**64 - 1

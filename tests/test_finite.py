@@ -22,7 +22,8 @@ from AutomaticEval.samples import Part, Sample
 from AutomaticEval.store.bits import bits, from_bits
 from AutomaticEval.store.finite import n_non_finite
 from AutomaticEval.store.run_folder import shard_names
-from AutomaticEval.store.upkeep.rewrite import convert, merge
+from AutomaticEval.store.upkeep.convert import convert
+from AutomaticEval.store.upkeep.merge import merge
 from AutomaticEval.store.writer import RunWriter
 
 INF, NAN = math.inf, math.nan

@@ -24,7 +24,9 @@ from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.hdf5 import open as opened
 from AutomaticEval.store.reader import Run
-from AutomaticEval.store.upkeep.rewrite import merge, rebuild_index, verify
+from AutomaticEval.store.upkeep.merge import merge
+from AutomaticEval.store.upkeep.rebuild import rebuild_index
+from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval.store.writer import RunWriter
 
 DATA = Path(__file__).parent / "data"

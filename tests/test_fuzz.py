@@ -33,7 +33,10 @@ from AutomaticEval.errors import AutomaticEvalError
 from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.hdf5.extents import naming
 from AutomaticEval.store.reader import Run
-from AutomaticEval.store.upkeep.rewrite import convert, merge, prune, verify
+from AutomaticEval.store.upkeep.convert import convert
+from AutomaticEval.store.upkeep.merge import merge
+from AutomaticEval.store.upkeep.prune import prune
+from AutomaticEval.store.upkeep.verify import verify
 
 BOUND = 256 * 2**20
 """That one reading of a file of at most 130 KB may take, beside what the process has."""

@@ -27,7 +27,8 @@ from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.hdf5.room import EXPANSION
 from AutomaticEval.store.hdf5.write import write_file, write_shard
-from AutomaticEval.store.upkeep.rewrite import convert, verify
+from AutomaticEval.store.upkeep.convert import convert
+from AutomaticEval.store.upkeep.verify import verify
 
 
 @pytest.fixture
@@ -188,7 +189,7 @@ FLIPS = """
 import random, sys
 from pathlib import Path
 import h5py
-from AutomaticEval.store.upkeep.rewrite import verify
+from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval import open_run
 from AutomaticEval.errors import AutomaticEvalError
 

@@ -33,7 +33,7 @@ from AutomaticEval.store.disk.read_back import read_back
 from AutomaticEval.store.disk.whole_files import new_file, new_files, new_folder, prepare_folder
 from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.reader import open_run
-from AutomaticEval.store.upkeep.rewrite import rebuild_index
+from AutomaticEval.store.upkeep.rebuild import rebuild_index
 from AutomaticEval.store.writer import RunWriter
 
 STRENGTH = {

@@ -33,7 +33,11 @@ from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.hdf5.extents import naming
 from AutomaticEval.store.hdf5.write import write_file, write_shard
 from AutomaticEval.store.run_folder import shard_names
-from AutomaticEval.store.upkeep.rewrite import convert, merge, prune, rebuild_index, verify
+from AutomaticEval.store.upkeep.convert import convert
+from AutomaticEval.store.upkeep.merge import merge
+from AutomaticEval.store.upkeep.prune import prune
+from AutomaticEval.store.upkeep.rebuild import rebuild_index
+from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval.store.writer import RunWriter
 
 DATA = ROOT / "tests" / "data"

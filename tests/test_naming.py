@@ -25,7 +25,7 @@ from AutomaticEval.store.hdf5 import checksums
 from AutomaticEval.store.hdf5.trailer import arrays_of, write_trailer
 from AutomaticEval.store.local_paths import LOCAL_PATHS
 from AutomaticEval.store.reader import open_run
-from AutomaticEval.store.upkeep.rewrite import merge
+from AutomaticEval.store.upkeep.merge import merge
 from AutomaticEval.store.writer import RunWriter
 
 SECRET = "maria_home"

@@ -73,9 +73,9 @@ def test_both_processes_work_and_sample_differently(own_tasks: str, tmp_path: Pa
     script.write_text(
         "import json, sys\n"
         "from AutomaticEval import evaluate_with_activations\n"
-        "from AutomaticEval.store import writer\n"
+        "from AutomaticEval.store.writing import small_shards\n"
         "from AutomaticEval.capture.tree import shared_prompt as prefill\n"
-        "writer.SMALL, prefill.CHUNK = 0, 8\n"
+        "small_shards.SMALL, prefill.CHUNK = 0, 8\n"
         f"how = dict(include_path={own_tasks!r}, activation_save_dir={str(tmp_path / 'out')!r}, batch_size=1)\n"
         "outcome = evaluate_with_activations('demo', 'often', repeats=4, gen_kwargs='temperature=3.0', **how)\n"
         "assert bool(outcome.scores) == (outcome.folder is not None and bool(outcome.samples))\n"

@@ -34,8 +34,10 @@ from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import KINDS, Site
 from AutomaticEval.store.hdf5.write import write_shard
-from AutomaticEval.store.upkeep.rewrite import convert, merge, prune
-from AutomaticEval.store.upkeep.rewrite import verify as verify_checksums
+from AutomaticEval.store.upkeep.convert import convert
+from AutomaticEval.store.upkeep.merge import merge
+from AutomaticEval.store.upkeep.prune import prune
+from AutomaticEval.store.upkeep.verify import verify as verify_checksums
 from AutomaticEval.store.writer import RunWriter
 
 ALL = ",".join(kind for kind in KINDS if kind != "logits")

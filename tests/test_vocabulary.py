@@ -21,9 +21,9 @@ from AutomaticEval import (
 )
 from AutomaticEval.capture.vocabulary import text_of, token_strings
 from AutomaticEval.samples import Part, Rows, Sample
-from AutomaticEval.store.hdf5.contract import as_json
+from AutomaticEval.store.disk.json_text import as_json
 from AutomaticEval.store.hdf5.write import write_shard
-from AutomaticEval.store.upkeep.rewrite import verify
+from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval.store.writer import RunWriter
 
 PADDED = """

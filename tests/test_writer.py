@@ -23,7 +23,8 @@ from AutomaticEval.errors import CaptureError, DiskFull, FolderInUse, OtherSetti
 from AutomaticEval.store import writer
 from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.run_folder import shard_names
-from AutomaticEval.store.upkeep.rewrite import rebuild_index, verify
+from AutomaticEval.store.upkeep.rebuild import rebuild_index
+from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval.store.writer import RunWriter, shard_bytes_for
 
 TINY = 1_000
@@ -81,8 +82,8 @@ def test_failure_in_the_thread_reaches_the_caller_at_the_next_step(
     with pytest.raises(DiskFull), RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:  # noqa: PT012
         made.add([numbered(0)])
         made.add([numbered(1)])
-        assert made._sealing is not None
-        while not made._sealing.done():
+        assert made._thread.sealing is not None
+        while not made._thread.sealing.done():
             time.sleep(0.01)
         made.add([numbered(2)])
         raise AssertionError("the failure was not told")
@@ -294,11 +295,11 @@ def test_interrupt_while_waiting_for_the_disk_forgets_no_shard(tmp_path: Path, m
     gate = Gate(monkeypatch)
     with RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:
         made.add([numbered(0)])
-        real = made._sealing.exception  # type: ignore[union-attr]
-        monkeypatch.setattr(made._sealing, "exception", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        real = made._thread.sealing.exception  # type: ignore[union-attr]
+        monkeypatch.setattr(made._thread.sealing, "exception", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             made.add([numbered(1)])
-        monkeypatch.setattr(made._sealing, "exception", real)
+        monkeypatch.setattr(made._thread.sealing, "exception", real)
         gate.open.set()
         made.finish()
     assert [sample["doc_id"] for sample in open_run(tmp_path)] == [0, 1]
@@ -391,7 +392,8 @@ import sys, threading, time
 from pathlib import Path
 from AutomaticEval.store import writer
 from AutomaticEval.store.contents.columns import Listed
-from AutomaticEval.store.upkeep.rewrite import rebuild_index, verify
+from AutomaticEval.store.upkeep.verify import verify
+from AutomaticEval.store.upkeep.rebuild import rebuild_index
 from AutomaticEval.evaluation import forecast
 forecast.shard_bytes_for = lambda n_bytes: 2**28  # so many small shards would be foreseen not to fit
 writer.SHARD_BYTES = 20_000

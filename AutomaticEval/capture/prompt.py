@@ -17,8 +17,8 @@ from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.disk.file_names import hdf5_path
+from AutomaticEval.store.disk.json_text import as_json
 from AutomaticEval.store.disk.whole_files import ensure_space, prepare_file
-from AutomaticEval.store.hdf5.contract import as_json
 from AutomaticEval.store.hdf5.write import write_shard
 
 

@@ -97,7 +97,8 @@ def _ask(run: Run, repository: str, *, public: bool) -> None:
 def _write(path: Path, output: Path, to: str, dtype: str | None, compression: str | None, n_samples: int) -> None:
     """Show a bar meanwhile: of bytes for one HDF5 file, of samples for the others."""
     if to == HDF5:
-        from AutomaticEval.store.upkeep.rewrite import convert, size_of
+        from AutomaticEval.store.upkeep.convert import convert
+        from AutomaticEval.store.upkeep.sizes import size_of
 
         with progress("Exporting", lambda: size_of(path)) as advance:
             convert(path, output, dtype=dtype, compression=compression, advance=advance)

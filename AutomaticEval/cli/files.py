@@ -47,8 +47,8 @@ def verify(
 
 
 def _verify_checksums(path: Path) -> None:
-    from AutomaticEval.store.upkeep.rewrite import files_of
-    from AutomaticEval.store.upkeep.rewrite import verify as check
+    from AutomaticEval.store.upkeep.sizes import files_of
+    from AutomaticEval.store.upkeep.verify import verify as check
 
     with progress("Verifying", lambda: files_of(path)) as advance:
         problems = check(path, advance)
@@ -83,8 +83,8 @@ def merge(
     compression: options.Compression = None,
 ) -> None:
     """Make one file of a run, or of several of the same model and selection."""
-    from AutomaticEval.store.upkeep.rewrite import merge as join
-    from AutomaticEval.store.upkeep.rewrite import size_of
+    from AutomaticEval.store.upkeep.merge import merge as join
+    from AutomaticEval.store.upkeep.sizes import size_of
 
     with progress("Merging", lambda: sum(map(size_of, paths))) as advance:
         join(paths, output, compression=compression, advance=advance)
@@ -105,8 +105,9 @@ def prune(
     """Copy only some sites, layers or positions into a smaller file."""
     from AutomaticEval.errors import SelectionError
     from AutomaticEval.store.reader import open_run
-    from AutomaticEval.store.upkeep.rewrite import kept_keys, size_of
-    from AutomaticEval.store.upkeep.rewrite import prune as cut
+    from AutomaticEval.store.upkeep.prune import kept_keys
+    from AutomaticEval.store.upkeep.prune import prune as cut
+    from AutomaticEval.store.upkeep.sizes import size_of
 
     if (sites, layers, positions) == (None, None, None):
         raise SelectionError("nothing to drop; say what to keep with --sites, --layers or --positions.")
@@ -131,7 +132,7 @@ def prune(
 @one_line_errors
 def index(path: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]) -> None:
     """Write a run's run.h5 again from its shards, also when the run was cut short."""
-    from AutomaticEval.store.upkeep.rewrite import rebuild_index
+    from AutomaticEval.store.upkeep.rebuild import rebuild_index
 
     _written(rebuild_index(path))
 

@@ -12,7 +12,7 @@ import torch
 
 from AutomaticEval.errors import NotFinite
 from AutomaticEval.safe_text import shown
-from AutomaticEval.store.hdf5.contract import attribute_of
+from AutomaticEval.store.hdf5.attributes import attribute_of
 
 NON_FINITE = "non_finite"
 """The attribute of a dataset: how many of its numbers are infinite or NaN."""
@@ -27,12 +27,12 @@ def n_non_finite(raw: np.ndarray[Any, Any], dtype: torch.dtype) -> int:
     """How many numbers are infinite or NaN. raw: their bits, as unsigned integers."""
     if dtype not in _EXPONENTS:  # int8 holds neither
         return 0
-    flat, exponent, found = raw.reshape(-1), raw.dtype.type(_EXPONENTS[dtype]), 0
+    flat, exponent, n_wrong = raw.reshape(-1), raw.dtype.type(_EXPONENTS[dtype]), 0
     for at in range(0, len(flat), _STEP_NUMBERS):
         exponents = flat[at : at + _STEP_NUMBERS] & exponent
         if exponents.max() == exponent:
-            found += int(np.count_nonzero(exponents == exponent))
-    return found
+            n_wrong += int(np.count_nonzero(exponents == exponent))
+    return n_wrong
 
 
 def counts_in(file: Any, keys: Iterable[str], columns: Iterable[str]) -> dict[str, int]:

@@ -30,8 +30,8 @@ def scales_of(block: Array) -> Array:
 
 def quantized(block: Array) -> Array:
     """block: [n, width], with the scales of this very block. Returns int8 in -127..127."""
-    found: Array = np.rint(block.astype(np.float32) / scales_of(block)).clip(-127, 127).astype(np.int8)
-    return found
+    integers: Array = np.rint(block.astype(np.float32) / scales_of(block)).clip(-127, 127).astype(np.int8)
+    return integers
 
 
 def restored(values: Array, scales: Array) -> Array:

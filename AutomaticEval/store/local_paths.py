@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.store.disk.parsing import parse_json
+from AutomaticEval.store.disk.json_text import parse_json
 from AutomaticEval.store.disk.whole_files import new_file
 
 LOCAL_PATHS = "local_paths.json"
@@ -30,7 +30,7 @@ def read_local_paths(path: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     try:
-        found = parse_json(file.read_text(encoding="utf-8"))
-        return {str(name): str(value) for name, value in found.items()}
+        paths = parse_json(file.read_text(encoding="utf-8"))
+        return {str(name): str(value) for name, value in paths.items()}
     except (ValueError, AttributeError, OSError):
         raise StoreError(f"{file} is damaged; delete it, and name the model yourself.") from None

@@ -34,8 +34,8 @@ class Ragged(NamedTuple):
         return cls(np.concatenate([*offsets, ends[-1:]]), chained([part.values for part in parts]))
 
     def item(self, index: int) -> Array:
-        found: Array = self.values[int(self.offset[index]) : int(self.offset[index + 1])]
-        return found
+        values: Array = self.values[int(self.offset[index]) : int(self.offset[index + 1])]
+        return values
 
     def take(self, order: Array) -> Ragged:
         """The items in another order, or some of them; values that are in files stay there."""
@@ -51,9 +51,9 @@ class Ragged(NamedTuple):
             n = min(len(one), len(two))
             at = np.flatnonzero((one[:n] != two[:n]).reshape(n, -1).any(axis=1))[:1]
             wrong.append(np.searchsorted(self.offset, at, "right") - 1)
-        found = np.concatenate(wrong)
-        if len(found):
-            return int(found[0])
+        wrong_items = np.concatenate(wrong)
+        if len(wrong_items):
+            return int(wrong_items[0])
         return None if len(self.offset) == len(other.offset) else same - 1
 
 
@@ -77,20 +77,20 @@ class Chained:
             return self._picked(np.asarray(at))
         start, stop, step = at.indices(len(self))
         assert step == 1
-        found = [self._parts[0][:0]]
+        slices = [self._parts[0][:0]]
         for part, first in zip(self._parts, self._first.tolist(), strict=False):
             if start < first + len(part) and first < stop:
-                found.append(part[max(start - first, 0) : stop - first])
-        return np.concatenate(found)
+                slices.append(part[max(start - first, 0) : stop - first])
+        return np.concatenate(slices)
 
     def _picked(self, at: Array) -> Array:
         none = self._parts[0][:0]
-        found: Array = np.empty((len(at), *none.shape[1:]), none.dtype)
+        values: Array = np.empty((len(at), *none.shape[1:]), none.dtype)
         owner = np.searchsorted(self._first, at, "right") - 1
         for number in np.unique(owner).tolist():
             here = owner == number
-            found[here] = self._parts[number][at[here] - self._first[number]]
-        return found
+            values[here] = self._parts[number][at[here] - self._first[number]]
+        return values
 
 
 class Taken:
@@ -111,8 +111,8 @@ class Taken:
         first, last = np.searchsorted(self.offset, [start, stop - 1], "right") - 1
         edges = np.clip(self.offset[first : last + 2], start, stop)
         begins = self._start[first : last + 1] + edges[:-1] - self.offset[first : last + 1]
-        found: Array = self._values[indices_of(np.column_stack([begins, begins + np.diff(edges)]))]
-        return found
+        values: Array = self._values[indices_of(np.column_stack([begins, begins + np.diff(edges)]))]
+        return values
 
 
 def ranges_of(indices: Iterable[int]) -> list[tuple[int, int]]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from AutomaticEval.errors import DamagedFile, StoreError
+from AutomaticEval.store.disk.partial_folders import clear_leftovers
 from AutomaticEval.store.hdf5.contract import RUN_FORMAT, shard_number
 from AutomaticEval.store.hdf5.open import OpenedFile
+from AutomaticEval.store.local_paths import LOCAL_PATHS
 
 INDEX = "run.h5"
 LOCK = ".lock"
@@ -44,13 +46,13 @@ def living(folder: Path, names: Sequence[str]) -> list[str]:
 
 def _replaced_by(path: Path) -> list[str]:
     """Raises DamagedFile for a shard that says it replaces a later one, or itself: then none of them might be left."""
-    found = OpenedFile(path).replaces
-    for old in found:
+    replaced = OpenedFile(path).replaces
+    for old in replaced:
         if shard_number(old) >= shard_number(path.name):
             raise DamagedFile(
                 f"{path} says that it replaces {old}; a shard replaces earlier ones. Restore it from a copy."
             )
-    return found
+    return replaced
 
 
 def delete_replaced(folder: Path) -> None:
@@ -114,4 +116,20 @@ def tell_set_aside(folder: Path) -> None:
 def next_number(folder: Path) -> int:
     """The number for a new shard: higher than that of any shard that is or was in the folder."""
     names = [*shard_names(folder), *set_aside_names(folder)]
-    return max((int(found[1]) + 1 for name in names if (found := re.match(r"shard-([0-9]+)\.h5", name))), default=0)
+    matches = [re.match(r"shard-([0-9]+)\.h5", name) for name in names]
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
+@contextmanager
+def leaving_nothing(folder: Path) -> Iterator[None]:
+    """Remove a folder when the with fails before anything of a run is in it: neither a shard nor a result."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            clear_leftovers(folder)
+            if {path.name for path in folder.iterdir()} <= {LOCK, LOCAL_PATHS}:
+                for path in folder.iterdir():
+                    path.unlink()
+                folder.rmdir()
+        raise

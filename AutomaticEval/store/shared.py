@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from AutomaticEval.processes import Ranks
 from AutomaticEval.store.contents.columns import Columns
 from AutomaticEval.store.local_paths import write_local_paths
-from AutomaticEval.store.writer import RunWriter, leaving_nothing
+from AutomaticEval.store.run_folder import leaving_nothing
+from AutomaticEval.store.writer import RunWriter
 
 T = TypeVar("T")
 

@@ -9,65 +9,39 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
 
-import numpy as np
-import torch
-from filelock import FileLock, Timeout
-
-from AutomaticEval.errors import (
-    AutomaticEvalError,
-    CaptureError,
-    DamagedFile,
-    FolderInUse,
-    NotActivations,
-    OtherSettings,
-    StoreError,
-    TruncatedFile,
-)
+from AutomaticEval.errors import AutomaticEvalError, StoreError
 from AutomaticEval.samples import Sample
-from AutomaticEval.settings import differing
-from AutomaticEval.store.contents.changed import reordered
-from AutomaticEval.store.contents.columns import Columns, Listed, records_of
+from AutomaticEval.store.contents.columns import Columns, records_of
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.contents.joined import joined
-from AutomaticEval.store.disk.partial_folders import clear_leftovers
+from AutomaticEval.store.disk.json_text import as_json
 from AutomaticEval.store.disk.whole_files import named_failures, prepare_folder
 from AutomaticEval.store.finite import say_non_finite
-from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES
-from AutomaticEval.store.hdf5.contract import as_json, attribute_text
-from AutomaticEval.store.hdf5.damage import verify_file
+from AutomaticEval.store.hdf5.attributes import attribute_text
 from AutomaticEval.store.hdf5.read import Shard
-from AutomaticEval.store.hdf5.write import Source, check_compression, write_file, write_run
-from AutomaticEval.store.local_paths import LOCAL_PATHS
-from AutomaticEval.store.ragged import Array
-from AutomaticEval.store.run_folder import (
-    INDEX,
-    LOCK,
-    delete_replaced,
-    is_finished,
-    living,
-    next_number,
-    refuse_finished,
-    set_aside,
-    shard_names,
-)
+from AutomaticEval.store.hdf5.write import check_compression, write_file
+from AutomaticEval.store.hdf5.writing.activations import Source
+from AutomaticEval.store.run_folder import delete_replaced, is_finished, next_number, shard_names
+from AutomaticEval.store.shard_columns import ShardColumns
+from AutomaticEval.store.writing.folder_lock import locked, refuse_other_ranks
+from AutomaticEval.store.writing.gathered_samples import GatheredSamples
+from AutomaticEval.store.writing.run_index import source_of, write_index
+from AutomaticEval.store.writing.sealing_thread import SealingThread
+from AutomaticEval.store.writing.small_shards import groups_to_merge
+from AutomaticEval.store.writing.unfinished_run import kept_shards
 
 SHARD_BYTES = 256 * 2**20
 MAX_SHARD_BYTES = 4 * 2**30
 MAX_SHARDS = 256
-SMALL = 1 / 8
-"""The part of a shard's size up to which it is merged with its neighbours when the run closes."""
 SHARD_SECONDS = 300
 """A shard is sealed at this age, so that a process that is killed loses minutes at most."""
 
@@ -80,19 +54,19 @@ def shard_bytes_for(forecast_bytes: int) -> int:
 class RunWriter:
     """Takes a run's samples. One shard is gathered while the one before it is written.
 
-    Use it as a context manager: on every exit what was gathered is sealed, and the folder is given free.
+    Use it as a context manager: on every exit what was gathered is sealed, and the folder's lock is released.
 
         with RunWriter(folder, model, settings) as writer:
             writer.add(samples)
             writer.finish()
 
     resume: go on in a folder that a killed process left; `records()` tells what is there. Every byte of its shards is checked
-    first; a shard that is damaged is set aside (`docs/format.md`), with a warning, and its samples are not among the records.
-    Without it, a folder that holds a run is refused.
+    first. A damaged shard is set aside (`docs/format.md`), with a warning, and its samples are not among the records.
+    Without resume, a folder that holds a run is refused.
     strict: raise NotFinite once a shard is sealed that holds infinite numbers or NaN; without it, `finish` warns of them.
     finishing: the processes that wrote the folder have just closed it. No shard is read whole, none is set aside: damage raises.
     share: (rank, n_ranks) of several processes that write into one folder. The first opens it, and only then the others, with
-    its `run_id` in their settings; when all have closed, it opens it again with finishing, and finishes.
+    its `run_id` in their settings. When all have closed it, the first opens it again with finishing, and finishes.
     Raises FolderNotWritable, FolderInUse, PathExists, OtherSettings, DamagedFile.
     """
 
@@ -114,17 +88,13 @@ class RunWriter:
         self._model, self._shard_bytes, self._compression = attribute_text(model), shard_bytes, compression
         self._strict = strict
         self._settings = json.loads(as_json({"run_id": uuid4().hex, **settings}))
-        self._kinds: dict[str, tuple[torch.dtype, int]] | None = None
+        self._in_8_bits = self._settings.get("store_dtype") == "int8"
+        self._gathered = GatheredSamples(in_8_bits=self._in_8_bits)
         self._mutex = threading.RLock()
-        self._gathered: list[Sample] = []
-        self._blocks: set[int] = set()
-        self._n_bytes = 0
-        self._since = time.monotonic()
         self._sealed: list[Source] = []
         self._opened: dict[str, Shard] = {}
-        self._rank, self._n_ranks = share
-        self._next = self._rank
         self._n_samples = 0
+        self._rank, self._n_ranks = share
         prepare_folder(folder)
         self._lock = locked(folder, self._rank)
         try:
@@ -133,53 +103,19 @@ class RunWriter:
         except BaseException:
             self._lock.release()
             raise
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sealing")
-        self._sealing: Future[tuple[Source, int]] | None = None
+        self._thread = SealingThread(self._write_samples)
 
     def _begin(self, *, resume: bool, finishing: bool) -> None:
-        first = next_number(self.folder)
-        self._next = first + (self._rank - first) % self._n_ranks
+        lowest = next_number(self.folder)
+        self._next = lowest + (self._rank - lowest) % self._n_ranks
         if self._rank:
             return  # the first process has prepared the folder
-        for left in _other_locks(self.folder):  # a process may have outlived the first
-            lock = locked(self.folder, int(left.name.removeprefix(f"{LOCK}-")))
-            left.unlink(missing_ok=True)
-            lock.release()
-        names = shard_names(self.folder)
-        if not (resume or finishing) and (names or (self.folder / INDEX).exists()):
-            raise StoreError(f"{self.folder} holds a run; choose another folder, or resume it.")
-        refuse_finished(self.folder)
-        if resume:
-            self._set_aside_damaged(names)
-        shards = [Shard(self.folder / name) for name in living(self.folder, shard_names(self.folder))]
-        self._check_same(shards)
-        (self.folder / INDEX).unlink(missing_ok=True)  # it was built over the shards of the unfinished run
-        for shard in shards:
-            self._sealed.append(source_of(shard))
-            self._n_samples += shard.n_samples
-            self._kinds = {key: (shard.dtypes[key], shard.extents[key].shape[1]) for key in shard.keys}
-            self._refuse_non_finite(self._sealed[-1])
-
-    def _set_aside_damaged(self, names: Sequence[str]) -> None:
-        """Check every byte of what is there; before, whether it may be resumed at all."""
-        opened: dict[str, Shard | None] = dict.fromkeys(names)
-        for name in names:
-            with suppress(NotActivations, TruncatedFile, DamagedFile):
-                opened[name] = Shard(self.folder / name)
-        self._check_same([shard for shard in opened.values() if shard is not None])
-        for name, problem in damaged_among(self.folder, opened).items():
-            told = f"{problem.removesuffix('.')}. It was set aside as {set_aside(self.folder / name)}; its samples are computed again."
-            warnings.warn(told, UserWarning, stacklevel=5)
-
-    def _check_same(self, shards: Sequence[Shard]) -> None:
-        """Take their run_id. Raises OtherSettings when one was made with other settings."""
-        if shards:
-            self._settings["run_id"] = shards[0].settings.get("run_id")
-        for shard in shards:
-            found, wanted = {"model": shard.model, **shard.settings}, {"model": self._model, **self._settings}
-            apart = differing(str(self.folder), found, wanted)
-            if apart:
-                raise OtherSettings(f"{self.folder} cannot be resumed: {'; '.join(map(str, apart))}.")
+        refuse_other_ranks(self.folder)
+        described = {"model": self._model, **self._settings}
+        for shard in kept_shards(self.folder, described, resume=resume, finishing=finishing):
+            self._settings["run_id"] = shard.settings.get("run_id")
+            self._gathered.formats = shard.row_formats
+            self._note_sealed(source_of(shard), shard.n_samples)
 
     def __enter__(self) -> Self:
         return self
@@ -190,7 +126,10 @@ class RunWriter:
         self.close(failed=error is not None)
 
     def close(self, *, failed: bool = False) -> None:
-        """Seal what is gathered and give the folder free. failed: after an error, which is told; a shard that had failed before is warned of."""
+        """Seal what is gathered and release the folder's lock.
+
+        failed: an error is on its way to the user. A shard that could not be written before is then told in a warning.
+        """
         try:
             if failed:
                 try:
@@ -202,17 +141,17 @@ class RunWriter:
             else:
                 self.flush()
         finally:
-            self._thread.shutdown()
+            self._thread.close()
             self._lock.release()
 
     @property
     def run_id(self) -> str:
-        """What the shards of one run, and only they, have in common."""
+        """The identifier that all shards of one run have, and no others."""
         return str(self._settings["run_id"])
 
     @property
     def n_samples(self) -> int:
-        """Samples that are on the disk."""
+        """Number of samples that are on the disk."""
         return self._n_samples
 
     @property
@@ -228,49 +167,22 @@ class RunWriter:
         """
         with self._mutex:
             self._check_open()
-            if self._sealing is not None and self._sealing.done():
+            if self._thread.has_ended:
                 self._settle()
-            self._check_kinds(samples)
-            self._gathered.extend(samples)
-            for sample in samples:
-                self._n_bytes += sample.memory_bytes
-                for part in sample.parts:
-                    if id(part.rows) not in self._blocks:
-                        self._blocks.add(id(part.rows))
-                        self._n_bytes += part.rows.memory_bytes
-            if self._n_bytes >= self._shard_bytes or time.monotonic() - self._since > SHARD_SECONDS:
+            self._gathered.add(samples)
+            if self._gathered.n_bytes >= self._shard_bytes or self._gathered.age_seconds > SHARD_SECONDS:
                 self.seal()
 
     def _check_open(self) -> None:
         if not self._lock.is_locked:
             raise StoreError(f"the writer of {self.folder} was closed; nothing more can be added.")
 
-    def _check_kinds(self, samples: Sequence[Sample]) -> None:
-        """Raises CaptureError for what could not be sealed together with the rest."""
-        in_8_bits = self._settings.get("store_dtype") == "int8"
-        for rows in {id(part.rows): part.rows for sample in samples for part in sample.parts}.values():
-            found = {
-                key: (torch.int8 if in_8_bits else each.dtype, each.shape[1]) for key, each in rows.activations.items()
-            }
-            self._kinds = self._kinds or found
-            if found != self._kinds:
-                raise CaptureError(
-                    "these rows have not the sites, dtypes or widths of the run's others; none was taken."
-                )
-            for key, each in rows.activations.items() if in_8_bits else ():
-                if not each.isfinite().all():
-                    raise CaptureError(
-                        f"{key} holds values that are infinite or not a number, which int8 cannot hold; use bfloat16."
-                    )
-
     def seal(self) -> None:
-        """Have what is gathered written as the next shard."""
+        """Start to write what is gathered as the next shard, once the shard before is written."""
         with self._mutex:
-            if not self._gathered:
-                return
-            self._settle()
-            self._sealing = self._thread.submit(self._write, self._take_name(), self._gathered)
-            self._gathered, self._blocks, self._n_bytes, self._since = [], set(), 0, time.monotonic()
+            if len(self._gathered):
+                self._settle()
+                self._thread.start(self._take_name(), self._gathered.take_all())
 
     def flush(self) -> None:
         """Seal what is gathered, and return when it is on the disk."""
@@ -280,19 +192,14 @@ class RunWriter:
             self._settle()
 
     def _settle(self) -> None:
-        """Wait for the shard that is being written. A shard that failed is told once."""
-        if self._sealing is None:
-            return
-        failure = self._sealing.exception()  # waits; Ctrl-C meanwhile must not forget it
-        sealing, self._sealing = self._sealing, None
-        if failure is not None:
-            raise failure
-        source, n_samples = sealing.result()
+        """Wait for the shard that is being written. A shard that failed raises once."""
+        sealed = self._thread.wait()
+        if sealed is not None:
+            self._note_sealed(sealed.source, sealed.n_samples)
+
+    def _note_sealed(self, source: Source, n_samples: int) -> None:
         self._sealed.append(source)
         self._n_samples += n_samples
-        self._refuse_non_finite(source)
-
-    def _refuse_non_finite(self, source: Source) -> None:
         if self._strict:
             say_non_finite(self.folder / source.name, source.non_finite, strict=True)
 
@@ -300,23 +207,21 @@ class RunWriter:
         self._next += self._n_ranks
         return f"shard-{self._next - self._n_ranks:05d}.h5"
 
-    def _write(self, name: str, samples: Sequence[Sample]) -> tuple[Source, int]:
-        in_8_bits = self._settings.get("store_dtype") == "int8"
-        held = of_samples(samples, self._model, self._settings, in_8_bits=in_8_bits)
-        return self._write_contents(name, held), len(samples)
+    def _write_samples(self, name: str, samples: Sequence[Sample]) -> Source:
+        return self._write(name, of_samples(samples, self._model, self._settings, in_8_bits=self._in_8_bits))
 
-    def _write_contents(self, name: str, held: Contents, replaces: Sequence[str] = ()) -> Source:
-        return write_file(self.folder / name, held, compression=self._compression, replaces=replaces)
+    def _write(self, name: str, contents: Contents, replaces: Sequence[str] = ()) -> Source:
+        return write_file(self.folder / name, contents, compression=self._compression, replaces=replaces)
 
     def records(self) -> list[dict[str, Any]]:
-        """`table()`, one dict a sample."""
+        """`table()` as one dict a sample."""
         return records_of(self.table())
 
     def table(self) -> Columns:
         """The columns of every sealed sample, with its shard and index, read when they are asked for. Seals what is gathered; merges small shards."""
         self.flush()
         self._merge_small()
-        return Placed(self._shards())
+        return ShardColumns(self._shards())
 
     def _shards(self) -> list[Shard]:
         for source in self._sealed:
@@ -325,26 +230,28 @@ class RunWriter:
         return [self._opened[source.name] for source in self._sealed]
 
     def _merge_small(self) -> None:
-        """Write neighbours that fit into one shard as one; the old ones stay until `run.h5` is there."""
+        """Write small neighbours as one shard; the old ones stay until `run.h5` is there."""
         merged = []
-        for group in _groups(self._sealed, self._shard_bytes, shutil.disk_usage(self.folder).free):
+        for group in groups_to_merge(self._sealed, self._shard_bytes, shutil.disk_usage(self.folder).free):
             if len(group) == 1:
                 merged += group
                 continue
-            parts = [Shard(self.folder / source.name).contents() for source in group]
-            names = [source.name for source in group]
-            merged.append(self._write_contents(self._take_name(), joined(parts), names))
+            files = [Shard(self.folder / source.name).contents() for source in group]
+            merged.append(self._write(self._take_name(), joined(files), [source.name for source in group]))
         self._sealed = merged
 
     def finish(self, columns: Columns | None = None) -> None:
-        """Write `run.h5`: these columns, in the order wanted, with what the evaluation said of each sample; None: as `table()`."""
+        """Write `run.h5`. columns: the sample table in the order wanted, with each sample's score, shard and index; None: `table()`.
+
+        Raises StoreError when the run is finished already, or when columns do not have every sealed sample.
+        """
         with self._mutex:
             self._check_open()
             if is_finished(self.folder):
                 raise StoreError(f"{self.folder} is finished already.")
             columns = columns or self.table()
             n_records = len(columns.whole("shard")) if columns.names else 0
-            if self._gathered or self._sealing is not None or n_records != self._n_samples:
+            if len(self._gathered) or self._thread.sealing is not None or n_records != self._n_samples:
                 raise StoreError(
                     f"{n_records} records for {self._n_samples} sealed samples; ask table() after the last add."
                 )
@@ -352,123 +259,3 @@ class RunWriter:
             if len(shard_names(self.folder)) > len(self._sealed):  # some were merged
                 delete_replaced(self.folder)
             say_non_finite(self.folder, counts)
-
-
-def locked(folder: Path, rank: int = 0) -> FileLock:
-    """The lock of a folder, held: one for each process that shares it. Raises FolderInUse."""
-    lock = FileLock(folder / (f"{LOCK}-{rank}" if rank else LOCK), timeout=0, thread_local=False)
-    try:
-        with named_failures(folder):
-            lock.acquire()
-    except Timeout:
-        raise FolderInUse(f"another process is writing into {folder}; wait for it, or choose another folder.") from None
-    return lock
-
-
-def _other_locks(folder: Path) -> list[Path]:
-    """The locks of the processes but the first that shared a run."""
-    return [path for path in folder.glob(f"{LOCK}-*") if path.name.removeprefix(f"{LOCK}-").isdecimal()]
-
-
-@contextmanager
-def leaving_nothing(folder: Path) -> Iterator[None]:
-    """A folder goes again after a failure before the first shard, when nothing of a run is in it."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            clear_leftovers(folder)
-            if {path.name for path in folder.iterdir()} <= {LOCK, LOCAL_PATHS}:
-                for path in folder.iterdir():
-                    path.unlink()
-                folder.rmdir()
-        raise
-
-
-def damaged_among(folder: Path, opened: Mapping[str, Shard | None]) -> dict[str, str]:
-    """Shards of which something is wrong, and what; all bytes are read, but of those that a sound one replaces.
-
-    opened: the shards of a folder by their names; None for one that cannot be opened.
-    """
-    found: dict[str, str] = {}
-    replaced: set[str] = set()
-    for name, shard in reversed(list(opened.items())):  # what replaces others comes after them
-        if name in replaced:
-            continue
-        try:
-            problems = verify_file(folder / name)
-        except NotActivations as failure:
-            problems = [str(failure)]
-        if problems:
-            found[name] = problems[0]
-        elif shard is not None:
-            replaced.update(shard.replaces)
-    return found
-
-
-def source_of(shard: Shard) -> Source:
-    return Source(
-        shard.path.name, shard.n_rows, shard.size_bytes, shard.attributes.get(OF_ATTRIBUTES, ""), shard.non_finite
-    )
-
-
-def _groups(sources: Sequence[Source], shard_bytes: int, free_bytes: int) -> list[list[Source]]:
-    """Small neighbours that together are no larger than a shard, and for which the disk has room beside the old ones."""
-    groups: list[list[Source]] = []
-    is_open = False
-    for source in sources:
-        is_small = source.size_bytes <= shard_bytes * SMALL
-        room = min(shard_bytes, free_bytes / 4)
-        if is_open and is_small and sum(each.size_bytes for each in groups[-1]) + source.size_bytes <= room:
-            groups[-1].append(source)
-        else:
-            groups.append([source])
-        is_open = is_small
-    return groups
-
-
-class Placed:
-    """The sample table over several shards, with each sample's shard and index; a column is read when it is asked for."""
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards = shards
-
-    @property
-    def names(self) -> list[str]:
-        return [*dict.fromkeys(name for shard in self._shards for name in shard.column_names), "shard", "index"]
-
-    def whole(self, name: str) -> list[Any]:
-        if name == "shard":
-            return [number for number, shard in enumerate(self._shards) for _ in range(shard.n_samples)]
-        if name == "index":
-            return [index for shard in self._shards for index in range(shard.n_samples)]
-        return [value for shard in self._shards for value in shard.column(name)]
-
-    def record(self, index: int) -> dict[str, Any]:
-        return {name: self.whole(name)[index] for name in self.names}
-
-
-def write_index(
-    folder: Path, sources: Sequence[Source], shards: Sequence[Shard], columns: Columns, *, finished: bool
-) -> dict[str, int]:
-    """Write `run.h5` over shards. columns: of each sample, in the order wanted, with its shard and index. Returns what `write_run` does."""
-    if not shards:
-        raise StoreError(f"{folder} holds no shard: nothing was captured.")
-    parts = [replace(shard.contents(), columns=Listed({})) for shard in shards]  # the table has the columns
-    held = reordered(joined(parts, shards[0].settings), order_of(parts, columns), columns)
-    return write_run(folder / INDEX, held, sources, finished=finished)
-
-
-def order_of(parts: Sequence[Contents], columns: Columns) -> Array:
-    """The number of each line of a table among the samples of all parts, by its shard and index. Raises ValueError for a line of none."""
-    n_samples = np.array([0, *(part.n_samples for part in parts)])
-    shard, index = (
-        np.array([-1 if value is None else value for value in columns.whole(name)], dtype=np.int64)
-        for name in ("shard", "index")
-    )
-    known = (shard >= 0) & (shard < len(parts)) & (index >= 0)
-    strays = np.flatnonzero(~known | (index >= n_samples[np.where(known, shard + 1, 0)]))
-    if len(strays):
-        raise ValueError(f"sample {strays[0]} is in no shard")
-    found: Array = np.cumsum(n_samples)[shard] + index
-    return found

@@ -26,11 +26,10 @@ from AutomaticEval.public_names import public_name
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.disk.file_names import own_name, plain_name
 from AutomaticEval.store.disk.json_files import read_json, refuse_others, write_json
+from AutomaticEval.store.disk.json_text import as_json
 from AutomaticEval.store.disk.whole_files import prepare_folder, size_text
-from AutomaticEval.store.hdf5.contract import as_json
 from AutomaticEval.store.reader import Run, open_run
-from AutomaticEval.store.run_folder import LOCK, is_finished, shards_bytes
-from AutomaticEval.store.writer import leaving_nothing
+from AutomaticEval.store.run_folder import LOCK, is_finished, leaving_nothing, shards_bytes
 
 NUMBERS = "extraction.json"
 """The file in each run folder that says what the extraction gave."""

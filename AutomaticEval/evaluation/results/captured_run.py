@@ -23,7 +23,8 @@ from AutomaticEval.store.disk.file_names import own_name, plain_name
 from AutomaticEval.store.disk.whole_files import named_failures, prepare_folder
 from AutomaticEval.store.run_folder import LOCK, is_finished, refuse_finished
 from AutomaticEval.store.shared import SharedRun
-from AutomaticEval.store.writer import RunWriter, leaving_nothing
+from AutomaticEval.store.run_folder import leaving_nothing
+from AutomaticEval.store.writer import RunWriter
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from AutomaticEval.store.disk.read_back import read_back
 from AutomaticEval.store.disk.system import FULL
 from AutomaticEval.store.disk.file_names import own_name
 from AutomaticEval.store.disk.whole_files import new_files
-from AutomaticEval.store.hdf5.contract import as_json
+from AutomaticEval.store.disk.json_text import as_json
 
 MODEL_BYTES, TASK_BYTES = 220, 180
 """The most that a model's and a task's name may take of a file's name."""

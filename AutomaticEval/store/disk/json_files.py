@@ -10,7 +10,7 @@ from typing import Any
 
 from AutomaticEval.errors import OtherSettings, StoreError
 from AutomaticEval.settings import differing
-from AutomaticEval.store.disk.parsing import parse_json
+from AutomaticEval.store.disk.json_text import parse_json
 from AutomaticEval.store.disk.whole_files import new_file, prepare_file, prepare_folder
 
 Stats = dict[tuple[int, int], dict[str, float]]
@@ -44,14 +44,14 @@ def _finite(value: Any) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote. Raises StoreError for another file."""
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        result = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(f"there is no {path}.") from None
     except (ValueError, OSError):
         raise StoreError(f"{path} is no JSON; give a file that one of these commands wrote.") from None
-    if not isinstance(found, dict):
-        raise StoreError(f"{path} holds a {type(found).__name__}; a result is an object with a kind.")
-    return found
+    if not isinstance(result, dict):
+        raise StoreError(f"{path} holds a {type(result).__name__}; a result is an object with a kind.")
+    return result
 
 
 def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -69,11 +69,11 @@ def strength_result(stats: Stats, model: str, of: str, **about: Any) -> dict[str
 
 def read_strength(path: str | Path) -> tuple[Stats, str]:
     """What was written of `strength_result`: the statistics, and of what they are. Raises StoreError for another file."""
-    found = read_json(Path(path))
+    result = read_json(Path(path))
     try:
-        stats = {(each.pop("layer"), each.pop("head")): each for each in found["heads"]}
+        stats = {(each.pop("layer"), each.pop("head")): each for each in result["heads"]}
         if not all({"R_h", "n"} <= each.keys() for each in stats.values()) or not stats:
             raise KeyError("R_h")
-        return stats, str(found["of"])
+        return stats, str(result["of"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(f"{path} holds no head strengths; give a file that save_results wrote.") from None

@@ -55,12 +55,12 @@ def _held(folder: Path, name: str) -> tuple[Path, int]:
 def clear_leftovers(folder: Path) -> None:
     """Remove what killed processes left in a folder; what a process is writing just now stays, and so does what cannot be removed."""
     with suppress(OSError):
-        for found in [Path(each.path) for each in os.scandir(folder) if _NAMES.fullmatch(each.name)]:
+        for leftover in [Path(each.path) for each in os.scandir(folder) if _NAMES.fullmatch(each.name)]:
             with suppress(OSError):
-                if found.is_dir() and not found.is_symlink():
-                    _clear(found, folder)
+                if leftover.is_dir() and not leftover.is_symlink():
+                    _clear(leftover, folder)
                 else:  # as the first versions wrote them
-                    found.unlink()
+                    leftover.unlink()
 
 
 def _clear(place: Path, folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.store.disk.parsing import parse_json
+from AutomaticEval.store.disk.json_text import parse_json
 
 _PNG_BEGINS, _PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 

@@ -93,16 +93,16 @@ def _batches(run: Run, dtypes: Mapping[str, torch.dtype]) -> Iterator[list[dict[
     batch: list[dict[str, Any]] = []
     size_bytes = 0
     for number, record in enumerate(records(run)):
-        found = sample(run, number, dtypes)
-        for key, tensor in found["activations"].items():
+        data = sample(run, number, dtypes)
+        for key, tensor in data["activations"].items():
             if tensor.numel() > _MAX_NUMBERS:
                 raise StoreError(
                     f"{key} of sample {number} has {tensor.numel()} numbers; Arrow holds at most {_MAX_NUMBERS} in a list. "
                     "Export to safetensors."
                 )
             size_bytes += tensor.numel() * tensor.element_size()
-        picked = {name: found[name].tolist() for name in ("token_ids", "positions")}
-        batch.append({**_plain(record), **picked, "tokens": found["tokens"], **found["activations"]})
+        picked = {name: data[name].tolist() for name in ("token_ids", "positions")}
+        batch.append({**_plain(record), **picked, "tokens": data["tokens"], **data["activations"]})
         if size_bytes >= _BATCH_BYTES or len(batch) == _BATCH_SAMPLES:
             yield batch
             batch, size_bytes = [], 0

@@ -29,7 +29,7 @@ from AutomaticEval.store.export.outgoing import Advance, records, sample
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.ragged import Array
 from AutomaticEval.store.reader import Run, open_run
-from AutomaticEval.store.upkeep.rewrite import check
+from AutomaticEval.store.upkeep.verify import check
 
 FORMATS = {
     "safetensors": "a file a shard, key -> [n_rows, width], and samples.jsonl",
@@ -152,12 +152,12 @@ def _places(ranges: Array, first: Array) -> Iterator[tuple[int, int, int]]:
 
 
 def _tensors(shard: Shard, dtypes: Mapping[str, torch.dtype]) -> list[Stored]:
-    held, found = shard.contents(), []
+    held, tensors = shard.contents(), []
     for key, each in held.activations.items():
         changed = converted(replace(held, activations={key: each}), dtypes[key]).activations[key]
-        found.append(Stored(key, changed.dtype, (held.n_rows, each.width), changed.slabs))
+        tensors.append(Stored(key, changed.dtype, (held.n_rows, each.width), changed.slabs))
     numbers = {"token_id": held.token_ids[:], "position": held.positions[:]}
-    return found + [Stored(name, torch.int32, (held.n_rows,), partial(iter, [v])) for name, v in numbers.items()]
+    return tensors + [Stored(name, torch.int32, (held.n_rows,), partial(iter, [v])) for name, v in numbers.items()]
 
 
 def _save_safetensors(path: Path, tensors: Sequence[Stored]) -> None:
@@ -192,16 +192,16 @@ def _write_lens(run: Run, folder: Path, dtypes: Mapping[str, torch.dtype], advan
     """A file for each sample, and samples.jsonl with its name, token_ids and positions."""
     with (folder / "samples.jsonl").open("w", encoding="ascii") as lines:
         for number, record in enumerate(records(run)):
-            found, name = sample(run, number, dtypes), f"sample-{number:05d}.safetensors"
+            data, name = sample(run, number, dtypes), f"sample-{number:05d}.safetensors"
             _save_safetensors(
                 folder / name,
                 [
                     Stored(each, tensor.dtype, tuple(tensor.shape), partial(iter, [bits(tensor)]))
-                    for each, tensor in lens.as_activation_cache(found).items()
+                    for each, tensor in lens.as_activation_cache(data).items()
                 ],
             )
-            rows = {each: found[each].tolist() for each in ("token_ids", "positions")}
-            lines.write(json.dumps({**record, **rows, "tokens": found["tokens"], "file": name}) + "\n")
+            rows = {each: data[each].tolist() for each in ("token_ids", "positions")}
+            lines.write(json.dumps({**record, **rows, "tokens": data["tokens"], "file": name}) + "\n")
             advance(1)
 
 

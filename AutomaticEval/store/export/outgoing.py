@@ -34,7 +34,7 @@ def records(run: Run) -> Iterator[dict[str, Any]]:
 
 def places_of(run: Run) -> list[str]:
     """The absolute paths in what a run says of itself, beside its samples."""
-    found: dict[str, None] = {}
+    paths: dict[str, None] = {}
 
     def look(value: Any) -> None:
         if isinstance(value, Mapping):
@@ -44,14 +44,14 @@ def places_of(run: Run) -> list[str]:
             for each in value:
                 look(each)
         elif isinstance(value, str) and without_folders(value) != value:
-            found[value] = None
+            paths[value] = None
 
     look({"settings": run.settings})
-    return list(found)
+    return list(paths)
 
 
 def sample(run: Run, number: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
     """One sample with its activations in their new dtypes."""
-    found = run[number]
-    changed = {key: narrowed(key, tensor, dtypes[key]) for key, tensor in found["activations"].items()}
-    return {**found, "activations": changed}
+    data = run[number]
+    changed = {key: narrowed(key, tensor, dtypes[key]) for key, tensor in data["activations"].items()}
+    return {**data, "activations": changed}

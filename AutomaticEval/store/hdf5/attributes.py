@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
+import numpy as np
 
 from AutomaticEval.errors import NewerFormat, NotActivations
-from AutomaticEval.store.disk.parsing import parse_json
+from AutomaticEval.store.disk.json_text import parse_json
 from AutomaticEval.store.hdf5 import contract
 
 _OURS = ("format", "format_version", "model", "created", "settings", "replaces", "state", "attributes_xxh3_64")
 _FLAT = 64
 """Settings within settings, each written with the names of those that it is in, take at most so many times their text."""
 _MOST_LAYERS = 2**16
+_TEXT_TYPE = h5py.h5t.py_create(contract.TEXT)
 
 
 class About(NamedTuple):
@@ -37,42 +39,44 @@ def about(path: Path, file: h5py.File, kind: str) -> About:
     text: dict[str, str] = {}
     for name in file.attrs:
         try:
-            text[name] = str(contract.attribute_of(file, name))
+            text[name] = str(attribute_of(file, name))
         except (ValueError, TypeError):  # of another program, which may have types that h5py does not know
             if name in _OURS:
                 raise
-    found = text.get("format")
-    if found != kind:
-        raise NotActivations(f"{path} is HDF5, but not ours: its format attribute is {found!r}, expected {kind!r}.")
+    file_format = text.get("format")
+    if file_format != kind:
+        raise NotActivations(
+            f"{path} is HDF5, but not ours: its format attribute is {file_format!r}, expected {kind!r}."
+        )
     version = _version(path, text.get("format_version", "none"))
     return About(text, version, text["model"], _settings(text["settings"]), _replaces(text.get("replaces", "[]")))
 
 
 def _version(path: Path, text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", text)
-    if found is None or int(found[1]) != contract.VERSION[0]:
+    match = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", text)
+    if match is None or int(match[1]) != contract.VERSION[0]:
         ours = ".".join(map(str, contract.VERSION))
         raise NewerFormat(
             f"{path} has format version {text[:40]!r}; this version reads up to {ours}, and later ones of "
             f"{contract.VERSION[0]}. Upgrade AutomaticEval."
         )
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _settings(text: str) -> dict[str, Any]:
-    found = parse_json(text)
-    if not isinstance(found, dict):
+    settings = parse_json(text)
+    if not isinstance(settings, dict):
         raise ValueError(f"settings is {text[:40]}, expected a JSON object")
-    if _n_flat(found, 0) > _FLAT * len(text):
+    if _n_flat(settings, 0) > _FLAT * len(text):
         raise ValueError(f"the names in settings take more than {_FLAT} times the text of it")
-    shape, pruned = found.get("shape", {}), found.get("pruned_from", [])
+    shape, pruned = settings.get("shape", {}), settings.get("pruned_from", [])
     if not isinstance(shape, dict) or not all(isinstance(each, int | None) for each in shape.values()):
         raise ValueError("the setting shape is not an object of whole numbers")
     if not 0 <= (shape.get("n_layers") or 0) <= _MOST_LAYERS:
         raise ValueError(f"the setting shape has {shape['n_layers']} layers; at most {_MOST_LAYERS} are read")
     if not isinstance(pruned, list):
         raise ValueError("the setting pruned_from is no list")
-    return found
+    return settings
 
 
 def _n_flat(settings: Mapping[str, Any], n_before: int) -> int:
@@ -84,9 +88,36 @@ def _n_flat(settings: Mapping[str, Any], n_before: int) -> int:
 
 
 def _replaces(text: str) -> list[str]:
-    found = parse_json(text)
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+    names = parse_json(text)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"replaces is {text[:40]}, expected a JSON list of shards")
-    for name in found:
+    for name in names:
         contract.shard_number(name)
-    return found
+    return names
+
+
+def attribute_of(item: h5py.HLObject, name: str) -> Any:
+    """An attribute of one value, text or a whole number. Raises ValueError for another, which is not read; KeyError for none."""
+    made = h5py.h5a.open(item.id, name.encode("utf-8", "surrogateescape"))
+    one, stored = made.get_space().get_simple_extent_type() == h5py.h5s.SCALAR, made.get_type()
+    if not one or stored.get_class() not in (h5py.h5t.STRING, h5py.h5t.INTEGER):
+        raise ValueError(f"the attribute {name} of {item.name} is neither one text nor one whole number")
+    if stored.get_class() == h5py.h5t.INTEGER or not stored.is_variable_str():
+        return item.attrs[name]
+    read = np.empty((), dtype=contract.TEXT)  # as h5py does, which asks for type and shape again
+    made.read(read, mtype=_TEXT_TYPE)
+    text = read[()]
+    return text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
+
+
+def text_of(item: h5py.HLObject, name: str) -> str:
+    """An attribute that is text. Raises ValueError for another, KeyError for none."""
+    value = attribute_of(item, name)
+    if not isinstance(value, str):
+        raise ValueError(f"the attribute {name} of {item.name} is {value!r}, expected text")
+    return value
+
+
+def attribute_text(text: str) -> str:
+    """Text as a root attribute: HDF5 holds neither U+0000 nor lone surrogates, which stand there escaped (`\\udc80`)."""
+    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()

@@ -20,7 +20,7 @@ import xxhash
 
 from AutomaticEval.errors import DamagedFile, StoreError
 from AutomaticEval.store.bits import raw_bytes
-from AutomaticEval.store.hdf5 import contract
+from AutomaticEval.store.hdf5.attributes import attribute_of, text_of
 from AutomaticEval.store.hdf5.checksums import NAME, rows_per_block
 from AutomaticEval.store.hdf5.extents import Extent, Sums, dataset_of, naming, needs_filters, offset_of, stamp_of
 from AutomaticEval.store.hdf5.trailer import CHECKSUMS
@@ -82,7 +82,7 @@ def sums_of(file: h5py.File, dataset: h5py.Dataset, extent: Extent, version: tup
     if n_rows > rows and version >= (1, 2):
         return Sums(rows, _offset_of_sums(file, extent.name, rows, -(-n_rows // rows)))
     try:
-        single = contract.text_of(dataset, NAME)
+        single = text_of(dataset, NAME)
     except KeyError:
         raise ValueError(f"/{extent.name} has no checksum") from None
     return Sums(n_rows, None, int(single, 16), only_whole=n_rows > rows)
@@ -90,7 +90,7 @@ def sums_of(file: h5py.File, dataset: h5py.Dataset, extent: Extent, version: tup
 
 def _offset_of_sums(file: h5py.File, name: str, rows: int, n_blocks: int) -> int:
     made = dataset_of(file, f"{CHECKSUMS}/{name}")
-    if made.shape != (n_blocks,) or made.dtype != np.dtype("<u8") or contract.attribute_of(made, "rows") != rows:
+    if made.shape != (n_blocks,) or made.dtype != np.dtype("<u8") or attribute_of(made, "rows") != rows:
         raise ValueError(f"/{CHECKSUMS}/{name} are not the {n_blocks} checksums of blocks of {rows} rows")
     return offset_of(made, made.name.strip("/"), 8 * n_blocks, file.id.get_filesize())
 
@@ -100,8 +100,8 @@ def stored_sums(path: Path, extent: Extent) -> Array | None:
     if extent.sums is None or extent.sums.offset is None:
         return None
     n_blocks = -(-extent.shape[0] // extent.sums.rows)
-    found = Extent("checksums", extent.sums.offset, (n_blocks,), np.dtype("<u8"), extent.stamp)
-    return read_ranges(path, found, [(0, n_blocks)])
+    checksums = Extent("checksums", extent.sums.offset, (n_blocks,), np.dtype("<u8"), extent.stamp)
+    return read_ranges(path, checksums, [(0, n_blocks)])
 
 
 def damaged(path: Path, name: str, start: int, stop: int) -> DamagedFile:

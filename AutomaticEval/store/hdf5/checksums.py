@@ -63,20 +63,20 @@ class ArrayHash:
 
 def of_numbers(slabs: Iterable[np.ndarray[Any, Any]]) -> str:
     """The checksum of an array that comes in slabs."""
-    found = xxhash.xxh3_64()
+    hashed = xxhash.xxh3_64()
     for slab in slabs:
-        found.update(raw_bytes(slab))
-    return found.hexdigest()
+        hashed.update(raw_bytes(slab))
+    return hashed.hexdigest()
 
 
 def of_text(values: Iterable[str | bytes]) -> str:
     """The checksum of strings, each preceded by its length, so that no two lists of strings have the same bytes."""
-    found = xxhash.xxh3_64()
+    hashed = xxhash.xxh3_64()
     for value in values:
         raw = value.encode("utf-8") if isinstance(value, str) else value
-        found.update(len(raw).to_bytes(8, "little"))
-        found.update(raw)
-    return found.hexdigest()
+        hashed.update(len(raw).to_bytes(8, "little"))
+        hashed.update(raw)
+    return hashed.hexdigest()
 
 
 def of_attributes(attributes: Mapping[str, Any]) -> str:

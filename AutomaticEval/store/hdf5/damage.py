@@ -18,6 +18,7 @@ from AutomaticEval.samples import COLUMNS
 from AutomaticEval.store import int8
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.hdf5 import checksums, contract
+from AutomaticEval.store.hdf5.attributes import attribute_of, text_of
 from AutomaticEval.store.hdf5.blocks import read_ranges, stored_sums, sums_of
 from AutomaticEval.store.hdf5.extents import Extent, dataset_of
 from AutomaticEval.store.hdf5.read import Shard
@@ -65,7 +66,7 @@ def _follow(shard: Shard) -> None:
         for each in item.attrs:
             # a value that is not of ours is none of our business; ours are read, and refused, where they are used
             with suppress(ValueError, TypeError):
-                contract.attribute_of(item, each)
+                attribute_of(item, each)
 
     with shard.reading() as file:
         file.visititems(look)
@@ -80,9 +81,9 @@ def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:
         yield "the root attributes are not what their checksum says"
     with shard.reading() as file:
         for name in _texts(shard, file):
-            expected, found = _checksum_of(file[name]), checksums.of_text(file[name][()].tolist())
-            if found != expected:
-                yield _unlike(name, f"found {found}, expected {expected}")
+            expected, computed = _checksum_of(file[name]), checksums.of_text(file[name][()].tolist())
+            if computed != expected:
+                yield _unlike(name, f"found {computed}, expected {expected}")
         numbers = [
             each._replace(sums=sums_of(file, dataset_of(file, each.name), each, shard.version))
             for each in _numbers(shard)
@@ -114,7 +115,7 @@ def _told(file: h5py.File, extent: Extent) -> tuple[str | None, str | None]:
 
 def _checksum_of(dataset: h5py.Dataset) -> str | None:
     """What a dataset says of itself; None where it says nothing. Raises ValueError for what is no text."""
-    return contract.text_of(dataset, checksums.NAME) if checksums.NAME in dataset.attrs else None
+    return text_of(dataset, checksums.NAME) if checksums.NAME in dataset.attrs else None
 
 
 def _wrong_numbers(

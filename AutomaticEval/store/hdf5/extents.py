@@ -18,7 +18,8 @@ import numpy as np
 from AutomaticEval.errors import FileRefused, MissingFilter, TruncatedFile
 from AutomaticEval.samples import COLUMNS
 from AutomaticEval.store.disk.system import UNREAD, code_of
-from AutomaticEval.store.hdf5 import contract
+from AutomaticEval.store.hdf5.attributes import text_of
+from AutomaticEval.store.hdf5.column_codec import ENCODED, ENCODINGS, NUMPY
 from AutomaticEval.store.hdf5.room import REFERENCE, Room, text_bytes
 
 _MAX_CHUNK_BYTES = 16 * 2**20
@@ -112,10 +113,10 @@ def _is_of_hdf5(failure: BaseException) -> bool:
 
 
 def group_of(file: h5py.File, name: str) -> h5py.Group:
-    found = _object_of(file, name)
-    if not isinstance(found, h5py.h5g.GroupID):
+    group = _object_of(file, name)
+    if not isinstance(group, h5py.h5g.GroupID):
         raise ValueError(f"/{name} is not a group of this file")
-    return h5py.Group(found)
+    return h5py.Group(group)
 
 
 def _object_of(file: h5py.File, name: str) -> Any:
@@ -123,15 +124,15 @@ def _object_of(file: h5py.File, name: str) -> Any:
 
     By HDF5's own calls: h5py's ask a dozen questions for each, and a run has thousands of datasets.
     """
-    found = h5py.h5g.open(file.id, b"/")
+    item = h5py.h5g.open(file.id, b"/")
     for part in filter(None, name.split("/")):
         own = part.encode("utf-8", "surrogateescape")
-        if not isinstance(found, h5py.h5g.GroupID) or not found.links.exists(own):
+        if not isinstance(item, h5py.h5g.GroupID) or not item.links.exists(own):
             return None
-        if found.links.get_info(own).type != h5py.h5l.TYPE_HARD:
+        if item.links.get_info(own).type != h5py.h5l.TYPE_HARD:
             return None
-        found = h5py.h5o.open(found, own)
-    return found
+        item = h5py.h5o.open(item, own)
+    return item
 
 
 def names_of(file: h5py.File, name: str) -> list[str]:
@@ -139,23 +140,23 @@ def names_of(file: h5py.File, name: str) -> list[str]:
     group = group_of(file, name)
     if _ENTRY_BYTES * len(group) > file.id.get_filesize():
         raise ValueError(f"/{name} says that it has {len(group)} members, in a file of {file.id.get_filesize()} bytes")
-    found = list(group)
-    for each in found:
+    names = list(group)
+    for each in names:
         if not isinstance(each, str) or "/" in each or each in ("", ".", ".."):
             raise ValueError(f"/{name} has a member of the name {each!r}")
-    return found
+    return names
 
 
 def dataset_of(file: h5py.File, name: str) -> h5py.Dataset:
     """A dataset whose numbers are in this very file."""
-    found = _object_of(file, name)
-    if not isinstance(found, h5py.h5d.DatasetID):
+    dataset = _object_of(file, name)
+    if not isinstance(dataset, h5py.h5d.DatasetID):
         raise ValueError(f"/{name} is not a dataset of this file")
-    if found.get_create_plist().get_external_count():
+    if dataset.get_create_plist().get_external_count():
         raise ValueError(f"/{name} has its numbers in another file")
-    if found.get_space().get_simple_extent_type() == h5py.h5s.NULL:
+    if dataset.get_space().get_simple_extent_type() == h5py.h5s.NULL:
         raise ValueError(f"/{name} has no shape")
-    return h5py.Dataset(found)
+    return h5py.Dataset(dataset)
 
 
 def extent_of(
@@ -219,10 +220,10 @@ def check_column(file: h5py.File, name: str, n_values: int, size: int, room: Roo
     if dataset.shape != (n_values,):
         raise ValueError(f"/{name} has shape {dataset.shape}, expected [{n_values}]")
     is_text = h5py.check_string_dtype(dataset.dtype) is not None
-    encoding, column = contract.text_of(dataset, "encoding"), name.removeprefix("samples/")
+    encoding, column = text_of(dataset, "encoding"), name.removeprefix("samples/")
     kind = COLUMNS.get(column) if column != name else "text"
-    allowed = contract.ENCODINGS if kind is None else contract.ENCODED[kind]
-    if encoding not in allowed or is_text == (encoding in contract.NUMPY):
+    allowed = ENCODINGS if kind is None else ENCODED[kind]
+    if encoding not in allowed or is_text == (encoding in NUMPY):
         raise ValueError(f"/{name} is {dataset.dtype} with the encoding {encoding!r}")
     if is_text and n_values:
         _check_text(file, dataset, name, n_values, size, room)

@@ -18,7 +18,7 @@ from AutomaticEval.errors import DamagedFile, NotActivations, StoreError, Trunca
 from AutomaticEval.store.bits import bits_type
 from AutomaticEval.store.disk.system import UNREAD, code_of
 from AutomaticEval.store.hdf5 import contract, trailer
-from AutomaticEval.store.hdf5.attributes import about
+from AutomaticEval.store.hdf5.attributes import about, text_of
 from AutomaticEval.store.hdf5.blocks import read_ranges, sums_of
 from AutomaticEval.store.hdf5.extents import Extent, dataset_of, extent_of, naming
 from AutomaticEval.store.hdf5.room import Room
@@ -105,7 +105,7 @@ class OpenedFile:
         """Where the rows of a site lie; of `run.h5`, how many there are."""
         name = f"activations/{key}"
         dataset = dataset_of(file, name)
-        dtype = contract.dtype_named(contract.text_of(dataset, "dtype"))
+        dtype = contract.dtype_named(text_of(dataset, "dtype"))
         if dataset.ndim != 2 or dataset.id.get_type() != contract.hdf5_type(dtype):
             raise ValueError(f"/{name} has shape {dataset.shape} and {dataset.dtype}, expected rows of {dtype}")
         if self.kind == contract.RUN_FORMAT:

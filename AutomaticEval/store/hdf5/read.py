@@ -16,11 +16,12 @@ import torch
 from AutomaticEval.samples import COLUMNS
 from AutomaticEval.sites import key_order
 from AutomaticEval.store import int8
-from AutomaticEval.store.contents.file_contents import Activation, Contents
+from AutomaticEval.store.contents.file_contents import Activation, Contents, RowFormat
 from AutomaticEval.store.finite import counts_in
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.blocks import FileArray, damaged, read_ranges
 from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES, ArrayHash
+from AutomaticEval.store.hdf5.column_codec import NUMPY, decode_column, decode_texts, decoded
 from AutomaticEval.store.hdf5.extents import Extent, check_column, dataset_of, names_of
 from AutomaticEval.store.hdf5.open import OpenedFile
 from AutomaticEval.store.ragged import Array, Ragged, ranges_of
@@ -76,8 +77,8 @@ class Shard(OpenedFile):
         for name in list(self.column_names):
             try:
                 encoding = check_column(file, f"samples/{name}", self.n_samples, self.size_bytes, self._room)
-                if encoding in contract.NUMPY:
-                    self.columns[name] = encoding, self._extent(file, f"samples/{name}", contract.NUMPY[encoding])
+                if encoding in NUMPY:
+                    self.columns[name] = encoding, self._extent(file, f"samples/{name}", NUMPY[encoding])
             except (ValueError, KeyError):
                 if name in COLUMNS:
                     raise
@@ -144,8 +145,13 @@ class Shard(OpenedFile):
         """What one step of each int8 number of some rows stands for: float32 [n, width]."""
         lines = read_ranges(self.path, self.numbers["rows/block"], ranges)
         used, inverse = np.unique(lines, return_inverse=True)
-        found: Array = read_ranges(self.path, self.scales[key], ranges_of(used))[inverse]
-        return found
+        scales: Array = read_ranges(self.path, self.scales[key], ranges_of(used))[inverse]
+        return scales
+
+    @property
+    def row_formats(self) -> dict[str, RowFormat]:
+        """Site -> how its rows are stored."""
+        return {key: RowFormat(self.dtypes[key], self.extents[key].shape[1]) for key in self.keys}
 
     @cached_property
     def non_finite(self) -> dict[str, int]:
@@ -158,7 +164,7 @@ class Shard(OpenedFile):
         """The token strings of every id that a row has."""
         ids = self.ints("vocabulary/token_id")[:].tolist()
         with self.reading() as file:
-            return dict(zip(ids, contract.decode_texts(file["vocabulary/token"]), strict=True))
+            return dict(zip(ids, decode_texts(file["vocabulary/token"]), strict=True))
 
     def column(self, name: str) -> list[Any]:
         """A column's value for every sample, None where there is none."""
@@ -171,14 +177,14 @@ class Shard(OpenedFile):
         return {name: values[0] for name, values in self._values(names, slice(index, index + 1)).items()}
 
     def _values(self, names: Sequence[str], at: slice) -> dict[str, list[Any]]:
-        found = {}
+        values = {}
         for name in set(names) & self.columns.keys():
             encoding, extent = self.columns[name]
-            found[name] = contract.decoded(FileArray(self.path, extent)[at], encoding)
-        if len(found) < len(names):
+            values[name] = decoded(FileArray(self.path, extent)[at], encoding)
+        if len(values) < len(names):
             with self.reading() as file:
-                found |= {name: _decode(name)(file[f"samples/{name}"], at) for name in names if name not in found}
-        return found
+                values |= {name: _decode(name)(file[f"samples/{name}"], at) for name in names if name not in values}
+        return values
 
     def vocabulary(self) -> dict[int, str]:
         return self.strings
@@ -246,7 +252,7 @@ class FileColumns:
 
 
 def _decode(name: str) -> Callable[[h5py.Dataset, slice], list[Any]]:
-    return contract.decode_texts if COLUMNS.get(name) == "text" else contract.decode_column
+    return decode_texts if COLUMNS.get(name) == "text" else decode_column
 
 
 def _number_names(file: h5py.File, groups: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import h5py
 import xxhash
 
-from AutomaticEval.store.disk.parsing import parse_json
+from AutomaticEval.store.disk.json_text import parse_json
 
 MAGIC = b"AEvalEnd"
 CHECKSUMS = "checksums"
@@ -27,7 +27,7 @@ _STEP = 8 * 2**20
 
 def arrays_of(file: h5py.File) -> list[tuple[int, int]]:
     """(offset, size) of every contiguous dataset of numbers that has a checksum of its own."""
-    found: list[tuple[int, int]] = []
+    arrays: list[tuple[int, int]] = []
 
     def look(name: str, item: Any) -> None:
         if name.startswith(f"{CHECKSUMS}/"):
@@ -35,10 +35,10 @@ def arrays_of(file: h5py.File) -> list[tuple[int, int]]:
         if isinstance(item, h5py.Dataset) and h5py.check_string_dtype(item.dtype) is None:
             offset = item.id.get_offset()
             if offset is not None:
-                found.append((offset, item.id.get_storage_size()))
+                arrays.append((offset, item.id.get_storage_size()))
 
     file.visititems(look)
-    return sorted(found)
+    return sorted(arrays)
 
 
 def write_trailer(path: Path, arrays: list[tuple[int, int]], least_bytes: int = 0) -> None:
@@ -86,16 +86,16 @@ def _tail(file: BinaryIO, size: int) -> bytes:
 
 
 def _checksum(file: BinaryIO, size: int, arrays: list[tuple[int, int]]) -> str:
-    found = xxhash.xxh3_64()
+    hashed = xxhash.xxh3_64()
     for start, stop in _outside(size, arrays):
         file.seek(start)
         while start < stop:
             read = file.read(min(_STEP, stop - start))
             if not read:
                 raise OSError("the file ends too soon")
-            found.update(read)
+            hashed.update(read)
             start += len(read)
-    return found.hexdigest()
+    return hashed.hexdigest()
 
 
 def _follow_one_another(arrays: list[tuple[int, int]], size: int) -> bool:

@@ -1,0 +1,107 @@
+"""How the values of each column are written, and read back. `docs/format.md` says the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import h5py
+import numpy as np
+
+from AutomaticEval.errors import CaptureError
+from AutomaticEval.samples import COLUMNS
+from AutomaticEval.store.disk.json_text import as_json, parse_json
+
+ENCODINGS = ("utf-8", "json", "int", "float", "bool")
+ENCODED: dict[str, tuple[str, ...]] = {
+    "text": ("utf-8", "json"),
+    "json": ("json",),
+    "int": ("int",),
+    "float": ("float",),
+    "bool": ("bool",),
+}
+"""Type of a column -> the encodings that it may have."""
+NUMPY: dict[str, np.dtype[Any]] = {"int": np.dtype("<i8"), "float": np.dtype("<f8"), "bool": np.dtype("i1")}
+"""The dtype in which each type of column is stored that holds numbers."""
+_NONE, _NAN = 0x7FF8 << 48, (0x7FF8 << 48) + 1
+"""The bits of a float that is absent, and of one that is not a number. Older versions wrote _NONE for both."""
+
+
+def encode_column(name: str, values: Sequence[Any]) -> tuple[np.ndarray[Any, Any] | list[str], str]:
+    """A column's values as they are written, and its `encoding` attribute."""
+    kind = COLUMNS[name]
+    if kind == "json":
+        return [as_json(value) for value in values], "json"
+    if kind == "text":
+        return encode_text(["" if value is None else str(value) for value in values])
+    if kind == "bool" and any(value not in (None, False, True) for value in values):
+        raise CaptureError(
+            f"the column {name} holds {next(v for v in values if v not in (None, False, True))!r}, which is neither true nor false."
+        )
+    if kind == "float":
+        return _encoded_floats(values), kind
+    return np.array([-1 if value is None else value for value in values], dtype=NUMPY[kind]), kind
+
+
+def _encoded_floats(values: Sequence[Any]) -> np.ndarray[Any, Any]:
+    """None is NaN, and NaN is another NaN."""
+    is_none = np.array([value is None for value in values], dtype=bool)
+    numbers = np.array([0.0 if value is None else value for value in values], dtype=NUMPY["float"])
+    raw = numbers.view(np.uint64)
+    raw[np.isnan(numbers)], raw[is_none] = _NAN, _NONE
+    return numbers
+
+
+def n_non_finite_floats(numbers: np.ndarray[Any, Any]) -> int:
+    """How many of a column's encoded floats are infinite or NaN; None is neither."""
+    return int(np.count_nonzero(~np.isfinite(numbers) & ~_is_none(numbers)))
+
+
+def _is_none(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    is_none: np.ndarray[Any, Any] = np.isnan(numbers) & (np.ascontiguousarray(numbers).view(np.uint64) != _NAN)
+    return is_none
+
+
+def encode_text(values: Sequence[str]) -> tuple[list[str], str]:
+    """Strings as they are written: as they are, or as JSON when HDF5 cannot hold one of them."""
+    if all("\0" not in value and _is_utf8(value) for value in values):
+        return list(values), "utf-8"
+    return [json.dumps(value) for value in values], "json"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def decode_texts(dataset: h5py.Dataset, at: Any = ()) -> list[str]:
+    """As `decode_column`, of text. Raises ValueError, also for JSON that is no text."""
+    values = decode_column(dataset, at)
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{dataset.name} holds values that are no text")
+    return values
+
+
+def decode_column(dataset: h5py.Dataset, at: Any = ()) -> list[Any]:
+    """A column's values, whole or at a slice, with None where none was written. Raises ValueError."""
+    return decoded(dataset[at], dataset.attrs["encoding"])
+
+
+def decoded(raw: Any, encoding: str) -> list[Any]:
+    """Values as they are written -> as they were given. Raises ValueError."""
+    if encoding not in ENCODINGS:
+        raise ValueError(f"a column has the encoding {encoding!r}")
+    if encoding in ("utf-8", "json"):
+        texts = [value.decode("utf-8") if isinstance(value, bytes) else value for value in np.atleast_1d(raw)]
+        return [parse_json(text) for text in texts] if encoding == "json" else texts
+    values = np.atleast_1d(raw).tolist()
+    if encoding == "float":
+        nones = _is_none(np.atleast_1d(raw)).tolist()
+        return [None if is_none else value for value, is_none in zip(values, nones, strict=True)]
+    if encoding == "bool":
+        return [None if value < 0 else bool(value) for value in values]
+    return [None if value == -1 else value for value in values]

@@ -1,0 +1,124 @@
+"""Writes the rows of one site: as numbers into a shard, or into `run.h5` as a view of the shards' rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import torch
+
+from AutomaticEval.store import int8
+from AutomaticEval.store.contents.file_contents import Activation
+from AutomaticEval.store.finite import NON_FINITE, n_non_finite
+from AutomaticEval.store.hdf5 import checksums
+from AutomaticEval.store.hdf5.contract import hdf5_type
+from AutomaticEval.store.hdf5.extents import load_filters
+from AutomaticEval.store.hdf5.writing.numbers import write_checksums
+from AutomaticEval.store.ragged import rechunked
+
+_SLAB_BYTES = 8 * 2**20
+_CHUNK_BYTES = 512 * 2**10
+"""Below the 1 MiB that older HDF5 libraries keep in memory for each dataset."""
+
+
+class Source(NamedTuple):
+    """A shard that `run.h5` shows."""
+
+    name: str
+    n_rows: int
+    size_bytes: int
+    stamp: str
+    """The checksum of its root attributes, by which it is told from any other shard."""
+
+    non_finite: Mapping[str, int]
+    """Site or column -> how many of its numbers are infinite or NaN. Sites and columns of older files, which do not say it, are missing."""
+
+
+def write_activation(file: h5py.File, key: str, activation: Activation, n_rows: int, compression: str | None) -> None:
+    """Write one dataset slab by slab as raw bits, and compute its checksums on the way."""
+    stored = hdf5_type(activation.dtype)
+    dataset = _create(file, f"activations/{key}", stored, (n_rows, activation.width), compression)
+    row_bytes = max(1, activation.width * stored.get_size())
+    rows = dataset.chunks[0] if dataset.chunks else checksums.rows_per_block(row_bytes)
+    hashed, n_wrong = checksums.ArrayHash(rows * row_bytes), 0
+    # whole chunks, and whole blocks of scales, so that neither is written twice
+    step = -(-max(1, _SLAB_BYTES // row_bytes) // int8.BLOCK_ROWS) * int8.BLOCK_ROWS
+    space, at, started = dataset.id.get_space(), 0, 0
+    in_steps = compression is not None or activation.dtype == torch.int8
+    for slab in rechunked(activation.slabs(), step) if in_steps else activation.slabs():
+        values = np.ascontiguousarray(slab)
+        space.select_hyperslab((at, 0), values.shape)
+        dataset.id.write(h5py.h5s.create_simple(values.shape), space, values, mtype=stored)
+        hashed.add(values)
+        n_wrong += n_non_finite(values, activation.dtype)
+        at += len(values)
+        if not in_steps and (at - started) * row_bytes >= _SLAB_BYTES:
+            _start_writing(file, dataset.id.get_offset() + started * row_bytes, (at - started) * row_bytes)
+            started = at
+    assert at == n_rows, f"{key}: {at} rows came, expected {n_rows}"
+    dataset.attrs["dtype"] = str(activation.dtype).removeprefix("torch.")
+    dataset.attrs[NON_FINITE] = n_wrong
+    write_checksums(dataset, hashed, rows)
+
+
+def write_virtual(file: h5py.File, key: str, activation: Activation, sources: Sequence[Source]) -> None:
+    """Write a dataset that shows the rows of all sources. Where a source is missing, HDF5 gives NaN (or -128), never zeros."""
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    absent = np.array(-128, np.int8) if activation.dtype == torch.int8 else np.array(np.nan, np.float32)
+    settings.set_fill_value(absent)
+    n_rows = sum(source.n_rows for source in sources)
+    at = 0
+    for source in sources:
+        if source.n_rows:
+            space = h5py.h5s.create_simple((n_rows, activation.width))
+            space.select_hyperslab((at, 0), (source.n_rows, activation.width))
+            theirs = h5py.h5s.create_simple((source.n_rows, activation.width))
+            settings.set_virtual(space, source.name.encode(), f"/activations/{key}".encode(), theirs)
+            at += source.n_rows
+    stored, space = hdf5_type(activation.dtype), h5py.h5s.create_simple((n_rows, activation.width))
+    group = file.require_group("activations")
+    dataset = h5py.Dataset(h5py.h5d.create(group.id, key.encode(), stored, space, dcpl=settings))
+    dataset.attrs["dtype"] = str(activation.dtype).removeprefix("torch.")
+    if all(key in source.non_finite for source in sources):
+        dataset.attrs[NON_FINITE] = sum(source.non_finite[key] for source in sources)
+
+
+def _start_writing(file: h5py.File, offset: int, n_bytes: int) -> None:
+    """Have the system put bytes on the disk while the next ones are made, so that the fsync at the end finds little left."""
+    if hasattr(os, "posix_fadvise"):
+        with Path(file.filename).open("rb") as written:
+            os.posix_fadvise(written.fileno(), offset, n_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _create(
+    file: h5py.File, name: str, stored: h5py.h5t.TypeID, shape: tuple[int, int], compression: str | None
+) -> h5py.Dataset:
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    if all(shape):  # HDF5 refuses contiguous data without rows
+        settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        if compression is None:
+            settings.set_layout(h5py.h5d.CONTIGUOUS)
+            settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        else:
+            _compress(settings, shape, stored.get_size(), compression)
+    group, _, own_name = name.rpartition("/")
+    space = h5py.h5s.create_simple(shape)
+    return h5py.Dataset(h5py.h5d.create(file.require_group(group).id, own_name.encode(), stored, space, dcpl=settings))
+
+
+def _compress(settings: Any, shape: tuple[int, int], item_bytes: int, compression: str) -> None:
+    rows = max(1, _CHUNK_BYTES // (shape[1] * item_bytes))
+    rows = 2 ** (min(rows, int8.BLOCK_ROWS).bit_length() - 1)  # divides the slabs that are written
+    settings.set_chunk((min(rows, shape[0]), shape[1]))
+    if item_bytes > 1:
+        settings.set_shuffle()
+    if compression == "gzip":
+        settings.set_deflate(1)
+        return
+    plugin = load_filters("--compression", compression)
+    chosen = plugin.Zstd(clevel=1) if compression == "zstd" else plugin.LZ4()
+    settings.set_filter(chosen["compression"], h5py.h5z.FLAG_MANDATORY, chosen["compression_opts"])
