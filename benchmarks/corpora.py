@@ -28,11 +28,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from AutomaticEval.capture.texts import extraction as corpus
 from AutomaticEval.capture.texts.batching import TextPieces, batches_of
-from AutomaticEval.capture.texts.extraction import TOKENS, extract
+from AutomaticEval.capture.texts.extraction import extract
 from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.capture.texts.forward import inputs, padded
+from AutomaticEval.capture.texts.piece_forwards import TOKENS
 from AutomaticEval.capture.texts.sources import Text, read_texts
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model
+from AutomaticEval.capture.texts.text_set import TextSet
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.selection import Selection
 
 LAYER = 6
@@ -101,7 +105,7 @@ def speed(texts: list[str], tokenizer: str, rounds: int, chosen: list[str]) -> N
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            extract(loaded, texts, selection, Path(folder) / "run")
+            extract(loaded, TextSet("texts", texts), selection, Path(folder) / "run")
 
     def bare() -> None:
         for batch in batches:
@@ -155,7 +159,7 @@ def memory(texts: list[str], n: int) -> None:
     corpus.SHARD_BYTES = 16 * 2**20
     folder = Path(tempfile.mkdtemp())
     many = (f"{texts[number % len(texts)]} {number}" for number in range(n))
-    extract(load_model("demo"), many, Selection.parse("resid_post", 1), folder / "run")
+    extract(load_model("demo"), TextSet("texts", many), Selection.parse("resid_post", 1), folder / "run")
     shutil.rmtree(folder)
     print(peak_memory())
 

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from AutomaticEval.cli.options import quiet_libraries
-from AutomaticEval.models.loading import DEMO_FOLDER
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 
 Section = Callable[[Setting], Iterator[dict[str, Any]]]
 SECTIONS: dict[str, tuple[Section, float]] = {

@@ -19,7 +19,7 @@ from gauges import seconds
 from scoring import llama_3b
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 
 @dataclass

@@ -22,8 +22,9 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 from AutomaticEval.capture.generation import Response, respond
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.evaluation.results.captured_run import made_with
-from AutomaticEval.models.load_options import LoadOptions
-from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.bits import bits

@@ -24,8 +24,9 @@ from AutomaticEval.analysis.heads.sweep_files import SWEPT_TOGETHER
 from AutomaticEval.analysis.parts.input_batches import Reader
 from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.texts.forward import padded
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 from AutomaticEval.models.editing import Edit, editing
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
 
 N_ANSWER = 5
 

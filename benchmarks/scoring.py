@@ -34,7 +34,8 @@ from AutomaticEval.cli.options import quiet_libraries
 from AutomaticEval.evaluation.benchmark import BUNDLED
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.results.captured_run import made_with
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.writer import RunWriter
 

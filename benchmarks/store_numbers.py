@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from AutomaticEval import open_run
-from AutomaticEval.models.loading import DEMO_FOLDER
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store import int8 as stored
 from AutomaticEval.store.contents.slabs import resized

@@ -17,7 +17,8 @@ from helpers.raw_hooks import n_hooks
 from helpers.tasks import write_tasks
 from transformers import AutoTokenizer
 
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 
 # pytest then shows the values of a failed assertion in these files, as it does in test files
 pytest.register_assert_rewrite(*(f"helpers.{name}" for name in ("samples", "plain_lm_eval", "runs", "mutants")))

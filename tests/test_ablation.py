@@ -28,7 +28,8 @@ from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EditError, ModelUnavailable, PromptError, SelectionError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.run import run_benchmark
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 
 PROMPTS = ["What is red?", "Is a dog an animal, and if it is, since when?", "1 + 1 is"]
 REFERENCE = ["The bus leaves at noon.", "Stir the soup", "A table has four legs"]

@@ -18,10 +18,10 @@ from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EditError, UnsupportedModel
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.attention import check_patterns
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.edited_models import depends_on_position, layout_of, names_of
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.find_layout import find_layout
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site

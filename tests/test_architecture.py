@@ -17,7 +17,18 @@ from helpers.places import ROOT
 
 PACKAGE = ROOT / "AutomaticEval"
 FLOORS = (
-    ("errors", "sites", "processes", "public_names", "safe_text", "tested_versions", "options", "moved", "demo"),
+    (
+        "errors",
+        "sites",
+        "processes",
+        "public_names",
+        "safe_text",
+        "tested_versions",
+        "options",
+        "file_states",
+        "moved",
+        "demo",
+    ),
     ("selection", "samples", "settings"),
     ("models",),
     ("store",),
@@ -38,11 +49,11 @@ OWNERS = {
     "typer": ("cli",),
     "rich": ("cli.printing",),
     "matplotlib": ("report",),
-    "bitsandbytes": ("models.loading",),
+    "bitsandbytes": ("models.checkpoint",),
     "peft": ("models.weights.adapters",),
     "datasets": ("evaluation", "store.export.arrow", "capture.texts.sources"),
     "pyarrow": ("store.export.arrow",),
-    "huggingface_hub": ("store.export.hub", "models.loading"),
+    "huggingface_hub": ("store.export.hub", "models.checkpoint"),
     "pandas": ("store",),
     "scipy": ("analysis",),
     "vaderSentiment": ("analysis.words.metrics",),

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import typer
 from helpers.commands import within
 from helpers.models import CONFIGS, build, save_with_code
@@ -39,8 +40,10 @@ from AutomaticEval.cli.app import app
 from AutomaticEval.errors import AutomaticEvalError, ModelError, ModelUnavailable, UnknownLayer
 from AutomaticEval.evaluation.evaluating import EvaluateOptions
 from AutomaticEval.models import loading
-from AutomaticEval.models.load_options import LoadKeywords, LoadOptions
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model, n_layers_of
+from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
+from AutomaticEval.models.loading import load_model, n_layers_of
 
 PAIRS = [("What is the capital of", " France"), ("Tell me", " more of it"), ("", "One")]
 
@@ -473,13 +476,13 @@ def test_loading_uses_every_option(folders: Path, monkeypatch: pytest.MonkeyPatc
     """What transformers is told; peft, delta, subfolder, add_bos_token and trust_remote_code are scored above."""
     told: dict[str, Any] = {}
     for kind in ("AutoModelForCausalLM", "AutoConfig", "AutoTokenizer"):
-        stock = getattr(loading, kind).from_pretrained
+        stock = getattr(transformers, kind).from_pretrained
 
         def spy(*args: Any, _stock: Any = stock, **kwargs: Any) -> Any:
             told.update(kwargs)
             return _stock(*args, **kwargs)
 
-        monkeypatch.setattr(getattr(loading, kind), "from_pretrained", spy)
+        monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", spy)
     for name, value in LOADING.items():
         monkeypatch.setattr(loading, "_loaded", type(loading._loaded)())
         told.clear()

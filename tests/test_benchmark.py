@@ -41,7 +41,8 @@ from AutomaticEval.evaluation.results import join as join_module
 from AutomaticEval.evaluation.results.join import join
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.selection import Selection
 
 stock = partial(Benchmark, scoring="stock")  # lm-eval's own batches, bit for bit; test_tree.py has the others

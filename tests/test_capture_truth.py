@@ -14,7 +14,8 @@ from helpers.raw_hooks import FINAL_NORM, n_hooks, raw_residuals
 from AutomaticEval.capture.generation import Response, respond
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.selection import Selection
 
 PROMPTS = [[5, 17, 99, 3, 250, 41, 7], [12, 13], [300, 8, 8, 120, 77], [64]]

@@ -20,10 +20,13 @@ from torch.utils.data import DataLoader
 from transformers import Gemma2Config, MistralConfig
 
 from AutomaticEval import ExtractSingleSample, FromHuggingFace, open_run
+from AutomaticEval.capture.texts import extraction
 from AutomaticEval.capture.texts import extraction as corpus
+from AutomaticEval.capture.texts import forward as text_forward
 from AutomaticEval.capture.texts.batching import Piece, batches_of
-from AutomaticEval.capture.texts.extraction import Extracted, extract
+from AutomaticEval.capture.texts.extraction import Extracted, Writing
 from AutomaticEval.capture.texts.feeding import Feeding
+from AutomaticEval.capture.texts.text_set import TextSet
 from AutomaticEval.errors import (
     EmptyPrompt,
     OtherSettings,
@@ -33,8 +36,9 @@ from AutomaticEval.errors import (
     StoreError,
     TreeUnsuitable,
 )
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import find_layout
-from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.upkeep.verify import verify
 
@@ -55,6 +59,20 @@ def loaded(request: pytest.FixtureRequest, tokenizer: Any) -> LoadedModel:
 def selection(loaded: LoadedModel, kinds: str = KINDS, layers: Any = None, **how: Any) -> Selection:
     chosen = [kind for kind in kinds.split(",") if not loaded.layout.lacking(kind)]
     return Selection.parse(chosen, layers, **how)
+
+
+def extract(
+    loaded: LoadedModel,
+    texts: Any,
+    selection: Selection,
+    folder: Path,
+    feeding: Feeding = Feeding(),
+    about: dict[str, Any] | None = None,
+    **writing: Any,
+) -> Extracted:
+    """Of texts without a name of their own."""
+    named = TextSet("texts", texts, about or {})
+    return extraction.extract(loaded, named, selection, folder, feeding, Writing(**writing))
 
 
 def raw(loaded: LoadedModel, keys: list[str], ids: list[int]) -> dict[str, Tensor]:
@@ -190,7 +208,7 @@ def test_patterns_do_not_depend_on_what_is_not_kept(tokenizer: Any, tmp_path: Pa
 def test_a_model_that_lets_texts_see_one_another_is_refused(
     tiny_llama: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "as_mask", lambda model, attended: torch.ones_like(attended).tril())
+    monkeypatch.setattr(text_forward, "as_mask", lambda model, attended: torch.ones_like(attended).tril())
     with pytest.raises(TreeUnsuitable, match="lets texts see one another"):
         extract(
             tiny_llama, TEXTS, selection(tiny_llama), tmp_path / "run", feeding=Feeding(seq_length=40, packing=True)

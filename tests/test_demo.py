@@ -35,7 +35,7 @@ def test_shipped_benchmark_and_tokenizer_are_the_scripts(tmp_path: Path) -> None
 def test_shipped_model_is_what_the_script_trains() -> None:
     """Ten minutes. The scores, not the bits: other processors round otherwise."""
     from AutomaticEval.evaluation.run import run_benchmark
-    from AutomaticEval.models.loading import LoadedModel
+    from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
     tokenizer = train.train_tokenizer()
     model = train.train_model(tokenizer, steps=3200, batch=24)

@@ -26,7 +26,7 @@ from AutomaticEval import (
 )
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 Door = Callable[[Any, Any, Path], Any]
 DOORS: dict[str, Door] = {

@@ -18,7 +18,7 @@ from AutomaticEval.errors import CaptureError, MissingFilter, SelectionError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.store import int8 as eight_bits

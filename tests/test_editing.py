@@ -19,8 +19,8 @@ from torch import Tensor
 from AutomaticEval import Edit, editing, evaluate_with_activations, open_run
 from AutomaticEval.errors import CaptureError, EditError, OtherSettings, SiteUnavailable, UnknownSite
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import find_layout
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.sites import Site, expand
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from AutomaticEval import score_continuations
 from AutomaticEval.errors import PromptError
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
 

@@ -38,8 +38,10 @@ from AutomaticEval.evaluation.harness.tokens import EncodedAhead, texts_of
 from AutomaticEval.evaluation.local_files import read_documents
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.load_options import LoadOptions
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.selection import Selection
 
 # lm-eval's own batches, bit for bit; test_tree.py has the others

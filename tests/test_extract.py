@@ -24,11 +24,12 @@ from helpers.places import ROOT
 from AutomaticEval import open_run
 from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.texts.feeding import Feeding
-from AutomaticEval.capture.texts.many_runs import Plan, TextSet, extract_sets, folder_names
+from AutomaticEval.capture.texts.many_runs import Plan, extract_sets, folder_names
+from AutomaticEval.capture.texts.text_set import TextSet
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models import loading
-from AutomaticEval.models.load_options import LoadOptions
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.upkeep.verify import verify
@@ -294,12 +295,12 @@ def test_each_model_is_loaded_once(demo: LoadedModel, tmp_path: Path, monkeypatc
     """Also one that cannot be: a name that is not there may take half a minute to be told."""
     asked: list[str] = []
 
-    def load(name: str, *how: Any) -> Any:
-        asked.append(name)
-        return really(name, *how)
+    def load(sources: Any, *how: Any) -> Any:
+        asked.append(sources.name)
+        return really(sources, *how)
 
-    really = loading._load
-    monkeypatch.setattr(loading, "_load", load)
+    really = loading.load_weights
+    monkeypatch.setattr(loading, "load_weights", load)
     monkeypatch.setattr(loading, "_loaded", OrderedDict())  # nothing is kept from other tests
     every = [TextSet.of(name, [f"{name} is here."]) for name in ("anger", "joy")]
     plan = Plan(Selection.parse("embed", "0"), Feeding(), LoadOptions(), None, Ranks())

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from AutomaticEval import Edit, editing, evaluate_with_activations, open_run
 from AutomaticEval.errors import ModelError, OtherSettings, StoreError
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
-from AutomaticEval.models.load_options import LoadOptions
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.models.weights import fingerprint as of
 from AutomaticEval.models.weights.fingerprint import fingerprint, hash_of_tensor, sampled_fingerprint
 from AutomaticEval.models.weights.provenance import provenance

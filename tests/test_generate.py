@@ -35,7 +35,7 @@ from AutomaticEval.errors import (
     UnknownPositions,
     UnknownSite,
 )
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 PROMPT = "Question: What is 12 + 30?\nAnswer:"
 TEMPLATE = (

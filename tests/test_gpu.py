@@ -18,8 +18,8 @@ from helpers.samples import assert_same_rows
 from AutomaticEval import load_model, open_run
 from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
-from AutomaticEval.models.load_options import LoadOptions
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.weights.fingerprint import fingerprint
 from AutomaticEval.selection import Selection
 

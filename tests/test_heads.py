@@ -31,10 +31,12 @@ from AutomaticEval.analysis.heads.patch import read_pairs
 from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.texts.sources import drawn, read_texts
 from AutomaticEval.errors import ModelError, PathExists, PromptError, SelectionError, SiteUnavailable, StoreError
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.head_weights import head_results, output_weight
-from AutomaticEval.models.load_options import LoadOptions
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.sites import Site
 

@@ -15,8 +15,8 @@ from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import SiteUnavailable, UnsupportedModel
 from AutomaticEval.models.architecture.forward_call import cache_in
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import find_layout
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site
 

@@ -25,7 +25,7 @@ from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.results.captured_run import RunFolder
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.report.figures import save_with_figures
 from AutomaticEval.settings import RunSettings

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.models import CONFIGS, build
 
 from AutomaticEval import generate_inference_with_activations, load_activations
 from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable, UnsupportedModel
 from AutomaticEval.models import loading
-from AutomaticEval.models.load_options import LoadOptions
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel, load_model, n_layers_of
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
+from AutomaticEval.models.loading import load_model, n_layers_of
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +124,7 @@ def test_hub_failures_say_what_to_do(kind: str, says: str, monkeypatch: pytest.M
     def fail(*args: Any, **kwargs: Any) -> None:
         raise hub_failure(kind)
 
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
     with pytest.raises(ModelUnavailable, match=says):
         load_model("meta-llama/Llama-3.2-3B-Instruct")
     with pytest.raises(ModelUnavailable, match=says):

@@ -16,8 +16,9 @@ from helpers.samples import SETTINGS, make_sample
 from AutomaticEval import generate_inference_with_activations, load_activations
 from AutomaticEval.capture.recompute.recomputed_run import recompute
 from AutomaticEval.errors import OtherSettings
-from AutomaticEval.models.load_options import LoadOptions
-from AutomaticEval.models.loading import DEMO_FOLDER, load_model
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.public_names import is_same, public_name
 from AutomaticEval.settings import Difference, RunSettings
 from AutomaticEval.store.export.formats import export

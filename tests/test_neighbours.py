@@ -21,26 +21,20 @@ from lm_eval.api.instance import Instance
 from torch import Tensor
 
 from AutomaticEval import evaluate_with_activations, open_run, score_continuations
-from AutomaticEval.capture.batch_independence import (
-    Company,
-    Span,
-    apart,
-    batches_are_harmless,
-    counts_from_zero,
-    padding_changes,
-    settings_that_look,
-)
+from AutomaticEval.capture.batch_independence import Company, Span, apart, settings_that_look
 from AutomaticEval.capture.generation import respond
+from AutomaticEval.capture.padding_probes import batches_are_harmless, counts_from_zero, padding_changes
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.texts.batching import TextPieces
-from AutomaticEval.capture.texts.extraction import Forwards, as_text
 from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.capture.texts.forward import inputs, padded
+from AutomaticEval.capture.texts.piece_forwards import PieceForwards
+from AutomaticEval.capture.texts.sources import as_text
 from AutomaticEval.errors import ModelError, SelectionError, TreeUnsuitable
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.models.architecture.forward_call import cache_in, cache_name
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.editing import Edit, editing
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
@@ -210,7 +204,7 @@ def test_extracted_rows(loaded: LoadedModel) -> None:
         for packing in (False, True):
             feeding = Feeding(seq_length=100 if packing else None, packing=packing, batch_size=5)
             try:
-                forwards = Forwards(loaded, selection, feeding)
+                forwards = PieceForwards(loaded, selection, feeding)
                 pieces = TextPieces(loaded.tokenizer, feeding, forwards.longest)
                 window = next(pieces.windows((number, as_text(asked[number])) for number in order))
                 samples = [sample for _, each in forwards.over(window) for sample in each]

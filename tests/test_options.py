@@ -21,7 +21,7 @@ from AutomaticEval.errors import PathExists, SelectionError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.evaluating import EvaluateOptions
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.load_options import LoadKeywords, LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.options import Option, options_in
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.reader import open_run

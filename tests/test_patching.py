@@ -18,8 +18,8 @@ from AutomaticEval.analysis.parts.before_after import answers_with
 from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EditError, PromptError
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.editing import editing
-from AutomaticEval.models.loading import LoadedModel
 
 ONE, OTHER = "What is red?", "What is big?"
 EVERY = {0: None, 1: None, 2: None}

@@ -21,7 +21,7 @@ from AutomaticEval.demo.world import facts
 from AutomaticEval.errors import EmptyPrompt, FolderNotWritable, PromptError
 from AutomaticEval.evaluation import question as questions
 from AutomaticEval.evaluation.question import write_question
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 FACT = next(fact for fact in facts() if fact.seen)
 LETTER = "ABCD"[FACT.answer]

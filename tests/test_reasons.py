@@ -17,9 +17,9 @@ from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.cli import sites as sites_command
 from AutomaticEval.errors import CaptureError, SiteUnavailable, UnsupportedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.layout import layers_text
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import KINDS, ONCE, PER_LAYER, Site, site_of

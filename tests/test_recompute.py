@@ -24,8 +24,8 @@ from AutomaticEval.capture.recompute.plain_forward import plain_forward
 from AutomaticEval.capture.recompute.tolerance import LIMITS, Judged, judged, measured
 from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.errors import OtherSettings, SelectionError, SiteUnavailable
-from AutomaticEval.models.load_options import LoadOptions
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.recording import Recording
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.sites import Site

@@ -30,7 +30,7 @@ from AutomaticEval.evaluation.forecast import EXACT_DOCS, forecast
 from AutomaticEval.evaluation.results.captured_run import folder_name
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.store.disk.file_names import own_name
 from AutomaticEval.store.disk.whole_files import prepare_file

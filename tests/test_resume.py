@@ -29,7 +29,7 @@ from AutomaticEval.capture.tree import walk as walking
 from AutomaticEval.capture.tree.score import TOKENS_A_FORWARD
 from AutomaticEval.errors import FolderInUse, OtherSettings, StoreError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.store import writer
 from AutomaticEval.store.writer import RunWriter
 

@@ -23,7 +23,8 @@ from AutomaticEval.capture.tree import suitability as serving
 from AutomaticEval.capture.tree import walk as walking
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable
-from AutomaticEval.models.loading import DEMO_FOLDER, LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 from AutomaticEval.selection import Selection
 
 OLD: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}

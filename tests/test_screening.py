@@ -33,9 +33,9 @@ from AutomaticEval.capture.texts.forward import padded
 from AutomaticEval.capture.texts.sources import drawn
 from AutomaticEval.errors import PromptError, SiteUnavailable, StoreError
 from AutomaticEval.models.attention import check_patterns, reading_patterns
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.head_weights import head_results
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.report.figures import draw
 from AutomaticEval.sites import Site

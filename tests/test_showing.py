@@ -20,7 +20,7 @@ from AutomaticEval.capture.texts.many_runs import Unit, folder_names
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.evaluation.results.captured_run import folder_name
-from AutomaticEval.models.loading import DEMO_FOLDER
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 from AutomaticEval.report.extraction_page import write_summary
 from AutomaticEval.report.figures import _FIGURES, save_with_figures
 from AutomaticEval.safe_text import shown

@@ -13,9 +13,9 @@ from helpers.models import CONFIGS, build
 from helpers.places import ROOT
 
 from AutomaticEval.errors import EditError, SelectionError, StoreError, UnknownLayer, UnknownSite
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.find_layout import find_layout
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import (
     KINDS,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.transfer import Staging
 from AutomaticEval.selection import Selection
 

@@ -25,8 +25,8 @@ from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EditError, OtherSettings, PromptError
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.editing import Edit, editing
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.sites import Site
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts, read_texts, texts_in
+from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts, objects_with, read_texts, texts_in
 from AutomaticEval.errors import DatasetUnavailable, PromptError, SelectionError
 
 GOOD = {
@@ -99,3 +99,13 @@ def test_data_sets(tmp_path: Path) -> None:
         list(DatasetTexts(str(tmp_path / "single"), split="test"))
     with pytest.raises(SelectionError, match="has no split 'test'"):
         list(DatasetTexts(str(tmp_path / "saved"), split="test"))
+
+
+def test_objects_give_their_named_fields_and_the_line_that_lacks_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"b": 1, "a": "x", "c": 0}\n\n{"a": null, "b": []}\n')
+    path = tmp_path / "a.jsonl"
+    assert list(objects_with(("a", "b"), path)) == [(f"{path}, line 1", ["x", 1]), (f"{path}, line 3", [None, []])]
+    for line in ("{", "[1]", '{"a": 1}', "7", "[" * 100_000):
+        path.write_text('{"a": 1, "b": 2}\n' + line)
+        with pytest.raises(PromptError, match=r"a\.jsonl, line 2: not an object with a and b\.$"):
+            list(objects_with(("a", "b"), path))

@@ -13,8 +13,8 @@ from AutomaticEval.analysis.heads.ablate import Ablation
 from AutomaticEval.analysis.parts.direct_effect import DirectEffects
 from AutomaticEval.analysis.words.targets import Target
 from AutomaticEval.models.attention import reading_patterns
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.head_weights import head_results
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.sites import Site
 

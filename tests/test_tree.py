@@ -27,8 +27,9 @@ from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.harness.tokens import shared_beginnings
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
-from AutomaticEval.models.load_options import LoadOptions
-from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.reader import Run
 

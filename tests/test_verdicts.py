@@ -15,7 +15,7 @@ from AutomaticEval.errors import BenchmarkError
 from AutomaticEval.evaluation.results.join import join, main_metric, scores_of, without_verdict
 from AutomaticEval.evaluation.results.repeats import needs_several, score_repeats
 from AutomaticEval.evaluation.results.request_key import RequestKey
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 DATA = """
 from datasets import Dataset, DatasetDict

@@ -1,71 +1,57 @@
-"""What may stand beside a sequence in a batch without changing what is computed of it.
+"""Which sequences may be run in one batch because none of them, nor their padding, changes the numbers of another.
 
-Padding does not belong to a row, and a longer row beside it is none of its business; where a model, or a setting of its
-generation, makes them matter all the same, a batch is taken apart. Knows nothing of what is read, nor of benchmarks.
+Some models and some settings of a generation let padding or longer rows change a row. Then the batch is divided. Does not know what is read
+of the forwards, nor why they are run.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from AutomaticEval.models.architecture.forward_call import alone_with, few_ids, input_device
-from AutomaticEval.models.architecture.inner_model import virtual_tokens
+from AutomaticEval.capture.padding_probes import batches_are_harmless, padding_changes
 from AutomaticEval.models.edited_models import depends_on_position
 
-TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""How far a number may be from that of a plain forward, as a part of 1 + its size: rounding, no more."""
-QUANTIZED = 1e-1
-"""The limit for 8 and 4 bits, which round differently in other batches."""
-TESTED = frozenset(
+LOOKS_AT_SCORES_ONLY = frozenset(
     [
-        "cohere",
-        "falcon",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "gpt_neox",
-        "gptj",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "opt",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "stablelm",
-        "starcoder2",
+        "do_sample",
+        "temperature",
+        "top_p",
+        "top_k",
+        "top_h",
+        "min_p",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "renormalize_logits",
+        "remove_invalid_values",
+        "suppress_tokens",
+        "forced_eos_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "max_length",
+        "max_new_tokens",
+        "max_time",
+        "use_cache",
+        "cache_implementation",
+        "cache_config",
+        "prefill_chunk_size",
+        "disable_compile",
+        "compile_config",
+        "attention_mask",
+        "stopping_criteria",
+        "transformers_version",
+        "_from_model_config",
+        "trust_remote_code",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "output_logits",
+        "return_dict_in_generate",
     ]
 )
-"""Kinds of model whose attention is known to heed mask and positions alone, at any length, within the limits that are named below and
-in `capture/tree/suitability.py`."""
-HARMLESS = frozenset(
-    [
-        *("do_sample", "temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-        *("renormalize_logits", "remove_invalid_values", "suppress_tokens", "forced_eos_token_id"),
-        *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "max_time"),
-        *(
-            "use_cache",
-            "cache_implementation",
-            "cache_config",
-            "prefill_chunk_size",
-            "disable_compile",
-            "compile_config",
-        ),
-        *("attention_mask", "stopping_criteria", "transformers_version", "_from_model_config", "trust_remote_code"),
-        *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-    ]
-)
-"""Settings of transformers' generate that look at a row's scores alone, or at no row at all."""
+"""Settings of transformers' `generate` that look at the scores of a row only, or at no row at all."""
 NEUTRAL: Mapping[str, Any] = {
     "repetition_penalty": 1,
     "encoder_repetition_penalty": 1,
@@ -82,49 +68,51 @@ NEUTRAL: Mapping[str, Any] = {
     "penalty_alpha": 0,
     "early_stopping": False,
 }
-"""Values with which a setting does nothing."""
-STEPS = 3
-"""Tokens that are generated to see whether padding, or another row, changes them."""
-LONGEST_TRIED = 2048
-"""The most tokens of a row beside which another is tried."""
+"""Values with which a setting of `generate` does nothing."""
 
 
 class Span(NamedTuple):
     """How many tokens of one row a model is fed."""
 
     first: int
-    """In the first forward."""
+    """The tokens of the first forward."""
     last: int
-    """In all forwards together, at most."""
+    """The most tokens of all forwards together."""
 
 
 class Company(NamedTuple):
-    """Which prompts may be answered in one batch, because they change nothing of one another."""
+    """Which prompts may be answered in one batch because they do not change each other's numbers."""
 
     kind: Literal["any", "equal lengths", "none"] = "any"
     why: str = ""
-    """Why not any."""
+    """The reason why not any."""
 
 
 def apart(model: Any, spans: Sequence[Span], company: Company = Company()) -> list[list[int]]:
-    """The rows of a batch (by number) in groups that change nothing of one another; usually one group.
+    """The rows of a batch, by number, in groups whose rows do not change each other's numbers. Usually there is one group.
 
-    company: what else keeps rows apart than their lengths. Rows stay together where a model is edited by rows and columns, which
-    belong to the batch as it is.
+    company: which rows may be together, apart from the limits of rotary positions. All rows stay together in a model that is edited at certain
+    rows and columns, because those are rows and columns of this batch.
     """
     limit = rope_limit(model)
     if depends_on_position(model) or (limit is None and company.kind == "any"):
         return [list(range(len(spans)))]
     groups: dict[tuple[Any, ...], list[int]] = {}
     for row, span in enumerate(spans):
-        side = "short" if limit is None or span.last <= limit else "long" if span.first > limit else row
-        mark = {"any": None, "equal lengths": span.first, "none": row}[company.kind]
-        groups.setdefault((mark, side), []).append(row)
+        by_company = {"any": None, "equal lengths": span.first, "none": row}[company.kind]
+        groups.setdefault((by_company, _side(span, limit, row)), []).append(row)
     return list(groups.values())
 
 
+def _side(span: Span, limit: int | None, row: int) -> str | int:
+    """On which side of the limit a row stays. A row that crosses it is on a side of its own, which its number stands for."""
+    if limit is None or span.last <= limit:
+        return "short"
+    return "long" if span.first > limit else row
+
+
 def rope_limit(model: Any) -> int | None:
-    """The tokens beyond which rotary positions depend on the longest row of a forward; None where they do not."""
+    """The number of tokens beyond which rotary positions depend on the longest row of a forward; None for models in which they never do."""
     config = model.config.get_text_config(decoder=True)
     limits = [
         int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
@@ -135,13 +123,13 @@ def rope_limit(model: Any) -> int | None:
 
 
 def is_fed_again(model: Any, span: Span) -> bool:
-    """Whether a model feeds a row's first tokens again while it answers: Phi-3 does when it crosses its short context."""
+    """Whether a model feeds the first tokens of a row again while it generates, as Phi-3 does when a row crosses its short context."""
     config, limit = model.config.get_text_config(decoder=True), rope_limit(model)
     return limit is not None and span.first <= limit < span.last and hasattr(config, "original_max_position_embeddings")
 
 
 def _ropes(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Rotary settings: one for all layers, or one for each kind of layer."""
+    """The rotary settings: one set for all layers, or one for each type of layer."""
     yield parameters
     yield from (each for each in parameters.values() if isinstance(each, dict))
 
@@ -149,7 +137,7 @@ def _ropes(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def company_of(model: Any, given: Mapping[str, Any], spans: Sequence[Span]) -> Company:
     """Which of some prompts may be answered together.
 
-    given: what transformers' generate is given besides the checkpoint's own generation config.
+    given: the settings that transformers' `generate` is given besides the checkpoint's own generation config.
     """
     if len(spans) == 1:
         return Company()
@@ -166,110 +154,14 @@ def company_of(model: Any, given: Mapping[str, Any], spans: Sequence[Span]) -> C
 
 
 def settings_that_look(model: Any, given: Mapping[str, Any]) -> list[str]:
-    """Settings of a generation that look at a row's tokens, and not at its scores alone. An unknown one counts among them."""
+    """The settings of a generation that look at the tokens of a row, and not only at its scores. Unknown settings count among them."""
     settings = {**model.generation_config.to_diff_dict(), **given}
     return sorted(
         name
         for name, value in settings.items()
-        if name not in HARMLESS and value is not None and not _is_neutral(name, value)
+        if name not in LOOKS_AT_SCORES_ONLY and value is not None and not _is_neutral(name, value)
     )
 
 
 def _is_neutral(name: str, value: Any) -> bool:
     return name in NEUTRAL and isinstance(value, int | float) and value == NEUTRAL[name]
-
-
-_padding_changes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-_batches_are_harmless: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-_counts_from_zero: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
-def is_tested(model: Any) -> bool:
-    """Whether a model is of a kind that is TESTED, as it was tested."""
-    as_tested = model.dtype in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    )  # Gemma 2 in float64 gives NaN beside padding
-    return as_tested and model.config.model_type in TESTED and virtual_tokens(model) is None
-
-
-def batches_are_harmless(model: Any) -> bool:
-    """Whether a model computes the same of a prompt beside another of the same length, found by generating; of a tested kind it does."""
-    if is_tested(model):
-        return True
-    if model not in _batches_are_harmless:
-        first, second = [5, 3, 7, 4], [2, 8, 6, 1]
-        alone, beside = (_continued(model, rows)[0] for rows in ([first], [first, second]))
-        _batches_are_harmless[model] = is_close(model, beside, alone)
-    return _batches_are_harmless[model]
-
-
-def padding_changes(model: Any) -> bool:
-    """Whether padding before a prompt changes what a model computes of it, found by generating; of a tested kind it does not."""
-    if is_tested(model):
-        return False
-    if model not in _padding_changes:
-        short, long = [5, 3, 7, 4], [each % 8 + 1 for each in range(_several_chunks(model))]
-        alone, beside = (_continued(model, rows)[0] for rows in ([short], [short, long]))
-        _padding_changes[model] = not is_close(model, beside, alone)
-    return _padding_changes[model]
-
-
-def _several_chunks(model: Any) -> int:
-    """Tokens that are more than two of the chunks in which a model computes its states, if its config names any."""
-    config = model.config.get_text_config(decoder=True).to_dict()
-    sizes = [
-        size for name, size in config.items() if name.endswith(("chunk_size", "block_size")) and isinstance(size, int)
-    ]
-    context = config.get("max_position_embeddings") or LONGEST_TRIED
-    return min(2 * max([*sizes, 16]) + 16, context - STEPS, LONGEST_TRIED)
-
-
-def counts_from_zero(model: Any) -> bool:
-    """Whether the positions that a model makes by itself are 0, 1, …, found by a forward with and without them.
-
-    RoBERTa's begin after its padding token's. A tested kind counts from 0.
-    """
-    if is_tested(model):
-        return True
-    if model not in _counts_from_zero:
-        ids = few_ids(model, 4)
-        with torch.no_grad(), alone_with(model):
-            own = model(input_ids=ids).logits
-            given = model(input_ids=ids, position_ids=torch.arange(4, device=ids.device)[None]).logits
-        _counts_from_zero[model] = is_close(model, given, own)
-    return _counts_from_zero[model]
-
-
-def _continued(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    """The logits of the first tokens that a left-padded batch generates: [batch, STEPS, d_vocab], float32, on the CPU."""
-    width = max(map(len, rows))
-    n_tokens = model.get_input_embeddings().weight.shape[0]
-    ids = (
-        torch.tensor([[9] * (width - len(row)) + list(row) for row in rows]) % n_tokens
-    )  # the embedding of 0 may be zeros
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    device = input_device(model)
-    with torch.no_grad(), alone_with(model):
-        out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=STEPS,
-            min_new_tokens=STEPS,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            disable_compile=True,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    return torch.stack(list(out.logits), 1).float().cpu()
-
-
-def is_close(model: Any, found: Tensor, expected: Tensor) -> bool:
-    """Whether numbers of a model are equal but for what rounding in its dtype allows; NaN is not."""
-    is_quantized = getattr(model, "quantization_method", None) is not None
-    part = QUANTIZED if is_quantized else TOLERANCES.get(model.dtype, QUANTIZED)
-    return bool(((found.float() - expected.float()).abs() <= part * (1 + expected.float().abs())).all())

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
-from AutomaticEval.capture.generation import bytes_per_row, refuse_uncomputed_logits, respond
+from AutomaticEval.capture.generation import refuse_uncomputed_logits, respond
+from AutomaticEval.capture.keeping import bytes_per_row
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, SelectionError, unknown_option
-from AutomaticEval.models.load_options import LoadKeywords, LoadOptions
-from AutomaticEval.models.loading import LoadedModel, load_model, n_layers_of
+from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.loading import load_model, n_layers_of
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
@@ -49,8 +51,8 @@ class AskOptions(LoadKeywords, total=False):
 
 
 @dataclass(frozen=True)
-class Request:
-    """One question, parsed and checked as far as it can be before the model is loaded."""
+class CheckedPrompt:
+    """One prompt with its options, parsed, and checked as far as they can be before the model is loaded."""
 
     prompt: str
     load: LoadOptions
@@ -63,36 +65,36 @@ class Request:
     strict: bool = False
 
     @classmethod
-    def parse(cls, prompt: str, model: Any, layers: LayersLike, options: AskOptions) -> Request:
-        """Raises SelectionError, PromptError, ModelError; TypeError for an option there is not."""
+    def parse(cls, prompt: str, model: Any, layers: LayersLike, options: AskOptions) -> CheckedPrompt:
+        """Raises SelectionError, PromptError, ModelError; TypeError for an unknown option."""
         given: dict[str, Any] = dict(options)
         sites, positions = given.pop("sites", None), given.pop("positions", None)
         selection = Selection.parse(
             sites, layers, "all" if positions is None else positions, given.pop("store_dtype", None)
         )
-        if positions is None and "logits" in selection.kinds:  # which are computed nowhere else
+        if positions is None and "logits" in selection.kinds:  # a model that generates computes no others
             selection = replace(selection, positions=Positions.parse("scored"))
         if selection.store_dtype == "int8":
             raise SelectionError("store_dtype int8 needs the rows of many samples together; use float16 or bfloat16.")
         check_prompt(prompt)
         load = LoadOptions(**_take(given, LoadOptions))
         sampling = Sampling(**_take(given, Sampling))
-        rest = _take(given, cls)
+        others = _take(given, cls)
         for name in given:
             raise unknown_option(name, AskOptions.__annotations__)
         if layers is not None:
-            selection.sites(n_layers_of(model, load))  # a wrong layer is refused before the weights load
-        return cls(prompt, load, sampling, selection, **rest)
+            selection.sites(n_layers_of(model, load))  # refuses a wrong layer before the weights load
+        return cls(prompt, load, sampling, selection, **others)
 
 
 def _take(given: dict[str, Any], kind: type) -> dict[str, Any]:
-    """Remove from given, and return, what is a field of a dataclass."""
+    """Take out of `given` the options that are fields of a dataclass, and return them."""
     names = {field.name for field in fields(kind)} & set(AskOptions.__annotations__)
     return {name: given.pop(name) for name in list(given) if name in names}
 
 
 def check_prompt(prompt: object) -> None:
-    """Raises EmptyPrompt, PromptError."""
+    """Raises EmptyPrompt for a prompt without text, PromptError for one that is no string or cannot be encoded."""
     if not isinstance(prompt, str):
         raise PromptError(f"a prompt is one string; found {type(prompt).__name__}.")
     try:
@@ -113,7 +115,7 @@ def generate_inference_with_activations(
     """A model's response to a prompt, and the activations of the pass that produced it.
 
     model: a hub name, a folder, "demo", or a loaded model (then with tokenizer=).
-    save_path: HDF5 file to write; None writes nothing. An existing file is refused unless overwrite=True.
+    save_path: the HDF5 file to write; None writes nothing. An existing file is refused unless overwrite=True.
     layers_to_capture: 3, -1, "0-2,-1", range(4), [0, 1, -1]; None for all.
     options: see `AskOptions`.
     Returns (response, activation_data). activation_data["activations"] maps `embeddings`, `layer_0`, … to CPU
@@ -122,17 +124,17 @@ def generate_inference_with_activations(
     Raises SelectionError, PromptError, ModelError, StoreError, CaptureError.
     """
     file = None if save_path is None else hdf5_path(save_path)
-    request = Request.parse(prompt, model, layers_to_capture, options)
+    checked = CheckedPrompt.parse(prompt, model, layers_to_capture, options)
     if file is not None:
-        prepare_file(file, overwrite=request.overwrite)
-    loaded = load_model(model, tokenizer=request.tokenizer, options=request.load)
-    asked = ask(loaded, request, capture=True, folder=None if file is None else file.parent)
-    assert asked.sample is not None
+        prepare_file(file, overwrite=checked.overwrite)
+    loaded = load_model(model, tokenizer=checked.tokenizer, options=checked.load)
+    response = ask(loaded, checked, capture=True, folder=None if file is None else file.parent)
+    assert response.sample is not None
     if file is not None:
         write_shard(
-            file, [asked.sample], loaded.name, asked.settings, overwrite=request.overwrite, strict=request.strict
+            file, [response.sample], loaded.name, response.settings, overwrite=checked.overwrite, strict=checked.strict
         )
-    return asked.text, asked.activation_data(file)
+    return response.text, response.activation_data(file)
 
 
 @overload
@@ -164,60 +166,61 @@ def generate_inference(
     """
     if capture_activations:
         return generate_inference_with_activations(prompt, model, save_path, layers_to_capture, **options)
-    if save_path is not None:  # who names a file wants it
+    if save_path is not None:  # whoever names a file expects it to be written
         raise SelectionError("save_path was given, but nothing is captured; pass capture_activations=True.")
-    request = Request.parse(prompt, model, layers_to_capture, options)
-    loaded = load_model(model, tokenizer=request.tokenizer, options=request.load)
-    return ask(loaded, request, capture=False).text
+    checked = CheckedPrompt.parse(prompt, model, layers_to_capture, options)
+    loaded = load_model(model, tokenizer=checked.tokenizer, options=checked.load)
+    return ask(loaded, checked, capture=False).text
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The response to one prompt with the settings it was made with."""
+class PromptResponse:
+    """The response to one prompt, with the settings with which it was made."""
 
     text: str
     sample: Sample | None
+    """The sample with its rows, when activations were captured."""
     model: str
     settings: dict[str, Any]
 
     def activation_data(self, file: Path | None) -> dict[str, Any]:
-        """The dict of the drop-in functions; `path` is where it was written, or None."""
+        """The dict that the drop-in functions return. file: where the sample was written; None when it was not."""
         assert self.sample is not None
         path = None if file is None else str(file.resolve())
         return {**self.sample.activation_data(self.model, self.settings), "path": path}
 
 
-def ask(loaded: LoadedModel, request: Request, *, capture: bool, folder: Path | None = None) -> Asked:
-    """Ask one prompt. folder: where the rows will be written, whose room is checked first.
+def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Path | None = None) -> PromptResponse:
+    """Ask one prompt. folder: where the rows will be written; it is checked first that they have room there.
 
     Raises PromptTooLong, DiskFull, SiteUnavailable, CaptureError.
     """
-    ids = encode(loaded, request.prompt, request.system_prompt, apply_chat_template=request.apply_chat_template)
-    sampling = fit(request.sampling, loaded.context, len(ids))
+    ids = encode(loaded, prompt.prompt, prompt.system_prompt, apply_chat_template=prompt.apply_chat_template)
+    sampling = fit(prompt.sampling, loaded.context, len(ids))
     if sampling.temperature > 0 and sampling.seed is None:
         sampling = replace(sampling, seed=secrets.randbits(31))
     if capture:
-        refuse_uncomputed_logits(loaded.model, request.selection, len(ids), sampling.max_new_tokens)
+        refuse_uncomputed_logits(loaded.model, prompt.selection, len(ids), sampling.max_new_tokens)
     if capture and folder is not None:
-        n_rows = len(request.selection.positions.resolve(len(ids), sampling.max_new_tokens))
-        ensure_space(folder, n_rows * bytes_per_row(loaded, request.selection) + 2**16)
-    (response,) = respond(loaded, [ids], sampling, request.selection if capture else None, [request.prompt])
+        n_rows = len(prompt.selection.positions.resolve(len(ids), sampling.max_new_tokens))
+        ensure_space(folder, n_rows * bytes_per_row(loaded, prompt.selection) + 2**16)
+    (response,) = respond(loaded, [ids], sampling, prompt.selection if capture else None, [prompt.prompt])
     made = loaded.numbers().changed(
         **({"shape": loaded.shape} if capture else {}),
-        **request.selection.as_dict(),
+        **prompt.selection.as_dict(),
         **asdict(sampling),
         generation_config=loaded.model.generation_config.to_diff_dict(),
-        system_prompt=request.system_prompt,
-        chat_template=request.apply_chat_template and bool(loaded.tokenizer.chat_template),
+        system_prompt=prompt.system_prompt,
+        chat_template=prompt.apply_chat_template and bool(loaded.tokenizer.chat_template),
     )
-    settings = json.loads(as_json(made.as_dict()))  # as the file will give them back
-    return Asked(response.text, response.sample, loaded.name, settings)
+    settings = json.loads(as_json(made.as_dict()))  # exactly what reading the file gives
+    return PromptResponse(response.text, response.sample, loaded.name, settings)
 
 
 def encode(
     loaded: LoadedModel, prompt: str, system_prompt: str | None, *, apply_chat_template: bool = True
 ) -> list[int]:
-    """The token ids of a prompt, in the model's chat template when it has one, with no double BOS."""
+    """The token ids of a prompt, in the model's chat template when it has one. They never begin with two BOS tokens."""
     tokenizer = loaded.tokenizer
     if not (apply_chat_template and tokenizer.chat_template):
         text = prompt if system_prompt is None else f"{system_prompt}\n\n{prompt}"
@@ -228,16 +231,19 @@ def encode(
     messages = [*system, {"role": "user", "content": prompt}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as failure:  # templates are programs of their own and raise what they like
+    except Exception as failure:  # a template is a program of its own and may raise anything
         raise PromptError(
             f"the chat template of {loaded.name} refused the messages ({failure}); put the system prompt into the "
             "prompt, or pass apply_chat_template=False."
         ) from failure
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote BOS itself
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written BOS itself
 
 
 def fit(sampling: Sampling, context: int | None, n_prompt: int) -> Sampling:
-    """The sampling with no more new tokens than the context holds. Raises PromptTooLong, EmptyPrompt."""
+    """The sampling, with no more new tokens than fit into the context. Raises PromptTooLong, EmptyPrompt.
+
+    context: the most tokens that the model can be fed; None when that is not known.
+    """
     if n_prompt == 0:
         raise EmptyPrompt("the prompt has no tokens; give it some text.")
     if context is None:

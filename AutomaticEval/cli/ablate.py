@@ -16,7 +16,7 @@ from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, t
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import PromptError, SelectionError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
-from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.heads.ablate import Ablation

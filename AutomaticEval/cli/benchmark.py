@@ -16,7 +16,7 @@ from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import BenchmarkError, SelectionError
 from AutomaticEval.evaluation.benchmark_options import WHY_NOT, Benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.options import options_in
 from AutomaticEval.selection import Positions, Selection
 

@@ -15,12 +15,13 @@ from AutomaticEval.cli.options import KEEP, MODEL, command, options_of, refuse_u
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.options import Option
 from AutomaticEval.selection import Selection
 
 if TYPE_CHECKING:
-    from AutomaticEval.capture.texts.many_runs import Plan, TextSet, Unit
+    from AutomaticEval.capture.texts.many_runs import Plan, Unit
+    from AutomaticEval.capture.texts.text_set import TextSet
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ def _folders(
 
 def _sets(which: WhichTexts, *, strict: bool) -> tuple[str, list[TextSet], list[str]]:
     """What the texts are called, the sets of them that get a run each, and the models that a profile names."""
-    from AutomaticEval.capture.texts.many_runs import TextSet
     from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts
+    from AutomaticEval.capture.texts.text_set import TextSet
 
     if which.profile is not None:
         return _of_profile(which.profile, which.category, which.limit)
@@ -158,7 +159,7 @@ def _sets(which: WhichTexts, *, strict: bool) -> tuple[str, list[TextSet], list[
 def _of_profile(profile: str, category: str | None, most: int | None) -> tuple[str, list[TextSet], list[str]]:
     """The profile's name, a set for each category, and the models that it names."""
     from AutomaticEval.analysis.words.profiles import load_profile
-    from AutomaticEval.capture.texts.many_runs import TextSet
+    from AutomaticEval.capture.texts.text_set import TextSet
 
     loaded = load_profile(profile)
     names = list(loaded.prompts) if category is None else [name.strip() for name in category.split(",")]

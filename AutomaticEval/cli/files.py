@@ -11,7 +11,7 @@ from AutomaticEval.cli.options import KEEP, MODEL, OUTPUT, command, options_of, 
 from AutomaticEval.cli.printing import progress, say
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.options import options_in
 
 File = Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")]

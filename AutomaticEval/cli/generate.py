@@ -11,7 +11,7 @@ from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.cli import options
 from AutomaticEval.cli.options import KEEP, OUTPUT, RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import say
-from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.selection import Selection
 
 Prompt = Annotated[str, typer.Argument(help="What to ask.")]

@@ -12,7 +12,7 @@ from AutomaticEval.cli import ablate, options, patch, screen, sweep
 from AutomaticEval.cli.finish import Table, finish, result_file, say_written
 from AutomaticEval.cli.options import MODEL, RUN, SPELLINGS, command, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
-from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.options import Option
 
 if TYPE_CHECKING:

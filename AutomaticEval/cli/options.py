@@ -21,7 +21,7 @@ from AutomaticEval.cli.printing import end_bars, say
 from AutomaticEval.errors import AutomaticEvalError, SelectionError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.options import NamedOption, options_in
 from AutomaticEval.selection import Selection
 

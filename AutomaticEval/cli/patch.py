@@ -22,7 +22,7 @@ from AutomaticEval.cli.interventions import (
 )
 from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.errors import EditError, SelectionError
-from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
 
 
 @command

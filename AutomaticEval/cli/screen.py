@@ -13,12 +13,12 @@ from AutomaticEval.cli.interventions import Prompts, number
 from AutomaticEval.cli.options import OUTPUT, RUN, command, options_of, takes
 from AutomaticEval.cli.printing import say
 from AutomaticEval.errors import SelectionError
-from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.words.profiles import Profile
     from AutomaticEval.analysis.words.targets import Target
-    from AutomaticEval.models.loading import LoadedModel
+    from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 
 TargetToken = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from AutomaticEval.cli import options
 from AutomaticEval.cli.options import command, takes
 from AutomaticEval.cli.printing import print_table, say
-from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from AutomaticEval.models.layout import Layout

@@ -13,10 +13,10 @@ from AutomaticEval.cli.finish import Table, finish, result_file
 from AutomaticEval.cli.interventions import Pairs, Prompts, SiteOption, number
 from AutomaticEval.cli.options import RUN, command, takes
 from AutomaticEval.errors import SelectionError
-from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
 
 if TYPE_CHECKING:
-    from AutomaticEval.models.loading import LoadedModel
+    from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 N_PROMPTS = 16
 """Prompts that are asked when no number is given."""

@@ -12,7 +12,7 @@ from AutomaticEval.evaluation.benchmark import load_tasks
 from AutomaticEval.evaluation.benchmark_options import WHY_NOT, Benchmark
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.load_options import LoadKeywords, LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.processes import own_device
 from AutomaticEval.selection import Positions, Selection

@@ -25,7 +25,7 @@ from AutomaticEval.evaluation.harness.call import Call, Request, Workload
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.results.captured_run import RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.processes import join_ranks, own_device
 from AutomaticEval.public_names import public_name

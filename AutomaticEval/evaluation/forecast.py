@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 
-from AutomaticEval.capture.generation import bytes_per_row
+from AutomaticEval.capture.keeping import bytes_per_row
 from AutomaticEval.capture.tree.prefix_tree import PrefixTree
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.errors import BenchmarkError, SelectionError
@@ -28,7 +28,7 @@ from AutomaticEval.evaluation.harness.refusals import document, new_tokens, refu
 from AutomaticEval.evaluation.harness.speedups import quick_templates, stock_model
 from AutomaticEval.evaluation.harness.tokens import rolling_windows
 from AutomaticEval.evaluation.results.earlier_answers import random_state
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.disk.whole_files import size_text
 from AutomaticEval.store.int8 import BLOCK_ROWS

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
-from AutomaticEval.capture.prompt import Asked, AskOptions, Request, ask, check_prompt
+from AutomaticEval.capture.prompt import AskOptions, CheckedPrompt, PromptResponse, ask, check_prompt
 from AutomaticEval.errors import PromptError
 from AutomaticEval.evaluation.parse_answer import LETTERS, extract_answer
 from AutomaticEval.models.loading import load_model
@@ -75,7 +75,7 @@ def answer_benchmark_question_with_activations(
         )
     choices = _texts(choices)
     folder = Path(activation_save_dir).expanduser() if save_activations else None
-    request = Request.parse(write_question(question, choices, template), model, layers_to_capture, options)
+    request = CheckedPrompt.parse(write_question(question, choices, template), model, layers_to_capture, options)
     if folder is not None:
         prepare_folder(folder)
     loaded = load_model(model, tokenizer=request.tokenizer, options=request.load)
@@ -141,7 +141,7 @@ def answer_benchmark_question(
             **options,
         )
     choices = _texts(choices)
-    request = Request.parse(write_question(question, choices, template), model, layers_to_capture, options)
+    request = CheckedPrompt.parse(write_question(question, choices, template), model, layers_to_capture, options)
     loaded = load_model(model, tokenizer=request.tokenizer, options=request.load)
     text = ask(loaded, request, capture=False).text
     return text, extract_answer(text, choices)
@@ -154,7 +154,9 @@ def _texts(choices: Sequence[Any] | None) -> Sequence[str] | None:
     return [str(choice) for choice in choices]
 
 
-def _with_question(asked: Asked, question: str, choices: Sequence[str] | None, answer: str | None) -> Asked:
+def _with_question(
+    asked: PromptResponse, question: str, choices: Sequence[str] | None, answer: str | None
+) -> PromptResponse:
     sample = asked.sample
     assert sample is not None
     added = {"question": question, "extracted_answer": answer, "choices": None if choices is None else list(choices)}

@@ -29,7 +29,7 @@ from AutomaticEval.evaluation.results.lm_eval_files import save_results, short_n
 from AutomaticEval.evaluation.results.repeats import score_repeats
 from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.processes import Ranks, join_ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.disk.whole_files import ensure_space, prepare_folder, size_text

@@ -1,4 +1,7 @@
-"""A norm whose size is held fixed. What each part of a sum contributes to the norm's output is then linear in that part."""
+"""A norm (LayerNorm, RMSNorm) as a linear map: the size by which it divides is held fixed.
+
+Then the output of the norm for a sum is the sum of what each part contributes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from AutomaticEval.errors import SiteUnavailable
 
 
 class FrozenNorm(NamedTuple):
-    """norm(x) = gain * (x - its mean, if it is centred) / size(x) + offset."""
+    """A norm written as norm(x) = gain * (x - mean(x)) / size(x) + offset; the mean is subtracted only if the norm is centred."""
 
     gain: Tensor
     """[d_model], float32"""
@@ -20,42 +23,47 @@ class FrozenNorm(NamedTuple):
     is_centred: bool
 
     def back(self, direction: Tensor) -> Tensor:
-        """Carries a direction [..., d_model] from behind the norm to before it. The factor 1 / size is left out, since it differs by row."""
+        """The direction before the norm whose product with x is that of `direction` with the output of the norm, times size(x).
+
+        direction: [..., d_model], after the norm. The offset is left out. Returns [..., d_model].
+        """
         before = direction * self.gain
         return before - before.mean(-1, keepdim=True) if self.is_centred else before
 
-    def sizes(self, given: Tensor, gave: Tensor) -> Tensor:
-        """[n]: what each row [n, d_model] that the norm was given is divided by, as what it gave tells."""
-        whole = self.before_size(given.float())
-        found: Tensor = (whole * whole).sum(-1) / (whole * (gave.float() - self.offset)).sum(-1)
-        return found
+    def sizes(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """[n]: the size by which the norm divided each row. inputs, outputs: [n, d_model], of the norm."""
+        whole = self.before_size(inputs.float())
+        sizes: Tensor = (whole * whole).sum(-1) / (whole * (outputs.float() - self.offset)).sum(-1)
+        return sizes
 
-    def before_size(self, given: Tensor) -> Tensor:
-        """given: [..., d_model], what the norm is given."""
-        return self.gain * (given - given.mean(-1, keepdim=True) if self.is_centred else given)
+    def before_size(self, inputs: Tensor) -> Tensor:
+        """gain * (x - mean(x)): the output of the norm before it is divided by the size. inputs: [..., d_model]."""
+        return self.gain * (inputs - inputs.mean(-1, keepdim=True) if self.is_centred else inputs)
 
 
 def frozen(norm: nn.Module, d_model: int, dtype: torch.dtype) -> FrozenNorm:
-    """Found from what a norm gives. dtype: of the stream.
+    """The gain, offset and centring of a norm, found from what it gives for a few inputs, and checked. dtype: that of the stream.
 
-    Raises SiteUnavailable for a module that is none (LayerNorm, RMSNorm and their like).
+    Raises SiteUnavailable for a module that is not gain * (x - mean) / size + offset.
     """
     draw = torch.Generator().manual_seed(0)
     signs = torch.ones(d_model)
     signs[torch.randperm(d_model, generator=draw)[: d_model // 2]] = -1
-    some = torch.randn(4, d_model, generator=draw)
-    given = torch.cat([torch.zeros(1, d_model), signs[None], some, some + 2]).to(dtype)
-    weight = next(norm.parameters(), given)
+    drawn = torch.randn(4, d_model, generator=draw)
+    inputs = torch.cat([torch.zeros(1, d_model), signs[None], drawn, drawn + 2]).to(dtype)
+    weight = next(norm.parameters(), inputs)
     with torch.no_grad():
-        gave = norm.forward(given.to("cpu" if weight.is_meta else weight.device)).float().cpu()
-    given = given.float()
-    is_centred = bool((gave[6:] - gave[2:6]).abs().max() < 0.1 * gave[2:6].abs().max())
-    without_gain = FrozenNorm(torch.ones(d_model), gave[0], is_centred)
-    found = without_gain._replace(gain=(gave[1] - gave[0]) / without_gain.before_size(given[1]))
-    expected = found.before_size(given[2:]) / found.sizes(given[2:], gave[2:])[:, None] + found.offset
-    off, slack = (gave[2:] - expected).abs().max(), 32 * torch.finfo(dtype).eps * (1 + gave[2:].abs().max())
-    if not bool(off <= slack):  # nan is off, too
+        outputs = norm.forward(inputs.to("cpu" if weight.is_meta else weight.device)).float().cpu()
+    inputs = inputs.float()
+    is_centred = bool((outputs[6:] - outputs[2:6]).abs().max() < 0.1 * outputs[2:6].abs().max())
+    without_gain = FrozenNorm(torch.ones(d_model), outputs[0], is_centred)
+    measured = without_gain._replace(gain=(outputs[1] - outputs[0]) / without_gain.before_size(inputs[1]))
+    sizes = measured.sizes(inputs[2:], outputs[2:])[:, None]
+    expected = measured.before_size(inputs[2:]) / sizes + measured.offset
+    difference = (outputs[2:] - expected).abs().max()
+    explained = 32 * torch.finfo(dtype).eps * (1 + outputs[2:].abs().max())
+    if not bool(difference <= explained):  # also when it is NaN
         raise SiteUnavailable(
-            f"{type(norm).__name__} is not gain * (x - mean) / size + offset, to {float(off):.2g}; what passes it has no parts."
+            f"{type(norm).__name__} is not gain * (x - mean) / size + offset, to {float(difference):.2g}; what passes it has no parts."
         )
-    return found
+    return measured

@@ -1,4 +1,4 @@
-"""Hooks that are taken away again, wherever an interrupt falls."""
+"""Hooks that are always removed again, even when an interrupt comes at the worst moment."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from torch import nn
 
 
 class Hooks:
-    """The hooks of one with, which its end removes.
+    """The hooks of one `with` block. The end of the block removes them.
 
-    Each is noted before it is registered, so that none is unknown when an interrupt (KeyboardInterrupt) falls between the two.
+    Each hook is noted before it is registered, so that none is forgotten when an interrupt (KeyboardInterrupt) comes between the two.
     """
 
     def __init__(self) -> None:
         self._noted: list[tuple[nn.Module, Callable[..., Any]]] = []
 
     def before(self, module: nn.Module, hook: Callable[..., Any], **how: bool) -> None:
-        """Call hook(module, args, kwargs) before each forward of the module. how: as of torch's `register_forward_pre_hook`."""
+        """Call hook(module, args, kwargs) before each forward of the module. how: further arguments of torch's `register_forward_pre_hook`."""
         module.register_forward_pre_hook(self._note(module, hook), with_kwargs=True, **how)
 
     def after(self, module: nn.Module, hook: Callable[..., Any], **how: bool) -> None:
-        """Call hook(module, args, output) after each forward of the module. how: as of torch's `register_forward_hook`."""
+        """Call hook(module, args, output) after each forward of the module. how: further arguments of torch's `register_forward_hook`."""
         module.register_forward_hook(self._note(module, hook), **how)
 
     def _note(self, module: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
-        own = partial(hook)  # a new object, as an outer with may have registered the same function
+        own = partial(hook)  # a new object, because an outer block may have registered the same function
         self._noted.append((module, own))
         return own
 
     def remove(self) -> None:
-        """Remove the hooks. After an interrupt inside it, a second call removes the rest."""
-        for module, hook in getattr(self, "_noted", ()):  # an interrupt may have fallen into __init__
+        """Remove the hooks. When an interrupt stops this, a second call removes the rest."""
+        for module, hook in getattr(self, "_noted", ()):  # __init__ may have been interrupted
             for hooks, marks in (
                 (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
                 (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
@@ -57,4 +57,4 @@ class Hooks:
             self.remove()
 
     def __del__(self) -> None:
-        self.remove()  # an interrupt may have fallen before the first line of __exit__
+        self.remove()  # __exit__ may have been interrupted before its first line

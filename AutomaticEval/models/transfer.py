@@ -1,7 +1,6 @@
-"""Kept rows from a GPU to the CPU while the model runs on: one transfer a forward, through two pinned buffers.
+"""Copies kept rows from a GPU to the CPU while the model runs on: one transfer for each forward, through two pinned buffers.
 
-The copy runs on a stream of its own, and nothing waits for it until its buffer is needed again. Knows nothing of what the
-rows are.
+The copies run on a stream of their own. Nothing waits for a copy until its buffer is needed again. Does not know what the rows are.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor
 
 Arrived = Callable[[str, Tensor], None]
-"""Takes a key and its rows, on the CPU, in the order in which they were sent."""
+"""Takes a key and its rows, which are on the CPU. It is called in the order in which the rows were sent."""
 
 
 @dataclass
 class _Buffer:
-    """One pinned buffer, and what is on its way into it."""
+    """One pinned buffer, and the rows that are on their way into it."""
 
     host: Tensor | None = None
     event: Any = None
@@ -27,7 +26,7 @@ class _Buffer:
 
 
 class Staging:
-    """Sends the rows of one device. Call `finish` to have all of them."""
+    """Sends rows from one device to the CPU. All of them have arrived after `finish`."""
 
     def __init__(self, device: torch.device, arrived: Arrived) -> None:
         self._device, self._arrived = device, arrived
@@ -36,11 +35,13 @@ class Staging:
         self._stream = self._make_stream()
 
     def send(self, cuts: dict[str, Tensor]) -> None:
-        """Start the transfer of one forward's rows; they were cut from what the current stream computes."""
+        """Start the transfer of the rows of one forward: key -> [n_kept, width]. The current stream computes them."""
         buffer = self._buffers[self._n_sent % 2]
         self._n_sent += 1
         self._unpack(buffer)
-        ordered = sorted(cuts.items(), key=lambda item: -item[1].element_size())  # wide first: every part is aligned
+        ordered = sorted(
+            cuts.items(), key=lambda item: -item[1].element_size()
+        )  # the widest dtype first, so that every part is aligned
         flat = torch.cat([rows.contiguous().view(-1).view(torch.uint8) for _, rows in ordered])
         if buffer.host is None or len(buffer.host) < len(flat):
             buffer.host = self._make_host(len(flat))
@@ -48,8 +49,8 @@ class Staging:
         buffer.event = self._copy(flat, buffer.host[: len(flat)])
 
     def finish(self) -> None:
-        """Wait for what is on its way."""
-        for number in (self._n_sent, self._n_sent + 1):  # the older one first
+        """Wait for all rows that are on their way."""
+        for number in (self._n_sent, self._n_sent + 1):  # the older buffer first
             self._unpack(self._buffers[number % 2])
 
     def _unpack(self, buffer: _Buffer) -> None:
@@ -60,7 +61,9 @@ class Staging:
         at = 0
         for key, shape, dtype in buffer.parts:
             size = shape.numel() * dtype.itemsize
-            self._arrived(key, buffer.host[at : at + size].view(dtype).view(shape).clone())  # the buffer is used again
+            self._arrived(
+                key, buffer.host[at : at + size].view(dtype).view(shape).clone()
+            )  # a copy, because the buffer is used again
             at += size
         buffer.parts = []
 
@@ -72,11 +75,11 @@ class Staging:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def _copy(self, flat: Tensor, host: Tensor) -> Any:
-        """Copy on the side stream, once what was computed so far is there. Returns what tells its end."""
+        """Copy on the stream for copies, after what the current stream computes now. Returns the event of its end."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             host.copy_(flat, non_blocking=True)
-        flat.record_stream(self._stream)  # its memory is not given to others before the copy is over
+        flat.record_stream(self._stream)  # torch does not use its memory again before the copy is over
         return self._stream.record_event()
 
     def _wait(self, event: Any) -> None:

@@ -22,7 +22,8 @@ import torch
 
 from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
-from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.store import writer

@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 
 from AutomaticEval.evaluation.benchmark import BUNDLED
 from AutomaticEval.evaluation.run import Outcome
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.selection import Selection
 
 SCORED = Selection.parse(positions="scored")

@@ -10,10 +10,11 @@ from AutomaticEval import generate_inference_with_activations, recompute
 from AutomaticEval.capture.recompute.recomputed_run import Recomputed
 from AutomaticEval.capture.texts.extraction import extract
 from AutomaticEval.capture.texts.feeding import Feeding
+from AutomaticEval.capture.texts.text_set import TextSet
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import KINDS
 
@@ -35,7 +36,7 @@ def selection(loaded: LoadedModel, kinds: str = ALL, **how: Any) -> Selection:
 
 
 def extracted(loaded: LoadedModel, folder: Path, kinds: str = ALL, feeding: Feeding = Feeding(), **how: Any) -> Path:
-    extract(loaded, TEXTS, selection(loaded, kinds, **how), folder, feeding=feeding)
+    extract(loaded, TextSet("texts", TEXTS), selection(loaded, kinds, **how), folder, feeding)
     return folder
 
 

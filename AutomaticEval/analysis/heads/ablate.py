@@ -13,8 +13,8 @@ from AutomaticEval.analysis.parts.before_after import Pairs, logprobs, logprobs_
 from AutomaticEval.analysis.parts.input_batches import Reader
 from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import EditError
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.editing import Edit, editing
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept
 from AutomaticEval.sites import Site, parse_heads
 

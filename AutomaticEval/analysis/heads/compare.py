@@ -14,7 +14,7 @@ from AutomaticEval.analysis.heads.strength import ActivationExtractor
 from AutomaticEval.analysis.numbers.estimate import resampled
 from AutomaticEval.analysis.parts.before_after import greedy_answers
 from AutomaticEval.errors import SelectionError
-from AutomaticEval.models.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.report.figures import comparison_panels
 from AutomaticEval.report.heatmap import heatmaps

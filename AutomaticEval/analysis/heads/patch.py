@@ -20,8 +20,8 @@ from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.capture.texts.sources import lines_of
 from AutomaticEval.errors import EditError, PromptError
 from AutomaticEval.models.architecture.forward_call import input_device
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.editing import Edit, editing
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.models.recording import Kept
 from AutomaticEval.sites import Site
 

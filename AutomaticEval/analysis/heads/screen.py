@@ -20,7 +20,7 @@ from AutomaticEval.capture.texts.forward import Batch, padded, recorded
 from AutomaticEval.capture.tree.suitability import most_columns, window_of
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.attention import check_patterns, reading_patterns
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.recording import Kept
 from AutomaticEval.sites import Site
 

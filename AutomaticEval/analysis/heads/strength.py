@@ -14,10 +14,11 @@ from AutomaticEval.analysis.numbers.moments import Moments
 from AutomaticEval.analysis.parts.input_batches import Reader
 from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.head_weights import HeadResultNorms, n_inputs
 from AutomaticEval.models.layout import Layout, Tap
-from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.public_names import public_name
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
 from AutomaticEval.store.disk.json_files import Stats, strength_result, write_json

@@ -12,8 +12,8 @@ from AutomaticEval.analysis.parts.before_after import Pairs
 from AutomaticEval.analysis.parts.later_blocks import Rest, unpacked
 from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.errors import EditError
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.editing import Edit
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.sites import Site
 
 ROWS = 64

@@ -19,7 +19,7 @@ from AutomaticEval.analysis.heads.sweep import Sweep, sweep_of_answers, sweep_of
 from AutomaticEval.analysis.numbers.estimate import mean_intervals
 from AutomaticEval.analysis.parts.before_after import greedy_answers
 from AutomaticEval.errors import PromptError, StoreError
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.settings import LATER, SAMPLED
 from AutomaticEval.store.disk.json_files import read_json, refuse_others, write_json
 

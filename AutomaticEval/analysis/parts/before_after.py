@@ -16,7 +16,7 @@ from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.tree.continuations import score_continuations
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.architecture.forward_call import input_device
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 Pairs = Sequence[tuple[list[int], list[int]]]
 """(prompt, answer) of each row, as token ids."""

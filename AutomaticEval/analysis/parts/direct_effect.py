@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from AutomaticEval.analysis.words.targets import Target, check_target
 from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.architecture.forward_call import input_device
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.frozen_norm import FrozenNorm, frozen
 from AutomaticEval.models.head_weights import output_weight
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Tap
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.sites import Site
 
 FINAL = Site("final_norm")

@@ -12,7 +12,7 @@ from torch import Tensor
 from AutomaticEval.capture.batch_independence import Span, apart
 from AutomaticEval.capture.texts.forward import Batch, padded
 from AutomaticEval.errors import ModelError, PromptError
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 SORTED_BATCHES = 64
 """Texts of so many batches are sorted by length together, so that little is padding."""

@@ -1,6 +1,6 @@
 """One plain forward of one sequence, without padding, batch or cache, read by hooks of its own.
 
-It shares with capture only the places of the sites (`models/find_layout.py`), so that it may tell what capture got wrong.
+It shares nothing with capture but where the sites are (`models/find_layout.py`), so that it can show what capture got wrong.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError, SiteUnavailable
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Tap
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.sites import Site, site_of
 
 MASKED_NUMBERS = 2**24
-"""Numbers that an output projection is given at once, each head by itself."""
+"""The most numbers that an output projection is given at once, when each head is projected by itself."""
 
 
 class Plain(NamedTuple):
-    """What one forward gave, on the CPU."""
+    """What one plain forward gave, on the CPU."""
 
     rows: dict[str, Tensor]
     """Key -> [n_positions, width], in the dtype in which the model gave it."""
@@ -36,7 +36,7 @@ class Plain(NamedTuple):
 
 
 def refuse_lacking(loaded: LoadedModel, keys: Iterable[str]) -> None:
-    """Raises SiteUnavailable, UnknownSite for keys that this model has not."""
+    """Raises SiteUnavailable or UnknownSite for keys that this model does not have."""
     layers = {key: pattern_layer(key) for key in keys}
     loaded.layout.pick(
         site_of(key) if layer is None else Site("z", layer) for key, layer in layers.items() if key != "logits"
@@ -44,18 +44,18 @@ def refuse_lacking(loaded: LoadedModel, keys: Iterable[str]) -> None:
 
 
 def pattern_layer(key: str) -> int | None:
-    """The layer of `layer_3.pattern`; None for other keys."""
-    found = re.fullmatch(r"layer_(\d+)\.pattern", key)
-    return int(found[1]) if found else None
+    """The layer of a key such as `layer_3.pattern`; None for other keys."""
+    match = re.fullmatch(r"layer_(\d+)\.pattern", key)
+    return int(match[1]) if match else None
 
 
 def plain_forward(
     loaded: LoadedModel, ids: Sequence[int], keys: Sequence[str], positions: Sequence[int], n_last: int = 0
 ) -> Plain:
-    """One forward over all ids; of each key the rows of some positions, and the logits of the last n_last.
+    """One forward over all ids: the rows of each key at some positions, and the logits of the last n_last positions.
 
-    With a pattern among the keys the model attends eagerly, as a run that keeps patterns does.
-    Raises CaptureError when a module is not used exactly once, or gives no row for each token.
+    With a pattern among the keys the model runs eager attention, as a run that keeps patterns does.
+    Raises CaptureError when a module is not used exactly once, or does not give a row for each token; SiteUnavailable.
     """
     model, layout = loaded.model, loaded.layout
     refuse_unready(model)
@@ -63,11 +63,11 @@ def plain_forward(
     taps = layout.pick(site_of(key) for key in keys if key not in layers and key != "logits")
     reader = _Reader(len(ids), positions)
     n_logits = max(n_last, len(ids) - min(positions, default=len(ids)) if "logits" in keys else 0)
-    given: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=input_device(model))}
+    arguments: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=input_device(model))}
     takes = forward_takes(model)
-    given |= {
-        name: value for name, value in (("use_cache", False), ("logits_to_keep", max(1, n_logits))) if name in takes
-    }
+    for name, value in (("use_cache", False), ("logits_to_keep", max(1, n_logits))):
+        if name in takes:
+            arguments[name] = value
     attending = _attending_eagerly(model) if layers else nullcontext()
     with torch.no_grad(), alone_with(model), attending, Hooks() as hooks:
         for key, tap in taps.items():
@@ -77,7 +77,7 @@ def plain_forward(
             for module in _around(model, layout.taps[Site("z", layer)].module, layout.taps[Site("resid_pre", layer)]):
                 hook = _pattern_hook(patterns, key, layout.n_heads, list(positions))
                 hooks.after(module, hook)
-        logits = model(**given).logits[0]  # [at least n_logits, d_vocab]
+        logits = model(**arguments).logits[0]  # [at least n_logits, d_vocab]
         rows = {key: _derived(model, tap, reader.taken(key), layout.n_heads) for key, tap in taps.items()}
     if "logits" in keys:
         rows["logits"] = logits[[position - len(ids) for position in positions]].cpu()
@@ -89,15 +89,15 @@ def plain_forward(
 
 
 class _Reader:
-    """Keeps of each module's value the rows of some positions."""
+    """Keeps the rows of some positions of the values of modules."""
 
     def __init__(self, n_ids: int, positions: Sequence[int]) -> None:
         self._n_ids, self._positions = n_ids, list(positions)
-        self._found: dict[str, list[Tensor]] = {}
+        self._values: dict[str, list[Tensor]] = {}
 
     def install(self, hooks: Hooks, module: nn.Module, key: str, end: str) -> None:
-        """Hook a module's input or output."""
-        self._found[key] = []
+        """Read the input or output of a module under a key."""
+        self._values[key] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._keep(key, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
@@ -116,16 +116,17 @@ class _Reader:
             raise CaptureError(
                 f"{key}: one sequence of {self._n_ids} tokens gave {shape}; expected a row for each token."
             )
-        self._found[key].append(value.reshape(self._n_ids, -1)[self._positions].clone())  # [n_positions, width]
+        self._values[key].append(value.reshape(self._n_ids, -1)[self._positions].clone())  # [n_positions, width]
 
     def taken(self, key: str) -> Tensor:
-        if len(self._found[key]) != 1:
-            raise CaptureError(f"{key}: its module was used {len(self._found[key])} times in one forward, not once.")
-        return self._found[key][0]
+        """[n_positions, width of the module]"""
+        if len(self._values[key]) != 1:
+            raise CaptureError(f"{key}: its module was used {len(self._values[key])} times in one forward, not once.")
+        return self._values[key][0]
 
 
 def _derived(model: nn.Module, tap: Tap, value: Tensor, n_heads: int) -> Tensor:
-    """What a tap takes of its module's value [n, width of the module]: [n, width of the site], on the CPU."""
+    """The rows of a site [n, width of the site], on the CPU, from the value of its module [n, width of the module]."""
     if tap.then is not None:
         return _head_norms(model.get_submodule(tap.module), value, n_heads).cpu()
     picked = value if tap.columns is None else value[:, list(tap.columns)]
@@ -133,43 +134,48 @@ def _derived(model: nn.Module, tap: Tap, value: Tensor, n_heads: int) -> Tensor:
 
 
 def _head_norms(projection: nn.Module, z: Tensor, n_heads: int) -> Tensor:
-    """The size of what each head adds, [n, n_heads], float32: the projection of z with all other heads at zero, less its bias.
+    """The L2 norm of what each head adds, [n, n_heads], float32.
 
-    z: [n, n_heads * d_head].
+    z: [n, n_heads * d_head]. What a head adds is the projection of z with all other heads set to zero, without the bias.
     """
     own = torch.arange(z.shape[1], device=z.device) // (z.shape[1] // n_heads)
-    masks = torch.arange(-1, n_heads, device=z.device)[:, None] == own  # [1 + n_heads, width], the first of nothing
+    masks = (
+        torch.arange(-1, n_heads, device=z.device)[:, None] == own
+    )  # [1 + n_heads, width]; the first keeps no head, and so gives the bias
     step = max(1, MASKED_NUMBERS // masks.numel())
     norms = [torch.empty(0, n_heads, device=z.device)]
     for start in range(0, len(z), step):
-        given = torch.where(
+        masked = torch.where(
             masks[:, None], z[None, start : start + step], torch.zeros((), dtype=z.dtype, device=z.device)
         )
-        gave = projection.forward(given).float()  # [1 + n_heads, at most step, d_model]
-        norms.append((gave[1:] - gave[:1]).norm(dim=-1).T.to(z.device))
+        projected = projection.forward(masked).float()  # [1 + n_heads, at most step, d_model]
+        norms.append((projected[1:] - projected[:1]).norm(dim=-1).T.to(z.device))
     return torch.cat(norms)
 
 
-def _pattern_hook(found: dict[str, Tensor], key: str, n_heads: int, positions: list[int]) -> Any:
-    """Keeps the rows [n_positions, n_heads, key_pos] of the first 4-dimensional weights that an attention returns."""
+def _pattern_hook(patterns: dict[str, Tensor], key: str, n_heads: int, positions: list[int]) -> Any:
+    """A hook that keeps the rows [n_positions, n_heads, key_pos] of the first 4-dimensional weights that an attention returns."""
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         for each in output[1:] if isinstance(output, tuple) else ():
             if isinstance(each, Tensor) and each.dim() == 4 and each.shape[1] == n_heads:
-                found[key] = each[0][:, positions].transpose(0, 1).clone().cpu()
+                patterns[key] = each[0][:, positions].transpose(0, 1).clone().cpu()
                 return
 
     return after
 
 
 def _around(model: nn.Module, projection: str, block: Tap) -> Iterator[nn.Module]:
-    """The modules between an output projection and its block: one of them is the attention."""
-    while (projection := projection.rpartition(".")[0]) != block.module:
-        yield model.get_submodule(projection)
+    """The modules around an output projection, up to its block: one of them is the attention."""
+    around = projection.rpartition(".")[0]
+    while around != block.module:
+        yield model.get_submodule(around)
+        around = around.rpartition(".")[0]
 
 
 @contextmanager
 def _attending_eagerly(model: Any) -> Iterator[None]:
+    """Switch the model to eager attention inside the with."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
     try:

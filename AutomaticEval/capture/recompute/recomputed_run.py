@@ -1,4 +1,4 @@
-"""`recompute`: some samples of a run computed again, each by one plain forward, and held against what is stored."""
+"""`recompute`: computes some samples of a run again, each by one plain forward, and compares them with what is stored."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from typing import Any
 from tqdm import tqdm
 
 from AutomaticEval.capture.recompute.plain_forward import refuse_lacking
-from AutomaticEval.capture.recompute.recomputed_sample import Compared, Comparison, Place
+from AutomaticEval.capture.recompute.recomputed_sample import Compared, Comparison, Difference
 from AutomaticEval.errors import OtherSettings, SelectionError
-from AutomaticEval.models.load_options import LoadOptions
-from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.settings import MODEL, SAMPLED, RunSettings
 from AutomaticEval.store.local_paths import read_local_paths
 from AutomaticEval.store.reader import Run, open_run
 
 FINGERPRINTS = (MODEL, SAMPLED)
-"""The settings that tell a model's weights, the strictest first; of those that a run holds, the first is compared."""
+"""The settings that identify a model's weights, the strictest first. Of those that a run holds, the first one is compared."""
 OF_THE_MODEL = ("shape", "dtype", "quantization")
-"""The other settings by which a run's model is known again; what a run does not say is not compared."""
+"""The other settings that a model must have in common with the model of the run. A setting that the run does not hold is not compared."""
 CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts")
-"""Names in configs of how many experts a token is sent to."""
+"""Names that configs give to the number of experts to which a token is sent."""
 
 
 @dataclass
 class Recomputed:
-    """What became of all samples that were computed again."""
+    """The verdicts on all samples that were computed again."""
 
     n_samples: int
     """How many samples the run has."""
     seed: int
-    """That drew them."""
+    """The seed that drew the samples."""
     n_keys: int
     notes: tuple[str, ...] = ()
-    """What is to be known of the verdicts."""
+    """What makes the verdicts weaker, a sentence for each reason."""
     samples: list[Compared] = field(default_factory=list)
 
     @property
@@ -46,10 +47,10 @@ class Recomputed:
         return [each for each in self.samples if each.problems]
 
     @property
-    def furthest(self) -> tuple[int, Place] | None:
-        """The sample and row with the largest difference; None when there is none."""
-        found = [(each.number, each.furthest) for each in self.samples if each.furthest is not None]
-        return max(found, key=lambda each: each[1].part, default=None)
+    def furthest(self) -> tuple[int, Difference] | None:
+        """The number of the sample with the largest difference, and that difference; None when there is none."""
+        differences = [(each.number, each.furthest) for each in self.samples if each.furthest is not None]
+        return max(differences, key=lambda each: each[1].part, default=None)
 
     def __str__(self) -> str:
         n_equal = sum(each.is_equal and not each.problems for each in self.samples)
@@ -78,11 +79,11 @@ def recompute(
 ) -> Recomputed:
     """Compute n samples of a run again, each by one plain forward of its own tokens, and compare every stored row and score.
 
-    run: opened, or its path. model: a name, a folder, "demo", or a loaded model (then with tokenizer=); None for the run's own name. n: how
-    many samples, drawn over all by a seed, which is drawn itself when none is given. options: how the model is loaded; what they leave open is
-    as the run was made. tell: hears a line a sample.
-    Raises OtherSettings for another model than the run's, or a run that was made while the model was edited; SiteUnavailable, UnknownSite for a
-    site that the model has not; StoreError, UnreadableFile for a run that cannot be read.
+    run: an open run, or its path. model: a name, a folder, "demo", or a loaded model (then with tokenizer=); None for the model that the run
+    names. n: how many samples, drawn at random. seed: draws them; None draws a seed, which the result holds. options: how the model is loaded;
+    what they leave open is taken from the settings of the run. tell: takes a line for each sample.
+    Raises OtherSettings for another model than the run's, and for a run that was made while the model was edited; SiteUnavailable, UnknownSite
+    for a site that the model does not have; StoreError, UnreadableFile for a run that cannot be read.
     """
     if n < 1:
         raise SelectionError(f"{n} samples were asked for; recompute 1 at least.")
@@ -91,17 +92,17 @@ def recompute(
     seed = secrets.randbits(31) if seed is None else seed
     numbers = sorted(random.Random(seed).sample(range(len(run)), min(n, len(run))))
     comparison = Comparison(run, loaded)
-    done = Recomputed(len(run), seed, len(run.keys), tuple(_notes(run, loaded)))
+    recomputed = Recomputed(len(run), seed, len(run.keys), tuple(_notes(run, loaded)))
     for number in tqdm(numbers, desc="Recomputing", unit="sample", disable=None):
-        done.samples.append(comparison.of(number))
-        tell(str(done.samples[-1]))
-    return done
+        recomputed.samples.append(comparison.of(number))
+        tell(str(recomputed.samples[-1]))
+    return recomputed
 
 
 def model_of(
     run: Run, model: Any = None, *, tokenizer: Any = None, options: LoadOptions = LoadOptions()
 ) -> LoadedModel:
-    """The model that a run was made with, loaded as it was then. Raises what `recompute` raises of it."""
+    """The model with which a run was made, loaded as it was then. Raises what `recompute` raises for the model."""
     refuse_unknown_numbers(run)
     if model is None or isinstance(model, str | Path):
         paths = read_local_paths(run.path)
@@ -114,7 +115,7 @@ def model_of(
 
 
 def refuse_unknown_numbers(run: Run) -> None:
-    """Raises OtherSettings for a run whose numbers a plain forward of its model does not give."""
+    """Raises OtherSettings for a run whose numbers cannot come from a plain forward of its model."""
     for made in run.made_with.of_parts():
         if made.edits:
             raise OtherSettings(
@@ -128,7 +129,7 @@ def refuse_unknown_numbers(run: Run) -> None:
 
 
 def refuse_other_model(run: Run, loaded: LoadedModel) -> None:
-    """Raises OtherSettings unless a model is the one that a run was made with, as far as the run says."""
+    """Raises OtherSettings when the settings of a run say that it was made with another model."""
     own = loaded.made_with()
     if own.edits:
         raise OtherSettings(f"{loaded.name} is being edited ({', '.join(own.edits)}); recompute outside of it.")
@@ -146,7 +147,7 @@ def refuse_other_model(run: Run, loaded: LoadedModel) -> None:
 
 
 def _notes(run: Run, loaded: LoadedModel) -> Iterator[str]:
-    """What weakens the verdicts on a run."""
+    """What makes the verdicts on a run weaker."""
     if not any(name in made.names for made in run.made_with.of_parts() for name in FINGERPRINTS):
         yield "The run holds no fingerprint of its model, which is known by its shape and dtype alone"
     config, dtype = loaded.model.config.get_text_config(), loaded.model.dtype
@@ -156,7 +157,7 @@ def _notes(run: Run, loaded: LoadedModel) -> Iterator[str]:
 
 
 def _as_then(options: LoadOptions, made: RunSettings, paths: Mapping[str, str]) -> LoadOptions:
-    """What options leave open, as the run's settings say."""
+    """The options, with what they leave open taken from the settings of the run."""
     bits = made.quantization
     made_of = {**(made.loaded_with or {}), **paths}
     is_open = not (options.load_in_8bit or options.load_in_4bit)

@@ -1,4 +1,4 @@
-"""One sample of a run against one plain forward of its tokens: rows, positions, scores, and what greedy decoding takes."""
+"""One sample of a run compared with one plain forward of its tokens: rows, positions, scores, and the tokens of greedy decoding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from AutomaticEval.capture.recompute.tolerance import (
     narrowed_to,
     score_of,
 )
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import fed_of
 from AutomaticEval.selection import Positions
 from AutomaticEval.settings import RunSettings
@@ -31,7 +31,7 @@ from AutomaticEval.sites import Site, site_of
 from AutomaticEval.store.hdf5.contract import dtype_named
 from AutomaticEval.store.reader import Run
 
-HARMLESS = frozenset(
+KEEPS_GREEDY = frozenset(
     [
         "do_sample",
         "temperature",
@@ -53,35 +53,37 @@ HARMLESS = frozenset(
         "_from_model_config",
     ]
 )
-"""What generation may be told and greedy decoding still takes the likeliest token; anything else may be a logits processor."""
+"""Settings of a generation with which greedy decoding still takes the likeliest token. Any other may change the logits first."""
 SHOWN = 3
-"""Problems of a sample that are told, of many."""
+"""The most problems of a sample that are shown."""
 NUMBERS = 2**23
-"""That are compared at once: logits have hundreds of thousands in a row."""
+"""The most numbers that are compared at once: a row of logits has hundreds of thousands."""
 
 
-class Place(NamedTuple):
-    """A stored row, and how far its furthest number is, as a part of its largest."""
+class Difference(NamedTuple):
+    """The largest difference of a stored row, and which row that is."""
 
     part: float
+    """The difference, as a part of the largest number of the row."""
     key: str
     position: int
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What became of one sample."""
+    """The verdict on one sample."""
 
     number: int
     name: str
-    """What it is of: its task, document and choice."""
+    """Its task, document and choice, for messages."""
     n_rows: int
     n_numbers: int
     is_equal: bool
-    """Every stored number, bit for bit."""
-    furthest: Place | None
+    """Whether every stored number is equal, bit for bit."""
+    furthest: Difference | None
+    """The largest difference of all rows; None when there is none."""
     problems: tuple[str, ...]
-    """What rounding does not explain, one line each."""
+    """What rounding does not explain, a line for each."""
 
     def __str__(self) -> str:
         return f"sample {self.number}{self.name}: {self._verdict}"
@@ -100,37 +102,37 @@ class Compared:
 
 
 class Comparison:
-    """A run and the model that made it: samples are compared one by one."""
+    """Compares samples of a run with plain forwards of the model that made it."""
 
     def __init__(self, run: Run, loaded: LoadedModel) -> None:
         self.run, self.loaded = run, loaded
         self.limits = IN_8_BITS if loaded.numbers().quantization == "8bit" else LIMITS[loaded.model.dtype]
-        self._told: dict[str | None, Mapping[str, Any] | None] = {}
+        self._generation: dict[str | None, Mapping[str, Any] | None] = {}
 
     def of(self, number: int) -> Compared:
-        """One sample against one forward of it alone."""
-        sample = self.run[number]  # checks that its rows are its tokens
-        held = _Held.of(sample)
-        n_scored = len(held.response) if sample.get("logprob") is not None or self._is_greedy(sample) else 0
-        plain = plain_forward(self.loaded, held.fed, self.run.keys, held.around, n_scored)
-        problems = _misplaced(held, self.run.made_with)
-        rows, furthest, is_equal = _Rows(held, plain), None, True
+        """The verdict on one sample, from one forward of its tokens alone."""
+        sample = self.run[number]  # this checks that its rows belong to its tokens
+        tokens = _SampleTokens.of(sample)
+        n_scored = len(tokens.response) if sample.get("logprob") is not None or self._is_greedy(sample) else 0
+        plain = plain_forward(self.loaded, tokens.fed, self.run.keys, tokens.around, n_scored)
+        problems = _misplaced(tokens, self.run.made_with)
+        rows, furthest, is_equal = _RightRows(tokens, plain), None, True
         for key, whole in sample["activations"].items():
-            stored, steps = self._cropped(key, whole, self.run.steps(number, key), len(held.fed))
-            found = self._judged(key, stored, steps, rows)
-            problems += self._problems(key, stored, steps, rows, found)
-            is_equal &= found.measured.is_equal
-            parts = found.measured.parts
+            stored, steps = self._cropped(key, whole, self.run.steps(number, key), len(tokens.fed))
+            verdict = self._judged(key, stored, steps, rows)
+            problems += self._problems(key, stored, steps, rows, verdict)
+            is_equal &= verdict.measured.is_equal
+            parts = verdict.measured.parts
             if len(parts) and float(parts.max()) > (furthest.part if furthest else 0):
-                furthest = Place(float(parts.max()), key, held.positions[int(parts.argmax())])
+                furthest = Difference(float(parts.max()), key, tokens.positions[int(parts.argmax())])
         if n_scored:
-            problems += _score_problems(sample, plain.logits, held.response, self.limits)
+            problems += _score_problems(sample, plain.logits, tokens.response, self.limits)
         n_numbers = sum(stored.numel() for stored in sample["activations"].values())
-        n_rows = len(held.positions) * len(self.run.keys)
+        n_rows = len(tokens.positions) * len(self.run.keys)
         return Compared(number, _name(sample), n_rows, n_numbers, is_equal, furthest, tuple(problems))
 
     def _cropped(self, key: str, stored: Tensor, steps: Tensor | None, n_ids: int) -> tuple[Tensor, Tensor | None]:
-        """A pattern [n, n_heads * n_keys] without the zeros beyond its sequence, of which there may be a hundred thousand."""
+        """A pattern [n, n_heads * n_keys] without the columns beyond its sequence, of which there may be a hundred thousand, all of zeros."""
         if pattern_layer(key) is None:
             return stored, steps
         n_keys = stored.shape[1] // self.loaded.layout.n_heads
@@ -139,17 +141,19 @@ class Comparison:
             return stored, steps
         return stored[:, own], None if steps is None else steps[:, own]
 
-    def _judged(self, key: str, stored: Tensor, steps: Tensor | None, rows: _Rows) -> Judged:
-        """The rows of one key, a piece at a time."""
+    def _judged(self, key: str, stored: Tensor, steps: Tensor | None, rows: _RightRows) -> Judged:
+        """The verdict on the rows of one key, which are compared in blocks."""
         step = max(1, NUMBERS // stored.shape[1])
-        pieces = []
+        blocks = []
         for at in (slice(start, start + step) for start in range(0, max(1, len(stored)), step)):
             own = None if steps is None else steps[at]
             right, others = rows.own(key, stored, at), rows.others(key, stored, at)
-            pieces.append(measured(stored[at], right, steps=own, through=self._through, others=others))
-        return judged(pieces, self.limits)
+            blocks.append(measured(stored[at], right, steps=own, through=self._through, others=others))
+        return judged(blocks, self.limits)
 
-    def _problems(self, key: str, stored: Tensor, steps: Tensor | None, rows: _Rows, found: Judged) -> Iterator[str]:
+    def _problems(
+        self, key: str, stored: Tensor, steps: Tensor | None, rows: _RightRows, verdict: Judged
+    ) -> Iterator[str]:
         """What is wrong with the rows of one key."""
         right = rows.own(key, stored)
         told, is_as = self.run.made_with.store_dtype, stored.dtype if steps is None else torch.int8
@@ -161,44 +165,44 @@ class Comparison:
             yield f"at {key}: stored as {_short(is_as)}, where {_short(promised)} was promised"
         if narrow is not None:
             yield f"at {key}: every number is one of {_short(narrow)}, where {_short(promised)} was promised"
-        if found.measured.is_equal:
+        if verdict.measured.is_equal:
             return
         n_heads = self._n_heads(key)
         elsewhere = head_elsewhere(stored, right, n_heads) if n_heads else None
         if elsewhere is not None:
             yield f"at {key}: head {elsewhere[0]} has the values of head {elsewhere[1]}"
-        if found.wrong.any():
-            yield _row_problem(key, rows, found, self.limits)
+        if verdict.wrong.any():
+            yield _row_problem(key, rows, verdict, self.limits)
 
     @property
     def _through(self) -> torch.dtype | None:
-        """What the rows were stored in before they were converted."""
+        """The dtype in which the rows were stored before they were converted; None when they were not."""
         before = self.run.made_with.converted_from
         return None if before is None else dtype_named(before)
 
     def _n_heads(self, key: str) -> int:
-        """How many heads stand side by side in a row; 0 for a site that has none."""
+        """How many heads a row of this key holds side by side; 0 for a site without heads."""
         return self.loaded.layout.heads_of(site_of(key).kind)
 
     def _is_greedy(self, sample: Mapping[str, Any]) -> bool:
-        """Whether each token of a response is known to have been the likeliest: greedily taken, of logits that nothing had changed."""
+        """Whether each token of the response is known to have been the likeliest: chosen greedily, from logits that no setting changed."""
         made = self.run.made_with
         if not len(sample["generated_ids"]):
             return False
         if made.temperature is not None:  # one prompt
-            return made.temperature == 0 and set(made.generation_config or {}) <= HARMLESS
+            return made.temperature == 0 and set(made.generation_config or {}) <= KEEPS_GREEDY
         task = sample.get("task")
-        if task not in self._told:
-            self._told[task] = _generation_kwargs(self.run.path, task)
-        told = self._told[task]
-        if told is None:
+        if task not in self._generation:
+            self._generation[task] = _generation_kwargs(self.run.path, task)
+        generation = self._generation[task]
+        if generation is None:
             return False
-        is_sampled = told.get("do_sample", told.get("temperature", 0) != 0)
-        return not is_sampled and {*told, *self.loaded.model.generation_config.to_diff_dict()} <= HARMLESS
+        is_sampled = generation.get("do_sample", generation.get("temperature", 0) != 0)
+        return not is_sampled and {*generation, *self.loaded.model.generation_config.to_diff_dict()} <= KEEPS_GREEDY
 
 
-class _Held(NamedTuple):
-    """What a sample says of its tokens."""
+class _SampleTokens(NamedTuple):
+    """The tokens of a sample, and which of them have rows."""
 
     prompt: list[int]
     response: list[int]
@@ -208,96 +212,97 @@ class _Held(NamedTuple):
 
     @property
     def around(self) -> list[int]:
-        """The positions, and those beside them."""
-        near = {at + step for at in self.positions for step in (-1, 0, 1)}
-        return [at for at in sorted(near) if 0 <= at < len(self.fed)]
+        """The positions that have rows, and their neighbours, ascending."""
+        near = {position + step for position in self.positions for step in (-1, 0, 1)}
+        return [position for position in sorted(near) if 0 <= position < len(self.fed)]
 
     @classmethod
-    def of(cls, sample: Mapping[str, Any]) -> _Held:
+    def of(cls, sample: Mapping[str, Any]) -> _SampleTokens:
         prompt, response = sample["input_ids"][0].tolist(), sample["generated_ids"].tolist()
         return cls(prompt, response, fed_of(prompt, response), sample["positions"].tolist(), sample["tokens"])
 
 
-def _misplaced(held: _Held, made: RunSettings) -> list[str]:
-    """Whether other positions are stored than the run kept; of a pruned one, those that were kept of those."""
-    wanted = set(range(len(held.fed)))
+def _misplaced(tokens: _SampleTokens, made: RunSettings) -> list[str]:
+    """A line when other positions are stored than the run keeps. A run that was pruned keeps those that every pruning left."""
+    wanted = set(range(len(tokens.fed)))
     for part in str(made.positions or "all").split(" of "):
-        wanted &= set(Positions.parse(part).resolve(len(held.prompt), len(held.response)))
-    if sorted(wanted) == held.positions:
+        wanted &= set(Positions.parse(part).resolve(len(tokens.prompt), len(tokens.response)))
+    if sorted(wanted) == tokens.positions:
         return []
-    odd = sorted(wanted.symmetric_difference(held.positions)) or held.positions
+    different = sorted(wanted.symmetric_difference(tokens.positions)) or tokens.positions
     return [
-        f"positions: {len(held.positions)} are stored, and the run kept {len(wanted)}; the first that differs is {odd[0]}"
+        f"positions: {len(tokens.positions)} are stored, and the run kept {len(wanted)}; the first that differs is {different[0]}"
     ]
 
 
-class _Rows:
+class _RightRows:
     """The recomputed rows of one sample, by key, in the shape in which they are stored."""
 
-    def __init__(self, held: _Held, plain: Plain) -> None:
-        self._plain, self.positions, self.tokens = plain, held.positions, held.tokens
-        self._place = {position: place for place, position in enumerate(held.around)}
+    def __init__(self, tokens: _SampleTokens, plain: Plain) -> None:
+        self._plain, self.positions, self.tokens = plain, tokens.positions, tokens.tokens
+        self._row_of = {position: row for row, position in enumerate(tokens.around)}
 
     def own(self, key: str, stored: Tensor, at: slice = slice(None)) -> Tensor:
         return self._taken(key, self.positions[at], stored)
 
     def others(self, key: str, stored: Tensor, at: slice) -> dict[str, Tensor]:
-        """What each row might be in place of its own: its neighbours' in the sequence, and those of the layers beside it."""
-        found, positions = {}, self.positions[at]
+        """Rows that may have been stored by mistake: those of the neighbours in the sequence, and those of the layers below and above."""
+        others, positions = {}, self.positions[at]
         for step, name in ((-1, "the position before it"), (1, "the position after it")):
-            there = [each + step if each + step in self._place else each for each in positions]
-            found[name] = self._taken(key, there, stored)
+            there = [each + step if each + step in self._row_of else each for each in positions]
+            others[name] = self._taken(key, there, stored)
         for other in _beside(key):
             if other in self._plain.rows and pattern_layer(key) is None:
-                found[other] = self._taken(other, positions, stored)
-        return found
+                others[other] = self._taken(other, positions, stored)
+        return others
 
     def _taken(self, key: str, positions: Sequence[int], stored: Tensor) -> Tensor:
-        rows = self._plain.rows[key][[self._place[each] for each in positions]]
-        if rows.dim() == 3:  # a pattern: [n, n_heads, n_ids], stored with zeros up to the longest sequence
+        rows = self._plain.rows[key][[self._row_of[each] for each in positions]]
+        if rows.dim() == 3:  # a pattern [n, n_heads, n_ids] is stored with zeros up to the longest sequence
             n_keys = stored.shape[1] // rows.shape[1]
             rows = torch.nn.functional.pad(rows, (0, n_keys - rows.shape[2])).flatten(1)
         return rows
 
 
 def _beside(key: str) -> list[str]:
-    """The same kind of site one layer below and above."""
+    """The keys of the same kind of site, one layer below and one above."""
     kind, layer = site_of(key)
     return [] if layer is None else [Site(kind, layer + step).key for step in (-1, 1)]
 
 
-def _row_problem(key: str, rows: _Rows, found: Judged, limits: Limits) -> str:
-    """What is said of the wrong row that is furthest off."""
-    all_rows = found.measured
-    at = int(torch.where(found.wrong, all_rows.parts, -1).argmax())
+def _row_problem(key: str, rows: _RightRows, verdict: Judged, limits: Limits) -> str:
+    """A line on the wrong row with the largest difference."""
+    all_rows = verdict.measured
+    at = int(torch.where(verdict.wrong, all_rows.parts, -1).argmax())
     off, size = float(all_rows.off[at]), float(all_rows.size[at])
     explained = limits.largest * size
-    told = f"off by {off:.3g}, where the largest number is {size:.3g} and rounding explains {explained:.1g}"
+    size_told = f"off by {off:.3g}, where the largest number is {size:.3g} and rounding explains {explained:.1g}"
     if off <= explained:
         off, size = float(all_rows.mean_off[at]), float(all_rows.mean_size[at])
-        told = f"off by {off:.3g} on average, where the mean size is {size:.3g} and rounding explains {limits.mean * size:.1g}"
+        size_told = f"off by {off:.3g} on average, where the mean size is {size:.3g} and rounding explains {limits.mean * size:.1g}"
     nearer = next((f" (it is nearer to {name})" for name, which in all_rows.nearer.items() if which[at]), "")
-    half = f"; half of its rows are off by {found.median:.1e} of their mean size or more"
-    n_wrong = f"{int(found.wrong.sum())} of {len(found.wrong)} rows differ"
+    half = f"; half of its rows are off by {verdict.median:.1e} of their mean size or more"
+    n_wrong = f"{int(verdict.wrong.sum())} of {len(verdict.wrong)} rows differ"
     return (
-        f"at {key}, position {rows.positions[at]} (token {rows.tokens[at]!r}): {told}{nearer}"
-        f"{half if found.median > limits.median else ''}; {n_wrong}"
+        f"at {key}, position {rows.positions[at]} (token {rows.tokens[at]!r}): {size_told}{nearer}"
+        f"{half if verdict.median > limits.median else ''}; {n_wrong}"
     )
 
 
 def _score_problems(sample: Mapping[str, Any], logits: Tensor, tokens: Sequence[int], limits: Limits) -> list[str]:
-    found = score_of(logits, tokens, limits)
+    """Lines on the stored score. logits: [n, d_vocab], each row that before one of the n tokens of the response."""
+    score = score_of(logits, tokens, limits)
     stored = sample.get("logprob")
     if stored is None:
-        at = next(iter(found.not_likeliest), None)
+        at = next(iter(score.not_likeliest), None)
         return [] if at is None else [f"at token {at} of the response: greedy decoding takes another than {tokens[at]}"]
     problems = []
-    if not abs(stored - found.logprob) <= found.slack:  # nan is off, too
+    if not abs(stored - score.logprob) <= score.slack:  # also when it is NaN
         problems.append(
-            f"at logprob: {stored:.5f} is stored, {found.logprob:.5f} recomputed (rounding explains {found.slack:.1g})"
+            f"at logprob: {stored:.5f} is stored, {score.logprob:.5f} recomputed (rounding explains {score.slack:.1g})"
         )
     is_greedy = sample.get("is_greedy")
-    if is_greedy is not None and (found.not_likeliest if is_greedy else found.is_surely_greedy):
+    if is_greedy is not None and (score.not_likeliest if is_greedy else score.is_surely_greedy):
         problems.append(
             f"at is_greedy: {is_greedy} is stored, and {'not ' if is_greedy else ''}every token is the likeliest"
         )
@@ -305,16 +310,17 @@ def _score_problems(sample: Mapping[str, Any], logits: Tensor, tokens: Sequence[
 
 
 def _generation_kwargs(folder: Path, task: str | None) -> Mapping[str, Any] | None:
-    """How a task's answers were generated, as lm-eval's results in a run folder say; None when they do not."""
+    """The settings with which a task's responses were generated, from lm-eval's results in the run folder; None when they are not there."""
     for file in sorted(folder.rglob("results_*.json"), reverse=True) if folder.is_dir() else ():
-        told = json.loads(file.read_text(encoding="utf-8")).get("configs", {}).get(task, {}).get("generation_kwargs")
-        if isinstance(told, dict):
-            return told
+        configs = json.loads(file.read_text(encoding="utf-8")).get("configs", {})
+        settings = configs.get(task, {}).get("generation_kwargs")
+        if isinstance(settings, dict):
+            return settings
     return None
 
 
 def _name(sample: Mapping[str, Any]) -> str:
-    """` (mmlu_anatomy document 3, choice 1)`; nothing of a single prompt."""
+    """The question of a sample, as ` (mmlu_anatomy document 3, choice 1)`; "" for a single prompt."""
     if not sample.get("task"):
         return ""
     document = f"{sample['task']} document {sample.get('doc_id')}"

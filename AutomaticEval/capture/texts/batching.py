@@ -1,4 +1,4 @@
-"""Texts as pieces, and pieces as batches of rows. Knows nothing of what is read of a forward."""
+"""Texts -> pieces that a model can be fed, and pieces -> batches of rows. Does not know what is read of a forward."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from AutomaticEval.capture.texts.feeding import Feeding
+from AutomaticEval.capture.texts.forward import PackedBatch
 from AutomaticEval.capture.texts.sources import Text
 from AutomaticEval.errors import EmptyPrompt, PromptTooLong
 
 ROW_TOKENS = 2048
-"""The most tokens of a row that several pieces share: the mask of a row is as wide as it is high."""
+"""The most tokens of a row that several pieces share. The size of the mask of a row is the square of that."""
 TEXTS_TOGETHER = 2048
-"""Texts that are encoded and sorted by length together, at most."""
+"""The most texts that are encoded, and sorted by length, together."""
 
 
 class Piece(NamedTuple):
-    """What is fed of one text at once."""
+    """The part of one text that is fed at once: the whole text, or a window of it."""
 
     doc_id: int
     window: int
@@ -34,8 +34,8 @@ class Piece(NamedTuple):
         return self.doc_id, self.window
 
 
-class Place(NamedTuple):
-    """Where pieces of the same tokens are in a batch: they are fed once."""
+class Slot(NamedTuple):
+    """Where one piece stands in a batch. Pieces with the same tokens share a slot: they are fed once."""
 
     pieces: list[Piece]
     row: int
@@ -49,26 +49,27 @@ class TextPieces:
     tokenizer: Any
     feeding: Feeding
     longest: int
-    """Tokens that the model can be fed."""
+    """The most tokens of a piece."""
     n_texts: int = 0
     n_truncated: int = 0
-    """Texts that were cut."""
+    """How many texts were cut."""
     n_tokens_cut: int = 0
     lengths: list[int] = field(default_factory=list)
-    """The lengths of the texts in tokens, before any was cut; of the first million texts."""
+    """The lengths of the first million texts in tokens, before any was cut."""
 
     def windows(self, texts: Iterable[tuple[int, Text]]) -> Iterator[list[Piece]]:
-        """Pieces of so many texts at a time as are sorted together. texts: with the number of each."""
+        """The pieces of the texts, in lists of those that are sorted by length together. texts: (number, text)."""
         items = iter(texts)
-        while some := list(islice(items, TEXTS_TOGETHER)):
-            encoded = self.tokenizer([text for _, (text, _) in some], verbose=False)["input_ids"]
+        while together := list(islice(items, TEXTS_TOGETHER)):
+            encoded = self.tokenizer([text for _, (text, _) in together], verbose=False)["input_ids"]
             yield [
                 piece
-                for (number, text), ids in zip(some, encoded, strict=True)
+                for (number, text), ids in zip(together, encoded, strict=True)
                 for piece in self._cut(number, text, ids)
             ]
 
     def _cut(self, number: int, text: Text, ids: list[int]) -> Iterator[Piece]:
+        """The pieces of one text. Raises EmptyPrompt, and with `strict` PromptTooLong."""
         if not ids:
             raise EmptyPrompt(f"{text.place}: the tokenizer gives no token for {text.text[:40]!r}.")
         self.n_texts += 1
@@ -95,17 +96,17 @@ class TextPieces:
 
 def batches_of(
     pieces: Sequence[Piece], feeding: Feeding, longest: int, n_tokens: int, limit: int | None = None
-) -> Iterator[list[Place]]:
-    """Batches of at most n_tokens columns in all (one row at least), or of feeding.batch_size rows, short pieces first.
+) -> Iterator[list[Slot]]:
+    """Batches of pieces, short ones first: of at most n_tokens tokens with padding (one row at least), or of feeding.batch_size rows.
 
-    limit: tokens beyond which a row changes the shorter ones beside it; None when none does.
+    longest: the most tokens of a row. limit: the length from which on a row changes shorter rows beside it; None when no row does.
     """
     alike: dict[tuple[int, ...], list[Piece]] = {}
     for piece in pieces:
         alike.setdefault(tuple(piece.ids), []).append(piece)
     rows = _packed(list(alike.values()), longest) if feeding.packing else [[each] for each in alike.values()]
     rows.sort(key=_width)
-    batch: list[Place] = []
+    batch: list[Slot] = []
     n_rows = 0
     for number, row in enumerate(rows):
         is_full = n_rows == feeding.batch_size if feeding.batch_size else (n_rows + 1) * _width(row) > n_tokens
@@ -116,7 +117,7 @@ def batches_of(
             batch, n_rows = [], 0
         column = 0
         for each in row:
-            batch.append(Place(each, n_rows, column))
+            batch.append(Slot(each, n_rows, column))
             column += len(each[0].ids)
         n_rows += 1
     if batch:
@@ -128,7 +129,7 @@ def _width(row: Sequence[Sequence[Piece]]) -> int:
 
 
 def _packed(alike: list[list[Piece]], longest: int) -> list[list[list[Piece]]]:
-    """Rows of at most so many tokens; the longest pieces first, each into the fullest row that it fits into."""
+    """Rows of at most `longest` tokens: the longest pieces first, each put into the fullest row that still has room for it."""
     longest = max(min(longest, ROW_TOKENS), *(len(each[0].ids) for each in alike), 1)
     by_room: dict[int, list[list[list[Piece]]]] = {}
     for each in sorted(alike, key=lambda each: -len(each[0].ids)):
@@ -140,19 +141,16 @@ def _packed(alike: list[list[Piece]], longest: int) -> list[list[list[Piece]]]:
     return [row for rows in by_room.values() for row in rows]
 
 
-def shared_rows(places: Sequence[Place]) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch whose rows hold several pieces: token ids and positions [batch, columns], and who attends to whom [batch, 1, columns, columns].
-
-    Each token sees itself and what is before it in its own piece; padding sees itself.
-    """
-    n_rows = max(place.row for place in places) + 1
-    width = max(place.column + len(place.pieces[0].ids) for place in places)
+def shared_rows(slots: Sequence[Slot]) -> PackedBatch:
+    """A batch whose rows hold several pieces. Each token attends to itself and to earlier tokens of its own piece; padding attends to itself."""
+    n_rows = max(slot.row for slot in slots) + 1
+    width = max(slot.column + len(slot.pieces[0].ids) for slot in slots)
     ids, positions = (torch.zeros(n_rows, width, dtype=torch.long) for _ in range(2))
     attended = torch.eye(width, dtype=torch.bool).repeat(n_rows, 1, 1)
-    for place in places:
-        own = place.pieces[0].ids
-        columns = slice(place.column, place.column + len(own))
-        ids[place.row, columns] = torch.tensor(own)
-        positions[place.row, columns] = torch.arange(len(own))
-        attended[place.row, columns, columns] = torch.ones(len(own), len(own), dtype=torch.bool).tril()
-    return ids, positions, attended[:, None]
+    for slot in slots:
+        own = slot.pieces[0].ids
+        columns = slice(slot.column, slot.column + len(own))
+        ids[slot.row, columns] = torch.tensor(own)
+        positions[slot.row, columns] = torch.arange(len(own))
+        attended[slot.row, columns, columns] = torch.ones(len(own), len(own), dtype=torch.bool).tril()
+    return PackedBatch(ids, positions, attended[:, None])

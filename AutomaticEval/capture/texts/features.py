@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.capture.texts.batching import TextPieces
-from AutomaticEval.capture.texts.extraction import Forwards, as_text, extract
+from AutomaticEval.capture.texts.extraction import Writing, extract
 from AutomaticEval.capture.texts.feeding import Feeding
-from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts, Text
+from AutomaticEval.capture.texts.piece_forwards import PieceForwards
+from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts, Text, as_text
+from AutomaticEval.capture.texts.text_set import TextSet
 from AutomaticEval.errors import PromptError, SelectionError
-from AutomaticEval.models.load_options import LoadOptions
-from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.reader import open_run
 from AutomaticEval.store.row_array import RowArray
@@ -28,10 +31,11 @@ class FromHuggingFace:
     """`mlp_post` of one layer (the input of the MLP's down projection) at every token of a data set.
 
     hf_model: a name, a folder, a loaded transformers model with tokenizer=, or a LoadedModel. dataset_name: a data set on the hub, a folder,
-    a file of texts, or the texts themselves. num_samples: so many texts; None for all. seq_length: longer texts are cut to it.
-    inference_batch_size: texts a forward; None for as many as are fastest. save_features: a folder to keep them in; True for a new one in
-    `activations`; False for memory alone.
-    On gated MLPs these are the activation of the gate times the up projection, not the activation of the gate alone.
+    a file of texts, or the texts themselves. num_samples: how many texts; None for all. seq_length: longer texts are cut to so many tokens.
+    inference_batch_size: texts a forward; None for as many as are fastest. save_features: the folder in which they are kept; True for a new
+    one in `activations`; False keeps them in memory only.
+    In a gated MLP these numbers are the activation of the gate times the up projection, not the activation of the gate alone.
+    Raises SelectionError for anything but one layer, PromptError, ModelError.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class FromHuggingFace:
             raise PromptError(f"{num_samples} texts were asked for; at least 1 is needed.")
         is_named = isinstance(dataset_name, str | Path)
         self._most, self.name = num_samples, Path(str(dataset_name)).stem if is_named else "texts"
-        self._texts = _found(dataset_name, split, text_field)
+        self._texts = _texts_of(dataset_name, split, text_field)
         self._is_used_up = False
         self._folder: Path | None = None
         if save_features:
@@ -68,7 +72,7 @@ class FromHuggingFace:
             self._folder = Path("activations") / stem if save_features is True else Path(save_features)
 
     def extract_features(self) -> Tensor | RowArray:
-        """[total_tokens, width], text after text, without padding: a tensor; or, when they are saved, an array-like on the disk.
+        """[total_tokens, width], text after text, without padding: a tensor; when they are saved, an array that reads from the disk.
 
         Raises PromptError for no texts, SiteUnavailable, StoreError for a folder that holds a run.
         """
@@ -77,33 +81,29 @@ class FromHuggingFace:
         self._is_used_up = iter(self._texts) is self._texts
         texts = islice(self._texts, self._most)
         if self._folder is not None:
-            extract(
-                self.loaded,
-                texts,
-                self.selection,
-                self._folder,
-                feeding=self._feeding,
-                name=self.name,
-                resume=(self._folder / LOCK).exists(),  # one that was cut short goes on
-            )
+            writing = Writing(resume=(self._folder / LOCK).exists())  # an extraction that was cut short goes on
+            extract(self.loaded, TextSet(self.name, texts), self.selection, self._folder, self._feeding, writing)
             return open_run(self._folder).rows(self.key, by_sample=True)
         return self._in_memory(texts)
 
     def _in_memory(self, texts: Iterable[str | Text]) -> Tensor:
-        forwards = Forwards(self.loaded, self.selection, self._feeding)
+        forwards = PieceForwards(self.loaded, self.selection, self._feeding)
         pieces = TextPieces(self.loaded.tokenizer, self._feeding, forwards.longest)
-        found: dict[int, Tensor] = {}
+        by_text: dict[int, Tensor] = {}
         for window in pieces.windows(enumerate(map(as_text, texts))):
             for _, samples in forwards.over(window):
                 for sample in samples:
-                    found[sample.fields["doc_id"]] = sample.parts[0].rows.activations[self.key]
-        if not found:
+                    by_text[sample.fields["doc_id"]] = sample.parts[0].rows.activations[self.key]
+        if not by_text:
             raise PromptError(f"{self.name}: there were no texts.")
-        return torch.cat([found[number] for number in sorted(found)])
+        return torch.cat([by_text[number] for number in sorted(by_text)])
 
 
 class ExtractSingleSample:
-    """As `FromHuggingFace`, for one text at a time. max_length: longer texts are cut to it. None: the model's context."""
+    """What `FromHuggingFace` gives, for one text at a time.
+
+    max_length: longer texts are cut to so many tokens; None cuts them to the model's context.
+    """
 
     def __init__(
         self, hf_model: Any, layer: int, max_length: int | None = None, device: str = "auto", *, tokenizer: Any = None
@@ -121,8 +121,8 @@ def _loaded(model: Any, device: str, tokenizer: Any) -> LoadedModel:
     return load_model(model, tokenizer=tokenizer)
 
 
-def _found(name: str | Path | Iterable[str], split: str, field: str | None) -> Iterable[str | Text]:
-    """A file's texts, a data set's, or these themselves."""
+def _texts_of(name: str | Path | Iterable[str], split: str, field: str | None) -> Iterable[str | Text]:
+    """The texts of a file or a data set of this name; texts themselves are returned as they are."""
     if not isinstance(name, str | Path):
         return name
     if Path(name).is_file():

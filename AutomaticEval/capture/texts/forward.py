@@ -1,4 +1,4 @@
-"""Plain forwards over sequences: padding on either side changes nothing, and one that is read stops when all is read."""
+"""Plain forwards over sequences. Padding on either side changes nothing, and a forward stops as soon as all wanted values are read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.batch_independence import counts_from_zero
+from AutomaticEval.capture.padding_probes import counts_from_zero
+from AutomaticEval.capture.tree.walk import as_mask
 from AutomaticEval.errors import ModelError
 from AutomaticEval.models.architecture.forward_call import forward_takes, input_device, takes_few_logits
 from AutomaticEval.models.layout import Layout, Tap
@@ -17,36 +18,49 @@ from AutomaticEval.models.recording import Enough, Kept, Recording, capturing
 
 
 class Batch(NamedTuple):
-    """Sequences that are run together."""
+    """Sequences that are run together, one in each row."""
 
     ids: Tensor
     """[batch, pos], int64"""
     mask: Tensor
-    """[batch, pos], bool: the real tokens."""
+    """[batch, pos], bool: True for tokens, False for padding."""
+
+
+class PackedBatch(NamedTuple):
+    """Sequences that are run together, several in each row, none of which sees another."""
+
+    ids: Tensor
+    """[batch, columns], int64"""
+    positions: Tensor
+    """[batch, columns], int64: the position of each token in its own sequence."""
+    attended: Tensor
+    """[batch, 1, columns, columns], bool: the columns that each token attends to."""
 
 
 def padded(sequences: Sequence[Sequence[int]], side: str = "right") -> Batch:
-    """side: where the padding is. Which token it is does not matter."""
+    """Sequences as one batch. side: where the padding is, left or right. The padding has the token id 0, which no token sees."""
     width = max(map(len, sequences))
-    ids, mask = (
-        torch.zeros(len(sequences), width, dtype=torch.long),
-        torch.zeros(len(sequences), width, dtype=torch.bool),
-    )
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for row, each in enumerate(sequences):
         own = slice(width - len(each), width) if side == "left" else slice(0, len(each))
         ids[row, own], mask[row, own] = torch.tensor(each), True
     return Batch(ids, mask)
 
 
-def inputs(model: Any, batch: Batch) -> dict[str, Any]:
-    """What a forward is given, so that padding on either side changes nothing.
+def inputs(model: Any, batch: Batch | PackedBatch) -> dict[str, Any]:
+    """The arguments of a forward with which neither padding nor other sequences of a row change anything.
 
-    Positions are the model's own wherever a row begins with its first token. Raises ModelError for padding on the left where they
-    do not begin at 0.
+    The model makes the positions itself wherever every row begins with its first token. Raises ModelError for padding on the left when the
+    model's positions do not begin at 0.
     """
     takes = forward_takes(model)
     device = input_device(model)
-    given: dict[str, Any] = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.long().to(device)}
+    if isinstance(batch, PackedBatch):
+        mask = as_mask(model, batch.attended.to(device))
+        given = {"input_ids": batch.ids.to(device), "position_ids": batch.positions.to(device)}
+        return {**given, "attention_mask": mask, "use_cache": False}
+    given = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.long().to(device)}
     if "position_ids" in takes and not bool(batch.mask[:, 0].all()):
         if not counts_from_zero(model):
             raise ModelError(
@@ -58,7 +72,7 @@ def inputs(model: Any, batch: Batch) -> dict[str, Any]:
 
 
 def read(model: Any, layout: Layout, taps: Mapping[str, Tap], batch: Batch) -> Mapping[str, Tensor]:
-    """One forward. Returns key -> [real tokens, width], row after row."""
+    """One forward. Returns key -> [n_tokens, width]: the tokens of the first row, then those of the second, and so on, without padding."""
     return recorded(model, layout, taps, batch, Kept(*batch.mask.nonzero(as_tuple=True))).rows
 
 
@@ -66,19 +80,20 @@ def recorded(
     model: Any,
     layout: Layout,
     taps: Mapping[str, Tap],
-    batch: Batch,
+    batch: Batch | PackedBatch,
     kept: Kept,
     dtype: torch.dtype | None = None,
-    given: Mapping[str, Any] | None = None,
 ) -> Recording:
-    """One forward, which stops at the deepest tap: what is above it is not computed, unless parts of the model are offloaded.
+    """One forward, which stops at the deepest tap. What is above it is not computed, unless parts of the model are offloaded.
 
-    dtype: to narrow what is kept to. given: in place of `inputs`.
+    dtype: the dtype to which the kept rows are narrowed; None leaves them as they are.
     """
-    given = inputs(model, batch) if given is None else dict(given)
+    given = inputs(model, batch)
     if takes_few_logits(model) and "logits" not in taps:
         given["logits_to_keep"] = 1
-    stops = not any(weight.is_meta for weight in model.parameters())  # accelerate puts what it fetched back at the end
+    stops = not any(
+        weight.is_meta for weight in model.parameters()
+    )  # accelerate puts offloaded weights back when a forward ends
     recorder = capturing(model, taps, layout.embedding, lambda *_: kept, len(batch.ids), dtype, stops=stops)
     with torch.no_grad(), recorder as recording, suppress(Enough):
         model(**given)

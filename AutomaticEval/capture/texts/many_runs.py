@@ -1,24 +1,28 @@
-"""Several models x several sets of texts, a run folder each: one that fails does not lose the others, one that is there is not made again."""
+"""Several models x several sets of texts, with a run folder for each pair.
+
+When one fails, the others are still made. A run that is finished is not made again.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
-from AutomaticEval.capture.texts.extraction import Extracted, Forwards, as_text, extract, refuse_response
+from AutomaticEval.capture.texts.extraction import Extracted, Writing, extract, refuse_response
 from AutomaticEval.capture.texts.feeding import Feeding
-from AutomaticEval.capture.texts.sources import Text
+from AutomaticEval.capture.texts.piece_forwards import PieceForwards
+from AutomaticEval.capture.texts.text_set import TextSet as TextSet
 from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import ModelUnavailable, SelectionError, StoreError, first_line
-from AutomaticEval.models.load_options import LoadOptions
-from AutomaticEval.models.loading import LoadedModel, load_model, revision_of, state_of
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.loading import load_model, revision_of, state_of
 from AutomaticEval.processes import Ranks
 from AutomaticEval.public_names import public_name
 from AutomaticEval.selection import Selection
@@ -30,37 +34,14 @@ from AutomaticEval.store.reader import Run, open_run
 from AutomaticEval.store.run_folder import LOCK, is_finished, leaving_nothing, shards_bytes
 
 NUMBERS = "extraction.json"
-"""In each run folder: what the extraction gave."""
-
-
-MOST = 80
-"""Characters of a folder's name."""
-
-
-@dataclass(frozen=True)
-class TextSet:
-    """Texts that go into one run folder a model."""
-
-    name: str
-    texts: Any
-    """Strings or Texts; iterated once a model."""
-    about: Mapping[str, Any]
-    """What they are, so that others are not taken for them."""
-    total: int | None = None
-
-    @classmethod
-    def of(cls, name: str, texts: Iterable[str | Text], **about: Any) -> TextSet:
-        """Goes through the texts once, so that what is wrong with one is told before a model runs. Raises what they raise."""
-        digest, total = xxhash.xxh3_64(), 0
-        for text in texts:
-            digest.update(json.dumps(as_text(text).text).encode())
-            total += 1
-        return cls(name, texts, {**about, "texts_xxh3_64": digest.hexdigest()}, total)
+"""The file in each run folder that says what the extraction gave."""
+LONGEST_NAME = 80
+"""The most characters of a folder's name."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to every set and model."""
+    """What is done with every set and model."""
 
     selection: Selection
     feeding: Feeding
@@ -71,7 +52,7 @@ class Plan:
 
 @dataclass
 class Unit:
-    """One model on one set."""
+    """One model on one set of texts."""
 
     model: str
     name: str
@@ -93,16 +74,16 @@ def extract_sets(
     folder_of: Callable[[str, str], Path],
     announce: Callable[[str], None] = lambda line: None,
 ) -> list[Unit]:
-    """Each model on each set. folder_of: model and set -> the run folder.
+    """Run each model on each set. folder_of: (model, name of a set) -> the run folder. announce: takes a line for each step.
 
-    A unit whose folder is finished is not made again, one that was cut short goes on. What goes wrong in one
-    is told in the unit. Raises OtherSettings for a folder that was made otherwise, before anything is done.
+    A finished folder is not made again, and one that was cut short goes on. A unit that fails holds its error, unless it is the only one.
+    Raises OtherSettings for a folder that was made with other settings, before anything is done.
     """
     refuse_response(plan.selection)
     units = [Unit(model, each.name, folder_of(model, each.name)) for model in models for each in sets]
     by_name = {each.name: each for each in sets}
     for unit in units:
-        unit.status = _there(unit, by_name[unit.name], plan)
+        unit.status = _status_before(unit, by_name[unit.name], plan)
     failures: dict[str, Exception] = {}
     for unit in units:
         label = f"{unit.model}, {unit.name}"
@@ -112,12 +93,12 @@ def extract_sets(
         loaded = None
         try:
             loaded = _load(unit.model, plan, failures)
-            unit.numbers = _one(unit, loaded, by_name[unit.name], plan, announce)
+            unit.numbers = _extract_unit(unit, loaded, by_name[unit.name], plan, announce)
             rate = unit.numbers["n_tokens"] / max(unit.numbers["seconds"], 1e-9)
             announce(f"{label}: {unit.numbers['n_samples']} samples, {rate:.0f} tokens a second, {unit.folder}")
-        except Exception as failure:  # whatever it is, the others are not lost for it
-            is_awaited = plan.ranks.n_ranks > 1 and loaded is not None  # by the other processes, in the middle of it
-            if is_awaited or len(units) == 1:  # or there is nothing else to lose
+        except Exception as failure:  # whatever it is, the other units are still made
+            is_awaited = plan.ranks.n_ranks > 1 and loaded is not None  # the other processes would wait for this one
+            if is_awaited or len(units) == 1:
                 raise
             unit.status, unit.error = "failed", f"{type(failure).__name__}: {first_line(failure)}"
             announce(f"{label}: {unit.error}")
@@ -125,60 +106,51 @@ def extract_sets(
 
 
 def folder_names(names: Sequence[str]) -> dict[str, str]:
-    """Each name's last part, or the whole where several end alike, of characters that every file system takes.
+    """A folder name for each name: its last part, or the whole name where several last parts are equal.
 
-    Raises SelectionError for a name that is there twice.
+    All characters are such that every file system takes them. Raises SelectionError for a name that is given twice.
     """
     for number, name in enumerate(names):
         if name in names[:number]:
             raise SelectionError(f"{name} was named twice.")
-    short = {name: plain_name(Path(public_name(name)).name)[-MOST:] for name in names}
+    short = {name: plain_name(Path(public_name(name)).name)[-LONGEST_NAME:] for name in names}
     if len(set(short.values())) == len(short):
         return short
-    whole = {name: plain_name(name.strip("/"))[-MOST:] for name in names}
+    whole = {name: plain_name(name.strip("/"))[-LONGEST_NAME:] for name in names}
     if len(set(whole.values())) == len(whole):
         return whole
-    return {name: own_name(name, MOST) for name in names}
+    return {name: own_name(name, LONGEST_NAME) for name in names}
 
 
 def _load(name: str, plan: Plan, failures: dict[str, Exception]) -> LoadedModel:
-    """A model, of which load_model keeps the last ones. When a process cannot load it, none has it.
+    """A loaded model. When one of the processes cannot load it, none of them goes on with it.
 
-    failures: model -> why it could not be loaded; it is told of each set, and not tried again. Raises it.
+    failures: model -> the error of loading it, which is raised for each of its sets without another try.
     """
     if name not in failures:
         try:
             loaded = load_model(name, options=plan.load)
-        except Exception as failure:  # whatever it is, the other models are not lost for it
+        except Exception as failure:  # whatever it is, the other models are still run
             failures[name] = failure
         own = failures.get(name)
-        whys = [why for why in plan.ranks.gathered(own and first_line(own)) if why is not None]
-        if not whys:
+        reasons = [reason for reason in plan.ranks.gathered(own and first_line(own)) if reason is not None]
+        if not reasons:
             return loaded
-        failures.setdefault(name, ModelUnavailable(f"another process could not load {name!r}: {whys[0]}"))
+        failures.setdefault(name, ModelUnavailable(f"another process could not load {name!r}: {reasons[0]}"))
     raise failures[name]
 
 
-def _one(
+def _extract_unit(
     unit: Unit, loaded: LoadedModel, texts: TextSet, plan: Plan, announce: Callable[[str], None]
 ) -> dict[str, Any]:
-    per_token = Forwards(loaded, plan.selection, plan.feeding).bytes_per_token
+    """Run one model on one set, and write what the extraction gave beside the run. Returns those numbers."""
+    per_token = PieceForwards(loaded, plan.selection, plan.feeding).bytes_per_token
     announce(f"{unit.model}, {unit.name}: {size_text(per_token)} a token")
     with nullcontext() if unit.folder.exists() else leaving_nothing(unit.folder):
-        done = extract(
-            loaded,
-            texts.texts,
-            plan.selection,
-            unit.folder,
-            feeding=plan.feeding,
-            name=texts.name,
-            about=_about(unit.model, texts, plan),
-            compression=plan.compression,
-            ranks=plan.ranks,
-            resume=(unit.folder / LOCK).exists(),
-            total=texts.total,
-        )
-    numbers = _numbers(done) | _of_tokenizer(loaded.tokenizer, loaded.context)
+        described = replace(texts, about=_about(unit.model, texts, plan))
+        writing = Writing(plan.compression, plan.ranks, resume=(unit.folder / LOCK).exists())
+        extracted = extract(loaded, described, plan.selection, unit.folder, plan.feeding, writing)
+    numbers = _numbers(extracted) | _tokenizer_facts(loaded.tokenizer, loaded.context)
     numbers["n_empty"] = getattr(texts.texts, "n_empty", 0)
     if numbers["n_empty"]:
         announce(f"{unit.model}, {unit.name}: {numbers['n_empty']} texts were empty, and left out")
@@ -188,7 +160,7 @@ def _one(
 
 
 def _about(model: str, texts: TextSet, plan: Plan) -> dict[str, Any]:
-    """What a run must have been made with, as far as it is known without loading the model."""
+    """The settings of a run that are known without loading the model."""
     feeding = {
         "asked_seq_length": plan.feeding.seq_length,
         "patterns": plan.feeding.patterns,
@@ -197,32 +169,34 @@ def _about(model: str, texts: TextSet, plan: Plan) -> dict[str, Any]:
     return {**texts.about, **feeding, "load": plan.load.as_dict(), "model_files": state_of(model, plan.load)}
 
 
-def _numbers(done: Extracted) -> dict[str, Any]:
-    found = {name: value for name, value in asdict(done).items() if name not in ("folder", "lengths")}
-    return {**found, "lengths": _spread(done.lengths)}
+def _numbers(extracted: Extracted) -> dict[str, Any]:
+    """The fields of `Extracted` but the folder, with a summary of the lengths."""
+    numbers = {name: value for name, value in asdict(extracted).items() if name not in ("folder", "lengths")}
+    return {**numbers, "lengths": _spread(extracted.lengths)}
 
 
 def _spread(lengths: Sequence[int]) -> dict[str, float | None]:
     if not lengths:
         return dict.fromkeys(("shortest", "median", "mean", "longest"))
-    low, middle, high = (float(each) for each in np.percentile(lengths, (0, 50, 100)))
-    return {"shortest": low, "median": middle, "mean": float(np.mean(lengths)), "longest": high}
+    shortest, median, longest = (float(each) for each in np.percentile(lengths, (0, 50, 100)))
+    return {"shortest": shortest, "median": median, "mean": float(np.mean(lengths)), "longest": longest}
 
 
-def _of_tokenizer(tokenizer: Any, context: int | None) -> dict[str, Any]:
-    begins = tokenizer("a")["input_ids"][:1] != tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+def _tokenizer_facts(tokenizer: Any, context: int | None) -> dict[str, Any]:
+    """What the page of an extraction says of the tokenizer."""
+    adds_first = tokenizer("a")["input_ids"][:1] != tokenizer("a", add_special_tokens=False)["input_ids"][:1]
     return {
         "tokenizer": {
             "class": type(tokenizer).__name__,
             "n_tokens": len(tokenizer),
-            "first_token_added": token_strings(tokenizer, tokenizer("a")["input_ids"][:1])[0] if begins else None,
+            "first_token_added": token_strings(tokenizer, tokenizer("a")["input_ids"][:1])[0] if adds_first else None,
             "context": context,
         }
     }
 
 
-def _there(unit: Unit, texts: TextSet, plan: Plan) -> str:
-    """The status of a unit before it is made. Raises OtherSettings."""
+def _status_before(unit: Unit, texts: TextSet, plan: Plan) -> str:
+    """The status of a unit before anything is made. Raises OtherSettings for a finished folder that was made with other settings."""
     if not unit.folder.exists():
         return "captured"
     if not is_finished(unit.folder):
@@ -237,15 +211,15 @@ def _there(unit: Unit, texts: TextSet, plan: Plan) -> str:
     }
     commit = revision_of(unit.model, plan.load)
     wanted |= {} if commit is None else {"revision": commit}
-    found = {"model": run.model, "store_dtype": None, **run.settings, **(run.made_with.corpus or {})}
-    refuse_others(unit.folder, found, json.loads(as_json(wanted)))
+    held = {"model": run.model, "store_dtype": None, **run.settings, **(run.made_with.corpus or {})}
+    refuse_others(unit.folder, held, json.loads(as_json(wanted)))
     unit.numbers = _kept_numbers(unit.folder, run)
     return "was there"
 
 
 def _kept_numbers(folder: Path, run: Run) -> dict[str, Any]:
-    """What is written of a run; without that, what the run itself tells."""
-    with suppress(StoreError):  # killed before it was written
+    """The numbers that were written beside a run; without them, those that the run itself gives."""
+    with suppress(StoreError):  # the process was killed before it wrote them
         return read_json(folder / NUMBERS)
     lengths = _spread(run.column("n_prompt_tokens"))
     return {"n_samples": len(run), "size_bytes": shards_bytes(folder), "lengths": lengths}

@@ -1,4 +1,7 @@
-"""Where texts come from: a file (JSONL, JSON, CSV, a text a line), or a Hugging Face data set; one after the other, never all at once."""
+"""Where texts come from: a file (JSONL, JSON, CSV, or one text a line), or a Hugging Face data set. They are read one after another.
+
+Every reader of JSON lines that people write stands here.
+"""
 
 from __future__ import annotations
 
@@ -13,42 +16,55 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from AutomaticEval.errors import DatasetUnavailable, PromptError, SelectionError, did_you_mean, first_line
+from AutomaticEval.file_states import file_states
 from AutomaticEval.public_names import public_name
 
 T = TypeVar("T")
 FIELDS = ("text", "input", "question", "prompt")
-"""Where an item's text is: the first of these that it has."""
+"""Names of the field that holds the text of an item; the first that the item has counts."""
 
 
 class Text(NamedTuple):
-    """One text, and where it was found."""
+    """One text, and where it comes from."""
 
     text: str
     place: str
+    """For errors, such as `texts.jsonl, line 3`."""
 
 
 def read_texts(path: str | Path, field: str | None = None) -> list[str]:
-    """All texts of a file. Raises PromptError as `texts_in` does."""
+    """All texts of a file. Raises what `texts_in` raises."""
     return [text for text, _ in texts_in(path, field)]
 
 
 def texts_in(path: str | Path, field: str | None = None) -> Iterator[Text]:
-    """The texts of a file, in their order. field: of its objects; by default the first of FIELDS that each has.
+    """The texts of a file, in their order. field: the field of its objects that holds the text; None for the first of FIELDS that each has.
 
-    Raises PromptError, with the line, for what is no text or an empty one, for a file without texts, and for what is not UTF-8.
+    Raises PromptError, which names the line, for an item that is no text or an empty one, for a file without texts, and for bytes that are
+    not UTF-8.
     """
     path = Path(path)
     if not path.is_file():
         raise PromptError(f"no file {path}; give a JSONL, JSON, CSV or txt file of texts.")
-    found = None
-    for found in _read(path, field):
-        yield found
-    if found is None:
+    is_empty = True
+    for text in _read(path, field):
+        is_empty = False
+        yield text
+    if is_empty:
         raise PromptError(f"{path} holds no texts.")
 
 
+def as_text(text: str | Text) -> Text:
+    """A text that was given as it is, or with its place. Raises PromptError for an empty one, and for one that is no text."""
+    if isinstance(text, Text):
+        return text
+    if not isinstance(text, str) or not text.strip():
+        raise PromptError(f"{'an empty text' if isinstance(text, str) else type(text).__name__} among the texts.")
+    return Text(text, "a text")
+
+
 def drawn(texts: list[T], n: int | None, seed: int) -> list[T]:
-    """n of the texts at random, in their order; all when there are no more, or n is None."""
+    """n texts drawn at random, in their order; all of them when there are not more than n, or when n is None. Raises PromptError."""
     if n is not None and n < 1:
         raise PromptError(f"{n} texts were asked for; at least 1 is needed.")
     if n is None or n >= len(texts):
@@ -57,9 +73,9 @@ def drawn(texts: list[T], n: int | None, seed: int) -> list[T]:
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """A file's lines, divided by newlines alone: JSON strings may hold the other characters that end a line.
+    """The lines of a file. Only newlines end a line, because JSON strings may hold the other characters that Python takes for an end.
 
-    Raises PromptError for what is not UTF-8.
+    Raises PromptError for bytes that are not UTF-8.
     """
     with path.open("rb") as file:
         begins_at = 0
@@ -74,8 +90,33 @@ def lines_of(path: Path) -> Iterator[str]:
             yield line.removesuffix("\n")
 
 
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The number and the value of each line of a JSONL file; empty lines are left out. Raises PromptError for a line that is not JSON."""
+    for number, line in enumerate(lines_of(path), 1):
+        if line.strip():
+            yield number, _parsed(line, path, number)
+
+
+def objects_with(names: Sequence[str], path: Path) -> Iterator[tuple[str, list[Any]]]:
+    """For each line of a JSONL file: its place, for errors, and the values of the named fields of its object. Empty lines are left out.
+
+    Raises PromptError, which names the line, for a line that is not an object with these fields.
+    """
+    for number, line in enumerate(lines_of(path), 1):
+        place = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            values = [item[name] for name in names]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise PromptError(f"{place}: not an object with {', '.join(names[:-1])} and {names[-1]}.") from None
+        yield place, values
+
+
 def _read(path: Path, field: str | None) -> Iterator[Text]:
-    read = {".txt": _txt, ".csv": _csv, ".json": _json, ".jsonl": _json, ".ndjson": _json}.get(path.suffix.lower())
+    readers = {".txt": _txt, ".csv": _csv, ".json": _json, ".jsonl": _json, ".ndjson": _json}
+    read = readers.get(path.suffix.lower())
     if read is None:
         raise PromptError(
             f"{path} ends in {path.suffix or 'nothing'!r}; give a JSONL, JSON, CSV or txt file, or a data set's folder."
@@ -89,7 +130,7 @@ def _txt(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """(line that it ends in, line as an object)"""
+    """For each row: the line in which it ends, and the row as an object."""
     csv.field_size_limit(2**31 - 1)  # texts are long
     reader = csv.DictReader((f"{line}\n" for line in lines_of(path)), strict=True)
     try:
@@ -102,15 +143,13 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    """A list in a JSON file, or an item a line."""
+    """The items of a list, or of JSON lines; the first character decides which."""
     first = next((line for line in lines_of(path) if line.strip()), "")
     if first.lstrip().startswith("["):
         whole = _parsed("\n".join(lines_of(path)), path, 1)
         yield from ((f"item {number}", item) for number, item in enumerate(whole, 1))
         return
-    for number, line in enumerate(lines_of(path), 1):
-        if line.strip():
-            yield f"line {number}", _parsed(line, path, number)
+    yield from ((f"line {number}", item) for number, item in json_lines(path))
 
 
 def _parsed(text: str, path: Path, line: int) -> Any:
@@ -118,11 +157,12 @@ def _parsed(text: str, path: Path, line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as broken:
         raise PromptError(f"{path}, line {line + broken.lineno - 1}: not JSON ({broken.msg}).") from None
-    except (ValueError, RecursionError) as broken:  # numbers of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as broken:  # a number of thousands of digits; thousands of brackets
         raise PromptError(f"{path}, line {line}: JSON that cannot be read ({first_line(broken)}).") from None
 
 
 def _text_of(item: Any, place: str, field: str | None) -> Text:
+    """The text of an item of a file. Raises PromptError for an item without text, and for half a character."""
     if isinstance(item, Mapping):
         name = field_of(list(item), field, place)
         item, place = item[name], f"{place}, field {name!r}"
@@ -149,7 +189,7 @@ def field_of(names: Sequence[str], field: str | None, place: str) -> str:
 
 @dataclass(frozen=True)
 class FileTexts:
-    """The texts of a file, read anew each time they are gone through."""
+    """The texts of a file. They are read again whenever they are iterated."""
 
     path: Path
     field: str | None = None
@@ -162,7 +202,7 @@ class FileTexts:
 
 @dataclass
 class DatasetTexts:
-    """The texts of a Hugging Face data set, streamed; or of a folder with files that `datasets` reads, or that it saved."""
+    """The texts of a Hugging Face data set, streamed; also of a folder that `datasets` saved, or whose files it can read."""
 
     name: str
     split: str = "train"
@@ -182,12 +222,12 @@ class DatasetTexts:
 
     @property
     def about(self) -> dict[str, Any]:
-        """For settings: what decides which texts they are."""
+        """What decides which texts these are, for settings."""
         about = {"dataset": public_name(self.name), "config": self.config, "split": self.split, "field": self.field}
         return {**about, "num_samples": self.most, "files": _state_of_folder(Path(self.name))}
 
     def __iter__(self) -> Iterator[Text]:
-        """Raises DatasetUnavailable, PromptError for a field that there is not, or what is no text."""
+        """Raises DatasetUnavailable; PromptError for an unknown field, and for an item that is no text."""
         self.n_empty = 0
         yield from islice(self._all(), self.most)
 
@@ -208,26 +248,26 @@ class DatasetTexts:
 
 
 def _state_of_folder(folder: Path) -> str | None:
-    """A hash of names, sizes and times of a local folder's files; None of a data set on the hub."""
+    """A hash of the names, sizes and times of a local folder's files; None for a data set on the hub."""
     if not folder.is_dir():
         return None
-    files = [(str(path.relative_to(folder)), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    told = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
-    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
+    state = repr([*file_states(folder, with_subfolders=True)])
+    return hashlib.blake2b(state.encode(), digest_size=8).hexdigest()
 
 
 def _streamed(name: str, config: str | None, split: str) -> Iterator[Mapping[str, Any]]:
+    """The items of a data set, one after another. Raises SelectionError for an unknown split, DatasetUnavailable."""
     import datasets
 
     try:
         if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
-            found = datasets.load_from_disk(name)
-            found = found[split] if isinstance(found, dict) else found
-            if found.split is not None and str(found.split) != split:
-                raise SelectionError(f"{name} holds the split {str(found.split)!r}, not {split!r}.")
+            saved = datasets.load_from_disk(name)
+            items = saved[split] if isinstance(saved, dict) else saved
+            if items.split is not None and str(items.split) != split:
+                raise SelectionError(f"{name} holds the split {str(items.split)!r}, not {split!r}.")
         else:
-            found = datasets.load_dataset(name, config, split=split, streaming=True)
-        yield from found
+            items = datasets.load_dataset(name, config, split=split, streaming=True)
+        yield from items
     except SelectionError:
         raise
     except KeyError as absent:

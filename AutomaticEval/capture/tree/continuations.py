@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
 
-from AutomaticEval.capture.generation import keep_of, recording_of, sample_columns, sequence_rows
+from AutomaticEval.capture.keeping import BatchRow, keep_of, recording_of, sample_columns, sequence_rows
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
 from AutomaticEval.models.architecture.forward_call import alone_with, input_device
-from AutomaticEval.models.load_options import LoadKeywords, LoadOptions
-from AutomaticEval.models.loading import LoadedModel, load_model
+from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.samples import Part, Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
@@ -23,6 +24,19 @@ Text = str | Sequence[int]
 """A text, or its token ids."""
 FALLBACK_LENGTH = 2**20
 """The context of a model whose config names none."""
+
+
+class ScoreKeywords(LoadKeywords, total=False):
+    """The keyword options of `score_continuations`, beside which layers are captured."""
+
+    tokenizer: Any
+    """With a loaded model: its tokenizer. With a name: another one, or the name of one."""
+    sites: str | Iterable[str] | None
+    """Kinds of sites: "resid_post,mlp_out". Default embed and resid_post."""
+    positions: str | slice | Positions
+    """scored (default), all, prompt, response, last, or a slice such as prompt[-1:]."""
+    store_dtype: str | None
+    """float16 or bfloat16: narrower numbers than the model's own."""
 
 
 @dataclass(frozen=True)
@@ -48,64 +62,71 @@ def score_continuations(
     requests: Iterable[tuple[Text, Text]],
     model: Any,
     *,
-    tokenizer: Any = None,
     capture_activations: bool = False,
     layers_to_capture: LayersLike = None,
-    sites: str | Iterable[str] | None = None,
-    positions: str | slice | Positions = "scored",
-    store_dtype: str | None = None,
-    **options: Unpack[LoadKeywords],
+    **options: Unpack[ScoreKeywords],
 ) -> list[ScoredContinuation]:
-    """The log-likelihood of each continuation after its context, over the prefix tree of all of them.
+    """The log-likelihood of each continuation after its context, over the prefix tree of all requests.
 
-    requests: (context, continuation) pairs of texts, which are tokenised as lm-eval does, or of token ids. What several begin
-    with is computed once. A context that is too long loses its beginning. model: a name, a folder, "demo", or a loaded model
-    with tokenizer=. options: those of `LoadOptions`: dtype, device, peft, …
-    A model that cannot be served so (state-space, ALiBi, sliding windows shorter than a request) is warned of, and computes
-    each request by itself.
-    Raises SelectionError, PromptError, ModelError, CaptureError; TypeError for an option there is not.
+    requests: (context, continuation) pairs of texts, which are tokenised as lm-eval does it, or of token ids. Tokens with which several
+    requests begin are computed once. A context that is too long loses its beginning. model: a name, a folder, "demo", or a loaded model
+    with tokenizer=. options: see `ScoreKeywords`: sites, positions, dtype, device, peft, …
+    A model that cannot be scored over a tree (state-space, ALiBi, sliding windows shorter than a request) computes each request by itself,
+    and a warning says why.
+    Raises SelectionError, PromptError, ModelError, CaptureError; TypeError for an unknown option.
     """
-    known = [field.name for field in fields(LoadOptions)]
     for name in options:
-        if name not in known:
-            raise unknown_option(name, known)
-    selection = Selection.parse(sites, layers_to_capture, positions, store_dtype) if capture_activations else None
-    loaded = load_model(model, tokenizer=tokenizer, options=LoadOptions(**options))
-    asked = list(requests)
+        if name not in ScoreKeywords.__annotations__:
+            raise unknown_option(name, ScoreKeywords.__annotations__)
+    selection = None
+    if capture_activations:
+        positions, store_dtype = options.get("positions", "scored"), options.get("store_dtype")
+        selection = Selection.parse(options.get("sites"), layers_to_capture, positions, store_dtype)
+    load: dict[str, Any] = {name: value for name, value in options.items() if name in LoadKeywords.__annotations__}
+    loaded = load_model(model, tokenizer=options.get("tokenizer"), options=LoadOptions(**load))
+    pairs = list(requests)
     length = loaded.context or FALLBACK_LENGTH
-    cuts = [Cut.of(*_tokens(loaded.tokenizer, *pair), length) for pair in asked]
-    how = ScoringOptions(selection)
-    try:
-        scoring = TreeScoring(loaded, cuts, how)
-        scoring.check()
-        batches, shape = scoring.results(), (1, scoring.tokens)
-    except TreeUnsuitable as why:
-        warnings.warn(f"Computing request by request: {why}", stacklevel=2)
-        batches, shape = _one_by_one(loaded, cuts, how), (1, 0)
+    cuts = [Cut.of(*_tokens(loaded.tokenizer, *pair), length) for pair in pairs]
+    batches, batch_shape = _scored(loaded, cuts, ScoringOptions(selection))
     settings = loaded.numbers().changed(**({} if selection is None else selection.as_dict())).as_dict()
-    found: dict[int, ScoredContinuation] = {}
+    scores: dict[int, ScoredContinuation] = {}
     for scored in (each for batch in batches for each in batch):
         cut = cuts[scored.request]
         data = None
         if selection is not None:
-            prompt, response = (_text(loaded.tokenizer, each) for each in asked[scored.request])
-            columns = sample_columns(prompt, response, len(cut.context), shape)
-            sample = Sample(
-                {**columns, "n_truncated": cut.n_truncated, "logprob": scored.logprob, "is_greedy": scored.is_greedy},
-                cut.context,
-                cut.continuation,
-                scored.parts,
-            )
-            data = sample.activation_data(loaded.name, settings)
-        found[scored.request] = ScoredContinuation(
+            context, continuation = (_text(loaded.tokenizer, each) for each in pairs[scored.request])
+            columns = sample_columns(context, continuation, len(cut.context), batch_shape)
+            data = _sample(scored, cut, columns).activation_data(loaded.name, settings)
+        scores[scored.request] = ScoredContinuation(
             scored.logprob, scored.is_greedy, [*cut.context], [*cut.continuation], scored.logprobs.tolist(), data
         )
-    return [found[index] for index in range(len(cuts))]
+    return [scores[number] for number in range(len(cuts))]
+
+
+def _scored(
+    loaded: LoadedModel, cuts: Sequence[Cut], options: ScoringOptions
+) -> tuple[Iterator[list[Scored]], tuple[int, int]]:
+    """The scores of the requests, and the rows and columns of the forwards that give them."""
+    try:
+        scoring = TreeScoring(loaded, cuts, options)
+        scoring.check()
+    except TreeUnsuitable as why:
+        warnings.warn(f"Computing request by request: {why}", stacklevel=3)
+        return _one_by_one(loaded, cuts, options), (1, 0)
+    return scoring.results(), (1, scoring.tokens)
+
+
+def _sample(scored: Scored, cut: Cut, columns: Mapping[str, Any]) -> Sample:
+    """The sample of a continuation. columns: those that every sample has."""
+    score = {"n_truncated": cut.n_truncated, "logprob": scored.logprob, "is_greedy": scored.is_greedy}
+    return Sample({**columns, **score}, cut.context, cut.continuation, scored.parts)
 
 
 def _tokens(tokenizer: Any, context: Text, continuation: Text) -> tuple[list[int], list[int]]:
-    """A pair's tokens, as lm-eval encodes them: spaces before the continuation belong to it; the context has the tokens that it has by
-    itself, and the continuation those of both as one text, less as many as the context has.
+    """The tokens of a context and of its continuation, as lm-eval encodes them.
+
+    Spaces at the end of the context are moved to the continuation. The context has the tokens that it has by itself; the continuation has
+    the tokens of both as one text, without as many tokens at the beginning as the context has.
     """
     if isinstance(context, str) != isinstance(continuation, str):
         raise PromptError("a request is a pair of texts, or a pair of lists of token ids; found one of each.")
@@ -129,9 +150,9 @@ def _tokens(tokenizer: Any, context: Text, continuation: Text) -> tuple[list[int
 
 
 def _encoded(tokenizer: Any, text: str, first: int | None) -> list[int]:
-    """With the special tokens that the tokenizer adds, unless the text begins with the first one, as lm-eval does."""
-    begins = first is not None and text.startswith(tokenizer.decode(first))
-    return list(tokenizer.encode(text, **({"add_special_tokens": False} if begins else {})))
+    """The tokens of a text with the special tokens that the tokenizer adds. A text that begins with the first one gets none, as in lm-eval."""
+    begins_with_it = first is not None and text.startswith(tokenizer.decode(first))
+    return list(tokenizer.encode(text, **({"add_special_tokens": False} if begins_with_it else {})))
 
 
 def _text(tokenizer: Any, text: Text) -> str:
@@ -139,9 +160,9 @@ def _text(tokenizer: Any, text: Text) -> str:
 
 
 def _one_by_one(loaded: LoadedModel, cuts: Sequence[Cut], options: ScoringOptions) -> Iterator[list[Scored]]:
-    """Each request in a forward of its own."""
+    """The scores of the requests, each from a forward of its own."""
     model, selection = loaded.model, options.selection
-    for index, cut in enumerate(cuts):
+    for number, cut in enumerate(cuts):
         context, continuation, _ = cut
         keep = None if selection is None else keep_of(selection.positions, [context], [0])
         with torch.no_grad(), alone_with(model), recording_of(loaded, selection, keep, 1) as recording:
@@ -152,7 +173,7 @@ def _one_by_one(loaded: LoadedModel, cuts: Sequence[Cut], options: ScoringOption
         parts: list[Part] = []
         if selection is not None:
             kept = selection.positions.resolve(len(context), len(continuation))
-            rows = sequence_rows(recording, 0, 0, [*context, *continuation], kept, loaded.tokenizer)
+            rows = sequence_rows(recording, BatchRow(0), [*context, *continuation], kept, loaded.tokenizer)
             parts = [Part(rows, range(len(rows.positions)))]
         is_greedy = likely.argmax(-1).tolist() == [*continuation]
-        yield [Scored(index, float(logprobs.sum()), is_greedy, logprobs, parts)]
+        yield [Scored(number, float(logprobs.sum()), is_greedy, logprobs, parts)]

@@ -1,7 +1,7 @@
 """The prefix tree of many token sequences, laid out as one walk: every token once, depth first.
 
-Sorted sequences are such a walk: each adds the tokens after those that it shares with the one before it. Any stretch of the walk
-has all of its ancestors either in itself or on the one path that leads to its first token. Knows nothing of models.
+Sequences in sorted order make such a walk: each adds the tokens that it does not share with the one before it. The ancestors of the nodes
+of any stretch of the walk are in the stretch itself, or on the one path that leads to its first node. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ class Branch(NamedTuple):
     """One distinct sequence."""
 
     members: list[int]
-    """Which of the given sequences it is; equal ones are one branch."""
+    """The numbers of the given sequences that it stands for: equal sequences are one branch."""
 
     shared: int
-    """How many tokens it shares with the branch before it; its others are new."""
+    """How many tokens it shares with the branch before it. Its other tokens are new."""
 
     path: Array
-    """[length], the node of each of its tokens. Valid until the next branch is asked for."""
+    """[length], the node of each of its tokens. The next branch overwrites it."""
 
 
 class PrefixTree:
-    """sequences: token ids, at least one each. A node is a token's place in the walk."""
+    """The prefix tree of sequences of token ids, of at least one token each. A node is the number of a token in the walk."""
 
     token_ids: Array
     """[n_nodes]"""
     depths: Array
-    """[n_nodes], each token's place in its sequence."""
+    """[n_nodes], the position of each token in its sequence."""
     parents: Array
-    """[n_nodes], -1 for the first token of a sequence."""
+    """[n_nodes], the node before each on its path; -1 for the first token of a sequence."""
     forks: Array
-    """[n_nodes], True where a node does not simply go on from the one before it, or where paths part before it."""
+    """[n_nodes], bool: True where a node is not the child of the node before it, and where two paths part before it."""
 
     def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
-        found: dict[bytes, list[int]] = {}  # big-endian bytes sort as their numbers do
+        members: dict[bytes, list[int]] = {}  # bytes of big-endian numbers sort as the numbers do
         for index, sequence in enumerate(sequences):
-            found.setdefault(np.asarray(sequence, ">u4").tobytes(), []).append(index)
+            members.setdefault(np.asarray(sequence, ">u4").tobytes(), []).append(index)
         self._branches: list[tuple[list[int], int, int]] = []
         own: list[Array] = []
         before, first = np.empty(0, np.int64), 0
-        for key in sorted(found):
+        for key in sorted(members):
             tokens = np.frombuffer(key, ">u4").astype(np.int64)
             shared = n_shared(before, tokens)
-            self._branches.append((found[key], shared, len(tokens)))
+            self._branches.append((members[key], shared, len(tokens)))
             own.append(tokens[shared:])
             before = tokens
         self.token_ids = np.concatenate(own) if own else before
@@ -71,7 +71,7 @@ class PrefixTree:
         return len(self.token_ids)
 
     def branches(self) -> Iterator[Branch]:
-        """Every distinct sequence, in the order of the walk."""
+        """The distinct sequences, in the order of the walk."""
         path = np.empty(max((length for *_, length in self._branches), default=0), np.int64)
         first = 0
         for members, shared, length in self._branches:
@@ -79,16 +79,16 @@ class PrefixTree:
             first += length - shared
             yield Branch(members, shared, path[:length])
 
-    def marked(self, places: Callable[[int], Sequence[int]]) -> Array:
-        """[n_nodes], bool: the nodes that some sequence wants. places: of a sequence (by index), which of its tokens."""
-        found = np.zeros(self.n_nodes, dtype=bool)
+    def marked(self, positions: Callable[[int], Sequence[int]]) -> Array:
+        """[n_nodes], bool: True for the chosen tokens of each sequence. positions: the number of a sequence -> the positions to choose."""
+        marked = np.zeros(self.n_nodes, dtype=bool)
         for branch in self.branches():
             for index in branch.members:
-                found[branch.path[list(places(index))]] = True
-        return found
+                marked[branch.path[list(positions(index))]] = True
+        return marked
 
     def path_to(self, node: int) -> Array:
-        """The nodes before a node on its path, from the root on: [depth]."""
+        """[depth], the nodes before a node on its path, the first token of the sequence first."""
         path = np.empty(self.depths[node], np.int64)
         for depth in range(len(path) - 1, -1, -1):
             node = int(self.parents[node])
@@ -96,9 +96,9 @@ class PrefixTree:
         return path
 
     def attended(self, start: int, stop: int) -> Array:
-        """What each token of a stretch of the walk attends to: itself and its ancestors.
+        """Which tokens each token of a stretch attends to: itself and its ancestors.
 
-        Returns [stop - start, depth of start + stop - start], bool: first the path to `start`, then the stretch.
+        Returns [stop - start, depth of start + stop - start], bool. The columns are the path to `start`, and then the stretch.
         """
         n_past, width = int(self.depths[start]), stop - start
         mask = np.zeros((width, n_past + width), dtype=bool)
@@ -114,7 +114,7 @@ class PrefixTree:
 
 
 def n_shared(first: Sequence[int] | Array, second: Sequence[int] | Array) -> int:
-    """The tokens that two sequences begin with together."""
+    """The number of tokens with which both sequences begin."""
     length = min(len(first), len(second))
     differ = np.asarray(first[:length]) != np.asarray(second[:length])
     return int(differ.argmax()) if differ.any() else length

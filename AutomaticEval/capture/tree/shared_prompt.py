@@ -1,7 +1,7 @@
-"""What the prompts of a batch begin with together, computed once and kept for the next batch.
+"""The tokens with which all prompts of a batch begin, computed once and kept for the next batch.
 
-Keys and values are made in whole chunks, each forward of one chunk, so that they do not depend on which batch came first. Knows
-nothing of how the rest is generated.
+Each forward computes one whole chunk of tokens, so that keys and values do not depend on which batch came first. Does not know how the
+rest of the prompts is computed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from AutomaticEval.capture.batch_independence import is_tested
-from AutomaticEval.capture.generation import recording_of, sequence_rows
+from AutomaticEval.capture.keeping import BatchRow, keep_columns, recording_of, sequence_rows
+from AutomaticEval.capture.padding_probes import is_tested
 from AutomaticEval.capture.tree.prefix_tree import n_shared
 from AutomaticEval.capture.tree.suitability import check_scores, why_not
-from AutomaticEval.capture.tree.walk import Cached, keep_columns, tree_forward
+from AutomaticEval.capture.tree.walk import Cached, tree_forward
 from AutomaticEval.models.architecture.forward_call import alone_with
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import Part, Rows
 from AutomaticEval.selection import Selection
 
@@ -40,7 +40,7 @@ PLAIN = frozenset(
         "no_repeat_ngram_size",
     ]
 )
-"""What transformers' generate may be given besides: all of it looks at logits and tokens alone."""
+"""The settings that transformers' `generate` may be given: they look at logits and tokens only."""
 ONE_PASS = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -52,30 +52,30 @@ ONE_PASS = {
     "dola_layers": None,
     "prefill_chunk_size": None,
 }
-"""What a checkpoint's own generation config must say, where it says anything."""
+"""The values that a checkpoint's own generation config must have, where it has any."""
 CHUNK = 64
-"""Tokens that are prefilled together; what prompts share beyond whole chunks is computed with each of them."""
+"""Tokens that are prefilled by one forward. Shared tokens beyond whole chunks are computed with each prompt."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The beginning of every prompt of a batch."""
+    """The tokens with which every prompt of a batch begins."""
 
     n_tokens: int
     cached: Cached
     rows: Sequence[Rows]
-    """One for each chunk; none when nothing of them is kept."""
+    """The kept rows of each chunk; empty when no row of them is kept."""
 
     def cache(self, n_rows: int) -> DynamicCache:
-        """Keys and values for a batch of so many rows."""
-        spread = [
-            tuple(each if each is None else each[:, :, : self.n_tokens].expand(n_rows, -1, -1, -1) for each in layer)
-            for layer in self.cached
+        """The keys and values, for a batch of n_rows rows."""
+        layers: list[Any] = [
+            (_spread(keys, self.n_tokens, n_rows), _spread(values, self.n_tokens, n_rows))
+            for keys, values in self.cached
         ]
-        return DynamicCache(spread)
+        return DynamicCache(layers)
 
     def arranged(self, batch: Tensor, pads: Sequence[int]) -> Tensor:
-        """[padding, prompt] of each row of a batch [n_rows, columns] as [prefix, padding, rest of the prompt]."""
+        """A batch [n_rows, columns] with each row rearranged: from padding, prompt to prefix, padding, rest of the prompt."""
         end = self.n_tokens
         rows = [
             torch.cat([row[pad : pad + end], row[:pad], row[pad + end :]]) for row, pad in zip(batch, pads, strict=True)
@@ -83,18 +83,18 @@ class Prefix:
         return torch.stack(rows)
 
     def parts(self, positions: Sequence[int]) -> list[Part]:
-        """Where the rows of these positions are, as far as they are in the prefix."""
-        found = []
+        """Where the rows of those positions are that belong to the prefix."""
+        parts = []
         for number, rows in enumerate(self.rows):
             where = [position % CHUNK for position in positions if position // CHUNK == number]
             if where:
-                found.append(Part(rows, where))
-        return found
+                parts.append(Part(rows, where))
+        return parts
 
 
 @dataclass
 class Prefill:
-    """The prefix that was computed last; `forget` it when the model may change."""
+    """Computes prefixes, and keeps the last one. Call `forget` when the model may change."""
 
     loaded: LoadedModel
     selection: Selection | None
@@ -107,9 +107,9 @@ class Prefill:
     _is_checked: bool = False
 
     def suits(self, max_length: int, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the model generates the same text after a prefix that was computed before, with padding between the prefix and the rest of a prompt.
+        """Whether the model generates the same text from a prefix that was computed before, with padding between prefix and rest of a prompt.
 
-        max_length: columns of the batch with its answers. kwargs: for transformers' generate.
+        max_length: the columns of the batch with its responses. kwargs: the settings for transformers' `generate`.
         """
         model = self.loaded.model
         own = model.generation_config
@@ -119,10 +119,10 @@ class Prefill:
         return is_plain and is_tested(model) and why_not(model, max_length) is None
 
     def of(self, prompts: Sequence[Sequence[int]], most: int) -> Prefix | None:
-        """Computes what all prompts begin with, in whole chunks. None when they share no whole chunk.
+        """The prefix of all prompts, in whole chunks; None when they share no whole chunk.
 
-        most: at most so many tokens, such as those that a single prompt shares with prompts to come.
-        Raises TreeUnsuitable when a plain forward gives something else.
+        most: the most tokens of the prefix. For a single prompt, these are the tokens that it shares with later prompts.
+        Raises TreeUnsuitable when a plain forward gives other scores.
         """
         shortest = min(prompts, key=len)
         n_alike = min(most, len(shortest) - 1, *(n_shared(shortest, prompt) for prompt in prompts))
@@ -140,23 +140,20 @@ class Prefill:
         return Prefix(n_tokens, self._cached, tuple(self._rows))
 
     def forget(self) -> None:
-        """Free what was computed; the next prefix is computed, and checked, anew."""
+        """Free the keys, values and rows. The next prefix is computed and checked anew."""
         self._ids, self._rows, self._cached, self._is_checked = [], [], [], False
 
     def _go_back(self, n_tokens: int) -> None:
-        """Forget what comes after the first so many tokens."""
+        """Forget all but the first n_tokens tokens."""
         self._ids, self._rows = self._ids[:n_tokens], self._rows[: n_tokens // CHUNK]
-        self._cached = [
-            (keys if keys is None else keys[:, :, :n_tokens], values if values is None else values[:, :, :n_tokens])
-            for keys, values in self._cached
-        ]
+        self._cached = [(_first(keys, n_tokens), _first(values, n_tokens)) for keys, values in self._cached]
 
     def _extend(self, ids: list[int], *, keeps: bool) -> None:
-        """Compute the next chunk, and compare the first with a plain forward."""
+        """Compute the next chunk. The first chunk is compared with a plain forward."""
         model, n_past = self.loaded.model, len(self._ids)
         attended = np.concatenate([np.ones((CHUNK, n_past), dtype=bool), np.tri(CHUNK, dtype=bool)], axis=1)
         depths = np.arange(n_past, n_past + CHUNK)
-        recorder = recording_of(self.loaded, self.selection, keep_columns(np.arange(CHUNK)) if keeps else None, 1)
+        recorder = recording_of(self.loaded, self.selection, keep_columns([range(CHUNK)]) if keeps else None, 1)
         with torch.no_grad(), alone_with(model), recorder as recording:
             logits, self._cached = tree_forward(
                 model, np.array(ids), depths, attended, self._cached, np.array([CHUNK - 1])
@@ -168,5 +165,17 @@ class Prefill:
             check_scores(model, self._ids, [int(best.indices)], best.values[None])
             self._is_checked = True
         if recording is not None:
-            begun = [*self._ids, -1]  # what comes next is not fed
-            self._rows.append(sequence_rows(recording, 0, 0, begun, depths.tolist(), self.loaded.tokenizer, n_past))
+            at = BatchRow(0, n_past=n_past)
+            sequence = [*self._ids, -1]  # the last token of a sequence is never fed
+            self._rows.append(sequence_rows(recording, at, sequence, depths.tolist(), self.loaded.tokenizer))
+
+
+def _first(cached: Tensor | None, n_tokens: int) -> Tensor | None:
+    """The keys or values [1, n_kv_heads, n_cached, d_head] of the first tokens; None for a layer that uses those of another."""
+    return None if cached is None else cached[:, :, :n_tokens]
+
+
+def _spread(cached: Tensor | None, n_tokens: int, n_rows: int) -> Tensor | None:
+    """The keys or values of the first tokens for each row of a batch: [n_rows, n_kv_heads, n_tokens, d_head]."""
+    first = _first(cached, n_tokens)
+    return None if first is None else first.expand(n_rows, -1, -1, -1)

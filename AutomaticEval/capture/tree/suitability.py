@@ -1,6 +1,6 @@
 """Which models can be scored over a prefix tree, and the check that one really was.
 
-What is known to be unsuitable is named beforehand; anything else is found by comparing with a plain forward.
+Models that are known to be unsuitable are refused beforehand. Others are found out by a comparison with a plain forward.
 """
 
 from __future__ import annotations
@@ -11,26 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.batch_independence import counts_from_zero, is_close, rope_limit
+from AutomaticEval.capture.batch_independence import rope_limit
+from AutomaticEval.capture.padding_probes import counts_from_zero, is_close
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.models.architecture.forward_call import alone_with, cache_name, forward_takes, input_device
 from AutomaticEval.models.architecture.inner_model import virtual_tokens
 from AutomaticEval.models.edited_models import depends_on_position
 
 FEWEST_TOKENS = 16
-"""The smallest number of tokens for a forward over the tree. With fewer, scoring row by row is better."""
-_SERVED = {"full_attention", "sliding_attention", "chunked_attention"}
+"""The fewest tokens for a forward over the tree. With fewer, scoring request by request is better."""
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Types of layers whose state is the keys and values of each token."""
 
 
 def refuse_unsuitable(model: Any, longest: int) -> None:
-    """Raises TreeUnsuitable for a model that cannot be served. longest: the most tokens that one request feeds."""
+    """Raises TreeUnsuitable for a model that cannot be scored over a prefix tree. longest: the most tokens that one request feeds."""
     reason = why_not(model, longest)
     if reason is not None:
         raise TreeUnsuitable(f"{type(model).__name__}: {reason}")
 
 
 def why_not(model: Any, longest: int) -> str | None:
-    """Why a model cannot be served, as far as it is known beforehand. longest: the most tokens that one request feeds."""
+    """Why a model cannot be scored over a prefix tree; None when no reason is known. longest: the most tokens that one request feeds."""
     reason = why_not_masked(model, longest)
     limit = most_columns(model)
     if reason is None and limit is not None and limit - longest < FEWEST_TOKENS:
@@ -39,7 +41,7 @@ def why_not(model: Any, longest: int) -> str | None:
 
 
 def why_not_masked(model: Any, longest: int) -> str | None:
-    """Why sequences of up to so many tokens cannot share a row, each with its own mask and positions, its tokens side by side."""
+    """Why sequences of up to `longest` tokens cannot stand side by side in one row, each with its own mask and positions; None when they can."""
     config = model.config.get_text_config(decoder=True)
     layers = set(getattr(config, "layer_types", None) or ())
     takes = forward_takes(model)
@@ -50,7 +52,7 @@ def why_not_masked(model: Any, longest: int) -> str | None:
     tuned = virtual_tokens(model)
     if tuned is not None:
         return f"its adapter ({tuned}) puts tokens of its own before every sequence."
-    if getattr(model, "_is_stateful", False) or layers - _SERVED:
+    if getattr(model, "_is_stateful", False) or layers - _ATTENTION_LAYERS:
         return "its state is not keys and values of each token."
     for name in ("position_ids", "attention_mask", "logits_to_keep"):
         if name not in takes:
@@ -73,19 +75,19 @@ def why_not_masked(model: Any, longest: int) -> str | None:
 
 
 def window_of(model: Any) -> int | None:
-    """The tokens that a layer with the shortest reach attends to; None when all attend to all."""
+    """The length of the shortest attention window of all layers, in tokens; None when every layer attends to all tokens."""
     config = model.config.get_text_config(decoder=True)
     layers = set(getattr(config, "layer_types", None) or ())
     if layers and layers == {"full_attention"}:
         return None
-    found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min((int(window) for window in found if window), default=None)
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((int(window) for window in windows if window), default=None)
 
 
 def most_columns(model: Any) -> int | None:
-    """The most keys that one forward may have; None without a limit.
+    """The most columns, cached ones included, that one forward may have; None without a limit.
 
-    GPT-Neo masks by column, whatever mask it is given.
+    GPT-Neo has a limit, because its mask of local attention goes by columns, whatever mask it is given.
     """
     config = model.config
     if config.model_type != "gpt_neo":
@@ -95,9 +97,9 @@ def most_columns(model: Any) -> int | None:
 
 
 def check_scores(model: Any, context: Sequence[int], continuation: Sequence[int], logprobs: Tensor) -> None:
-    """Compare a continuation's log-likelihoods [n_continuation] with those of one plain forward of it alone.
+    """Compare the log-probabilities of a continuation's tokens [n_continuation] with those of a plain forward.
 
-    Raises TreeUnsuitable when one is further off than TOLERANCES allow.
+    Raises TreeUnsuitable when one differs by more than rounding.
     """
     with torch.no_grad(), alone_with(model):
         ids = torch.tensor([[*context, *continuation[:-1]]], device=input_device(model))

@@ -1,13 +1,14 @@
 """Runs a model over a prefix tree, one stretch of its walk after the other: no token twice, and no padding.
 
-Keys and values of the path to the stretch are kept from those before it; a mask lets each token attend to its ancestors and to
-itself only. Knows nothing of what the logits are for.
+The keys and values of the path that leads to a stretch are kept from earlier stretches. A mask lets each token attend to its ancestors
+and to itself only. Does not know what the logits are for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,37 +16,38 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from AutomaticEval.capture.generation import recording_of
+from AutomaticEval.capture.keeping import keep_columns, recording_of
+from AutomaticEval.capture.memory import unless_too_large
 from AutomaticEval.capture.tree.prefix_tree import Array, PrefixTree
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.architecture.forward_call import alone_with, cache_name, input_device
-from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.recording import Keep, Kept, Recording
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.recording import Recording
 from AutomaticEval.selection import Selection
 
 Cached = list[tuple[Tensor | None, Tensor | None]]
-"""For each layer its keys and values, [1, n_kv_heads, n_cached, d_head]. None for a layer that uses another layer's."""
+"""For each layer its keys and values, [1, n_kv_heads, n_cached, d_head]. None for a layer that uses those of another layer."""
 
 
 class Stretch(NamedTuple):
-    """One forward: nodes `start` to `stop` of the walk."""
+    """One forward, over the nodes `start` to `stop` of the walk."""
 
     start: int
     stop: int
     logprobs: Tensor
-    """[scored nodes of the stretch, d_vocab], log-softmax of the logits, on the model's device."""
+    """[scored nodes of the stretch, d_vocab], the log-softmax of the logits, on the model's device."""
 
     recording: Recording | None
-    """Batch row 0, one column a node."""
+    """What was kept: batch row 0, with a column for each node."""
 
 
 @dataclass
 class Walk:
     """Forwards over stretches of a tree, which must be asked for in ascending order.
 
-    scored: [n_nodes], bool: where logits are wanted. kept: [n_nodes], bool: whose activations are wanted.
-    What a stretch gives at nodes with an ancestor in none of the stretches is meaningless.
-    A stretch that does not fit into memory is halved, and so are those after it.
+    scored: [n_nodes], bool: the nodes whose logits are wanted. kept: [n_nodes], bool: the nodes whose activations are wanted.
+    The numbers of a node are meaningless when one of its ancestors is in no stretch.
+    A stretch that does not fit into memory is halved, and later stretches are no longer than the halves.
     """
 
     loaded: LoadedModel
@@ -59,33 +61,29 @@ class Walk:
     n_computed: int = 0
     """Tokens that were fed."""
     most: int = 2**62
-    """Tokens of the largest stretch that fits into memory, as far as is known."""
+    """The most tokens of a stretch that fit into memory, as far as is known."""
 
     _nodes: Array = field(default_factory=lambda: np.empty(0, np.int64))
     _cached: Cached = field(default_factory=list)
     """For each layer the keys and values of `_nodes`: [1, n_kv_heads, n_nodes, d_head]."""
 
     def over(self, stretches: Iterable[tuple[int, int]]) -> Iterator[Stretch]:
+        """Each stretch, computed; in several when it does not fit into memory."""
         for start, stop in stretches:
             while start < stop:
                 end = min(stop, start + self.most)
-                try:
-                    done = self._forward(start, end)
-                except RuntimeError as failure:
-                    if not is_out_of_memory(failure) or end - start == 1:
-                        raise
-                    done, self.most = None, (end - start) // 2
-                if done is None:  # out of the except clause, which holds on to the memory of the failure
-                    free_memory()
+                computed = unless_too_large(partial(self._forward, start, end), can_be_smaller=end - start > 1)
+                if computed is None:
+                    self.most = (end - start) // 2
                 else:
                     start = end
-                    yield done
+                    yield computed
 
     def _forward(self, start: int, stop: int) -> Stretch:
         self._go_to(self.tree.path_to(start))
         scored = np.flatnonzero(self.scored[start:stop])
         keeps_logits = self.selection is not None and "logits" in self.selection.kinds
-        keep = None if self.kept is None else keep_columns(np.flatnonzero(self.kept[start:stop]))
+        keep = None if self.kept is None else keep_columns([np.flatnonzero(self.kept[start:stop]).tolist()])
         recorder = recording_of(self.loaded, self.selection, keep, 1)
         with torch.no_grad(), alone_with(self.loaded.model), recorder as recording:
             out, cache = tree_forward(
@@ -106,10 +104,10 @@ class Walk:
         return Stretch(start, stop, logprobs, recording)
 
     def _go_to(self, path: Array) -> None:
-        """Keep the keys and values of a path alone; zeros stand for those that were not computed."""
+        """Reduce the keys and values to those of one path. Zeros stand for nodes that were not computed."""
         if np.array_equal(path, self._nodes):
             return
-        if not self._cached:  # a token shows how they are shaped
+        if not self._cached:  # a forward of one token shows their shapes
             with torch.no_grad(), alone_with(self.loaded.model):
                 _, self._cached = tree_forward(
                     self.loaded.model,
@@ -131,14 +129,17 @@ class Walk:
 
 
 def _chosen(cached: Tensor | None, columns: Tensor, places: Tensor | None, n_columns: int) -> Tensor | None:
-    """Some columns of keys or values [1, n_kv_heads, n, d_head], put at their places among zeros."""
+    """Some columns of keys or values [1, n_kv_heads, n, d_head].
+
+    places: where they stand among zeros in the result [1, n_kv_heads, n_columns, d_head]; None when there are no others.
+    """
     if cached is None:
         return None
-    found = cached.index_select(2, columns.to(cached.device))
+    chosen = cached.index_select(2, columns.to(cached.device))
     if places is None:
-        return found
-    among = found.new_zeros((*found.shape[:2], n_columns, found.shape[3]))
-    return among.index_copy_(2, places.to(found.device), found)
+        return chosen
+    among_zeros = chosen.new_zeros((*chosen.shape[:2], n_columns, chosen.shape[3]))
+    return among_zeros.index_copy_(2, places.to(chosen.device), chosen)
 
 
 def tree_forward(
@@ -149,16 +150,17 @@ def tree_forward(
     cached: Cached,
     scored: Array | None,
 ) -> tuple[Tensor, Cached]:
-    """One forward over tokens that attend to what `attended` says [n, n_cached + n].
+    """One forward over tokens, each of which attends to what `attended` says.
 
-    scored: where logits are wanted; None for everywhere. Returns (logits [1, n_scored, d_vocab], keys and values of all
-    [1, n_kv_heads, n_cached + n, d_head] a layer).
+    token_ids, depths: [n], the tokens and their positions. attended: [n, n_cached + n], bool. scored: [n_scored], the tokens whose logits
+    are wanted; None for all. Returns the logits [1, n_scored, d_vocab], and for each layer the keys and values of all tokens
+    [1, n_kv_heads, n_cached + n, d_head].
     """
     device = input_device(model)
     cache = DynamicCache(cached) if cached else DynamicCache()
     logits_to_keep: Any = 0
     if scored is not None:
-        # 0 would mean everywhere; the last one stands for none
+        # for transformers, 0 means everywhere: when no logits are wanted, those of the last token are computed and dropped
         logits_to_keep = torch.from_numpy(scored if len(scored) else np.array([len(token_ids) - 1])).to(device)
     out = model(
         input_ids=torch.from_numpy(token_ids)[None].to(device),
@@ -174,24 +176,11 @@ def tree_forward(
 
 
 def as_mask(model: Any, attended: Tensor) -> Tensor:
-    """As the attention takes it: sdpa yes and no, others something to add."""
+    """A mask as the model's attention takes it: for sdpa the bools themselves, for other attention numbers to add.
+
+    attended: [..., query_pos, key_pos], bool, True where a token attends to another.
+    """
     if getattr(model.config, "_attn_implementation", None) == "sdpa":
         return attended
     added = torch.zeros(attended.shape, dtype=model.dtype, device=attended.device)
     return added.masked_fill(~attended, torch.finfo(model.dtype).min)
-
-
-def keep_columns(columns: Array) -> Keep:
-    """What to keep of a forward of one row: these of its columns."""
-    chosen = torch.from_numpy(columns)
-    return lambda first, n_columns: Kept(torch.zeros_like(chosen), chosen)
-
-
-def is_out_of_memory(failure: BaseException) -> bool:
-    texts = ("not enough memory", "DefaultCPUAllocator: can't allocate")  # on Windows, on Linux
-    return isinstance(failure, torch.OutOfMemoryError) or any(text in str(failure) for text in texts)
-
-
-def free_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

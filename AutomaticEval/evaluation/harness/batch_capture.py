@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.generation import dtype_of, keep_of, sample_columns, sequence_rows
+from AutomaticEval.capture.keeping import BatchRow, dtype_of, keep_columns, keep_of, sample_columns, sequence_rows
 from AutomaticEval.capture.tree.shared_prompt import Prefix
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.evaluation.harness.call import UNKNOWN, Call, Request
 from AutomaticEval.evaluation.harness.generated import AnswerReader
 from AutomaticEval.evaluation.results.earlier_answers import random_state
 from AutomaticEval.evaluation.results.request_key import RequestKey
-from AutomaticEval.models.loading import LoadedModel
-from AutomaticEval.models.recording import Keep, Kept, capturing
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.recording import Keep, capturing
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Positions, Selection
 
@@ -132,11 +132,11 @@ class BatchCapture:
         for row, fed in zip(rows, ids, strict=True):
             check_fed(row.fed, fed[: len(row.fed)].tolist())
         kept = [row.kept(self._positions) for row in rows]
-        with self._recording(_keep_columns(kept), len(rows)) as recording:
+        with self._recording(keep_columns(kept), len(rows)) as recording:
             logits = forward(ids)
         n_rows, n_columns = ids.shape
         for number, row in enumerate(rows):
-            stored = sequence_rows(recording, number, 0, row.sequence, kept[number], self._tokenizer)
+            stored = sequence_rows(recording, BatchRow(number), row.sequence, kept[number], self._tokenizer)
             for index, continuation in row.continuations.items():
                 prompt = row.sequence[: len(row.sequence) - len(continuation)]
                 fields = _fields(call.requests[index], len(prompt), (n_rows, n_columns), row.n_truncated)
@@ -166,7 +166,8 @@ class BatchCapture:
             kept = self._positions.resolve(len(prompt), len(generated))
             shared = [] if prefix is None else prefix.parts(kept)
             own = [position for position in kept if position >= n_past]
-            rows = sequence_rows(recording, number, pad, [*prompt, *generated], own, self._tokenizer, n_past)
+            at = BatchRow(number, pad, n_past)
+            rows = sequence_rows(recording, at, [*prompt, *generated], own, self._tokenizer)
             fields = _fields(call.requests[index], len(prompt), (n_rows, n_columns), prompts.n_truncated[number])
             fields["response"] = reader.text(generated)
             self._held.append(_Held(index, fields, prompt, generated, rows, shared))
@@ -201,14 +202,3 @@ def _fields(request: Request, n_prompt: int, batch: tuple[int, int], n_truncated
     """The columns of a sample whose answer is not known yet. batch: rows and columns of the batch it was computed in."""
     columns = sample_columns(request.prompt, request.response or "", n_prompt, batch)
     return {**columns, **request.key._asdict(), "n_truncated": n_truncated}
-
-
-def _keep_columns(positions: Sequence[Sequence[int]]) -> Keep:
-    """Keep these positions of each row of one right-padded forward."""
-
-    def keep(first: int, n_columns: int) -> Kept:
-        rows = torch.tensor([row for row, kept in enumerate(positions) for _ in kept], dtype=torch.long)
-        columns = torch.tensor([column for kept in positions for column in kept], dtype=torch.long)
-        return Kept(rows, columns)
-
-    return keep

@@ -31,8 +31,8 @@ from AutomaticEval.evaluation.harness.shared_prefixes import SharedPrefixes
 from AutomaticEval.evaluation.harness.tokens import EncodingHFLM, rolling_windows, texts_of
 from AutomaticEval.evaluation.harness.tree_scores import TreeScorer
 from AutomaticEval.models.architecture.forward_call import cache_name
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_untrue
-from AutomaticEval.models.loading import LoadedModel
 from AutomaticEval.selection import Selection
 
 NO_SCORE = (float("nan"), False)

@@ -11,7 +11,7 @@ from AutomaticEval.capture.tree.shared_prompt import Prefill, Prefix
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.evaluation.harness.batch_capture import PromptRows
 from AutomaticEval.evaluation.harness.tokens import shared_beginnings
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.selection import Selection
 
 

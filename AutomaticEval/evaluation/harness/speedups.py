@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.store.disk.json_files import write_json
 
 STOCK = Path(lm_eval.tasks.__file__).parent

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from AutomaticEval.evaluation.harness.speedups import quiet
 from AutomaticEval.models.architecture.forward_call import input_device
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 MANY = 512
 """Texts that are encoded together."""

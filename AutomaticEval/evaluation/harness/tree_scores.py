@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from AutomaticEval.capture.generation import sample_columns
+from AutomaticEval.capture.keeping import sample_columns
 from AutomaticEval.capture.tree.forward_size import measured_tokens
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.capture.tree.suitability import refuse_unsuitable
 from AutomaticEval.errors import TreeUnsuitable
 from AutomaticEval.evaluation.harness.call import Call
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection

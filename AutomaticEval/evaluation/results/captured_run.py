@@ -17,7 +17,7 @@ from AutomaticEval.evaluation.results.join import Directions, join
 from AutomaticEval.evaluation.results.repeats import Verdicts
 from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.evaluation.run_output import RunOutput
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.settings import RunSettings

@@ -18,7 +18,7 @@ from lm_eval.loggers import EvaluationTracker, evaluation_tracker
 
 from AutomaticEval.errors import DiskFull, StoreError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
-from AutomaticEval.models.loading import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.public_names import public_name
 from AutomaticEval.store.disk.file_names import own_name
 from AutomaticEval.store.disk.json_text import as_json

@@ -1,4 +1,4 @@
-"""Weights that stand for a change of others: adapters of peft, and deltas that are added. Where an adapter's base is."""
+"""Weights that change those of a base model: adapters of peft, and deltas that are added. And where the base of an adapter is."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
 class Alone(NamedTuple):
-    """An adapter that lies by itself, and what it belongs to."""
+    """What an adapter says that lies in a folder or on the hub without a model."""
 
     base: str
-    """A hub name, or a folder's path."""
+    """The hub name or the folder of the base model."""
     revision: str | None
     """The revision of the base model."""
     has_tokenizer: bool
+    """Whether a tokenizer lies beside the adapter."""
 
 
 def adapter_alone(source: str, revision: str | None, subfolder: str) -> Alone | None:
-    """What a folder or hub name that holds an adapter, but no model, belongs to; None for others. Raises ModelUnavailable."""
+    """What a folder or hub name says that holds an adapter but no model; None for any other. Raises ModelUnavailable when it names no base."""
 
     def path_of(name: str) -> str | None:
-        """None for what is not there, or out of reach: then transformers says so."""
-        quiet = ("gated_repo", "missing_entries", "connection_errors")
-        how: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in quiet}
+        """The path of a file; None for one that is not there or out of reach, which transformers will say when it loads the model."""
+        failures = ("gated_repo", "missing_entries", "connection_errors")
+        quiet: dict[str, Any] = {f"_raise_exceptions_for_{kind}": False for kind in failures}
         try:
-            found: str | None = cached_file(source, name, revision=revision, subfolder=subfolder, **how)
+            path: str | None = cached_file(source, name, revision=revision, subfolder=subfolder, **quiet)
         except (OSError, ValueError):
             return None
-        return found
+        return path
 
     if path_of("config.json") is not None and not _lacks_weights(Path(source, subfolder)):
         return None
@@ -50,21 +51,26 @@ def adapter_alone(source: str, revision: str | None, subfolder: str) -> Alone | 
         raise ModelUnavailable(
             f"the adapter {source!r} does not say what it was made for; name that, and give peft={source!r}."
         )
-    beside = Path(file).parent / base  # a relative path is meant from the adapter, or from where it was trained
+    beside = (
+        Path(file).parent / base
+    )  # a relative path counts from the adapter, or from the folder in which it was trained
     where = next((each for each in (beside, Path(base).expanduser()) if each.is_dir()), None)
     has_tokenizer = any(path_of(name) is not None for name in TOKENIZER_FILES)
     return Alone(str(base if where is None else where.resolve()), about.get("revision"), has_tokenizer)
 
 
 def _lacks_weights(folder: Path) -> bool:
-    """Whether a folder that is there holds an adapter's weights at most."""
+    """Whether this is an existing folder that holds no weights but those of an adapter."""
     if not folder.is_dir():
         return False
     return not any(file.suffix in (".safetensors", ".bin") and "adapter" not in file.name for file in folder.iterdir())
 
 
 def with_adapter(model: Any, adapter: str, revision: str | None) -> Any:
-    """The model with an adapter of peft. Raises ModelError without peft and for weights that are offloaded, ModelUnavailable."""
+    """The model with an adapter of peft.
+
+    Raises ModelError when peft is not installed or weights are offloaded, ModelUnavailable for an adapter that does not fit.
+    """
     try:
         from peft import PeftModel
     except ImportError:
@@ -77,9 +83,11 @@ def with_adapter(model: Any, adapter: str, revision: str | None) -> Any:
             "adapter into its base and save that."
         )
     if len(set(getattr(model, "hf_device_map", {}).values())) == 1:
-        del model.hf_device_map  # or peft would place a model that is on the CPU anew, on a GPU when there is one
+        del model.hf_device_map  # with it, peft would move a model from the CPU to a GPU when there is one
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")  # they would be random numbers
+        warnings.filterwarnings(
+            "error", message="Found missing adapter keys"
+        )  # the missing weights would be random numbers
         try:
             return PeftModel.from_pretrained(model, adapter, revision=revision)
         except (UserWarning, RuntimeError) as failure:
@@ -89,7 +97,7 @@ def with_adapter(model: Any, adapter: str, revision: str | None) -> Any:
 
 
 def resize(model: Any, n_tokens: int, *, only_grow: bool) -> None:
-    """Give the embeddings a row a token, for adapters of which the tokenizer has more; the new rows are the same each time."""
+    """Give the embeddings a row for each token, for an adapter whose tokenizer has other tokens. The new rows are the same each time."""
     n_rows = model.config.get_text_config().vocab_size
     if n_rows == n_tokens or (only_grow and n_rows > n_tokens):
         return
@@ -99,9 +107,9 @@ def resize(model: Any, n_tokens: int, *, only_grow: bool) -> None:
 
 
 def add_delta(model: Any, delta: Any, name: str) -> None:
-    """Add a model's weights to another's of the same shape, in place, as lm-eval does: to tied weights once for each of their names.
+    """Add the weights of `delta` to those of `model`, in place, as lm-eval does it: tied weights are added to once for each of their names.
 
-    Raises ModelError for weights that are offloaded, ModelUnavailable for others than the model's.
+    Raises ModelError for offloaded weights, ModelUnavailable when the weights have other names or shapes.
     """
     weights, added = model.state_dict(), delta.state_dict()
     if any(weight.is_meta for weight in [*weights.values(), *added.values()]):

@@ -1,9 +1,8 @@
-"""A hash of everything that a model computes with: every number of its parameters and persistent buffers, and its adapters' state.
+"""A hash of everything that a model computes with: every number of its parameters and persistent buffers, and the state of its adapters.
 
-Whole numbers are multiplied and added modulo 2**64 where they are, so that the result does not depend on the device, the number of
-threads or the order of additions. Buffers that a checkpoint does not hold are left out: forwards rewrite some of them. What is read
-for the hash is read through accelerate's hooks where the weights are offloaded, and of 4-bit weights in an order that running them
-does not change.
+The hash multiplies and adds whole numbers modulo 2**64 on the device of the weights, so that it depends neither on the device, nor on the
+number of threads, nor on the order of additions. Buffers that a checkpoint does not hold are left out, because forwards rewrite some of
+them. Offloaded weights are read through the hooks of accelerate; 4-bit weights are read in an order that running the model does not change.
 """
 
 from __future__ import annotations
@@ -20,58 +19,58 @@ from torch import Tensor, nn
 from AutomaticEval.errors import ModelError
 
 BLOCK_WORDS = 2**15
-"""Words of 8 bytes that are added up to one pair of sums. Torch does not divide so few among threads, which would wait for each other."""
+"""Words of 8 bytes that are added up to one pair of sums. Torch does not divide so few among threads, which would have to wait for each other."""
 BLOCKS_AT_ONCE = {"cpu": 64, "cuda": 512}
-"""By kind of device: of one thread, or of one kernel."""
+"""The blocks of one thread (cpu) or of one kernel (cuda)."""
 PACKED_ROWS = 32
 """Rows of 4-bit codes that bitsandbytes interleaves for CPUs with bfloat16 instructions."""
 SAMPLED_NUMBERS = 64
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model, 32 hexadecimal digits: two models have the same when every number of theirs is the same.
+    """A hash of a model, 32 hexadecimal digits. Two models have the same hash when all their numbers are the same.
 
-    A change within 4 bytes that lie together always changes it; any other is missed with a chance of 2**-32 at most. Of the scales of
-    4-bit weights, which running them rounds to bfloat16, no more is seen than that. Weights that are tied are hashed once, and are no
-    other than equal ones. Raises ModelError for a weight that is nowhere.
+    A change within 4 bytes that lie together always changes the hash; any other change is missed with a chance of 2**-32 at most. The scales
+    of 4-bit weights count as rounded to bfloat16, because running the model rounds them. Tied weights are hashed once, and give the same hash
+    as equal weights that are not tied. Raises ModelError for a weight whose numbers are nowhere.
     """
     seen: dict[Any, str] = {}
-    # each as it is read: of a model that is offloaded, all at once need not fit into memory
+    # one tensor after another: all weights of an offloaded model together may not fit into memory
     lines = sorted(f"{name} {_hashed(tensor, seen)}" for name, tensor in _numbers(model))
     lines += _adapter_lines(model)
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
 def sampled_fingerprint(model: nn.Module) -> str:
-    """The older hash, of the first 64 numbers of each weight: to be compared with runs that hold no other."""
-    found = hashlib.blake2b(digest_size=8)
+    """The older hash, of the first 64 numbers of each weight, for the comparison with runs that hold no other hash."""
+    digest = hashlib.blake2b(digest_size=8)
     # not state_dict(): it ruins the 4-bit weights of a model that has run on a CPU (bitsandbytes 0.50)
     for name, weight in sorted([*model.named_parameters(), *model.named_buffers()]):
         state = getattr(weight, "quant_state", None)
         shape = tuple(weight.shape if state is None else state.shape)
-        found.update(f"{name} {shape} {weight.dtype}".encode())
+        digest.update(f"{name} {shape} {weight.dtype}".encode())
         if weight.device.type != "meta":  # offloaded to the disk
             numbers = (
                 weight.detach().flatten()[:SAMPLED_NUMBERS] if state is None else _counted_codes(weight, shape[-1])
             )
-            found.update(numbers.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+            digest.update(numbers.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _counted_codes(weight: Tensor, width: int) -> Tensor:
-    """How often each 4-bit code is in the first 32 rows, within which running on a CPU reorders them. Returns [16]."""
+    """[16]: how often each 4-bit code stands in the first 32 rows. Running the model on a CPU reorders the codes of these rows."""
     codes = weight.detach().flatten().view(torch.uint8)[: 16 * width]
     return torch.bincount(torch.cat([codes & 15, codes >> 4]), minlength=16)
 
 
 def hash_of_tensor(tensor: Tensor) -> str:
-    """A hash of a tensor's dtype, shape and bits, in the order of its elements; computed where it is, equal on every device.
+    """A hash of a tensor's dtype, shape and bits, in the order of its elements. It is computed on the tensor's device, and equal on every device.
 
-    Its bytes are words x of 64 bits, the last filled up with zeros. Of every `BLOCK_WORDS` words, the sums of k x and of l (x >> 32) modulo
-    2**64 are taken, with odd k and l that differ from place to place.
+    The bytes are read as words x of 64 bits, the last one filled up with zeros. For every `BLOCK_WORDS` words, the sums of k x and of
+    l (x >> 32) modulo 2**64 are computed, with odd k and l that differ for each word of the block.
     """
     inner = getattr(tensor, "__tensor_flatten__", None)
-    if inner is not None:  # several tensors under one name, such as torchao's
+    if inner is not None:  # a tensor made of several, such as those of torchao
         names = sorted(inner()[0])
         return _digest(
             f"{type(tensor).__name__} {tuple(tensor.shape)}", *(hash_of_tensor(getattr(tensor, n)) for n in names)
@@ -88,7 +87,7 @@ def _digest(*parts: str) -> str:
 
 
 def _block_sums(octets: Tensor) -> Tensor:
-    """Both sums of each block of a run of bytes: int64 [n_blocks, 2]."""
+    """[n_blocks, 2], int64: both sums of each block of bytes."""
     block = 8 * BLOCK_WORDS
     whole, step = octets.numel() - octets.numel() % block, block * BLOCKS_AT_ONCE[octets.device.type]
     parts = [octets[start : min(start + step, whole)] for start in range(0, whole, step)]
@@ -96,21 +95,22 @@ def _block_sums(octets: Tensor) -> Tensor:
     summed = _summed_by_block if is_on_cpu else _summed
     if is_on_cpu and len(parts) > 1:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            found = [*pool.map(lambda part: summed(_as_words(part).view(-1, BLOCK_WORDS)), parts)]
-    else:  # in this thread, whose stream is the one that is waited for
-        found = [summed(_as_words(part).view(-1, BLOCK_WORDS)) for part in parts]
+            sums = [*pool.map(lambda part: summed(_as_words(part).view(-1, BLOCK_WORDS)), parts)]
+    else:  # in this thread, because only its stream is waited for
+        sums = [summed(_as_words(part).view(-1, BLOCK_WORDS)) for part in parts]
     rest = nn.functional.pad(octets[whole:], (0, -octets.numel() % 8))
-    return torch.cat([*found, summed(_as_words(rest)[None])])
+    return torch.cat([*sums, summed(_as_words(rest)[None])])
 
 
 def _as_words(octets: Tensor) -> Tensor:
+    """Bytes as words of 8 bytes; copied first when they do not begin at a multiple of 8."""
     return (octets.clone() if octets.storage_offset() % 8 or octets.data_ptr() % 8 else octets).view(torch.int64)
 
 
 def _summed(words: Tensor) -> Tensor:
-    """words: [n_blocks, at most BLOCK_WORDS]. Returns [n_blocks, 2].
+    """Both sums of each block. words: [n_blocks, at most BLOCK_WORDS]. Returns [n_blocks, 2].
 
-    The second sum is of the upper halves, whose highest bits the first would all but lose.
+    The second sum is that of the upper halves of the words, because the first sum hardly depends on their highest bits.
     """
     low, high = (each[: words.shape[1]] for each in _constants(words.device))
     products = words * low
@@ -120,24 +120,24 @@ def _summed(words: Tensor) -> Tensor:
 
 
 def _summed_by_block(words: Tensor) -> Tensor:
-    """The same sums as the plain way, block by block, so that what is added up stays in the CPU's cache."""
+    """What `_summed` gives, computed block by block, so that the numbers stay in the cache of the CPU."""
     low, high = (each[: words.shape[1]] for each in _constants(words.device))
-    found, upper = words.new_empty(len(words), 2), torch.empty_like(low)
-    for block, sums in zip(words, found, strict=True):
+    both, upper = words.new_empty(len(words), 2), torch.empty_like(low)
+    for block, sums in zip(words, both, strict=True):
         torch.bitwise_right_shift(block, 32, out=upper)
         torch.dot(block, low, out=sums[0])
         torch.dot(upper, high, out=sums[1])
-    return found
+    return both
 
 
 @functools.cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Odd numbers of 64 bits for each place of a block, two times: splitmix64 of 1, 2, 3, …"""
+    """The odd factors of each sum, on a device: two tensors int64 [BLOCK_WORDS]."""
     return tuple(made.to(device) for made in constants().view(2, BLOCK_WORDS))  # type: ignore[return-value]
 
 
 def constants() -> Tensor:
-    """The odd factors of both sums, one after the other: int64 [2 * BLOCK_WORDS]."""
+    """[2 * BLOCK_WORDS], int64: the odd factors of the first sum and then of the second, splitmix64 of 1, 2, 3, … with the lowest bit set."""
     mixed = torch.arange(1, 2 * BLOCK_WORDS + 1) * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ ((mixed >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
@@ -145,20 +145,23 @@ def constants() -> Tensor:
 
 
 def _signed(number: int) -> int:
+    """The int64 with the same bits as an unsigned number of 64 bits."""
     return number - 2**64 if number >= 2**63 else number
 
 
 class _Own(NamedTuple):
-    """A tensor that is the model's, which may have it under several names."""
+    """A tensor that lies in the model's own memory. The model may have it under several names."""
 
     tensor: Tensor
 
 
-def _hashed(found: Tensor | _Own, seen: dict[Any, str]) -> str:
-    """The model's own memory once; what was made to be read is gone afterwards, and its place is another's."""
-    if not isinstance(found, _Own):
-        return hash_of_tensor(found)
-    tensor = found.tensor
+def _hashed(numbers: Tensor | _Own, seen: dict[Any, str]) -> str:
+    """The hash of a tensor. The model's own memory is hashed once for all its names; a tensor that was made for the hash is always hashed,
+    because another one may be made at the same address later.
+    """
+    if not isinstance(numbers, _Own):
+        return hash_of_tensor(numbers)
+    tensor = numbers.tensor
     if type(tensor) not in (Tensor, nn.Parameter) or not tensor.numel():
         return hash_of_tensor(tensor)
     key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
@@ -168,7 +171,7 @@ def _hashed(found: Tensor | _Own, seen: dict[Any, str]) -> str:
 
 
 def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor | _Own]]:
-    """Name and numbers of every parameter and persistent buffer; tied ones under each of their names."""
+    """The name and the numbers of every parameter and persistent buffer. Tied ones come under each of their names."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
         weight = module._parameters.get("weight")
@@ -193,20 +196,20 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor | _Own]]:
 
 
 def _scales(module: nn.Module, weight: Tensor) -> Tensor | None:
-    """The scales of 8-bit weights. The first forward moves them from the weight to the module's state."""
-    found = getattr(weight, "SCB", None)
-    return getattr(getattr(module, "state", None), "SCB", None) if found is None else found
+    """The scales of 8-bit weights; None for other weights. The first forward moves them from the weight to the state of the module."""
+    scales = getattr(weight, "SCB", None)
+    return getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
 
 
 def _as_added(bias: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A bias beside quantised weights, which the first forward converts to what it computes in."""
+    """A bias beside quantised weights, as the first forward will convert it to the dtype in which it computes."""
     return bias.detach().to(dtype or bias.dtype).float()
 
 
 def _offloaded(modules: Mapping[str, nn.Module], name: str) -> Tensor:
-    """A weight that is not in the model, from where accelerate's hooks fetch it. Raises ModelError."""
+    """An offloaded weight, read from where the hooks of accelerate fetch it. Raises ModelError."""
     parts = name.split(".")
-    for depth in range(len(parts) - 1, -1, -1):  # the module's own hook, or that of one around it
+    for depth in range(len(parts) - 1, -1, -1):  # the hook of the module itself, or of a module around it
         hook = getattr(modules.get(".".join(parts[:depth])), "_hf_hook", None)
         for each in getattr(hook, "hooks", [hook]):
             weights, key = getattr(each, "weights_map", None), ".".join(parts[depth:])
@@ -227,7 +230,7 @@ def _holds(weights: Any, key: str) -> bool:
 
 
 def _of_four_bits(name: str, weight: Any) -> Iterator[tuple[str, Tensor]]:
-    """Codes and scales of a 4-bit weight of bitsandbytes, the same before and after it was repacked for a CPU."""
+    """The codes and scales of a 4-bit weight of bitsandbytes. They are the same before and after the weight was repacked for a CPU."""
     state = weight.quant_state
     is_packed = getattr(state, "packing_format_for_cpu", False)
     octets = weight.detach().view(torch.uint8)
@@ -248,9 +251,9 @@ def _repeated(values: Tensor, times: int, n: int) -> Tensor:
 
 
 def _unpacked(octets: Tensor, state: Any) -> Tensor:
-    """The bytes as they were: two neighbours of a row in one, the first in the upper half.
+    """The bytes of a weight as they were before it was repacked: each holds two neighbours of a row, the first in its upper half.
 
-    Packed, of 32 rows the bytes hold codes [column pair, row, 2] in runs of 64, of which the first 32 are in the lower halves.
+    Repacked bytes hold the codes of 32 rows as [column pair, row, 2], in runs of 64 codes whose first 32 are in the lower halves.
     """
     n_rows, n_columns = state.shape
     runs = octets.reshape(-1, PACKED_ROWS)
@@ -259,7 +262,7 @@ def _unpacked(octets: Tensor, state: Any) -> Tensor:
 
 
 def _adapter_lines(model: nn.Module) -> list[str]:
-    """What peft's modules hold besides tensors: scales, which adapters are active, merged or switched off."""
+    """What the modules of peft hold besides tensors: scales, and which adapters are active, merged or switched off."""
     lines = []
     for path, module in model.named_modules():
         if type(module).__module__.split(".")[0] == "peft":
@@ -270,7 +273,7 @@ def _adapter_lines(model: nn.Module) -> list[str]:
 
 
 def _is_passed_by(module: nn.Module) -> bool:
-    """Whether a soft prompt is switched off: peft then calls the base's forward in place of the module's own."""
+    """Whether a soft prompt is switched off: then peft calls the forward of the base in place of the module's own."""
     forward = vars(module).get("forward")
     return getattr(forward, "__self__", module) is not module and not hasattr(module, "_hf_hook")
 
@@ -279,7 +282,7 @@ _OF_ANY_MODULE = {*vars(nn.Module()), "training", "_is_hf_initialized"}
 
 
 def _is_plain(value: Any) -> bool:
-    """A number or text, or a collection of them with something in it."""
+    """Whether a value is a number or a text, or a collection of them that is not empty."""
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list | tuple | set | frozenset):

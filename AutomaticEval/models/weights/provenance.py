@@ -1,4 +1,4 @@
-"""What decides a model's numbers besides its weights, as plain values for files: config, tokenizer, adapters, arithmetic, code."""
+"""What decides the numbers of a model besides its weights, as plain values for files: config, tokenizer, adapters, arithmetic, code."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ NOT_OF_THE_MODEL = frozenset(
         "_from_model_config",
     ]
 )
-"""Entries of configs that decide no number, or stand in the settings by themselves."""
+"""Entries of configs that decide no number, or that settings hold under a name of their own."""
 
 
 def provenance(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """What must be the same for the same numbers from the same weights."""
+    """What must be equal so that equal weights give equal numbers."""
     code = _code(model)
     return {
         "config": _plain(model.config),
@@ -51,7 +51,7 @@ def provenance(model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def adapters_of(model: Any) -> dict[str, Any]:
-    """Adapter -> its type, the base it was made for, and whether it is active; {} without adapters."""
+    """The name of each adapter -> its type, the base for which it was made, and whether it is active. {} without adapters."""
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping):
         return {}
@@ -75,25 +75,26 @@ def library_versions(model: Any) -> dict[str, str]:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """The entries of a config that differ from its class's own."""
+    """The entries of a config that differ from the defaults of its class."""
     if config is None:
         return {}
     try:
-        found = config.to_diff_dict()
-    except TypeError:  # a class of its own, which cannot be made without arguments
-        found = config.to_dict()
-    made: dict[str, Any] = json.loads(json.dumps(_without(found), default=_named, sort_keys=True))
-    return made
+        entries = config.to_diff_dict()
+    except TypeError:  # a class that cannot be made without arguments, and so has no defaults
+        entries = config.to_dict()
+    plain: dict[str, Any] = json.loads(json.dumps(_without(entries), default=_named, sort_keys=True))
+    return plain
 
 
 def _named(value: Any) -> Any:
-    """What JSON has not, the same in every process."""
+    """A value that JSON does not have, as one that it has and that is the same in every process."""
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     return type(value).__name__ if " at 0x" in str(value) else str(value)
 
 
 def _without(entries: Mapping[Any, Any]) -> dict[str, Any]:
+    """The entries without those of NOT_OF_THE_MODEL, at any depth."""
     return {
         str(name): _without(value) if isinstance(value, Mapping) else value
         for name, value in entries.items()
@@ -102,7 +103,7 @@ def _without(entries: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any] | None:
-    """Hashes of all that makes token ids of a text; not of padding, which lm-eval sets up as it needs it."""
+    """Hashes of everything that decides the token ids of a text. Padding is left out, because lm-eval sets it up as it needs it."""
     if tokenizer is None:
         return None
     pad, special = getattr(tokenizer, "pad_token", None), dict(getattr(tokenizer, "special_tokens_map", {}))
@@ -118,7 +119,7 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any] | None:
 
 
 def _vocabulary(tokenizer: Any, pad: str | None) -> Any:
-    """Without a token that is there for padding alone: it may have been added a moment ago."""
+    """The vocabulary without a token that is only for padding, which may have been added after loading."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
@@ -135,20 +136,20 @@ def _hash(value: Any) -> str | None:
 
 
 def _arithmetic(model: Any) -> dict[str, Any]:
-    """How torch computes just now."""
-    device = input_device(model)  # weights that are offloaded say meta
+    """How torch computes at this moment."""
+    device = input_device(model)  # not that of the weights, which is meta when they are offloaded
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    found = {
+    settings = {
         "matmul_precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
         "experts": getattr(model.config, "_experts_implementation", None),
     }
     if device.type != "cuda":
-        return found
+        return settings
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     return {
-        **found,
+        **settings,
         "gpu": torch.cuda.get_device_name(device),
         "cudnn_tf32": bool(cudnn.allow_tf32),
         "reduced_bf16_sums": bool(matmul.allow_bf16_reduced_precision_reduction),
@@ -157,7 +158,7 @@ def _arithmetic(model: Any) -> dict[str, Any]:
 
 
 def _code(model: Any) -> str | None:
-    """A hash of the code that came with a checkpoint (`trust_remote_code`); None when transformers' own runs."""
+    """A hash of the code that came with a checkpoint (`trust_remote_code`); None for a model whose code is that of transformers."""
     kinds = {type(each) for each in [*model.modules(), model.config]}
     names = sorted({kind.__module__ for kind in kinds if kind.__module__.startswith("transformers_modules")})
     files = [inspect.getsourcefile(sys.modules[name]) for name in names if name in sys.modules]

@@ -12,10 +12,10 @@ from AutomaticEval.options import Option
 from AutomaticEval.public_names import public_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WRITTEN = ("dtype", "device", "device_map", "load_in_8bit", "load_in_4bit", "revision")
-"""The options that the first versions had, and so wrote down."""
-PLACES = ("peft", "delta", "offload_folder")
-"""Options that may be paths. Files hold only the last name of the path."""
+ALWAYS_WRITTEN = ("dtype", "device", "device_map", "load_in_8bit", "load_in_4bit", "revision")
+"""The options that the first versions had. Settings hold them even at their defaults, as those versions wrote them."""
+MAY_BE_PATHS = ("peft", "delta", "offload_folder")
+"""Options that may be paths. Files hold their last name, which tells nothing about the machine."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,13 @@ class LoadOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         object.__setattr__(self, "device", str(self.device))
-        for name in ("peft", "delta", "subfolder", "offload_folder"):  # lm-eval's subfolder is "" when there is none
-            given = getattr(self, name)
-            object.__setattr__(self, name, str(given) if given else None)
+        for name in ("peft", "delta", "subfolder", "offload_folder"):  # lm-eval writes "" for no subfolder
+            value = getattr(self, name)
+            object.__setattr__(self, name, str(value) if value else None)
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        """Raises ModelError for options that exclude each other, and for an unknown dtype."""
         if self.peft and self.delta:
             raise ModelError("peft and delta were both asked for; choose one.")
         if self.delta and (self.load_in_8bit or self.load_in_4bit):
@@ -86,15 +90,15 @@ class LoadOptions:
             raise ModelError(f"no dtype {self.dtype!r}; write auto, float32, bfloat16 or float16.")
 
     def as_dict(self) -> dict[str, Any]:
-        """For settings: what the first versions wrote, and of the rest what is not the default."""
+        """The options for the settings of a run: those in ALWAYS_WRITTEN, and all others that are not at their defaults."""
         return {
-            name: public_name(value) if name in PLACES and value else value
+            name: public_name(value) if name in MAY_BE_PATHS and value else value
             for name, value in asdict(self).items()
-            if name in WRITTEN or value != getattr(LoadOptions, name)
+            if name in ALWAYS_WRITTEN or value != getattr(LoadOptions, name)
         }
 
     def given(self, names: Iterable[str]) -> list[str]:
-        """Which of them are not the default."""
+        """Those of the named options that are not at their defaults."""
         return [name for name in names if getattr(self, name) != getattr(LoadOptions, name)]
 
 

@@ -1,0 +1,126 @@
+"""What to keep of the forwards of a batch, and the kept rows of each of its sequences.
+
+Does not know where the sequences come from, nor what is done with their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from AutomaticEval.capture.vocabulary import token_strings
+from AutomaticEval.errors import CaptureError
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.recording import Keep, Kept, Recording, capturing
+from AutomaticEval.samples import Rows
+from AutomaticEval.selection import Positions, Selection
+from AutomaticEval.sites import TABLE
+
+
+class BatchRow(NamedTuple):
+    """Where one sequence stands in a batch."""
+
+    row: int
+    pad: int = 0
+    """The columns of padding before it."""
+
+    n_past: int = 0
+    """How many of its tokens were computed before this batch. They are not fed, and have no rows here."""
+
+
+def bytes_per_row(loaded: LoadedModel, selection: Selection) -> int:
+    """Size of one position over all selected sites. Raises UnknownLayer, SiteUnavailable."""
+    layout = loaded.layout
+    sites = selection.sites(layout.n_layers)
+    layout.pick(sites)
+    names = {site: selection.store_dtype or TABLE[site.kind].dtype for site in sites}
+    dtypes = {site: loaded.model.dtype if name is None else getattr(torch, name) for site, name in names.items()}
+    return sum(layout.widths[site] * int(dtypes[site].itemsize) for site in sites)
+
+
+def dtype_of(selection: Selection) -> torch.dtype | None:
+    """The dtype to which rows are narrowed when they are copied out of the model; None leaves them as they are."""
+    return None if selection.copied_as is None else getattr(torch, selection.copied_as)
+
+
+def recording_of(
+    loaded: LoadedModel, selection: Selection | None, keep: Keep | None, n_rows: int
+) -> AbstractContextManager[Any]:
+    """`capturing` of the selected sites. Without a selection nothing is hooked, and the recording is None."""
+    if selection is None or keep is None:
+        return nullcontext()
+    layout = loaded.layout
+    taps = layout.pick(selection.sites(layout.n_layers))
+    return capturing(loaded.model, taps, layout.embedding, keep, n_rows, dtype_of(selection))
+
+
+def keep_of(positions: Positions, prompts: Sequence[Sequence[int]], pads: Sequence[int], n_past: int = 0) -> Keep:
+    """What to keep of each forward of a left-padded batch that generates: no padding, and every position that may turn out to be selected.
+
+    n_past: how many tokens of each prompt were computed before this batch and are not fed.
+    """
+    windows = [positions.window(len(prompt)) for prompt in prompts]
+    begins = [pad - n_past for pad in pads]
+    low = torch.tensor([begin + first for begin, (first, _) in zip(begins, windows, strict=True)])
+    high = torch.tensor(
+        [2**62 if last is None else begin + last for begin, (_, last) in zip(begins, windows, strict=True)]
+    )
+    low = torch.maximum(low, torch.tensor(list(pads)))
+    return _keep_where(lambda columns: (columns >= low[:, None]) & (columns < high[:, None]))
+
+
+def keep_columns(columns: Sequence[Sequence[int]]) -> Keep:
+    """Keep these columns of each row of a batch, whichever forward feeds them."""
+    width = 1 + max((column for each in columns for column in each), default=-1)
+    mask = torch.zeros(len(columns), width, dtype=torch.bool)
+    for row, own in enumerate(columns):
+        mask[row, list(own)] = True
+    return _keep_where(lambda fed: mask[:, fed[fed < width]])
+
+
+def _keep_where(is_kept: Callable[[Tensor], Tensor]) -> Keep:
+    """Keep the pairs of row and column that `is_kept` names: it takes the columns of a forward [n], and gives [n_rows, n] or fewer columns."""
+
+    def keep(first: int, n_columns: int) -> Kept:
+        rows, numbers = is_kept(torch.arange(first, first + n_columns)).nonzero(as_tuple=True)
+        return Kept(rows, numbers + first)
+
+    return keep
+
+
+def sequence_rows(
+    recording: Recording, at: BatchRow, sequence: Sequence[int], positions: Sequence[int], tokenizer: Any
+) -> Rows:
+    """The kept rows of one sequence of a batch, after a check that the model was fed that very sequence.
+
+    sequence: the tokens of prompt and response, of which the last is never fed. positions: those whose rows are wanted.
+    Raises CaptureError.
+    """
+    own = list(sequence[at.n_past : -1])
+    fed = recording.fed(at.row)[at.pad : at.pad + len(own)]
+    if fed != own:
+        raise CaptureError(
+            f"batch row {at.row}: the model was fed {len(fed)} tokens that are not the {len(own)} of its sequence "
+            "(beam search and assisted decoding cannot be captured). Nothing was stored."
+        )
+    token_ids = [sequence[position] for position in positions]
+    columns = [at.pad + position - at.n_past for position in positions]
+    activations: Mapping[str, Tensor] = recording.take(at.row, columns)
+    return Rows(token_ids, token_strings(tokenizer, token_ids), list(positions), activations)
+
+
+def sample_columns(prompt: str, response: str, n_prompt_tokens: int, batch: Sequence[int]) -> dict[str, Any]:
+    """The columns that every sample has. batch: the numbers of rows and columns of the batch in which it was computed."""
+    return {
+        "prompt": prompt,
+        "response": response,
+        "timestamp": datetime.now().astimezone().isoformat(),
+        "n_prompt_tokens": n_prompt_tokens,
+        "batch_rows": batch[0],
+        "batch_columns": batch[1],
+    }

@@ -1,0 +1,35 @@
+"""What does not fit into memory: known as such, freed, and left to the caller to make smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def unless_too_large(compute: Callable[[], Result], *, can_be_smaller: bool = True) -> Result | None:
+    """What `compute` returns; None when it does not fit into memory, which is freed then.
+
+    can_be_smaller: whether the caller can try again with less. If not, the error of torch is raised.
+    """
+    try:
+        return compute()
+    except RuntimeError as failure:
+        if not can_be_smaller or not _is_out_of_memory(failure):
+            raise
+    free_memory()  # here, outside of the except clause, which would hold on to the tensors of the failed call
+    return None
+
+
+def free_memory() -> None:
+    """Give the memory that torch holds in reserve back to the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(failure: BaseException) -> bool:
+    messages = ("not enough memory", "DefaultCPUAllocator: can't allocate")  # on Windows; on Linux
+    return isinstance(failure, torch.OutOfMemoryError) or any(message in str(failure) for message in messages)

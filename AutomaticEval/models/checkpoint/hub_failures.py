@@ -1,0 +1,56 @@
+"""Failures of reading a model from the hub or a folder, as one line each that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from AutomaticEval.errors import ModelUnavailable, first_line
+
+
+def read_or_explain(name: str, read: Callable[[], Any]) -> Any:
+    """What `read` returns, which reads files of the model `name`. Raises ModelUnavailable when it fails."""
+    try:
+        return read()
+    except (OSError, ValueError) as failure:
+        raise ModelUnavailable(_explained(name, failure)) from failure
+
+
+def _explained(name: str, failure: BaseException) -> str:
+    """What failed and what to do, in one line. The causes of a failure tell more than the failure itself."""
+    causes = _with_causes(failure)
+    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
+    text = " ".join(str(cause) for cause in causes)
+    if "GatedRepoError" in kinds or "gated repo" in text:
+        return (
+            f"the model {name!r} is gated: accept its licence on its page on the hub, log in with `hf auth login`, "
+            "and run again."
+        )
+    if "trust_remote_code" in text:
+        return f"{name!r} comes with code of its own, which runs only when it is trusted: pass trust_remote_code=True."
+    if Path(name).is_dir():
+        return f"the folder {name!r} holds no model that transformers can load: {first_line(failure)}"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return f"no folder {name!r}; give a folder with config.json and weights, or a hub name such as gpt2."
+    if kinds & {"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"}:
+        return f"the hub has no model {name!r} (or it is private: `hf auth login`); check the name and revision."
+    if (
+        kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError"}
+        or "couldn't connect" in text
+    ):
+        return (
+            f"the model {name!r} is not in the local cache and the hub cannot be reached; connect once to download it, "
+            "or give a local folder. The bundled model is called demo."
+        )
+    return f"the model {name!r} cannot be loaded: {first_line(failure)}"
+
+
+def _with_causes(failure: BaseException) -> list[BaseException]:
+    """A failure and the failures that led to it, the latest first."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = failure
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return causes

@@ -1,0 +1,97 @@
+"""A model that is loaded, with its tokenizer and its name; and what files say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+
+from AutomaticEval import __version__
+from AutomaticEval.models.edited_models import names_of
+from AutomaticEval.models.find_layout import find_layout
+from AutomaticEval.models.layout import Layout
+from AutomaticEval.models.weights.fingerprint import fingerprint, sampled_fingerprint
+from AutomaticEval.models.weights.provenance import adapters_of, library_versions, provenance
+from AutomaticEval.settings import RunSettings
+
+SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head")
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+"""Names that configs give to the length of the context, in the order in which they are tried."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model with its tokenizer, and the name that files give it, which is never a path."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    loaded_with: Mapping[str, Any] = field(default_factory=dict)
+    """The options, besides the name, that decide which weights the model has: peft, delta, subfolder, …"""
+
+    paths: Mapping[str, str] = field(default_factory=dict)
+    """model, peft and delta -> the path on this machine, of those that are folders."""
+
+    @property
+    def layout(self) -> Layout:
+        """Where the model's sites are, verified. Raises UnsupportedModel."""
+        return find_layout(self.model)
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that the model can be fed, or None when its config does not say."""
+        config = self.model.config.get_text_config()
+        lengths = (getattr(config, name, None) for name in _CONTEXT_NAMES)
+        return next((int(length) for length in lengths if length), None)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """n_layers, d_model, n_heads, n_kv_heads and d_head, for files: readers split q, k, v and z into heads by them."""
+        return {name: getattr(self.layout, name) for name in SHAPE}
+
+    def fingerprint(self) -> str:
+        """A hash of every number of the model as it is now. Raises ModelError."""
+        return fingerprint(self.model)
+
+    def identity(self) -> RunSettings:
+        """Which weights these are, for settings: the hash of every number, and the older hash that older runs hold."""
+        return RunSettings().changed(model_hash=self.fingerprint(), fingerprint=sampled_fingerprint(self.model))
+
+    def made_with(self) -> RunSettings:
+        """What the settings of a run say of the model: its weights, its shape, and how it computes. Computed anew by each call."""
+        identity = self.identity().as_dict()
+        return self.numbers().changed(**identity, shape=self.shape, **provenance(self.model, self.tokenizer))
+
+    def numbers(self) -> RunSettings:
+        """The settings that decide the numbers which the model gives, for files."""
+        model = self.model
+        some = {"edits": names_of(model), "loaded_with": dict(self.loaded_with), "adapters": adapters_of(model)}
+        return RunSettings().changed(
+            **{name: value for name, value in some.items() if value},
+            dtype=str(model.dtype).removeprefix("torch."),
+            attention=getattr(model.config, "_attn_implementation", None),
+            device=str(model.device),
+            quantization=quantization_of(model),
+            revision=getattr(model.config, "_commit_hash", None),
+            versions={
+                "AutomaticEval": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                **library_versions(model),
+            },
+        )
+
+
+def quantization_of(model: Any) -> str | None:
+    """How a model's weights are quantised: 8bit, 4bit, or the name of another method; None when they are not."""
+    method = getattr(model, "quantization_method", None)
+    if method is None:
+        return None
+    if getattr(model, "is_loaded_in_8bit", False):
+        return "8bit"
+    if getattr(model, "is_loaded_in_4bit", False):
+        return "4bit"
+    return str(method)

@@ -1,0 +1,97 @@
+"""The model of a checkpoint with its weights: on which device, in which dtype, quantised or not, with its adapter or delta.
+
+Quantisation is set up here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from AutomaticEval.errors import DeviceUnavailable, ModelUnavailable, UnsupportedModel
+from AutomaticEval.models.checkpoint.hub_failures import read_or_explain
+from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.model_sources import ModelSources, base_arguments
+from AutomaticEval.models.weights.adapters import add_delta, resize, with_adapter
+
+
+def load_weights(sources: ModelSources, options: LoadOptions, tokenizer: Any) -> Any:
+    """The model with its weights, in evaluation mode.
+
+    tokenizer: needed for a model with an adapter, whose embeddings get a row for each token; else unused.
+    Raises ModelUnavailable, DeviceUnavailable; UnsupportedModel for an encoder-decoder; ModelError.
+    """
+    arguments = _placement(options)
+    if getattr(config_of(sources, options), "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{sources.name} is an encoder-decoder; only decoders are asked and captured.")
+    of_base = {**arguments, **base_arguments(sources, options)}
+    model = read_or_explain(sources.name, lambda: _complete(sources.name, sources.base, of_base))
+    if sources.delta is not None:
+        _add_delta_of(sources.delta, model, options, arguments)
+    if sources.adapter is not None:
+        adapter = sources.adapter
+        # lm-eval makes the embeddings fit the tokenizer; peft, which loads an adapter by its own name, only makes them larger
+        resize(model, len(tokenizer), only_grow=sources.alone is not None)
+        model = read_or_explain(adapter, lambda: with_adapter(model, adapter, options.revision))
+    return model.eval()
+
+
+def config_of(sources: ModelSources, options: LoadOptions) -> Any:
+    """The config of the base, without its weights. Raises ModelUnavailable."""
+    arguments = base_arguments(sources, options)
+    return read_or_explain(sources.name, lambda: AutoConfig.from_pretrained(sources.base, **arguments))
+
+
+def pick_device(device: str) -> str:
+    """The torch device that `device` means on this machine. Raises DeviceUnavailable."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise DeviceUnavailable(f"no device {device!r}; write auto, cpu, mps, cuda or cuda:1.") from None
+    is_there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not is_there.get(kind, True):
+        raise DeviceUnavailable(
+            f"the device {device!r} was asked for, but torch sees no {kind} here; use --device auto."
+        )
+    return device
+
+
+def _placement(options: LoadOptions) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say where the weights go, and in which numbers."""
+    arguments: dict[str, Any] = {"device_map": options.device_map or {"": pick_device(options.device)}}
+    for name in ("max_memory", "offload_folder"):
+        if getattr(options, name):
+            arguments[name] = getattr(options, name)
+    arguments["dtype"] = options.dtype
+    if options.load_in_8bit or options.load_in_4bit:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for each product with float32 inputs
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=options.load_in_8bit, load_in_4bit=options.load_in_4bit, bnb_4bit_quant_type="nf4"
+        )
+    return arguments
+
+
+def _add_delta_of(source: str, model: Any, options: LoadOptions, placement: dict[str, Any]) -> None:
+    """Add the weights of a delta to the model, in place."""
+    arguments = {**placement, "revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    delta = read_or_explain(source, lambda: _complete(str(options.delta), source, arguments))
+    add_delta(model, delta, str(options.delta))
+
+
+def _complete(name: str, source: str, arguments: dict[str, Any]) -> Any:
+    """The model of a checkpoint. Raises ModelUnavailable when weights are missing, which transformers would fill with random numbers."""
+    model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if missing:
+        raise ModelUnavailable(
+            f"the checkpoint of {name!r} lacks {len(missing)} of the model's weights (first {missing[0]}): its config and "
+            "its weights do not belong together."
+        )
+    return model
