@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from AutomaticEval.analysis.heads.strength import ActivationExtractor
 from AutomaticEval.analysis.heads.sweep import sweep_of_answers
-from AutomaticEval.analysis.heads.sweep_files import SWEPT_TOGETHER
+from AutomaticEval.analysis.heads.sweep_results import SWEPT_TOGETHER
 from AutomaticEval.analysis.parts.input_batches import Reader
 from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.texts.forward import padded

@@ -12,6 +12,7 @@ from AutomaticEval.cli.printing import print_table
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.parts.before_after import Intervention
+    from AutomaticEval.analysis.result import Estimate
     from AutomaticEval.analysis.words.metrics import TextMetric
     from AutomaticEval.capture.generation import Sampling
 
@@ -49,19 +50,19 @@ def answered(
     metrics: Sequence[TextMetric],
     batch_size: int,
 ) -> dict[str, Any]:
-    """What `answers_with` gives, and the metrics' units; printed, too."""
+    """What `answers_with` gives, as JSON; printed, too."""
     from AutomaticEval.analysis.parts.before_after import answers_with
 
-    found = answers_with(intervention, prompts, metrics, sampling, batch_size=batch_size)
-    units = {metric.name: metric.unit for metric in metrics} | {"logprob": "log-likelihood of the answer before, nats"}
-    rows = [(metric, *(number(each) for each in values.values())) for metric, values in found["summary"].items()]
+    result = answers_with(intervention, prompts, metrics, sampling, batch_size=batch_size)
+    summary = result.measured["summary"]
+    rows = [(metric, *(number(each) for each in values.values())) for metric, values in summary.items()]
     print_table("Answers", ("Metric", "Before", "After", "Change (95 % interval)"), rows)
-    return {"units": units, **found}
+    return result.as_json()
 
 
-def number(found: dict[str, Any]) -> str:
+def number(estimate: Estimate) -> str:
     """A mean with its interval."""
-    if found["mean"] is None:
+    if estimate.mean is None:
         return "none"
-    interval = found["interval"]
-    return f"{found['mean']:.4g}" + ("" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})")
+    interval = estimate.interval
+    return f"{estimate.mean:.4g}" + ("" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})")

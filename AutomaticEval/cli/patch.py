@@ -60,7 +60,8 @@ def patch(
         of_answers = ("max_tokens", "temperature", "sentiment", "batch_size")
         options.refuse_unused(context, "it is of a --profile: of --pairs nothing is answered", *of_answers)
     options.quiet_libraries()
-    from AutomaticEval.analysis.heads.patch import Patching, read_pairs, recovered
+    from AutomaticEval.analysis.heads.patch import Patching, recovered
+    from AutomaticEval.analysis.words.pairs import read_pairs
     from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.capture.generation import Sampling
     from AutomaticEval.capture.texts.sources import drawn
@@ -85,8 +86,9 @@ def patch(
     settings |= {"emotion": emotion, "temperature": temperature, "seed": seed}
     results: dict[str, Any] = {"kind": kind, "settings": settings}
     if found is None:
-        results |= recovered(loaded, asked, places, positions, site)
-        rows = [(name, number(each)) for name, each in results["summary"].items()]
+        result = recovered(loaded, asked, places, positions, site)
+        results |= result.as_json()
+        rows = [(name, number(each)) for name, each in result.measured["summary"].items()]
         print_table("Logit difference recovered", ("", "Part (95 % interval)"), rows)
     else:
         both = drawn(list(zip(sources, found.category(found.neutral), strict=False)), sample_num, seed)

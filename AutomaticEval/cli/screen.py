@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,7 @@ from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import SelectionError
 
 if TYPE_CHECKING:
+    from AutomaticEval.analysis.heads.screen import HeadScore
     from AutomaticEval.analysis.words.profiles import Profile
     from AutomaticEval.analysis.words.targets import Target
     from AutomaticEval.models.loading import LoadedModel
@@ -55,16 +58,8 @@ def screen(
     prompts = {category: drawn(texts, sample_num, seed) for category, texts in found.prompts.items()}
     loaded = load_model(model, options=load())
     targets = _targets(loaded, prompts, found, target, against)
-    scores = screen(
-        loaded,
-        prompts,
-        found.keywords,
-        targets,
-        found.neutral,
-        n_permutations=permutations,
-        seed=seed,
-        batch_size=batch_size,
-    )
+    drawn_profile = replace(found, prompts=prompts)
+    result = screen(loaded, drawn_profile, targets, n_permutations=permutations, seed=seed, batch_size=batch_size)
     settings: dict[str, Any] = {"model": loaded.name, **loaded.made_with(), "dtype": str(loaded.model.dtype)}
     settings |= {"profile": profile, "permutations": permutations, "seed": seed, "keywords": found.keywords}
     settings["prompts"] = {category: len(texts) for category, texts in prompts.items()}
@@ -72,8 +67,8 @@ def screen(
         category: {name: token_strings(loaded.tokenizer, ids) for name, ids in each._asdict().items()}
         for category, each in targets.items()
     }
-    _say(scores)
-    written = save_with_figures(file, {"kind": "screening", "settings": settings, "scores": scores})
+    _say(result.measured["scores"])
+    written = save_with_figures(file, replace(result, settings=settings).as_json())
     say(f"Written:     {', '.join(map(str, written))}")
 
 
@@ -90,13 +85,13 @@ def _targets(
     return dict.fromkeys((category for category in prompts if category != profile.neutral), both)
 
 
-def _say(scores: list[dict[str, Any]], most: int = 10) -> None:
+def _say(scores: list[HeadScore], most: int = 10) -> None:
     rows = []
-    known = [each for each in scores if each["strength"]["d"] == each["strength"]["d"]]
-    for each in sorted(known, key=lambda each: -abs(each["strength"]["d"]))[:most]:
-        strength = each["strength"]
-        numbers = (f"{strength['d']:.2f}", f"{strength['p']:.3g}", number(each["attention"]), number(each["direct"]))
-        rows.append((f"{each['layer']}:{each['head']}", each["category"], *numbers))
+    known = [each for each in scores if not math.isnan(each.strength.d)]
+    for each in sorted(known, key=lambda each: -abs(each.strength.d))[:most]:
+        strength = each.strength
+        numbers = (f"{strength.d:.2f}", f"{strength.p:.3g}", number(each.attention), number(each.direct))
+        rows.append((f"{each.layer}:{each.head}", each.category, *numbers))
     columns = ("Head", "Category", "Strength: d", "p", "Attention above uniform", "Direct effect, logits")
     print_table(f"The largest changes of strength, of {len(scores)} scores", columns, rows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from AutomaticEval.cli.interventions import Emotion, Output, Pairs, Profiles, Se
 from AutomaticEval.cli.options import one_line_errors, with_load
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import SelectionError
+
+if TYPE_CHECKING:
+    from AutomaticEval.analysis.result import Result
 
 
 @one_line_errors
@@ -42,8 +45,9 @@ def sweep(
     if mode not in ("zero", "mean"):
         raise SelectionError(f"--mode is {mode!r}; write zero or mean.")
     options.quiet_libraries()
-    from AutomaticEval.analysis.heads.patch import read_pairs
-    from AutomaticEval.analysis.heads.sweep_files import sweep_pairs, sweep_prompts
+    from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
+    from AutomaticEval.analysis.heads.sweep_results import sweep_pairs, sweep_prompts
+    from AutomaticEval.analysis.words.pairs import read_pairs
     from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.capture.texts.sources import drawn
     from AutomaticEval.models.loading import load_model
@@ -61,23 +65,22 @@ def sweep(
     settings["site"] = site
     if pairs is not None:
         settings["pairs"] = [vars(pair) for pair in asked]
-        result = sweep_pairs(loaded, asked, output / "sweep", settings, site=site)
+        result = sweep_pairs(loaded, asked, SweepFolder(output / "sweep", settings), site=site)
     else:
         settings |= {"profile": profile, "emotion": emotion, "mode": mode, "max_tokens": max_tokens, "prompts": prompts}
         how: dict[str, Any] = {"site": site, "neutral": neutral, "max_new_tokens": max_tokens}
-        result = sweep_prompts(loaded, prompts, output / "sweep", settings, **how)
-    result = {"kind": "sweep", "settings": settings, **result}
+        result = sweep_prompts(loaded, prompts, SweepFolder(output / "sweep", settings), **how)
     _say(result)
-    say(f"Written:     {', '.join(map(str, save_with_figures(file, result)))}")
+    say(f"Written:     {', '.join(map(str, save_with_figures(file, result.as_json())))}")
 
 
-def _say(result: dict[str, Any], most: int = 10) -> None:
-    across = "head" if "head" in result["places"][0] else "position"
-    names = list(result["units"])
-    known = [each for each in result["places"] if each[names[0]]["mean"] is not None]
-    strongest = sorted(known, key=lambda each: -abs(each[names[0]]["mean"]))[:most]
+def _say(result: Result, most: int = 10) -> None:
+    places, units = result.measured["places"], result.measured["units"]
+    across = "head" if "head" in places[0] else "position"
+    names = list(units)
+    known = [each for each in places if each[names[0]].mean is not None]
+    strongest = sorted(known, key=lambda each: -abs(each[names[0]].mean))[:most]
     rows = [(f"{each['layer']}:{each[across]}", *(number(each[name]) for name in names)) for each in strongest]
-    columns = [f"{name}, {unit} (95 % interval)" for name, unit in result["units"].items()]
-    print_table(
-        f"What matters most, over {len(result['samples'])} prompts or pairs", (f"Layer:{across}", *columns), rows
-    )
+    columns = [f"{name}, {unit} (95 % interval)" for name, unit in units.items()]
+    n_samples = len(result.measured["samples"])
+    print_table(f"What matters most, over {n_samples} prompts or pairs", (f"Layer:{across}", *columns), rows)

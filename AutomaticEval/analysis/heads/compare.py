@@ -1,4 +1,4 @@
-"""How fine-tuning moved the strength of each head: two models over the same inputs."""
+"""How fine-tuning changed the strength of each head: two models over the same inputs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from scipy.stats import rankdata
 from AutomaticEval.analysis.heads.strength import ActivationExtractor
 from AutomaticEval.analysis.numbers.estimate import resampled
 from AutomaticEval.analysis.parts.before_after import greedy_answers
+from AutomaticEval.analysis.result import Result
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.loading import LoadOptions, load_model
 from AutomaticEval.report.figures import comparison_panels
@@ -21,10 +22,15 @@ from AutomaticEval.store.disk.json_files import read_strength, write_json
 from AutomaticEval.store.disk.whole_files import new_file, prepare_file
 
 PerHead = dict[tuple[int, int], float]
+"""(layer, head) -> R_h"""
 
 
 class ActivationComparator:
-    """pre, fine: the model before and after: an ActivationExtractor, {(layer, head): R_h}, or a file of `save_results`."""
+    """Compares the strength of each head before and after fine-tuning.
+
+    pre, fine: the model before and after, each as an ActivationExtractor, as {(layer, head): R_h}, or as a file of `save_results`.
+    seed: for the bootstrap interval. Raises SelectionError when the two have other heads or other inputs, StoreError for another file.
+    """
 
     def __init__(self, pre: Any, fine: Any, *, seed: int = 42) -> None:
         (self.pre, *before), (self.fine, *after) = _strengths(pre), _strengths(fine)
@@ -40,8 +46,11 @@ class ActivationComparator:
             )
 
     def compare(self) -> dict[str, Any]:
-        """pre_tuned, fine_tuned, differences (fine - pre) and ratios (fine / pre; NaN where pre is 0), each (layer, head) -> number;
-        rank_correlation: Spearman's rho over heads of the strength before with the change, and its 95 % bootstrap interval.
+        """The strengths before and after, and how they differ.
+
+        pre_tuned, fine_tuned, differences (fine - pre) and ratios (fine / pre; NaN where pre is 0): (layer, head) -> number each.
+        rank_correlation: a dict with Spearman's rho over heads of the strength before with the change, its 95 % bootstrap interval, the
+        number of heads and of resamples, and the seed.
         """
         differences = {key: self.fine[key] - before for key, before in self.pre.items()}
         ratios = {key: self.fine[key] / before if before else math.nan for key, before in self.pre.items()}
@@ -55,24 +64,26 @@ class ActivationComparator:
         }
 
     def visualize_comparison(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the heatmaps before, after and change as a PNG. Raises PathExists."""
-        found = self.compare()
+        """Write three heatmaps (before, after, change) as a PNG. Raises PathExists."""
+        compared = self.compare()
         prepare_file(Path(path), overwrite=overwrite)
-        panels = comparison_panels(found["pre_tuned"], found["fine_tuned"], found["differences"])
+        panels = comparison_panels(compared["pre_tuned"], compared["fine_tuned"], compared["differences"])
         with new_file(Path(path), overwrite=overwrite) as partial:
             heatmaps(panels, partial)
 
     def save_comparison(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write what `compare` gives as JSON: heads as "layer:head", NaN as null. Raises PathExists."""
-        found = self.compare()
-        named = {
-            name: {f"{layer}:{head}": value for (layer, head), value in each.items()}
-            for name, each in found.items()
-            if name != "rank_correlation"
+        """Write what `compare` gives as JSON, with heads as "layer:head" and NaN as null. Raises PathExists."""
+        write_json(path, self.result().as_json(), overwrite=overwrite)
+
+    def result(self) -> Result:
+        """What `compare` gives, with heads as "layer:head"."""
+        compared = self.compare()
+        correlation = compared.pop("rank_correlation")
+        per_head = {
+            name: {f"{layer}:{head}": value for (layer, head), value in numbers.items()}
+            for name, numbers in compared.items()
         }
-        write_json(
-            path, {"kind": "comparison", **named, "rank_correlation": found["rank_correlation"]}, overwrite=overwrite
-        )
+        return Result("comparison", {**per_head, "rank_correlation": correlation})
 
 
 def same_inputs(
@@ -83,9 +94,10 @@ def same_inputs(
     max_new_tokens: int = 64,
     batch_size: int = 8,
 ) -> list[list[int]]:
-    """Token ids that two models both read: the texts', and on request one model's greedy answers after them.
+    """The token ids of texts, the same for several models; with `answers_of`, followed by that model's greedy answers.
 
-    models: name -> model. answers_of: one of the names. Raises SelectionError when the models' tokenizers give other ids.
+    models: name -> model. answers_of: one of the names. max_new_tokens: of an answer.
+    Raises SelectionError when the models' tokenizers give different ids, and for texts that one of the models cannot read whole.
     """
     if answers_of is not None and answers_of not in models:
         raise SelectionError(f"--answers_of is {answers_of!r}; write {' or '.join(models)}, or leave it out.")
@@ -113,7 +125,7 @@ def same_inputs(
 
 
 def _strengths(given: Any) -> tuple[PerHead, str | None, int | None]:
-    """(layer, head) -> R_h, of what it is, and over how many tokens, as far as that is told."""
+    """(layer, head) -> R_h; what it was measured of ("result" or "z"); and over how many tokens. Numbers alone tell neither: None."""
     if isinstance(given, Mapping):
         return {(int(layer), int(head)): float(value) for (layer, head), value in given.items()}, None, None
     stats, of = (given.get_all_stats(), given.of) if isinstance(given, ActivationExtractor) else read_strength(given)
@@ -121,7 +133,7 @@ def _strengths(given: Any) -> tuple[PerHead, str | None, int | None]:
 
 
 def _correlated(first: Any, second: Any, seed: int) -> dict[str, Any]:
-    """Spearman's rho, resampled over heads. None when one side is all one number."""
+    """Spearman's rho with its bootstrap interval over heads. Both are None when one side is the same number everywhere."""
     rho = _spearman(first, second)
     interval, n_resamples = None, 0
     if rho is not None:
