@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,10 @@ def _answers(result: ResultJson, path: Path) -> None:
 
 def _recovered(result: ResultJson, path: Path) -> None:
     """Draws, for patching with pairs, which part of the logit difference the patched values brought back."""
-    about = result["settings"]
-    title = f"{Path(about['model']).name}, {len(result['samples'])} pairs: {about['site']} of {about['places']}"
+    settings = result["settings"]
+    title = (
+        f"{Path(settings['model']).name}, {len(result['samples'])} pairs: {settings['site']} of {settings['places']}"
+    )
     known = {name: part for name, part in result["summary"].items() if part["mean"] is not None}
     top_heads([(title, "part of the logit difference", known)], path)
 
@@ -106,8 +108,7 @@ def _screened(result: ResultJson, path: Path) -> None:
     """Heatmaps: a row for each score, on one scale of colours, and a column for each category."""
     panels = []
     for score, (name, unit, _) in _SCORES.items():
-        known = [each[score][name] for each in result["scores"] if each[score][name] is not None]
-        ends = (min(known), max(known)) if known else None
+        ends = _ends(each[score][name] for each in result["scores"])
         for category, scores in _by_category(result).items():
             values = {place: each[score][name] for place, each in scores.items()}
             panels.append(Panel(f"{category}: {score}", values, unit, diverging=True, ends=ends))
@@ -120,6 +121,12 @@ _SCORES: dict[str, tuple[str, str, str]] = {
     "direct": ("mean", "logits", "Direct effect"),
 }
 """Score -> which of its numbers is drawn, that number's unit, and a title."""
+
+
+def _ends(values: Iterable[float | None]) -> tuple[float, float] | None:
+    """The smallest and the largest number, for panels on one scale of colours; None when there is no number."""
+    known = [value for value in values if value is not None]
+    return (min(known), max(known)) if known else None
 
 
 def _by_category(result: ResultJson) -> dict[str, dict[tuple[int, int], Any]]:
@@ -148,8 +155,7 @@ def _screened_top(result: ResultJson, path: Path) -> None:
 def _swept(result: ResultJson, path: Path) -> None:
     """Heatmaps of a sweep: one for each measure, on one scale of colours."""
     means = _means(result)
-    known = [value for _, _, values in means for value in values.values() if value is not None]
-    ends = (min(known), max(known)) if known else None
+    ends = _ends(value for _, _, values in means for value in values.values())
     panels = [Panel(title, values, unit, diverging=True, ends=ends) for title, unit, values in means]
     across = "Position, counted from the end" if "position" in result["places"][0] else "Head"
     heatmaps(panels, path, across=across)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import rankdata
@@ -33,11 +33,10 @@ class ActivationComparator:
     """
 
     def __init__(self, pre: Any, fine: Any, *, seed: int = 42) -> None:
-        (self.pre, *before), (self.fine, *after) = _strengths(pre), _strengths(fine)
-        self.seed = seed
-        for name, one, other in zip(("of", "n, the number of tokens,"), before, after, strict=True):
-            if one is not None and other is not None and one != other:
-                raise SelectionError(f"the two are not of the same inputs: {name} is {one} and {other}.")
+        before, after = _strengths(pre), _strengths(fine)
+        self.pre, self.fine, self.seed = before.per_head, after.per_head, seed
+        _check_same_inputs("of", before.of, after.of)
+        _check_same_inputs("n, the number of tokens,", before.n_tokens, after.n_tokens)
         if self.pre.keys() != self.fine.keys():
             apart = sorted(self.pre.keys() ^ self.fine.keys())
             raise SelectionError(
@@ -72,18 +71,18 @@ class ActivationComparator:
             heatmaps(panels, partial)
 
     def save_comparison(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write what `compare` gives as JSON, with heads as "layer:head" and NaN as null. Raises PathExists."""
-        write_json(path, self.result().as_json(), overwrite=overwrite)
+        """Write what `compare` gives as a JSON file, with heads as "layer:head" and NaN as null. Raises PathExists."""
+        write_json(path, self.results(), overwrite=overwrite)
 
-    def result(self) -> Result:
-        """What `compare` gives, with heads as "layer:head"."""
+    def results(self) -> dict[str, Any]:
+        """What `compare` gives, with heads as "layer:head": what `save_comparison` writes."""
         compared = self.compare()
         correlation = compared.pop("rank_correlation")
         per_head = {
             name: {f"{layer}:{head}": value for (layer, head), value in numbers.items()}
             for name, numbers in compared.items()
         }
-        return Result("comparison", {**per_head, "rank_correlation": correlation})
+        return Result("comparison", {**per_head, "rank_correlation": correlation}).as_json()
 
 
 def same_inputs(
@@ -124,12 +123,30 @@ def same_inputs(
     return [prompt + answer for prompt, answer in zip(encoded[0], answers, strict=True)]
 
 
-def _strengths(given: Any) -> tuple[PerHead, str | None, int | None]:
-    """(layer, head) -> R_h; what it was measured of ("result" or "z"); and over how many tokens. Numbers alone tell neither: None."""
+class _Strengths(NamedTuple):
+    """How strong the heads of one model are."""
+
+    per_head: PerHead
+    of: str | None
+    """What was measured: "result" or "z"; None when only the numbers are given."""
+    n_tokens: int | None
+    """How many tokens R_h is the mean over; None when only the numbers are given."""
+
+
+def _strengths(given: Any) -> _Strengths:
+    """given: an ActivationExtractor, {(layer, head): R_h}, or a file. Raises StoreError for a file without head strengths."""
     if isinstance(given, Mapping):
-        return {(int(layer), int(head)): float(value) for (layer, head), value in given.items()}, None, None
+        numbers = {(int(layer), int(head)): float(value) for (layer, head), value in given.items()}
+        return _Strengths(numbers, None, None)
     stats, of = (given.get_all_stats(), given.of) if isinstance(given, ActivationExtractor) else read_strength(given)
-    return {key: each["R_h"] for key, each in stats.items()}, of, int(next(iter(stats.values()))["n"])
+    n_tokens = int(next(iter(stats.values()))["n"])
+    return _Strengths({key: numbers["R_h"] for key, numbers in stats.items()}, of, n_tokens)
+
+
+def _check_same_inputs(name: str, before: Any, after: Any) -> None:
+    """Raises SelectionError when both values are known and differ."""
+    if before is not None and after is not None and before != after:
+        raise SelectionError(f"the two are not of the same inputs: {name} is {before} and {after}.")
 
 
 def _correlated(first: Any, second: Any, seed: int) -> dict[str, Any]:
