@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.analysis.parts.before_after import Continuations, logprobs, logprobs_one_by_one
-from AutomaticEval.analysis.parts.input_batches import Reader
+from AutomaticEval.analysis.parts.input_batches import Batcher
 from AutomaticEval.analysis.parts.replaced_values import Choose, replaced_values
 from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import EditError
@@ -57,7 +57,7 @@ def reference_values(
     """Layer -> the values of a kind of site at every token of some texts: [tokens, width]."""
     taps = loaded.layout.pick(Site(kind, layer) for layer in layers)
     batches: dict[str, list[Tensor]] = {key: [] for key in taps}
-    for batch in Reader(loaded).batches(texts, batch_size):
+    for batch in Batcher(loaded).batches(texts, batch_size):
         for key, rows in read(loaded.model, loaded.layout, taps, batch).items():
             batches[key].append(rows)
     return {layer: torch.cat(batches[Site(kind, layer).key]) for layer in layers}

@@ -100,27 +100,41 @@ def same_inputs(
     """
     if answers_of is not None and answers_of not in models:
         raise SelectionError(f"--answers_of is {answers_of!r}; write {' or '.join(models)}, or leave it out.")
-    encoded = [
+    encoded = _encoded_alike(models, texts, load)
+    contexts = [load_model(model, options=load).context for model in models.values()]
+    _check_lengths(encoded, contexts, room=max_new_tokens if answers_of is not None else 0)
+    if answers_of is None:
+        return encoded
+    loaded = load_model(models[answers_of], options=load)
+    answers = greedy_answers(loaded, encoded, max_new_tokens, batch_size)
+    return [prompt + answer for prompt, answer in zip(encoded, answers, strict=True)]
+
+
+def _encoded_alike(models: Mapping[str, str], texts: Sequence[str], load: LoadOptions) -> list[list[int]]:
+    """The token ids of texts. Raises SelectionError when the models' tokenizers give different ids."""
+    by_model = [
         [load_model(model, options=load).tokenizer(text)["input_ids"] for text in texts] for model in models.values()
     ]
-    for number, each in enumerate(zip(*encoded, strict=True), 1):
-        if any(ids != each[0] for ids in each):
+    for number, of_text in enumerate(zip(*by_model, strict=True), 1):
+        if any(ids != of_text[0] for ids in of_text):
             raise SelectionError(
                 f"text {number} has other tokens in {' and '.join(models.values())}: heads are compared over the same tokens only."
             )
-    room = max_new_tokens if answers_of is not None else 0
-    longest = min(load_model(model, options=load).context or 2**62 for model in models.values()) - room
-    too_long = [number for number, ids in enumerate(encoded[0], 1) if len(ids) > longest]
+    return by_model[0]
+
+
+def _check_lengths(encoded: Sequence[Sequence[int]], contexts: Sequence[int | None], room: int) -> None:
+    """Raises SelectionError for texts that do not fit into every model's context. room: tokens of an answer after each text."""
+    known = [context for context in contexts if context is not None]
+    if not known:
+        return
+    longest = min(known) - room
+    too_long = [number for number, ids in enumerate(encoded, 1) if len(ids) > longest]
     if too_long:
         raise SelectionError(
             f"{len(too_long)} texts, first number {too_long[0]}, are longer than the {longest} tokens that both models can read"
             + (f" before {room} of an answer." if room else ".")
         )
-    if answers_of is None:
-        return encoded[0]
-    loaded = load_model(models[answers_of], options=load)
-    answers = greedy_answers(loaded, encoded[0], max_new_tokens, batch_size)
-    return [prompt + answer for prompt, answer in zip(encoded[0], answers, strict=True)]
 
 
 class _Strengths(NamedTuple):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from AutomaticEval.analysis.numbers.estimate import mean_intervals
 from AutomaticEval.analysis.numbers.permutation import differences
-from AutomaticEval.analysis.parts.head_measures import PromptReader
+from AutomaticEval.analysis.parts.head_measures import HeadMeter
 from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.analysis.words.profiles import Profile
 from AutomaticEval.analysis.words.targets import Target, targets_of
@@ -73,10 +73,10 @@ def screen(
     words = {name: list(profile.keywords.get(name, ())) for name in categories}
     targets = targets_of(loaded.tokenizer, words) if targets is None else targets
     with_target = [name for name in categories if name in targets]
-    reader = PromptReader(loaded, [targets[name] for name in with_target], batch_size)
+    meter = HeadMeter(loaded, [targets[name] for name in with_target], batch_size)
     with tqdm(total=sum(map(len, profile.prompts.values())), desc="Screening", unit="prompt") as progress:
         measured = {
-            name: reader.measure(texts, words.get(name, ()), progress) for name, texts in profile.prompts.items()
+            name: meter.measure(texts, words.get(name, ()), progress) for name, texts in profile.prompts.items()
         }
     base = measured[profile.neutral]
     rounding = max(1e-6, torch.finfo(loaded.model.dtype).eps)

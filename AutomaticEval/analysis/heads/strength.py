@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from AutomaticEval.analysis.numbers.moments import Moments
-from AutomaticEval.analysis.parts.input_batches import Reader
+from AutomaticEval.analysis.parts.input_batches import Batcher
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
@@ -134,13 +134,13 @@ class ActivationExtractor:
         if not self._taps:
             self.register_hooks()
         n_before = sum(each.n for each in self._moments.values())
-        reader = Reader(LoadedModel(self.model, tokenizer or self.tokenizer, self.model_name))
-        batches = reader.batches(data, batch_size, max_batches)
+        batcher = Batcher(LoadedModel(self.model, tokenizer or self.tokenizer, self.model_name))
+        batches = batcher.batches(data, batch_size, max_batches)
         for batch in tqdm(batches, disable=not progress, desc="Extracting", unit="batch"):
             values = read(self.model, self.layout, self._taps, batch).values()
             for moments, rows in zip(self._moments.values(), values, strict=True):
                 moments.add(self._norms(rows)[:, self._heads])
-        self.n_truncated += reader.n_truncated
+        self.n_truncated += batcher.n_truncated
         if sum(each.n for each in self._moments.values()) == n_before:
             raise PromptError("there were no texts to extract from.")
         if self.n_truncated:

@@ -33,7 +33,7 @@ class HeadMeasures(NamedTuple):
     """[n_prompts, n_targets, n_layers, n_heads], in logits, at the last token."""
 
 
-class PromptReader:
+class HeadMeter:
     """Measures all heads in one forward of each prompt.
 
     targets: may be none. Raises SiteUnavailable for a model without what is read, PromptError for a prompt that is empty or too long.

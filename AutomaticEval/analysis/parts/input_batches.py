@@ -18,7 +18,7 @@ SORTED_BATCHES = 64
 """How many batches' texts are sorted by length together, so that little of a batch is padding."""
 
 
-class Reader:
+class Batcher:
     """Makes batches of texts, of lists of token ids, or of what a data loader gives."""
 
     def __init__(self, loaded: LoadedModel) -> None:
