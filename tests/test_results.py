@@ -14,7 +14,7 @@ import pytest
 from conftest import within
 
 from AutomaticEval import ActivationComparator, ActivationExtractor
-from AutomaticEval.analysis.heads.screen import DirectEffect, HeadScore, StrengthChange
+from AutomaticEval.analysis.heads.screen import DirectEstimate, HeadScore, StrengthChange
 from AutomaticEval.analysis.numbers.estimate import mean_interval
 from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.capture.texts.sources import read_texts
@@ -94,7 +94,7 @@ def test_an_old_strength_is_compared_with_a_new_one(demo: LoadedModel) -> None:
 
 def test_the_text_of_a_file(tmp_path: Path) -> None:
     """To the last character: the order of names, NaN as null, and an interval as a list."""
-    effect = DirectEffect(2.0, (1.5, 2.5), 3, neutral=-1.0)
+    effect = DirectEstimate(2.0, (1.5, 2.5), 3, neutral=-1.0)
     score = HeadScore(0, 1, "joy", StrengthChange(0.5, float("nan"), 1.0), Estimate(None, None, 0), effect)
     result = Result("screening", {"scores": [score]}, {"model": "demo", "sizes": (1, 2)})
     write_json(tmp_path / "scores.json", result.as_json())

@@ -33,7 +33,7 @@ class StrengthChange:
 
 
 @dataclass(frozen=True)
-class DirectEffect(Estimate):
+class DirectEstimate(Estimate):
     """What a head adds to the logits of a category's words: the mean over its prompts, with interval."""
 
     neutral: float | None
@@ -50,7 +50,7 @@ class HeadScore:
     strength: StrengthChange
     attention: Estimate
     """Attention to keywords above uniform. Its mean is None for a category without keywords."""
-    direct: DirectEffect
+    direct: DirectEstimate
     """In logits. Its mean is None for a category without a target."""
 
 
@@ -124,13 +124,13 @@ def _attention(values: Tensor, seed: int) -> list[Estimate]:
     return mean_intervals(flat[~flat.isnan().all(1)].double().numpy(), seed)
 
 
-def _direct(own: Tensor, base: Tensor, target: int | None, seed: int) -> list[DirectEffect]:
+def _direct(own: Tensor, base: Tensor, target: int | None, seed: int) -> list[DirectEstimate]:
     """For each head its effect on one target. own, base: [n_prompts, n_targets, n_layers, n_heads]."""
     if target is None:
-        return [DirectEffect(None, None, 0, None)] * own[0, 0].numel()
+        return [DirectEstimate(None, None, 0, None)] * own[0, 0].numel()
     at_neutral = base[:, target].double().mean(0).flatten().tolist()
     estimates = mean_intervals(own[:, target].flatten(1).double().numpy(), seed)
     return [
-        DirectEffect(each.mean, each.interval, each.n, neutral)
+        DirectEstimate(each.mean, each.interval, each.n, neutral)
         for each, neutral in zip(estimates, at_neutral, strict=True)
     ]
