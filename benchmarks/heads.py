@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from AutomaticEval.analysis.heads.strength import ActivationExtractor
 from AutomaticEval.analysis.heads.sweep import sweep_of_answers
-from AutomaticEval.analysis.heads.sweep_files import SWEPT_TOGETHER
-from AutomaticEval.analysis.parts.input_batches import Reader
+from AutomaticEval.analysis.heads.sweep_results import SWEPT_TOGETHER
+from AutomaticEval.analysis.parts.input_batches import Batcher
 from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.texts.forward import padded
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -77,7 +77,7 @@ def sweep(loaded: LoadedModel, rounds: int) -> None:
 def strength(loaded: LoadedModel, rounds: int) -> None:
     profile = load_profile("extended")
     texts = [text for category in profile.prompts.values() for text in category][::4]
-    batches = list(Reader(loaded).batches(texts, 8))
+    batches = list(Batcher(loaded).batches(texts, 8))
 
     def bare() -> None:
         for batch in batches:

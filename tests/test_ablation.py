@@ -21,6 +21,7 @@ from AutomaticEval import score_continuations
 from AutomaticEval.analysis.heads.ablate import Ablation, parse_head_spec, reference_z
 from AutomaticEval.analysis.numbers.estimate import mean_interval
 from AutomaticEval.analysis.parts.before_after import answers_with
+from AutomaticEval.analysis.result import Estimate
 from AutomaticEval.analysis.words.metrics import classifier, keywords, vader
 from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.generation import respond
@@ -70,7 +71,7 @@ def _z(layer: int) -> Any:
 
 def test_zeroed_heads_are_zeroed_weights(loaded: LoadedModel) -> None:
     """Answers, and the log-likelihood of the answer before, of a model whose weights were changed to the same effect."""
-    found = answers_with(Ablation(loaded, HEADS), PROMPTS, [WORDS], Sampling(max_new_tokens=8), batch_size=2)
+    found = answers_with(Ablation(loaded, HEADS), PROMPTS, [WORDS], Sampling(max_new_tokens=8), batch_size=2).as_json()
     assert not n_hooks(loaded.model)
     ids = [loaded.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     before = [respond(loaded, [each], Sampling(max_new_tokens=8))[0] for each in ids]
@@ -113,8 +114,8 @@ def test_resampled_values_are_a_positions_own(loaded: LoadedModel) -> None:
     """Whatever the batch, and with the cache as without: each step is a forward over all so far."""
     ablation = Ablation(loaded, HEADS, "resample", reference_z(loaded, list(HEADS), REFERENCE))
     sampling = Sampling(max_new_tokens=6)
-    together = answers_with(ablation, PROMPTS, [], sampling, batch_size=3)["samples"]
-    alone = answers_with(ablation, PROMPTS, [], sampling, batch_size=1)["samples"]
+    together = answers_with(ablation, PROMPTS, [], sampling, batch_size=3).as_json()["samples"]
+    alone = answers_with(ablation, PROMPTS, [], sampling, batch_size=1).as_json()["samples"]
     for one, other, prompt in zip(together, alone, PROMPTS, strict=True):
         assert one["after"]["text"] == other["after"]["text"]
         assert one["after"]["logprob"] == pytest.approx(other["after"]["logprob"], abs=1e-4)
@@ -127,7 +128,7 @@ def test_resampled_values_are_a_positions_own(loaded: LoadedModel) -> None:
         end = generated.index(0) + 1 if 0 in generated else None
         assert loaded.tokenizer.decode(generated[:end], skip_special_tokens=True) == one["after"]["text"]
     other_seed = Ablation(loaded, HEADS, "resample", ablation.reference, seed=1)
-    differs = answers_with(other_seed, PROMPTS, [], sampling)["samples"]
+    differs = answers_with(other_seed, PROMPTS, [], sampling).as_json()["samples"]
     assert [each["after"]["logprob"] for each in differs] != [each["after"]["logprob"] for each in together]
 
 
@@ -136,14 +137,14 @@ def test_sampled_answers_differ_by_the_ablation_alone(tiny_llama: LoadedModel, t
     loaded = LoadedModel(build(CONFIGS["llama"]()), tokenizer, "llama")
     sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=7)
     with without_weights(loaded):
-        found = answers_with(Ablation(loaded, HEADS), PROMPTS, [], sampling)["samples"]
+        found = answers_with(Ablation(loaded, HEADS), PROMPTS, [], sampling).as_json()["samples"]
         assert [each["before"]["text"] for each in found] == [each["after"]["text"] for each in found]
-    changed = answers_with(Ablation(loaded, HEADS), PROMPTS, [], sampling)["samples"]
+    changed = answers_with(Ablation(loaded, HEADS), PROMPTS, [], sampling).as_json()["samples"]
     assert [each["before"]["text"] for each in changed] != [each["after"]["text"] for each in changed]
 
 
 def test_summary_is_of_the_samples(tiny_llama: LoadedModel) -> None:
-    found = answers_with(Ablation(tiny_llama, HEADS), PROMPTS, [vader(), WORDS], Sampling(max_new_tokens=8))
+    found = answers_with(Ablation(tiny_llama, HEADS), PROMPTS, [vader(), WORDS], Sampling(max_new_tokens=8)).as_json()
     for name in ("sentiment", "keywords", "logprob"):
         before, after = ([each[when][name] for each in found["samples"]] for when in ("before", "after"))
         assert found["summary"][name]["before"]["mean"] == pytest.approx(np.mean(before))
@@ -158,10 +159,10 @@ def test_bootstrap_interval_covers_as_it_says() -> None:
     draw = np.random.default_rng(0)
     held = 0
     for number in range(200):
-        low, high = mean_interval(draw.normal(3.0, 1.0, 40).tolist(), seed=number)["interval"]
+        low, high = mean_interval(draw.normal(3.0, 1.0, 40).tolist(), seed=number).interval
         held += low <= 3.0 <= high
     assert 0.88 <= held / 200 <= 0.99
-    assert mean_interval([1.0]) == {"mean": 1.0, "interval": None, "n": 1}
+    assert mean_interval([1.0]) == Estimate(mean=1.0, interval=None, n=1)
 
 
 def test_text_metrics() -> None:
@@ -273,7 +274,7 @@ def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     ablation = Ablation(demo, heads, "mean", reference_z(demo, list(heads), ["The bus", "Stir the"]))
     expected = answers_with(
         ablation, ["The red ball", "A dog and"], [vader(), keywords(["red", "dog"])], Sampling(max_new_tokens=6)
-    )
+    ).as_json()
     assert [each["after"]["text"] for each in found["samples"]] == [
         each["after"]["text"] for each in expected["samples"]
     ]

@@ -580,16 +580,16 @@ def test_norms_are_of_the_model_that_made_the_run(demo: LoadedModel, tmp_path: P
 
 
 def test_an_older_sweep_goes_on_with_a_word(demo: LoadedModel, tmp_path: Path) -> None:
-    from AutomaticEval.analysis.heads.sweep_files import _check_settings
+    from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
     from AutomaticEval.store.disk.json_files import write_json
 
     older = {"model": "demo", "weights": sampled_fingerprint(demo.model), "dtype": "torch.float32", "site": "z"}
     write_json(tmp_path / "settings.json", older)
     now = {"model": "demo", **demo.made_with().as_dict(), "dtype": "torch.float32", "site": "z"}
     with pytest.warns(UserWarning, match="64 numbers"):
-        _check_settings(tmp_path, now)
+        SweepFolder(tmp_path, now).check_settings()
     with pytest.warns(UserWarning, match="64 numbers"), pytest.raises(OtherSettings, match="fingerprint was"):
-        _check_settings(tmp_path, {**now, "fingerprint": "0"})
+        SweepFolder(tmp_path, {**now, "fingerprint": "0"}).check_settings()
 
 
 def test_code_that_came_with_a_checkpoint_is_seen(tmp_path: Path, tokenizer: Any) -> None:

@@ -27,7 +27,7 @@ from AutomaticEval import (
     strength_of_run,
 )
 from AutomaticEval.analysis.heads.compare import same_inputs
-from AutomaticEval.analysis.heads.patch import read_pairs
+from AutomaticEval.analysis.words.pairs import read_pairs
 from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.texts.sources import drawn, read_texts
 from AutomaticEval.errors import ModelError, PathExists, PromptError, SelectionError, SiteUnavailable, StoreError

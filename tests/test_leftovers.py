@@ -19,7 +19,7 @@ import torch
 from helpers.places import ROOT
 from helpers.samples import SETTINGS, make_sample
 
-from AutomaticEval.analysis.heads.sweep_files import _swept
+from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
 from AutomaticEval.errors import DiskFull, FolderInUse, StoreError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.results.captured_run import RunFolder
@@ -305,14 +305,14 @@ class Counting:
 
 
 def test_a_layer_of_a_sweep_is_read_back_as_it_was(tmp_path: Path) -> None:
-    sweeps: Any = [Counting()]
-    first = _swept(sweeps, tmp_path, "logprobs", 3)
-    assert torch.equal(first.nan_to_num(-1), _swept(sweeps, tmp_path, "logprobs", 3).nan_to_num(-1))
+    folder, sweep = SweepFolder(tmp_path, {}), Counting()
+    first = folder.layers("logprobs", 3, sweep.layer)
+    assert torch.equal(first.nan_to_num(-1), folder.layers("logprobs", 3, sweep.layer).nan_to_num(-1))
     file = tmp_path / "logprobs_layer_001.json"
     older = read_json(file)
     del older["xxh3_64"]
     file.write_text(json.dumps(older))  # as the first versions wrote them
-    assert torch.equal(first.nan_to_num(-1), _swept(sweeps, tmp_path, "logprobs", 3).nan_to_num(-1))
+    assert torch.equal(first.nan_to_num(-1), folder.layers("logprobs", 3, sweep.layer).nan_to_num(-1))
 
 
 @pytest.mark.parametrize(
@@ -333,12 +333,12 @@ def test_a_layer_of_a_sweep_is_read_back_as_it_was(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_layer_of_a_sweep_is_named(tmp_path: Path, damage: Callable[[str], str]) -> None:
-    sweeps: Any = [Counting()]
-    _swept(sweeps, tmp_path, "logprobs", 3)
+    folder, sweep = SweepFolder(tmp_path, {}), Counting()
+    folder.layers("logprobs", 3, sweep.layer)
     file = tmp_path / "logprobs_layer_001.json"
     file.write_text(damage(file.read_text()))
     with pytest.raises(StoreError, match=r"logprobs_layer_001\.json"):
-        _swept(sweeps, tmp_path, "logprobs", 3)
+        folder.layers("logprobs", 3, sweep.layer)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])

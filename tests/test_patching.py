@@ -13,8 +13,9 @@ from helpers.commands import process, within
 from helpers.models import CONFIGS, build
 from helpers.raw_hooks import n_hooks
 
-from AutomaticEval.analysis.heads.patch import Pair, Patching, matched, read_pairs, recovered
+from AutomaticEval.analysis.heads.patch import Patching, matched, recovered
 from AutomaticEval.analysis.parts.before_after import answers_with
+from AutomaticEval.analysis.words.pairs import Pair, read_pairs
 from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EditError, PromptError
@@ -87,7 +88,7 @@ def test_answers_over_left_padded_batches(loaded: LoadedModel) -> None:
     sources = ["Is a dog an animal?", "1 + 1 is", "The sky is blue and the grass"]
     destinations = ["A table has four legs and", "The bus", "Stir the soup, then"]
     patching = Patching(loaded, sources, destinations, {1: [0, 3], 2: [2]}, "last")
-    together = answers_with(patching, destinations, [], Sampling(max_new_tokens=6), batch_size=3)["samples"]
+    together = answers_with(patching, destinations, [], Sampling(max_new_tokens=6), batch_size=3).as_json()["samples"]
     for row, text in enumerate(destinations):
         ids = loaded.tokenizer(text)["input_ids"]
         with Patching(loaded, [sources[row]], [text], {1: [0, 3], 2: [2]}, "last").applied([0], [0]):
@@ -102,7 +103,7 @@ def test_logit_difference_recovered(loaded: LoadedModel) -> None:
     pairs = [Pair(ONE, OTHER, *tokens), Pair(OTHER, ONE, *tokens)]
     ids = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in tokens]
     assert [len(each) for each in ids] == [1, 1]
-    whole = recovered(loaded, pairs, {0: None}, "all", "resid_post")
+    whole = recovered(loaded, pairs, {0: None}, "all", "resid_post").as_json()
     for name in ("denoising", "noising"):
         assert [each[name] for each in whole["samples"]] == pytest.approx([1.0, 1.0], abs=1e-4)
         assert whole["summary"][name]["mean"] == pytest.approx(1.0, abs=1e-4)
@@ -110,10 +111,10 @@ def test_logit_difference_recovered(loaded: LoadedModel) -> None:
     difference = logits(loaded, ONE)[0, -1, ids[0][0]] - logits(loaded, ONE)[0, -1, ids[1][0]]
     assert first["clean"] == pytest.approx(difference.item(), abs=1e-5)
     assert first["clean"] == pytest.approx(second["corrupted"], abs=1e-5)
-    some = recovered(loaded, pairs, {1: [0]}, "last")["samples"]
+    some = recovered(loaded, pairs, {1: [0]}, "last").as_json()["samples"]
     assert some[0]["denoising"] == pytest.approx(some[1]["noising"], abs=1e-5)  # the same patch, named from either side
     assert some[0]["denoising"] != pytest.approx(1.0, abs=1e-4)
-    same = recovered(loaded, [Pair(ONE, ONE, *tokens)], {1: [0]}, "all")
+    same = recovered(loaded, [Pair(ONE, ONE, *tokens)], {1: [0]}, "all").as_json()
     assert same["samples"][0]["denoising"] is None
     assert same["summary"]["denoising"]["n"] == 0
 
@@ -180,7 +181,7 @@ def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "one" / "patching.json").read_text())
-    expected = recovered(demo, [Pair(ONE, OTHER, " the", " is")], {0: range(4), 2: [1]}, "all")
+    expected = recovered(demo, [Pair(ONE, OTHER, " the", " is")], {0: range(4), 2: [1]}, "all").as_json()
     assert found["summary"] == expected["summary"]
     assert (tmp_path / "one" / "patching_recovered.png").read_bytes().startswith(b"\x89PNG")
     asked = ["--profile", "baseline", "--emotion", "gratitude", "--sample_num", "3", "--max-tokens", "4"]

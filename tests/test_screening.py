@@ -27,7 +27,7 @@ from AutomaticEval.analysis.heads.screen import screen
 from AutomaticEval.analysis.numbers.permutation import differences
 from AutomaticEval.analysis.parts.direct_effect import DirectEffects, _unembedded
 from AutomaticEval.analysis.words.metrics import whole_words
-from AutomaticEval.analysis.words.profiles import load_profile
+from AutomaticEval.analysis.words.profiles import Profile, load_profile
 from AutomaticEval.analysis.words.targets import Target, first_tokens, targets_of, tokens_within
 from AutomaticEval.capture.texts.forward import padded
 from AutomaticEval.capture.texts.sources import drawn
@@ -46,6 +46,11 @@ PROMPTS = {
     "neutral": ["I want to give you the", "So many people go to", "we know all of", "a big house and"],
 }
 KEYWORDS = {"gratitude": ["thank", "thanks"]}
+
+
+def screened(loaded: LoadedModel, prompts: Any, keywords: Any, *targets: Any, **how: Any) -> Any:
+    """The scores, as files hold them."""
+    return screen(loaded, Profile("own", prompts, keywords, "neutral"), *targets, **how).as_json()["scores"]
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -146,7 +151,7 @@ def test_direct_effects_and_everything_else_are_the_logit_difference(model: Any,
             tap = layout.taps[Site("attn_out", layer)]
             projection = model.get_submodule(layout.taps[Site("z", layer)].module)
             parts = head_results(rows[f"layer_{layer}.z"][0], projection, layout.n_heads).double()
-            if layer in effects._post:
+            if layer in effects._post_norms:
                 given = rows[f"{layer}.given"][0].double()
                 parts = torch.stack([through(part, model.get_submodule(tap.module), given) for part in parts])
             expected = [difference(through(part * tap.scale, norm, last), target) for part in parts]
@@ -231,7 +236,7 @@ def test_heads_whose_answer_is_known(same_hooks_after: Any) -> None:
     loaded = constructed()
     same_hooks_after(loaded.model)
     target = {"gratitude": Target([11], [250])}
-    scores = screen(loaded, PROMPTS, KEYWORDS, target, n_permutations=500)
+    scores = screened(loaded, PROMPTS, KEYWORDS, target, n_permutations=500)
     assert [(each["layer"], each["head"], each["category"]) for each in scores] == [
         (0, 0, "gratitude"),
         (0, 1, "gratitude"),
@@ -252,20 +257,20 @@ def test_categories_without_keywords_and_what_is_neutral(tiny_llama: LoadedModel
     """They have strengths; the neutral one has no score, keywords or not."""
     prompts = {**PROMPTS, "other": ["It is late in", "So he went to the"]}
     words = {**KEYWORDS, "neutral": ["house"]}
-    found = screen(tiny_llama, prompts, words, {"gratitude": Target([11], [250])}, n_permutations=5)
+    found = screened(tiny_llama, prompts, words, {"gratitude": Target([11], [250])}, n_permutations=5)
     assert {each["category"] for each in found} == {"gratitude", "other"}
     other = next(each for each in found if each["category"] == "other")
     assert np.isfinite(other["strength"]["d"])
     assert (other["attention"]["mean"], other["direct"]["mean"]) == (None, None)
-    without = screen(tiny_llama, PROMPTS, {}, n_permutations=5)
+    without = screened(tiny_llama, PROMPTS, {}, n_permutations=5)
     assert {each["direct"]["mean"] for each in without} == {None}
 
 
 def test_scores_are_those_of_each_prompt_by_itself(tiny: LoadedModel) -> None:
     """Strength from results, attention from the softmax of transformers' own output, prompt by prompt, whatever the batch."""
     target = {"gratitude": Target([11], [250])}
-    found = screen(tiny, PROMPTS, KEYWORDS, target, n_permutations=10, batch_size=3)
-    alone = screen(tiny, PROMPTS, KEYWORDS, target, n_permutations=10, batch_size=1)
+    found = screened(tiny, PROMPTS, KEYWORDS, target, n_permutations=10, batch_size=3)
+    alone = screened(tiny, PROMPTS, KEYWORDS, target, n_permutations=10, batch_size=1)
     layout, tokenizer = tiny.layout, tiny.tokenizer
     taps = layout.pick(Site("z", layer) for layer in range(layout.n_layers))
     strengths: dict[str, list[Tensor]] = {name: [] for name in PROMPTS}
@@ -375,12 +380,12 @@ def test_patterns_that_do_not_weigh_the_values(tokenizer: Any) -> None:
 def test_what_cannot_be_screened(tokenizer: Any, tiny_llama: LoadedModel) -> None:
     target = {"gratitude": Target([11], [250])}
     with pytest.raises(PromptError, match="neutral has 1 prompts"):
-        screen(tiny_llama, {**PROMPTS, "neutral": ["one"]}, KEYWORDS, target)
+        screened(tiny_llama, {**PROMPTS, "neutral": ["one"]}, KEYWORDS, target)
     with pytest.raises(PromptError, match="'neutral' and another category are needed"):
-        screen(tiny_llama, {"gratitude": PROMPTS["gratitude"]}, KEYWORDS, target)
+        screened(tiny_llama, {"gratitude": PROMPTS["gratitude"]}, KEYWORDS, target)
     for bad in (Target([3], [3]), Target([], [3]), Target([3], [4000])):
         with pytest.raises(PromptError, match=r"Target\(answer="):
-            screen(tiny_llama, PROMPTS, KEYWORDS, {"gratitude": bad})
+            screened(tiny_llama, PROMPTS, KEYWORDS, {"gratitude": bad})
     config = GPTNeoConfig(
         vocab_size=400,
         hidden_size=32,
@@ -393,7 +398,7 @@ def test_what_cannot_be_screened(tokenizer: Any, tiny_llama: LoadedModel) -> Non
     )
     narrow = LoadedModel(build(config), tokenizer, "narrow")
     with pytest.raises(PromptError, match=r"1 to 4 can.*It begins 'I want to"):
-        screen(narrow, PROMPTS, KEYWORDS, target)
+        screened(narrow, PROMPTS, KEYWORDS, target)
     assert not n_hooks(narrow.model)
 
 
@@ -410,7 +415,7 @@ def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     assert found["settings"]["prompts"] == dict.fromkeys(["gratitude", "anger", "apology", "neutral"], 6)
     profile = load_profile("baseline")
     prompts = {category: drawn(texts, 6, 42) for category, texts in profile.prompts.items()}
-    expected = screen(demo, prompts, profile.keywords, n_permutations=50)
+    expected = screened(demo, prompts, profile.keywords, n_permutations=50)
     assert found["scores"] == expected
     figures = ["head_reaction_heatmap.png", "top_heads.png"]
     again = command("plot", "scores.json", "--output", "figures", cwd=tmp_path)

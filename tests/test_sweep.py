@@ -17,10 +17,12 @@ from torch import Tensor
 from AutomaticEval import score_continuations
 from AutomaticEval.analysis.heads import sweep as sweep_module
 from AutomaticEval.analysis.heads.ablate import Ablation, reference_z
-from AutomaticEval.analysis.heads.patch import Pair, recovered, told_apart
+from AutomaticEval.analysis.heads.patch import recovered
 from AutomaticEval.analysis.heads.sweep import sweep_of_answers
-from AutomaticEval.analysis.heads.sweep_files import sweep_pairs, sweep_prompts
+from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
+from AutomaticEval.analysis.heads.sweep_results import sweep_pairs, sweep_prompts
 from AutomaticEval.analysis.parts import later_blocks as rest
+from AutomaticEval.analysis.words.pairs import Pair, told_apart
 from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
@@ -66,10 +68,10 @@ OF_EQUAL_LENGTH = [
 def test_a_sweep_of_pairs_is_a_loop_of_patches(site: str, tiny: LoadedModel, tmp_path: Path) -> None:
     """Of heads by `recovered`, of positions by an edit of that column in one unpadded forward."""
     pairs, layout = OF_EQUAL_LENGTH, tiny.layout
-    found = sweep_pairs(tiny, pairs, tmp_path / "sweep", {}, site=site)
+    found = sweep_pairs(tiny, pairs, SweepFolder(tmp_path / "sweep", {}), site=site).as_json()
     if site == "z":
         for each in found["places"]:
-            expected = recovered(tiny, pairs, {each["layer"]: [each["head"]]}, "all")["summary"]
+            expected = recovered(tiny, pairs, {each["layer"]: [each["head"]]}, "all").as_json()["summary"]
             for name in ("denoising", "noising"):
                 assert each[name]["mean"] == pytest.approx(expected[name]["mean"], abs=1e-4)
                 assert each[name]["n"] == 3
@@ -135,16 +137,16 @@ def test_positions_of_prompts_are_taken_out(site: str, mode: str, tiny_llama: Lo
 def test_means_of_other_texts_are_not_mixed(demo: LoadedModel, tmp_path: Path) -> None:
     """A sweep goes on with the same means and answers only."""
     prompts = ["What is red?", "Is a dog an animal?"]
-    sweep_prompts(demo, prompts, tmp_path, {}, neutral=["The bus"], max_new_tokens=2)
+    sweep_prompts(demo, prompts, SweepFolder(tmp_path, {}), neutral=["The bus"], max_new_tokens=2)
     with pytest.raises(OtherSettings, match=r"neutral was \['The bus'\] and is \['The car'\]"):
-        sweep_prompts(demo, prompts, tmp_path, {}, neutral=["The car"], max_new_tokens=2)
+        sweep_prompts(demo, prompts, SweepFolder(tmp_path, {}), neutral=["The car"], max_new_tokens=2)
     with pytest.raises(OtherSettings, match="answers was"):
-        sweep_prompts(demo, prompts, tmp_path, {}, neutral=["The bus"], max_new_tokens=3)
+        sweep_prompts(demo, prompts, SweepFolder(tmp_path, {}), neutral=["The bus"], max_new_tokens=3)
 
 
 def test_pairs_and_sites_that_cannot_be_swept(tiny_llama: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="pairs of equal length; 'a b c d' has"):
-        sweep_pairs(tiny_llama, [Pair("a b c d", "a", "a", "b")], tmp_path, {})
+        sweep_pairs(tiny_llama, [Pair("a b c d", "a", "a", "b")], SweepFolder(tmp_path, {}))
     with pytest.raises(EditError, match="'q' is not swept; write z, mlp_out, resid_post"):
         sweep_of_answers(tiny_llama, PAIRS, "q")
 
@@ -168,7 +170,7 @@ def test_pairs_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     done = process("heads", "sweep", "--pairs", "pairs.jsonl", "--site", "resid_post", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    expected = sweep_pairs(demo, pairs, tmp_path / "again", {}, site="resid_post")
+    expected = sweep_pairs(demo, pairs, SweepFolder(tmp_path / "again", {}), site="resid_post").as_json()
     assert found["places"] == expected["places"]
     # the last layer's stream at the last position is all there is
     last = next(each for each in found["places"] if (each["layer"], each["position"]) == (3, 0))

@@ -10,8 +10,8 @@ import typer
 
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.cli import options
-from AutomaticEval.cli.finish import finish, result_file, say_written
-from AutomaticEval.cli.interventions import HeadSpec, Prompts, Sentiment, answered, metrics_of
+from AutomaticEval.cli.finish import finish, result_file
+from AutomaticEval.cli.interventions import HeadSpec, Prompts, Sentiment, answers_table, metrics_of
 from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import PromptError, SelectionError
@@ -61,8 +61,9 @@ def ablate(
         refuse_unused(context, "it is of prompts, and none are asked", *of_answers)
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.ablate import Ablation, parse_head_spec, reference_z
+    from AutomaticEval.analysis.parts.before_after import answers_with
+    from AutomaticEval.analysis.result import Result
     from AutomaticEval.models.loading import load_model
-    from AutomaticEval.store.disk.json_files import write_json
 
     file = result_file(output, "ablation.json", "ablation")
     profile = prompts.load_profile()
@@ -86,17 +87,16 @@ def ablate(
         "max_tokens": sampling.max_new_tokens,
         "reference": f"{len(neutral)} neutral prompts",
     }
-    result: dict[str, Any] = {"kind": "ablation", "settings": settings}
+    measured: dict[str, Any] = {}
+    tables = []
     if questions:
         words = None if profile is None or prompts.category is None else profile.keywords.get(prompts.category)
-        result |= answered(ablation, questions, sampling, metrics_of(sentiment, words), batch_size)
+        answers = answers_with(ablation, questions, metrics_of(sentiment, words), sampling, batch_size=batch_size)
+        measured |= answers.measured
+        tables.append(answers_table(answers))
     if asked is not None:
-        result["benchmark"] = _scores(ablation, asked)
-    if questions:
-        finish(file, result)
-    else:
-        write_json(file, result)  # scores alone have no figure
-        say_written(file)
+        measured["benchmark"] = _scores(ablation, asked)
+    finish(file, Result("ablation", measured, settings), *tables, draws=bool(questions))
 
 
 def _refuse(mode: str, profile: Profile | None, asked: Benchmark | None, *, n_questions: int) -> None:

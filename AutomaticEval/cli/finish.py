@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from AutomaticEval.cli.printing import print_table, say
+
+if TYPE_CHECKING:
+    from AutomaticEval.analysis.result import Result
 
 
 class Table(NamedTuple):
@@ -29,13 +32,18 @@ def result_file(folder: Path, name: str, kind: str) -> Path:
     return file
 
 
-def finish(file: Path, result: dict[str, Any], *tables: Table) -> None:
-    """Print a result's tables, write it with its figures, and say where they are."""
+def finish(file: Path, result: Result, *tables: Table, draws: bool = True) -> None:
+    """Print a result's tables, write it with its figures, and say where they are. draws: whether it has anything to draw."""
     from AutomaticEval.report.figures import save_with_figures
+    from AutomaticEval.store.disk.json_files import write_json
 
     for table in tables:
         print_table(*table)
-    say_written(*save_with_figures(file, result))
+    if draws:
+        say_written(*save_with_figures(file, result.as_json()))
+    else:
+        write_json(file, result.as_json())
+        say_written(file)
 
 
 def say_written(*files: Path) -> None:

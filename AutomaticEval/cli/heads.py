@@ -65,11 +65,13 @@ def strength(
 ) -> None:
     """How strong each head is over texts: head_strength.json and head_strength.png."""
     options.quiet_libraries()
+    from AutomaticEval.analysis.heads.strength import strength_result
     from AutomaticEval.capture.texts.sources import drawn, read_texts
 
     file = result_file(output, "head_strength.json", "strength")
     extractor = how.measured(model, load, drawn(read_texts(texts), num_trials, seed))
-    finish(file, extractor.results(), _strongest(extractor.get_all_stats()))
+    stats = extractor.get_all_stats()
+    finish(file, strength_result(stats, extractor.model_name, extractor.of), _strongest(stats))
 
 
 @app.command()

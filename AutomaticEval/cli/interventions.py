@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from AutomaticEval.cli.finish import Table
 from AutomaticEval.cli.options import RUN
-from AutomaticEval.cli.printing import print_table
 from AutomaticEval.options import Option
 
 if TYPE_CHECKING:
-    from AutomaticEval.analysis.parts.before_after import Intervention
+    from AutomaticEval.analysis.result import Estimate, Result
     from AutomaticEval.analysis.words.metrics import TextMetric
     from AutomaticEval.analysis.words.profiles import Profile
-    from AutomaticEval.capture.sampling import Sampling
 
 T = TypeVar("T")
 
@@ -70,26 +69,16 @@ def metrics_of(sentiment: str, words: Sequence[str] | None) -> list[TextMetric]:
     return [vader() if name == "vader" else classifier(name, label or None), *([keywords(words)] if words else [])]
 
 
-def answered(
-    intervention: Intervention,
-    prompts: list[str],
-    sampling: Sampling,
-    metrics: Sequence[TextMetric],
-    batch_size: int,
-) -> dict[str, Any]:
-    """What `answers_with` gives, and the metrics' units; printed, too."""
-    from AutomaticEval.analysis.parts.before_after import answers_with
-
-    found = answers_with(intervention, prompts, metrics, sampling, batch_size=batch_size)
-    units = {metric.name: metric.unit for metric in metrics} | {"logprob": "log-likelihood of the answer before, nats"}
-    rows = [(metric, *(number(each) for each in values.values())) for metric, values in found["summary"].items()]
-    print_table("Answers", ("Metric", "Before", "After", "Change (95 % interval)"), rows)
-    return {"units": units, **found}
+def answers_table(result: Result) -> Table:
+    """The metrics of answers before and after an intervention, for a person to read."""
+    summary = result.measured["summary"]
+    rows = [(metric, *(number(each) for each in values.values())) for metric, values in summary.items()]
+    return Table("Answers", ("Metric", "Before", "After", "Change (95 % interval)"), rows)
 
 
-def number(found: dict[str, Any]) -> str:
+def number(estimate: Estimate) -> str:
     """A mean with its interval."""
-    if found["mean"] is None:
+    if estimate.mean is None:
         return "none"
-    interval = found["interval"]
-    return f"{found['mean']:.4g}" + ("" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})")
+    interval = estimate.interval
+    return f"{estimate.mean:.4g}" + ("" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})")

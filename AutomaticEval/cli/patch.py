@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from AutomaticEval.cli.interventions import (
     Prompts,
     Sentiment,
     SiteOption,
-    answered,
+    answers_table,
     metrics_of,
     number,
 )
@@ -55,7 +56,9 @@ def patch(
         of_answers = ("max_new_tokens", "temperature", "sentiment", "batch_size")
         refuse_unused(context, "it is of a --profile: of --pairs nothing is answered", *of_answers)
     options.quiet_libraries()
-    from AutomaticEval.analysis.heads.patch import Patching, read_pairs, recovered
+    from AutomaticEval.analysis.heads.patch import Patching, recovered
+    from AutomaticEval.analysis.parts.before_after import answers_with
+    from AutomaticEval.analysis.words.pairs import read_pairs
     from AutomaticEval.models.loading import load_model
 
     kind = "patching" if pairs is None else "pairs"
@@ -75,17 +78,17 @@ def patch(
         "temperature": sampling.temperature,
         "seed": prompts.seed,
     }
-    result: dict[str, Any] = {"kind": kind, "settings": settings}
     if profile is None:
-        result |= recovered(loaded, asked, places, positions, site)
-        rows = [(name, number(each)) for name, each in result["summary"].items()]
+        result = replace(recovered(loaded, asked, places, positions, site), settings=settings)
+        rows = [(name, number(each)) for name, each in result.measured["summary"].items()]
         finish(file, result, Table("Logit difference recovered", ("", "Part (95 % interval)"), rows))
         return
     both = prompts.drawn(list(zip(sources, profile.category(profile.neutral), strict=False)))
     sources, destinations = map(list, zip(*both, strict=True))
     patching = Patching(loaded, sources, destinations, places, positions, site)
     metrics = metrics_of(sentiment, profile.keywords.get(str(prompts.category)))
-    finish(file, result | answered(patching, destinations, sampling, metrics, batch_size))
+    result = answers_with(patching, destinations, metrics, sampling, batch_size=batch_size)
+    finish(file, replace(result, settings=settings), answers_table(result))
 
 
 def _places(spec: str, site: str, n_layers: int, n_heads: int) -> dict[int, list[int] | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +18,7 @@ from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 
 if TYPE_CHECKING:
+    from AutomaticEval.analysis.heads.screen import HeadScore
     from AutomaticEval.analysis.words.profiles import Profile
     from AutomaticEval.analysis.words.targets import Target
     from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -70,15 +73,9 @@ def screen(
     texts = {category: prompts.drawn(asked) for category, asked in profile.prompts.items()}
     loaded = load_model(model, options=load)
     targets = _targets(loaded, texts, profile, target, against)
-    scores = screen(
-        loaded,
-        texts,
-        profile.keywords,
-        targets,
-        profile.neutral,
-        n_permutations=permutations,
-        seed=prompts.seed,
-        batch_size=batch_size,
+    drawn_profile = replace(profile, prompts=texts)
+    result = screen(
+        loaded, drawn_profile, targets, n_permutations=permutations, seed=prompts.seed, batch_size=batch_size
     )
     settings: dict[str, Any] = {
         "model": loaded.name,
@@ -91,7 +88,7 @@ def screen(
         "prompts": {category: len(asked) for category, asked in texts.items()},
         "targets": _tokens_of(loaded, targets),
     }
-    finish(file, {"kind": "screening", "settings": settings, "scores": scores}, _largest(scores))
+    finish(file, replace(result, settings=settings), _largest(result.measured["scores"]))
 
 
 def _tokens_of(loaded: LoadedModel, targets: dict[str, Target]) -> dict[str, dict[str, list[str]]]:
@@ -117,13 +114,13 @@ def _targets(
     return dict.fromkeys((category for category in prompts if category != profile.neutral), both)
 
 
-def _largest(scores: list[dict[str, Any]], most: int = 10) -> Table:
+def _largest(scores: list[HeadScore], most: int = 10) -> Table:
     rows = []
-    known = [each for each in scores if each["strength"]["d"] == each["strength"]["d"]]
-    for each in sorted(known, key=lambda each: -abs(each["strength"]["d"]))[:most]:
-        strength = each["strength"]
-        numbers = (f"{strength['d']:.2f}", f"{strength['p']:.3g}", number(each["attention"]), number(each["direct"]))
-        rows.append((f"{each['layer']}:{each['head']}", each["category"], *numbers))
+    known = [each for each in scores if not math.isnan(each.strength.d)]
+    for each in sorted(known, key=lambda each: -abs(each.strength.d))[:most]:
+        strength = each.strength
+        numbers = (f"{strength.d:.2f}", f"{strength.p:.3g}", number(each.attention), number(each.direct))
+        rows.append((f"{each.layer}:{each.head}", each.category, *numbers))
     columns = ("Head", "Category", "Strength: d", "p", "Attention above uniform", "Direct effect, logits")
     return Table(f"The largest changes of strength, of {len(scores)} scores", columns, rows)
 

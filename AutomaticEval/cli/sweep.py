@@ -22,6 +22,9 @@ N_PROMPTS = 16
 """Prompts that are asked when no number is given."""
 MAX_NEW_TOKENS = 15
 
+if TYPE_CHECKING:
+    from AutomaticEval.analysis.result import Result
+
 
 Mode = Annotated[
     str | None,
@@ -68,26 +71,25 @@ def sweep(
     finish(file, result, _strongest(result))
 
 
-def _over_pairs(
-    prompts: Prompts, model: str, load: LoadOptions, pairs: Path, site: str, folder: Path
-) -> dict[str, Any]:
+def _over_pairs(prompts: Prompts, model: str, load: LoadOptions, pairs: Path, site: str, folder: Path) -> Result:
     """What each head's value brings back, from the clean run of a pair into the corrupted one."""
-    from AutomaticEval.analysis.heads.patch import read_pairs
-    from AutomaticEval.analysis.heads.sweep_files import sweep_pairs
+    from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
+    from AutomaticEval.analysis.heads.sweep_results import sweep_pairs
+    from AutomaticEval.analysis.words.pairs import read_pairs
     from AutomaticEval.models.loading import load_model
 
     asked = prompts.drawn(read_pairs(pairs))
     loaded = load_model(model, options=load)
     settings = _settings(loaded, site) | {"pairs": [vars(pair) for pair in asked]}
-    result = sweep_pairs(loaded, asked, folder, settings, site=site)
-    return {"kind": "sweep", "settings": settings, **result}
+    return sweep_pairs(loaded, asked, SweepFolder(folder, settings), site=site)
 
 
 def _over_prompts(
     prompts: Prompts, model: str, load: LoadOptions, site: str, folder: Path, mode: str, max_new_tokens: int
-) -> dict[str, Any]:
+) -> Result:
     """What the answers to a category's prompts lose without each head."""
-    from AutomaticEval.analysis.heads.sweep_files import sweep_prompts
+    from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
+    from AutomaticEval.analysis.heads.sweep_results import sweep_prompts
     from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.models.loading import load_model
 
@@ -103,21 +105,21 @@ def _over_prompts(
         "max_tokens": max_new_tokens,
         "prompts": asked,
     }
-    result = sweep_prompts(loaded, asked, folder, settings, site=site, neutral=neutral, max_new_tokens=max_new_tokens)
-    return {"kind": "sweep", "settings": settings, **result}
+    place = SweepFolder(folder, settings)
+    return sweep_prompts(loaded, asked, place, site=site, neutral=neutral, max_new_tokens=max_new_tokens)
 
 
 def _settings(loaded: LoadedModel, site: str) -> dict[str, Any]:
     return {"model": loaded.name, **loaded.made_with().as_dict(), "dtype": str(loaded.model.dtype), "site": site}
 
 
-def _strongest(result: dict[str, Any], most: int = 10) -> Table:
-    across = "head" if "head" in result["places"][0] else "position"
-    names = list(result["units"])
-    known = [each for each in result["places"] if each[names[0]]["mean"] is not None]
-    strongest = sorted(known, key=lambda each: -abs(each[names[0]]["mean"]))[:most]
+def _strongest(result: Result, most: int = 10) -> Table:
+    places, units = result.measured["places"], result.measured["units"]
+    across = "head" if "head" in places[0] else "position"
+    names = list(units)
+    known = [each for each in places if each[names[0]].mean is not None]
+    strongest = sorted(known, key=lambda each: -abs(each[names[0]].mean))[:most]
     rows = [(f"{each['layer']}:{each[across]}", *(number(each[name]) for name in names)) for each in strongest]
-    columns = [f"{name}, {unit} (95 % interval)" for name, unit in result["units"].items()]
-    return Table(
-        f"What matters most, over {len(result['samples'])} prompts or pairs", (f"Layer:{across}", *columns), rows
-    )
+    columns = [f"{name}, {unit} (95 % interval)" for name, unit in units.items()]
+    n_samples = len(result.measured["samples"])
+    return Table(f"What matters most, over {n_samples} prompts or pairs", (f"Layer:{across}", *columns), rows)

@@ -1,4 +1,4 @@
-"""Figures of a number before and after, with intervals."""
+"""Bars with bootstrap intervals: numbers before and after an intervention, and the heads with the largest numbers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from AutomaticEval.report.labels import label, save
 
 COLOURS = {"before": "#4c72b0", "after": "#dd8452", "change": "#55a868"}
 SIGNS = ("#c44e52", "#4c72b0")
-"""Above and below zero, as the heatmaps have them."""
+"""The colours of numbers above and below zero, the same as in the heatmaps."""
 
 
 def before_and_after(summary: Mapping[str, Any], units: Mapping[str, str], title: str, path: str | Path) -> None:
-    """A panel a metric: before, after and change, means with their bootstrap intervals, as a PNG.
+    """Write a PNG with one panel for each metric: the means before, after and of the change, with their intervals.
 
-    summary: metric -> before, after and change, each with mean and interval. units: metric -> what its axis says.
+    summary: metric -> before, after and change, each with mean and interval. units: metric -> the label of its axis.
     """
     figure = Figure(figsize=(3.2 * len(summary) + 0.6, 3.6), layout="constrained")
     figure.suptitle(label(title))
     for number, (name, each) in enumerate(summary.items(), 1):
         axes = figure.add_subplot(1, len(summary), number)
-        for place, (when, found) in enumerate(each.items()):
-            mean = found["mean"]
-            low, high = found["interval"] or (mean, mean)
+        for place, (when, estimate) in enumerate(each.items()):
+            mean = estimate["mean"]
+            low, high = estimate["interval"] or (mean, mean)
             axes.bar(place, mean, color=COLOURS[when], width=0.7)
             axes.errorbar(place, mean, [[mean - low], [high - mean]], color="0.2", capsize=4)
         axes.axhline(0, color="0.4", linewidth=0.8)
@@ -36,18 +36,18 @@ def before_and_after(summary: Mapping[str, Any], units: Mapping[str, str], title
 
 
 def top_heads(panels: Sequence[tuple[str, str, Mapping[str, Any]]], path: str | Path, most: int = 20) -> None:
-    """A panel beside another: what has the largest numbers, either sign, with intervals where there are any, as a PNG.
+    """Write a PNG with panels side by side: in each the largest numbers of either sign, with their intervals.
 
-    panels: title, unit, and label -> mean and interval.
+    panels: title, unit, and label -> mean and interval; an interval of None is not drawn. most: bars in a panel.
     """
     n = max(min(most, len(changes)) for _, _, changes in panels)
     figure = Figure(figsize=(5 * len(panels), 0.26 * n + 1.2), layout="constrained")
     for number, (title, unit, changes) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), number)
         chosen = sorted(changes.items(), key=lambda item: -abs(item[1]["mean"]))[:most][::-1]
-        for place, (_, found) in enumerate(chosen):
-            mean = found["mean"]
-            low, high = found["interval"] or (mean, mean)
+        for place, (_, estimate) in enumerate(chosen):
+            mean = estimate["mean"]
+            low, high = estimate["interval"] or (mean, mean)
             axes.barh(place, mean, color=SIGNS[mean < 0])
             axes.plot([low, high], [place, place], color="0.2", linewidth=1)
         axes.axvline(0, color="0.4", linewidth=0.8)

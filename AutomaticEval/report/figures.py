@@ -1,8 +1,8 @@
-"""What is drawn of each kind of result file, as PNGs beside one another in a folder."""
+"""The figures of each kind of result, as PNG files in one folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps
 from AutomaticEval.store.disk.json_files import read_json, write_json
 from AutomaticEval.store.disk.whole_files import new_file, new_files, prepare_file
 
-Result = Mapping[str, Any]
+ResultJson = Mapping[str, Any]
+"""A result as its file holds it: a kind, and what was measured."""
 SIGNIFICANT = 0.05
+"""Scores with a smaller p value get a star."""
 
 
-def draw(result: Result, folder: Path, *, overwrite: bool = False) -> list[Path]:
-    """Draw a result, as `read_json` reads it. Returns the figures. Raises StoreError for one that is not whole, PathExists."""
+def draw(result: ResultJson, folder: Path, *, overwrite: bool = False) -> list[Path]:
+    """Draw a result into a folder. Returns the figures. Raises StoreError for a result that lacks something, PathExists."""
     check_figures([(result, folder)], overwrite=overwrite)
     files = [folder / name for name in names_of(str(result.get("kind")))]
     for file in files:
@@ -31,10 +33,10 @@ def draw(result: Result, folder: Path, *, overwrite: bool = False) -> list[Path]
     return files
 
 
-def save_with_figures(file: Path, result: Result) -> list[Path]:
-    """Write a result as JSON, and its figures beside it: all of them or none, so that the same command can be given again. Returns the files.
+def save_with_figures(file: Path, result: ResultJson) -> list[Path]:
+    """Write a result as JSON and its figures beside it. Returns the files.
 
-    Raises StoreError, DiskFull.
+    All of them are written or none, so that the same command can be given again. Raises StoreError, DiskFull.
     """
     with new_files(file.parent, file.name) as made:
         write_json(made / file.name, result)
@@ -42,8 +44,8 @@ def save_with_figures(file: Path, result: Result) -> list[Path]:
     return [file.parent / each.name for each in written]
 
 
-def check_figures(results: Sequence[tuple[Result, Path]], *, overwrite: bool = False) -> None:
-    """Raises StoreError for a kind without figures, and for results whose figures would be the same files; PathExists."""
+def check_figures(results: Sequence[tuple[ResultJson, Path]], *, overwrite: bool = False) -> None:
+    """Raises StoreError for a kind without figures and for two results that would be drawn into the same file, PathExists for a file that exists."""
     files = [folder / name for result, folder in results for name in names_of(str(result.get("kind")))]
     for number, file in enumerate(files):
         if file in files[:number]:
@@ -53,16 +55,17 @@ def check_figures(results: Sequence[tuple[Result, Path]], *, overwrite: bool = F
 
 
 def names_of(kind: str) -> list[str]:
+    """The file names of a kind's figures. Raises StoreError for a kind without figures."""
     if kind not in _FIGURES:
         raise StoreError(f"there are no figures of {kind!r}; there are of {', '.join(_FIGURES)}.")
     return list(_FIGURES[kind])
 
 
 def comparison_panels(pre: PerHead, fine: PerHead, change: PerHead) -> list[Panel]:
-    """Both on one scale of colours."""
+    """Heatmaps of the strengths before and after, on one scale of colours, and of their change."""
     unit = "R_h: mean L2 norm over tokens"
-    every = [value for value in (*pre.values(), *fine.values()) if value is not None]
-    ends = (min(every), max(every))
+    known = [value for value in (*pre.values(), *fine.values()) if value is not None]
+    ends = (min(known), max(known))
     return [
         Panel("Before fine-tuning", pre, unit, ends=ends),
         Panel("After fine-tuning", fine, unit, ends=ends),
@@ -70,43 +73,42 @@ def comparison_panels(pre: PerHead, fine: PerHead, change: PerHead) -> list[Pane
     ]
 
 
-def _strength(result: Result, path: Path) -> None:
+def _strength(result: ResultJson, path: Path) -> None:
     values = {(each["layer"], each["head"]): each["R_h"] for each in result["heads"]}
     unit = f"mean L2 norm of {result['of']} over tokens"
     heatmaps([Panel(f"Head strength, {Path(result['model']).name}", values, unit)], path)
 
 
-def _comparison(result: Result, path: Path) -> None:
+def _comparison(result: ResultJson, path: Path) -> None:
     heatmaps(comparison_panels(*(_by_head(result[name]) for name in ("pre_tuned", "fine_tuned", "differences"))), path)
 
 
 def _by_head(named: Mapping[str, float]) -> PerHead:
-    found = {}
-    for name, value in named.items():
-        layer, _, head = name.partition(":")
-        found[int(layer), int(head)] = value
-    return found
+    """named: "layer:head" -> a number."""
+    split = {name: name.partition(":") for name in named}
+    return {(int(layer), int(head)): named[name] for name, (layer, _, head) in split.items()}
 
 
-def _answers(result: Result, path: Path) -> None:
+def _answers(result: ResultJson, path: Path) -> None:
     title = f"{Path(result['settings']['model']).name}, {len(result['samples'])} prompts"
     before_and_after(result["summary"], result["units"], title, path)
 
 
-def _recovered(result: Result, path: Path) -> None:
+def _recovered(result: ResultJson, path: Path) -> None:
     """Draws, for patching with pairs, which part of the logit difference the patched values brought back."""
-    about = result["settings"]
-    title = f"{Path(about['model']).name}, {len(result['samples'])} pairs: {about['site']} of {about['places']}"
-    known = {name: found for name, found in result["summary"].items() if found["mean"] is not None}
+    settings = result["settings"]
+    title = (
+        f"{Path(settings['model']).name}, {len(result['samples'])} pairs: {settings['site']} of {settings['places']}"
+    )
+    known = {name: part for name, part in result["summary"].items() if part["mean"] is not None}
     top_heads([(title, "part of the logit difference", known)], path)
 
 
-def _screened(result: Result, path: Path) -> None:
-    """A row a score, on one scale of colours; a column a category."""
+def _screened(result: ResultJson, path: Path) -> None:
+    """Heatmaps: a row for each score, on one scale of colours, and a column for each category."""
     panels = []
     for score, (name, unit, _) in _SCORES.items():
-        known = [each[score][name] for each in result["scores"] if each[score][name] is not None]
-        ends = (min(known), max(known)) if known else None
+        ends = _ends(each[score][name] for each in result["scores"])
         for category, scores in _by_category(result).items():
             values = {place: each[score][name] for place, each in scores.items()}
             panels.append(Panel(f"{category}: {score}", values, unit, diverging=True, ends=ends))
@@ -118,46 +120,53 @@ _SCORES: dict[str, tuple[str, str, str]] = {
     "attention": ("mean", "attention above uniform", "Attention to keywords"),
     "direct": ("mean", "logits", "Direct effect"),
 }
-"""Score -> its number, the unit, and a title."""
+"""Score -> which of its numbers is drawn, that number's unit, and a title."""
 
 
-def _by_category(result: Result) -> dict[str, dict[tuple[int, int], Any]]:
-    found: dict[str, dict[tuple[int, int], Any]] = {}
-    for each in result["scores"]:
-        found.setdefault(each["category"], {})[each["layer"], each["head"]] = each
-    return found
+def _ends(values: Iterable[float | None]) -> tuple[float, float] | None:
+    """The smallest and the largest number, for panels on one scale of colours; None when there is no number."""
+    known = [value for value in values if value is not None]
+    return (min(known), max(known)) if known else None
 
 
-def _screened_top(result: Result, path: Path) -> None:
+def _by_category(result: ResultJson) -> dict[str, dict[tuple[int, int], Any]]:
+    """Category -> (layer, head) -> the head's scores."""
+    categories: dict[str, dict[tuple[int, int], Any]] = {}
+    for scores in result["scores"]:
+        categories.setdefault(scores["category"], {})[scores["layer"], scores["head"]] = scores
+    return categories
+
+
+def _screened_top(result: ResultJson, path: Path) -> None:
     panels = []
     for score, (name, unit, title) in _SCORES.items():
         changes = {}
-        for each in result["scores"]:
-            found, star = each[score], "*" if (each[score].get("p") or 1.0) < SIGNIFICANT else ""
-            if found[name] is not None:
-                label = f"{each['layer']}:{each['head']} {each['category']}{star}"
-                changes[label] = {"mean": found[name], "interval": found.get("interval")}
-        panels.append(
-            (f"{title}{f' (*: p < {SIGNIFICANT} in its category)' if score == 'strength' else ''}", unit, changes)
-        )
+        for scores in result["scores"]:
+            numbers = scores[score]
+            star = "*" if (numbers.get("p") or 1.0) < SIGNIFICANT else ""
+            if numbers[name] is not None:
+                head = f"{scores['layer']}:{scores['head']} {scores['category']}{star}"
+                changes[head] = {"mean": numbers[name], "interval": numbers.get("interval")}
+        note = f" (*: p < {SIGNIFICANT} in its category)" if score == "strength" else ""
+        panels.append((title + note, unit, changes))
     top_heads(panels, path)
 
 
-def _swept(result: Result, path: Path) -> None:
+def _swept(result: ResultJson, path: Path) -> None:
+    """Heatmaps of a sweep: one for each measure, on one scale of colours."""
     means = _means(result)
-    known = [value for _, _, values in means for value in values.values() if value is not None]
-    ends = (min(known), max(known)) if known else None
+    ends = _ends(value for _, _, values in means for value in values.values())
     panels = [Panel(title, values, unit, diverging=True, ends=ends) for title, unit, values in means]
     across = "Position, counted from the end" if "position" in result["places"][0] else "Head"
     heatmaps(panels, path, across=across)
 
 
-def _means(result: Result) -> list[tuple[str, str, PerHead]]:
+def _means(result: ResultJson) -> list[tuple[str, str, PerHead]]:
     """For each measure: (title, unit, mean of each head)."""
-    places, about = result["places"], result["settings"]
+    places, settings = result["places"], result["settings"]
     return [
         (
-            f"{Path(about['model']).name}: {name} ({about['site']})",
+            f"{Path(settings['model']).name}: {name} ({settings['site']})",
             unit,
             {_place(each): each[name]["mean"] for each in places},
         )
@@ -165,19 +174,20 @@ def _means(result: Result) -> list[tuple[str, str, PerHead]]:
     ]
 
 
-def _place(each: Mapping[str, Any]) -> tuple[int, int]:
-    return each["layer"], each["head"] if "head" in each else each["position"]
+def _place(place: Mapping[str, Any]) -> tuple[int, int]:
+    """(layer, head), or (layer, position)."""
+    return place["layer"], place["head"] if "head" in place else place["position"]
 
 
-def _swept_top(result: Result, path: Path) -> None:
+def _swept_top(result: ResultJson, path: Path) -> None:
     panels = []
     for (title, unit, _), name in zip(_means(result), result["units"], strict=True):
-        own = {_place(each): each[name] for each in result["places"] if each[name]["mean"] is not None}
-        panels.append((title, unit, {f"{layer}:{place}": found for (layer, place), found in own.items()}))
+        known = {_place(each): each[name] for each in result["places"] if each[name]["mean"] is not None}
+        panels.append((title, unit, {f"{layer}:{place}": estimate for (layer, place), estimate in known.items()}))
     top_heads(panels, path)
 
 
-_FIGURES: dict[str, dict[str, Callable[[Result, Path], None]]] = {
+_FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
     "strength": {"head_strength.png": _strength},
     "comparison": {"comparison_heatmap.png": _comparison},
     "screening": {"head_reaction_heatmap.png": _screened, "top_heads.png": _screened_top},
@@ -186,3 +196,4 @@ _FIGURES: dict[str, dict[str, Callable[[Result, Path], None]]] = {
     "pairs": {"patching_recovered.png": _recovered},
     "sweep": {"sweep_heatmap.png": _swept, "sweep_top_heads.png": _swept_top},
 }
+"""Kind -> file name of a figure -> the function that draws it."""

@@ -1,4 +1,4 @@
-"""Figures of numbers a head: one cell a head, layers down, heads across."""
+"""Heatmaps with one cell for each head: layers upwards, heads across."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from AutomaticEval.report.labels import label, save
 
 PerHead = Mapping[tuple[int, int], float | None]
-"""(layer, head) -> a number; None for no number."""
+"""(layer, head) -> a number, or None where there is none."""
 MOST_PIXELS = 8000
-"""Along one side of a figure."""
+"""The most pixels along one side of a figure."""
 MOST_LABELS = 16
-"""Ticks along one axis; with more heads or layers, only every second or fourth is labelled."""
+"""The most ticks along one axis. With more heads or layers, only every second or fourth is labelled."""
 
 
 class Panel(NamedTuple):
@@ -26,15 +26,18 @@ class Panel(NamedTuple):
     title: str
     values: PerHead
     unit: str
-    """What the colours are, for the colour bar."""
+    """What the colours mean, for the colour bar."""
     diverging: bool = False
-    """Signed numbers: zero is white, and both ends are equally far."""
+    """Whether numbers have a sign: then zero is white, and both ends of the scale are equally far from it."""
     ends: tuple[float, float] | None = None
     """The values at both ends of the colour scale, so that panels can be compared. None: the panel's own smallest and largest."""
 
 
 def heatmaps(panels: Sequence[Panel], path: str | Path, *, columns: int | None = None, across: str = "Head") -> None:
-    """Heatmaps as a PNG, so many in a row; all by default. Cells without a number stay grey."""
+    """Write heatmaps as one PNG. Cells without a number stay grey.
+
+    columns: how many panels stand side by side; all by default. across: the label of the horizontal axis.
+    """
     columns = columns or len(panels)
     rows = -(-len(panels) // columns)
     grids = [_grid(panel.values) for panel in panels]
@@ -53,7 +56,7 @@ def heatmaps(panels: Sequence[Panel], path: str | Path, *, columns: int | None =
 
 
 def _grid(values: PerHead) -> tuple[Any, list[int], list[int]]:
-    """[n_layers, n_heads] with NaN where there is none, and the names of both axes."""
+    """[n_layers, n_heads], NaN where there is no number; the layers; and the heads."""
     layers, heads = sorted({layer for layer, _ in values}), sorted({head for _, head in values})
     grid = np.full((len(layers), len(heads)), np.nan)
     for (layer, head), value in values.items():
@@ -62,6 +65,7 @@ def _grid(values: PerHead) -> tuple[Any, list[int], list[int]]:
 
 
 def _colours(grid: Any, panel: Panel) -> dict[str, Any]:
+    """The colour map and its ends, as matplotlib's imshow takes them."""
     if not panel.diverging:
         low, high = panel.ends or (None, None)
         return {"cmap": "viridis", "vmin": low, "vmax": high}
@@ -71,6 +75,7 @@ def _colours(grid: Any, panel: Panel) -> dict[str, Any]:
 
 
 def _label(axis: Any, names: Sequence[int]) -> None:
+    """Label as many cells as there is room for."""
     step = 1
     while len(names) / step > MOST_LABELS:
         step *= 2

@@ -12,12 +12,12 @@ from AutomaticEval.safe_text import shown
 
 
 def label(text: str) -> str:
-    """As matplotlib takes it: `$` begins a formula."""
+    """The text as matplotlib must get it: harmless, and with `$` escaped, which would begin a formula."""
     return shown(text).replace("$", r"\$")
 
 
 def save(figure: Figure, path: str | Path | Any, dpi: float) -> None:
-    """As a PNG, without a word on characters that the font has not."""
+    """Write a figure as a PNG. Matplotlib's warnings of characters that the font lacks are left out."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph ")
         figure.savefig(path, dpi=dpi, format="png")

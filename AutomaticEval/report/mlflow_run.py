@@ -1,4 +1,4 @@
-"""A run as an MLflow run: its parameters, metrics, summary and log. MLflow is an optional extra, and is imported here alone."""
+"""Logs a run in MLflow: its parameters, metrics, summary and log. MLflow is an optional extra and is imported only here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from AutomaticEval.errors import TrackingUnavailable, first_line
 
 LOCAL = "local"
-"""`--mlflow` without a URI: MLflow's own default store, in this folder."""
+"""What `--mlflow` without a URI means: MLflow's default store, in this folder."""
 
 
 def require_mlflow() -> Any:
-    """The library. Raises TrackingUnavailable when it is not installed."""
+    """The module mlflow. Raises TrackingUnavailable when it is not installed."""
     try:
         import mlflow
     except ImportError:
@@ -31,9 +31,10 @@ def track(
     files: Sequence[Path],
     log: str,
 ) -> str:
-    """Log one finished run. uri: of a tracking server or store; LOCAL for the default. Returns the run's id.
+    """Log one finished run. Returns MLflow's id of it.
 
-    Parameters within parameters get dotted names; metrics that are None are left out. Raises TrackingUnavailable.
+    uri: a tracking server or store; LOCAL for MLflow's default. params: parameters within parameters get dotted names.
+    metrics: those that are None are left out. Raises TrackingUnavailable when MLflow is absent or does not take the run.
     """
     mlflow = require_mlflow()
     try:

@@ -1,11 +1,11 @@
-"""How fine-tuning moved the strength of each head: two models over the same inputs."""
+"""How fine-tuning changed the strength of each head: two models over the same inputs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import rankdata
@@ -13,6 +13,7 @@ from scipy.stats import rankdata
 from AutomaticEval.analysis.heads.strength import ActivationExtractor
 from AutomaticEval.analysis.numbers.estimate import resampled
 from AutomaticEval.analysis.parts.before_after import greedy_answers
+from AutomaticEval.analysis.result import Result
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.loading import load_model
@@ -22,17 +23,21 @@ from AutomaticEval.store.disk.json_files import read_strength, write_json
 from AutomaticEval.store.disk.whole_files import new_file, prepare_file
 
 PerHead = dict[tuple[int, int], float]
+"""(layer, head) -> R_h"""
 
 
 class ActivationComparator:
-    """pre, fine: the model before and after: an ActivationExtractor, {(layer, head): R_h}, or a file of `save_results`."""
+    """Compares the strength of each head before and after fine-tuning.
+
+    pre, fine: the model before and after, each as an ActivationExtractor, as {(layer, head): R_h}, or as a file of `save_results`.
+    seed: for the bootstrap interval. Raises SelectionError when the two have other heads or other inputs, StoreError for another file.
+    """
 
     def __init__(self, pre: Any, fine: Any, *, seed: int = 42) -> None:
-        (self.pre, *before), (self.fine, *after) = _strengths(pre), _strengths(fine)
-        self.seed = seed
-        for name, one, other in zip(("of", "n, the number of tokens,"), before, after, strict=True):
-            if one is not None and other is not None and one != other:
-                raise SelectionError(f"the two are not of the same inputs: {name} is {one} and {other}.")
+        before, after = _strengths(pre), _strengths(fine)
+        self.pre, self.fine, self.seed = before.per_head, after.per_head, seed
+        _check_same_inputs("of", before.of, after.of)
+        _check_same_inputs("n, the number of tokens,", before.n_tokens, after.n_tokens)
         if self.pre.keys() != self.fine.keys():
             apart = sorted(self.pre.keys() ^ self.fine.keys())
             raise SelectionError(
@@ -41,8 +46,11 @@ class ActivationComparator:
             )
 
     def compare(self) -> dict[str, Any]:
-        """pre_tuned, fine_tuned, differences (fine - pre) and ratios (fine / pre; NaN where pre is 0), each (layer, head) -> number;
-        rank_correlation: Spearman's rho over heads of the strength before with the change, and its 95 % bootstrap interval.
+        """The strengths before and after, and how they differ.
+
+        pre_tuned, fine_tuned, differences (fine - pre) and ratios (fine / pre; NaN where pre is 0): (layer, head) -> number each.
+        rank_correlation: a dict with Spearman's rho over heads of the strength before with the change, its 95 % bootstrap interval, the
+        number of heads and of resamples, and the seed.
         """
         differences = {key: self.fine[key] - before for key, before in self.pre.items()}
         ratios = {key: self.fine[key] / before if before else math.nan for key, before in self.pre.items()}
@@ -56,24 +64,26 @@ class ActivationComparator:
         }
 
     def visualize_comparison(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the heatmaps before, after and change as a PNG. Raises PathExists."""
-        found = self.compare()
+        """Write three heatmaps (before, after, change) as a PNG. Raises PathExists."""
+        compared = self.compare()
         prepare_file(Path(path), overwrite=overwrite)
-        panels = comparison_panels(found["pre_tuned"], found["fine_tuned"], found["differences"])
+        panels = comparison_panels(compared["pre_tuned"], compared["fine_tuned"], compared["differences"])
         with new_file(Path(path), overwrite=overwrite) as partial:
             heatmaps(panels, partial)
 
     def save_comparison(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write what `compare` gives as JSON: heads as "layer:head", NaN as null. Raises PathExists."""
-        found = self.compare()
-        named = {
-            name: {f"{layer}:{head}": value for (layer, head), value in each.items()}
-            for name, each in found.items()
-            if name != "rank_correlation"
+        """Write what `compare` gives as a JSON file, with heads as "layer:head" and NaN as null. Raises PathExists."""
+        write_json(path, self.results(), overwrite=overwrite)
+
+    def results(self) -> dict[str, Any]:
+        """What `compare` gives, with heads as "layer:head": what `save_comparison` writes."""
+        compared = self.compare()
+        correlation = compared.pop("rank_correlation")
+        per_head = {
+            name: {f"{layer}:{head}": value for (layer, head), value in numbers.items()}
+            for name, numbers in compared.items()
         }
-        write_json(
-            path, {"kind": "comparison", **named, "rank_correlation": found["rank_correlation"]}, overwrite=overwrite
-        )
+        return Result("comparison", {**per_head, "rank_correlation": correlation}).as_json()
 
 
 def same_inputs(
@@ -84,45 +94,78 @@ def same_inputs(
     max_new_tokens: int = 64,
     batch_size: int = 8,
 ) -> list[list[int]]:
-    """Token ids that two models both read: the texts', and on request one model's greedy answers after them.
+    """The token ids of texts, the same for several models; with `answers_of`, followed by that model's greedy answers.
 
-    models: name -> model. answers_of: one of the names. Raises SelectionError when the models' tokenizers give other ids.
+    models: name -> model. answers_of: one of the names. max_new_tokens: of an answer.
+    Raises SelectionError when the models' tokenizers give different ids, and for texts that one of the models cannot read whole.
     """
     if answers_of is not None and answers_of not in models:
         raise SelectionError(f"--answers_of is {answers_of!r}; write {' or '.join(models)}, or leave it out.")
-    encoded = [
+    encoded = _encoded_alike(models, texts, load)
+    contexts = [load_model(model, options=load).context for model in models.values()]
+    _check_lengths(encoded, contexts, room=max_new_tokens if answers_of is not None else 0)
+    if answers_of is None:
+        return encoded
+    loaded = load_model(models[answers_of], options=load)
+    answers = greedy_answers(loaded, encoded, max_new_tokens, batch_size)
+    return [prompt + answer for prompt, answer in zip(encoded, answers, strict=True)]
+
+
+def _encoded_alike(models: Mapping[str, str], texts: Sequence[str], load: LoadOptions) -> list[list[int]]:
+    """The token ids of texts. Raises SelectionError when the models' tokenizers give different ids."""
+    by_model = [
         [load_model(model, options=load).tokenizer(text)["input_ids"] for text in texts] for model in models.values()
     ]
-    for number, each in enumerate(zip(*encoded, strict=True), 1):
-        if any(ids != each[0] for ids in each):
+    for number, of_text in enumerate(zip(*by_model, strict=True), 1):
+        if any(ids != of_text[0] for ids in of_text):
             raise SelectionError(
                 f"text {number} has other tokens in {' and '.join(models.values())}: heads are compared over the same tokens only."
             )
-    room = max_new_tokens if answers_of is not None else 0
-    longest = min(load_model(model, options=load).context or 2**62 for model in models.values()) - room
-    too_long = [number for number, ids in enumerate(encoded[0], 1) if len(ids) > longest]
+    return by_model[0]
+
+
+def _check_lengths(encoded: Sequence[Sequence[int]], contexts: Sequence[int | None], room: int) -> None:
+    """Raises SelectionError for texts that do not fit into every model's context. room: tokens of an answer after each text."""
+    known = [context for context in contexts if context is not None]
+    if not known:
+        return
+    longest = min(known) - room
+    too_long = [number for number, ids in enumerate(encoded, 1) if len(ids) > longest]
     if too_long:
         raise SelectionError(
             f"{len(too_long)} texts, first number {too_long[0]}, are longer than the {longest} tokens that both models can read"
             + (f" before {room} of an answer." if room else ".")
         )
-    if answers_of is None:
-        return encoded[0]
-    loaded = load_model(models[answers_of], options=load)
-    answers = greedy_answers(loaded, encoded[0], max_new_tokens, batch_size)
-    return [prompt + answer for prompt, answer in zip(encoded[0], answers, strict=True)]
 
 
-def _strengths(given: Any) -> tuple[PerHead, str | None, int | None]:
-    """(layer, head) -> R_h, of what it is, and over how many tokens, as far as that is told."""
+class _Strengths(NamedTuple):
+    """How strong the heads of one model are."""
+
+    per_head: PerHead
+    of: str | None
+    """What was measured: "result" or "z"; None when only the numbers are given."""
+    n_tokens: int | None
+    """How many tokens R_h is the mean over; None when only the numbers are given."""
+
+
+def _strengths(given: Any) -> _Strengths:
+    """given: an ActivationExtractor, {(layer, head): R_h}, or a file. Raises StoreError for a file without head strengths."""
     if isinstance(given, Mapping):
-        return {(int(layer), int(head)): float(value) for (layer, head), value in given.items()}, None, None
+        numbers = {(int(layer), int(head)): float(value) for (layer, head), value in given.items()}
+        return _Strengths(numbers, None, None)
     stats, of = (given.get_all_stats(), given.of) if isinstance(given, ActivationExtractor) else read_strength(given)
-    return {key: each["R_h"] for key, each in stats.items()}, of, int(next(iter(stats.values()))["n"])
+    n_tokens = int(next(iter(stats.values()))["n"])
+    return _Strengths({key: numbers["R_h"] for key, numbers in stats.items()}, of, n_tokens)
+
+
+def _check_same_inputs(name: str, before: Any, after: Any) -> None:
+    """Raises SelectionError when both values are known and differ."""
+    if before is not None and after is not None and before != after:
+        raise SelectionError(f"the two are not of the same inputs: {name} is {before} and {after}.")
 
 
 def _correlated(first: Any, second: Any, seed: int) -> dict[str, Any]:
-    """Spearman's rho, resampled over heads. None when one side is all one number."""
+    """Spearman's rho with its bootstrap interval over heads. Both are None when one side is the same number everywhere."""
     rho = _spearman(first, second)
     interval, n_resamples = None, 0
     if rho is not None:

@@ -1,4 +1,4 @@
-"""How strong each head is: the mean L2 norm of its result over tokens, `R_h = E[‖z_h W_O^h‖]`."""
+"""How strong each head is: `R_h = E[‖z_h W_O^h‖]`, the mean L2 norm of its result over tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from AutomaticEval.analysis.numbers.moments import Moments
-from AutomaticEval.analysis.parts.input_batches import Reader
+from AutomaticEval.analysis.parts.input_batches import Batcher
+from AutomaticEval.analysis.result import Result
 from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -21,17 +22,18 @@ from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.public_names import public_name
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
-from AutomaticEval.store.disk.json_files import Stats, strength_result, write_json
+from AutomaticEval.store.disk.json_files import Stats, write_json
 from AutomaticEval.store.reader import Run
 
 CHUNK_ROWS = 65536
-"""Stored rows that are read at once."""
+"""How many stored rows are read at once."""
 
 
 class ActivationExtractor:
     """The strength of a model's heads over texts.
 
-    model: a name, a folder, a loaded transformers model, or a LoadedModel. of: "result" for z_h W_O^h, "z" for the raw slice.
+    model: a name, a folder, a loaded transformers model, or a LoadedModel. of: "result" measures z_h W_O^h, "z" the raw slice of z.
+    Raises SelectionError for another `of`, ModelError for a model that cannot be loaded.
 
     >>> with ActivationExtractor("gpt2") as extractor:
     ...     extractor.extract_activations(["What is the capital of France?"])
@@ -47,7 +49,7 @@ class ActivationExtractor:
         self.model_name = model_name or loaded.name
         self.of = of
         self.n_truncated = 0
-        """Texts that were longer than the model's context, and were cut to it."""
+        """How many texts were longer than the model's context and were cut to it."""
         self._layout: Layout | None = None
         self._heads: list[int] = []
         self._taps: dict[str, Tap] = {}
@@ -58,8 +60,9 @@ class ActivationExtractor:
     ) -> None:
         """Name the parts of a model whose module tree is not recognised.
 
-        output_projection: its dotted path with {} for the layer, such as "decoder.blocks.{}.attn.out". embedding: the module
-        that is given the token ids; by default the model's own input embeddings.
+        output_projection: the path of attention's output projection, with {} for the layer, such as "decoder.blocks.{}.attn.out".
+        embedding: the path of the module that is given the token ids; by default the model's own input embeddings.
+        Raises UnsupportedModel for a path that is no projection of n_heads heads of d_head numbers.
         """
         if "{}" not in output_projection:
             raise UnsupportedModel(f"{output_projection!r} has no {{}} for the layer.")
@@ -83,15 +86,16 @@ class ActivationExtractor:
 
     @property
     def layout(self) -> Layout:
+        """Where each site is in the model: found from its module tree, or as `set_model_structure` named it."""
         if self._layout is None:
             self._layout = LoadedModel(self.model, self.tokenizer, self.model_name).layout
         return self._layout
 
     def register_hooks(self, layers: LayersLike = None, heads: LayersLike = None) -> None:
-        """Choose layers and heads (3, "0-2,-1", range(4), [0, 1]), all by default; what was extracted before is forgotten.
+        """Choose layers and heads (3, "0-2,-1", range(4), [0, 1]; None for all). Statistics of earlier texts are forgotten.
 
         The hooks themselves are on the model only while it runs.
-        Raises UnknownLayer, SelectionError for a head that there is not, SiteUnavailable for a model without heads.
+        Raises UnknownLayer, SelectionError for a head that the model does not have, SiteUnavailable for a model without heads.
         """
         self.remove_hooks()
         layout = self.layout
@@ -102,14 +106,14 @@ class ActivationExtractor:
         self._moments = {int(site.layer or 0): Moments(len(self._heads)) for site in sites}
 
     def remove_hooks(self) -> None:
-        """Forget layers, heads, and what was extracted."""
+        """Forget the chosen layers and heads, and all statistics."""
         self._taps, self._moments, self.n_truncated = {}, {}, 0
 
     def __enter__(self) -> ActivationExtractor:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        """Nothing is left on the model; what was computed stays."""
+        """Leave the statistics as they are; no hooks are on the model."""
 
     def extract_activations(
         self,
@@ -120,41 +124,41 @@ class ActivationExtractor:
         batch_size: int = 8,
         progress: bool = False,
     ) -> None:
-        """Run the model over texts, lists of token ids, or a data loader's batches, and add to the statistics.
+        """Run the model over texts, lists of token ids, or a data loader's batches, and add every real token to the statistics.
 
         A loader's batch is a mapping with input_ids [batch, pos] and, when there is padding on either side, attention_mask.
-        Only real tokens count, and neither padding nor order changes a number.
-        Raises PromptError for empty texts and no data, ModelError without a tokenizer for texts.
+        Neither padding nor the order of the data changes a number. max_batches: stop after this many batches.
+        Raises PromptError for empty texts and for no data, ModelError for texts without a tokenizer.
         """
         refuse_unready(self.model)
         if not self._taps:
             self.register_hooks()
         n_before = sum(each.n for each in self._moments.values())
-        reader = Reader(LoadedModel(self.model, tokenizer or self.tokenizer, self.model_name))
-        batches = reader.batches(data, batch_size, max_batches)
+        batcher = Batcher(LoadedModel(self.model, tokenizer or self.tokenizer, self.model_name))
+        batches = batcher.batches(data, batch_size, max_batches)
         for batch in tqdm(batches, disable=not progress, desc="Extracting", unit="batch"):
-            found = read(self.model, self.layout, self._taps, batch)
-            for moments, rows in zip(self._moments.values(), found.values(), strict=True):
+            values = read(self.model, self.layout, self._taps, batch).values()
+            for moments, rows in zip(self._moments.values(), values, strict=True):
                 moments.add(self._norms(rows)[:, self._heads])
-        self.n_truncated += reader.n_truncated
+        self.n_truncated += batcher.n_truncated
         if sum(each.n for each in self._moments.values()) == n_before:
             raise PromptError("there were no texts to extract from.")
         if self.n_truncated:
             warnings.warn(f"{self.n_truncated} texts were longer than the context and were cut to it.", stacklevel=2)
 
-    def _norms(self, found: Tensor) -> Tensor:
-        """[n, n_heads] of what was captured."""
+    def _norms(self, rows: Tensor) -> Tensor:
+        """[n, n_heads]. rows: the norms themselves, or z [n, n_heads * d_head], as `of` says."""
         if self.of == "result":
-            return found
-        split = found.float().reshape(len(found), self.layout.n_heads, -1)
-        return cast(Tensor, split.norm(dim=-1))
+            return rows
+        z = rows.float().reshape(len(rows), self.layout.n_heads, -1)
+        return cast(Tensor, z.norm(dim=-1))
 
     def compute_R_h(self) -> dict[tuple[int, int], float]:
-        """(layer, head) -> mean norm over tokens."""
+        """(layer, head) -> R_h, the mean norm over tokens. Raises PromptError before anything was extracted."""
         return {key: each["R_h"] for key, each in self.get_all_stats().items()}
 
     def get_all_stats(self) -> Stats:
-        """(layer, head) -> R_h, std, min and max over tokens, and n, the number of tokens.
+        """(layer, head) -> a dict of R_h, std, min and max of the norm over tokens, and n, the number of tokens.
 
         Raises PromptError before anything was extracted.
         """
@@ -163,15 +167,22 @@ class ActivationExtractor:
         return stats_of(self._moments, self._heads)
 
     def save_results(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the statistics as JSON. Raises PathExists."""
+        """Write the statistics as a JSON file. Raises PathExists, and PromptError before anything was extracted."""
         write_json(path, self.results(), overwrite=overwrite)
 
     def results(self) -> dict[str, Any]:
-        """The statistics as `read_strength` reads them from JSON."""
-        return strength_result(self.get_all_stats(), self.model_name, self.of)
+        """The statistics as a dict: what `save_results` writes."""
+        return strength_result(self.get_all_stats(), self.model_name, self.of).as_json()
+
+
+def strength_result(stats: Stats, model: str, of: str, **more: Any) -> Result:
+    """Statistics as a result. of: "result" or "z". more: what else the file says, such as which tokens were counted."""
+    heads = [{"layer": layer, "head": head, **numbers} for (layer, head), numbers in stats.items()]
+    return Result("strength", {"model": model, "of": of, **more, "heads": heads})
 
 
 def stats_of(moments: Mapping[int, Moments], heads: Sequence[int]) -> Stats:
+    """The statistics that `get_all_stats` gives. moments: layer -> one column for each of `heads`."""
     return {
         (layer, head): {
             "R_h": float(each.mean[column]),
@@ -186,13 +197,13 @@ def stats_of(moments: Mapping[int, Moments], heads: Sequence[int]) -> Stats:
 
 
 def strength_of_run(run: Run, model: Any = None) -> Stats:
-    """The same statistics over a stored run that kept `head_result_norm`, or `z` together with its model.
+    """The statistics that `get_all_stats` gives, over a stored run that kept `head_result_norm`, or `z`.
 
-    Each stored row counts once: a beginning that requests share is one row a token. Memory does not grow with the run.
-    Raises StoreError when neither was kept.
+    model: the model that made the run; only a run that kept z needs it. Each stored row counts once, so a beginning that requests share
+    counts once. Memory does not grow with the run. Raises StoreError when neither was kept, and for a model with other weights.
     """
     layers = {site.layer: key for key in run.keys if (site := _site(key)) and site.kind == "head_result_norm"}
-    derive: dict[int, HeadResultNorms] = {}
+    norms_of_z: dict[int, HeadResultNorms] = {}
     if not layers:
         layers = {site.layer: key for key in run.keys if (site := _site(key)) and site.kind == "z"}
         if not layers or model is None:
@@ -200,16 +211,16 @@ def strength_of_run(run: Run, model: Any = None) -> Stats:
                 f"{run!r} has no head_result_norm; keep it (--sites head_result_norm), or keep z and pass the model. It has: "
                 f"{', '.join(run.keys)}."
             )
-        derive = _norms_of(run, model, [int(layer or 0) for layer in layers])
+        norms_of_z = _norms_of(run, model, [int(layer or 0) for layer in layers])
     moments = {}
     for layer, key in sorted(layers.items(), key=lambda item: item[0] or 0):
         rows = run.rows(key)
         each: Moments | None = None
         for start in range(0, len(rows), CHUNK_ROWS):
-            found = rows[start : start + CHUNK_ROWS]
-            found = derive[int(layer or 0)](found) if derive else found.float()
-            each = each or Moments(found.shape[1])
-            each.add(found)
+            chunk = rows[start : start + CHUNK_ROWS]
+            norms = norms_of_z[int(layer or 0)](chunk) if norms_of_z else chunk.float()
+            each = each or Moments(norms.shape[1])
+            each.add(norms)
         if each is not None:
             moments[int(layer or 0)] = each
     n_heads = next(iter(moments.values())).width if moments else 0
@@ -217,7 +228,7 @@ def strength_of_run(run: Run, model: Any = None) -> Stats:
 
 
 def _loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
-    """Of a name, a folder, or a model, which needs no tokenizer as long as no texts are read."""
+    """The model of a name, a folder or an instance. An instance needs no tokenizer unless texts are read."""
     if isinstance(model, LoadedModel):
         return model
     if isinstance(model, str | Path):
@@ -226,6 +237,7 @@ def _loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
 
 
 def _site(key: str) -> Site | None:
+    """The site of a key; None for a key that names none, as a file of somebody else may hold."""
     try:
         return site_of(key)
     except UnknownSite:
@@ -233,7 +245,7 @@ def _site(key: str) -> Site | None:
 
 
 def _norms_of(run: Run, model: Any, layers: Sequence[int]) -> dict[int, HeadResultNorms]:
-    """What makes norms of z, of each layer. Raises StoreError for another model than the run's."""
+    """Layer -> the function from z to norms. Raises StoreError for another model than the run's."""
     loaded = _loaded(model)
     now = loaded.identity()
     apart = run.made_with.differences(now, repr(run), now.names)
@@ -241,11 +253,11 @@ def _norms_of(run: Run, model: Any, layers: Sequence[int]) -> dict[int, HeadResu
         raise StoreError(
             f"{run!r} was made by a model with other weights ({apart[0]}); pass the one that it was made with."
         )
-    found = {}
+    norms = {}
     for layer in layers:
         site = Site("head_result_norm", layer)
         tap = loaded.layout.pick([site])[site.key]
         assert tap.then is not None
         tap.then.refresh(loaded.model.get_submodule(tap.module))
-        found[layer] = tap.then
-    return found
+        norms[layer] = tap.then
+    return norms

@@ -1,4 +1,4 @@
-"""Every place of a site changed by itself, layer by layer: each head of z, or each position of what is no head's."""
+"""A sweep: every head, or every position, of a site is changed by itself, and each change is scored."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.analysis.heads.patch import SITES
-from AutomaticEval.analysis.parts.before_after import Pairs
-from AutomaticEval.analysis.parts.later_blocks import Rest, unpacked
+from AutomaticEval.analysis.parts.before_after import Continuations
+from AutomaticEval.analysis.parts.later_blocks import LaterBlocks, unpacked
 from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -17,100 +17,118 @@ from AutomaticEval.models.editing import Edit
 from AutomaticEval.sites import Site
 
 ROWS = 64
-"""Rows of a forward over several variants."""
+"""How many rows a forward over several variants has at most."""
 Values = Mapping[int, Tensor]
-"""Layer -> what a place becomes: [width] or [batch, pos, width]."""
+"""Layer -> what is put into a place: [width], or [batch, pos, width]."""
 
 
 class Sweep:
-    """A number for each place and each sequence.
+    """The score of each sequence when one place is changed: a head at all positions (z), or one position (mlp_out, resid_post).
 
-    rest: of the sequences. n_prompt: the tokens of each that are prompt, of which positions are counted from the end: 0 is the last. site:
-    z, a head at a time at all positions; mlp_out and resid_post, a position at a time. values: None for zeros. n_positions: how many
-    positions; those of the longest prompt by default.
+    blocks: the sequences and their score. n_prompt: how many tokens of each sequence are its prompt; positions are counted from the
+    prompt's end, where 0 is its last token. values: None puts zeros. n_positions: how many positions are swept; 0 stands for those of the
+    longest prompt. Raises EditError for another site, SiteUnavailable.
     """
 
     def __init__(
-        self, rest: Rest, n_prompt: Sequence[int], site: str = "z", values: Values | None = None, n_positions: int = 0
+        self,
+        blocks: LaterBlocks,
+        n_prompt: Sequence[int],
+        site: str = "z",
+        values: Values | None = None,
+        n_positions: int = 0,
     ) -> None:
         if site not in SITES:
             raise EditError(f"the site {site!r} is not swept; write {', '.join(SITES)}.")
-        self._rest, self._site, self._values = rest, site, values
-        layout, (ids, mask) = rest.layout, rest.batch
+        self._blocks, self._site, self._values = blocks, site, values
+        layout, (ids, mask) = blocks.layout, blocks.batch
         layout.pick(Site(site, layer) for layer in range(layout.n_layers))
         self.n_places = layout.n_heads if site == "z" else n_positions or max(n_prompt)
         first = ids.shape[1] - mask.sum(1)  # [batch]: padding is on the left
         end = first + torch.tensor(list(n_prompt))
-        self._columns = end[:, None] - 1 - torch.arange(self.n_places)  # [batch, n_places], of positions
+        self._columns = end[:, None] - 1 - torch.arange(self.n_places)  # [batch, n_places]: the column of each position
         self._exists = self._columns >= first[:, None]
 
     @property
     def baseline(self) -> Tensor:
-        """[batch]: nothing changed."""
-        return self._rest.baseline
+        """[batch]: the scores when nothing is changed."""
+        return self._blocks.baseline
 
     def layer(self, layer: int) -> Tensor:
-        """[n_places, batch]; NaN where a sequence has no such position."""
+        """The scores for each place of a layer: [n_places, batch]; NaN where a sequence has no such position."""
         together = max(1, ROWS // len(self.baseline))
         change = self._head if self._site == "z" else self._position
-        found = []
+        scores = []
         for first in range(0, self.n_places, together):
             places = range(first, min(first + together, self.n_places))
-            found.append(self._rest.scores(layer, len(places), Edit(Site(self._site, layer), change(layer, places))))
-        whole: Tensor = torch.cat(found)
+            edit = Edit(Site(self._site, layer), change(layer, places))
+            scores.append(self._blocks.scores(layer, len(places), edit))
+        whole: Tensor = torch.cat(scores)
         return whole if self._site == "z" else whole.masked_fill(~self._exists.T, torch.nan)
 
     def _head(self, layer: int, heads: range) -> Callable[[Tensor], Tensor]:
-        def change(found: Tensor) -> Tensor:
-            changed, instead = _split(found, heads).clone(), self._instead(layer, found)
+        """Takes and gives z [n_variants * batch, pos, width]. In each variant another head is changed."""
+
+        def change(z: Tensor) -> Tensor:
+            changed, instead = _by_variant(z, heads).clone(), self._instead(layer, z)
             changed, instead = (each.view(*each.shape[:-1], self.n_places, -1) for each in (changed, instead))
             for variant, head in enumerate(heads):
                 changed[variant, :, :, head] = instead[..., head, :]
-            return changed.reshape(found.shape)
+            return changed.reshape(z.shape)
 
         return change
 
     def _position(self, layer: int, places: range) -> Callable[[Tensor], Tensor]:
-        def change(found: Tensor) -> Tensor:
-            changed = _split(found, places).clone()
-            instead = self._instead(layer, found).expand(changed.shape[1:])
+        """Takes and gives values [n_variants * batch, pos, width]. In each variant another position is changed."""
+
+        def change(values: Tensor) -> Tensor:
+            changed = _by_variant(values, places).clone()
+            instead = self._instead(layer, values).expand(changed.shape[1:])
             for variant, place in enumerate(places):
                 rows = self._exists[:, place].nonzero()[:, 0]
                 columns = self._columns[rows, place]
                 changed[variant, rows, columns] = instead[rows, columns]
-            return changed.reshape(found.shape)
+            return changed.reshape(values.shape)
 
         return change
 
-    def _instead(self, layer: int, found: Tensor) -> Tensor:
+    def _instead(self, layer: int, values: Tensor) -> Tensor:
+        """What is put in: [width], or [batch, pos, width], with device and dtype of the values that it replaces."""
         if self._values is None:
-            return torch.zeros(found.shape[-1], device=found.device, dtype=found.dtype)
-        return self._values[layer].to(found.device, found.dtype)
+            return torch.zeros(values.shape[-1], device=values.device, dtype=values.dtype)
+        return self._values[layer].to(values.device, values.dtype)
 
 
-def _split(found: Tensor, variants: range) -> Tensor:
+def _by_variant(values: Tensor, variants: range) -> Tensor:
     """[n_variants * batch, pos, width] -> [n_variants, batch, pos, width]"""
-    return found.reshape(len(variants), -1, *found.shape[1:])
+    return values.reshape(len(variants), -1, *values.shape[1:])
 
 
 def sweep_of_answers(
-    loaded: LoadedModel, pairs: Pairs, site: str = "z", values: Values | None = None, n_positions: int = 0
+    loaded: LoadedModel,
+    answered: Continuations,
+    site: str = "z",
+    values: Values | None = None,
+    n_positions: int = 0,
 ) -> Sweep:
-    """Of the log-likelihoods of answers, in nats. pairs: each with one token of an answer at least. values: [width] each."""
-    longest = max(len(answer) for _, answer in pairs)
-    asked = [  # the answers are at the end of every row, and logits there alone
+    """A sweep whose scores are the log-likelihoods of answers, in nats.
+
+    answered: (prompt, answer) of each row; every answer has a token at least. values: [width] for each layer.
+    """
+    longest = max(len(answer) for _, answer in answered)
+    scored = [  # answers stand at the end of each row, and only there are logits computed
         (row, longest - len(answer) + place, token)
-        for row, (_, answer) in enumerate(pairs)
+        for row, (_, answer) in enumerate(answered)
         for place, token in enumerate(answer)
     ]
-    rows, places, targets = (torch.tensor(column) for column in zip(*asked, strict=True))
+    rows, places, tokens = (torch.tensor(column) for column in zip(*scored, strict=True))
 
     def score(logits: Tensor) -> Tensor:
-        each = logits.log_softmax(-1)[:, rows, places, targets].double()  # [n_variants, all answers' tokens]
-        return each.new_zeros(len(logits), len(pairs)).index_add_(1, rows.to(each.device), each)
+        each = logits.log_softmax(-1)[:, rows, places, tokens].double()  # [n_variants, tokens of all answers]
+        return each.new_zeros(len(logits), len(answered)).index_add_(1, rows.to(each.device), each)
 
-    rest = Rest(loaded, [[*prompt, *answer[:-1]] for prompt, answer in pairs], longest, score)
-    return Sweep(rest, [len(prompt) for prompt, _ in pairs], site, values, n_positions)
+    blocks = LaterBlocks(loaded, [[*prompt, *answer[:-1]] for prompt, answer in answered], longest, score)
+    return Sweep(blocks, [len(prompt) for prompt, _ in answered], site, values, n_positions)
 
 
 def sweep_of_differences(
@@ -121,7 +139,10 @@ def sweep_of_differences(
     site: str = "z",
     n_positions: int = 0,
 ) -> Sweep:
-    """Of the difference of two tokens' logits after each prompt, with values of another prompt of the same length put into it."""
+    """A sweep whose scores are differences of two tokens' logits after each prompt, and which puts in values of other prompts.
+
+    into: the prompts that are changed. source: prompts of the same lengths, which the values come from. tokens: (answer, wrong) of each.
+    """
     answer, wrong = torch.tensor(tokens).T
     rows = torch.arange(len(into))
 
@@ -129,9 +150,9 @@ def sweep_of_differences(
         last = logits[:, :, -1].double()
         return last[:, rows, answer] - last[:, rows, wrong]
 
-    rest = Rest(loaded, into, 1, score)
+    blocks = LaterBlocks(loaded, into, 1, score)
     batch, layout = padded(source, "left"), loaded.layout
     taps = layout.pick(Site(site, layer) for layer in range(layout.n_layers))
-    found = read(loaded.model, layout, taps, batch)
-    values = {layer: unpacked(rows, batch) for layer, rows in enumerate(found.values())}
-    return Sweep(rest, [len(each) for each in into], site, values, n_positions)
+    read_rows = read(loaded.model, layout, taps, batch).values()
+    values = {layer: unpacked(of_layer, batch) for layer, of_layer in enumerate(read_rows)}
+    return Sweep(blocks, [len(prompt) for prompt in into], site, values, n_positions)

@@ -1,4 +1,4 @@
-"""Mean, spread and range of numbers that stream by: what is remembered does not grow with them."""
+"""Mean, spread and range of rows that arrive a batch at a time: memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass
 class Moments:
-    """Of rows [n, width], column by column, in float64."""
+    """Mean, standard deviation, minimum and maximum of each column, in float64.
+
+    width: the number of columns. n: the rows added so far. mean, std, low, high: [width].
+    """
 
     width: int
     n: int = 0
@@ -25,19 +28,19 @@ class Moments:
 
     @property
     def std(self) -> Array:
-        """Of the rows themselves, not an estimate for others."""
-        found: Array = np.sqrt(self._squares / max(1, self.n))
-        return found
+        """The standard deviation of the rows themselves (divided by n, not by n - 1)."""
+        deviation: Array = np.sqrt(self._squares / max(1, self.n))
+        return deviation
 
     def add(self, rows: Any) -> None:
-        """rows: [n, width]."""
+        """rows: [n, width]. Source: the parallel update of mean and variance, Chan, Golub and LeVeque 1979."""
         new = np.asarray(rows, np.float64)
         if not len(new):
             return
         mean = new.mean(0)
         total = self.n + len(new)
-        apart = mean - self.mean
-        self._squares += ((new - mean) ** 2).sum(0) + apart**2 * self.n * len(new) / total
-        self.mean = self.mean + apart * len(new) / total
+        difference = mean - self.mean
+        self._squares += ((new - mean) ** 2).sum(0) + difference**2 * self.n * len(new) / total
+        self.mean = self.mean + difference * len(new) / total
         self.low, self.high = np.minimum(self.low, new.min(0)), np.maximum(self.high, new.max(0))
         self.n = total

@@ -1,4 +1,7 @@
-"""What each head's result adds to a difference of logits by itself: through the final norm, its size left as it was, and the unembedding."""
+"""Direct logit attribution: what each head's result alone adds to a difference of logits.
+
+The result goes through the final norm, which divides by the size it had for the whole stream, and through the unembedding.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ FINAL = Site("final_norm")
 
 
 class DirectEffects:
-    """Of all heads of a model, on some targets.
+    """The direct effects of all heads of a model on some targets.
 
-    targets: one at least. Raises PromptError for one without tokens, SiteUnavailable for a model whose final norm or unembedding are not what
-    they are elsewhere.
+    targets: at least one. Raises PromptError for a target without tokens, SiteUnavailable for a model whose final norm is no LayerNorm or
+    RMSNorm, or whose unembedding reads something else than this norm's output.
     Source: direct logit attribution, Elhage et al. 2021.
     """
 
@@ -37,66 +40,76 @@ class DirectEffects:
         _check_unembedding(loaded.model, self._final_tap.module)
         self._final = self._frozen(loaded.model, self._final_tap.module)
         before_norm = self._final.back(_unembedded(loaded.model, targets, layout.d_model))  # [n_targets, d_model]
-        self._post: dict[int, FrozenNorm] = {}
+        self._post_norms: dict[int, FrozenNorm] = {}
+        """Layer -> the norm that follows its attention, in models that have one (Gemma 2)."""
         self._directions: list[Tensor] = []
-        """Of each layer: [n_targets, n_heads, d_head], what z is multiplied by."""
+        """For each layer what z is multiplied by: [n_targets, n_heads, d_head]."""
         for layer in range(layout.n_layers):
-            self._directions.append(self._of_layer(loaded.model, layer, before_norm))
+            self._directions.append(self._direction(loaded.model, layer, before_norm))
 
-    def _of_layer(self, model: Any, layer: int, direction: Tensor) -> Tensor:
+    def _direction(self, model: Any, layer: int, direction: Tensor) -> Tensor:
+        """What a layer's z is multiplied by. direction: [n_targets, d_model], what the stream is multiplied by."""
         added, projection = self._taps_of(layer)
         if not f"{projection.module}.".startswith(f"{added.module}."):  # a norm stands between the two
-            self._post[layer] = self._frozen(model, added.module)
-            direction = self._post[layer].back(direction)
+            self._post_norms[layer] = self._frozen(model, added.module)
+            direction = self._post_norms[layer].back(direction)
         weight = output_weight(model.get_submodule(projection.module)).cpu()  # [n_heads * d_head, d_model]
-        found: Tensor = (weight @ (direction * added.scale).T).T
-        return found.view(len(direction), self._layout.n_heads, -1)
+        of_z: Tensor = (weight @ (direction * added.scale).T).T
+        return of_z.view(len(direction), self._layout.n_heads, -1)
 
     def _frozen(self, model: Any, path: str) -> FrozenNorm:
         return frozen(model.get_submodule(path), self._layout.d_model, model.dtype)
 
     def _taps_of(self, layer: int) -> tuple[Tap, Tap]:
-        """Of what attention adds, and of its output projection."""
+        """Where to read what attention adds to the stream, and z, the input of its output projection."""
         sites = (Site("attn_out", layer), Site("z", layer))
         added, z = self._layout.pick(sites).values()
         return added, z
 
     @property
     def taps(self) -> dict[str, Tap]:
-        """What a forward is read at for `of`."""
-        own = {"final_norm_input": Tap(self._final_tap.module, "input"), FINAL.key: self._final_tap}
-        own |= self._layout.pick(Site("z", layer) for layer in range(self._layout.n_layers))
-        for layer in self._post:
+        """Where a forward must be read for `of`."""
+        taps = {"final_norm_input": Tap(self._final_tap.module, "input"), FINAL.key: self._final_tap}
+        taps |= self._layout.pick(Site("z", layer) for layer in range(self._layout.n_layers))
+        for layer in self._post_norms:
             added, projection = self._taps_of(layer)
-            own |= {f"{layer}.given": Tap(projection.module, "output"), f"{layer}.gave": Tap(added.module, "output")}
-        return own
+            taps |= {f"{layer}.given": Tap(projection.module, "output"), f"{layer}.gave": Tap(added.module, "output")}
+        return taps
 
     def of(self, rows: Mapping[str, Tensor]) -> Tensor:
-        """rows: key -> [n, width], of `taps`. Returns [n, n_targets, n_layers, n_heads], float32, in logits."""
+        """Each head's direct effect on each target, in logits: [n, n_targets, n_layers, n_heads], float32.
+
+        rows: key of `taps` -> [n, width].
+        """
         size = self._final.sizes(rows["final_norm_input"], rows[FINAL.key])  # [n]
-        found: list[Tensor] = []
+        per_layer: list[Tensor] = []
         for layer, directions in enumerate(self._directions):
             z = rows[Site("z", layer).key].float().view(len(size), self._layout.n_heads, -1)
             effects = torch.einsum("nhd,thd->nth", z, directions)
-            if layer in self._post:
-                own = self._post[layer].sizes(rows[f"{layer}.given"], rows[f"{layer}.gave"])
-                effects = effects / own[:, None, None]
-            found.append(effects / size[:, None, None])
-        return torch.stack(found, 2)
+            if layer in self._post_norms:
+                post_size = self._post_norms[layer].sizes(rows[f"{layer}.given"], rows[f"{layer}.gave"])
+                effects = effects / post_size[:, None, None]
+            per_layer.append(effects / size[:, None, None])
+        return torch.stack(per_layer, 2)
 
 
 def _unembedded(model: Any, targets: Sequence[Target], d_model: int) -> Tensor:
-    """[n_targets, d_model], float32. The product of a row with the final norm's output is the target's difference of logits."""
+    """For each target the direction whose product with the final norm's output is its difference of logits: [n_targets, d_model], float32."""
     tokens = sorted({token for target in targets for token in (*target.answer, *target.against)})
     rows = dict(zip(tokens, _unembedding_rows(model, tokens, d_model), strict=True))
-    found = [
-        torch.stack([rows[t] for t in one]).mean(0) - torch.stack([rows[t] for t in o]).mean(0) for one, o in targets
-    ]
-    return torch.stack(found)
+    directions = [_mean_row(rows, target.answer) - _mean_row(rows, target.against) for target in targets]
+    return torch.stack(directions)
+
+
+def _mean_row(rows: Mapping[int, Tensor], tokens: Sequence[int]) -> Tensor:
+    return torch.stack([rows[token] for token in tokens]).mean(0)
 
 
 def _unembedding_rows(model: Any, tokens: Sequence[int], d_model: int) -> Tensor:
-    """[n_tokens, d_model], float32. For a quantised, adapted or offloaded unembedding each row is computed as the derivative of its logit."""
+    """The unembedding's row of each token: [n_tokens, d_model], float32.
+
+    A quantised, adapted or offloaded unembedding has no plain weight: its rows are the derivatives of the logits.
+    """
     head = model.get_output_embeddings()
     weight = head.weight
     if type(head) is nn.Linear and not weight.is_meta:
@@ -104,16 +117,16 @@ def _unembedding_rows(model: Any, tokens: Sequence[int], d_model: int) -> Tensor
         return plain
     given = torch.zeros(1, d_model, dtype=model.dtype, device="cpu" if weight.is_meta else weight.device)
     given.requires_grad_()
-    found: list[Tensor] = []
+    derivatives: list[Tensor] = []
     with torch.enable_grad():
         logits = head.forward(given)[0]
         for token in tokens:  # one by one: sums would be rounded in the model's dtype
-            found += torch.autograd.grad(logits[token], given, retain_graph=True)
-    return torch.cat(found).float().cpu()
+            derivatives += torch.autograd.grad(logits[token], given, retain_graph=True)
+    return torch.cat(derivatives).float().cpu()
 
 
 def _check_unembedding(model: Any, norm: str) -> None:
-    """Raises SiteUnavailable when the unembedding is given something else than the final norm gives."""
+    """Raises SiteUnavailable when the unembedding reads something else than the final norm's output. norm: the module's path."""
     head = model.get_output_embeddings()
     seen: dict[str, Tensor] = {}
     with Hooks() as hooks, torch.no_grad():
@@ -121,13 +134,8 @@ def _check_unembedding(model: Any, norm: str) -> None:
             hooks.before(head, lambda module, args, kwargs: seen.update(given=args[0]))
         hooks.after(model.get_submodule(norm), lambda module, args, output: seen.update(gave=output))
         model(input_ids=torch.tensor([[1, 2]], device=input_device(model)))
-    given = seen.get("given")
-    if given is None or given.shape[-1] != seen["gave"].shape[-1]:
-        is_same = False
-    else:
-        is_same = torch.equal(given[0, -1].to(seen["gave"].device), seen["gave"][0, -1])
-    if not is_same:
+    given, gave = seen.get("given"), seen["gave"]
+    if given is None or not torch.equal(given[0, -1].to(gave.device), gave[0, -1]):
         raise SiteUnavailable(
-            f"what {type(model).__name__}'s unembedding is given is not what its final norm gives, so that what heads add to "
-            "logits is not known."
+            f"what {type(model).__name__}'s unembedding is given is not what its final norm gives, so what heads add to logits is not known."
         )

@@ -1,4 +1,4 @@
-"""Texts for an analysis, or what a data loader gives, as batches of real tokens and padding."""
+"""Makes padded batches of token ids from texts, or from the batches of a data loader."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from AutomaticEval.errors import ModelError, PromptError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 SORTED_BATCHES = 64
-"""Texts of so many batches are sorted by length together, so that little is padding."""
+"""How many batches' texts are sorted by length together, so that little of a batch is padding."""
 
 
-class Reader:
+class Batcher:
     """Makes batches of texts, of lists of token ids, or of what a data loader gives."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.n_truncated = 0
-        """Texts that were longer than the model's context, and were cut to it."""
+        """How many texts were longer than the model's context and were cut to it."""
         self._model, self._tokenizer, self._longest = loaded.model, loaded.tokenizer, loaded.context
 
     def batches(self, data: Iterable[Any], batch_size: int, most: int | None = None) -> Iterator[Batch]:
-        """most: so many batches at most, of the first texts.
+        """Batches of all of the data, or of the first items: at most `most` batches.
 
-        Raises PromptError for what is no batch, and for empty texts; ModelError for texts without a tokenizer.
+        data: texts, lists of token ids, or batches (a mapping with input_ids, a tensor of ids, or a tuple of ids and mask).
+        Raises PromptError for an empty text and for what is neither text nor batch, ModelError for texts without a tokenizer.
         """
         if isinstance(data, str):
-            raise PromptError("one text was given where several are expected; write [text].")
+            raise PromptError("one text was given where a list of texts is expected; write [text].")
         if hasattr(data, "keys") or (isinstance(data, tuple) and all(isinstance(each, Tensor) for each in data)):
             data = [data]  # one batch
         items = iter(data)
@@ -69,7 +70,7 @@ def _is_text(item: Any) -> bool:
 
 
 def _given(item: Any) -> Batch:
-    """A data loader's batch: a mapping, a tensor of ids, or (ids, mask, ...)."""
+    """The batch that a data loader gave as a mapping, a tensor of ids, or a tuple (ids, mask, ...)."""
     if isinstance(item, Mapping) or hasattr(item, "keys"):
         if "input_ids" not in item:
             raise PromptError(f"a batch has no input_ids; it has {', '.join(map(str, item.keys()))}.")

@@ -1,4 +1,4 @@
-"""The rest of a model's forward, from any block on: what is below it is computed once, and variants of what follows run together."""
+"""Runs a model from any block on: what the blocks below it give is computed once, and many variants of the rest run together."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from AutomaticEval.models.layout import Layout
 from AutomaticEval.sites import Site
 
 TOLERANCE = 1e-3
-"""How far scores of a forward that begins at a block may be from those of the whole, as a part of 1 + |score|."""
+"""How far a score of a forward that begins at a block may be from that of a whole forward, as a part of 1 + |score|."""
 
 
-class Rest:
-    """Of forwards over some sequences, which are padded on the left.
+class LaterBlocks:
+    """Forwards over some sequences, padded on the left, that begin at a block of choice.
 
-    score: logits [n_variants, batch, n_last, d_vocab], float32, of the last columns, to numbers [n_variants, batch].
-    Raises EditError for a model whose blocks cannot be run from a middle one on.
+    score: takes the float32 logits [n_variants, batch, n_last, d_vocab] of the last n_last columns, and returns [n_variants, batch].
+    Raises EditError for a model that cannot be run from a middle block on.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Rest:
         self._blocks = _Blocks(loaded.model, self.layout)
         self._streams = self._read()
         self.baseline = self.scores(0)[0]
-        """[batch]: without a change."""
+        """[batch]: the scores when nothing is changed."""
         again = self.scores(self.layout.n_layers - 1)[0]
         if not bool(((again - self.baseline).abs() <= TOLERANCE * (1 + self.baseline.abs())).all()):
             raise EditError(
@@ -53,16 +53,16 @@ class Rest:
             )
 
     def _read(self) -> list[Tensor]:
-        """Of each layer: the stream that enters its block, [batch, pos, d_model], zeros at padding."""
+        """For each layer the residual stream that enters its block: [batch, pos, d_model], zeros at padding."""
         sites = [Site("resid_pre", layer) for layer in range(self.layout.n_layers)]
         with self._blocks.watched():
             rows = read(self._loaded.model, self.layout, self.layout.pick(sites), self.batch)
         return [unpacked(rows[site.key], self.batch) for site in sites]
 
     def scores(self, layer: int, n_variants: int = 1, edit: Edit | None = None) -> Tensor:
-        """[n_variants, batch], float64, of forwards that begin at a layer's block.
+        """The scores of forwards that begin at a layer's block: [n_variants, batch], float64.
 
-        edit: of [n_variants * batch, pos, width], variant after variant, at this layer or above; None changes nothing.
+        edit: of [n_variants * batch, pos, width], variant after variant, at this layer or a later one. None changes nothing.
         """
         model = self._loaded.model
         stream = self._streams[layer].repeat(n_variants, 1, 1)
@@ -71,20 +71,20 @@ class Rest:
         given = inputs(model, batch)
         if takes_few_logits(model):
             given["logits_to_keep"] = self._n_last
-        with torch.no_grad(), self._blocks.handing_on(layer), editing(model, edits):
+        with torch.no_grad(), self._blocks.skipped(layer), editing(model, edits):
             logits = model(**given).logits[:, -self._n_last :]
         return self._score(logits.float().view(n_variants, len(self.batch.ids), self._n_last, -1)).double().cpu()
 
 
 def unpacked(rows: Tensor, batch: Batch) -> Tensor:
-    """rows: [real tokens, width], row after row. Returns [batch, pos, width], zeros at padding."""
+    """The rows of real tokens as a padded tensor: [real tokens, width] -> [batch, pos, width], zeros at padding."""
     whole = rows.new_zeros((*batch.ids.shape, rows.shape[-1]))
     whole[batch.mask] = rows
     return whole
 
 
 class _Blocks:
-    """A model's blocks, of which the first can be made to hand on what they are given."""
+    """A model's blocks. The first ones can be skipped: they then give the stream that they are given."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         sites = [Site("resid_pre", layer) for layer in range(layout.n_layers)]
@@ -105,18 +105,20 @@ class _Blocks:
             yield
 
     @contextmanager
-    def handing_on(self, n_blocks: int) -> Iterator[None]:
-        """The first so many blocks compute nothing."""
-        kept = [(block, block.__dict__.get("forward")) for block in self._blocks[:n_blocks]]
+    def skipped(self, n_blocks: int) -> Iterator[None]:
+        """The first `n_blocks` blocks compute nothing."""
+        skipped = self._blocks[:n_blocks]
+        own_forwards = [vars(block).get("forward") for block in skipped]  # accelerate gives instances one of their own
         try:
-            for block, _ in kept:
-                block.__dict__["forward"] = _given_as_tuple if block in self._give_tuples else _given
+            for block in skipped:
+                block.forward = _given_as_tuple if block in self._give_tuples else _given
             yield
         finally:
-            for block, own in kept:
-                block.__dict__.pop("forward", None)
-                if own is not None:  # as accelerate sets it
-                    block.__dict__["forward"] = own
+            for block, own in zip(skipped, own_forwards, strict=True):
+                if own is not None:
+                    block.forward = own
+                elif "forward" in vars(block):
+                    del block.forward
 
 
 def _given(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

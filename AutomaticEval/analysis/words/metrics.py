@@ -1,4 +1,4 @@
-"""Numbers for a text: how positive it sounds, and how often it uses the words of a category."""
+"""Text metrics: how positive a text sounds, and how often it uses the words of a category."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from AutomaticEval.errors import ModelUnavailable, SelectionError, first_line
 
 
 class TextMetric(NamedTuple):
-    """One number a text."""
+    """A function that gives one number for each text."""
 
     name: str
     unit: str
-    """For axes."""
+    """What the number is, for the axes of figures."""
     of: Callable[[Sequence[str]], list[float]]
     """A number for each text."""
 
 
 def vader() -> TextMetric:
-    """VADER's compound score, -1 (negative) to 1 (positive); a lexicon, offline."""
+    """VADER's compound score, from -1 (negative) to 1 (positive). VADER is a lexicon and needs no network."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyzer = SentimentIntensityAnalyzer()
@@ -32,9 +32,9 @@ def vader() -> TextMetric:
 
 
 def classifier(name: str, label: str | None = None) -> TextMetric:
-    """The probability that a Hugging Face text classifier gives a label; by default the one that begins with "pos".
+    """The probability that a Hugging Face text classifier gives to a label; by default the label that begins with "pos".
 
-    name: a hub name or a folder. Raises ModelUnavailable, SelectionError for a label there is not.
+    name: a hub name or a folder. Raises ModelUnavailable, and SelectionError for a label that the classifier does not have.
     """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -50,19 +50,19 @@ def classifier(name: str, label: str | None = None) -> TextMetric:
         raise SelectionError(f"{name!r} has no label {chosen or 'pos…'!r}; it has {', '.join(labels)}. Name one.")
 
     def scores(texts: Sequence[str]) -> list[float]:
-        found = []
+        probabilities = []
         for text in texts:
             given = tokenizer(text or " ", return_tensors="pt", truncation=True)
             with torch.no_grad():
                 likely = model(**given).logits.float().softmax(-1)
-            found.append(float(likely[0, model.config.label2id[chosen]]))
-        return found
+            probabilities.append(float(likely[0, model.config.label2id[chosen]]))
+        return probabilities
 
     return TextMetric("sentiment", f"probability of {chosen}, {name}", scores)
 
 
 def keywords(words: Sequence[str]) -> TextMetric:
-    """How many of a text's words are among these, whatever their case."""
+    """How many of a text's words are among these words, in upper or lower case."""
     pattern = whole_words(words)
     return TextMetric(
         "keywords", "keywords a response", lambda texts: [float(len(pattern.findall(text))) for text in texts]
@@ -70,5 +70,5 @@ def keywords(words: Sequence[str]) -> TextMetric:
 
 
 def whole_words(words: Sequence[str]) -> re.Pattern[str]:
-    """Finds any of these, as whole words and whatever their case."""
+    """A pattern that finds any of these words, whole and in upper or lower case."""
     return re.compile(r"\b(?:" + "|".join(re.escape(word) for word in words) + r")\b", re.IGNORECASE)

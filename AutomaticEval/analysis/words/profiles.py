@@ -1,10 +1,10 @@
-"""Profiles: labelled prompt sets with their keywords and models, in a TOML file that can be copied and changed."""
+"""Profiles: prompts in categories, with keywords and models, in a TOML file that people can copy and change."""
 
 from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +16,19 @@ FOLDER = Path(__file__).parent.parent.parent / "profiles"
 
 @dataclass(frozen=True)
 class Profile:
-    """prompts: category -> its texts. keywords: category -> whole words that tell it. neutral: the category without any."""
+    """Prompts in categories, and the words that tell the categories apart."""
 
     name: str
     prompts: Mapping[str, list[str]]
-    keywords: Mapping[str, list[str]]
+    """Category -> its texts."""
+    keywords: Mapping[str, Sequence[str]]
+    """Category -> whole words that are typical of it."""
     neutral: str
+    """The category that the others are compared with. It needs no keywords."""
     models: tuple[str, ...] = ()
 
     def category(self, name: str) -> list[str]:
-        """Raises SelectionError for a category there is not."""
+        """The texts of a category. Raises SelectionError for a category that the profile does not have."""
         if name not in self.prompts:
             raise SelectionError(
                 f"the profile {self.name!r} has no category {name!r}.{did_you_mean(name, self.prompts)} It has: "
@@ -35,10 +38,10 @@ class Profile:
 
 
 def load_profile(name: str | Path) -> Profile:
-    """A profile that comes with the package (baseline, extended), or a TOML file of one's own.
+    """A profile that comes with the package (baseline, extended), or one from a TOML file.
 
-    The file: `prompts` (a JSONL file beside it, of objects with category and text), `neutral`, `models`, and a table `keywords`.
-    Raises SelectionError for no such profile, PromptError for what is wrong in it.
+    The file holds `prompts` (the name of a JSONL file beside it, of objects with category and text), `neutral`, `models`, and a table
+    `keywords`. Raises SelectionError for a profile that does not exist, PromptError for a mistake in the file, which it names.
     """
     file = Path(name) if str(name).endswith(".toml") else FOLDER / f"{name}.toml"
     if not file.is_file():
@@ -47,14 +50,14 @@ def load_profile(name: str | Path) -> Profile:
             f"no profile {str(name)!r}.{did_you_mean(str(name), known)} There are: {', '.join(known)}, or a .toml file of yours."
         )
     try:
-        found = tomllib.loads(file.read_text(encoding="utf-8"))
-        neutral, texts = str(found["neutral"]), file.parent / str(found["prompts"])
-        words = _keywords(found.get("keywords", {}), file)
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        neutral, texts = str(table["neutral"]), file.parent / str(table["prompts"])
+        words = _keywords(table.get("keywords", {}), file)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as broken:
         raise PromptError(f"{file} is not TOML: {broken}") from None
     except KeyError as absent:
         raise PromptError(f"{file} lacks {absent.args[0]!r}; a profile has prompts, neutral and keywords.") from None
-    models = found.get("models", [])
+    models = table.get("models", [])
     if not isinstance(models, list) or not all(isinstance(model, str) for model in models):
         raise PromptError(f"{file}: models is no list of names: {models!r}.")
     prompts = _prompts(texts)
@@ -64,17 +67,18 @@ def load_profile(name: str | Path) -> Profile:
     return Profile(file.stem, prompts, words, neutral, tuple(models))
 
 
-def _keywords(found: object, file: Path) -> dict[str, list[str]]:
-    """Category -> its words. Raises PromptError for what is no list of them."""
-    if not isinstance(found, dict):
+def _keywords(table: object, file: Path) -> dict[str, list[str]]:
+    """Category -> its words. Raises PromptError for a category whose words are no list of words."""
+    if not isinstance(table, dict):
         raise PromptError(f"{file}: keywords is no table of categories; write [keywords].")
-    for category, words in found.items():
+    for category, words in table.items():
         if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
             raise PromptError(f"{file}: the keywords of {category!r} are no list of words: {words!r}.")
-    return found
+    return table
 
 
 def _prompts(file: Path) -> dict[str, list[str]]:
+    """Category -> its texts, from a JSONL file. Raises PromptError, with the line."""
     if not file.is_file():
         raise PromptError(f"there is no {file}, which the profile names.")
     prompts: dict[str, list[str]] = {}

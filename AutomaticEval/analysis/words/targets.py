@@ -1,4 +1,4 @@
-"""Words and their tokens."""
+"""Words and their tokens: which tokens stand for a word, and which tokens of a text belong to given words."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 from AutomaticEval.errors import PromptError
 
 BEFORE = "I am"
-"""What stands before a word, to see which tokens it has after others."""
+"""Text that is put before a word, because a word's tokens differ between the beginning of a text and later."""
 
 
 class Target(NamedTuple):
-    """Tokens whose logits are told apart: the mean logit of answer less that of against."""
+    """Tokens whose logits are compared: the mean logit of answer minus the mean logit of against."""
 
     answer: list[int]
     against: list[int]
 
 
 def one_token(tokenizer: Any, text: str) -> int:
-    """Raises PromptError for a text of several tokens."""
+    """The id of a text's only token. Raises PromptError for a text of several tokens, or of none."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise PromptError(
@@ -30,46 +30,44 @@ def one_token(tokenizer: Any, text: str) -> int:
 
 
 def first_tokens(tokenizer: Any, words: Iterable[str]) -> list[int]:
-    """Of words that follow others: those that are one token; when none is, the first tokens of all.
+    """The tokens of those words that are one token, in the middle of a text; when no word is, the first token of each word.
 
-    Tokens that many words begin with are passed over: white space alone, and what stands for unknown words.
+    White space alone, and the token for unknown words, are passed over, because many words begin with them.
     """
     before = tokenizer(BEFORE, add_special_tokens=False)["input_ids"]
-    found = [tokenizer(f"{BEFORE} {word}", add_special_tokens=False)["input_ids"] for word in words]
-    after = [ids[len(before) :] for ids in found if ids[: len(before)] == before]
-    whole = [ids for ids in after if len(ids) == 1 and _is_told(tokenizer, ids[0])]
-    told = [[token for token in ids if _is_told(tokenizer, token)] for ids in after]
-    return sorted({int(ids[0]) for ids in whole or told if ids})
+    encoded = [tokenizer(f"{BEFORE} {word}", add_special_tokens=False)["input_ids"] for word in words]
+    after = [ids[len(before) :] for ids in encoded if ids[: len(before)] == before]
+    single = [ids for ids in after if len(ids) == 1 and _tells_a_word(tokenizer, ids[0])]
+    telling = [[token for token in ids if _tells_a_word(tokenizer, token)] for ids in after]
+    return sorted({int(ids[0]) for ids in single or telling if ids})
 
 
-def _is_told(tokenizer: Any, token: int) -> bool:
+def _tells_a_word(tokenizer: Any, token: int) -> bool:
+    """Whether a token is neither white space nor the token for unknown words."""
     return token != tokenizer.unk_token_id and bool(tokenizer.decode([token]).strip())
 
 
 def targets_of(tokenizer: Any, keywords: Mapping[str, Sequence[str]]) -> dict[str, Target]:
-    """Of each category with keywords, its own against all others', but for tokens that both have.
+    """For each category with keywords: the tokens of its keywords against those of all other categories, without tokens that both have.
 
-    Raises PromptError when nothing is left of either.
+    Raises PromptError when no token is left on one of the sides.
     """
     own = {category: set(first_tokens(tokenizer, words)) for category, words in keywords.items() if words}
-    found = {}
+    targets = {}
     for category, answer in own.items():
         others: set[int] = set().union(*(tokens for name, tokens in own.items() if name != category))
-        found[category] = Target(sorted(answer - others), sorted(others - answer))
-        for what, tokens in (
-            ("keywords of", found[category].answer),
-            ("keywords other than of", found[category].against),
-        ):
+        target = targets[category] = Target(sorted(answer - others), sorted(others - answer))
+        for what, tokens in (("keywords of", target.answer), ("keywords other than of", target.against)):
             if not tokens:
                 raise PromptError(
                     f"no token tells the {what} {category!r} from the rest, so that there is no logit difference; name two tokens "
                     "(--target, --against), or another category with keywords."
                 )
-    return found
+    return targets
 
 
 def check_target(target: Target, n_tokens: int) -> None:
-    """Raises PromptError for one that is no difference."""
+    """Raises PromptError for a target that is no difference of logits. n_tokens: the size of the vocabulary."""
     if not target.answer or not target.against or set(target.answer) == set(target.against):
         raise PromptError(f"{target} is no difference of logits: it needs tokens on both sides, and not the same.")
     if not all(0 <= token < n_tokens for token in (*target.answer, *target.against)):
@@ -77,15 +75,19 @@ def check_target(target: Target, n_tokens: int) -> None:
 
 
 def tokens_within(tokenizer: Any, text: str, pattern: re.Pattern[str]) -> tuple[list[int], list[bool]]:
-    """The token ids of a text, and of each whether a part of it is in what the pattern finds."""
+    """The token ids of a text, and for each token whether it overlaps with something that the pattern finds.
+
+    Raises PromptError for a tokenizer that does not know where its tokens are in the text.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise PromptError(
             f"{type(tokenizer).__name__} does not tell which characters its tokens stand for; a fast tokenizer does."
         )
     encoded = tokenizer(text, return_offsets_mapping=True)
     spans = [match.span() for match in pattern.finditer(text)]
-    return encoded["input_ids"], [_is_within(place, spans) for place in encoded["offset_mapping"]]
+    return encoded["input_ids"], [_overlaps(characters, spans) for characters in encoded["offset_mapping"]]
 
 
-def _is_within(place: Sequence[int], spans: Sequence[tuple[int, int]]) -> bool:
-    return any(place[0] < end and place[1] > start for start, end in spans)
+def _overlaps(characters: Sequence[int], spans: Sequence[tuple[int, int]]) -> bool:
+    """characters: first and end, as spans are."""
+    return any(characters[0] < end and characters[1] > start for start, end in spans)

@@ -1,4 +1,4 @@
-"""Reads and writes result files: JSON, written whole or not at all."""
+"""JSON files, written whole or not at all, and read again."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from AutomaticEval.store.disk.json_text import parse_json
 from AutomaticEval.store.disk.whole_files import new_file, prepare_file, prepare_folder
 
 Stats = dict[tuple[int, int], dict[str, float]]
-"""(layer, head) -> R_h, std, min, max, n."""
+"""(layer, head) -> a dict of R_h, std, min, max and n: how strong the head is."""
 
 
 def new_results(folder: Path, *names: str) -> list[Path]:
-    """The paths of files that will be written into a folder. A path that cannot be written is refused now, before any work.
-
-    Raises PathExists, FolderNotWritable.
-    """
+    """The paths of result files, checked before the work that will fill them. Raises PathExists, FolderNotWritable."""
     prepare_folder(folder)
     for name in names:
         prepare_file(folder / name, offer_overwrite=False)
@@ -48,33 +45,27 @@ def _finite(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A result that `write_json` wrote. Raises StoreError for another file."""
+    """The object in a JSON file. Raises StoreError for a file that is absent, or no JSON, or holds something else."""
     try:
-        result = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(f"there is no {path}.") from None
     except (ValueError, OSError):
         raise StoreError(f"{path} is no JSON; give a file that one of these commands wrote.") from None
-    if not isinstance(result, dict):
-        raise StoreError(f"{path} holds a {type(result).__name__}; a result is an object with a kind.")
-    return result
+    if not isinstance(content, dict):
+        raise StoreError(f"{path} holds a {type(content).__name__}; a result is an object with a kind.")
+    return content
 
 
 def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises OtherSettings when a folder was made with settings other than those of now. Settings that now does not name do not matter."""
+    """Raises OtherSettings when a folder was made with other settings. before may hold more settings than now; those are not compared."""
     apart = RunSettings.from_dict(before).differences(RunSettings.from_dict(now), str(folder), now.keys())
     if apart:
         raise OtherSettings(f"{folder} was made with other settings: {min(apart)}. Name another folder.")
 
 
-def strength_result(stats: Stats, model: str, of: str, **about: Any) -> dict[str, Any]:
-    """Head strengths as a result for `write_json`. of: the texts that they were measured on. about: more entries of the result."""
-    heads = [{"layer": layer, "head": head, **numbers} for (layer, head), numbers in stats.items()]
-    return {"kind": "strength", "model": model, "of": of, **about, "heads": heads}
-
-
 def read_strength(path: str | Path) -> tuple[Stats, str]:
-    """The head strengths of a result file, and the texts that they were measured on. Raises StoreError for another file."""
+    """The head strengths in a result file, and what they were measured of ("result" or "z"). Raises StoreError for another file."""
     result = read_json(Path(path))
     try:
         stats = {(each.pop("layer"), each.pop("head")): each for each in result["heads"]}

@@ -1,0 +1,92 @@
+"""The folder of a sweep: each layer is written when it is done, so a sweep that was cut short goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from tqdm import tqdm
+
+from AutomaticEval.errors import StoreError
+from AutomaticEval.settings import LATER, SAMPLED
+from AutomaticEval.store.disk.json_files import read_json, refuse_others, write_json
+
+CHECKSUM = "xxh3_64"
+"""The name of the checksum in a layer's file."""
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """Where a sweep keeps its settings and its layers. The folder is made when it is first used."""
+
+    path: Path
+
+    settings: Mapping[str, Any]
+    """What the sweep is of: model, prompts or pairs, and options."""
+
+    def check_settings(self, **more: Any) -> None:
+        """Write the settings, or compare them with those the folder was made with. more: settings that only the sweep knows.
+
+        Raises OtherSettings.
+        """
+        settings = {**self.settings, **more}
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / "settings.json"
+        if not file.exists():
+            write_json(file, settings)
+            return
+        before = read_json(file)
+        if SAMPLED not in before and "weights" in before:  # as the first versions named it
+            before[SAMPLED] = before.pop("weights")
+            settings = {name: value for name, value in settings.items() if name in before or name in LATER}
+        refuse_others(self.path, before, {**dict.fromkeys(before), **settings})
+
+    def layers(self, name: str, n_layers: int, compute: Callable[[int], Tensor]) -> Tensor:
+        """Every layer's numbers, read from its file, or computed and written: [n_layers, n_places, n_sequences], float64.
+
+        name: of the numbers, for the files. compute: layer -> [n_places, n_sequences], NaN where there is no number.
+        Raises StoreError for a damaged file.
+        """
+        layers: list[Tensor] = []
+        for layer in tqdm(range(n_layers), desc=f"Layers ({name})", unit="layer"):
+            file = self.path / f"{name}_layer_{layer:03d}.json"
+            if not file.exists():
+                values = [[each if math.isfinite(each) else None for each in row] for row in compute(layer).tolist()]
+                write_json(file, {name: values, CHECKSUM: _checksum(values)})
+            layers.append(_read_layer(file, name))
+            if layers[-1].shape != layers[0].shape:
+                raise _damaged(
+                    file, f"it has {list(layers[-1].shape)} numbers, and other layers have {list(layers[0].shape)}"
+                )
+        return torch.stack(layers)
+
+
+def _read_layer(file: Path, name: str) -> Tensor:
+    """The numbers of one layer's file: [n_places, n_sequences]. Files of the first versions have no checksum. Raises StoreError."""
+    content = read_json(file)
+    values = content.get(name)
+    if CHECKSUM in content and content[CHECKSUM] != _checksum(values):
+        raise _damaged(file, "its numbers are not what its checksum says")
+    try:
+        rows = [[torch.nan if each is None else each for each in row] for row in values or []]
+        table = torch.tensor(rows, dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise _damaged(file, f"it holds no table of numbers named {name!r}") from None
+    if table.dim() != 2:
+        raise _damaged(file, f"it holds no table of numbers named {name!r}")
+    return table
+
+
+def _checksum(values: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(values).encode())
+
+
+def _damaged(file: Path, why: str) -> StoreError:
+    return StoreError(f"{file} is damaged: {why}. Delete it, and the same command computes that layer again.")
