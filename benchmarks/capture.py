@@ -1,9 +1,9 @@
-"""What capturing costs: the same work with and without it, alternating in one process; medians of the ratios.
+"""Measures what capturing costs: the same work with and without capture, in turn in one process; medians of the ratios.
 
     python benchmarks/capture.py [--rounds 5]
 
 A random GPT-2 of 124M parameters generates 48 tokens for 8 prompts of 64 tokens; a batch of the same shape is scored once.
-Captured: the residual stream of every layer at every position, and what a run does with it but for the disk.
+Captured are the residual streams of every layer at every position, with all that a run does with them except writing to the disk.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What an extraction costs beside other ways of the same: one middle layer over short sentences, in one process, alternating.
+"""Compares an extraction with other ways to get one middle layer over short sentences, in turn in one process.
 
     python benchmarks/corpora.py speed --texts TEXTS [--tokenizer GPT2] [--n 2000] [--rounds 5] [--ways bare,naive,lens,sae]
-    python benchmarks/corpora.py memory --texts TEXTS   # peak memory over 10 and 40 times as many texts, by the demo model
+    python benchmarks/corpora.py memory --texts TEXTS   # peak memory with 10 and 40 times as many texts, with the demo model
 
-`bare` runs the same batches through the model, cut off after the same layer, and keeps nothing. `naive` pads texts as they come, eight
-at a time, runs the whole model with output_hidden_states, and copies every layer to the CPU. `lens` is TransformerLens' run_with_cache with
+`bare` runs the same batches through the model, stops after the same layer, and keeps nothing. `naive` pads eight texts at a time in their
+given order, runs the whole model with output_hidden_states, and copies every layer to the CPU. `lens` is TransformerLens' run_with_cache with
 names_filter and stop_at_layer over the same sorted batches, kept in a list; `sae` is SAELens' ActivationsStore, which joins texts, lets them see one another, and
-cuts them every 128 tokens (where they are installed: extra `bench`). `lens` and `sae` write nothing.
+cuts them every 128 tokens. `lens` and `sae` need the extra `bench`, and write nothing.
 The model is a GPT-2 of 124M parameters with random weights.
 """
 
@@ -43,7 +43,7 @@ LAYER = 6
 
 
 def sorted_batches(loaded: LoadedModel, texts: list[str]) -> list[list[list[int]]]:
-    """The very batches that an extraction runs."""
+    """The batches that an extraction runs."""
     pieces = TextPieces(loaded.tokenizer, Feeding(), loaded.context or 1024)
     windows = pieces.windows(enumerate(Text(text, "") for text in texts))
     every = [batch for window in windows for batch in batches_of(window, Feeding(), 1024, TOKENS["cpu"])]
@@ -51,7 +51,7 @@ def sorted_batches(loaded: LoadedModel, texts: list[str]) -> list[list[list[int]
 
 
 def lens_of(model: Any) -> Any:
-    """The same weights as a HookedTransformer; None where TransformerLens 3 is not installed."""
+    """A HookedTransformer with the same weights; None if TransformerLens 3 is not installed."""
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
         from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
@@ -141,7 +141,7 @@ def speed(texts: list[str], tokenizer: str, rounds: int, chosen: list[str]) -> N
         every |= {"lens": lens, "sae": sae}
     ways = {"ours": ours, **{name: way for name, way in every.items() if name in chosen}}
     for way in ways.values():
-        way()  # warm
+        way()  # warm-up
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         taken = {name: seconds(way) for name, way in ways.items()}
@@ -155,7 +155,7 @@ def speed(texts: list[str], tokenizer: str, rounds: int, chosen: list[str]) -> N
 
 
 def memory(texts: list[str], n: int) -> None:
-    """The peak of this process after an extraction of n texts, in shards so small that the fewest texts fill several."""
+    """Peak memory of this process after an extraction of n texts. Shards are small, so that even the fewest texts fill several."""
     corpus.SHARD_BYTES = 16 * 2**20
     folder = Path(tempfile.mkdtemp())
     many = (f"{texts[number % len(texts)]} {number}" for number in range(n))

@@ -1,13 +1,13 @@
-"""What a captured lm-eval run costs beside plain lm-eval: same requests, alternating in one process, medians of the ratios.
+"""Compares a captured lm-eval run with plain lm-eval: the same requests, in turn in one process; medians of the ratios.
 
     python benchmarks/evaluation.py cost      # a random GPT-2 of 124M parameters; all layers, all positions, on the disk
     python benchmarks/evaluation.py generation --tasks demo_arithmetic  # answers alone, in lm-eval's own batches
-    python benchmarks/evaluation.py harness   # lm-eval's own work alone: the model gives nothing, as fast as can be
-    python benchmarks/evaluation.py memory    # peak memory with n and 10 n documents, each in a process of its own
+    python benchmarks/evaluation.py harness   # lm-eval's own work alone: the model takes no time
+    python benchmarks/evaluation.py memory    # peak memory with n and 10 n documents, each in its own process
 
-Both sides begin with the names of the tasks and end with scores (captured: with a run folder that is finished). By default the
-bundled demo; --tasks, --include_path and --tokenizer take others, such as MMLU at its full scale. Both sides have lm-eval's own
-batches; with --scoring tree ours has the prefix tree (see scoring.py).
+Both sides begin with the names of the tasks and end with scores (captured: with a finished run folder). The default is the
+bundled demo; --tasks, --include_path and --tokenizer take others, such as MMLU at full scale. Both sides use lm-eval's own
+batches; with --scoring tree, ours uses the prefix tree (see scoring.py).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from AutomaticEval.store import writer
 from AutomaticEval.store.writer import RunWriter
 
 PEAK_SHARD_BYTES = 32 * 2**20
-"""So that the smaller of two runs fills several shards, too."""
+"""Bytes of a shard: few, so that the smaller run also fills several shards."""
 
 
 def gpt2(tokenizer: str, n_layers: int = 12) -> LoadedModel:
@@ -56,7 +56,7 @@ def gpt2(tokenizer: str, n_layers: int = 12) -> LoadedModel:
 
 
 def plain(loaded: LoadedModel, asked: Benchmark) -> Any:
-    """lm-eval as its own command line runs it: every task file indexed, then its hf model."""
+    """Run lm-eval as its own command line does: index every task file, then run its hf model."""
     manager = TaskManager(include_path=[str(BUNDLED), *asked.include_path])
     lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=asked.batch_size)
     how = {"num_fewshot": asked.num_fewshot, "limit": asked.limit, "gen_kwargs": asked.gen_kwargs}
@@ -79,7 +79,7 @@ def compared(name: str, before: Callable[[], object], after: Callable[[], object
 
 @contextlib.contextmanager
 def no_model() -> Iterator[None]:
-    """lm-eval without its forwards: logits that take no time and no memory."""
+    """Replace lm-eval's forwards by logits that take no time and no memory."""
     stock = HFLM._model_call, huggingface.F.log_softmax
 
     def nothing(self: Any, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -94,7 +94,7 @@ def no_model() -> Iterator[None]:
 
 @contextlib.contextmanager
 def timed_scoring() -> Iterator[list[float]]:
-    """Seconds from tokens to answers: forwards, capture and scores, without tasks, templates, tokenising and metrics."""
+    """Measure the seconds from tokens to answers: forwards, capture and scores, without tasks, templates, tokenising and metrics."""
     spent: list[float] = []
 
     def timed(stock: Any) -> Any:
@@ -119,7 +119,7 @@ def timed_scoring() -> Iterator[list[float]]:
 
 
 def cost(asked: Benchmark, tokenizer: str, rounds: int) -> None:
-    """All that capture adds, on the disk, is held against the time from tokens to answers; the harness is told apart."""
+    """Compare all that capture adds, on the disk, with the time from tokens to answers; print the harness's time separately."""
     loaded = gpt2(tokenizer)
     sides = {
         "plain": lambda: plain(loaded, asked),
@@ -146,7 +146,7 @@ def cost(asked: Benchmark, tokenizer: str, rounds: int) -> None:
 
 
 class Asked(HFLM):  # type: ignore[misc]
-    """lm-eval's model, which only remembers what it is to continue."""
+    """A model for lm-eval that only records the prompts that it is asked to continue."""
 
     def generate_until(self, requests: Any, **kwargs: Any) -> Any:
         self.requests = requests
@@ -154,7 +154,7 @@ class Asked(HFLM):  # type: ignore[misc]
 
 
 def generation(asked: Benchmark, tokenizer: str, rounds: int) -> None:
-    """From lm-eval's requests to their answers, in the same batches; captured: every layer and position, on the disk."""
+    """Measure from lm-eval's requests to their answers, in the same batches. Captured: every layer and position, on the disk."""
     loaded = gpt2(tokenizer)
     lm = Asked(pretrained=loaded.model, tokenizer=loaded.tokenizer)
     manager = TaskManager(include_path=[str(BUNDLED), *asked.include_path], include_defaults=False)
@@ -198,7 +198,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 def memory(n_docs: int, tokenizer: str) -> None:
-    """Documents of one length, since lm-eval's logits of the longest batch are most of the peak; a process for each number."""
+    """One process for each number of documents, which have one length: lm-eval's logits of the longest batch are most of the peak."""
     peaks = []
     for number in (n_docs, 10 * n_docs):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: seconds, and peak memory."""
+"""Measures seconds and peak memory for the benchmarks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing is printed."""
+    """Print nothing while the work runs."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """That quiet work takes; what work before it left behind is collected first."""
+    """Seconds that quiet work takes. Garbage of earlier work is collected first."""
     gc.collect()
     with quiet():
         started = time.perf_counter()
@@ -27,6 +27,6 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def peak_memory() -> int:
-    """The highest resident memory of this process so far, in bytes: not ru_maxrss, which a child has from its parent."""
+    """Highest resident memory of this process so far, in bytes. Not ru_maxrss, which a child inherits from its parent."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])

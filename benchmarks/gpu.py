@@ -1,21 +1,21 @@
-"""The library on a CUDA GPU, in at most 8 minutes: a model of Llama-3.2-3B's shape with random weights, in bfloat16.
+"""Measures the library on a CUDA GPU, in at most 8 minutes: a model with the shape of Llama-3.2-3B and random weights, in bfloat16.
 
     HF_HUB_OFFLINE=1 python benchmarks/gpu.py [section ...] [--out FILE] [--tokenizer FOLDER] [--mmlu DATA] [--folder DIR]
-    HF_HUB_OFFLINE=1 python benchmarks/gpu.py --tiny    # a dry run on the CPU, in a minute; its figures say nothing
+    HF_HUB_OFFLINE=1 python benchmarks/gpu.py --tiny    # a dry run on the CPU, in a minute; its figures mean nothing
 
-Sections, all of them when none is named:
-    truth        capture in generation beside plain hooks in the same forwards, bit for bit
+Sections (without a name, all of them run):
+    truth        capture in generation, compared with plain hooks in the same forwards, bit for bit
     generate     512 + 128 tokens at batch 1, 16 and 64: plain, HF's output_hidden_states, ours
-    prompt       one prompt of 512 tokens, every layer, beside a bare forward
+    prompt       one prompt of 512 tokens, every layer, compared with a bare forward
     score        5-shot questions: plain lm-eval, the prefix tree uncaptured and captured, the floor
-    write        a run of 4 GB beside `tofile` of the same bytes
-    eight        8 and 4 bits by bitsandbytes, captured beside uncaptured
+    write        a run of 4 GB, compared with `tofile` of the same bytes
+    eight        8 and 4 bits by bitsandbytes, captured compared with uncaptured
     fingerprint  the hash of every number of the model
 
-Sides alternate in one process; ratios and seconds are medians over the rounds. A section has its share of the time, and begins no
-round that would end after it: `rounds` says how many there were. Each line is in FILE as soon as it is known, with the error where something failed.
-DATA holds MMLU as dev/SUBJECT.jsonl and test/SUBJECT.jsonl; without it the text is made up. Runs are written below --folder, which
-should be on the disk that is asked about, and removed again. Needs 60 GB of GPU memory, 64 GB of memory and 20 GB of disk.
+Sides run in turn in one process; ratios and seconds are medians over the rounds. Each section has its share of the time and begins no
+round that would end later: `rounds` is the number of rounds. Each line is written to FILE as soon as it is known, with the error if something failed.
+DATA holds MMLU as dev/SUBJECT.jsonl and test/SUBJECT.jsonl; without it, the text is made up. Runs are written below --folder, which
+should be on the disk to be measured, and are removed again. Needs 60 GB of GPU memory, 64 GB of memory and 20 GB of disk.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SECTIONS: dict[str, tuple[Section, float]] = {
 
 
 def where(device: str) -> dict[str, Any]:
-    """What the figures hold for."""
+    """The device, versions and threads that the figures belong to."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()} CPU"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     cpu = {"python": platform.python_version(), "CPU cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -63,7 +63,7 @@ def where(device: str) -> dict[str, Any]:
 
 
 def run(name: str, setting: Setting, record: dict[str, Any], keep: Callable[[], None]) -> None:
-    """One section, into its record: the lines, the seconds that it took, and the error that ended it."""
+    """Run one section and fill its record: its lines, its seconds, and the error that ended it, if any."""
     section, share = SECTIONS[name]
     began = time.perf_counter()
     setting.ends = began + share
@@ -72,7 +72,7 @@ def run(name: str, setting: Setting, record: dict[str, Any], keep: Callable[[], 
         for line in section(setting):
             record["lines"].append(line)
             keep()
-    except Exception as error:  # the other sections are measured all the same
+    except Exception as error:  # the other sections are still measured
         record["error"] = named(error)
     record["took"] = round(time.perf_counter() - began, 1)
     keep()

@@ -1,4 +1,4 @@
-"""What the sections of gpu.py share: the models, clocks that wait for the GPU, and memory."""
+"""Models, clocks that wait for the GPU, and memory gauges for the sections of gpu.py."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Setting:
     device: str
     tokenizer: str
     folder: Path
-    """On the disk that is asked about."""
+    """On the disk to be measured."""
     mmlu: str | None = None
     is_tiny: bool = False
     ends: float = field(default=float("inf"))
-    """By time.perf_counter: a section that is still running then begins no further round."""
+    """A time of time.perf_counter, after which a running section begins no further round."""
 
     def config(self, n_layers: int | None = None) -> LlamaConfig:
         config = llama_3b()
@@ -45,7 +45,7 @@ class Setting:
         return config
 
     def made(self, config: Any, dtype: torch.dtype, name: str) -> LoadedModel:
-        """A model with random weights, made on the device, which never ends a text by itself."""
+        """A model with random weights, made on the device. It never ends a text by itself."""
         torch.manual_seed(0)
         with torch.device(self.device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -58,34 +58,34 @@ class Setting:
 
     @cached_property
     def for_states(self) -> LoadedModel:
-        """The same again: transformers leaves its own hooks on a model that was asked for `output_hidden_states`."""
+        """The model, made again: transformers leaves its own hooks on a model that was asked for `output_hidden_states`."""
         return self.made(self.config(), torch.bfloat16, "llama-3b-shape")
 
     def prompts(self, n: int, n_tokens: int) -> list[list[int]]:
-        """[n, n_tokens] of the ids that every tokenizer here has."""
+        """[n, n_tokens] random ids that every tokenizer here has."""
         return torch.randint(1, 400, (n, n_tokens), generator=torch.Generator().manual_seed(n)).tolist()
 
 
 def wait() -> None:
-    """For the GPU, when there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def waited(work: Callable[[], object]) -> float:
-    """Seconds of work, until the GPU is done with it."""
+    """Seconds of work, until the GPU has finished it."""
     wait()
     return seconds(lambda: (work(), wait()))
 
 
 def named(error: BaseException) -> str:
-    """An error in one line."""
+    """The error, in one line."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
 
 
 @contextmanager
 def peaks() -> Iterator[dict[str, float]]:
-    """GB: what torch had of the GPU at most, and the resident memory of the process, looked at every 10 ms."""
+    """Peaks in GB: the GPU memory that torch held, and the resident memory of the process, sampled every 10 ms."""
     found = {"GPU peak GB": 0.0, "host peak GB": 0.0}
     over = threading.Event()
 
@@ -98,7 +98,7 @@ def peaks() -> Iterator[dict[str, float]]:
                 return
 
     gc.collect()
-    os.sync()  # what the side before wrote is on the disk, and takes no time of this one
+    os.sync()  # the earlier side's bytes are then on the disk and cost this side no time
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -119,9 +119,9 @@ Taken = dict[str, list[float]]
 def alternated(
     sides: Mapping[str, Callable[[], float]], rounds: int, ends: float, failed: dict[str, str] | None = None
 ) -> Taken:
-    """Seconds of each side, round by round; at least one round, and no further one that would end too late.
+    """Seconds of each side, round by round: at least one round, and no round that would end too late.
 
-    failed: takes what failed, which is then left out; without it an error is raised.
+    failed: side -> its error; that side is left out. None: the error is raised.
     """
     taken: Taken = {name: [] for name in sides}
     for number in range(rounds):
@@ -142,5 +142,5 @@ def alternated(
 
 
 def ratio(taken: Taken, side: str, to: str) -> float:
-    """The median over the rounds."""
+    """Median over the rounds."""
     return round(statistics.median(a / b for a, b in zip(taken[side], taken[to], strict=True)), 3)

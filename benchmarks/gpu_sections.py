@@ -1,4 +1,4 @@
-"""The sections of gpu.py. Each yields the lines of its table, one after the other, so that what is cut short leaves the lines before."""
+"""The sections of gpu.py. Each yields the lines of its table one by one, so that a section that is cut short still gives its first lines."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ EVERYTHING = Selection.parse()
 
 
 def truth(setting: Setting) -> Iterator[Line]:
-    """Capture in generation beside plain hooks in the same forwards, bit for bit; left-padded batches of eight.
+    """Compare capture in generation with plain hooks in the same forwards, bit for bit; left-padded batches of eight.
 
-    The plain hooks copy to the host at once, or keep a clone on the GPU: the first wait, the second leave every race as it is.
+    Plain hooks either copy to the host at once, which waits for the GPU, or keep a clone on the GPU, which hides no race.
     """
     width, n_layers, n_new = (64, 2, 6) if setting.is_tiny else (768, 8, 48)
     n_ids = max(1000, len(AutoTokenizer.from_pretrained(setting.tokenizer)))
@@ -60,7 +60,7 @@ def truth(setting: Setting) -> Iterator[Line]:
 
 
 def _compared(setting: Setting, loaded: LoadedModel, n_new: int) -> Line:
-    assert loaded.layout.n_layers  # found now, so that the plain hooks do not see the forwards that find it
+    assert loaded.layout.n_layers  # find the layout now, so that the plain hooks do not see the forwards that find it
     n_tensors = n_equal = n_forwards = 0
     for number, on_host in enumerate((True, False, False)):
         lengths = [3 + 7 * row + number for row in range(8)]
@@ -84,7 +84,7 @@ def _compared(setting: Setting, loaded: LoadedModel, n_new: int) -> Line:
 
 
 def _places(loaded: LoadedModel) -> list[tuple[str, torch.nn.Module, bool]]:
-    """Key, module, and whether its input is meant: by the names that the two families have, not by our layout."""
+    """Key, module, and whether the module's input is meant. Modules are named by the two families' own names, not by our layout."""
     model = loaded.model
     blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
     return [("embeddings", blocks[0], True), *((f"layer_{layer}", block, False) for layer, block in enumerate(blocks))]
@@ -103,7 +103,7 @@ def _hooked(module: torch.nn.Module, into: list[torch.Tensor], *, is_input: bool
 
 
 def generate(setting: Setting) -> Iterator[Line]:
-    """512 prompt + 128 new tokens, greedy. The first round comes after a warm-up of each side, with few new tokens."""
+    """Generate 128 greedy tokens after 512 prompt tokens. A warm-up of each side, with few new tokens, comes first."""
     n_tokens, n_new, batches = (16, 6, (1, 2)) if setting.is_tiny else (512, 128, (1, 16, 64))
     began, shares = time.perf_counter(), (0.2, 0.5, 1.0)
     for n_prompts, share in zip(batches, shares, strict=False):
@@ -176,7 +176,7 @@ def _plainly(loaded: LoadedModel, prompts: list[list[int]], n_new: int, **more: 
 
 
 def _rows_bytes(found: Any) -> int:
-    """Of what a way of generating gave."""
+    """Bytes of the rows that one way of generating gave."""
     if isinstance(found, list):
         return rows_bytes([each.sample for each in found if each.sample is not None])
     states = getattr(found, "hidden_states", None) or ()
@@ -184,7 +184,7 @@ def _rows_bytes(found: Any) -> int:
 
 
 def prompt(setting: Setting) -> Iterator[Line]:
-    """One prompt, every layer on the host, beside a bare forward."""
+    """Compare one prompt, every layer copied to the host, with a bare forward."""
     n_tokens, rounds = (16, 3) if setting.is_tiny else (512, 20)
     loaded = setting.loaded
     ids = torch.tensor(setting.prompts(1, n_tokens), device=loaded.model.device)
@@ -215,7 +215,7 @@ def prompt(setting: Setting) -> Iterator[Line]:
 
 
 def score(setting: Setting) -> Iterator[Line]:
-    """5-shot, four choices of one token, six subjects of 60 questions, from lm-eval's requests to their answers."""
+    """Score 5-shot questions with four choices of one token, six subjects of 60 questions, from lm-eval's requests to their answers."""
     n_docs = 2 if setting.is_tiny else 60
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -251,7 +251,7 @@ def score(setting: Setting) -> Iterator[Line]:
 
 
 def made_up(folder: Path) -> Path:
-    """Six subjects of made-up text in MMLU's files: five examples for few shots, 60 questions."""
+    """Write six subjects of made-up text in the form of MMLU's files: five few-shot examples and 60 questions each."""
     draw = random.Random(0)
     for split, n_docs in (("dev", 5), ("test", 60)):
         (folder / split).mkdir(parents=True)
@@ -269,7 +269,7 @@ def made_up(folder: Path) -> Path:
 
 
 def written(setting: Setting) -> Iterator[Line]:
-    """A run of 4 GB of rows, beside `tofile` and fsync of the same bytes in files as large as a shard."""
+    """Compare a run of 4 GB of rows with `tofile` and fsync of the same bytes in files as large as a shard."""
     samples = Workload(*((4, 30, 5, 64) if setting.is_tiny else (107, 210, 29, 3072))).samples()
     plain = bits_of(samples)
     ways: dict[str, Callable[[Path], None]] = {
@@ -288,7 +288,7 @@ def written(setting: Setting) -> Iterator[Line]:
 
 
 def eight(setting: Setting) -> Iterator[Line]:
-    """8 and 4 bits: eight layers of the shape, so that they are quickly saved and quantised; 512 + 64 tokens, batch 16."""
+    """Generate in 8 and 4 bits: eight layers, which are quickly saved and quantised; 512 + 64 tokens, batch 16."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -308,7 +308,7 @@ def eight(setting: Setting) -> Iterator[Line]:
                     loaded = load_model(folder, options=LoadOptions(**how))
                 loaded.model.generation_config.eos_token_id = None
                 yield line | _eight(setting, loaded, prompts, n_new)
-            except Exception as error:  # the other may work
+            except Exception as error:  # the other may still work
                 yield line | {"error": named(error)}
 
 
@@ -335,12 +335,12 @@ def _eight(setting: Setting, loaded: LoadedModel, prompts: list[list[int]], n_ne
 
 
 def _equal(a: list[list[int]], b: list[list[int]]) -> float:
-    """The part of all tokens that are the same."""
+    """The share of tokens that are equal."""
     return round(float((torch.tensor(a) == torch.tensor(b)).float().mean()), 4)
 
 
 def fingerprint(setting: Setting) -> Iterator[Line]:
-    """The hash of every number of the model."""
+    """Time the hash of every number of the model."""
     loaded = setting.loaded
     n_bytes = sum(each.numel() * each.element_size() for each in loaded.model.parameters())
     for name in ("first", "again", "again"):

@@ -1,8 +1,8 @@
-"""What analyses of heads cost, side by side in one process: a sweep beside a loop of forwards, head strength beside bare forwards.
+"""Compares a sweep with a loop of forwards, and head strength with bare forwards, in turn in one process.
 
     python benchmarks/heads.py sweep [--rounds 2]     # all 144 heads of a GPT-2 of 124M parameters, 16 prompts
-    python benchmarks/heads.py strength [--rounds 5]  # R_h of all heads over texts, tokens a second of a bare forward
-    python benchmarks/heads.py memory                 # peak memory of R_h over 10 times as many texts, by the demo model
+    python benchmarks/heads.py strength [--rounds 5]  # R_h of all heads over texts, as a part of a bare forward's tokens a second
+    python benchmarks/heads.py memory                 # peak memory of R_h with 10 times as many texts, with the demo model
 
 The model has random weights. Prompts and texts are those of the profile `extended`.
 """
@@ -40,7 +40,7 @@ def sweep(loaded: LoadedModel, rounds: int) -> None:
     found: dict[str, torch.Tensor] = {}
 
     def loop() -> None:
-        """A forward a head over all prompts."""
+        """One forward for each head, over all prompts."""
         rows = []
         for layer in range(layout.n_layers):
             for head in range(layout.n_heads):
@@ -96,7 +96,7 @@ def strength(loaded: LoadedModel, rounds: int) -> None:
 
 
 def memory(n: int) -> None:
-    """The peak of this process after R_h over n texts."""
+    """Peak memory of this process after R_h over n texts."""
     texts = (f"What is {number} + {number % 7}? And is it more than {number % 13}?" for number in range(n))
     ActivationExtractor("demo").extract_activations(texts)
     print(peak_memory())

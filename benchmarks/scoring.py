@@ -1,12 +1,12 @@
-"""Scoring over the prefix tree beside plain lm-eval: same model, same requests, alternating in one process.
+"""Compares scoring over the prefix tree with plain lm-eval: same model, same requests, in turn in one process.
 
     python benchmarks/scoring.py --mmlu DATA --tokenizer GPT2 [--subjects astronomy] [--limit 40] [--rounds 3] [--json FILE]
     python benchmarks/scoring.py --mmlu DATA --tokenizer GPT2 --memory
 
-Four sides, each from lm-eval's requests to their answers: plain lm-eval `hf`; ours; ours with every layer at every position captured
-and on the disk; and the floor, which is one bare forward over as many tokens as the tree has, in rows without padding, with logits for as
-many of them as are scored. Ratios are medians over the rounds. DATA holds MMLU as dev/SUBJECT.jsonl and test/SUBJECT.jsonl; without it the bundled
-demo is asked of its own tokenizer. The model has random weights: GPT-2 with 124M parameters, or --model llama for Llama-3.2-3B's shape.
+There are four sides, each from lm-eval's requests to their answers: plain lm-eval `hf`; ours; ours with every layer at every position captured
+and on the disk; and the floor. The floor is one bare forward over as many tokens as the tree has, in rows without padding, with logits for as
+many tokens as are scored. Ratios are medians over the rounds. DATA holds MMLU as dev/SUBJECT.jsonl and test/SUBJECT.jsonl; without it, the bundled
+demo is used with its own tokenizer. The model has random weights: GPT-2 with 124M parameters, or --model llama for Llama-3.2-3B's shape.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 SIDES = ("plain", "tree", "captured", "floor")
 ROW = 256
-"""Tokens of a row of the floor."""
+"""Tokens in a row of the floor."""
 
 
 def shapes(mmlu: str | None, asked: str, folder: Path) -> dict[str, tuple[list[str], int]]:
-    """What is asked: name -> (tasks, few-shot examples). Writes the task files."""
+    """Write the task files. Returns name -> (tasks, number of few-shot examples)."""
     if mmlu is None:
         return {"demo, 5-shot": (["demo_facts"], 5), "demo, 0-shot": (["demo_facts"], 0)}
     subjects = asked.split(",") if asked != "all" else sorted(each.stem for each in Path(mmlu, "test").iterdir())
@@ -86,7 +86,7 @@ def shapes(mmlu: str | None, asked: str, folder: Path) -> dict[str, tuple[list[s
 
 
 def llama_3b() -> LlamaConfig:
-    """Llama-3.2-3B's shape."""
+    """A config with the shape of Llama-3.2-3B."""
     return LlamaConfig(
         vocab_size=128256,
         hidden_size=3072,
@@ -110,7 +110,7 @@ def loaded_model(kind: str, tokenizer: str, device: str, dtype: torch.dtype) -> 
 
 
 class Asked(HFLM):  # type: ignore[misc]
-    """lm-eval's model, which only remembers what it is asked."""
+    """A model for lm-eval that only records its requests."""
 
     def loglikelihood(self, requests: Any, **kwargs: Any) -> Any:
         self.requests = requests
@@ -127,11 +127,11 @@ def requests_of(loaded: LoadedModel, tasks: list[str], shots: int, limit: int | 
 
 class Counts(NamedTuple):
     fed: int
-    """Tokens that plain lm-eval feeds, without its padding."""
+    """Tokens that plain lm-eval feeds, padding excluded."""
     distinct: int
-    """Tokens that the prefix tree has."""
+    """Tokens of the prefix tree."""
     scored: int
-    """Of these: the ones whose logits are needed."""
+    """Tokens of the prefix tree whose logits are needed."""
     computed: int
     """Tokens that ours feeds."""
 
@@ -168,7 +168,7 @@ class Sides:
         return self._on_disk("all")
 
     def scored(self) -> Any:
-        """Captured at the positions whose logits score."""
+        """Ours, capturing only the scored positions."""
         return self._on_disk("scored")
 
     def _on_disk(self, positions: str) -> Any:
@@ -237,7 +237,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def peaks(names: list[str]) -> None:
-    """Peak memory of each side, in a process of its own."""
+    """Print the peak memory of each side, each in its own process."""
     for name in names:
         for side in ("nothing", "plain", "tree", "captured"):
             again = [sys.executable, __file__, *sys.argv[1:], "--peak", name, side]

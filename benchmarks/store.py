@@ -1,9 +1,9 @@
-"""What the files cost: writing, reading, opening, memory, and what others do; as ratios, side by side in one process.
+"""Measures what the files cost: writing, reading, opening, memory, and other formats; as ratios, side by side in one process.
 
     python benchmarks/store.py [--rounds 5] [--folder DIR] [part ...]
 
-Parts: writing, reading, checking, verifying, opening, many_shards, others, memory, compression, eight_bits; all of them when none is named. Everything is
-written below --folder, which should be on the disk that is asked about, and removed again. Needs 4 GB of memory and of disk.
+Parts: writing, reading, checking, verifying, opening, many_shards, others, memory, compression, eight_bits; without a name, all of them run. Everything is
+written below --folder, which should be on the disk to be measured, and is removed again. Needs 4 GB of memory and of disk.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ MEMORY_SHARD_BYTES = 64 * 2**20
 
 
 def writing(rounds: int, folder: Path) -> None:
-    """A run against `ndarray.tofile` and fsync of the same bytes, in files as large as a shard. Targets: 0.85, size 1.02.
+    """Writing a run, compared with `ndarray.tofile` and fsync of the same bytes, in files as large as a shard. Targets: 0.85, size 1.02.
 
-    Gathered before: from one array that holds them all. Tensor by tensor: from the tensors that a capture gives, as ours.
+    Gathered before: `tofile` writes one array that holds all numbers. Tensor by tensor: it writes the tensors that a capture gives, as ours does.
     """
     for name, workload in (("full", FULL), ("small", SMALL)):
         samples = workload.samples()
@@ -74,7 +74,7 @@ def writing(rounds: int, folder: Path) -> None:
 
 
 def whole_run(name: str, samples: list[Sample], rounds: int, folder: Path) -> None:
-    """From the first sample that is added until `run.h5` is on the disk."""
+    """Time from the first sample that is added until `run.h5` is on the disk."""
     n_bytes, plain = rows_bytes(samples), bits_of(samples)
     ways: dict[str, Callable[[Path], None]] = {
         "tofile, gathered before": lambda path: write_raw(path, plain),
@@ -93,7 +93,7 @@ def whole_run(name: str, samples: list[Sample], rounds: int, folder: Path) -> No
 
 
 def sealing(name: str, samples: list[Sample], rounds: int, folder: Path) -> None:
-    """One shard of them."""
+    """Time to write one shard of the samples."""
     some, n_bytes = [], 0
     for sample in samples:
         some.append(sample)
@@ -112,7 +112,7 @@ def sealing(name: str, samples: list[Sample], rounds: int, folder: Path) -> None
 
 
 def write_tensors(folder: Path, samples: list[Sample]) -> None:
-    """The tensors as a capture gives them, a file for each shard."""
+    """Write the tensors as a capture gives them, one file for each shard."""
     folder.mkdir()
     waiting = list(samples)
     while waiting:
@@ -124,7 +124,7 @@ def write_tensors(folder: Path, samples: list[Sample]) -> None:
 
 
 def reading(rounds: int, folder: Path) -> None:
-    """From the page cache. Targets: a layer 0.8 of `numpy.fromfile`, a sample's layer 1 ms."""
+    """Reading from the page cache. Targets: a layer 0.8 of `numpy.fromfile`, a sample's layer 1 ms."""
     for name, workload in (("full", FULL), ("small", SMALL)):
         with fresh(folder) as there:
             write(there / "run", workload.samples())
@@ -155,7 +155,7 @@ def reading(rounds: int, folder: Path) -> None:
 
 
 def opening(rounds: int, folder: Path) -> None:
-    """A run of 200,000 samples of 60 tokens, of which 4 rows of 16 are kept. Targets: the table 3 s, all else 1 s."""
+    """Opening a run of 200,000 samples of 60 tokens; of each sample 4 rows, 16 wide, are kept. Targets: the table 3 s, all else 1 s."""
     with fresh(folder) as there:
         n_samples = 200_000
         taken = seconds(lambda: write_many(there / "run", n_samples))
@@ -179,13 +179,13 @@ def opening(rounds: int, folder: Path) -> None:
 
 
 def many_shards(rounds: int, folder: Path) -> None:
-    """One row a sample of a run in 2,000 shards of 13 sites, which are opened for it. Target: 2 s."""
+    """Reading one row of each sample of a run in 2,000 shards of 13 sites, opening included. Target: 2 s."""
     with fresh(folder) as there:
         n_shards, n_tokens = 2000, 20
         with (
             patch.object(writer, "SMALL", 0),
             RunWriter(there / "run", "m", {}, shard_bytes=1) as made,
-        ):  # none is merged
+        ):  # no shards are merged
             for number in range(n_shards):
                 ids = [number * n_tokens % 5000 + i for i in range(n_tokens + 1)]
                 sites = {f"layer_{layer}": torch.randn(n_tokens, 64).bfloat16() for layer in range(13)}
@@ -218,7 +218,7 @@ def write_many(folder: Path, n_samples: int) -> None:
 
 
 def memory(rounds: int, folder: Path) -> None:
-    """Highest resident memory of a process that makes samples batch by batch and writes them. Target: 1.05 for 10 times."""
+    """Peak memory of a process that makes samples batch by batch and writes them. Target: 1.05 with 10 times the samples."""
     del rounds
     for name, workload in (("110 rows a sample", MEMORY), ("11 rows a sample", MEMORY_SMALL)):
         peaks = []
@@ -235,7 +235,7 @@ def memory(rounds: int, folder: Path) -> None:
 
 
 def streamed(folder: Path, workload: Workload) -> int:
-    """Write them, each batch made just before. Returns the highest resident memory of this process, in bytes."""
+    """Write samples; each batch is made just before it is written. Returns the peak memory of this process, in bytes."""
     torch.set_num_threads(1)
     if workload.n_samples:
         with RunWriter(folder / "run", "m", {}, shard_bytes=MEMORY_SHARD_BYTES) as writer:

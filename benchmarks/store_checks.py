@@ -1,4 +1,4 @@
-"""What checking costs: reads with and without, and `verify` against the disk."""
+"""Measures what checking costs: reads with and without checks, and `verify` compared with the disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STEP_BYTES = 2**20
 
 
 def checking(rounds: int, folder: Path) -> None:
-    """Reads that are checked against those that are not, of the same run. Targets: a layer 1.05, a random row 20 us more."""
+    """Checked reads compared with unchecked reads of the same run. Targets: a layer 1.05, a random row 20 us more."""
     for name, workload in (("full", FULL), ("small", SMALL)):
         with fresh(folder) as there:
             write(there / "run", workload.samples())
@@ -59,7 +59,7 @@ def clock(work: Callable[[], object]) -> Callable[[], float]:
 
 
 def show_more(name: str, pairs: list[tuple[float, float]], n: int) -> None:
-    """Checked as a multiple of unchecked, and what one of n takes more."""
+    """Print checked / unchecked time, and how much longer one of n reads takes."""
     ratios = sorted(ours / theirs for ours, theirs in pairs)
     more = statistics.median(ours - theirs for ours, theirs in pairs) / n * 1e6
     each = statistics.median(theirs for _, theirs in pairs) / n * 1e6
@@ -70,7 +70,7 @@ def show_more(name: str, pairs: list[tuple[float, float]], n: int) -> None:
 
 
 def cold(files: list[Path], work: Callable[[], object]) -> float:
-    """Of work when the system holds no page of these files."""
+    """Seconds of work when the system holds no page of these files."""
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -79,7 +79,7 @@ def cold(files: list[Path], work: Callable[[], object]) -> float:
 
 
 def read_all(files: list[Path]) -> None:
-    """Every byte, into one buffer."""
+    """Read every byte into one buffer."""
     buffer = bytearray(_STEP_BYTES)
     for path in files:
         with path.open("rb", buffering=0) as file:
@@ -88,7 +88,7 @@ def read_all(files: list[Path]) -> None:
 
 
 def verifying(rounds: int, folder: Path) -> None:
-    """`verify` of a run against reading the same files, from the disk. Target: 0.8."""
+    """`verify` of a run, compared with reading the same files from the disk. Target: 0.8."""
     for name, workload in (("full", FULL), ("small", SMALL)):
         with fresh(folder) as there:
             write(there / "run", workload.samples())

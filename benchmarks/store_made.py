@@ -1,6 +1,6 @@
-"""What the store's benchmarks share: samples made up in memory, clocks that alternate, and small tables.
+"""Made-up samples, clocks and small tables for the benchmarks of the store.
 
-Ratios are taken within a round, the two sides one after the other in the same process, so that a busy machine slows both.
+A ratio compares two sides of one round, which run one after the other in the same process, so that a busy machine slows both.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ WORDS = TEXT.split()
 
 @dataclass(frozen=True)
 class Workload:
-    """Samples of a run, bf16, every position of every layer."""
+    """A run's samples in bfloat16, with every position of every layer."""
 
     n_samples: int
     n_tokens: int
-    """On average; prompt and response together."""
+    """Tokens of a sample on average, prompt and response together."""
 
     n_layers: int
     width: int
@@ -48,7 +48,7 @@ class Workload:
         return ["embeddings", *(f"layer_{layer}" for layer in range(self.n_layers - 1))]
 
     def sample(self, number: int) -> Sample:
-        """One sample, its tensors in memory of their own."""
+        """One sample, whose tensors have their own memory."""
         generator = torch.Generator().manual_seed(number)
         spread = self.n_tokens // 4
         n_rows = self.n_tokens + (number * 7919 % (2 * spread + 1) - spread)
@@ -76,13 +76,13 @@ def _normal() -> torch.Tensor:
 
 
 def noise(n_rows: int, width: int, seed: int) -> torch.Tensor:
-    """[n_rows, width], bfloat16, in memory of its own. No two seeds below a million give the same page."""
+    """[n_rows, width], bfloat16, with its own memory. No two seeds below a million give the same page."""
     start = seed * 7919 % (2**23 - n_rows * width)
     return _normal()[start : start + n_rows * width].clone().view(n_rows, width)
 
 
 def columns(number: int, n_prompt: int) -> dict[str, Any]:
-    """What a benchmark run says of a sample before it is scored."""
+    """The columns of a benchmark run's sample before it is scored."""
     return {
         "prompt": " ".join(WORDS[(number + i * i) % len(WORDS)] for i in range(64)),  # about 300 characters
         "response": " ".join(WORDS[(number * 3 + i) % len(WORDS)] for i in range(4)),
@@ -99,7 +99,7 @@ def columns(number: int, n_prompt: int) -> dict[str, Any]:
 
 
 def scored(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with what the evaluation says of it."""
+    """A record with the columns that the evaluation adds."""
     right = record["doc_id"] % 3 == 0
     return {
         **record,
@@ -118,7 +118,7 @@ def rows_bytes(samples: Sequence[Sample]) -> int:
 
 
 def write(folder: Path, samples: Sequence[Sample], **options: Any) -> None:
-    """A run of them, as an evaluation writes it: batch after batch, then `run.h5`."""
+    """Write a run as an evaluation does: batch after batch, then `run.h5`."""
     with RunWriter(folder, "m", {"dtype": "bfloat16"}, **options) as writer:
         for start in range(0, len(samples), BATCH):
             writer.add(samples[start : start + BATCH])
@@ -126,13 +126,13 @@ def write(folder: Path, samples: Sequence[Sample], **options: Any) -> None:
 
 
 def bits_of(samples: Sequence[Sample]) -> np.ndarray:
-    """The very bytes that a run of them holds, key after key, in one array."""
+    """The numbers that a run of the samples holds, key after key, in one array."""
     rows = [part.rows for sample in samples for part in sample.parts]
     return np.concatenate([bits(each.activations[key]).reshape(-1) for key in rows[0].activations for each in rows])
 
 
 def write_raw(folder: Path, plain: np.ndarray, n_threads: int = 1) -> None:
-    """By `tofile` and fsync, in files as large as a shard."""
+    """Write with `tofile` and fsync, in files as large as a shard."""
     folder.mkdir()
     step = SHARD_BYTES // plain.itemsize
 
@@ -159,7 +159,7 @@ def size_of(folder: Path) -> int:
 
 @contextmanager
 def fresh(parent: Path) -> Iterator[Path]:
-    """A new folder, gone afterwards; what was deleted is settled, so that the next clock does not pay for it."""
+    """A new folder, deleted afterwards. The deletion is synced, so that the next measurement does not pay for it."""
     made = Path(tempfile.mkdtemp(dir=parent))
     try:
         yield made
@@ -169,9 +169,9 @@ def fresh(parent: Path) -> Iterator[Path]:
 
 
 def seconds_in(parent: Path, work: Callable[[Path], object]) -> float:
-    """Of work in a new folder."""
+    """Seconds of work in a new folder."""
     with fresh(parent) as folder:
-        np.ones(2**31, np.uint8)  # a virtual machine may have given its free pages back: fetching them is nobody's work
+        np.ones(2**31, np.uint8)  # a virtual machine may have given free pages back: fetch them before the clock starts
         return seconds(lambda: work(folder / "run"))
 
 
@@ -179,7 +179,7 @@ Clock = Callable[[], float]
 
 
 def alternating(ours: Clock, theirs: Clock, rounds: int) -> list[tuple[float, float]]:
-    """(ours, theirs) in seconds, round by round, each first in turn; after one warm-up."""
+    """(ours, theirs) in seconds, round by round, after one warm-up. The two sides take turns in being first."""
     ours(), theirs()
     found = []
     for number in range(rounds):
@@ -192,7 +192,7 @@ def alternating(ours: Clock, theirs: Clock, rounds: int) -> list[tuple[float, fl
 
 
 def show_ratio(name: str, n_bytes: int, pairs: Sequence[tuple[float, float]], base: str) -> None:
-    """Throughput of ours as a part of theirs: median, and from the worst to the best round."""
+    """Print our throughput / theirs: the median, and the worst and best round."""
     ratios = sorted(theirs / ours for ours, theirs in pairs)
     best = min(theirs for _, theirs in pairs) / min(ours for ours, _ in pairs)
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))

@@ -1,4 +1,4 @@
-"""What compression and 8 bits do to activations of trained models, and to a made-up stream with outliers."""
+"""Measures what compression and 8 bits do to activations of trained models, and to a made-up stream with outliers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FALLBACK = "Once upon a time there was a little girl who asked what the capital 
 
 
 def real_activations() -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(model, key -> [n_rows, d_model] float32) over WikiText-2; the demo model alone, over made-up text, without it."""
+    """(model, key -> [n_rows, d_model] float32) over WikiText-2. Without that data: the demo model alone, over made-up text."""
     text = REAL / "data" / "wikitext2" / "test.txt"
     folders = {"demo": DEMO_FOLDER, "stories260K": REAL / "models" / "stories260K"}
     if not text.exists():
@@ -40,7 +40,7 @@ def real_activations() -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def activations_of(folder: Path, text: str) -> dict[str, Tensor]:
-    """What leaves the embedding and each block, in float32; window after window, each from its own beginning."""
+    """The outputs of the embedding and of each block, in float32, window after window. Each window is a sequence of its own."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -53,7 +53,7 @@ def activations_of(folder: Path, text: str) -> dict[str, Tensor]:
 
 
 def compression(rounds: int, folder: Path) -> None:
-    """Real activations: rows / files, and MB/s of rows written (synced) and read back (warm); medians."""
+    """Compression of real activations: bytes of rows / files, and MB/s of rows written (synced) and read back (page cache); medians."""
     for name, found in real_activations():
         for dtype in (torch.float32, torch.bfloat16):
             samples = windows_of({key: rows.to(dtype) for key, rows in found.items()})
@@ -72,7 +72,7 @@ def compression(rounds: int, folder: Path) -> None:
 
 
 def windows_of(found: dict[str, Tensor]) -> list[Sample]:
-    """Each window as a sample of its own."""
+    """One sample for each window."""
     samples = []
     for start in range(0, len(found["embeddings"]), WINDOW):
         cut = {key: rows[start : start + WINDOW].clone() for key, rows in found.items()}
@@ -95,7 +95,7 @@ def compressed(folder: Path, samples: list[Sample], way: str | None) -> tuple[fl
 
 
 def by_channel(rows: Tensor) -> Tensor:
-    """As the files hold int8: a scale a channel over a block of rows."""
+    """Rows rounded as files hold int8: with a scale for each channel over a block of rows."""
     blocks = resized([rows.numpy()], stored.BLOCK_ROWS)
     return torch.from_numpy(np.concatenate([stored.restored(stored.quantized(b), stored.scales_of(b)) for b in blocks]))
 
@@ -120,7 +120,7 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def made_up_stream() -> Tensor:
-    """A residual stream [4096, 1024] as large models have it: few channels and few tokens far larger than the rest."""
+    """A residual stream [4096, 1024] like that of large models: a few channels and tokens are far larger than the rest."""
     generator = torch.Generator().manual_seed(0)
     n_rows, d_model, rank = 4096, 1024, 32
     normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -133,7 +133,7 @@ def made_up_stream() -> Tensor:
 
 
 def errors(rows: Tensor, way: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """Relative L2 error in percent: on all dimensions, and on those without the outliers."""
+    """Relative L2 error in percent: over all dimensions, and over those that are no outliers."""
     rms = rows.square().mean(0).sqrt()
     usual = rms <= 6 * rms.median()
     wrong = way(rows) - rows
@@ -141,7 +141,7 @@ def errors(rows: Tensor, way: Callable[[Tensor], Tensor]) -> tuple[float, float]
 
 
 def eight_bits(rounds: int, folder: Path) -> None:
-    """Relative L2 error in %, all dimensions / without those whose rms exceeds 6 times the median; median of the layers."""
+    """Relative L2 error in %, over all dimensions / without those whose rms exceeds 6 times the median; median over the layers."""
     del rounds, folder
     streams = {"made up, with outliers": [made_up_stream()]}
     streams |= {name: list(found.values()) for name, found in real_activations()}

@@ -1,4 +1,4 @@
-"""The same samples as people store them today, and as this project does."""
+"""Compares the formats in which people store samples today with that of this project."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Reader = Callable[[int, str], torch.Tensor]
 """(sample, key) -> [n_rows, width]"""
 
 FileReader = Callable[[Path, int, str], torch.Tensor]
-"""The same, of a folder."""
+"""(folder, sample, key) -> [n_rows, width]"""
 
 
 def tensors_of(sample: Sample) -> dict[str, torch.Tensor]:
@@ -44,7 +44,7 @@ def read_pickle(folder: Path, number: int, key: str) -> torch.Tensor:
 
 
 def write_groups(folder: Path, samples: Sequence[Sample]) -> None:
-    """h5py has no bfloat16: the bits, as integers."""
+    """The bits as integers, because h5py has no bfloat16."""
     with h5py.File(folder / "all.h5", "w") as file:
         for number, sample in enumerate(samples):
             group = file.create_group(str(number))
@@ -83,7 +83,7 @@ def read_safetensors(folder: Path, number: int, key: str) -> torch.Tensor:
 
 
 def whole_by_file(folder: Path, key: str, n_samples: int, read: FileReader) -> torch.Tensor:
-    """A layer of all samples, each file read once: what a careful user of that format would do."""
+    """Read one layer of all samples, each file once, as a careful user of that format would."""
     if read is read_group:
         with h5py.File(folder / "all.h5") as file:
             return from_bits(
@@ -112,7 +112,7 @@ WAYS = {
 
 
 def others(rounds: int, folder: Path) -> None:
-    """210 MB: written and synced, size, a random sample's layer, and one layer of all samples, both warm; medians."""
+    """Other formats with 210 MB: write and sync, size, a random sample's layer, and one layer of all samples, both from the page cache; medians."""
     samples = SAME.samples()
     n_bytes, key = rows_bytes(samples), SAME.keys[6]
     layer_bytes = n_bytes / SAME.n_layers
@@ -134,8 +134,8 @@ def others(rounds: int, folder: Path) -> None:
 
 
 def measure(there: Path, samples: Sequence[Sample], key: str, name: str) -> tuple[float, float, float, float]:
-    """Seconds to write, size in bytes, milliseconds for a sample's layer, seconds for a layer of all."""
-    np.ones(2**29, np.uint8)  # as in seconds_in
+    """Seconds to write, size in bytes, milliseconds to read one sample's layer, seconds to read a layer of all samples."""
+    np.ones(2**29, np.uint8)  # fetch free pages first, as in seconds_in
     if name in WAYS:
         store, read = WAYS[name]
         wrote = seconds(lambda: (store(there, samples), sync_all(there)))

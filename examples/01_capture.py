@@ -1,4 +1,4 @@
-"""Capture one prompt, choose layers, load it again; statistics per layer; how alike two prompts are.
+"""Capture chosen layers of one prompt, load them again, and print statistics for each layer and how similar two prompts are.
 
 python examples/01_capture.py [MODEL]
 """
@@ -32,5 +32,5 @@ _, other = generate_inference_with_activations(
 )
 last = captured["n_prompt_tokens"] - 1  # the position that predicts the response's first token
 for key, rows in captured["activations"].items():
-    alike = torch.cosine_similarity(rows[last], other["activations"][key][last], dim=0)
-    print(f"{key:12} cosine similarity of the two prompts' last tokens: {alike:.3f}")
+    similarity = torch.cosine_similarity(rows[last], other["activations"][key][last], dim=0)
+    print(f"{key:12} cosine similarity of the two prompts' last tokens: {similarity:.3f}")

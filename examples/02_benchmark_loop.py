@@ -1,4 +1,4 @@
-"""The drop-in function inside an evaluation loop of your own: one file a question, then one layer of all of them.
+"""Use the drop-in function inside your own evaluation loop: it writes one file for each question; then read one layer of all files.
 
 python examples/02_benchmark_loop.py [MODEL]
 """
@@ -24,6 +24,6 @@ for fact in facts()[:12]:
     print(f"{fact.question:45} {answer}  {'right' if right[-1] else 'wrong'}  {'' if fact.seen else '(never read)'}")
 print(f"accuracy: {sum(right)} of {len(right)}")
 
-files = sorted(Path(folder).glob("*.h5"))  # the names begin with the time
+files = sorted(Path(folder).glob("*.h5"))  # file names begin with the time, so they sort in the order of the questions
 last_rows = torch.stack([load_activations(file)["activations"]["layer_3"][-1] for file in files])
 print("layer_3 at the last position of every question:", tuple(last_rows.shape))

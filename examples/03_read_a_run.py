@@ -1,4 +1,4 @@
-"""Open a run, choose samples, and train a probe from the disk: does a layer know what kind of thing is asked for?"""
+"""Open a run, choose samples, and train a probe on rows from the disk: does a layer show what kind of thing is asked for?"""
 
 import tempfile
 
@@ -18,7 +18,7 @@ run = open_run(evaluate_with_activations("demo", "demo_facts", activation_save_d
 run = run.where(run.table().eval("choice == prediction"))  # one sample a question: the choice that the model took
 train, test = run.where(doc_id=lambda n: n % 2 == 0), run.where(doc_id=lambda n: n % 2 == 1)
 
-for layer in run.keys:  # at the last token of the prompt, which is the same for all questions
+for layer in run.keys:  # the probe sees the prompt's last token, which is the same token in all questions
     torch.manual_seed(0)
     probe = torch.nn.Linear(run.rows(layer).shape[1], len(KINDS))
     optimizer = torch.optim.Adam(probe.parameters(), lr=0.01)
@@ -27,6 +27,6 @@ for layer in run.keys:  # at the last token of the prompt, which is the same for
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(probe(rows), kinds(prompts)).backward()
         optimizer.step()
-    found = probe(test.activations(layer, position="prompt[-1]")).argmax(1)
-    right = (found == kinds(test.column("prompt"))).sum()
+    predicted = probe(test.activations(layer, position="prompt[-1]")).argmax(1)
+    right = (predicted == kinds(test.column("prompt"))).sum()
     print(f"{layer}: the kind is found for {right} of {len(test)} other questions")

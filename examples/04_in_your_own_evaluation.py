@@ -1,4 +1,4 @@
-"""Code that calls lm-eval itself: pass it a model that captures, and join what it captured to the scores."""
+"""In code that calls lm-eval itself: pass a model that captures, and join the captured samples to the scores."""
 
 import tempfile
 from pathlib import Path

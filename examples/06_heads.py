@@ -1,4 +1,4 @@
-"""Which head does a model need to add? Every head is taken out while the model answers sums; how strong each is, beside it.
+"""Which heads does a model need for sums? Ablate each head while the model answers, and print the head's strength beside the result.
 
 python examples/06_heads.py
 """

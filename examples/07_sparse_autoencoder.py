@@ -1,4 +1,4 @@
-"""Train a small sparse autoencoder on the neurons of one layer, streamed from a run folder in random order.
+"""Train a small sparse autoencoder on the MLP neurons of one layer, streamed from a run folder in random order.
 
 python examples/07_sparse_autoencoder.py
 """
@@ -23,16 +23,16 @@ optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=
 scale = rows.rows[:2000].std()
 
 losses = []
-for _ in range(4):  # passes over all rows, each in another order
+for _ in range(4):  # four passes over all rows, each in another order
     for batch in rows.batches(1024):
-        found = encoder(batch / scale).relu()
-        loss = (decoder(found) - batch / scale).square().mean() + 1e-4 * found.abs().sum(-1).mean()
+        features = encoder(batch / scale).relu()
+        loss = (decoder(features) - batch / scale).square().mean() + 1e-4 * features.abs().sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
 first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
 print(
-    f"{len(rows)} rows of {width}, {len(losses)} steps: loss {first:.3f} -> {last:.3f}, {(found > 0).float().mean():.2f} active"
+    f"{len(rows)} rows of {width}, {len(losses)} steps: loss {first:.3f} -> {last:.3f}, {(features > 0).float().mean():.2f} active"
 )
 print(f"loss went down: {last < 0.5 * first}")

@@ -447,9 +447,9 @@ def test_disk_that_fills_up_ends_the_run_with_one_line_and_all_sealed_shards(sma
 def test_killed_at_random_moments_nothing_sealed_is_lost_or_unreadable(tmp_path: Path, n_kills: int) -> None:
     """See `tests/helpers/kills.py`, which says what is compared after each kill and at the end."""
     done = subprocess.run(
-        [sys.executable, "tests/helpers/kills.py", str(tmp_path), str(n_kills), "1"],
+        [sys.executable, "-m", "helpers.kills", str(tmp_path), str(n_kills), "1"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
         capture_output=True,
         text=True,
         timeout=900,

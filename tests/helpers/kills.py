@@ -1,6 +1,6 @@
 """Kills a capturing process at random moments and resumes it after each kill, until KILLS kills are done.
 
-    python tests/helpers/kills.py FOLDER KILLS SEED
+    PYTHONPATH=.:tests python -m helpers.kills FOLDER KILLS SEED
 
 Each attempt is a real process, forked from this one (whose libraries are loaded), that asks the demo model real prompts and
 writes what it captures; SIGKILL ends it. After each kill, plain h5py reads every file that has its final name, and every sample
