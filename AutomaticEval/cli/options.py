@@ -58,16 +58,6 @@ def spelling(name: str) -> str:
 SPELLINGS = {"token_normalize_func": spelling, "help_option_names": ["--help", "-h"]}
 
 Model = Annotated[str, typer.Option("--model", help="Hub name, folder, or demo (bundled).", rich_help_panel=MODEL)]
-Profile = Annotated[
-    str | None,
-    typer.Option(
-        "--profile", help="baseline, extended, or a .toml file: labelled prompts and keywords.", rich_help_panel=RUN
-    ),
-]
-Category = Annotated[
-    str | None,
-    typer.Option("--category", help="The category of the profile whose prompts are asked.", rich_help_panel=RUN),
-]
 Texts = Annotated[
     Path,
     typer.Option(
