@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from AutomaticEval.analysis.words.targets import one_token
-from AutomaticEval.capture.texts.sources import lines_of
+from AutomaticEval.capture.texts.sources import objects_with
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
@@ -33,21 +32,10 @@ def read_pairs(path: str | Path) -> list[Pair]:
     if not path.is_file():
         raise PromptError(f"no file {path}; give a JSONL file of pairs.")
     pairs = []
-    for number, line in enumerate(lines_of(path), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            pair = Pair(*(item[name] for name in ("clean", "corrupted", "answer", "wrong")))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise PromptError(
-                f"{path}, line {number}: not an object with clean, corrupted, answer and wrong."
-            ) from None
-        if not all(isinstance(text, str) and text for text in vars(pair).values()):
-            raise PromptError(
-                f"{path}, line {number}: clean, corrupted, answer and wrong are texts, none of them empty."
-            )
-        pairs.append(pair)
+    for place, texts in objects_with(("clean", "corrupted", "answer", "wrong"), path):
+        if not all(isinstance(text, str) and text for text in texts):
+            raise PromptError(f"{place}: clean, corrupted, answer and wrong are texts, none of them empty.")
+        pairs.append(Pair(*texts))
     if not pairs:
         raise PromptError(f"{path} holds no pairs.")
     return pairs

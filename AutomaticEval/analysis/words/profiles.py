@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from AutomaticEval.capture.texts.sources import lines_of
+from AutomaticEval.capture.texts.sources import objects_with
 from AutomaticEval.errors import PromptError, SelectionError, did_you_mean
 
 FOLDER = Path(__file__).parent.parent.parent / "profiles"
@@ -82,13 +81,8 @@ def _prompts(file: Path) -> dict[str, list[str]]:
     if not file.is_file():
         raise PromptError(f"there is no {file}, which the profile names.")
     prompts: dict[str, list[str]] = {}
-    for number, line in enumerate(lines_of(file), 1):
-        try:
-            item = json.loads(line)
-            category, text = item["category"], item["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise PromptError(f"{file}, line {number}: not an object with category and text.") from None
+    for place, (category, text) in objects_with(("category", "text"), file):
         if not isinstance(text, str) or not isinstance(category, str) or not text.strip():
-            raise PromptError(f"{file}, line {number}: an empty text, or no text; category and text are texts.")
+            raise PromptError(f"{place}: an empty text, or no text; category and text are texts.")
         prompts.setdefault(category, []).append(text)
     return prompts
