@@ -64,7 +64,7 @@ class Rows:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the activations, and about what Python needs for the token, string and position of each row."""
+        """Approximate bytes in memory: of the activations, and of each row's token, string and position in Python."""
         return self.size_bytes + 150 * len(self.positions)
 
 
@@ -111,7 +111,7 @@ class Sample:
 
     @property
     def memory_bytes(self) -> int:
-        """About what the sample needs beside its rows: Python's numbers and text."""
+        """Approximate bytes that the sample needs in memory beside its rows: for Python's numbers and text."""
         n_ids = len(self.input_ids) + len(self.generated_ids)
         return 36 * n_ids + sum(len(value) for value in self.fields.values() if isinstance(value, str)) + 2048
 

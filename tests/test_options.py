@@ -19,7 +19,7 @@ from AutomaticEval.cli.app import app
 from AutomaticEval.cli.options import OLD_SPELLINGS, PANELS, SPELLINGS, command, options_of, takes
 from AutomaticEval.errors import PathExists, SelectionError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
-from AutomaticEval.evaluation.evaluating import EvaluateOptions
+from AutomaticEval.evaluation.evaluating import CaptureKeywords
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.options import Option, options_in
@@ -102,9 +102,10 @@ def test_keywords_of_the_functions_are_the_options_of_the_dataclasses() -> None:
     for name in [*options_in(LoadOptions), *options_in(Sampling)]:
         assert asked[name] == fields[name], name
     assert typing.get_type_hints(LoadKeywords).items() <= asked.items()
-    evaluate = set(typing.get_type_hints(EvaluateOptions))
+    evaluate = set(typing.get_type_hints(CaptureKeywords))
     assert set(options_in(Benchmark)) - {"benchmark"} <= evaluate
-    assert set(options_in(LoadOptions)) <= evaluate
+    assert set(options_in(LoadOptions)) | set(options_in(RunOutput)) <= evaluate
+    assert set(options_in(Selection)) - {"layers"} <= evaluate  # in functions: layers_to_capture
 
 
 def test_what_is_written_is_named_by_output_everywhere() -> None:

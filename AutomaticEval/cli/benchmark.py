@@ -113,14 +113,14 @@ def benchmark(
     outcome = run_benchmark(loaded, asked, kept, loaded_tasks=tasks, output=output, output_path=results, announce=log)
     if not ranks.is_first:
         return
-    _print(outcome, f"{','.join(asked.names)} on {model}")
+    names = ",".join(asked.names)
+    _print(outcome, f"{names} on {model}")
     if head_strength and outcome.folder is not None:
         _write_strength(outcome.folder)
     if mlflow is not None:
-        about = {"model": loaded.name, "benchmark": asked.as_dict(), "load": load.as_dict()}
-        about |= {} if kept is None else {"selection": kept.as_dict()}
-        name = f"{','.join(asked.names)} on {loaded.name}"
-        _track(outcome, name, about, mlflow, log, time.perf_counter() - started)
+        kept_as = {} if kept is None else {"selection": kept.as_dict()}
+        about = {"model": loaded.name, "benchmark": asked.as_dict(), "load": load.as_dict(), **kept_as}
+        _track(outcome, f"{names} on {loaded.name}", about, mlflow, log, time.perf_counter() - started)
 
 
 def _refuse_options_before(context: typer.Context) -> None:

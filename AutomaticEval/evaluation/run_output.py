@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from AutomaticEval.errors import PathExists, StoreError
 from AutomaticEval.options import Option
@@ -30,6 +30,18 @@ class RunOutput:
         bool,
         Option("Stop at infinite numbers and NaN, once they are stored. Default: count them, and warn at the end."),
     ] = False
+
+    @classmethod
+    def parse(
+        cls,
+        activation_save_dir: str | Path = "activations",
+        output: str | Path | None = None,
+        resume: str | Path | None = None,
+        **given: Any,
+    ) -> RunOutput:
+        """An output from what people type. Raises StoreError for a folder that holds no run which was cut short."""
+        own = None if output is None else Path(output)
+        return cls(Path(activation_save_dir), own, None if resume is None else Path(resume), **given)
 
     def __post_init__(self) -> None:
         if self.resume is None:

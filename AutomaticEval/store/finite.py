@@ -44,7 +44,7 @@ def counts_in(file: Any, keys: Iterable[str], columns: Iterable[str]) -> dict[st
     return {name: int(attribute_of(each, NON_FINITE)) for name, each in datasets.items() if NON_FINITE in each.attrs}
 
 
-def say_non_finite(path: Path, counts: Mapping[str, int], *, strict: bool = False) -> None:
+def report_non_finite(path: Path, counts: Mapping[str, int], *, strict: bool = False) -> None:
     """Warn when a file or a run holds numbers that are infinite or NaN. strict: raise NotFinite instead.
 
     counts: site or column -> how many.
@@ -53,8 +53,10 @@ def say_non_finite(path: Path, counts: Mapping[str, int], *, strict: bool = Fals
     if not some:
         return
     listed = ", ".join(f"{shown(key)}: {count}" for key, count in some.items())
-    told = f"{path}: {sum(some.values())} of the stored numbers are infinite or NaN ({listed})."
+    message = f"{path}: {sum(some.values())} of the stored numbers are infinite or NaN ({listed})."
     which = f"`run = open_run({str(path)!r}); run.finite()` says which samples have none."
     if strict:
-        raise NotFinite(f"{told} They are stored as the model computed them. {which} Without strict the run goes on.")
-    warnings.warn(f"{told} {which}", UserWarning, stacklevel=3)
+        raise NotFinite(
+            f"{message} They are stored as the model computed them. {which} Without strict the run goes on."
+        )
+    warnings.warn(f"{message} {which}", UserWarning, stacklevel=3)

@@ -33,7 +33,7 @@ from AutomaticEval.store.reading.run_files import open_files
 from AutomaticEval.store.reading.shuffled import BUFFER_ROWS, ShuffledRows
 from AutomaticEval.store.reading.table_queries import has_value, pandas_table
 from AutomaticEval.store.row_array import RowArray, RowsDataset
-from AutomaticEval.store.run_folder import INDEX, tell_set_aside
+from AutomaticEval.store.run_folder import INDEX, warn_of_set_aside
 
 
 def load_activations(path: str | Path, sample: int | None = None, *, check: bool = True) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Run(Sequence[dict[str, Any]]):
         if not path.exists():
             raise StoreError(f"no file or run folder {path}.")
         self.path = path
-        tell_set_aside(path)
+        warn_of_set_aside(path)
         files = open_files(path, check=check)
         self.finished = files.finished
         """Whether the run was evaluated to its end; without that, samples have no scores."""

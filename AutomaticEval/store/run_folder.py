@@ -21,7 +21,7 @@ INDEX = "run.h5"
 LOCK = ".lock"
 DAMAGED = ".damaged"
 """The ending that a shard gets behind its name when it is set aside."""
-_told: set[Path] = set()
+_warned_of: set[Path] = set()
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -38,7 +38,7 @@ def shards_bytes(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in shard_names(folder))
 
 
-def living(folder: Path, names: Sequence[str]) -> list[str]:
+def not_replaced(folder: Path, names: Sequence[str]) -> list[str]:
     """The shards without those that another one replaces, which a process could not delete before it was killed.
 
     names: of all shards in the folder. Raises UnreadableFile.
@@ -64,14 +64,14 @@ def delete_replaced(folder: Path) -> None:
     Warns of a shard that cannot be deleted, and stops there. Such shards are not read any more.
     """
     names = shard_names(folder)
-    alive = set(living(folder, names))
+    alive = set(not_replaced(folder, names))
     for name in names:
         if name not in alive:
             try:
                 (folder / name).unlink()
             except OSError as failure:
-                told = f"{folder / name} could not be deleted ({failure.strerror}). Another shard has its samples; `index` deletes it."
-                warnings.warn(told, UserWarning, stacklevel=3)
+                message = f"{folder / name} could not be deleted ({failure.strerror}). Another shard has its samples; `index` deletes it."
+                warnings.warn(message, UserWarning, stacklevel=3)
                 return
 
 
@@ -103,11 +103,11 @@ def set_aside(path: Path) -> str:
     return aside.name
 
 
-def tell_set_aside(folder: Path) -> None:
+def warn_of_set_aside(folder: Path) -> None:
     """Warn, once a process, of the damaged shards that were set aside in a folder."""
-    names = set_aside_names(folder) if folder not in _told else []
+    names = set_aside_names(folder) if folder not in _warned_of else []
     if names:
-        _told.add(folder)
+        _warned_of.add(folder)
         warnings.warn(
             f"{folder}: {', '.join(names)} {'was' if len(names) == 1 else 'were'} damaged and set aside by a resume, which "
             "computed the samples again; no part of the run, and not read.",

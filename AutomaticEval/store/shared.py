@@ -45,13 +45,13 @@ class SharedRun:
         if self.ranks.is_first:
             folder = new_folder()
             with nullcontext() if resume else leaving_nothing(folder):
-                opened, told = self._open_first(folder, tell, resume=resume)
+                opened, answer = self._open_first(folder, tell, resume=resume)
                 write_local_paths(folder, self.paths)
-            shared = (folder, {**self.settings, "run_id": opened.run_id}, told)
-        folder, settings, told = self.ranks.from_first(shared)
+            shared = (folder, {**self.settings, "run_id": opened.run_id}, answer)
+        folder, settings, answer = self.ranks.from_first(shared)
         share = (self.ranks.rank, self.ranks.n_ranks)
         with opened or self._writer(folder, settings, share=share) as writer:
-            yield writer, folder, told
+            yield writer, folder, answer
 
     def _open_first(self, folder: Path, tell: Callable[[RunWriter], T], *, resume: bool) -> tuple[RunWriter, T]:
         writer = self._writer(folder, self.settings, resume=resume, share=(0, self.ranks.n_ranks))

@@ -29,7 +29,7 @@ from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.contents.joined import joined
 from AutomaticEval.store.disk.json_text import as_json
 from AutomaticEval.store.disk.whole_files import named_failures, prepare_folder
-from AutomaticEval.store.finite import say_non_finite
+from AutomaticEval.store.finite import report_non_finite
 from AutomaticEval.store.hdf5.attributes import attribute_text
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.hdf5.write import check_compression, write_file
@@ -205,7 +205,7 @@ class RunWriter:
         self._sealed.append(source)
         self._n_samples += n_samples
         if self._strict:
-            say_non_finite(self.folder / source.name, source.non_finite, strict=True)
+            report_non_finite(self.folder / source.name, source.non_finite, strict=True)
 
     def _take_name(self) -> str:
         self._next += self._n_ranks
@@ -262,4 +262,4 @@ class RunWriter:
             counts = write_index(self.folder, self._sealed, self._shards(), columns, finished=True)
             if len(shard_names(self.folder)) > len(self._sealed):  # some were merged
                 delete_replaced(self.folder)
-            say_non_finite(self.folder, counts)
+            report_non_finite(self.folder, counts)

@@ -28,5 +28,5 @@ LOST = (*FULL, errno.EIO)
 def code_of(failure: BaseException) -> int | None:
     """The errno of an exception; None when the operating system refused nothing."""
     code = getattr(failure, "errno", None)
-    told = re.search(r"errno = (\d+),", str(failure))
-    return int(told[1]) if code is None and told else code
+    match = re.search(r"errno = (\d+),", str(failure))
+    return int(match[1]) if code is None and match else code

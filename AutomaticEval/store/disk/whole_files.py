@@ -206,9 +206,9 @@ def named_failures(path: Path) -> Iterator[None]:
         raise _refusal(failure, f"{path} was not written{left}") from failure
 
 
-def _refusal(failure: BaseException, told: str) -> StoreError:
-    """The error for a refusal of the operating system. told: which file it was, and what is there now."""
+def _refusal(failure: BaseException, message: str) -> StoreError:
+    """The error for a refusal of the operating system. message: which file it was, and what is there now."""
     code = code_of(failure)
     if code in FULL:
-        return DiskFull(f"the disk is full: {told}.")
-    return StoreError(f"{told} ({os.strerror(code or 0)}); look at the disk, or choose another.")
+        return DiskFull(f"the disk is full: {message}.")
+    return StoreError(f"{message} ({os.strerror(code or 0)}); look at the disk, or choose another.")

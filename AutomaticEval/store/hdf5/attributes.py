@@ -22,7 +22,7 @@ _MOST_LAYERS = 2**16
 _TEXT_TYPE = h5py.h5t.py_create(contract.TEXT)
 
 
-class About(NamedTuple):
+class RootAttributes(NamedTuple):
     """The root attributes of a file."""
 
     text: dict[str, str]
@@ -35,7 +35,7 @@ class About(NamedTuple):
     """The shards in its folder whose place it takes."""
 
 
-def about(path: Path, file: h5py.File, file_format: str) -> About:
+def root_attributes(path: Path, file: h5py.File, file_format: str) -> RootAttributes:
     """Read and check the root attributes. file_format: the value that the attribute `format` must have.
 
     Raises NotActivations, NewerFormat, and KeyError or ValueError for what the format does not allow.
@@ -53,7 +53,9 @@ def about(path: Path, file: h5py.File, file_format: str) -> About:
             f"{path} is HDF5, but not ours: its format attribute is {format_there!r}, expected {file_format!r}."
         )
     version = _version(path, text.get("format_version", "none"))
-    return About(text, version, text["model"], _settings(text["settings"]), _replaces(text.get("replaces", "[]")))
+    return RootAttributes(
+        text, version, text["model"], _settings(text["settings"]), _replaces(text.get("replaces", "[]"))
+    )
 
 
 def _version(path: Path, text: str) -> tuple[int, int]:

@@ -77,7 +77,7 @@ def _visit_everything(shard: Shard) -> None:
 def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:
     """Datasets whose elements do not fit their checksums."""
     if shard.version < (1, 1):  # it had no checksums
-        shard.say_what_is_not_checked()
+        shard.warn_of_unchecked()
         return
     if checksums.of_attributes(shard.attributes) != shard.attributes.get(checksums.OF_ATTRIBUTES):
         yield "the root attributes are not what their checksum says"

@@ -19,7 +19,7 @@ from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.bits import bits_type
 from AutomaticEval.store.disk.system import UNREAD, code_of
 from AutomaticEval.store.hdf5 import contract, trailer
-from AutomaticEval.store.hdf5.attributes import about, text_of
+from AutomaticEval.store.hdf5.attributes import root_attributes, text_of
 from AutomaticEval.store.hdf5.blocks import read_ranges, sums_of
 from AutomaticEval.store.hdf5.extents import Extent, dataset_of, extent_of, naming
 from AutomaticEval.store.hdf5.room import Room
@@ -66,13 +66,15 @@ class OpenedFile:
                     f"{path}: HDF5's structures, the text or the trailer are not what the trailer's checksum says; restore a copy."
                 )
         with self.reading() as file:
-            self.attributes, self.version, self.model, self.settings, self.replaces = about(path, file, file_format)
+            self.attributes, self.version, self.model, self.settings, self.replaces = root_attributes(
+                path, file, file_format
+            )
             self._status = path.stat()
             self.size_bytes = self._status.st_size
             self._room = Room(self.size_bytes)
             self._read(file)
         if check:
-            self.say_what_is_not_checked()
+            self.warn_of_unchecked()
 
     @property
     def made_with(self) -> RunSettings:
@@ -82,7 +84,7 @@ class OpenedFile:
     def _read(self, file: h5py.File) -> None:
         """Read what a subclass needs while the file is open."""
 
-    def say_what_is_not_checked(self) -> None:
+    def warn_of_unchecked(self) -> None:
         """Warn once for each file without a trailer, and once for each folder with files of an older version."""
         if self.version < (1, 1):
             what = f"{self.path.parent}: files of format 1.0 have no checksums: what is read of them is not checked."

@@ -21,7 +21,7 @@ from AutomaticEval.samples import COLUMNS, Sample
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.disk.json_text import as_json
-from AutomaticEval.store.finite import counts_in, say_non_finite
+from AutomaticEval.store.finite import counts_in, report_non_finite
 from AutomaticEval.store.hdf5 import checksums, contract
 from AutomaticEval.store.hdf5.attributes import attribute_text
 from AutomaticEval.store.hdf5.extents import load_filters
@@ -59,7 +59,7 @@ def write_shard(
     Raises PathExists, FolderNotWritable, DiskFull, NotFinite.
     """
     written = write_file(path, of_samples(samples, model, settings), overwrite=overwrite)
-    say_non_finite(path, written.non_finite, strict=strict)
+    report_non_finite(path, written.non_finite, strict=strict)
 
 
 def write_named(

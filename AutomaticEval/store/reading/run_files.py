@@ -23,7 +23,7 @@ from AutomaticEval.store.hdf5.open import OneSite, OpenedFile
 from AutomaticEval.store.hdf5.read import FileColumns, Shard
 from AutomaticEval.store.hdf5.room import EXPANSION
 from AutomaticEval.store.reading.sharded_rows import ShardedRows
-from AutomaticEval.store.run_folder import INDEX, living, shard_names
+from AutomaticEval.store.run_folder import INDEX, not_replaced, shard_names
 from AutomaticEval.store.shard_columns import ShardColumns, order_of
 
 Open = Callable[..., Shard]
@@ -112,7 +112,7 @@ def _check_stamp(opened: OpenedFile, stamp: str) -> None:
 
 def _shards_there(folder: Path, index: Shard | None, opened: Open) -> tuple[ShardedRows, Contents]:
     """The shards of a run without `run.h5`, or with one of version 1.0, which has the sample table alone."""
-    names = living(folder, shard_names(folder))
+    names = not_replaced(folder, shard_names(folder))
     if index is not None:
         with index.reading() as file:
             names = decode_texts(file["shards/name"])

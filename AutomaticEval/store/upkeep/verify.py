@@ -11,7 +11,7 @@ from AutomaticEval.store.contents.joined import joined
 from AutomaticEval.store.hdf5.contract import RUN_FORMAT, SHARD_FORMAT
 from AutomaticEval.store.hdf5.damage import Advance, ignore, verify_file
 from AutomaticEval.store.reader import Run, open_run
-from AutomaticEval.store.run_folder import INDEX, living, shard_names, tell_set_aside
+from AutomaticEval.store.run_folder import INDEX, not_replaced, shard_names, warn_of_set_aside
 from AutomaticEval.store.shard_columns import order_of
 
 
@@ -28,7 +28,7 @@ def verify(path: Path, advance: Advance = ignore) -> list[str]:
         path = path.parent
     if path.is_file():
         return verify_file(path, SHARD_FORMAT, advance)
-    tell_set_aside(path)
+    warn_of_set_aside(path)
     problems: list[str] = []
     if (path / INDEX).exists():
         problems += verify_file(path / INDEX, RUN_FORMAT, advance)
@@ -74,5 +74,5 @@ def _stray_shards(run: Run) -> list[str]:
     """Shards in the folder that are no part of the run."""
     listed = {shard.path.name for shard in run.shards}
     names = shard_names(run.path)
-    strays = [name for name in living(run.path, names) if name not in listed] if listed < set(names) else []
+    strays = [name for name in not_replaced(run.path, names) if name not in listed] if listed < set(names) else []
     return [f"{run.path / name}: it is there and no part of the run" for name in strays]

@@ -12,7 +12,7 @@ from AutomaticEval.errors import DamagedFile, NotActivations, OtherSettings, Sto
 from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.hdf5.damage import verify_file
 from AutomaticEval.store.hdf5.read import Shard
-from AutomaticEval.store.run_folder import INDEX, living, refuse_finished, set_aside, shard_names
+from AutomaticEval.store.run_folder import INDEX, not_replaced, refuse_finished, set_aside, shard_names
 
 
 def kept_shards(folder: Path, settings: Mapping[str, Any], *, resume: bool, finishing: bool) -> list[Shard]:
@@ -28,7 +28,7 @@ def kept_shards(folder: Path, settings: Mapping[str, Any], *, resume: bool, fini
     refuse_finished(folder)
     if resume:
         _set_damaged_aside(folder, names, settings)
-    shards = [Shard(folder / name) for name in living(folder, shard_names(folder))]
+    shards = [Shard(folder / name) for name in not_replaced(folder, shard_names(folder))]
     _check_settings(folder, shards, settings)
     (folder / INDEX).unlink(missing_ok=True)  # it was built over the shards of the unfinished run
     return shards
@@ -42,8 +42,8 @@ def _set_damaged_aside(folder: Path, names: Sequence[str], settings: Mapping[str
             opened[name] = Shard(folder / name)
     _check_settings(folder, [shard for shard in opened.values() if shard is not None], settings)
     for name, problem in _damaged(folder, opened).items():
-        told = f"{problem.removesuffix('.')}. It was set aside as {set_aside(folder / name)}; its samples are computed again."
-        warnings.warn(told, UserWarning, stacklevel=6)
+        message = f"{problem.removesuffix('.')}. It was set aside as {set_aside(folder / name)}; its samples are computed again."
+        warnings.warn(message, UserWarning, stacklevel=6)
 
 
 def _check_settings(folder: Path, shards: Sequence[Shard], settings: Mapping[str, Any]) -> None:
