@@ -11,7 +11,7 @@ from typing import Any, Literal, Unpack, overload
 
 from AutomaticEval.capture.generation import refuse_uncomputed_logits, respond
 from AutomaticEval.capture.keeping import bytes_per_row
-from AutomaticEval.capture.sampling import Sampling
+from AutomaticEval.capture.sampling import Sampling, SamplingKeywords
 from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, SelectionError, unknown_option
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -25,7 +25,7 @@ from AutomaticEval.store.disk.whole_files import ensure_space, prepare_file
 from AutomaticEval.store.hdf5.write import write_shard
 
 
-class AskOptions(LoadKeywords, total=False):
+class AskOptions(LoadKeywords, SamplingKeywords, total=False):
     """The keyword options of every drop-in function."""
 
     tokenizer: Any
@@ -36,11 +36,6 @@ class AskOptions(LoadKeywords, total=False):
     """all (default; with the site logits: scored), prompt, response, scored, last, or a slice such as prompt[-1:]."""
     store_dtype: str | None
     """float16 or bfloat16: narrower numbers than the model's own."""
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int | None
     system_prompt: str | None
     apply_chat_template: bool
     """True (default): the model's own chat template, when it has one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 from AutomaticEval.errors import PromptError
 from AutomaticEval.options import Option
@@ -63,3 +63,13 @@ def _is_whole(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The options of `Sampling` as keywords of functions, for editors and type checkers; a test compares the two."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None

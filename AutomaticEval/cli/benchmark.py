@@ -92,17 +92,11 @@ def benchmark(
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import load_model, n_layers_of
     from AutomaticEval.processes import join_ranks
-    from AutomaticEval.report.mlflow_run import require_mlflow
-    from AutomaticEval.store.hdf5.write import check_compression
 
     ranks = join_ranks()
     log = options.Log(speaks=ranks.is_first)
-    if mlflow is not None:
-        require_mlflow()
     log("Loading …")
-    check_compression(output.compression)
-    if ranks.is_first:
-        output.refuse_existing()
+    _check_output(output, mlflow, is_first=ranks.is_first)
     if kept is not None:
         kept.sites(n_layers_of(model, load))  # a wrong layer is refused before the weights load
     options.tell_of_code(asked, log)
@@ -121,6 +115,18 @@ def benchmark(
         kept_as = {} if kept is None else {"selection": kept.as_dict()}
         about = {"model": loaded.name, "benchmark": asked.as_dict(), "load": load.as_dict(), **kept_as}
         _track(outcome, f"{names} on {loaded.name}", about, mlflow, log, time.perf_counter() - started)
+
+
+def _check_output(output: RunOutput, mlflow: str | None, *, is_first: bool) -> None:
+    """Raises an error for what could not be written, before a large model loads. is_first: whether this process makes the folder."""
+    from AutomaticEval.report.mlflow_run import require_mlflow
+    from AutomaticEval.store.hdf5.write import check_compression
+
+    if mlflow is not None:
+        require_mlflow()
+    check_compression(output.compression)
+    if is_first:
+        output.refuse_existing()
 
 
 def _refuse_options_before(context: typer.Context) -> None:

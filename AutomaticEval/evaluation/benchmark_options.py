@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 from AutomaticEval.errors import BenchmarkError
 from AutomaticEval.options import Option
@@ -131,3 +131,25 @@ def check_scoring(scoring: str) -> None:
     """Raises BenchmarkError for a way to score that does not exist."""
     if scoring not in SCORINGS:
         raise BenchmarkError(f"--scoring is {scoring!r}; write {' or '.join(SCORINGS)}.")
+
+
+class BenchmarkKeywords(TypedDict, total=False):
+    """The options of `Benchmark` as keywords of functions, for editors and type checkers; a test compares the two."""
+
+    num_trials: int | None
+    """How many questions are drawn over the whole benchmark."""
+    limit: float | None
+    num_fewshot: int | None
+    seed: int | None
+    batch_size: int | str
+    scoring: str
+    """tree scores over the prefix tree of all requests, stock in lm-eval's own batches."""
+    include_path: str | Path | Iterable[str | Path]
+    benchmark_data: str | Path | None
+    """A folder with the tasks' data."""
+    apply_chat_template: bool | str
+    system_instruction: str | None
+    gen_kwargs: str | dict[str, Any] | None
+    repeats: int | None
+    predict_only: bool
+    confirm_run_unsafe_code: bool

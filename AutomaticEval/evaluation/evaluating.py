@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 from AutomaticEval.errors import BenchmarkError, unknown_option
 from AutomaticEval.evaluation.benchmark import load_tasks
-from AutomaticEval.evaluation.benchmark_options import WHY_NOT, Benchmark
+from AutomaticEval.evaluation.benchmark_options import WHY_NOT, Benchmark, BenchmarkKeywords
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
@@ -20,26 +20,8 @@ from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 
 
-class EvaluateOptions(LoadKeywords, total=False):
-    """Keyword options of `evaluate_with_activations`: lm-eval's own, and those of loading the model."""
-
-    num_trials: int | None
-    """How many questions are drawn over the whole benchmark."""
-    limit: float | None
-    num_fewshot: int | None
-    seed: int | None
-    batch_size: int | str
-    scoring: str
-    """tree scores over the prefix tree of all requests, stock in lm-eval's own batches."""
-    include_path: str | Path | Iterable[str | Path]
-    benchmark_data: str | Path | None
-    """A folder with the tasks' data."""
-    apply_chat_template: bool | str
-    system_instruction: str | None
-    gen_kwargs: str | dict[str, Any] | None
-    repeats: int | None
-    predict_only: bool
-    confirm_run_unsafe_code: bool
+class EvaluateOptions(LoadKeywords, BenchmarkKeywords, total=False):
+    """How the model is loaded, and which questions it is asked."""
 
 
 class CaptureKeywords(EvaluateOptions, total=False):
