@@ -21,8 +21,8 @@ from transformers import Gemma2Config, MistralConfig
 
 from AutomaticEval import ExtractSingleSample, FromHuggingFace, open_run
 from AutomaticEval.capture.texts import extraction
-from AutomaticEval.capture.texts import extraction as corpus
 from AutomaticEval.capture.texts import forward as text_forward
+from AutomaticEval.capture.texts import piece_forwards as corpus
 from AutomaticEval.capture.texts.batching import Piece, batches_of
 from AutomaticEval.capture.texts.extraction import Extracted, Writing
 from AutomaticEval.capture.texts.feeding import Feeding

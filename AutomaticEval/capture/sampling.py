@@ -23,27 +23,26 @@ class Sampling:
     ] = None
 
     def __post_init__(self) -> None:
-        for name, wanted, holds in (
-            (
-                "max_new_tokens",
-                "a whole number, at least 1",
-                _is_whole(self.max_new_tokens) and self.max_new_tokens >= 1,
-            ),
-            ("temperature", "0 (greedy) or more", _is_number(self.temperature) and self.temperature >= 0),
-            ("top_p", "above 0 and at most 1", _is_number(self.top_p) and 0 < self.top_p <= 1),
-            ("top_k", "a whole number, 0 (no limit) or more", _is_whole(self.top_k) and self.top_k >= 0),
-            ("seed", "a whole number, or None", self.seed is None or _is_whole(self.seed)),
-        ):
-            if not holds:
-                raise PromptError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+        at_least_1, n_or_none = "a whole number, at least 1", "a whole number, or None"
+        self._require("max_new_tokens", _is_whole(self.max_new_tokens) and self.max_new_tokens >= 1, at_least_1)
+        self._require("temperature", _is_number(self.temperature) and self.temperature >= 0, "0 (greedy) or more")
+        self._require("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._require("top_k", _is_whole(self.top_k) and self.top_k >= 0, "a whole number, 0 (no limit) or more")
+        self._require("seed", self.seed is None or _is_whole(self.seed), n_or_none)
         plain = {"max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "seed": int}
-        for name, kind in plain.items():  # numpy's numbers are not Python's
+        for name, kind in plain.items():  # numbers of numpy are taken too, and become Python's own
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else kind(value))
 
+    def _require(self, name: str, is_sound: bool, expected: str) -> None:
+        if not is_sound:
+            raise PromptError(f"{name} is {getattr(self, name)!r}; it must be {expected}.")
+
     def kwargs(self) -> dict[str, Any]:
-        """For transformers' generate. They come before the checkpoint's own generation config, of which the rest
-        (a repetition penalty, say) counts and is in the settings.
+        """The arguments for transformers' `generate`.
+
+        They override the checkpoint's own generation config. What that config says besides (a repetition penalty, say) still
+        counts, and is written into the settings of a run.
         """
         chosen: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
@@ -51,7 +50,7 @@ class Sampling:
             "num_return_sequences": 1,
             "use_cache": True,
             "return_dict_in_generate": False,
-            "disable_compile": True,  # hooks that are added after compilation are ignored
+            "disable_compile": True,  # a compiled model ignores hooks that are added later
         }
         if self.temperature == 0:
             return {**chosen, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}

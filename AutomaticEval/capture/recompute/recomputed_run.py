@@ -44,6 +44,7 @@ class Recomputed:
 
     @property
     def different(self) -> list[Compared]:
+        """The samples that rounding does not explain."""
         return [each for each in self.samples if each.problems]
 
     @property
@@ -134,10 +135,8 @@ def refuse_other_model(run: Run, loaded: LoadedModel) -> None:
     if own.edits:
         raise OtherSettings(f"{loaded.name} is being edited ({', '.join(own.edits)}); recompute outside of it.")
     for made in run.made_with.of_parts():
-        told = [name for name in FINGERPRINTS if name in made.names][:1] + [
-            name for name in OF_THE_MODEL if name in made.names
-        ]
-        for name in told:
+        strictest = [name for name in FINGERPRINTS if name in made.names][:1]
+        for name in strictest + [name for name in OF_THE_MODEL if name in made.names]:
             then, now = getattr(made, name), getattr(own, name)
             if then != now:
                 raise OtherSettings(

@@ -156,8 +156,8 @@ class Comparison:
     ) -> Iterator[str]:
         """What is wrong with the rows of one key."""
         right = rows.own(key, stored)
-        told, is_as = self.run.made_with.store_dtype, stored.dtype if steps is None else torch.int8
-        promised = right.dtype if told is None else dtype_named(told)
+        named, is_as = self.run.made_with.store_dtype, stored.dtype if steps is None else torch.int8
+        promised = right.dtype if named is None else dtype_named(named)
         narrow = (
             narrowed_to(stored, right.to(self._through or promised)) if is_as == promised and steps is None else None
         )
@@ -243,6 +243,7 @@ class _RightRows:
         self._row_of = {position: row for row, position in enumerate(tokens.around)}
 
     def own(self, key: str, stored: Tensor, at: slice = slice(None)) -> Tensor:
+        """[n, width]: the right rows for some of the stored rows of a key."""
         return self._taken(key, self.positions[at], stored)
 
     def others(self, key: str, stored: Tensor, at: slice) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ class Piece(NamedTuple):
 
     @property
     def key(self) -> tuple[int, int]:
+        """(doc_id, window), which no other piece of the run has."""
         return self.doc_id, self.window
 
 

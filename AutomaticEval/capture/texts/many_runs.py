@@ -64,6 +64,7 @@ class Unit:
     """The fields of `Extracted`."""
 
     def run(self) -> Run:
+        """The finished run, opened. Raises what `open_run` raises."""
         return open_run(self.folder)
 
 

@@ -68,6 +68,7 @@ class PrefixTree:
 
     @property
     def n_nodes(self) -> int:
+        """The number of tokens of the walk."""
         return len(self.token_ids)
 
     def branches(self) -> Iterator[Branch]:
