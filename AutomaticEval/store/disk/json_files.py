@@ -1,4 +1,4 @@
-"""Reads and writes result files: JSON, written whole or not at all."""
+"""JSON files, written whole or not at all, and read again."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from AutomaticEval.store.disk.json_text import parse_json
 from AutomaticEval.store.disk.whole_files import new_file, prepare_file, prepare_folder
 
 Stats = dict[tuple[int, int], dict[str, float]]
-"""(layer, head) -> R_h, std, min, max, n."""
+"""(layer, head) -> a dict of R_h, std, min, max and n: how strong the head is."""
 
 
 def new_results(folder: Path, *names: str) -> list[Path]:
-    """The paths of files that will be written into a folder. A path that cannot be written is refused now, before any work.
-
-    Raises PathExists, FolderNotWritable.
-    """
+    """The paths of result files, checked before the work that will fill them. Raises PathExists, FolderNotWritable."""
     prepare_folder(folder)
     for name in names:
         prepare_file(folder / name, offer_overwrite=False)
@@ -29,10 +26,7 @@ def new_results(folder: Path, *names: str) -> list[Path]:
 
 
 def write_json(path: str | Path, data: Mapping[str, Any], *, overwrite: bool = False) -> None:
-    """Write a result. Numbers that are infinite or NaN, which JSON does not have, become null.
-
-    Raises PathExists, FolderNotWritable, DiskFull.
-    """
+    """Write an object as a JSON file. NaN and infinity become null, as JSON has neither. Raises PathExists, FolderNotWritable."""
     path = Path(path)
     prepare_file(path, overwrite=overwrite)
     with new_file(path, overwrite=overwrite) as partial:
@@ -48,38 +42,38 @@ def _finite(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A result that `write_json` wrote. Raises StoreError for another file."""
+    """The object in a JSON file. Raises StoreError for a file that is absent, or no JSON, or holds something else."""
     try:
-        result = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(f"there is no {path}.") from None
     except (ValueError, OSError):
         raise StoreError(f"{path} is no JSON; give a file that one of these commands wrote.") from None
-    if not isinstance(result, dict):
-        raise StoreError(f"{path} holds a {type(result).__name__}; a result is an object with a kind.")
-    return result
+    if not isinstance(content, dict):
+        raise StoreError(f"{path} holds a {type(content).__name__}; a result is an object with a kind.")
+    return content
 
 
 def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises OtherSettings when a folder was made with settings other than those of now. Settings that now does not name do not matter."""
+    """Raises OtherSettings when a folder was made with other settings. before may hold more settings than now; those are not compared."""
     apart = differing(str(folder), before, now, now.keys())
     if apart:
         raise OtherSettings(f"{folder} was made with other settings: {min(apart)}. Name another folder.")
 
 
 def strength_result(stats: Stats, model: str, of: str, **about: Any) -> dict[str, Any]:
-    """Head strengths as a result for `write_json`. of: the texts that they were measured on. about: more entries of the result."""
+    """Statistics as a result for `write_json`. of: "result" or "z". about: more entries of the result."""
     heads = [{"layer": layer, "head": head, **numbers} for (layer, head), numbers in stats.items()]
     return {"kind": "strength", "model": model, "of": of, **about, "heads": heads}
 
 
 def read_strength(path: str | Path) -> tuple[Stats, str]:
-    """The head strengths of a result file, and the texts that they were measured on. Raises StoreError for another file."""
-    result = read_json(Path(path))
+    """The statistics in a file of head strengths, and what they were measured of ("result" or "z"). Raises StoreError for another file."""
+    content = read_json(Path(path))
     try:
-        stats = {(each.pop("layer"), each.pop("head")): each for each in result["heads"]}
+        stats = {(each.pop("layer"), each.pop("head")): each for each in content["heads"]}
         if not all({"R_h", "n"} <= each.keys() for each in stats.values()) or not stats:
             raise KeyError("R_h")
-        return stats, str(result["of"])
+        return stats, str(content["of"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(f"{path} holds no head strengths; give a file that save_results wrote.") from None
