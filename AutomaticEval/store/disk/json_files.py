@@ -26,10 +26,7 @@ def new_results(folder: Path, *names: str) -> list[Path]:
 
 
 def write_json(path: str | Path, data: Mapping[str, Any], *, overwrite: bool = False) -> None:
-    """Write a result. Numbers that are infinite or NaN, which JSON does not have, become null.
-
-    Raises PathExists, FolderNotWritable, DiskFull.
-    """
+    """Write an object as a JSON file. NaN and infinity become null, as JSON has neither. Raises PathExists, FolderNotWritable."""
     path = Path(path)
     prepare_file(path, overwrite=overwrite)
     with new_file(path, overwrite=overwrite) as partial:
@@ -66,11 +63,11 @@ def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
 
 def read_strength(path: str | Path) -> tuple[Stats, str]:
     """The head strengths in a result file, and what they were measured of ("result" or "z"). Raises StoreError for another file."""
-    result = read_json(Path(path))
+    content = read_json(Path(path))
     try:
-        stats = {(each.pop("layer"), each.pop("head")): each for each in result["heads"]}
+        stats = {(each.pop("layer"), each.pop("head")): each for each in content["heads"]}
         if not all({"R_h", "n"} <= each.keys() for each in stats.values()) or not stats:
             raise KeyError("R_h")
-        return stats, str(result["of"])
+        return stats, str(content["of"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(f"{path} holds no head strengths; give a file that save_results wrote.") from None

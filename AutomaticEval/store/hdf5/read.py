@@ -186,6 +186,10 @@ class Shard(OpenedFile):
                 values |= {name: _decode(name)(file[f"samples/{name}"], at) for name in names if name not in values}
         return values
 
+    def read_strings(self) -> dict[int, str]:
+        """Gives `strings`. It is a method and no lambda, so that a run can be pickled for the workers of a DataLoader."""
+        return self.strings
+
     def contents(self) -> Contents:
         """What the file holds. Numbers and columns are read when they are used."""
         segments, input_ids, generated_ids = (
@@ -201,7 +205,7 @@ class Shard(OpenedFile):
             segments,
             input_ids,
             generated_ids,
-            lambda: self.strings,
+            self.read_strings,
             FileColumns(self),
             {} if self.file_format == contract.RUN_FORMAT else {key: self._stored(key) for key in self.keys},
         )
