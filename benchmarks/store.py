@@ -50,12 +50,12 @@ from torch.utils.data import DataLoader
 
 from AutomaticEval import open_run
 from AutomaticEval.samples import Part, Rows, Sample
-from AutomaticEval.store import writer
 from AutomaticEval.store.bits import bits
 from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.hdf5.write import write_file
 from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
+from AutomaticEval.store.writing import small_shards
 
 MEMORY = Workload(n_samples=320, n_tokens=110, n_layers=13, width=768)  # 700 MB
 MEMORY_SMALL = Workload(n_samples=3200, n_tokens=11, n_layers=13, width=768)
@@ -183,7 +183,7 @@ def many_shards(rounds: int, folder: Path) -> None:
     with fresh(folder) as there:
         n_shards, n_tokens = 2000, 20
         with (
-            patch.object(writer, "SMALL", 0),
+            patch.object(small_shards, "SMALL", 0),
             RunWriter(there / "run", "m", {}, shard_bytes=1) as made,
         ):  # no shards are merged
             for number in range(n_shards):
