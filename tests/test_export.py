@@ -335,7 +335,7 @@ def test_memory_stays_far_below_the_size_of_a_file(tmp_path: Path) -> None:
 
 def test_segment_over_two_shards_is_a_range_in_each() -> None:
     ranges, first = np.array([[2, 7], [9, 9], [8, 9]]), np.array([0, 4, 4, 10])
-    assert list(store._places(ranges, first)) == [(0, 2, 4), (2, 0, 3), (2, 4, 5)]
+    assert list(store._ranges_in_shards(ranges, first)) == [(0, 2, 4), (2, 0, 3), (2, 4, 5)]
 
 
 @pytest.fixture
