@@ -28,10 +28,10 @@ from AutomaticEval.cli.export import export as command
 from AutomaticEval.cli.options import SPELLINGS
 from AutomaticEval.errors import CaptureError, PathExists, SelectionError, StoreError
 from AutomaticEval.samples import Part, Rows, Sample
-from AutomaticEval.store.export import arrow
-from AutomaticEval.store.export import formats as store
+from AutomaticEval.store.export import arrow, formats
 from AutomaticEval.store.export.formats import FORMATS, export
 from AutomaticEval.store.export.hub import push_to_hub
+from AutomaticEval.store.export.shard_files import ranges_in_shards
 from AutomaticEval.store.export.transformer_lens import as_activation_cache, transformer_lens_name
 from AutomaticEval.store.hdf5.write import write_shard
 from AutomaticEval.store.writer import RunWriter
@@ -309,7 +309,7 @@ def test_too_little_room_is_refused_before_anything_is_written(
     tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(store, "ensure_space", lambda folder, size_bytes: asked.append(size_bytes))
+    monkeypatch.setattr(formats, "ensure_space", lambda folder, size_bytes: asked.append(size_bytes))
     run = open_run(run_folder)
     export(run_folder, tmp_path / "a", "safetensors")
     export(run_folder, tmp_path / "b", "arrow")
@@ -335,7 +335,7 @@ def test_memory_stays_far_below_the_size_of_a_file(tmp_path: Path) -> None:
 
 def test_segment_over_two_shards_is_a_range_in_each() -> None:
     ranges, first = np.array([[2, 7], [9, 9], [8, 9]]), np.array([0, 4, 4, 10])
-    assert list(store._ranges_in_shards(ranges, first)) == [(0, 2, 4), (2, 0, 3), (2, 4, 5)]
+    assert list(ranges_in_shards(ranges, first)) == [(0, 2, 4), (2, 0, 3), (2, 4, 5)]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import typer
 from AutomaticEval.cli.options import OUTPUT, command, options_of, takes
 from AutomaticEval.cli.printing import progress, say
 from AutomaticEval.evaluation.run_output import RunOutput
+from AutomaticEval.store.export.table import FORMATS, check_format
 
 if TYPE_CHECKING:
     from AutomaticEval.store.reader import Run
@@ -17,14 +18,7 @@ if TYPE_CHECKING:
 HDF5 = "hdf5"
 MOST_SHOWN = 100
 """Characters of a setting, before an upload."""
-READING = {
-    "safetensors": "from safetensors.torch import load_file; tensors = load_file({first!r})",
-    "npz": "import numpy; arrays = numpy.load({first!r})",
-    "arrow": "import datasets; rows = datasets.load_from_disk({output!r}).with_format('torch')",
-    "transformer_lens": "from safetensors.torch import load_file; cache = load_file({first!r})",
-    HDF5: "from AutomaticEval import open_run; run = open_run({output!r})",
-}
-"""Format -> one line of Python."""
+READING_HDF5 = "from AutomaticEval import open_run; run = open_run({output!r})"
 
 
 File = Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")]
@@ -32,7 +26,7 @@ Output = Annotated[
     Path,
     typer.Option("--output", "-o", help="A new folder; for hdf5, a new file.", rich_help_panel=OUTPUT),
 ]
-To = Annotated[str, typer.Option("--to", help="safetensors, npz, arrow, transformer_lens or hdf5.", metavar="FORMAT")]
+To = Annotated[str, typer.Option("--to", help=f"{', '.join(FORMATS)} or {HDF5}.", metavar="FORMAT")]
 Dtype = Annotated[
     str | None,
     typer.Option(
@@ -64,11 +58,10 @@ def export(
 ) -> None:
     """Write activations for other tools: safetensors, numpy, Hugging Face datasets, TransformerLens."""
     from AutomaticEval.errors import SelectionError
-    from AutomaticEval.store.export import formats as store
     from AutomaticEval.store.export import hub
     from AutomaticEval.store.reader import open_run
 
-    store.check_format(to, dtype, [*store.FORMATS, HDF5])
+    check_format(to, dtype, [HDF5])
     if written.compression is not None and to != HDF5:
         raise SelectionError(f"--compression was given, but {to} is not compressed; use --to hdf5, or leave it out.")
     if public and push_to_hub is None:
@@ -82,7 +75,8 @@ def export(
     say(f"{n_samples} samples of {path} are in {output} ({_size(output)}).")
     if push_to_hub is not None:
         say(f"Uploaded: {hub.push_to_hub(output, push_to_hub, private=not public)}")
-    say(f"Read it: {READING[to].format(output=str(output), first=str(_first(output)))}")
+    reading = READING_HDF5 if to == HDF5 else FORMATS[to].reading
+    say(f"Read it: {reading.format(output=str(output), first=str(_first(output)))}")
 
 
 def _ask(run: Run, repository: str, *, public: bool) -> None:

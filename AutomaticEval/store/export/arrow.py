@@ -26,8 +26,9 @@ _MAX_NUMBERS = 2**31 - _BATCH_BYTES
 """Arrow counts the numbers of all lists of a batch together, in 32 bits."""
 
 
-def check_unicode(contents: Contents) -> None:
+def check(run: Run) -> None:
     """Raises StoreError for text that is not Unicode, which Arrow cannot hold."""
+    contents = run.contents
     for name in column_names(contents):
         for number, value in enumerate(contents.columns.whole(name) if COLUMNS.get(name) == "text" else ()):
             try:
@@ -38,7 +39,7 @@ def check_unicode(contents: Contents) -> None:
                 ) from None
 
 
-def write_arrow(run: Run, folder: Path, dtypes: Mapping[str, torch.dtype], advance: Advance) -> None:
+def write(run: Run, folder: Path, dtypes: Mapping[str, torch.dtype], advance: Advance) -> None:
     """Write the folder. This is done here, because `save_to_disk` of datasets writes everything twice."""
     import datasets
     import pyarrow as pa
