@@ -157,7 +157,7 @@ def _kept(
     if capture_activations:
         return selection
     unused = (name for name in OF_CAPTURE if name != "output")
-    refuse_unused(context, "nothing is captured without --capture_activations", *unused)
+    refuse_unused(context, "nothing is captured", *unused, remedy="add --capture_activations")
     return None
 
 

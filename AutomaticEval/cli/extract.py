@@ -81,7 +81,7 @@ def extract(
     mlflow: options.Mlflow = None,
 ) -> None:
     """Capture texts without generating: each token once, no layer above the deepest that is kept. The same command goes on."""
-    _refuse_ignored(context, which, output)
+    _refuse_ignored(context, which, output, model)
     options.quiet_libraries()
     from AutomaticEval.capture.texts.many_runs import Plan, extract_sets
     from AutomaticEval.processes import join_ranks
@@ -111,8 +111,10 @@ def extract(
         _finish(units, name, root, plan, mlflow, log)
 
 
-def _refuse_ignored(context: typer.Context, which: WhichTexts, output: RunOutput) -> None:
-    """Raises SelectionError for options that would be ignored."""
+def _refuse_ignored(context: typer.Context, which: WhichTexts, output: RunOutput, model: str | None) -> None:
+    """Raises SelectionError for options that would be ignored, and when no model is named."""
+    if which.profile is None and model is None:
+        raise SelectionError("--texts and --dataset take a --model.")
     if which.dataset is None:
         refuse_unused(context, "it is of a --dataset", "dataset_config", "split")
     if which.profile is not None:

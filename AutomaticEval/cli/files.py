@@ -45,7 +45,9 @@ def verify(
 ) -> None:
     """Compute every checksum again, and compare every row with its token. Exits with 1 when anything is wrong."""
     if recompute is None:
-        refuse_unused(context, "nothing is recomputed without --recompute N", "model", "seed", *options_in(LoadOptions))
+        refuse_unused(
+            context, "nothing is recomputed", "model", "seed", *options_in(LoadOptions), remedy="add --recompute N"
+        )
     _verify_checksums(path)
     if recompute is not None:
         _recompute(path, recompute, model, seed, load)

@@ -72,7 +72,7 @@ def generate(
     captures = capture_activations or output is not None
     if not captures:
         unused = ("sites", "layers", "positions", "store_dtype", "strict")
-        refuse_unused(context, "nothing is captured without --output or --capture_activations", *unused)
+        refuse_unused(context, "nothing is captured", *unused, remedy="add --output or --capture_activations")
     if output is None:
         refuse_unused(context, "no --output is named that it could replace", "overwrite")
     if output is not None or not captures:

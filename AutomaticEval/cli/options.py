@@ -210,11 +210,11 @@ def is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def refuse_unused(context: typer.Context, why: str, *names: str) -> None:
+def refuse_unused(context: typer.Context, why: str, *names: str, remedy: str = "leave it out") -> None:
     """Raises SelectionError for an option that was given, and would be ignored."""
     for name in names:
         if is_given(context, name):
-            raise SelectionError(f"--{name} was given, but {why}; leave it out.")
+            raise SelectionError(f"--{name} was given, but {why}; {remedy}.")
 
 
 def quiet_libraries() -> None:
