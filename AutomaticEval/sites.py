@@ -49,14 +49,14 @@ class Kind:
 
     @property
     def described(self) -> str:
-        """The meaning and the shape of one sequence: `what the MLP adds to the stream: [pos, d_model]`."""
+        """The meaning and the shape of one sequence: `output of the last norm: [pos, d_model]`."""
         return f"{self.meaning}: [pos, {' * '.join(self.width)}]"
 
 
 _ROWS = (
     Kind(
         "embed",
-        "what enters block 0, after any positional embedding",
+        "what enters block 0, after any positional embedding; Hugging Face's hidden_states[0]",
         ("d_model",),
         "blocks.0.hook_resid_pre",
         is_per_layer=False,
@@ -69,9 +69,24 @@ _ROWS = (
         "blocks.{layer}.hook_resid_mid",
         not_edited="it is read where the MLP alone receives it, and the stream goes on beside it; edit attn_out instead",
     ),
-    Kind("resid_post", "residual stream leaving the block", ("d_model",), "blocks.{layer}.hook_resid_post"),
-    Kind("attn_out", "what attention adds to the stream", ("d_model",), "blocks.{layer}.hook_attn_out"),
-    Kind("mlp_out", "what the MLP adds to the stream", ("d_model",), "blocks.{layer}.hook_mlp_out"),
+    Kind(
+        "resid_post",
+        "residual stream leaving the block; resid_pre of the next layer",
+        ("d_model",),
+        "blocks.{layer}.hook_resid_post",
+    ),
+    Kind(
+        "attn_out",
+        "what attention adds to the stream, after any post-norm (Gemma 2) or multiplier (Granite)",
+        ("d_model",),
+        "blocks.{layer}.hook_attn_out",
+    ),
+    Kind(
+        "mlp_out",
+        "what the MLP, or the mixture of experts, adds to the stream, by the same rule",
+        ("d_model",),
+        "blocks.{layer}.hook_mlp_out",
+    ),
     Kind("q", "output of the query projection, before rotary", ("n_heads", "d_head"), "blocks.{layer}.attn.hook_q"),
     Kind("k", "output of the key projection, before rotary", ("n_kv_heads", "d_head"), "blocks.{layer}.attn.hook_k"),
     Kind("v", "output of the value projection", ("n_kv_heads", "d_head"), "blocks.{layer}.attn.hook_v"),
@@ -88,7 +103,12 @@ _ROWS = (
         dtype="float32",
         not_edited="it is derived; edit z instead",
     ),
-    Kind("mlp_post", "input of the MLP's down projection", ("d_mlp",), "blocks.{layer}.mlp.hook_post"),
+    Kind(
+        "mlp_post",
+        "input of the MLP's down projection, after activation and gate",
+        ("d_mlp",),
+        "blocks.{layer}.mlp.hook_post",
+    ),
     Kind(
         "head_result",
         "each head's result z_h W_O^h, without bias",
@@ -103,7 +123,13 @@ _ROWS = (
         not_stored="it has no fixed width a token; keep 'q' and 'k' instead, or 'pattern' of texts with the command extract",
         not_edited="it is computed within attention, where no module gives it; edit q or k instead",
     ),
-    Kind("final_norm", "output of the last norm", ("d_model",), "ln_final.hook_out", is_per_layer=False),
+    Kind(
+        "final_norm",
+        "output of the last norm; Hugging Face's hidden_states[-1]",
+        ("d_model",),
+        "ln_final.hook_out",
+        is_per_layer=False,
+    ),
     Kind("logits", "before softmax; logits[t] predicts token t+1", ("d_vocab",), "logits", is_per_layer=False),
 )
 
