@@ -1,4 +1,4 @@
-"""Text of files, models and tasks as a person is shown it: what would command a terminal is spelled out.
+"""Text of files, models and tasks as a person is shown it: control characters are spelled out.
 
 Knows nothing of terminals.
 """

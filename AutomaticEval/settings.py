@@ -122,7 +122,7 @@ class RunSettings:
     """Which texts an extraction read, and how they were packed."""
 
     max_new_tokens: int | None = None
-    """Of a single prompt, as are the next six: the most tokens of the response."""
+    """The most tokens of the response. This field and the next six are those of a single prompt."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -133,13 +133,13 @@ class RunSettings:
     """Whether the prompt was put into the model's chat template."""
 
     merged: Sequence[Mapping[str, Any]] | None = None
-    """Of a merged run: what each of its parts says where they differ."""
+    """What each part of a merged run says where the parts differ."""
 
     pruned_from: Sequence[Mapping[str, Any]] | None = None
-    """Of a pruned run: what its selection was before, one entry a time that it was pruned."""
+    """What the selection of a pruned run was before, with one entry for each time that it was pruned."""
 
     converted_from: str | None = None
-    """Of a converted run: the dtype that its numbers were stored in before."""
+    """The dtype in which the numbers of a converted run were stored before."""
 
     others: Mapping[str, Any] = field(default_factory=dict)
     """Settings that this version does not know, from a file of an older or a newer one. They are written as they were read."""

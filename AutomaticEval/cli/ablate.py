@@ -53,7 +53,7 @@ def ablate(
     batch_size: options.BatchSize = 8,
     output: options.Results = Path("results"),
 ) -> None:
-    """Answers, text metrics and benchmark scores with heads taken out, beside those without."""
+    """Take heads out of a model, and compare its answers, text metrics and benchmark scores with those of the whole model."""
     if asked is None:
         refuse_unused(context, "it is of a --benchmark", "limit", "num_fewshot", "include_path")
     if prompts.category is None and texts is None:
@@ -126,7 +126,7 @@ def _prompts(profile: Profile | None, category: str | None, texts: Path | None) 
 
 
 def _scores(ablation: Ablation, asked: Benchmark) -> list[dict[str, Any]]:
-    """Each task's scores with the heads and without them."""
+    """The scores of each task, with the heads and without them."""
     from AutomaticEval.evaluation.run import run_benchmark
 
     before = run_benchmark(ablation.loaded, asked)

@@ -44,12 +44,12 @@ def main() -> None:
 def _one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning as a person at a terminal reads it, without a place in the code."""
+    """A warning in one line for a person at a terminal, without its place in the code."""
     return shown(f"{category.__name__}: {message}\n")
 
 
 def _with_values(arguments: list[str]) -> list[str]:
-    """`--mlflow` may have no value, which the parser does not know of."""
+    """The arguments, with a value for an `--mlflow` that stands alone: the parser expects one."""
     completed = list(arguments)
     for at, each in enumerate(arguments):
         if each == "--mlflow" and (at + 1 == len(arguments) or arguments[at + 1].startswith("-")):
@@ -58,5 +58,5 @@ def _with_values(arguments: list[str]) -> list[str]:
 
 
 def _stop(*signal_and_frame: object) -> None:
-    """SIGTERM (a batch system's time is up) ends like an exception, so that what was captured is sealed."""
+    """End like an exception on SIGTERM (the time of a batch job is up), so that what was captured is sealed."""
     sys.exit(143)

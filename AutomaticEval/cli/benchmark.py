@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from AutomaticEval.evaluation.run import Outcome
 
 OF_CAPTURE = (*options_in(Selection), *options_in(RunOutput))
-"""Options that mean nothing when nothing is captured; of them --output is taken for lm-eval's results then."""
+"""Options that are refused when nothing is captured, but for --output, which then names the folder for lm-eval's results."""
 
 
 CaptureActivations = Annotated[
@@ -130,7 +130,7 @@ def _check_output(output: RunOutput, mlflow: str | None, *, is_first: bool) -> N
 
 
 def _refuse_options_before(context: typer.Context) -> None:
-    """Raises SelectionError for options that stand before a command, which would not be heeded."""
+    """Raises SelectionError for options that stand before a command, because they would be ignored."""
     sources = {each: context.get_parameter_source(each.name or "") for each in context.command.params}
     given = [each.opts[0] for each, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     if given:
@@ -185,7 +185,7 @@ def _write_strength(folder: Path) -> None:
 
 
 def _track(outcome: Outcome, name: str, about: dict[str, Any], uri: str, log: options.Log, seconds: float) -> None:
-    """Log a run to MLflow: its settings, scores, sizes, lm-eval's results and what was said."""
+    """Log a run to MLflow: its settings, scores and sizes, lm-eval's results, and the lines that were printed."""
     from AutomaticEval.report.mlflow_run import track
 
     metrics: dict[str, float | None] = {f"{each.task}/{each.metric}": each.value for each in outcome.scores}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 HDF5 = "hdf5"
 MOST_SHOWN = 100
-"""Characters of a setting, before an upload."""
+"""How many characters of a setting are shown before an upload."""
 READING_HDF5 = "from AutomaticEval import open_run; run = open_run({output!r})"
 
 
@@ -99,7 +99,7 @@ def _ask(run: Run, repository: str, *, public: bool) -> None:
 
 
 def _write(path: Path, output: Path, to: str, dtype: str | None, compression: str | None, n_samples: int) -> None:
-    """Show a bar meanwhile: of bytes for one HDF5 file, of samples for the others."""
+    """Export, with a bar that counts bytes for one HDF5 file, and samples for the other formats."""
     if to == HDF5:
         from AutomaticEval.store.upkeep.convert import convert
         from AutomaticEval.store.upkeep.sizes import size_of
@@ -114,7 +114,7 @@ def _write(path: Path, output: Path, to: str, dtype: str | None, compression: st
 
 
 def _first(output: Path) -> Path:
-    """The first file of activations in it."""
+    """The first file of activations in a folder."""
     return next(iter(sorted(output.glob("s*-00000.*"))), output)
 
 

@@ -80,7 +80,10 @@ def extract(
     ] = None,
     mlflow: options.Mlflow = None,
 ) -> None:
-    """Capture texts without generating: each token once, no layer above the deepest that is kept. The same command goes on."""
+    """Capture texts without generating: each token is computed once, and no layer above the deepest one that is kept.
+
+    The same command, given again, goes on with an extraction that was cut short.
+    """
     _refuse_ignored(context, which, output, model)
     options.quiet_libraries()
     from AutomaticEval.capture.texts.many_runs import Plan, extract_sets
@@ -126,7 +129,7 @@ def _refuse_ignored(context: typer.Context, which: WhichTexts, output: RunOutput
 def _folders(
     which: WhichTexts, output: RunOutput, name: str, sets: list[TextSet], models: list[str]
 ) -> tuple[Path, Callable[[str, str], Path]]:
-    """The folder of everything, and what gives the run folder of a model and a set in it."""
+    """The folder of the whole extraction, and a function that gives the run folder of a model and a set of texts."""
     from AutomaticEval.capture.texts.many_runs import folder_names
 
     places, parts = folder_names(models), folder_names([each.name for each in sets])
@@ -142,7 +145,7 @@ def _folders(
 
 
 def _sets(which: WhichTexts, *, strict: bool) -> tuple[str, list[TextSet], list[str]]:
-    """What the texts are called, the sets of them that get a run each, and the models that a profile names."""
+    """The name of the texts, the sets of texts that get a run each, and the models that a profile names."""
     from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts
     from AutomaticEval.capture.texts.text_set import TextSet
 
@@ -170,7 +173,7 @@ def _of_profile(profile: str, category: str | None, most: int | None) -> tuple[s
 
 
 def _finish(units: list[Unit], name: str, root: Path, plan: Plan, mlflow: str | None, log: options.Log) -> None:
-    """Summary, tracking and exit code: 1 when some failed, 2 when nothing was captured."""
+    """Write the summary, log to MLflow, and exit with 1 when some runs failed, and with 2 when nothing was captured."""
     from AutomaticEval.report.extraction_page import write_summary
 
     failed = [unit for unit in units if unit.status == "failed"]

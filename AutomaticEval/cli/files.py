@@ -1,4 +1,4 @@
-"""`main.py verify`, `merge`, `prune` and `index`: what is done to files and runs afterwards."""
+"""`main.py verify`, `merge`, `prune` and `index`: what is done to files and runs after they were written."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def merge(
     output: Output,
     written: RunOutput,
 ) -> None:
-    """Make one file of a run, or of several of the same model and selection."""
+    """Make one file of one run, or of several runs of the same model and selection."""
     from AutomaticEval.store.upkeep.merge import merge as join
     from AutomaticEval.store.upkeep.sizes import size_of
 
@@ -152,7 +152,7 @@ def prune(
 
 @command
 def index(path: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]) -> None:
-    """Write a run's run.h5 again from its shards, also when the run was cut short."""
+    """Write run.h5 again from the shards of a run, also of a run that was cut short."""
     from AutomaticEval.store.upkeep.rebuild import rebuild_index
 
     _written(rebuild_index(path))

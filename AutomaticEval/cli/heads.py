@@ -1,4 +1,4 @@
-"""`main.py heads …`: how strong heads are, and how fine-tuning moved them."""
+"""`main.py heads …`: how strong heads are, and how fine-tuning changed that."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ app.command("plot")(screen.plot)
 
 @dataclass(frozen=True)
 class Strength:
-    """Of which heads the strength is measured, and how."""
+    """Which heads are measured, and how."""
 
     layers: Annotated[str | None, Option("Layers, such as 0-2,-1. Default: all.", metavar="LAYERS")] = None
     heads: Annotated[str | None, Option("Heads, such as 0-3,7. Default: all.")] = None
@@ -63,7 +63,7 @@ def strength(
     seed: options.Seed = 42,
     output: options.Results = Path("results"),
 ) -> None:
-    """How strong each head is over texts: head_strength.json and head_strength.png."""
+    """Measure how strong each head is over texts: head_strength.json and head_strength.png."""
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.strength import strength_result
     from AutomaticEval.capture.texts.sources import drawn, read_texts
@@ -105,7 +105,7 @@ def compare(
     seed: options.Seed = 42,
     output: options.Results = Path("results"),
 ) -> None:
-    """How fine-tuning moved each head's strength: the same texts through both models."""
+    """Measure how fine-tuning changed the strength of each head: both models read the same texts."""
     if answers_of is None:
         refuse_unused(context, "it is of --answers_of", "max_new_tokens")
     options.quiet_libraries()

@@ -1,4 +1,4 @@
-"""What the commands that change a model's answers share: their options, and how they write and print what changed."""
+"""What the commands that change a model's answers share: their options, and the table of what changed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Prompts:
     seed: Annotated[int, Option("Seed for everything that is drawn at random.", minimum=0)] = 42
 
     def load_profile(self) -> Profile | None:
-        """The profile, when one is named."""
+        """The profile that is named, or None."""
         from AutomaticEval.analysis.words.profiles import load_profile
 
         return None if self.profile is None else load_profile(self.profile)
@@ -62,7 +62,7 @@ class Prompts:
 
 
 def metrics_of(sentiment: str, words: Sequence[str] | None) -> list[TextMetric]:
-    """Sentiment, and the keywords of a category that has some."""
+    """The metrics of an answer: its sentiment, and the keywords of a category that has some."""
     from AutomaticEval.analysis.words.metrics import classifier, keywords, vader
 
     name, _, label = sentiment.partition("@")
@@ -77,7 +77,7 @@ def answers_table(result: Result) -> Table:
 
 
 def number(estimate: Estimate) -> str:
-    """A mean with its interval."""
+    """A mean with its interval, as text."""
     if estimate.mean is None:
         return "none"
     interval = estimate.interval

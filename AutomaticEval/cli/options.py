@@ -36,7 +36,7 @@ PANEL_OF: Mapping[type, str] = {
 """The options of all other dataclasses say what to run."""
 
 SHORT = {"output": "-o"}
-"""Options that have a letter, too."""
+"""Options that also have a short form."""
 OLD_SPELLINGS = {
     "save_path": "output",
     "output_dir": "output",
@@ -46,7 +46,7 @@ OLD_SPELLINGS = {
     "data_path": "texts",
     "emotion": "category",
 }
-"""Names that options had before. They are read as ever, and no help shows them."""
+"""Older names of options. Commands still read them, and no help shows them."""
 
 
 def spelling(name: str) -> str:
@@ -103,14 +103,14 @@ class OptionsOf(NamedTuple):
 
     kind: type
     names: tuple[str, ...]
-    """The options that are taken; none for all."""
+    """The options that the command takes. Empty: all of them."""
 
     defaults: Mapping[str, Any]
-    """Defaults of this command, where they are not the field's."""
+    """The defaults of this command that differ from those of the fields."""
 
     @property
     def options(self) -> dict[str, NamedOption]:
-        """The options by their names, with this command's defaults. Those without one get None."""
+        """The options by their names, with the defaults of this command. An option without a default gets None."""
         chosen = {
             name: option for name, option in options_in(self.kind).items() if not self.names or name in self.names
         }
@@ -120,7 +120,7 @@ class OptionsOf(NamedTuple):
         }
 
     def made(self, given: Mapping[str, Any]) -> Any:
-        """The dataclass made of the values that were given; None without a value that it cannot do without."""
+        """The dataclass, made of the values that were given. None when a value is missing that has no default."""
         own = options_in(self.kind)
         values = {name: given[name] for name in self.options}
         if any(own[name].default is ... and value is None for name, value in values.items()):
@@ -130,7 +130,7 @@ class OptionsOf(NamedTuple):
 
 
 def options_of(kind: type, *names: str, **defaults: Any) -> OptionsOf:
-    """The options of a dataclass, or only those of these names; with defaults of the command's own."""
+    """The options of a dataclass for `takes`: all of them or the named ones, with the defaults of one command."""
     return OptionsOf(kind, names, defaults)
 
 
@@ -229,13 +229,13 @@ def quiet_libraries() -> None:
 
 
 def tell_of_code(benchmark: Benchmark, tell: Callable[[str], None]) -> None:
-    """Say once in a run that tasks of the user's own may be code."""
+    """Say that tasks of the user's own may run code, when there are any."""
     if benchmark.include_path or any(name.endswith((".yaml", ".yml")) for name in benchmark.names):
         tell("Tasks of your own YAML files may run Python (!function, templates): read them before you run them.")
 
 
 class Log:
-    """Says lines on the error stream, and keeps them; processes but the first keep silent."""
+    """Prints lines on the error stream, and keeps them. Of several processes only the first one prints."""
 
     def __init__(self, *, speaks: bool = True) -> None:
         self._speaks = speaks
@@ -243,7 +243,7 @@ class Log:
 
     @property
     def text(self) -> str:
-        """What was said."""
+        """The lines that were printed."""
         return "\n".join(self._lines)
 
     def __call__(self, line: str) -> None:

@@ -1,4 +1,4 @@
-"""`main.py heads patch`: what of a run's answer comes with its values."""
+"""`main.py heads patch`: how much of an answer comes with the values of some heads or layers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def patch(
     batch_size: options.BatchSize = 8,
     output: options.Results = Path("results"),
 ) -> None:
-    """Put values of a category's prompts into neutral runs, or of clean into corrupted runs and back."""
+    """Put values from the prompts of a category into neutral runs, or from clean into corrupted runs and back."""
     if (pairs is None) == (prompts.profile is None) or (prompts.profile is None) != (prompts.category is None):
         raise SelectionError("give --profile with --category, or --pairs.")
     if pairs is not None:

@@ -1,4 +1,4 @@
-"""All that commands print: text is text, and neither markup nor what would command the terminal."""
+"""Prints for all commands. Text stays text: neither markup in it nor control characters reach the terminal."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from AutomaticEval.safe_text import shown
 
 
 def say(text: object, *, err: bool = False) -> None:
-    """A line, or several, on standard output, or on the error stream."""
+    """Print a line, or several, on standard output, or on the error stream."""
     typer.echo(shown(str(text)), err=err)
 
 
 def end_bars() -> None:
-    """End the lines of bars that an error left open, so that what is said next begins its own."""
+    """End the lines of progress bars that an error left open, so that the next line begins at the left."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 
@@ -28,14 +28,14 @@ def end_bars() -> None:
 
 
 def never_fail(*streams: Any) -> None:
-    """Have streams spell out what their encoding has not, in place of ending the command."""
+    """Have streams spell out characters that their encoding does not have, where Python would end the command."""
     for stream in streams:
         with suppress(AttributeError, ValueError):  # not a text stream of Python's own
             stream.reconfigure(errors="backslashreplace")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, n_words: int = 1) -> None:
-    """n_words: so many columns are words; the others are numbers."""
+    """Print a table. n_words: how many of the first columns are words; the others are numbers."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -52,7 +52,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 @contextmanager
 def progress(what: str, total: Callable[[], int], *, of_bytes: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar on the error stream over a number of bytes, or of samples; gives what tells it how many more are done."""
+    """Show a progress bar on the error stream, over bytes or samples. Gives a function that is told how many more are done."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

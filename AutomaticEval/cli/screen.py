@@ -59,7 +59,7 @@ def screen(
     batch_size: options.BatchSize = 8,
     output: Output = Path("results"),
 ) -> None:
-    """Three scores of every head for every category: strength, attention to keywords, direct effect on logits."""
+    """Score every head for every category of prompts: strength, attention to keywords, direct effect on logits."""
     if (target is None) != (against is None):
         raise SelectionError("a logit difference takes two tokens: give --target and --against.")
     options.quiet_libraries()

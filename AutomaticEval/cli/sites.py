@@ -1,4 +1,4 @@
-"""`main.py sites --model gpt2`: the sites of a model, with their shapes, and why any is missing."""
+"""`main.py sites --model gpt2`: the sites of a model, with their widths, and why one is missing."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 N_PROMPTS = 16
-"""Prompts that are asked when no number is given."""
+"""How many prompts of a category are asked when --num_trials is not given."""
 MAX_NEW_TOKENS = 15
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def sweep(
     max_new_tokens: MaxNewTokens = None,
     output: options.Results = Path("results"),
 ) -> None:
-    """Ablate each head over prompts of a profile, or patch each between pairs. A sweep that was cut short goes on.
+    """Ablate each head over prompts of a profile, or patch each head between pairs.
 
-    Of a profile 16 prompts are asked unless --num_trials says otherwise.
+    16 prompts of a profile are asked, or as many as --num_trials says. The same command, given again, goes on with a sweep that was cut short.
     """
     if (pairs is None) == (prompts.category is None) or (pairs is not None and prompts.profile is not None):
         raise SelectionError("give --category, a category of the --profile, to ablate; or --pairs, to patch.")
@@ -72,7 +72,7 @@ def sweep(
 
 
 def _over_pairs(prompts: Prompts, model: str, load: LoadOptions, pairs: Path, site: str, folder: Path) -> Result:
-    """What each head's value brings back, from the clean run of a pair into the corrupted one."""
+    """How much of the logit difference comes back when one value of the clean run is put into the corrupted run."""
     from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
     from AutomaticEval.analysis.heads.sweep_results import sweep_pairs
     from AutomaticEval.analysis.words.pairs import read_pairs
@@ -87,7 +87,7 @@ def _over_pairs(prompts: Prompts, model: str, load: LoadOptions, pairs: Path, si
 def _over_prompts(
     prompts: Prompts, model: str, load: LoadOptions, site: str, folder: Path, mode: str, max_new_tokens: int
 ) -> Result:
-    """What the answers to a category's prompts lose without each head."""
+    """How the answers to a category's prompts change when one head is taken out."""
     from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
     from AutomaticEval.analysis.heads.sweep_results import sweep_prompts
     from AutomaticEval.analysis.words.profiles import load_profile

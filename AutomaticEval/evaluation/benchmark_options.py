@@ -65,7 +65,7 @@ class Benchmark:
         str | dict[str, Any] | None,
         Option("How answers are generated, such as do_sample=true,temperature=0.7,max_gen_toks=64.", reads=str | None),
     ] = None
-    """As lm-eval takes them: a text, or a dict."""
+    """A text or a dict, as lm-eval takes them."""
 
     repeats: Annotated[
         int | None, Option("How often each question is answered, by sampling. Default: the task's own number.")
