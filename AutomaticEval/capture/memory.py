@@ -1,4 +1,4 @@
-"""What does not fit into memory: known as such, freed, and left to the caller to make smaller."""
+"""Out-of-memory errors: recognised, the memory freed, and the caller told to try with less."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activations under the names and in the shapes of TransformerLens' ActivationCache. This file knows no files."""
+"""Activations under the names and in the shapes of TransformerLens' ActivationCache. It reads and writes no files."""
 
 from __future__ import annotations
 
