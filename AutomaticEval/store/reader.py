@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ from torch import Tensor
 from AutomaticEval.errors import ManySamples, RefusedPickle, StoreError, did_you_mean
 from AutomaticEval.samples import Rows, fed_of, sample_data
 from AutomaticEval.settings import RunSettings
-from AutomaticEval.sites import key_among
+from AutomaticEval.sites import key_among, kind_and_layer
 from AutomaticEval.store.contents.changed import reordered
 from AutomaticEval.store.contents.columns import Ordered
 from AutomaticEval.store.contents.file_contents import Contents
@@ -148,15 +147,15 @@ class Run(Sequence[dict[str, Any]]):
 
         Nothing is read before it is asked for. Raises StoreError for a kind that no layer has.
         """
-        ending = "" if kind == "resid_post" else f".{kind}"
-        matches = {key: re.fullmatch(rf"layer_(\d+){re.escape(ending)}", key) for key in self.keys}
+        sites = {key: kind_and_layer(key) for key in self.keys}
         layers = {
-            int(match[1]): LayerSamples(len(self), partial(self.read, key=key))
-            for key, match in matches.items()
-            if match
+            site.layer: LayerSamples(len(self), partial(self.read, key=key))
+            for key, site in sites.items()
+            if site.kind == kind and site.layer is not None
         }
         if not layers:
-            raise StoreError(f"{self.path} holds no {kind!r}. It has {', '.join(self.keys)}.")
+            known = {site.kind: None for site in sites.values() if site.layer is not None}
+            raise StoreError(f"{self.path} holds no kind {kind!r} of its layers; it has {', '.join(known) or 'none'}.")
         return layers
 
     def pattern(self, index: int, layer: int) -> Tensor:
