@@ -155,7 +155,7 @@ class Run(Sequence[dict[str, Any]]):
         }
         if not layers:
             known = {site.kind: None for site in sites.values() if site.layer is not None}
-            raise StoreError(f"{self.path} holds no kind {kind!r} of its layers; it has {', '.join(known) or 'none'}.")
+            raise StoreError(f"{self.path} holds no {kind!r} of its layers; it has {', '.join(known) or 'none'}.")
         return layers
 
     def pattern(self, index: int, layer: int) -> Tensor:
