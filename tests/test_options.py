@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,17 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from AutomaticEval import __version__
+from AutomaticEval import __version__, evaluate_with_activations, generate_inference_with_activations
 from AutomaticEval.capture.prompt import AskOptions
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.cli.app import app
 from AutomaticEval.cli.options import OLD_SPELLINGS, PANELS, SPELLINGS, command, options_of, takes
-from AutomaticEval.errors import PathExists, SelectionError
+from AutomaticEval.errors import PathExists, SelectionError, UnknownLayer
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.evaluating import CaptureKeywords
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
+from AutomaticEval.models.loading import DEMO_FOLDER
 from AutomaticEval.options import Option, options_in
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.reader import open_run
@@ -185,3 +187,57 @@ def test_a_category_needs_a_profile() -> None:
     done = ask("extract", "--texts", "x.jsonl", "--category", "joy", "--model", "demo")
     assert SelectionError.__name__ in done.output
     assert "--profile" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--sites", "bogus"], "--sites was given, but nothing is captured"),
+        (["--resume", "/nonexistent"], "--resume was given, but nothing is captured"),
+        (["--limit", "0", "show", "x"], "--limit before the command 'show'"),
+        (["generate", "hi", "--positions", "bogus"], "--positions was given, but nothing is captured"),
+        (["--capture_activations", "-o", "a", "--activation_save_dir", "b"], "--output names the run's own folder"),
+        (["-o", "a", "--output_path", "b"], "--output names the folder for lm-eval's results"),
+        (["extract", "--texts", "x.jsonl", "--model", "demo", "--split", "test"], "it is of a --dataset"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_before_it_is_looked_at(arguments: list[str], told: str) -> None:
+    done = ask(*arguments)
+    assert (done.exit_code, told in done.output) == (2, True), done.output
+
+
+def test_lm_evals_results_may_be_in_the_runs_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ("--capture_activations", "--limit", "2", "--layers", "0")
+    for own, results in (("run", "run"), ("other", "other/results")):
+        done = ask(*asked, "-o", own, "--output_path", results)
+        assert done.exit_code == 0, done.output
+        assert len(open_run(tmp_path / own)) > 0
+        assert list((tmp_path / results).rglob("results_*.json"))
+
+
+def test_an_output_that_exists_is_refused_before_the_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there").mkdir()
+    for place in (tmp_path / "there", "~/there"):
+        with pytest.raises(PathExists):
+            evaluate_with_activations("no-such-model", "demo", output=place)
+    with pytest.raises(SelectionError, match="no compression"):
+        evaluate_with_activations("no-such-model", "demo", compression="rar")
+
+
+def test_the_norms_of_heads_are_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ("--capture_activations", "--head_strength", "--sites", "embed,head_result_norm", "--limit", "2")
+    assert ask(*asked, "-o", "run").exit_code == 0
+    assert open_run(tmp_path / "run").settings["sites"] == "embed,head_result_norm"
+
+
+def test_single_sites_that_a_model_lacks_are_refused_before_its_weights_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(DEMO_FOLDER / "config.json", tmp_path)  # a model without weights
+    with pytest.raises(UnknownLayer):
+        generate_inference_with_activations("hi", str(tmp_path), sites="layer_99.mlp_out")

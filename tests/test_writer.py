@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,33 @@ def test_leaving_by_an_exception_seals_what_was_gathered(tmp_path: Path) -> None
         made.add([numbered(0)])
         raise ZeroDivisionError
     assert len(open_run(tmp_path)) == 1
+
+
+def test_a_writer_that_is_dropped_gives_its_folder_back_at_once(tmp_path: Path) -> None:
+    gc.disable()
+    try:
+        left = RunWriter(tmp_path / "run", "m", SETTINGS)
+        left.add([numbered(0)])
+        del left  # nothing refers to it, not even a circle that waits for the garbage collector
+        with RunWriter(tmp_path / "run", "m", SETTINGS) as again:
+            again.add([numbered(0)])
+    finally:
+        gc.enable()
+    assert len(open_run(tmp_path / "run")) == 1
+
+
+def test_nothing_is_lost_when_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunWriter(tmp_path / "run", "m", SETTINGS) as run:
+        run.add([numbered(0)])
+        with monkeypatch.context() as short:
+            short.setattr(ThreadPoolExecutor, "submit", refused)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                run.seal()
+    assert len(open_run(tmp_path / "run")) == 1
+
+
+def refused(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def test_shards_grow_with_the_forecast_and_stay_few() -> None:

@@ -7,10 +7,10 @@ from typing import TypeVar
 
 import torch
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
-def unless_too_large(compute: Callable[[], Result], *, can_be_smaller: bool = True) -> Result | None:
+def unless_too_large(compute: Callable[[], T], *, can_be_smaller: bool = True) -> T | None:
     """What `compute` returns; None when it does not fit into memory, which is freed then.
 
     can_be_smaller: whether the caller can try again with less. If not, the error of torch is raised.

@@ -77,7 +77,7 @@ class CheckedPrompt:
         others = _take(given, cls)
         for name in given:
             raise unknown_option(name, AskOptions.__annotations__)
-        if layers is not None:
+        if layers is not None or selection.single_sites:
             selection.sites(n_layers_of(model, load))  # refuses a wrong layer before the weights load
         return cls(prompt, load, sampling, selection, **others)
 

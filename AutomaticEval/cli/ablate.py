@@ -88,15 +88,14 @@ def ablate(
         "reference": f"{len(neutral)} neutral prompts",
     }
     measured: dict[str, Any] = {}
-    tables = []
     if questions:
         words = None if profile is None or prompts.category is None else profile.keywords.get(prompts.category)
         answers = answers_with(ablation, questions, metrics_of(sentiment, words), sampling, batch_size=batch_size)
         measured |= answers.measured
-        tables.append(answers_table(answers))
+        print_table(*answers_table(answers))  # before the benchmark, which takes long and may fail
     if asked is not None:
         measured["benchmark"] = _scores(ablation, asked)
-    finish(file, Result("ablation", measured, settings), *tables, draws=bool(questions))
+    finish(file, Result("ablation", measured, settings), draws=bool(questions))
 
 
 def _refuse(mode: str, profile: Profile | None, asked: Benchmark | None, *, n_questions: int) -> None:

@@ -53,8 +53,34 @@ CacheRequests = Annotated[str | None, typer.Option("--cache_requests", hidden=Tr
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 
 
+def _refuse_ignored(context: typer.Context, capture_activations: bool, head_strength: bool, **others: object) -> None:
+    """Raises SelectionError for options that would be ignored."""
+    if context.invoked_subcommand is not None:
+        _refuse_options_before(context)
+    elif not (capture_activations or head_strength):
+        unused = (name for name in OF_CAPTURE if name != "output")
+        refuse_unused(context, "nothing is captured", *unused, remedy="add --capture_activations")
+        if is_given(context, "output"):
+            refuse_unused(context, "--output names the folder for lm-eval's results, too", "output_path")
+    elif is_given(context, "output"):
+        refuse_unused(context, "--output names the run's own folder", "activation_save_dir")
+
+
+def _refuse_options_before(context: typer.Context) -> None:
+    """Raises SelectionError for options that stand before a command, because they would be ignored."""
+    sources = {each: context.get_parameter_source(each.name or "") for each in context.command.params}
+    given = [each.opts[0] for each, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        command = context.invoked_subcommand
+        raise SelectionError(
+            f"{', '.join(given)} before the command {command!r} would be ignored; write what it takes of them after it: "
+            f"{command} … {given[0]} …"
+        )
+
+
 @command
 @takes(
+    _refuse_ignored,
     asked=options_of(Benchmark, benchmark="demo"),
     selection=options_of(Selection, positions="scored"),
     load=LoadOptions,
@@ -80,7 +106,6 @@ def benchmark(
     Without a command: run a benchmark through lm-evaluation-harness.
     """
     if context.invoked_subcommand is not None:
-        _refuse_options_before(context)
         return
     if version:
         say(f"AutomaticEval {__version__}")
@@ -92,11 +117,14 @@ def benchmark(
     from AutomaticEval.evaluation.run import run_benchmark
     from AutomaticEval.models.loading import load_model, n_layers_of
     from AutomaticEval.processes import join_ranks
+    from AutomaticEval.report.mlflow_run import require_mlflow
 
     ranks = join_ranks()
     log = options.Log(speaks=ranks.is_first)
     log("Loading …")
-    _check_output(output, mlflow, is_first=ranks.is_first)
+    if mlflow is not None:
+        require_mlflow()
+    output.refuse_before_loading(makes_folder=ranks.is_first and kept is not None)
     if kept is not None:
         kept.sites(n_layers_of(model, load))  # a wrong layer is refused before the weights load
     options.tell_of_code(asked, log)
@@ -117,30 +145,6 @@ def benchmark(
         _track(outcome, f"{names} on {loaded.name}", about, mlflow, log, time.perf_counter() - started)
 
 
-def _check_output(output: RunOutput, mlflow: str | None, *, is_first: bool) -> None:
-    """Raises an error for what could not be written, before a large model loads. is_first: whether this process makes the folder."""
-    from AutomaticEval.report.mlflow_run import require_mlflow
-    from AutomaticEval.store.hdf5.write import check_compression
-
-    if mlflow is not None:
-        require_mlflow()
-    check_compression(output.compression)
-    if is_first:
-        output.refuse_existing()
-
-
-def _refuse_options_before(context: typer.Context) -> None:
-    """Raises SelectionError for options that stand before a command, because they would be ignored."""
-    sources = {each: context.get_parameter_source(each.name or "") for each in context.command.params}
-    given = [each.opts[0] for each, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    if given:
-        command = context.invoked_subcommand
-        raise SelectionError(
-            f"{', '.join(given)} before the command {command!r} would be ignored; write what it takes of them after it: "
-            f"{command} … {given[0]} …"
-        )
-
-
 def _refuse_caches(**given: str | None) -> None:
     """Raises BenchmarkError for caches of lm-eval, which would break the link between a request and its forward."""
     for name, value in given.items():
@@ -151,20 +155,16 @@ def _refuse_caches(**given: str | None) -> None:
 def _kept(
     context: typer.Context, selection: Selection, *, capture_activations: bool, head_strength: bool
 ) -> Selection | None:
-    """What is kept of every question; None when nothing is captured. Raises SelectionError for options that would be ignored."""
+    """What is kept of every question; None when nothing is captured."""
     if head_strength:
         return _with_norms(selection, context, alone=not capture_activations)
-    if capture_activations:
-        return selection
-    unused = (name for name in OF_CAPTURE if name != "output")
-    refuse_unused(context, "nothing is captured", *unused, remedy="add --capture_activations")
-    return None
+    return selection if capture_activations else None
 
 
 def _with_norms(selection: Selection, context: typer.Context, *, alone: bool) -> Selection:
     """What --head_strength keeps: the norms of the heads' results, at every position when nothing else is captured."""
     if not alone:
-        return replace(selection, kinds=(*selection.kinds, "head_result_norm"))
+        return replace(selection, kinds=tuple(dict.fromkeys([*selection.kinds, "head_result_norm"])))
     if is_given(context, "sites"):
         raise SelectionError("--sites was given with --head_strength alone; add --capture_activations to keep more.")
     positions = selection.positions if is_given(context, "positions") else Positions()

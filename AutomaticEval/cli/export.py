@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from AutomaticEval.cli import options
 from AutomaticEval.cli.options import OUTPUT, command, options_of, takes
 from AutomaticEval.cli.printing import progress, say
 from AutomaticEval.evaluation.run_output import RunOutput
@@ -21,7 +22,6 @@ MOST_SHOWN = 100
 READING_HDF5 = "from AutomaticEval import open_run; run = open_run({output!r})"
 
 
-File = Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")]
 Output = Annotated[
     Path,
     typer.Option("--output", "-o", help="A new folder; for hdf5, a new file.", rich_help_panel=OUTPUT),
@@ -48,7 +48,7 @@ Public = Annotated[bool, typer.Option("--public", help="Make the data set on the
 @command
 @takes(written=options_of(RunOutput, "compression"))
 def export(
-    path: File,
+    path: options.File,
     output: Output,
     written: RunOutput,
     to: To = "safetensors",

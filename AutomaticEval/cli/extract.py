@@ -11,7 +11,7 @@ import typer
 
 from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import KEEP, MODEL, command, options_of, refuse_unused, takes
+from AutomaticEval.cli.options import KEEP, MODEL, OUTPUT, command, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.evaluation.run_output import RunOutput
@@ -46,13 +46,60 @@ class WhichTexts:
             raise SelectionError("--category names a category of a --profile; leave it out.")
 
 
+PositionsText = Annotated[
+    str, typer.Option("--positions", help="Positions: all, last, or a slice.", rich_help_panel=KEEP)
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Folder of the run, or of the runs of several models or categories. An extraction that was cut short there goes on. "
+        "Default: below --activation_save_dir, named after the texts and the model.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
+Sites = Annotated[
+    str,
+    typer.Option(
+        "--sites",
+        help="Sites to keep; also pattern: attention after softmax.",
+        metavar="SITES",
+        rich_help_panel=KEEP,
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Hub names, folders, or demo, comma-separated. Default: the profile's.",
+        rich_help_panel=MODEL,
+    ),
+]
+
+
+def _refuse_ignored(
+    context: typer.Context, profile: str | None, dataset: str | None, output: Path | None, **others: object
+) -> None:
+    """Raises SelectionError for options that would be ignored."""
+    if dataset is None:
+        refuse_unused(context, "it is of a --dataset", "dataset_config", "split")
+    if profile is not None:
+        refuse_unused(context, "the texts of a --profile have no fields", "text_field")
+    if output is not None:
+        refuse_unused(context, "--output says where the activations go", "activation_save_dir")
+
+
 @command
 @takes(
+    _refuse_ignored,
     which=WhichTexts,
     feeding=Feeding,
-    selection=options_of(Selection, "layers", "positions", "store_dtype"),
+    selection=options_of(Selection, "layers", "store_dtype"),
     load=LoadOptions,
-    output=options_of(RunOutput, "output", "activation_save_dir", "compression"),
+    written=options_of(RunOutput, "compression"),
 )
 def extract(
     context: typer.Context,
@@ -60,31 +107,20 @@ def extract(
     feeding: Feeding,
     selection: Selection,
     load: LoadOptions,
-    output: RunOutput,
-    sites: Annotated[
-        str,
-        typer.Option(
-            "--sites",
-            help="Sites to keep; also pattern: attention after softmax.",
-            metavar="SITES",
-            rich_help_panel=KEEP,
-        ),
-    ] = "embed,resid_post,mlp_out",
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="Hub names, folders, or demo, comma-separated. Default: the profile's.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
+    written: RunOutput,
+    sites: Sites = "embed,resid_post,mlp_out",
+    model: Model = None,
+    positions: PositionsText = "all",
+    output: Output = None,
+    activation_save_dir: options.SaveDir = Path("activations"),
     mlflow: options.Mlflow = None,
 ) -> None:
     """Capture texts without generating: each token is computed once, and no layer above the deepest one that is kept.
 
     The same command, given again, goes on with an extraction that was cut short.
     """
-    _refuse_ignored(context, which, output, model)
+    if which.profile is None and model is None:
+        raise SelectionError("--texts and --dataset take a --model.")
     options.quiet_libraries()
     from AutomaticEval.capture.texts.many_runs import Plan, extract_sets
     from AutomaticEval.processes import join_ranks
@@ -93,48 +129,36 @@ def extract(
 
     if mlflow is not None:
         require_mlflow()
-    check_compression(output.compression)
+    check_compression(written.compression)
     ranks = join_ranks()
     kinds = [kind.strip() for kind in sites.split(",")]
     selection = Selection.parse(
         [kind for kind in kinds if kind != "pattern"] or "resid_post",
         selection.layers_text(),
-        selection.positions,
+        positions,
         selection.store_dtype,
     )
-    plan = Plan(selection, replace(feeding, patterns="pattern" in kinds), load, output.compression, ranks)
+    plan = Plan(selection, replace(feeding, patterns="pattern" in kinds), load, written.compression, ranks)
     name, sets, models = _sets(which, strict=feeding.strict)
     models = [each.strip() for each in (model or "").split(",") if each.strip()] or models
     if not models:
         raise SelectionError("no model is named; give --model.")
     log = options.Log(speaks=ranks.is_first)
-    root, folder_of = _folders(which, output, name, sets, models)
+    root, folder_of = _folders(which, output, activation_save_dir, name, sets, models)
     units = extract_sets(models, sets, plan, folder_of, log)
     if ranks.is_first:
         _finish(units, name, root, plan, mlflow, log)
 
 
-def _refuse_ignored(context: typer.Context, which: WhichTexts, output: RunOutput, model: str | None) -> None:
-    """Raises SelectionError for options that would be ignored, and when no model is named."""
-    if which.profile is None and model is None:
-        raise SelectionError("--texts and --dataset take a --model.")
-    if which.dataset is None:
-        refuse_unused(context, "it is of a --dataset", "dataset_config", "split")
-    if which.profile is not None:
-        refuse_unused(context, "the texts of a --profile have no fields", "text_field")
-    if output.output is not None:
-        refuse_unused(context, "--output says where the activations go", "activation_save_dir")
-
-
 def _folders(
-    which: WhichTexts, output: RunOutput, name: str, sets: list[TextSet], models: list[str]
+    which: WhichTexts, output: Path | None, save_dir: Path, name: str, sets: list[TextSet], models: list[str]
 ) -> tuple[Path, Callable[[str, str], Path]]:
     """The folder of the whole extraction, and a function that gives the run folder of a model and a set of texts."""
     from AutomaticEval.capture.texts.many_runs import folder_names
 
     places, parts = folder_names(models), folder_names([each.name for each in sets])
     own_name = name if which.profile is not None else f"{parts.get(name, name)}_{places[models[0]]}"
-    root = output.output or output.activation_save_dir / own_name
+    root = output or save_dir / own_name
 
     def folder_of(model: str, texts: str) -> Path:
         if which.profile is not None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from AutomaticEval.cli import options
 from AutomaticEval.cli.options import KEEP, MODEL, OUTPUT, command, options_of, quiet_libraries, refuse_unused, takes
 from AutomaticEval.cli.printing import progress, say
 from AutomaticEval.errors import SelectionError
@@ -14,7 +15,6 @@ from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.options import options_in
 
-File = Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")]
 Output = Annotated[
     Path,
     typer.Option("--output", "-o", help="The new .h5 file; an existing one is refused.", rich_help_panel=OUTPUT),
@@ -25,7 +25,7 @@ Output = Annotated[
 @takes(load=LoadOptions)
 def verify(
     context: typer.Context,
-    path: File,
+    path: options.File,
     load: LoadOptions,
     recompute: Annotated[
         int | None,
@@ -102,7 +102,7 @@ def merge(
 @command
 @takes(written=options_of(RunOutput, "compression"))
 def prune(
-    path: File,
+    path: options.File,
     output: Output,
     written: RunOutput,
     sites: Annotated[

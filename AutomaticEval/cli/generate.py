@@ -12,7 +12,7 @@ from AutomaticEval.cli import options
 from AutomaticEval.cli.options import KEEP, OUTPUT, RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import say
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
-from AutomaticEval.selection import Selection
+from AutomaticEval.selection import Positions, Selection
 
 Prompt = Annotated[str, typer.Argument(help="What to ask.")]
 SystemPrompt = Annotated[
@@ -30,7 +30,7 @@ CaptureActivations = Annotated[
         rich_help_panel=KEEP,
     ),
 ]
-Positions = Annotated[
+PositionsText = Annotated[
     str | None,
     typer.Option(
         "--positions",
@@ -50,8 +50,25 @@ Output = Annotated[
 ]
 
 
+def _refuse_ignored(context: typer.Context, capture_activations: bool, output: Path | None, **others: object) -> None:
+    """Raises SelectionError for options that would be ignored."""
+    captures = capture_activations or output is not None
+    if not captures:
+        unused = ("sites", "layers", "positions", "store_dtype", "strict")
+        refuse_unused(context, "nothing is captured", *unused, remedy="add --output or --capture_activations")
+    if output is None:
+        refuse_unused(context, "no --output is named that it could replace", "overwrite")
+    if output is not None or not captures:
+        refuse_unused(context, "no file is made in it", "activation_save_dir")
+
+
 @command
-@takes(sampling=Sampling, selection=options_of(Selection, "sites", "layers", "store_dtype"), load=LoadOptions)
+@takes(
+    _refuse_ignored,
+    sampling=Sampling,
+    selection=options_of(Selection, "sites", "layers", "store_dtype"),
+    load=LoadOptions,
+)
 def generate(
     context: typer.Context,
     sampling: Sampling,
@@ -62,7 +79,7 @@ def generate(
     system_prompt: SystemPrompt = None,
     no_chat_template: NoChatTemplate = False,
     capture_activations: CaptureActivations = False,
-    positions: Positions = None,
+    positions: PositionsText = None,
     strict: Strict = False,
     output: Output = None,
     activation_save_dir: options.SaveDir = Path("activations"),
@@ -70,13 +87,8 @@ def generate(
 ) -> None:
     """Answer one prompt; with --output or --capture_activations, keep its activations."""
     captures = capture_activations or output is not None
-    if not captures:
-        unused = ("sites", "layers", "positions", "store_dtype", "strict")
-        refuse_unused(context, "nothing is captured", *unused, remedy="add --output or --capture_activations")
-    if output is None:
-        refuse_unused(context, "no --output is named that it could replace", "overwrite")
-    if output is not None or not captures:
-        refuse_unused(context, "no file is made in it", "activation_save_dir")
+    if positions is not None:
+        Positions.parse(positions)  # what is wrong with it is told before the libraries are imported
     options.quiet_libraries()
     from AutomaticEval.capture.prompt import generate_inference, generate_inference_with_activations
     from AutomaticEval.store.disk.file_names import file_stem

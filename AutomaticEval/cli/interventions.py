@@ -45,7 +45,10 @@ class Prompts:
 
     profile: Annotated[str | None, Option("baseline, extended, or a .toml file: labelled prompts and keywords.")] = None
     category: Annotated[str | None, Option("The category of the profile whose prompts are asked.")] = None
-    num_trials: Annotated[int | None, Option("So many of the prompts or pairs, drawn at random. Default: all.")] = None
+    num_trials: Annotated[
+        int | None,
+        Option("So many of the prompts or pairs, drawn at random. Default: all; in a sweep over a category 16."),
+    ] = None
     seed: Annotated[int, Option("Seed for everything that is drawn at random.", minimum=0)] = 42
 
     def load_profile(self) -> Profile | None:

@@ -57,6 +57,7 @@ def spelling(name: str) -> str:
 
 SPELLINGS = {"token_normalize_func": spelling, "help_option_names": ["--help", "-h"]}
 
+File = Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")]
 Model = Annotated[str, typer.Option("--model", help="Hub name, folder, or demo (bundled).", rich_help_panel=MODEL)]
 Texts = Annotated[
     Path,
@@ -67,7 +68,7 @@ Texts = Annotated[
 NumTrials = Annotated[
     int | None,
     typer.Option(
-        "--num_trials", help="So many of the prompts or texts, drawn at random. Default: all.", rich_help_panel=RUN
+        "--num_trials", help="So many of the texts, drawn at random; all when there are no more.", rich_help_panel=RUN
     ),
 ]
 BatchSize = Annotated[
@@ -83,7 +84,7 @@ Results = Annotated[
 SaveDir = Annotated[
     Path, typer.Option("--activation_save_dir", help="Folder for the activations.", rich_help_panel=OUTPUT)
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.", rich_help_panel=OUTPUT)]
 Mlflow = Annotated[
     str | None,
     typer.Option(
@@ -134,10 +135,13 @@ def options_of(kind: type, *names: str, **defaults: Any) -> OptionsOf:
     return OptionsOf(kind, names, defaults)
 
 
-def takes(**groups: type | OptionsOf) -> Callable[[Callable[..., R]], Callable[..., R]]:
+def takes(
+    before: Callable[..., None] | None = None, **groups: type | OptionsOf
+) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Gives a command the options of dataclasses. The command is called with the dataclasses that are made of them.
 
-    An option that two dataclasses share is asked for once, and given to both.
+    An option that two dataclasses share is asked for once, and given to both. before: is called with all that was given, before the
+    dataclasses are made, so that an option that would be ignored is refused before it is looked at.
     """
     chosen = {name: group if isinstance(group, OptionsOf) else options_of(group) for name, group in groups.items()}
 
@@ -153,6 +157,8 @@ def takes(**groups: type | OptionsOf) -> Callable[[Callable[..., R]], Callable[.
 
         @functools.wraps(function)
         def run(**given: Any) -> R:
+            if before is not None:
+                before(**given)
             made = {name: group.made(given) for name, group in chosen.items()}
             return function(**{name: given[name] for name in names}, **made)
 

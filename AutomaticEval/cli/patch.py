@@ -12,7 +12,6 @@ from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.cli import options
 from AutomaticEval.cli.finish import Table, finish, result_file
 from AutomaticEval.cli.interventions import (
-    HeadSpec,
     Pairs,
     Prompts,
     Sentiment,
@@ -24,6 +23,13 @@ from AutomaticEval.cli.interventions import (
 from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.errors import EditError, SelectionError
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
+
+Places = Annotated[
+    str,
+    typer.Option(
+        "--head_spec", help="layer:head, such as 0:0,3:5 or 3:*; for other sites than z a layer.", rich_help_panel=RUN
+    ),
+]
 
 
 @command
@@ -37,7 +43,7 @@ def patch(
     prompts: Prompts,
     sampling: Sampling,
     load: LoadOptions,
-    head_spec: HeadSpec,
+    head_spec: Places,
     model: options.Model = "demo",
     pairs: Pairs = None,
     positions: Annotated[

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from AutomaticEval.cli import options
 from AutomaticEval.cli.options import command
 from AutomaticEval.cli.printing import print_table, say
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @command
 def show(
-    path: Annotated[Path, typer.Argument(help="A file, or a run folder.", metavar="FILE")],
+    path: options.File,
     sample: Annotated[int | None, typer.Option("--sample", help="Which sample of a run, from 0.")] = None,
 ) -> None:
     """Print what is in a file: prompt, response, settings, shapes, and statistics of each layer."""

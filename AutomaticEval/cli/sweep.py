@@ -16,15 +16,12 @@ from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 
 if TYPE_CHECKING:
+    from AutomaticEval.analysis.result import Result
     from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 N_PROMPTS = 16
 """How many prompts of a category are asked when --num_trials is not given."""
 MAX_NEW_TOKENS = 15
-
-if TYPE_CHECKING:
-    from AutomaticEval.analysis.result import Result
-
 
 Mode = Annotated[
     str | None,

@@ -15,7 +15,7 @@ from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.options import take
-from AutomaticEval.processes import own_device
+from AutomaticEval.processes import join_ranks, own_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 
@@ -63,6 +63,7 @@ def evaluate_with_activations(model: Any, tasks: str | Sequence[str], **options:
     load = LoadOptions(**{each.name: given.pop(each.name) for each in fields(LoadOptions) if each.name in given})
     output = RunOutput.parse(**take(given, RunOutput))
     benchmark = Benchmark.parse(tasks, **given)
+    output.refuse_before_loading(makes_folder=join_ranks().is_first)
     loaded_tasks = load_tasks(benchmark)  # what is wrong with a task is told before a large model loads
     loaded = load_model(model, tokenizer=tokenizer, options=load)
     return run_benchmark(

@@ -92,7 +92,7 @@ def run_benchmark(
             f"--apply_chat_template: the tokenizer of {loaded.name} has no chat template; leave it out."
         )
     refuse_tasks(loaded.model, selection, loaded_tasks.tasks, stock_model(loaded))
-    if output_path is not None:
+    if output_path is not None and not (selection is not None and output.holds(output_path)):
         prepare_folder(output_path)
     run = _Run(loaded, benchmark, loaded_tasks, ranks, announce)
     if selection is not None:

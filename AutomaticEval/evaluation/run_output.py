@@ -18,7 +18,10 @@ class RunOutput:
         Path, Option("Folder in which the run gets a folder of its own, named after benchmark, model and time.")
     ] = Path("activations")
     output: Annotated[
-        Path | None, Option("The run's own folder, a new one, in place of one below --activation_save_dir.")
+        Path | None,
+        Option(
+            "The run's own folder, a new one, in place of one below --activation_save_dir. When nothing is captured: the folder for lm-eval's results."
+        ),
     ] = None
     resume: Annotated[
         Path | None, Option("Run folder that was cut short: go on in it, with the same other options.")
@@ -44,6 +47,9 @@ class RunOutput:
         return cls(Path(activation_save_dir), own, None if resume is None else Path(resume), **given)
 
     def __post_init__(self) -> None:
+        for name in ("activation_save_dir", "output", "resume"):
+            path = getattr(self, name)
+            object.__setattr__(self, name, None if path is None else path.expanduser())
         if self.resume is None:
             return
         if self.output is not None:
@@ -63,6 +69,21 @@ class RunOutput:
     def place(self) -> Path:
         """A folder on the disk that the run will fill."""
         return self.resume or self.output or self.activation_save_dir
+
+    def refuse_before_loading(self, *, makes_folder: bool) -> None:
+        """Raises an error for an output that could not be written, before a large model loads.
+
+        makes_folder: whether this process makes the run's folder. Raises PathExists, SelectionError, MissingFilter.
+        """
+        from AutomaticEval.store.hdf5.write import check_compression
+
+        check_compression(self.compression)
+        if makes_folder:
+            self.refuse_existing()
+
+    def holds(self, folder: Path) -> bool:
+        """Whether a folder is the run's own folder or inside it."""
+        return self.output is not None and folder.absolute().is_relative_to(self.output.absolute())
 
     def refuse_existing(self) -> None:
         """Raises PathExists when the run's own folder is there already."""

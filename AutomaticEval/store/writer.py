@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,12 +37,12 @@ from AutomaticEval.store.hdf5.write import check_compression, write_file
 from AutomaticEval.store.hdf5.writing.activations import Source
 from AutomaticEval.store.run_folder import delete_replaced, is_finished, next_number, shard_names
 from AutomaticEval.store.shard_columns import ShardColumns
-from AutomaticEval.store.writing.folder_lock import locked, refuse_other_ranks
+from AutomaticEval.store.writing.folder_lock import clear_other_ranks, locked
 from AutomaticEval.store.writing.gathered_samples import GatheredSamples
 from AutomaticEval.store.writing.run_index import source_of, write_index
 from AutomaticEval.store.writing.sealing_thread import SealingThread
 from AutomaticEval.store.writing.small_shards import groups_to_merge
-from AutomaticEval.store.writing.unfinished_run import kept_shards
+from AutomaticEval.store.writing.unfinished_run import take_up_shards
 
 SHARD_BYTES = 256 * 2**20
 MAX_SHARD_BYTES = 4 * 2**30
@@ -107,16 +108,16 @@ class RunWriter:
         except BaseException:
             self._lock.release()
             raise
-        self._thread = SealingThread(self._write_samples)
+        self._thread = SealingThread()
 
     def _begin(self, *, resume: bool, finishing: bool) -> None:
         lowest = next_number(self.folder)
         self._next = lowest + (self._rank - lowest) % self._n_ranks
         if self._rank:
             return  # the first process has prepared the folder
-        refuse_other_ranks(self.folder)
+        clear_other_ranks(self.folder)
         described = {"model": self._model, **self._settings.as_dict()}
-        for shard in kept_shards(self.folder, described, resume=resume, finishing=finishing):
+        for shard in take_up_shards(self.folder, described, resume=resume, finishing=finishing):
             self._settings = self._settings.changed(run_id=shard.made_with.run_id)
             self._gathered.formats = shard.row_formats
             self._note_sealed(source_of(shard), shard.n_samples)
@@ -186,7 +187,9 @@ class RunWriter:
         with self._mutex:
             if len(self._gathered):
                 self._settle()
-                self._thread.start(self._take_name(), self._gathered.take_all())
+                samples = self._gathered.samples
+                self._thread.start(partial(self._write_samples, self._take_name(), samples), len(samples))
+                self._gathered.clear()  # only now: when no thread can be started, nothing is lost
 
     def flush(self) -> None:
         """Seal what is gathered, and return when it is on the disk."""

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from AutomaticEval.capture.recompute.plain_forward import refuse_lacking
-from AutomaticEval.capture.recompute.recomputed_sample import Compared, Comparison, Difference
+from AutomaticEval.capture.recompute.recomputed_sample import Compared, Comparison, RowDifference
 from AutomaticEval.errors import OtherSettings, SelectionError
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -48,7 +48,7 @@ class Recomputed:
         return [each for each in self.samples if each.problems]
 
     @property
-    def furthest(self) -> tuple[int, Difference] | None:
+    def furthest(self) -> tuple[int, RowDifference] | None:
         """The number of the sample with the largest difference, and that difference; None when there is none."""
         differences = [(each.number, each.furthest) for each in self.samples if each.furthest is not None]
         return max(differences, key=lambda each: each[1].part, default=None)

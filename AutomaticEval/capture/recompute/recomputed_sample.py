@@ -60,7 +60,7 @@ NUMBERS = 2**23
 """The most numbers that are compared at once: a row of logits has hundreds of thousands."""
 
 
-class Difference(NamedTuple):
+class RowDifference(NamedTuple):
     """The largest difference of a stored row, and which row that is."""
 
     part: float
@@ -80,7 +80,7 @@ class Compared:
     n_numbers: int
     is_equal: bool
     """Whether every stored number is equal, bit for bit."""
-    furthest: Difference | None
+    furthest: RowDifference | None
     """The largest difference of all rows; None when there is none."""
     problems: tuple[str, ...]
     """What rounding does not explain, a line for each."""
@@ -124,7 +124,7 @@ class Comparison:
             is_equal &= verdict.measured.is_equal
             parts = verdict.measured.parts
             if len(parts) and float(parts.max()) > (furthest.part if furthest else 0):
-                furthest = Difference(float(parts.max()), key, tokens.positions[int(parts.argmax())])
+                furthest = RowDifference(float(parts.max()), key, tokens.positions[int(parts.argmax())])
         if n_scored:
             problems += _score_problems(sample, plain.logits, tokens.response, self.limits)
         n_numbers = sum(stored.numel() for stored in sample["activations"].values())

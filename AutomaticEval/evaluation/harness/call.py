@@ -46,17 +46,17 @@ class Workload:
 class Call:
     """Follows lm-eval through one call of `loglikelihood`, `loglikelihood_rolling` or `generate_until`.
 
-    is_ready: called when every request of a batch that was computed here is answered.
+    on_ready: called when every request of a batch that was computed here is answered.
     """
 
-    def __init__(self, requests: Sequence[Request], workload: Workload, is_ready: Callable[[], None]) -> None:
+    def __init__(self, requests: Sequence[Request], workload: Workload, on_ready: Callable[[], None]) -> None:
         self.requests = requests
         self.tokens: dict[int, tuple[list[int], list[int]]] = {}
         """Index -> (context, continuation): of rolling windows beforehand, of others once lm-eval has encoded them."""
         self.answers: dict[int, Any] = {}
         self.computed: set[int] = set()
         """The indices of the requests that were computed here."""
-        self._earlier, self._ranks, self._is_ready = workload.answered, workload.ranks, is_ready
+        self._earlier, self._ranks, self._is_ready = workload.answered, workload.ranks, on_ready
         self._check_equal_in_all_processes()
         self._list_start = self._n_listed = 0  # lm-eval scores rolling windows in several lists
         self._n_batches = 0

@@ -24,7 +24,6 @@ class Format:
     module: str
     """The module in this folder that writes it."""
 
-    meaning: str
     reading: str
     """A line of Python that reads it. {output} stands for the folder, {first} for its first file of activations."""
 
@@ -42,20 +41,17 @@ _ROWS = (
     Format(
         "safetensors",
         "safetensors_files",
-        "a file a shard, key -> [n_rows, width], and samples.jsonl",
         "from safetensors.torch import load_file; tensors = load_file({first!r})",
     ),
     Format(
         "npz",
         "npz_files",
-        "the same for numpy; bfloat16 becomes float32",
         "import numpy; arrays = numpy.load({first!r})",
         has_bfloat16=False,
     ),
     Format(
         "arrow",
         "arrow",
-        "a Hugging Face dataset, one row a sample; bfloat16 becomes float32",
         "import datasets; rows = datasets.load_from_disk({output!r}).with_format('torch')",
         has_bfloat16=False,
         is_a_sample_at_a_time=True,
@@ -63,7 +59,6 @@ _ROWS = (
     Format(
         "transformer_lens",
         "transformer_lens_files",
-        "a safetensors file a sample, with the names of TransformerLens' ActivationCache",
         "from safetensors.torch import load_file; cache = load_file({first!r})",
         is_a_sample_at_a_time=True,
     ),

@@ -58,10 +58,8 @@ def places(widths: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, 
 
     widths: key -> width. settings: the run's, whose `shape` says how many heads there are. Raises SelectionError, StoreError.
     """
-    return {
-        key: (transformer_lens_name(key), _shape(key, width, RunSettings.from_dict(settings).shape))
-        for key, width in widths.items()
-    }
+    shape = RunSettings.from_dict(settings).shape
+    return {key: (transformer_lens_name(key), _shape(key, width, shape)) for key, width in widths.items()}
 
 
 def _shape(key: str, width: int, shape: Mapping[str, int] | None) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ def verify(path: Path, advance: Advance = ignore) -> list[str]:
     try:
         run = open_run(path, check=False)  # all of it was checked just now
         problems += _misplaced_samples(run)
-        problems += _stray_shards(run)
+        problems += _stray_shards(path, run)
     except (NotActivations, FileRefused):
         raise
     except AutomaticEvalError as failure:
@@ -70,9 +70,9 @@ def _misplaced_samples(run: Run) -> list[str]:
     return [f"{run.path / INDEX}: sample {wrong} has not the rows of sample {index} of {shards[number].path.name}"]
 
 
-def _stray_shards(run: Run) -> list[str]:
-    """Shards in the folder that are no part of the run."""
+def _stray_shards(path: Path, run: Run) -> list[str]:
+    """Shards in the folder that are no part of the run. path: the folder, as it was given."""
     listed = {shard.path.name for shard in run.shards}
     names = shard_names(run.path)
     strays = [name for name in not_replaced(run.path, names) if name not in listed] if listed < set(names) else []
-    return [f"{run.path / name}: it is there and no part of the run" for name in strays]
+    return [f"{path / name}: it is there and no part of the run" for name in strays]

@@ -22,7 +22,7 @@ def locked(folder: Path, rank: int = 0) -> FileLock:
     return lock
 
 
-def refuse_other_ranks(folder: Path) -> None:
+def clear_other_ranks(folder: Path) -> None:
     """Delete the locks of other ranks. Raises FolderInUse when a process of another rank still writes, as when it has outlived the first."""
     for path in list(folder.glob(f"{LOCK}-*")):
         rank = path.name.removeprefix(f"{LOCK}-")

@@ -24,10 +24,11 @@ class GatheredSamples:
         """Site -> how its rows are stored. None until there are rows."""
 
         self._in_8_bits = in_8_bits
-        self._start()
+        self.clear()
 
-    def _start(self) -> None:
-        self._samples: list[Sample] = []
+    def clear(self) -> None:
+        """Begin anew, without samples."""
+        self.samples: list[Sample] = []
         self._counted: set[int] = set()
         """The ids of the Rows whose bytes are in n_bytes."""
 
@@ -35,30 +36,24 @@ class GatheredSamples:
         self._since = time.monotonic()
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self.samples)
 
     @property
     def age_seconds(self) -> float:
-        """Since the samples before were taken out."""
+        """Since it began anew."""
         return time.monotonic() - self._since
 
     def add(self, samples: Sequence[Sample]) -> None:
         """Take samples. Raises CaptureError, and takes none, for rows that could not be stored together with the rest."""
         for rows in distinct_rows(samples):
             self._check(rows)
-        self._samples.extend(samples)
+        self.samples.extend(samples)
         for sample in samples:
             self.n_bytes += sample.memory_bytes
             for part in sample.parts:
                 if id(part.rows) not in self._counted:
                     self._counted.add(id(part.rows))
                     self.n_bytes += part.rows.memory_bytes
-
-    def take_all(self) -> list[Sample]:
-        """The samples, which are then gathered no more."""
-        samples = self._samples
-        self._start()
-        return samples
 
     def _check(self, rows: Rows) -> None:
         formats = {

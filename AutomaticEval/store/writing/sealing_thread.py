@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from AutomaticEval.samples import Sample
 from AutomaticEval.store.hdf5.writing.activations import Source
 
 
@@ -18,18 +17,17 @@ class SealedShard(NamedTuple):
 
 
 class SealingThread:
-    """Writes shards one at a time. write: writes samples as the shard of a name."""
+    """Writes shards one at a time. It keeps nothing of its writer, so that a writer that is dropped frees its lock at once."""
 
-    def __init__(self, write: Callable[[str, Sequence[Sample]], Source]) -> None:
-        self._write = write
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sealing")
         self.sealing: Future[SealedShard] | None = None
         """The shard that was started and not waited for yet."""
 
-    def start(self, name: str, samples: Sequence[Sample]) -> None:
-        """Begin with a shard. The one before must have been waited for."""
+    def start(self, write: Callable[[], Source], n_samples: int) -> None:
+        """Begin with a shard. The one before must have been waited for. write: writes the shard, which has n_samples."""
         assert self.sealing is None
-        self.sealing = self._thread.submit(lambda: SealedShard(self._write(name, samples), len(samples)))
+        self.sealing = self._thread.submit(lambda: SealedShard(write(), n_samples))
 
     @property
     def has_ended(self) -> bool:

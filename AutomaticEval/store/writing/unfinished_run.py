@@ -15,7 +15,7 @@ from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.run_folder import INDEX, not_replaced, refuse_finished, set_aside, shard_names
 
 
-def kept_shards(folder: Path, settings: Mapping[str, Any], *, resume: bool, finishing: bool) -> list[Shard]:
+def take_up_shards(folder: Path, settings: Mapping[str, Any], *, resume: bool, finishing: bool) -> list[Shard]:
     """The shards of a folder with which a run goes on, in order; none for a folder without a run.
 
     settings: of the run, with its model. resume: check every byte first, and set damaged shards aside, with a warning. finishing: the
