@@ -148,6 +148,15 @@ def test_no_test_file_imports_from_another() -> None:
     assert {path.name: match[0] for path, text in texts.items() if (match := importing.search(text))} == {}
 
 
+def test_the_docs_name_files_that_are_there() -> None:
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    written = {"summary.md"}  # by commands
+    for page in pages:
+        for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|md|c))`", page.read_text(encoding="utf-8")):
+            places = [ROOT / name, PACKAGE / name, PACKAGE / "models" / name]
+            assert name in written or any(place.exists() for place in places), f"{page.name} names {name}"
+
+
 def test_utils_is_a_door_without_code() -> None:
     tree = ast.parse((ROOT / "utils" / "__init__.py").read_text())
     assert {type(node) for node in tree.body} == {ast.Expr, ast.ImportFrom, ast.Assign}
