@@ -39,8 +39,6 @@ FLOORS = (
 """From the lowest to the highest: folders, and the files of the root. A folder within a folder is on its floor."""
 ABOVE = {"demo.train": "cli"}
 """Scripts that stand on another floor than their folder."""
-EXCEPTIONS: dict[tuple[str, str], str] = {}
-"""Imports that break the rule, and why they are there yet. Only ever shorter."""
 MOST_FILES = 12
 """In a folder; commands aside."""
 OWNERS = {
@@ -103,8 +101,7 @@ def test_modules_import_from_lower_floors_or_their_own_folder() -> None:
     broken = {
         (name, other) for name, path in modules().items() for other in inside(path) if not may_import(name, other)
     }
-    assert broken - EXCEPTIONS.keys() == set()
-    assert EXCEPTIONS.keys() - broken == set(), "an exception that is none any more: take it out"
+    assert broken == set()
 
 
 def test_no_imports_go_in_a_circle() -> None:
