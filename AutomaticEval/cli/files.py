@@ -37,7 +37,7 @@ def verify(
         str | None,
         typer.Option(
             "--model",
-            help="With --recompute: the model that made the run. Default: the run's own name.",
+            help="With --recompute: the model that made the run. Default: where it was on this machine, or the name in the run.",
             rich_help_panel=MODEL,
         ),
     ] = None,

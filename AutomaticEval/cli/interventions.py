@@ -44,10 +44,10 @@ class Prompts:
     """Which prompts are asked."""
 
     profile: Annotated[str | None, Option("baseline, extended, or a .toml file: labelled prompts and keywords.")] = None
-    category: Annotated[str | None, Option("The category of the profile whose prompts are asked.")] = None
+    category: Annotated[str | None, Option("A category of the profile.")] = None
     num_trials: Annotated[
         int | None,
-        Option("So many of the prompts or pairs, drawn at random. Default: all; in a sweep over a category 16."),
+        Option("So many of the prompts or pairs, drawn at random. Default: all; of a category in a sweep, 16."),
     ] = None
     seed: Annotated[int, Option("Seed for everything that is drawn at random.", minimum=0)] = 42
 

@@ -40,7 +40,12 @@ class Benchmark:
             "Seed for drawing questions and for lm-eval's random numbers. Default: 0 for drawing, and lm-eval's own seeds."
         ),
     ] = None
-    batch_size: Annotated[int | str, Option("Requests in a forward: a number, or auto.", reads=str, default="8")] = 8
+    batch_size: Annotated[
+        int | str,
+        Option(
+            "Rows in a forward of --scoring stock and of generated answers: a number, or auto.", reads=str, default="8"
+        ),
+    ] = 8
     scoring: Annotated[
         str, Option("tree: shared prefixes are computed once; stock: in lm-eval's own batches, to the last bit.")
     ] = "tree"
