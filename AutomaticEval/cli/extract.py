@@ -102,7 +102,6 @@ def _refuse_ignored(
     written=options_of(RunOutput, "compression"),
 )
 def extract(
-    context: typer.Context,
     which: WhichTexts,
     feeding: Feeding,
     selection: Selection,

@@ -70,7 +70,6 @@ def _refuse_ignored(context: typer.Context, capture_activations: bool, output: P
     load=LoadOptions,
 )
 def generate(
-    context: typer.Context,
     sampling: Sampling,
     selection: Selection,
     load: LoadOptions,

@@ -140,8 +140,8 @@ def takes(
 ) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Gives a command the options of dataclasses. The command is called with the dataclasses that are made of them.
 
-    An option that two dataclasses share is asked for once, and given to both. before: is called with all that was given, before the
-    dataclasses are made, so that an option that would be ignored is refused before it is looked at.
+    An option that two dataclasses share is asked for once, and given to both. before: is called with the context and all that was
+    given, before the dataclasses are made, so that an option that would be ignored is refused before it is looked at.
     """
     chosen = {name: group if isinstance(group, OptionsOf) else options_of(group) for name, group in groups.items()}
 
@@ -149,6 +149,8 @@ def takes(
         signature = inspect.signature(function, eval_str=True)
         names = [name for name in signature.parameters if name not in chosen]
         own = [signature.parameters[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
+        if before is not None and "context" not in names:
+            own.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
         added: dict[str, inspect.Parameter] = {}
         for group in chosen.values():
             for name, option in group.options.items():
