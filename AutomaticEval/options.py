@@ -7,7 +7,9 @@ This one line gives the commands `--max_new_tokens` with its help. A field witho
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 _NOT_GIVEN: Any = object()
@@ -43,7 +45,8 @@ class NamedOption(NamedTuple):
     option: Option
 
 
-def options_in(kind: type) -> dict[str, NamedOption]:
+@cache
+def options_in(kind: type) -> Mapping[str, NamedOption]:
     """The options of a dataclass by their names, in the order of its fields."""
     hints = get_type_hints(kind, include_extras=True)
     options = {}
@@ -59,6 +62,11 @@ def options_in(kind: type) -> dict[str, NamedOption]:
     return options
 
 
-def take(given: dict[str, Any], kind: type) -> dict[str, Any]:
-    """Remove from `given`, and return, the options of a dataclass."""
+def take_options(given: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Remove from `given`, and return, the options of a dataclass, by the names that people call them."""
     return {name: given.pop(name) for name in options_in(kind) if name in given}
+
+
+def take_fields(given: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Remove from `given`, and return, the fields of a dataclass, also those that are for code alone."""
+    return {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
@@ -16,6 +16,7 @@ from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, Select
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.loading import load_model, n_layers_of
+from AutomaticEval.options import take_fields
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
@@ -72,20 +73,14 @@ class CheckedPrompt:
         if selection.store_dtype == "int8":
             raise SelectionError("store_dtype int8 needs the rows of many samples together; use float16 or bfloat16.")
         check_prompt(prompt)
-        load = LoadOptions(**_take(given, LoadOptions))
-        sampling = Sampling(**_take(given, Sampling))
-        others = _take(given, cls)
+        load = LoadOptions(**take_fields(given, LoadOptions))
+        sampling = Sampling(**take_fields(given, Sampling))
         for name in given:
-            raise unknown_option(name, AskOptions.__annotations__)
+            if name not in AskOptions.__annotations__:
+                raise unknown_option(name, AskOptions.__annotations__)
         if layers is not None or selection.single_sites:
             selection.sites(n_layers_of(model, load))  # refuses a wrong layer before the weights load
-        return cls(prompt, load, sampling, selection, **others)
-
-
-def _take(given: dict[str, Any], kind: type) -> dict[str, Any]:
-    """Take out of `given` the options that are fields of a dataclass, and return them."""
-    names = {field.name for field in fields(kind)} & set(AskOptions.__annotations__)
-    return {name: given.pop(name) for name in list(given) if name in names}
+        return cls(prompt, load, sampling, selection, **given)
 
 
 def check_prompt(prompt: object) -> None:

@@ -10,7 +10,8 @@ import typer
 
 from AutomaticEval.cli import ablate, options, patch, screen, sweep
 from AutomaticEval.cli.finish import Table, finish, result_file, say_written
-from AutomaticEval.cli.options import MODEL, RUN, SPELLINGS, command, refuse_unused, takes
+from AutomaticEval.cli.interventions import Prompts
+from AutomaticEval.cli.options import MODEL, RUN, SPELLINGS, command, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.options import Option
@@ -53,33 +54,33 @@ class Strength:
 
 @app.command()
 @command
-@takes(how=Strength, load=LoadOptions)
+@takes(how=Strength, drawing=options_of(Prompts, "num_trials", "seed"), load=LoadOptions)
 def strength(
     how: Strength,
+    drawing: Prompts,
     load: LoadOptions,
     texts: options.Texts,
-    num_trials: options.NumTrials = None,
     model: options.Model = "demo",
-    seed: options.Seed = 42,
     output: options.Results = Path("results"),
 ) -> None:
     """Measure how strong each head is over texts: head_strength.json and head_strength.png."""
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.strength import strength_result
-    from AutomaticEval.capture.texts.sources import drawn, read_texts
+    from AutomaticEval.capture.texts.sources import read_texts
 
     file = result_file(output, "head_strength.json", "strength")
-    extractor = how.measured(model, load, drawn(read_texts(texts), num_trials, seed))
+    extractor = how.measured(model, load, drawing.drawn(read_texts(texts)))
     stats = extractor.get_all_stats()
     finish(file, strength_result(stats, extractor.model_name, extractor.of), _strongest(stats))
 
 
 @app.command()
 @command
-@takes(how=Strength, load=LoadOptions)
+@takes(how=Strength, drawing=options_of(Prompts, "num_trials", "seed", num_trials=100), load=LoadOptions)
 def compare(
     context: typer.Context,
     how: Strength,
+    drawing: Prompts,
     load: LoadOptions,
     pre_tuned_model: Annotated[
         str,
@@ -90,7 +91,6 @@ def compare(
         typer.Option("--fine_tuned_model", help="Model after: hub name, folder, or demo.", rich_help_panel=MODEL),
     ],
     texts: options.Texts,
-    num_trials: options.NumTrials = 100,
     answers_of: Annotated[
         str | None,
         typer.Option(
@@ -102,7 +102,6 @@ def compare(
     max_new_tokens: Annotated[
         int, typer.Option("--max_new_tokens", help="The most tokens of these answers.", rich_help_panel=RUN)
     ] = 64,
-    seed: options.Seed = 42,
     output: options.Results = Path("results"),
 ) -> None:
     """Measure how fine-tuning changed the strength of each head: both models read the same texts."""
@@ -110,17 +109,17 @@ def compare(
         refuse_unused(context, "it is of --answers_of", "max_new_tokens")
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.compare import ActivationComparator, same_inputs
-    from AutomaticEval.capture.texts.sources import drawn, read_texts
+    from AutomaticEval.capture.texts.sources import read_texts
     from AutomaticEval.store.disk.json_files import new_results
     from AutomaticEval.store.disk.whole_files import new_files
 
     names = ("pre_tuned_activations", "fine_tuned_activations", "comparison")
     files = new_results(output, *(f"{name}.json" for name in names), "comparison_heatmap.png")
     models = {"pre": pre_tuned_model, "fine": fine_tuned_model}
-    asked = drawn(read_texts(texts), num_trials, seed)
+    asked = drawing.drawn(read_texts(texts))
     inputs = same_inputs(models, asked, load, answers_of, max_new_tokens, how.batch_size)
     both = [how.measured(name, load, inputs) for name in models.values()]
-    comparator = ActivationComparator(*both, seed=seed)
+    comparator = ActivationComparator(*both, seed=drawing.seed)
     _say_changes(comparator.compare())
     with new_files(output, "comparison") as made:
         before, after, comparison, heatmap = (made / file.name for file in files)

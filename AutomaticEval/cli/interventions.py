@@ -47,7 +47,7 @@ class Prompts:
     category: Annotated[str | None, Option("A category of the profile.")] = None
     num_trials: Annotated[
         int | None,
-        Option("So many of the prompts or pairs, drawn at random. Default: all; of a category in a sweep, 16."),
+        Option("So many of the prompts, texts or pairs, drawn at random; all when there are no more."),
     ] = None
     seed: Annotated[int, Option("Seed for everything that is drawn at random.", minimum=0)] = 42
 

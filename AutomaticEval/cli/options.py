@@ -65,17 +65,8 @@ Texts = Annotated[
         "--texts", help="JSON, JSONL, CSV or txt: texts, or objects with input, text or question.", rich_help_panel=RUN
     ),
 ]
-NumTrials = Annotated[
-    int | None,
-    typer.Option(
-        "--num_trials", help="So many of the texts, drawn at random; all when there are no more.", rich_help_panel=RUN
-    ),
-]
 BatchSize = Annotated[
     int, typer.Option("--batch_size", min=1, help="Prompts or texts in a forward.", rich_help_panel=RUN)
-]
-Seed = Annotated[
-    int, typer.Option("--seed", min=0, help="Seed for everything that is drawn at random.", rich_help_panel=RUN)
 ]
 Results = Annotated[
     Path,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,7 +13,7 @@ from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.loading import load_model
-from AutomaticEval.options import take
+from AutomaticEval.options import take_fields, take_options
 from AutomaticEval.processes import join_ranks, own_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
@@ -57,11 +56,11 @@ def evaluate_with_activations(model: Any, tasks: str | Sequence[str], **options:
     given: dict[str, Any] = {"positions": "scored", **options}
     layers, tokenizer = given.pop("layers_to_capture", None), given.pop("tokenizer", None)
     results = given.pop("output_path", None)
-    selection = Selection.parse(layers=layers, **take(given, Selection))
+    selection = Selection.parse(layers=layers, **take_options(given, Selection))
     if isinstance(model, str | Path):
         given["device"] = own_device(given.get("device", "auto"))
-    load = LoadOptions(**{each.name: given.pop(each.name) for each in fields(LoadOptions) if each.name in given})
-    output = RunOutput.parse(**take(given, RunOutput))
+    load = LoadOptions(**take_fields(given, LoadOptions))
+    output = RunOutput.parse(**take_options(given, RunOutput))
     benchmark = Benchmark.parse(tasks, **given)
     output.refuse_before_loading(makes_folder=join_ranks().is_first)
     loaded_tasks = load_tasks(benchmark)  # what is wrong with a task is told before a large model loads

@@ -27,14 +27,13 @@ from AutomaticEval.evaluation.results.captured_run import RunFolder, folder_name
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.loading import load_model
+from AutomaticEval.options import take_fields
 from AutomaticEval.processes import join_ranks, own_device
 from AutomaticEval.public_names import public_name
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.writer import SHARD_BYTES
 
-LOADING = tuple(each.name for each in fields(LoadOptions))
-"""The options that say how the model is loaded."""
 UNSERVED = {
     "autogptq": "transformers loads GPTQ checkpoints by itself, as it finds them; leave it out.",
     "gptqmodel": "transformers loads GPTQ checkpoints by itself, as it finds them; leave it out.",
@@ -126,7 +125,12 @@ class HFActivations(CapturingHFLM):
 def _refuse_unserved(options: Mapping[str, Any]) -> None:
     """Raises TypeError for an unknown option, BenchmarkError for one that is not served."""
     own, theirs = (inspect.signature(each).parameters.values() for each in (HFActivations, HFLM))
-    known = dict.fromkeys([*(each.name for each in [*own, *theirs] if each.kind is not each.VAR_KEYWORD), *LOADING])
+    known = dict.fromkeys(
+        [
+            *(each.name for each in [*own, *theirs] if each.kind is not each.VAR_KEYWORD),
+            *(each.name for each in fields(LoadOptions)),
+        ]
+    )
     for name, value in options.items():
         if name not in known:
             raise unknown_option(name, known)
@@ -138,7 +142,7 @@ def _refuse_unserved(options: Mapping[str, Any]) -> None:
 
 def _load_options(pretrained: Any, tokenizer: Any, options: dict[str, Any]) -> LoadOptions:
     """How the model is loaded. Takes these options out of the others. Raises BenchmarkError, DeviceUnavailable, ModelError."""
-    load = {name: options.pop(name) for name in LOADING if name in options}
+    load = take_fields(options, LoadOptions)
     load = {**_placing(options), **load}
     for name in UNSERVED:
         options.pop(name, None)

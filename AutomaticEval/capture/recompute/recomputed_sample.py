@@ -106,6 +106,7 @@ class Comparison:
 
     def __init__(self, run: Run, loaded: LoadedModel) -> None:
         self.run, self.loaded = run, loaded
+        self._made = run.made_with
         self.limits = IN_8_BITS if loaded.numbers().quantization == "8bit" else LIMITS[loaded.model.dtype]
         self._generation: dict[str | None, Mapping[str, Any] | None] = {}
 
@@ -115,7 +116,7 @@ class Comparison:
         tokens = _SampleTokens.of(sample)
         n_scored = len(tokens.response) if sample.get("logprob") is not None or self._is_greedy(sample) else 0
         plain = plain_forward(self.loaded, tokens.fed, self.run.keys, tokens.around, n_scored)
-        problems = _misplaced(tokens, self.run.made_with)
+        problems = _misplaced(tokens, self._made)
         rows, furthest, is_equal = _RightRows(tokens, plain), None, True
         for key, whole in sample["activations"].items():
             stored, steps = self._cropped(key, whole, self.run.steps(number, key), len(tokens.fed))
@@ -156,7 +157,7 @@ class Comparison:
     ) -> Iterator[str]:
         """What is wrong with the rows of one key."""
         right = rows.own(key, stored)
-        named, is_as = self.run.made_with.store_dtype, stored.dtype if steps is None else torch.int8
+        named, is_as = self._made.store_dtype, stored.dtype if steps is None else torch.int8
         promised = right.dtype if named is None else dtype_named(named)
         narrow = (
             narrowed_to(stored, right.to(self._through or promised)) if is_as == promised and steps is None else None
@@ -177,7 +178,7 @@ class Comparison:
     @property
     def _through(self) -> torch.dtype | None:
         """The dtype in which the rows were stored before they were converted; None when they were not."""
-        before = self.run.made_with.converted_from
+        before = self._made.converted_from
         return None if before is None else dtype_named(before)
 
     def _n_heads(self, key: str) -> int:
@@ -186,7 +187,7 @@ class Comparison:
 
     def _is_greedy(self, sample: Mapping[str, Any]) -> bool:
         """Whether each token of the response is known to have been the likeliest: chosen greedily, from logits that no setting changed."""
-        made = self.run.made_with
+        made = self._made
         if not len(sample["generated_ids"]):
             return False
         if made.temperature is not None:  # one prompt

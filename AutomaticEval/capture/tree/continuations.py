@@ -16,6 +16,7 @@ from AutomaticEval.models.architecture.forward_call import alone_with, input_dev
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.loading import load_model
+from AutomaticEval.options import take_fields
 from AutomaticEval.samples import Part, Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
@@ -82,8 +83,8 @@ def score_continuations(
     if capture_activations:
         positions, store_dtype = options.get("positions", "scored"), options.get("store_dtype")
         selection = Selection.parse(options.get("sites"), layers_to_capture, positions, store_dtype)
-    load: dict[str, Any] = {name: value for name, value in options.items() if name in LoadKeywords.__annotations__}
-    loaded = load_model(model, tokenizer=options.get("tokenizer"), options=LoadOptions(**load))
+    load = LoadOptions(**take_fields(dict(options), LoadOptions))
+    loaded = load_model(model, tokenizer=options.get("tokenizer"), options=load)
     pairs = list(requests)
     length = loaded.context or FALLBACK_LENGTH
     cuts = [Cut.of(*_tokens(loaded.tokenizer, *pair), length) for pair in pairs]

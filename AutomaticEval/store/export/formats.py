@@ -18,15 +18,12 @@ from AutomaticEval.store.disk.whole_files import ensure_space, new_folder
 from AutomaticEval.store.export.outgoing import Advance
 from AutomaticEval.store.export.table import FORMATS, Format, check_format
 from AutomaticEval.store.hdf5.contract import dtype_named
+from AutomaticEval.store.hdf5.damage import ignore
 from AutomaticEval.store.reader import open_run
 from AutomaticEval.store.upkeep.verify import check
 
 
-def _silent(n_samples: int) -> None:
-    """The `advance` for an export whose progress is not shown."""
-
-
-def export(path: Path, destination: Path, to: str, *, dtype: str | None = None, advance: Advance = _silent) -> Path:
+def export(path: Path, destination: Path, to: str, *, dtype: str | None = None, advance: Advance = ignore) -> Path:
     """Write a file or run as a new folder for other tools, which appears whole or not at all. Returns the folder.
 
     to: one of FORMATS. dtype: one of DTYPES; None keeps each site's own dtype, but writes float32 for int8, and for bfloat16 in a

@@ -36,7 +36,7 @@ _NAMED = 5
 """So many damaged blocks of a dataset are named."""
 
 
-def ignore(n_bytes: int) -> None:
+def ignore(n_done: int) -> None:
     """The `advance` for work whose progress is not shown."""
 
 
