@@ -76,6 +76,22 @@ class _Columns:
         return torch.cat([ids[number].cpu() for ids in self._ids]).tolist() if self._ids else []
 
 
+class Step:
+    """What the hooks saw of a forward that was recorded into a graph, gathered on the device."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
+        self.seen: dict[str, tuple[Tap, Tensor]] = {}
+        self.out: dict[str, Tensor] = {}
+
+    def gather(self) -> None:
+        """The values of all keys [batch, 1, width], into the static output. The last operation of the graph."""
+        for key, (tap, value) in self.seen.items():
+            taken = tap.take(value if value.dim() == 3 else value[:, None])
+            self.out[key] = taken.clone() if self._dtype is None else taken.to(self._dtype, copy=True)
+        self.seen = {}
+
+
 class Recording:
     """What `capturing` has read: for every kept (batch row, column) pair, one row a key. Read it after the with.
 
@@ -90,6 +106,8 @@ class Recording:
         self._given: Mapping[str, Any] | None = None
         """The named arguments of the forward that begins."""
         self._columns = _Columns()
+        self._step: Step | None = None
+        self._ignores = False
         self._kept: list[Kept] = []
         self._current: Kept | None = None
         """What is kept of the current forward."""
@@ -116,6 +134,33 @@ class Recording:
         """Key -> [n_kept, width], on the CPU: all that was kept, forward after forward."""
         return self._rows
 
+    @contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """The forwards inside are not recorded at all."""
+        self._ignores = True
+        try:
+            yield
+        finally:
+            self._ignores = False
+
+    @contextmanager
+    def taping(self) -> Iterator[Step]:
+        """The forward inside is run while a graph is recorded. It counts as no forward."""
+        self._step = Step(self._dtype)
+        try:
+            yield self._step
+        finally:
+            self._step = None
+
+    def replayed(self, step: Step, ids: Tensor) -> None:
+        """One replay of a graph, which was fed ids [batch, 1], is queued. Its kept rows are copied at once."""
+        self.begins({})
+        self.feed(ids)
+        for key, value in step.out.items():
+            self._n_reads[key] += 1
+            if self._current is not None:
+                self._arrived(key, self._cut(key, value, self._current).cpu())
+
     def begins(self, given: Mapping[str, Any]) -> None:
         """The model is called. given: its named arguments."""
         self._given = given
@@ -125,6 +170,8 @@ class Recording:
 
         Raises CaptureError when the batch has another number of rows.
         """
+        if self._ignores or self._step is not None:
+            return
         if ids is None or ids.dim() != 2 or len(ids) != self._n_rows:
             shape = None if ids is None else tuple(ids.shape)
             raise CaptureError(
@@ -165,6 +212,11 @@ class Recording:
 
         Raises Enough after the last site, when the recording stops forwards; CaptureError when a hook is called twice in a forward.
         """
+        if self._ignores:
+            return
+        if self._step is not None and value is not None:
+            self._step.seen[key] = (tap, value)
+            return
         self._take(key, tap, value)
         self._n_unread -= 1
         if self._stops and not self._n_unread:

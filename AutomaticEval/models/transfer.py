@@ -16,6 +16,10 @@ Arrived = Callable[[str, Tensor], None]
 """Takes a key and its rows, which are on the CPU. It is called in the order in which the rows were sent."""
 
 
+def wait_until_sent() -> None:
+    """Everything that was on its way to the CPU has arrived."""
+
+
 @dataclass
 class _Buffer:
     """One pinned buffer, and the rows that are on their way into it."""
