@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -36,7 +37,7 @@ class Tap:
     def take(self, value: Tensor) -> Tensor:
         """The site's values. value: [..., width of the module]. Returns [..., width of the site]."""
         if self.columns is not None:
-            value = value[..., torch.tensor(self.columns, dtype=torch.long, device=value.device)]
+            value = value[..., _numbers(self.columns, value.device)]
         value = value if self.scale == 1.0 else value * self.scale
         return value if self.then is None else self.then(value)
 
@@ -46,8 +47,14 @@ class Tap:
         if self.columns is None:
             return unscaled
         changed = value.clone()
-        changed[..., torch.tensor(self.columns, device=value.device)] = unscaled
+        changed[..., _numbers(self.columns, value.device)] = unscaled
         return changed
+
+
+@cache
+def _numbers(columns: tuple[int, ...], device: torch.device) -> Tensor:
+    """Columns as a tensor, made once: each making is a copy to the device, which waits for it, and which no graph can record."""
+    return torch.tensor(columns, dtype=torch.long, device=device)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""What a recorded step depends on beside its inputs: two batches with one key may use one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from AutomaticEval.models.edited_models import active_edits, names_of
+from AutomaticEval.models.layout import Tap
+
+
+def state_of(model: nn.Module) -> Hashable:
+    """Everything of an inner model that decides which operations a forward is, and on which memory: the attention kernel, how experts are
+    computed, adapters, edits, and the address of every weight."""
+    config = getattr(model, "config", None)
+    kernels = tuple(getattr(config, f"_{name}_implementation", None) for name in ("attn", "experts"))
+    adapters = tuple(
+        (name, tuple(each.active_adapters), each.disable_adapters, tuple(each.merged_adapters), _scales(each))
+        for name, each in model.named_modules()
+        if hasattr(each, "merged_adapters")
+    )
+    tensors = [*model.parameters(), *model.buffers()]
+    addresses = tuple((each.data_ptr(), each.shape, each.dtype) for each in tensors)
+    return kernels, adapters, tuple(names_of(model)), addresses, torch.is_inference_mode_enabled()
+
+
+def read_by(taps: Mapping[str, Tap], dtype: torch.dtype | None) -> Hashable:
+    """What hooks read in a step, and in which dtype they keep it."""
+    read = tuple((key, tap.module, tap.end, tap.scale, tap.columns, _version(tap)) for key, tap in taps.items())
+    return read, dtype
+
+
+def held_for(model: nn.Module, taps: Mapping[str, Tap]) -> list[Any]:
+    """What beside the model's own weights a step reads the memory of: values of edits, and factors of derived sites."""
+    factors = [tap.then.factors for tap in taps.values() if tap.then is not None]
+    return [[each.edit for each in active_edits(model)], factors]
+
+
+def _scales(adapted: Any) -> tuple[tuple[str, float], ...]:
+    return tuple(sorted((name, float(scale)) for name, scale in getattr(adapted, "scaling", {}).items()))
+
+
+def _version(tap: Tap) -> Hashable:
+    return None if tap.then is None else (id(tap.then), tap.then.version)
