@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import StaticCache
-from transformers.cache_utils import DummyLayer, StaticLayer
+from transformers.cache_utils import StaticLayer
 
 from AutomaticEval.capture.tree.walk import Cached
 
@@ -26,9 +26,8 @@ def rounded_up(n_columns: int) -> int:
 def full_length_cache(model: Any, length: int) -> StaticCache:
     """An empty cache of `length` columns, whatever the attention of each layer spans. It takes its memory when the model first fills it."""
     cache = StaticCache(config=model.config, max_cache_len=length)
-    cache.layers = [
-        each if isinstance(each, DummyLayer) else StaticLayer(max_cache_len=length) for each in cache.layers
-    ]
+    full = [StaticLayer(max_cache_len=length) if isinstance(each, StaticLayer) else each for each in cache.layers]
+    cache.layers = full  # a layer of another class holds nothing: it uses the keys and values of a layer below
     return cache
 
 

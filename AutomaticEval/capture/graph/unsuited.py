@@ -89,11 +89,11 @@ def _of_state(model: nn.Module) -> str | None:
     """Of what was done to it: edits, hooks, compilation, training."""
     if model.training:
         return "it is in training mode."
-    if depends_on_position(model):
-        return "it is edited at certain rows or columns."
     unfixed = [each.key for each in active_edits(model) if not each.edit.is_fixed]
     if unfixed:
         return f"the edit of {unfixed[0]} is a function of your own, which a graph would not call again."
+    if depends_on_position(model):
+        return "it is edited at certain rows or columns."
     return next((reason for module in model.modules() if (reason := _of_module(module)) is not None), _of_all_modules())
 
 
