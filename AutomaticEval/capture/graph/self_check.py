@@ -6,6 +6,7 @@ recorded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from AutomaticEval.capture.graph.from_graph import GraphBatch, from_graph
 from AutomaticEval.capture.keeping import keep_columns
-from AutomaticEval.capture.padding_probes import LONGEST_TRIED, is_close
-from AutomaticEval.capture.recompute.tolerance import IN_8_BITS, LIMITS, measured
+from AutomaticEval.capture.padding_probes import LONGEST_TRIED
+from AutomaticEval.capture.recompute.tolerance import IN_8_BITS, LIMITS, judged, measured
 from AutomaticEval.capture.tree.suitability import window_of
-from AutomaticEval.errors import CaptureError, GraphUnsuitable, first_line
+from AutomaticEval.errors import CaptureError, EditError, GraphUnsuitable, first_line
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.checkpoint.loaded_model import quantization_of
 from AutomaticEval.models.find_layout import find_layout
@@ -44,16 +45,13 @@ def why_unequal(model: Any) -> str | None:
                 fed, logits = _generated(model, batch, ids, mask)
             with capturing(model, taps, layout.embedding, keep, len(ids)) as plain:
                 expected = _plain(model, fed, mask)
-    except (GraphUnsuitable, CaptureError) as why:
+    except (GraphUnsuitable, CaptureError, EditError) as why:
         return f"a step of it cannot be recorded: {first_line(why)}"
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as why:  # torch's, of an operation that cannot be recorded
         return f"a step of it cannot be recorded: {first_line(why)}"
-    if not is_close(model, logits, expected):
-        off = float((logits - expected).abs().max())
-        return f"in the self-check its logits differed by up to {off:.2g} from those of a plain forward."
-    return _differing_rows(model, graphed, plain, columns)
+    return _first_difference(model, _compared(graphed, plain, columns) | {"logits": (logits, expected)})
 
 
 def _batch(model: Any) -> tuple[Tensor, Tensor]:
@@ -69,7 +67,7 @@ def _batch(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def _generated(model: Any, batch: GraphBatch, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What was fed [2, width + STEPS - 1], and the logits of all steps [2, STEPS, d_vocab]. The graph is not kept."""
+    """What was fed [2, width + STEPS - 1], and the logits of all steps [2 * STEPS, d_vocab]. The graph is not kept."""
     with from_graph(model, batch, is_kept=False) as extra:
         out = model.generate(
             input_ids=ids,
@@ -84,27 +82,31 @@ def _generated(model: Any, batch: GraphBatch, ids: Tensor, mask: Tensor) -> tupl
             output_logits=True,
             **extra,
         )
-    return out.sequences[:, :-1], torch.stack(list(out.logits), 1).float()
+    return out.sequences[:, :-1], torch.stack(list(out.logits), 1).flatten(0, 1).float().cpu()
 
 
 def _plain(model: Any, fed: Tensor, mask: Tensor) -> Tensor:
-    """The logits of the last STEPS tokens of one forward over all tokens, without a cache: [2, STEPS, d_vocab], float32."""
+    """The logits of the last STEPS tokens of one forward over all tokens, without a cache: [2 * STEPS, d_vocab], float32."""
     whole = torch.cat([mask, mask.new_ones(len(mask), STEPS - 1)], 1)
     given: dict[str, Any] = {"attention_mask": whole, "use_cache": False}
     if "position_ids" in forward_takes(model):
         given["position_ids"] = (whole.cumsum(1) - 1).clamp(min=0)
     logits: Tensor = model(input_ids=fed, **given).logits
-    return logits[:, -STEPS:].float()
+    return logits[:, -STEPS:].flatten(0, 1).float().cpu()
 
 
-def _differing_rows(model: Any, graphed: Recording, plain: Recording, columns: range) -> str | None:
-    """Which rows of the columns that the graph was fed differ by more than rounding explains; None when none does."""
+def _compared(graphed: Recording, plain: Recording, columns: range) -> dict[str, tuple[Tensor, Tensor]]:
+    """Key -> the rows [n, width] of the columns that the graph was fed, from the graph and from the plain forward."""
+    own, right = ([each.take(number, columns) for number in range(2)] for each in (graphed, plain))
+    return {key: (torch.cat([one[key] for one in own]), torch.cat([one[key] for one in right])) for key in own[0]}
+
+
+def _first_difference(model: Any, compared: Mapping[str, tuple[Tensor, Tensor]]) -> str | None:
+    """The first key whose rows differ by more than rounding explains, in words; None when there is none."""
     limits = IN_8_BITS if quantization_of(model) == "8bit" else LIMITS.get(model.dtype, LIMITS[torch.bfloat16])
-    for number in range(2):
-        own, right = graphed.take(number, columns), plain.take(number, columns)
-        for key, rows in own.items():
-            found = measured(rows, right[key])
-            if bool((found.off > limits.largest * found.size).any()):
-                off = float(found.off.max())
-                return f"in the self-check its {key} differed by up to {off:.2g} from that of a plain forward."
+    for key, (rows, right) in compared.items():
+        found = judged([measured(rows, right)], limits)
+        if bool(found.wrong.any()):
+            part = float(found.measured.parts.max())
+            return f"in the self-check its {key} differed from that of a plain forward, by up to {part:.1g} of the largest number."
     return None

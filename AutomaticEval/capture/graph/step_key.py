@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from AutomaticEval.models.edited_models import active_edits, names_of
+from AutomaticEval.models.edited_models import active_edits
+from AutomaticEval.models.editing import Edit
+from AutomaticEval.models.hook_handles import module_of
 from AutomaticEval.models.layout import Tap
 
 
@@ -24,7 +27,8 @@ def state_of(model: nn.Module) -> Hashable:
     )
     tensors = [*model.parameters(), *model.buffers()]
     addresses = tuple((each.data_ptr(), each.shape, each.dtype) for each in tensors)
-    return kernels, adapters, tuple(names_of(model)), addresses, torch.is_inference_mode_enabled()
+    edits = tuple((each.described, _function(each.edit.change)) for each in active_edits(model))
+    return kernels, adapters, edits, addresses, torch.is_inference_mode_enabled()
 
 
 def read_by(taps: Mapping[str, Tap], dtype: torch.dtype | None) -> Hashable:
@@ -37,6 +41,11 @@ def held_for(model: nn.Module, taps: Mapping[str, Tap]) -> list[Any]:
     """What beside the model's own weights a step reads the memory of: values of edits, and factors of derived sites."""
     factors = [tap.then.factors for tap in taps.values() if tap.then is not None]
     return [[each.edit for each in active_edits(model)], factors]
+
+
+def _function(change: Callable[..., Any]) -> Hashable:
+    """What tells the function of an edit from others; None for one that the edit's description tells whole. It does not keep the function alive."""
+    return None if module_of(change) == Edit.__module__ else weakref.ref(change)
 
 
 def _scales(adapted: Any) -> tuple[tuple[str, float], ...]:
