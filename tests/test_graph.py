@@ -30,6 +30,7 @@ from AutomaticEval.errors import DeviceUnavailable, PromptError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.recording import Kept
+from AutomaticEval.models.transfer.step import Step
 from AutomaticEval.selection import Selection
 
 SITES = Selection.parse("embed,resid_post,z,mlp_out,final_norm")
@@ -77,8 +78,11 @@ def sites_of(loaded: LoadedModel) -> Selection:
 
 def rows_of(response: Response) -> dict[str, torch.Tensor]:
     assert response.sample is not None
-    (part,) = response.sample.parts
-    return dict(part.rows.activations)
+    parts = response.sample.parts
+    return {
+        key: torch.cat([part.rows.activations[key][list(part.where)] for part in parts])
+        for key in parts[0].rows.activations
+    }
 
 
 def assert_same_answers(found: Sequence[Response], expected: Sequence[Response]) -> None:
@@ -185,11 +189,16 @@ def test_positions_are_kept_as_without_a_graph(positions: str, tapes: None, toke
     for one, other in zip(graph, eager, strict=True):
         assert one.sample is not None
         assert other.sample is not None
-        (part,), (right,) = one.sample.parts, other.sample.parts
-        assert part.rows.positions == right.rows.positions
-        for key, rows in part.rows.activations.items():
+        places, expected = (
+            [part.rows.positions[n] for part in each.sample.parts for n in part.where]
+            for each in (one, other)
+            if each.sample
+        )
+        assert places == expected
+        right = rows_of(other)
+        for key, rows in rows_of(one).items():
             assert rows.dtype == torch.float16
-            torch.testing.assert_close(rows, right.rows.activations[key], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(rows, right[key], rtol=2e-3, atol=2e-3)
 
 
 def test_logits_are_captured_from_a_graph(tapes: None, tokenizer: Any) -> None:
@@ -493,16 +502,13 @@ def test_a_graph_that_gives_other_numbers_is_found_and_said(
 def test_rows_that_differ_are_found_although_the_logits_are_right(
     tapes: None, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
-    from AutomaticEval.models.recording import Step
+    model, put, first = build(CONFIGS["llama"]()), Step.put, []
 
-    model, gather = build(CONFIGS["llama"]()), Step.gather
+    def one_for_all(self: Step, key: str, rows: torch.Tensor) -> None:
+        first.append(rows)
+        put(self, key, first[0])
 
-    def one_for_all(self: Any) -> None:
-        first = next(iter(self.seen.values()))
-        self.seen = dict.fromkeys(self.seen, first)
-        gather(self)
-
-    monkeypatch.setattr(Step, "gather", one_for_all)
+    monkeypatch.setattr(Step, "put", one_for_all)
     found = self_check.why_unequal(model)
     assert found is not None
     assert "its layer_0 differed" in found

@@ -16,13 +16,13 @@ from torch import Tensor
 from AutomaticEval.capture.batch_independence import Span, apart, company_of, is_fed_again, rope_limit
 from AutomaticEval.capture.graph.decoding import Captured, again_without_graphs, decoding
 from AutomaticEval.capture.graph.way import Way, way_of
-from AutomaticEval.capture.keeping import BatchRow, keep_of, recording_of, sample_columns, sequence_rows
+from AutomaticEval.capture.keeping import BatchRow, keep_of, parts_of, recording_of, sample_columns, sequence_rows
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.vocabulary import text_of
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.samples import Part, Sample
+from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
 
 
@@ -120,8 +120,8 @@ def _respond_together(
     ids = [[filler] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
     mask = [[0] * pad + [1] * (width - pad) for pad in pads]
     keep = None if selection is None else keep_of(selection.positions, prompts, pads)
-    recorder = recording_of(loaded, selection, keep, len(prompts))
-    shape = (len(prompts), width + sampling.max_new_tokens)
+    shape = (len(prompts), width + sampling.max_new_tokens - 1)
+    recorder = recording_of(loaded, selection, keep, len(prompts), n_columns=shape[1])
     with (
         torch.no_grad(),
         alone_with(model),
@@ -142,9 +142,9 @@ def _respond_together(
         sample = None
         if selection is not None:
             kept = selection.positions.resolve(len(prompt), len(generated))
-            rows = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept, tokenizer)
+            pieces = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept, tokenizer)
             columns = sample_columns(texts[row], text, len(prompt), (len(prompts), width))
-            sample = Sample(columns, list(prompt), generated, [Part(rows, range(len(rows.positions)))])
+            sample = Sample(columns, list(prompt), generated, parts_of(pieces, kept))
         responses.append(Response(text, sample, generated))
     return responses
 

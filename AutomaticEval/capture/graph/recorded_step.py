@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import StaticCache
 
 from AutomaticEval.capture.graph.device_graph import DeviceGraph
 from AutomaticEval.capture.graph.static_cache import lengths_of, size_bytes
 from AutomaticEval.errors import GraphUnsuitable
-from AutomaticEval.models.recording import Recording, Step
-from AutomaticEval.models.transfer import wait_until_sent
+from AutomaticEval.models.recording import Recording
+from AutomaticEval.models.transfer.ring import wait_until_sent
+from AutomaticEval.models.transfer.step import Step
 
 N_WARM_UPS = 2
 """Forwards before the recording. Libraries make their handles and choose their kernels in the first ones."""
@@ -74,11 +76,9 @@ class RecordedStep:
                 with self._lengths_put_back():
                     model(**given)
         wait_until_sent()  # a copy to the host would be refused while a graph is recorded
-        with self._lengths_put_back(), _taping(recording) as seen, graph.recording():
+        device = inputs["input_ids"].device
+        with self._lengths_put_back(), _taping(recording, device) as self._seen, graph.recording():
             self._out = model(**given)
-            if seen is not None:
-                seen.gather()
-        self._seen = seen
         return graph
 
     @contextmanager
@@ -134,5 +134,5 @@ def _unheard(recording: Recording | None) -> AbstractContextManager[Any]:
     return nullcontext() if recording is None else recording.ignoring()
 
 
-def _taping(recording: Recording | None) -> AbstractContextManager[Step | None]:
-    return nullcontext() if recording is None else recording.taping()
+def _taping(recording: Recording | None, device: torch.device) -> AbstractContextManager[Step | None]:
+    return nullcontext() if recording is None else recording.taping(device)
