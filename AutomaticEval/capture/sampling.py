@@ -13,7 +13,7 @@ GENERATIONS = ("auto", "graph", "eager")
 Generation = Annotated[
     str,
     Option(
-        "graph: decode steps of generated answers from a CUDA graph; eager: step by step; auto: graph where it can be."
+        "auto: generated answers from a CUDA graph where there can be one; graph: the same, refused on a CPU; eager: step by step."
     ),
 ]
 """How the decode steps of generated answers are run. Prompts and benchmarks have this option alike."""
