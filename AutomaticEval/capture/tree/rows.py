@@ -35,12 +35,14 @@ class WalkRows:
         self._none: Rows | None = None
 
     def take(self, stretch: Stretch) -> None:
-        """Take the rows of one forward. Raises CaptureError when it was fed other tokens than the tree's."""
+        """Take the rows of one forward, which have arrived or are waited for. Raises CaptureError when it was fed other tokens than the tree's."""
         assert stretch.recording is not None
+        assert stretch.was_fed is not None
         start, stop, tree = stretch.start, stretch.stop, self._tree
-        fed = tree.token_ids[start:stop].tolist()
-        if stretch.recording.fed(0) != fed:
-            raise CaptureError(f"the model was fed other tokens than the {len(fed)} of the tree. Nothing was stored.")
+        if not bool(stretch.was_fed):
+            raise CaptureError(
+                f"the model was fed other tokens than the {stop - start} of the tree. Nothing was stored."
+            )
         self._none = self._none or Rows([], [], [], stretch.recording.take(0, []))
         nodes = start + np.flatnonzero(self._kept[start:stop])
         ids, positions = tree.token_ids[nodes].tolist(), tree.depths[nodes].tolist()

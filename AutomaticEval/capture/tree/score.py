@@ -20,6 +20,7 @@ from AutomaticEval.capture.tree.rows import WalkRows
 from AutomaticEval.capture.tree.suitability import check_scores, most_columns, refuse_unsuitable
 from AutomaticEval.capture.tree.walk import Stretch, Walk, sent
 from AutomaticEval.errors import PromptError
+from AutomaticEval.models.architecture.forward_call import input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import Part
 from AutomaticEval.selection import Selection
@@ -109,14 +110,13 @@ class _Launched(NamedTuple):
     """A stretch whose forward is launched, and perhaps not computed yet."""
 
     stretch: Stretch
+    """Its log-probabilities are [n_scored], those of the targets alone. They and `was_fed` are on the CPU after the events."""
     places: Array
     """[n_scored], of the targets that it scores."""
-    logprobs: Tensor
-    """[n_scored], on the CPU once `is_there` says so."""
     are_likeliest: Tensor
-    """[n_scored], bool, with the log-probabilities."""
-    is_there: Any
-    """The event after which the tensors hold the numbers; None when they do."""
+    """[n_scored], bool, on the CPU after the events."""
+    events: list[Any]
+    """On a GPU: what to wait for."""
 
 
 @dataclass
@@ -272,8 +272,10 @@ class TreeScoring:
         logprobs = stretch.logprobs[lines, of_tokens].to("cpu", non_blocking=True)
         likeliest = stretch.logprobs.argmax(-1) if len(lines) else lines
         are_likeliest = (likeliest[lines] == of_tokens).to("cpu", non_blocking=True)
-        is_there = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        return _Launched(stretch._replace(logprobs=logprobs), places, logprobs, are_likeliest, is_there)
+        was_fed = None if stretch.was_fed is None else stretch.was_fed.to("cpu", non_blocking=True)
+        devices = {each for each in (device, input_device(self.loaded.model)) if each.type == "cuda"}
+        events = [torch.cuda.current_stream(each).record_event() for each in devices]
+        return _Launched(stretch._replace(logprobs=logprobs, was_fed=was_fed), places, are_likeliest, events)
 
     def _done(self, launched: _Launched, branches: Iterator[Branch]) -> Iterator[list[Scored]]:
         """The scores of the requests that end in a stretch. branches: those that no earlier stretch ended."""
@@ -293,11 +295,12 @@ class TreeScoring:
 
     def _take(self, launched: _Launched) -> None:
         """Take the log-probabilities and the kept rows of a stretch."""
-        if launched.is_there is not None:
-            launched.is_there.synchronize()
+        for event in launched.events:
+            event.synchronize()
+        logprobs = launched.stretch.logprobs
         if self._logprobs is None:
-            self._logprobs = torch.full((len(self._greedy),), float("nan"), dtype=launched.logprobs.dtype)
-        self._logprobs[torch.from_numpy(launched.places)] = launched.logprobs
+            self._logprobs = torch.full((len(self._greedy),), float("nan"), dtype=logprobs.dtype)
+        self._logprobs[torch.from_numpy(launched.places)] = logprobs
         self._greedy[launched.places] = launched.are_likeliest.numpy()
         if launched.stretch.recording is not None:
             self._rows.take(launched.stretch)

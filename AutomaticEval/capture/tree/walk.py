@@ -38,7 +38,9 @@ class Stretch(NamedTuple):
     """[scored nodes of the stretch, d_vocab], the log-softmax of the logits, on the model's device."""
 
     recording: Recording | None
-    """What was kept: batch row 0, with a column for each node."""
+    """What was kept: batch row 0, with a column for each node. The rows may still be on their way."""
+    was_fed: Tensor | None
+    """Whether the model was fed the nodes' tokens: one bool on its device. None without a recording."""
 
 
 @dataclass
@@ -85,11 +87,12 @@ class Walk:
         self._go_to(tree.path_to(start))
         nodes = np.concatenate([self._nodes, np.arange(start, stop)])
         scored = np.flatnonzero(self.scored[start:stop])
-        numbers = [tree.token_ids[start:stop], tree.depths[start:stop], nodes, tree.ends[nodes], scored]
-        ids, depths, columns, ends, lines = sent(numbers, input_device(self.loaded.model))
+        token_ids = tree.token_ids[start:stop]  # sent twice: the second ones are no model's to change
+        numbers = [token_ids, tree.depths[start:stop], nodes, tree.ends[nodes], scored, token_ids]
+        ids, depths, columns, ends, lines, expected = sent(numbers, input_device(self.loaded.model))
         keeps_logits = self.selection is not None and "logits" in self.selection.kinds
         keep = None if self.kept is None else keep_columns([np.flatnonzero(self.kept[start:stop]).tolist()])
-        recorder = recording_of(self.loaded, self.selection, keep, 1)
+        recorder = recording_of(self.loaded, self.selection, keep, 1, waits=False)
         with torch.no_grad(), alone_with(self.loaded.model), recorder as recording:
             out, cache = tree_forward(
                 self.loaded.model,
@@ -105,7 +108,8 @@ class Walk:
         logprobs = torch.log_softmax(logits, -1, dtype=self.dtype)
         self._cached, self._nodes = cache, nodes
         self.n_computed += stop - start
-        return Stretch(start, stop, logprobs, recording)
+        was_fed = None if recording is None else recording.was_fed(expected[None])
+        return Stretch(start, stop, logprobs, recording, was_fed)
 
     def _go_to(self, path: Array) -> None:
         """Reduce the keys and values to those of one path. Zeros stand for nodes that were not computed."""
