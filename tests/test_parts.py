@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
-from AutomaticEval.models.tokens.cuts import PATTERNS, around, last_cut
+from AutomaticEval.models.tokens.cuts import NUMERALS, PATTERNS, around, last_cut
 from AutomaticEval.models.tokens.parallelism import VARIABLE, keeping_parallelism
 from AutomaticEval.models.tokens.parts import PartEncoder, n_chars_alike
 
@@ -108,6 +108,9 @@ PROVEN: dict[str, Any] = {
     "NFC": lambda: fast(split_by(sorted(PATTERNS)[0]), normalizers.NFC()),
     "both ends": lambda: fast(BYTES, template="<s> $A </s>"),
     "digits": lambda: fast(pre_tokenizers.Sequence([pre_tokenizers.Digits(True), BYTES]), template="<s> $A"),
+    "numerals": lambda: fast(
+        pre_tokenizers.Sequence([*(pre_tokenizers.Split(Regex(each), "isolated") for each in sorted(NUMERALS)), BYTES])
+    ),
     "added spaces": lambda: fast(BYTES, added=["  ", "   ", "\n\n", AddedToken("<pad>", lstrip=True), "A", ":", " 1"]),
 }
 NOT_PROVEN: dict[str, Any] = {
@@ -178,6 +181,7 @@ def test_a_class_that_encodes_otherwise_gets_whole_texts() -> None:
 )
 def test_tokenizers_on_the_disk(folder: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert around(tokenizer) is not None
     encoder = PartEncoder(tokenizer)
     for seed in range(8):
         texts = begun_alike(random.Random(seed))

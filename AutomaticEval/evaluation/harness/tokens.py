@@ -52,6 +52,7 @@ class EncodingHFLM(HFLM):  # type: ignore[misc]
         self._ahead = EncodedAhead((), self._encode_many)
         with quiet(HFLM.__module__):  # lm-eval warns that a model which is loaded already is not shared out; here it is
             super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)
+        self._parts = PartEncoder(self.tokenizer)
         self._device = input_device(loaded.model)  # lm-eval takes the first weight's, which may be offloaded
         self._has_stock_batches = has_stock_batches
 

@@ -7,8 +7,8 @@ unless each of them works on the two parts as it works on the whole text:
    what is beside it (`single_word`), nor takes the spaces after it (`rstrip`). One that takes the spaces before it (`lstrip`) stops at the cut.
 2. The normalizer is none, or NFC: a space never joins what stands before it, and such a character joins only what stands before it.
 3. The text is split by one of PATTERNS. No alternative of theirs matches a space after another character, except after white space; none
-   looks behind; and `(?!\\S)`, the only look ahead, stands after white space, which ends before the cut or begins at it. `Digits` splits by
-   single characters. `ByteLevel` then adds nothing in front.
+   looks behind; and `(?!\\S)`, the only look ahead, stands after white space, which ends before the cut or begins at it. Splits by numerals
+   may come before or after, since a space is none. `ByteLevel` then adds nothing in front.
 4. BPE without dropout encodes each piece by itself.
 5. Special tokens are put around the whole, always the same.
 """
@@ -41,6 +41,8 @@ PATTERNS = frozenset(
     ]
 )
 """Regular expressions that split a text at every cut."""
+NUMERALS = frozenset([r"\d", r"\p{N}", r"\p{N}{1,3}"])
+"""Regular expressions that match numerals alone, one after the other."""
 _METHODS = ("__call__", "_encode_plus")
 
 
@@ -94,13 +96,15 @@ def _splits(step: Any) -> bool:
     if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
         return False
     *earlier, last = steps
-    by_pattern = [each for each in earlier if each["type"] != "Digits"]
-    return all(map(_is_known, by_pattern)) and (bool(by_pattern) or bool(last["use_regex"]))
+    patterns = [None if each["type"] == "Digits" else _pattern(each) for each in earlier]
+    others = [each for each in patterns if each is not None and each not in NUMERALS]
+    return all(each in PATTERNS for each in others) and (bool(others) or bool(last["use_regex"]))
 
 
-def _is_known(step: Any) -> bool:
-    how = (step["type"], step.get("behavior"), step.get("invert"))
-    return how == ("Split", "Isolated", False) and step["pattern"].get("Regex") in PATTERNS
+def _pattern(step: Any) -> str:
+    """The regular expression whose matches a step makes pieces of their own; an empty one for another step."""
+    is_split = (step["type"], step.get("behavior"), step.get("invert")) == ("Split", "Isolated", False)
+    return str(step["pattern"].get("Regex", "")) if is_split else ""
 
 
 def _around(step: Any) -> Around | None:
