@@ -15,7 +15,7 @@ from AutomaticEval.store import int8
 from AutomaticEval.store.bits import bits
 from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.contents.file_contents import Activation, Contents
-from AutomaticEval.store.contents.slabs import enlarged, resized
+from AutomaticEval.store.contents.slabs import gathered, resized
 from AutomaticEval.store.ragged import Array, Ragged
 
 
@@ -86,7 +86,7 @@ def _in_memory(tensors: Sequence[torch.Tensor], *, in_8_bits: bool) -> Activatio
     """One site of all Rows, [n_rows, width] each."""
     dtype, width = tensors[0].dtype, tensors[0].shape[1]
     if not in_8_bits:
-        return Activation(dtype, width, lambda: enlarged(map(bits, tensors)))
+        return Activation(dtype, width, lambda: map(bits, gathered(tensors)))
 
     def blocks() -> Iterator[Array]:
         return resized((tensor.float().numpy() for tensor in tensors), int8.BLOCK_ROWS)
