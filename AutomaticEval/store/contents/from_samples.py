@@ -76,9 +76,9 @@ def _check_alike(every_rows: Sequence[Rows]) -> None:
     formats = {key: (tensor.dtype, tensor.shape[1]) for key, tensor in first.items()}
     for rows in every_rows:
         n_rows = len(rows.positions)
-        own = {key: (tensor.dtype, tensor.shape[1]) for key, tensor in rows.activations.items()}
-        lengths = {len(rows.token_ids), *(tensor.shape[0] for tensor in rows.activations.values())}
-        if own != formats or lengths != {n_rows}:
+        expected = {key: (dtype, (n_rows, width)) for key, (dtype, width) in formats.items()}
+        own = {key: (tensor.dtype, tensor.shape) for key, tensor in rows.activations.items()}
+        if own != expected or len(rows.token_ids) != n_rows:
             raise CaptureError("rows of different sites, dtypes, widths or lengths cannot be stored in one file.")
 
 

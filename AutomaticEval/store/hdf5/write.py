@@ -152,7 +152,7 @@ def _table_bytes(contents: Contents) -> int:
     """An upper bound of the bytes that everything but the activations takes in a file."""
     names = [name for name in contents.columns.names if name in COLUMNS]
     text = sum(
-        len(value.encode("utf-8", "replace")) if isinstance(value, str) else 64 if value is None else len(str(value))
+        _text_bytes(value)
         for name in names
         if COLUMNS[name] in ("text", "json")
         for value in contents.columns.whole(name)
@@ -165,6 +165,12 @@ def _table_bytes(contents: Contents) -> int:
     texts = 2 * text + 64 * len(names) * contents.n_samples + sum(64 + 4 * len(each) for each in strings.values())
     headers = 2**18 + 4096 * len(contents.activations) + len(as_json(contents.settings))
     return headers + numbers + numbers // _SUMMED_BYTES + texts
+
+
+def _text_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
+    return 64 if value is None else len(str(value))
 
 
 def _write_attributes(file: h5py.File, file_format: str, contents: Contents, more: Mapping[str, str]) -> str:

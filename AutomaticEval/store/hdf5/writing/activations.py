@@ -83,6 +83,7 @@ def _compressed(dataset: h5py.Dataset, place: Place) -> Written:
 def write_virtual(file: h5py.File, key: str, activation: Activation, sources: Sequence[Source]) -> None:
     """Write a dataset that shows the rows of all sources. Where a source is missing, HDF5 gives NaN (or -128), never zeros."""
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_obj_track_times(False)
     absent = np.array(-128, np.int8) if activation.dtype == torch.int8 else np.array(np.nan, np.float32)
     settings.set_fill_value(absent)
     n_rows = sum(source.n_rows for source in sources)
@@ -106,6 +107,7 @@ def _create(
     file: h5py.File, name: str, stored: h5py.h5t.TypeID, shape: tuple[int, int], compression: str | None
 ) -> h5py.Dataset:
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_obj_track_times(False)
     if all(shape):  # HDF5 refuses contiguous data without rows
         settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
         if compression is None:
