@@ -14,6 +14,7 @@ from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import Span, apart, company_of, is_fed_again, rope_limit
 from AutomaticEval.capture.keeping import BatchRow, keep_of, recording_of, sample_columns, sequence_rows
+from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.vocabulary import text_of
 from AutomaticEval.errors import SelectionError
@@ -127,7 +128,8 @@ def _respond_together(
             kept = selection.positions.resolve(len(prompt), len(generated))
             rows = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept, tokenizer)
             columns = sample_columns(texts[row], text, len(prompt), (len(prompts), width))
-            sample = Sample(columns, list(prompt), generated, [Part(rows, range(len(rows.positions)))])
+            whole = Sample(columns, list(prompt), generated, [Part(rows, range(len(rows.positions)))])
+            (sample,) = SampleReducer(selection)([whole])
         responses.append(Response(text, sample, generated))
     return responses
 

@@ -65,12 +65,14 @@ class HFActivations(CapturingHFLM):
         sites: str | None = None,
         positions: str | Positions = "scored",
         store_dtype: str | None = None,
+        reduce: str | None = None,
+        project: Any = None,
         compression: str | None = None,
         strict: bool = False,
         scoring: str = "tree",
         **options: Any,
     ) -> None:
-        selection = Selection.parse(sites, layers_to_capture, positions, store_dtype)
+        selection = Selection.parse(sites, layers_to_capture, positions, store_dtype, reduce, project)
         _refuse_unserved(options)
         load = _load_options(pretrained, tokenizer, options)
         loaded = load_model(pretrained, tokenizer=tokenizer, options=load)
@@ -80,7 +82,8 @@ class HFActivations(CapturingHFLM):
         name = folder_name(["lm-eval"], loaded.name)
         output = RunOutput(Path(activation_save_dir), compression=compression, strict=strict)
         super().__init__(loaded, selection, self._take, scoring=scoring, workload=Workload(ranks=ranks), **options)
-        self._folder = RunFolder(output, name, loaded.name, settings, SHARD_BYTES, ranks, loaded.paths)
+        how = (SHARD_BYTES, ranks, loaded.paths, selection.matrices)
+        self._folder = RunFolder(output, name, loaded.name, settings, *how)
         self._open = ExitStack()
         self._writer = self._open.enter_context(self._folder.writing()).writer
 

@@ -153,6 +153,7 @@ class _Run:
             shard_bytes_for(size.rows_bytes),
             self.ranks,
             self.loaded.paths,
+            selection.matrices,
         )
 
     def evaluated(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import Span, company_of
 from AutomaticEval.capture.generation import refuse_logits_fed_again
+from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable
 from AutomaticEval.evaluation.benchmark_options import WHY_NOT, check_scoring
@@ -61,6 +62,7 @@ class CapturingHFLM(EncodingHFLM):
         check_scoring(scoring)
         super().__init__(loaded, has_stock_batches=scoring == "stock", **kwargs)
         self._selection, self._scoring = selection, scoring
+        sink = SampleReducer(selection).before(sink)
         self._workload, self._ranks = workload, workload.ranks
         self._keys = RequestKeys(workload.doc_ids, is_captured=selection is not None)
         self._capture = None if selection is None else BatchCapture(loaded, selection, sink)

@@ -20,9 +20,17 @@ from AutomaticEval.store.ragged import Array, Ragged
 
 
 def of_samples(
-    samples: Sequence[Sample], model: str, settings: Mapping[str, Any], *, in_8_bits: bool = False
+    samples: Sequence[Sample],
+    model: str,
+    settings: Mapping[str, Any],
+    *,
+    in_8_bits: bool = False,
+    matrices: Mapping[str, Any] = {},
 ) -> Contents:
-    """The contents of a file with these samples. Raises CaptureError for rows that cannot be stored in one file."""
+    """The contents of a file with these samples. Raises CaptureError for rows that cannot be stored in one file.
+
+    matrices: those of the projection by which the rows were made: name -> [width, k].
+    """
     every_rows = distinct_rows(samples)
     _check_alike(every_rows)
     ends = np.cumsum([0, *(len(rows.positions) for rows in every_rows)])
@@ -46,6 +54,7 @@ def of_samples(
         activations={
             key: _in_memory([rows.activations[key] for rows in every_rows], in_8_bits=in_8_bits) for key in keys
         },
+        matrices={name: np.asarray(matrix) for name, matrix in matrices.items()},
     )
 
 

@@ -38,10 +38,10 @@ class Source(NamedTuple):
     """Site or column -> how many of its numbers are infinite or NaN. Sites and columns of older files, which do not say it, are missing."""
 
 
-def write_activation(file: h5py.File, key: str, activation: Activation, n_rows: int, compression: str | None) -> None:
-    """Write one dataset slab by slab as raw bits, and compute its checksums on the way."""
+def write_activation(file: h5py.File, name: str, activation: Activation, n_rows: int, compression: str | None) -> None:
+    """Write one dataset slab by slab as raw bits, and compute its checksums on the way. name: its group and key."""
     stored = hdf5_type(activation.dtype)
-    dataset = _create(file, f"activations/{key}", stored, (n_rows, activation.width), compression)
+    dataset = _create(file, name, stored, (n_rows, activation.width), compression)
     row_bytes = max(1, activation.width * stored.get_size())
     rows = dataset.chunks[0] if dataset.chunks else checksums.rows_per_block(row_bytes)
     hashed, n_wrong = checksums.ArrayHash(rows * row_bytes), 0
@@ -59,14 +59,14 @@ def write_activation(file: h5py.File, key: str, activation: Activation, n_rows: 
         if not in_steps and (at - started) * row_bytes >= _SLAB_BYTES:
             _start_writing(file, dataset.id.get_offset() + started * row_bytes, (at - started) * row_bytes)
             started = at
-    assert at == n_rows, f"{key}: {at} rows came, expected {n_rows}"
+    assert at == n_rows, f"{name}: {at} rows came, expected {n_rows}"
     dataset.attrs["dtype"] = str(activation.dtype).removeprefix("torch.")
     dataset.attrs[NON_FINITE] = n_wrong
     write_checksums(dataset, hashed, rows)
 
 
-def write_virtual(file: h5py.File, key: str, activation: Activation, sources: Sequence[Source]) -> None:
-    """Write a dataset that shows the rows of all sources. Where a source is missing, HDF5 gives NaN (or -128), never zeros."""
+def write_virtual(file: h5py.File, name: str, activation: Activation, sources: Sequence[Source]) -> None:
+    """Write a dataset with its group and key as name, which shows the rows of all sources. Where a source is missing, HDF5 gives NaN (or -128), never zeros."""
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     absent = np.array(-128, np.int8) if activation.dtype == torch.int8 else np.array(np.nan, np.float32)
     settings.set_fill_value(absent)
@@ -77,11 +77,11 @@ def write_virtual(file: h5py.File, key: str, activation: Activation, sources: Se
             space = h5py.h5s.create_simple((n_rows, activation.width))
             space.select_hyperslab((at, 0), (source.n_rows, activation.width))
             theirs = h5py.h5s.create_simple((source.n_rows, activation.width))
-            settings.set_virtual(space, source.name.encode(), f"/activations/{key}".encode(), theirs)
+            settings.set_virtual(space, source.name.encode(), f"/{name}".encode(), theirs)
             at += source.n_rows
     stored, space = hdf5_type(activation.dtype), h5py.h5s.create_simple((n_rows, activation.width))
-    group = file.require_group("activations")
-    dataset = h5py.Dataset(h5py.h5d.create(group.id, key.encode(), stored, space, dcpl=settings))
+    group, _, key = name.partition("/")
+    dataset = h5py.Dataset(h5py.h5d.create(file.require_group(group).id, key.encode(), stored, space, dcpl=settings))
     dataset.attrs["dtype"] = str(activation.dtype).removeprefix("torch.")
     if all(key in source.non_finite for source in sources):
         dataset.attrs[NON_FINITE] = sum(source.non_finite[key] for source in sources)
