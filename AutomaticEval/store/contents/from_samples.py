@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.samples import Rows, Sample
+from AutomaticEval.reducing.table import is_by_sample
+from AutomaticEval.samples import Line, Rows, Sample
 from AutomaticEval.store import int8
 from AutomaticEval.store.bits import bits
 from AutomaticEval.store.contents.columns import Listed
@@ -33,6 +34,10 @@ def of_samples(
     """
     every_rows = distinct_rows(samples)
     _check_alike(every_rows)
+    if any(isinstance(rows, Line) != is_by_sample(settings.get("reduce")) for rows in every_rows):
+        raise CaptureError(
+            f"lines of samples go with the setting reduce, and rows of tokens do not; it is {settings.get('reduce')!r}."
+        )
     ends = np.cumsum([0, *(len(rows.positions) for rows in every_rows)])
     first = {id(rows): int(end) for rows, end in zip(every_rows, ends, strict=False)}
     numbers = [[np.asarray(where, np.int64) + first[id(rows)] for rows, where in sample.parts] for sample in samples]
