@@ -49,6 +49,20 @@ NO_TOKEN = NO_POSITION = -1
 """Stand for the token and the position of a line that is no single token's."""
 
 
+class RowFormat(NamedTuple):
+    """How the rows of one site are kept."""
+
+    dtype: torch.dtype
+    """The dtype in which the numbers are stored."""
+
+    width: int
+
+    @property
+    def read_as(self) -> torch.dtype:
+        """The dtype in which rows are given back: float32 for int8."""
+        return torch.float32 if self.dtype == torch.int8 else self.dtype
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Rows of one sequence that are stored together. Several samples may point into the same Rows."""

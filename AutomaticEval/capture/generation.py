@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import Span, apart, company_of, is_fed_again, rope_limit
-from AutomaticEval.capture.keeping import BatchRow, keep_of, recording_of, sample_columns, sequence_rows
+from AutomaticEval.capture.keeping import BatchRow, keep_of, parts_of, recording_of, sample_columns, sequence_rows
 from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.vocabulary import text_of
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.samples import Part, Sample
+from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
 
 
@@ -110,7 +110,8 @@ def _respond_together(
     ids = [[filler] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
     mask = [[0] * pad + [1] * (width - pad) for pad in pads]
     keep = None if selection is None else keep_of(selection.positions, prompts, pads)
-    recorder = recording_of(loaded, selection, keep, len(prompts))
+    n_columns = width + sampling.max_new_tokens - 1
+    recorder = recording_of(loaded, selection, keep, len(prompts), n_columns=n_columns)
     with torch.no_grad(), alone_with(model), recorder as recording:
         sequences: Tensor = model.generate(  # [batch, width + longest response]
             input_ids=torch.tensor(ids, device=input_device(model)),
@@ -126,9 +127,9 @@ def _respond_together(
         sample = None
         if selection is not None:
             kept = selection.positions.resolve(len(prompt), len(generated))
-            rows = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept, tokenizer)
+            pieces = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept, tokenizer)
             columns = sample_columns(texts[row], text, len(prompt), (len(prompts), width))
-            whole = Sample(columns, list(prompt), generated, [Part(rows, range(len(rows.positions)))])
+            whole = Sample(columns, list(prompt), generated, parts_of(pieces, kept))
             (sample,) = SampleReducer(selection)([whole])
         responses.append(Response(text, sample, generated))
     return responses

@@ -26,15 +26,20 @@ class _Reduced:
     _matrices: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def refresh(self, module: nn.Module) -> None:
-        """Call this before a forward."""
+        """Call this before a forward. The matrix is then where the module is, so that no forward waits for it."""
         if self.before is not None:
             self.before.refresh(module)
+        for device in {each.device for each in module.parameters() if not each.is_meta}:
+            self._matrix_on(device)
 
     def __call__(self, value: Tensor) -> Tensor:
         rows = value if self.before is None else self.before(value)
-        if self.matrix is not None and rows.device not in self._matrices:
-            self._matrices[rows.device] = self.matrix.to(rows.device)
-        return self.reduction.reduced(rows, self._matrices.get(rows.device))
+        return self.reduction.reduced(rows, self._matrix_on(rows.device))
+
+    def _matrix_on(self, device: torch.device) -> Tensor | None:
+        if self.matrix is not None and device not in self._matrices:
+            self._matrices[device] = self.matrix.to(device)
+        return self._matrices.get(device)
 
 
 def taps_of(layout: Layout, selection: Selection) -> dict[str, Tap]:

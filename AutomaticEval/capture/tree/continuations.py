@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 import torch
 
-from AutomaticEval.capture.keeping import BatchRow, keep_of, recording_of, sample_columns, sequence_rows
+from AutomaticEval.capture.keeping import BatchRow, keep_of, parts_of, recording_of, sample_columns, sequence_rows
 from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
@@ -188,7 +188,7 @@ def _one_by_one(loaded: LoadedModel, cuts: Sequence[Cut], options: ScoringOption
         parts: list[Part] = []
         if selection is not None:
             kept = selection.positions.resolve(len(context), len(continuation))
-            rows = sequence_rows(recording, BatchRow(0), [*context, *continuation], kept, loaded.tokenizer)
-            parts = [Part(rows, range(len(rows.positions)))]
+            pieces = sequence_rows(recording, BatchRow(0), [*context, *continuation], kept, loaded.tokenizer)
+            parts = parts_of(pieces, kept)
         is_greedy = likely.argmax(-1).tolist() == [*continuation]
         yield [Scored(number, float(logprobs.sum()), is_greedy, logprobs, parts)]

@@ -167,7 +167,8 @@ class Prefill:
         if recording is not None:
             at = BatchRow(0, n_past=n_past)
             sequence = [*self._ids, -1]  # the last token of a sequence is never fed
-            self._rows.append(sequence_rows(recording, at, sequence, depths.tolist(), self.loaded.tokenizer))
+            (rows,) = sequence_rows(recording, at, sequence, depths.tolist(), self.loaded.tokenizer)
+            self._rows.append(rows)
 
 
 def _first(cached: Tensor | None, n_tokens: int) -> Tensor | None:

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.keeping import BatchRow, dtype_of, keep_columns, keep_of, sample_columns, sequence_rows
+from AutomaticEval.capture.keeping import (
+    BatchRow,
+    dtype_of,
+    keep_columns,
+    keep_of,
+    parts_of,
+    sample_columns,
+    sequence_rows,
+)
 from AutomaticEval.capture.reduced_rows import taps_of
 from AutomaticEval.capture.tree.shared_prompt import Prefix
 from AutomaticEval.errors import CaptureError
@@ -90,7 +98,9 @@ class _Held:
     fields: dict[str, Any]
     input_ids: list[int]
     generated_ids: list[int]
-    rows: Rows
+    pieces: Sequence[Rows]
+    """Its own rows."""
+
     shared: Sequence[Part] = ()
     """Where the rows of its beginning are, which it shares with other requests."""
 
@@ -110,9 +120,9 @@ class _Held:
         else:
             logprob, is_greedy = answer
             fields = {**fields, "logprob": logprob, "is_greedy": is_greedy, "scoring": "stock"}
-        kept = set(positions.resolve(len(self.input_ids), len(self.generated_ids)))
-        own = [number for number, position in enumerate(self.rows.positions) if position in kept]
-        return Sample(fields, self.input_ids, self.generated_ids, [*self.shared, Part(self.rows, own)])
+        kept = positions.resolve(len(self.input_ids), len(self.generated_ids))
+        parts = [*self.shared, *parts_of(self.pieces, kept)]
+        return Sample(fields, self.input_ids, self.generated_ids, parts)
 
 
 class BatchCapture:

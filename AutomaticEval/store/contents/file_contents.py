@@ -7,27 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from AutomaticEval.reducing.table import is_by_sample
+from AutomaticEval.samples import RowFormat as RowFormat
 from AutomaticEval.store.contents.columns import Columns
 from AutomaticEval.store.ragged import Array, Ragged
-
-
-class RowFormat(NamedTuple):
-    """How the rows of one site are stored."""
-
-    dtype: torch.dtype
-    """The dtype in which the numbers are stored."""
-
-    width: int
-
-    @property
-    def read_as(self) -> torch.dtype:
-        """The dtype in which rows are given back: float32 for int8."""
-        return torch.float32 if self.dtype == torch.int8 else self.dtype
 
 
 @dataclass(frozen=True)
