@@ -22,6 +22,7 @@ from helpers.places import ROOT
 from helpers.raw_hooks import raw_residuals
 from helpers.runs import TEXTS, assert_honest
 from helpers.samples import SETTINGS, assert_same_data, make_sample, same
+from helpers.staged import stage_the_cpu
 from safetensors.torch import save_file
 
 from AutomaticEval import (
@@ -743,3 +744,68 @@ def test_lines_and_rows_do_not_mix(tmp_path: Path) -> None:
     for sample, reduce in ((line, None), (line, "norm"), (whole, "max")):
         with pytest.raises(CaptureError, match="lines of samples go with the setting reduce"):
             write_shard(tmp_path / "one.h5", [sample], "m", {**SETTINGS, "reduce": reduce})
+
+
+# rows of a GPU
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt"])
+def test_rows_are_reduced_before_they_leave_the_device(
+    positions: str, tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a ring that copies as late as a GPU's may, the same numbers arrive, and as many bytes fewer as rows are narrower."""
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [21]]
+
+    def answered(how: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+        found = respond(tiny_llama, prompts, Sampling(max_new_tokens=6), Selection.parse(positions=positions, **how))
+        held = [each.sample.activation_data("m", {}) for each in found if each.sample is not None]
+        return [{**data["activations"], **data.get("reduced", {})} for data in held]
+
+    directly = {way: answered(how) for way, how in WAYS.items()}
+    late, sent = stage_the_cpu(monkeypatch), [0]
+    start = late._start_copy
+
+    def counted(part: torch.Tensor, chunk: torch.Tensor) -> Any:
+        sent[0] += part.numel()
+        return start(part, chunk)
+
+    monkeypatch.setattr(late, "_start_copy", counted)
+    n_bytes = {}
+    for way, how in {"whole": {}, **WAYS}.items():
+        sent[0] = 0
+        data = answered(how)
+        n_bytes[way] = sent[0]
+        for one, other in zip(data, directly.get(way, data), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+    assert n_bytes["whole"] > 0
+    assert n_bytes["norm"] * WIDTH == n_bytes["whole"]
+    assert n_bytes["project"] * WIDTH == n_bytes["whole"] * K
+    assert n_bytes["mean"] == n_bytes["max"] == n_bytes["whole"]  # which are computed on the CPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(way: str, dtype: torch.dtype, tokenizer: Any, tmp_path: Path) -> None:
+    loaded = LoadedModel(build(CONFIGS["llama"](), dtype).to("cuda"), tokenizer, "llama")
+    extract(loaded, TextSet("texts", TEXTS), Selection.parse(**WAYS[way]), tmp_path / "texts")
+    evaluate_with_activations(loaded, "demo", limit=6, output=tmp_path / "run", positions="all", **WAYS[way])
+    for path in (tmp_path / "texts", tmp_path / "run"):
+        assert_honest(path, loaded, 6)
+
+
+@pytest.mark.gpu
+def test_no_forward_waits_for_a_matrix(tokenizer: Any) -> None:
+    """The matrix is on the GPU before the first forward: a product of rows there waits for nothing."""
+    from AutomaticEval.capture.reduced_rows import taps_of
+
+    loaded = LoadedModel(build(CONFIGS["llama"]()).to("cuda"), tokenizer, "llama")
+    for how in (WAYS["norm"], WAYS["project"]):
+        rows = torch.randn(2, 3, WIDTH, device="cuda")
+        for tap in taps_of(loaded.layout, Selection.parse(**how)).values():
+            assert tap.then is not None
+            tap.then.refresh(loaded.model.get_submodule(tap.module))
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                tap.take(rows)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
