@@ -41,7 +41,7 @@ def why_unequal(model: Any) -> str | None:
     try:
         with torch.no_grad(), alone_with(model):
             with capturing(model, taps, layout.embedding, keep, len(ids)) as graphed:
-                batch = GraphBatch(len(ids), width + STEPS, graphed, taps)
+                batch = GraphBatch(len(ids), width + STEPS, graphed)
                 fed, logits = _generated(model, batch, ids, mask)
             with capturing(model, taps, layout.embedding, keep, len(ids)) as plain:
                 expected = _plain(model, fed, mask)
