@@ -17,7 +17,7 @@ from AutomaticEval.capture.keeping import keep_columns
 from AutomaticEval.capture.padding_probes import LONGEST_TRIED
 from AutomaticEval.capture.recompute.tolerance import IN_8_BITS, LIMITS, judged, measured
 from AutomaticEval.capture.tree.suitability import window_of
-from AutomaticEval.errors import CaptureError, EditError, GraphUnsuitable, first_line
+from AutomaticEval.errors import first_line
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.checkpoint.loaded_model import quantization_of
 from AutomaticEval.models.find_layout import find_layout
@@ -45,12 +45,10 @@ def why_unequal(model: Any) -> str | None:
                 fed, logits = _generated(model, batch, ids, mask)
             with capturing(model, taps, layout.embedding, keep, len(ids)) as plain:
                 expected = _plain(model, fed, mask)
-    except (GraphUnsuitable, CaptureError, EditError) as why:
-        return f"a step of it cannot be recorded: {first_line(why)}"
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as why:  # torch's, of an operation that cannot be recorded
-        return f"a step of it cannot be recorded: {first_line(why)}"
+    except Exception as why:  # a model is a program of its own and may raise anything; step by step, it does as before
+        return f"a step of it cannot be recorded: {type(why).__name__}: {first_line(why)}"
     return _first_difference(model, _compared(graphed, plain, columns) | {"logits": (logits, expected)})
 
 
