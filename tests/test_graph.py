@@ -26,7 +26,7 @@ from AutomaticEval.capture.graph.recorded_step import N_WARM_UPS, RecordedStep
 from AutomaticEval.capture.graph.static_cache import STEP
 from AutomaticEval.capture.graph.way import FAILED, way_of
 from AutomaticEval.capture.sampling import Sampling
-from AutomaticEval.errors import DeviceUnavailable, PromptError
+from AutomaticEval.errors import DeviceUnavailable, PromptError, UnsupportedModel
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.recording import Kept
@@ -521,6 +521,21 @@ def test_rows_that_differ_are_found_although_the_logits_are_right(
     found = self_check.why_unequal(model)
     assert found is not None
     assert "its layer_0 differed" in found
+
+
+def test_a_model_whose_parts_are_not_found_still_answers_uncaptured(
+    tapes: None, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = loaded_as("llama", tokenizer)
+    expected = respond(loaded, PROMPTS, replace(GREEDY, generation="eager"))
+
+    def unknown(model: Any) -> Any:
+        raise UnsupportedModel("its blocks were not found.")
+
+    monkeypatch.setattr(self_check, "find_layout", unknown)
+    with pytest.warns(UserWarning, match="cannot be recorded: UnsupportedModel: its blocks were not found"):
+        found = respond(loaded, PROMPTS, GREEDY)
+    assert [each.generated_ids for each in found] == [each.generated_ids for each in expected]
 
 
 # The rest of the machine.
