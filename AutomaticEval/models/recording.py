@@ -68,6 +68,11 @@ class _Columns:
             self._ids = [torch.cat(self._ids, 1).cpu()]
         return self._ids[0]
 
+    def are(self, ids: Tensor) -> Tensor:
+        """Whether ids [batch, columns] are those of all forwards: one bool on their device, for which nothing waits."""
+        fed = torch.cat(self._ids, 1) if self._ids else ids[:, :0]
+        return (fed == ids).all() if fed.shape == ids.shape else torch.zeros_like(ids[0, 0], dtype=torch.bool)
+
 
 class Recording:
     """What `capturing` has read: for every kept (batch row, column) pair, one row a key. Read it after the with.
@@ -215,6 +220,10 @@ class Recording:
     def fed_ids(self) -> Tensor:
         """The token ids of all forwards: [batch, columns], on the CPU."""
         return self._columns.ids()
+
+    def was_fed(self, ids: Tensor) -> Tensor:
+        """Whether the model was fed just these ids [batch, columns]: one bool on their device, for which nothing waits."""
+        return self._columns.are(ids)
 
     def fed(self, row: int) -> list[int]:
         """The token ids that the model was given in one batch row, column after column."""
