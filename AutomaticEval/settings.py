@@ -109,6 +109,12 @@ class RunSettings:
     store_dtype: str | None = None
     """The dtype of the stored numbers; None for the model's own."""
 
+    reduce: str | None = None
+    """How rows were reduced: a name of `reducing.table.REDUCTIONS`; None for whole rows."""
+
+    project: str | None = None
+    """The sha256 of a projection (`reducing/projection.py`)."""
+
     benchmark: Mapping[str, Any] | None = None
     """Which questions a benchmark run asked, and how (`Benchmark.as_dict`)."""
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import Span, apart, company_of, is_fed_again, rope_limit
-from AutomaticEval.capture.graph.decoding import Captured, again_without_graphs, decoding
+from AutomaticEval.capture.graph.decoding import again_without_graphs, decoding
 from AutomaticEval.capture.graph.way import Way, way_of
 from AutomaticEval.capture.keeping import BatchRow, keep_of, parts_of, recording_of, sample_columns, sequence_rows
+from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.vocabulary import text_of
 from AutomaticEval.errors import SelectionError
@@ -126,7 +127,7 @@ def _respond_together(
         torch.no_grad(),
         alone_with(model),
         recorder as recording,
-        decoding(loaded, way, shape, Captured(selection, recording)) as extra,
+        decoding(model, way, shape, recording) as extra,
     ):
         sequences: Tensor = model.generate(  # [batch, width + longest response]
             input_ids=torch.tensor(ids, device=input_device(model)),
@@ -144,7 +145,8 @@ def _respond_together(
             kept = selection.positions.resolve(len(prompt), len(generated))
             pieces = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept, tokenizer)
             columns = sample_columns(texts[row], text, len(prompt), (len(prompts), width))
-            sample = Sample(columns, list(prompt), generated, parts_of(pieces, kept))
+            whole = Sample(columns, list(prompt), generated, parts_of(pieces, kept))
+            (sample,) = SampleReducer(selection)([whole])
         responses.append(Response(text, sample, generated))
     return responses
 

@@ -65,13 +65,15 @@ class HFActivations(CapturingHFLM):
         sites: str | None = None,
         positions: str | Positions = "scored",
         store_dtype: str | None = None,
+        reduce: str | None = None,
+        project: Any = None,
         compression: str | None = None,
         strict: bool = False,
         scoring: str = "tree",
         generation: str = "auto",
         **options: Any,
     ) -> None:
-        selection = Selection.parse(sites, layers_to_capture, positions, store_dtype)
+        selection = Selection.parse(sites, layers_to_capture, positions, store_dtype, reduce, project)
         _refuse_unserved(options)
         load = _load_options(pretrained, tokenizer, options)
         loaded = load_model(pretrained, tokenizer=tokenizer, options=load)
@@ -83,7 +85,8 @@ class HFActivations(CapturingHFLM):
         how: dict[str, Any] = {"scoring": scoring, "generation": generation}
         super().__init__(loaded, selection, self._take, workload=Workload(ranks=ranks), **how, **options)
         settings = settings.changed(**self.way().settings)
-        self._folder = RunFolder(output, name, loaded.name, settings, SHARD_BYTES, ranks, loaded.paths)
+        more = (SHARD_BYTES, ranks, loaded.paths, selection.matrices)
+        self._folder = RunFolder(output, name, loaded.name, settings, *more)
         self._open = ExitStack()
         self._writer = self._open.enter_context(self._folder.writing()).writer
 

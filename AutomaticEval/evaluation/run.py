@@ -155,6 +155,7 @@ class _Run:
             shard_bytes_for(size.rows_bytes),
             self.ranks,
             self.loaded.paths,
+            selection.matrices,
         )
 
     def _way_of_generating(self) -> dict[str, str]:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable
-from AutomaticEval.models.head_weights import HeadResultNorms
 from AutomaticEval.sites import KINDS, TABLE, Site
+
+
+class Derived(Protocol):
+    """Computes something of the value that is read: rows [..., width] -> [..., width of what is kept]. It looks at each row alone."""
+
+    @property
+    def mark(self) -> Hashable:
+        """Two with one mark compute the same, as long as `held` lives."""
+
+    @property
+    def held(self) -> list[Any]:
+        """What is read while it computes: a graph in which it was recorded needs it alive."""
+
+    def refresh(self, module: nn.Module, /) -> None:
+        """Is called before a forward, with the module that is read."""
+
+    def __call__(self, value: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -31,8 +47,8 @@ class Tap:
     columns: tuple[int, ...] | None = None
     """The features to take, for a projection whose output holds several sites. None takes all."""
 
-    then: HeadResultNorms | None = None
-    """What is computed of the value, for a derived site. None keeps the value."""
+    then: Derived | None = None
+    """What is computed of the value, for a derived site and for rows that are reduced. None keeps the value."""
 
     def take(self, value: Tensor) -> Tensor:
         """The site's values. value: [..., width of the module]. Returns [..., width of the site]."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,43 +15,25 @@ from torch import Tensor
 from AutomaticEval.capture.graph import kept_steps
 from AutomaticEval.capture.graph.from_graph import GraphBatch, from_graph
 from AutomaticEval.capture.graph.way import Way
-from AutomaticEval.capture.keeping import dtype_of
 from AutomaticEval.capture.memory import unless_too_large
 from AutomaticEval.capture.tree.shared_prompt import Prefix
-from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.recording import Recording
-from AutomaticEval.selection import Selection
 
 T = TypeVar("T")
 
 
-class Captured(NamedTuple):
-    """What is captured of a batch; nothing, when both are None."""
-
-    selection: Selection | None = None
-    recording: Recording | None = None
-
-
 def decoding(
-    loaded: LoadedModel,
-    way: Way,
-    shape: tuple[int, int],
-    captured: Captured = Captured(),
-    prefix: Prefix | None = None,
+    model: Any, way: Way, shape: tuple[int, int], recording: Recording | None = None, prefix: Prefix | None = None
 ) -> AbstractContextManager[Mapping[str, Any]]:
     """Inside, the model's `generate` goes a way. What this yields are further arguments for it, which go before others of the same names.
 
-    shape: rows and columns of the batch with its longest answers, padding among them. prefix: what the prompts begin with, computed before; when
-    the way is eager, it is the caller who hands its keys and values to `generate`.
+    shape: rows and columns of the batch with its longest answers, padding among them. recording: what captures the batch; None captures
+    nothing. prefix: what the prompts begin with, computed before; when the way is eager, it is the caller who hands its keys and values to
+    `generate`.
     """
     if way.kind == "eager":
         return nullcontext({})
-    selection, recording = captured
-    if selection is None or recording is None:
-        return from_graph(loaded.model, GraphBatch(*shape, prefix=prefix))
-    layout = loaded.layout
-    taps = layout.pick(selection.sites(layout.n_layers))
-    return from_graph(loaded.model, GraphBatch(*shape, recording, taps, dtype_of(selection), prefix))
+    return from_graph(model, GraphBatch(*shape, recording, prefix))
 
 
 def again_without_graphs(compute: Callable[[], T], way: Way) -> T:

@@ -7,12 +7,11 @@ function that runs a step; this module gives the answer. Does not know whether a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import CompileConfig
 
 from AutomaticEval.capture.graph import device_graph, kept_steps
@@ -22,7 +21,6 @@ from AutomaticEval.capture.graph.step_key import held_for, read_by, state_of
 from AutomaticEval.capture.tree.shared_prompt import Prefix
 from AutomaticEval.models.architecture.forward_call import alone_with, cache_name, input_device
 from AutomaticEval.models.architecture.inner_model import inner
-from AutomaticEval.models.layout import Tap
 from AutomaticEval.models.recording import Recording
 
 PARALLELISM = "TOKENIZERS_PARALLELISM"
@@ -40,12 +38,6 @@ class GraphBatch:
     recording: Recording | None = None
     """What captures the batch; None captures nothing."""
 
-    taps: Mapping[str, Tap] = field(default_factory=dict)
-    """What the recording reads."""
-
-    dtype: torch.dtype | None = None
-    """The dtype to which it narrows what it reads."""
-
     prefix: Prefix | None = None
     """What the prompts begin with, computed before."""
 
@@ -58,13 +50,13 @@ def from_graph(model: Any, batch: GraphBatch, *, is_kept: bool = True) -> Iterat
     """
     whole = inner(model)
     with alone_with(model):
-        key = (batch.n_rows, rounded_up(batch.n_columns), read_by(batch.taps, batch.dtype), state_of(whole))
+        key = (batch.n_rows, rounded_up(batch.n_columns), read_by(batch.recording), state_of(whole))
         step = kept_steps.taken(whole, key) or _new_step(model, batch)
         if batch.prefix is not None:
             fill(step.cache, batch.prefix.cached, batch.prefix.n_tokens, batch.n_rows)
         with _asked_for(whole, lambda **inputs: step.run(whole, batch.recording, inputs)):
             yield {str(cache_name(model)): step.cache, "compile_config": _on_any_device(), "disable_compile": False}
-        step.holds = held_for(whole, batch.taps)
+        step.holds = held_for(whole, batch.recording)
         step.cache.reset()  # in place: the graph knows its addresses
         if is_kept:
             kept_steps.keep(whole, key, step)

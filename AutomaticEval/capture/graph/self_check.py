@@ -52,7 +52,7 @@ def _both_ways(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
     columns = range(width, width + STEPS - 1)
     keep = keep_columns([columns] * len(ids))
     with capturing(model, taps, layout.embedding, keep, len(ids)) as graphed:
-        fed, logits = _generated(model, GraphBatch(len(ids), width + STEPS, graphed, taps), ids, mask)
+        fed, logits = _generated(model, GraphBatch(len(ids), width + STEPS, graphed), ids, mask)
     with capturing(model, taps, layout.embedding, keep, len(ids)) as plain:
         expected = _plain(model, fed, mask)
     return _compared(graphed, plain, columns) | {"logits": (logits, expected)}

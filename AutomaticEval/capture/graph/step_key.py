@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from AutomaticEval.models.edited_models import active_edits
 from AutomaticEval.models.editing import Edit
 from AutomaticEval.models.hook_handles import module_of
 from AutomaticEval.models.layout import Tap
+from AutomaticEval.models.recording import Recording
 
 
 def state_of(model: nn.Module) -> Hashable:
@@ -31,16 +32,19 @@ def state_of(model: nn.Module) -> Hashable:
     return kernels, adapters, edits, addresses, torch.is_inference_mode_enabled()
 
 
-def read_by(taps: Mapping[str, Tap], dtype: torch.dtype | None) -> Hashable:
-    """What hooks read in a step, and in which dtype they keep it."""
-    read = tuple((key, tap.module, tap.end, tap.scale, tap.columns, _version(tap)) for key, tap in taps.items())
-    return read, dtype
+def read_by(recording: Recording | None) -> Hashable:
+    """What the hooks of a recording read in a step, and in which dtype it is kept. None: nothing is captured."""
+    if recording is None:
+        return None
+    taps = recording.taps.items()
+    return tuple((key, tap.module, tap.end, tap.scale, tap.columns, _mark(tap)) for key, tap in taps), recording.dtype
 
 
-def held_for(model: nn.Module, taps: Mapping[str, Tap]) -> list[Any]:
-    """What beside the model's own weights a step reads the memory of: values of edits, and factors of derived sites."""
-    factors = [tap.then.factors for tap in taps.values() if tap.then is not None]
-    return [[each.edit for each in active_edits(model)], factors]
+def held_for(model: nn.Module, recording: Recording | None) -> list[Any]:
+    """What beside the model's own weights a step reads the memory of: values of edits, and what derived sites and reductions compute with."""
+    taps = [] if recording is None else recording.taps.values()
+    derived = [tap.then.held for tap in taps if tap.then is not None]
+    return [[each.edit for each in active_edits(model)], derived]
 
 
 def _function(change: Callable[..., Any]) -> Hashable:
@@ -52,5 +56,5 @@ def _scales(adapted: Any) -> tuple[tuple[str, float], ...]:
     return tuple(sorted((name, float(scale)) for name, scale in getattr(adapted, "scaling", {}).items()))
 
 
-def _version(tap: Tap) -> Hashable:
-    return None if tap.then is None else (id(tap.then), tap.then.version)
+def _mark(tap: Tap) -> Hashable:
+    return None if tap.then is None else tap.then.mark

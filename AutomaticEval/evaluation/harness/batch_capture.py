@@ -22,6 +22,7 @@ from AutomaticEval.capture.keeping import (
     sample_columns,
     sequence_rows,
 )
+from AutomaticEval.capture.reduced_rows import taps_of
 from AutomaticEval.capture.tree.shared_prompt import Prefix
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.evaluation.harness.call import UNKNOWN, Call, Request
@@ -130,8 +131,7 @@ class BatchCapture:
     def __init__(self, loaded: LoadedModel, selection: Selection, sink: Sink) -> None:
         self._model, self._tokenizer, self._sink = loaded.model, loaded.tokenizer, sink
         self._positions, self._dtype = selection.positions, dtype_of(selection)
-        layout = loaded.layout
-        self._embedding, self._taps = layout.embedding, layout.pick(selection.sites(layout.n_layers))
+        self._embedding, self._taps = loaded.layout.embedding, taps_of(loaded.layout, selection)
         self._held: list[_Held] = []
 
     def scored(self, call: Call, rows: Sequence[ScoredRow], ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:

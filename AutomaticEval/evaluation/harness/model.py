@@ -17,8 +17,9 @@ from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import Span, company_of
 from AutomaticEval.capture.generation import refuse_logits_fed_again
-from AutomaticEval.capture.graph.decoding import Captured, again_without_graphs, decoding
+from AutomaticEval.capture.graph.decoding import again_without_graphs, decoding
 from AutomaticEval.capture.graph.way import Way, way_of
+from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable
 from AutomaticEval.evaluation.benchmark_options import WHY_NOT, check_generation, check_scoring
@@ -65,8 +66,9 @@ class CapturingHFLM(EncodingHFLM):
         check_scoring(scoring)
         check_generation(generation, scoring)
         super().__init__(loaded, has_stock_batches=scoring == "stock", **kwargs)
-        self._loaded, self._selection, self._scoring = loaded, selection, scoring
+        self._selection, self._scoring = selection, scoring
         self._generation = "eager" if scoring == "stock" else generation
+        sink = SampleReducer(selection).before(sink)
         self._workload, self._ranks = workload, workload.ranks
         self._keys = RequestKeys(workload.doc_ids, is_captured=selection is not None)
         self._capture = None if selection is None else BatchCapture(loaded, selection, sink)
@@ -311,8 +313,7 @@ class CapturingHFLM(EncodingHFLM):
         longest = max(max_length, context.shape[1] + (kwargs.get("max_new_tokens") or 0))
 
         def generate(recording: Recording | None = None) -> Tensor:
-            captured = Captured(self._selection, recording)
-            with decoding(self._loaded, way, (len(context), longest), captured, prefix) as extra:
+            with decoding(self.model, way, (len(context), longest), recording, prefix) as extra:
                 out: Tensor = stock(**{**given, **extra})
             return out
 
