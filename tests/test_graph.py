@@ -208,6 +208,35 @@ def test_logits_are_captured_from_a_graph(tapes: None, tokenizer: Any) -> None:
     assert_same_answers(respond(loaded, PROMPTS, GREEDY, kept), eager)
 
 
+@pytest.mark.parametrize(
+    "how", [{"reduce": "norm"}, {"reduce": "mean"}, {"reduce": "max"}, {"project": torch.eye(32)[:, :5]}]
+)
+def test_reduced_rows_are_those_of_eager_with_a_new_graph_for_another_matrix(
+    how: dict[str, Any], tapes: None, tokenizer: Any
+) -> None:
+    loaded = loaded_as("llama", tokenizer)
+    for change in (1.0, 1.0, -2.0):
+        how = {name: value if isinstance(value, str) else change * value for name, value in how.items()}
+        kept = Selection.parse("embed,resid_post", **how)
+        eager = respond(loaded, PROMPTS, replace(GREEDY, generation="eager"), kept)
+        before = Tape.n_replayed
+        found = respond(loaded, PROMPTS, GREEDY, kept)
+        assert Tape.n_replayed > before
+        for one, other in zip(found, eager, strict=True):
+            assert one.generated_ids == other.generated_ids
+            assert one.sample is not None
+            assert other.sample is not None
+            kept_rows, expected = (
+                {
+                    key: torch.cat([part.rows.activations[key].flatten() for part in each.parts])
+                    for key in each.parts[0].rows.activations
+                }
+                for each in (one.sample, other.sample)
+            )
+            for key, right in expected.items():
+                torch.testing.assert_close(kept_rows[key], right, rtol=1e-5, atol=1e-5)
+
+
 def test_sampling_with_a_seed_gives_eagers_answers(tapes: None, tokenizer: Any) -> None:
     loaded = loaded_as("llama", tokenizer)
     eager = answered(loaded, "eager", SAMPLED)
