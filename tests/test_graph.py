@@ -26,7 +26,7 @@ from AutomaticEval.capture.graph.recorded_step import N_WARM_UPS, RecordedStep
 from AutomaticEval.capture.graph.static_cache import STEP
 from AutomaticEval.capture.graph.way import FAILED, way_of
 from AutomaticEval.capture.sampling import Sampling
-from AutomaticEval.errors import DeviceUnavailable, PromptError
+from AutomaticEval.errors import DeviceUnavailable, PromptError, UnsupportedModel
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.editing import Edit, editing
 from AutomaticEval.models.recording import Kept
@@ -223,6 +223,35 @@ def test_logits_are_captured_from_a_graph(tapes: None, tokenizer: Any) -> None:
     assert_same_answers(respond(loaded, PROMPTS, GREEDY, kept), eager)
 
 
+@pytest.mark.parametrize(
+    "how", [{"reduce": "norm"}, {"reduce": "mean"}, {"reduce": "max"}, {"project": torch.eye(32)[:, :5]}]
+)
+def test_reduced_rows_are_those_of_eager_with_a_new_graph_for_another_matrix(
+    how: dict[str, Any], tapes: None, tokenizer: Any
+) -> None:
+    loaded = loaded_as("llama", tokenizer)
+    for change in (1.0, 1.0, -2.0):
+        how = {name: value if isinstance(value, str) else change * value for name, value in how.items()}
+        kept = Selection.parse("embed,resid_post", **how)
+        eager = respond(loaded, PROMPTS, replace(GREEDY, generation="eager"), kept)
+        before = Tape.n_replayed
+        found = respond(loaded, PROMPTS, GREEDY, kept)
+        assert Tape.n_replayed > before
+        for one, other in zip(found, eager, strict=True):
+            assert one.generated_ids == other.generated_ids
+            assert one.sample is not None
+            assert other.sample is not None
+            kept_rows, expected = (
+                {
+                    key: torch.cat([part.rows.activations[key].flatten() for part in each.parts])
+                    for key in each.parts[0].rows.activations
+                }
+                for each in (one.sample, other.sample)
+            )
+            for key, right in expected.items():
+                torch.testing.assert_close(kept_rows[key], right, rtol=1e-5, atol=1e-5)
+
+
 def test_sampling_with_a_seed_gives_eagers_answers(tapes: None, tokenizer: Any) -> None:
     loaded = loaded_as("llama", tokenizer)
     eager = answered(loaded, "eager", SAMPLED)
@@ -401,6 +430,7 @@ REASONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a cache": (_with(cache_implementation="static"), "cache_implementation is 'static'"),
     "quantised": (_quantised, "quantised by own cannot be recorded"),
     "on the disk": (_spread, "offloaded"),
+    "not loaded": (lambda model: model.lm_head.to("meta"), "offloaded"),
     "training": (lambda model: model.train(), "in training mode"),
     "compiled": (lambda model: model.model.layers[0].compile(), "compiled"),
     "experts": (
@@ -444,6 +474,14 @@ def test_families_without_a_graph_answer_as_before(name: str, told: str, tapes: 
         found = answered(loaded, "auto")
     assert [each.generated_ids for each in found] == [each.generated_ids for each in eager]
     assert Tape.n_recorded == 0
+
+
+def test_virtual_tokens_are_named(tapes: None) -> None:
+    peft = pytest.importorskip("peft", reason="models with adapters need peft: pip install peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(build(CONFIGS["llama"]()), config).eval()
+    with pytest.warns(UserWarning, match="PROMPT_TUNING"):
+        assert way_of(model, "auto", {}) == way.EAGER
 
 
 @pytest.mark.parametrize(
@@ -527,6 +565,21 @@ def test_rows_that_differ_are_found_although_the_logits_are_right(
     found = self_check.why_unequal(model)
     assert found is not None
     assert "its layer_0 differed" in found
+
+
+def test_a_model_whose_parts_are_not_found_still_answers_uncaptured(
+    tapes: None, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = loaded_as("llama", tokenizer)
+    expected = respond(loaded, PROMPTS, replace(GREEDY, generation="eager"))
+
+    def unknown(model: Any) -> Any:
+        raise UnsupportedModel("its blocks were not found.")
+
+    monkeypatch.setattr(self_check, "find_layout", unknown)
+    with pytest.warns(UserWarning, match="cannot be recorded: UnsupportedModel: its blocks were not found"):
+        found = respond(loaded, PROMPTS, GREEDY)
+    assert [each.generated_ids for each in found] == [each.generated_ids for each in expected]
 
 
 # The rest of the machine.
@@ -629,6 +682,27 @@ def test_a_model_is_freed_with_its_graphs(tapes: None, tokenizer: Any) -> None:
     assert not list(kept_steps._kept)
 
 
+def test_under_inference_mode_and_outside_of_it(tapes: None, tokenizer: Any) -> None:
+    """A cache that is made under inference mode cannot be written to outside of it."""
+    loaded = loaded_as("llama", tokenizer)
+    eager = answered(loaded, "eager")
+    for _ in range(2):
+        with torch.inference_mode():
+            assert_same_answers(answered(loaded, "graph"), eager)
+        assert_same_answers(answered(loaded, "graph"), eager)
+
+
+def test_norms_of_heads_follow_weights_that_are_changed(tapes: None, tokenizer: Any) -> None:
+    """They are computed with factors of the output projection, which are made anew when it changes."""
+    loaded = loaded_as("llama", tokenizer)
+    kept = Selection.parse("head_result_norm")
+    for factor in (1.0, 1.0, 3.0):
+        with torch.no_grad():
+            loaded.model.model.layers[1].self_attn.o_proj.weight.mul_(factor)
+        eager = respond(loaded, PROMPTS, replace(GREEDY, generation="eager"), kept)
+        assert_same_answers(respond(loaded, PROMPTS, GREEDY, kept), eager)
+
+
 def test_cuda_alone_has_graphs() -> None:
     assert device_graph.graphs_of(torch.device("cpu")) is None
     assert device_graph.graphs_of(torch.device("meta")) is None
@@ -655,6 +729,30 @@ def test_cuda_graphs_give_eagers_answers(name: str, dtype: torch.dtype, tokenize
         for one, other in zip(captured, eager, strict=True):
             for key, rows in rows_of(one).items():
                 assert float((rows - rows_of(other)[key]).abs().max()) <= 1e-4 * float(rows.abs().max()), key
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("positions", ["all", "response", "last"])
+def test_a_replayed_step_waits_for_nothing(positions: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what runs between two calls of transformers' loop, torch refuses everything that waits for the GPU."""
+    loaded, n_steps = LoadedModel(build(CONFIGS["llama"](), torch.bfloat16).to("cuda"), tokenizer, "llama"), []
+    assert way_of(loaded.model, "graph", {}).kind == "graph"
+    kept = Selection.parse("embed,resid_post", positions=positions)
+    expected = respond(loaded, PROMPTS, GREEDY, kept)
+    real = RecordedStep.run
+
+    def watched(self: RecordedStep, *args: Any) -> Any:
+        n_steps.append(1)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return real(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(RecordedStep, "run", watched)
+    found = respond(loaded, PROMPTS, GREEDY, kept)
+    assert len(n_steps) == GREEDY.max_new_tokens - 1
+    assert [each.generated_ids for each in found] == [each.generated_ids for each in expected]
 
 
 @pytest.mark.gpu

@@ -233,6 +233,18 @@ def test_prompts_are_answered_from_a_graph_and_their_files_say_so(
     assert Tape.n_replayed > before
 
 
+@pytest.mark.gpu
+def test_benchmarks_answer_from_a_cuda_graph(tokenizer: Any, own_tasks: str, tmp_path: Path) -> None:
+    loaded = LoadedModel(build(CONFIGS["llama"]()).to("cuda"), tokenizer, "llama")
+    how: dict[str, Any] = {"include_path": own_tasks, "batch_size": 2, "positions": "all", "seed": 1}
+    names = "greedy,often,twice"
+    eager = evaluate_with_activations(loaded, names, activation_save_dir=tmp_path / "a", generation="eager", **how)
+    graph = evaluate_with_activations(loaded, names, activation_save_dir=tmp_path / "b", **how)
+    assert run_of(graph.folder).settings["generation"] == "graph"
+    assert [each["response"] for each in run_of(graph.folder)] == [each["response"] for each in run_of(eager.folder)]
+    assert not recompute(graph.folder or "", loaded, 6).different
+
+
 def test_a_graph_is_refused_on_a_cpu(llama: LoadedModel, own_tasks: str, tmp_path: Path) -> None:
     told = "--generation graph needs a CUDA GPU, and the model is on cpu"
     for command in (["generate", "What is red?"], ["--limit", "1"]):

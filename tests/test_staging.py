@@ -325,7 +325,9 @@ def test_capture_on_a_gpu_holds_what_its_own_forward_computed(tokenizer: Any, dt
     loaded = LoadedModel(model, tokenizer, "llama")
     ids = tokenizer("The capital of France is a city, and its name is")["input_ids"]
     for _ in range(2):  # first with copies at the hooks, then with references
-        (response,) = respond(loaded, [ids], Sampling(max_new_tokens=12), Selection.parse(positions="prompt"))
+        (response,) = respond(
+            loaded, [ids], Sampling(max_new_tokens=12, generation="eager"), Selection.parse(positions="prompt")
+        )
         assert response.sample is not None
         with torch.no_grad():
             states = model(torch.tensor([ids], device="cuda"), output_hidden_states=True).hidden_states

@@ -102,7 +102,9 @@ class RecordedStep:
                 ".".join(path) for path in shapes.keys() | recorded.keys() if shapes.get(path) != recorded.get(path)
             )
             named = ", ".join(changed) or "its settings"
-            raise GraphUnsuitable(f"{type(self).__name__}: {named} changed from one step to the next.")
+            raise GraphUnsuitable(
+                f"a graph of a decode step was recorded, and {named} changed from one step to the next; use --generation eager."
+            )
 
 
 def _divided(inputs: Inputs) -> tuple[dict[tuple[str, ...], Tensor], dict[tuple[str, ...], Any]]:

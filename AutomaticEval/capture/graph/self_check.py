@@ -17,7 +17,7 @@ from AutomaticEval.capture.keeping import keep_columns
 from AutomaticEval.capture.padding_probes import LONGEST_TRIED
 from AutomaticEval.capture.recompute.tolerance import IN_8_BITS, LIMITS, judged, measured
 from AutomaticEval.capture.tree.suitability import window_of
-from AutomaticEval.errors import CaptureError, EditError, GraphUnsuitable, first_line
+from AutomaticEval.errors import first_line
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.checkpoint.loaded_model import quantization_of
 from AutomaticEval.models.find_layout import find_layout
@@ -32,26 +32,30 @@ SHORT, LONG = 5, 12
 
 def why_unequal(model: Any) -> str | None:
     """In what a graph differs from plain forwards of a model; None when it differs in nothing that rounding does not explain."""
+    try:
+        with torch.no_grad(), alone_with(model):
+            compared = _both_ways(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as why:  # a model is a program of its own and may raise anything; step by step, it does as before
+        return f"a step of it cannot be recorded: {type(why).__name__}: {first_line(why)}"
+    return _first_difference(model, compared)
+
+
+def _both_ways(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Key, or logits -> the rows [n, width] of some tokens, from a graph and from a plain forward."""
     ids, mask = _batch(model)
     layout = find_layout(model)
-    taps = layout.pick([Site("embed"), *(Site("resid_post", layer) for layer in range(layout.n_layers))])
+    sites = [Site("embed"), *(Site("resid_post", layer) for layer in range(layout.n_layers))]
+    taps = layout.pick([site for site in sites if site in layout.taps])
     width = ids.shape[1]
     columns = range(width, width + STEPS - 1)
     keep = keep_columns([columns] * len(ids))
-    try:
-        with torch.no_grad(), alone_with(model):
-            with capturing(model, taps, layout.embedding, keep, len(ids)) as graphed:
-                batch = GraphBatch(len(ids), width + STEPS, graphed)
-                fed, logits = _generated(model, batch, ids, mask)
-            with capturing(model, taps, layout.embedding, keep, len(ids)) as plain:
-                expected = _plain(model, fed, mask)
-    except (GraphUnsuitable, CaptureError, EditError) as why:
-        return f"a step of it cannot be recorded: {first_line(why)}"
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as why:  # torch's, of an operation that cannot be recorded
-        return f"a step of it cannot be recorded: {first_line(why)}"
-    return _first_difference(model, _compared(graphed, plain, columns) | {"logits": (logits, expected)})
+    with capturing(model, taps, layout.embedding, keep, len(ids)) as graphed:
+        fed, logits = _generated(model, GraphBatch(len(ids), width + STEPS, graphed), ids, mask)
+    with capturing(model, taps, layout.embedding, keep, len(ids)) as plain:
+        expected = _plain(model, fed, mask)
+    return _compared(graphed, plain, columns) | {"logits": (logits, expected)}
 
 
 def _batch(model: Any) -> tuple[Tensor, Tensor]:
