@@ -80,7 +80,11 @@ class Recording:
     A model that is fed everything again has the rows of the last time.
     """
 
-    def __init__(self, keys: list[str], keep: Keep, rows: KeptRows, n_rows: int, *, stops: bool = False) -> None:
+    def __init__(
+        self, taps: Mapping[str, Tap], keep: Keep, rows: KeptRows, n_rows: int, *, stops: bool = False
+    ) -> None:
+        self.taps = taps
+        """Key -> where it is read."""
         self._keep, self._kept_rows, self._n_rows, self._stops = keep, rows, n_rows, stops
         self._n_forwards = self._n_replays = 0
         self._given: Mapping[str, Any] | None = None
@@ -88,11 +92,16 @@ class Recording:
         self._columns = _Columns()
         self._n_unread = 0
         """How many sites of the current forward are still to be read."""
-        self._n_reads = dict.fromkeys(keys, 0)
+        self._n_reads = dict.fromkeys(taps, 0)
         self._step: Step | None = None
         """The step that is being recorded, to be replayed later."""
         self._is_ignoring = False
         self._is_settled = False
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """To which rows are narrowed; None leaves them as the model computes them."""
+        return self._kept_rows.dtype
 
     @property
     def n_forwards(self) -> int:
@@ -273,7 +282,7 @@ def capturing(
     does not fit into float16.
     """
     whole = inner(model)
-    recording = Recording(list(taps), keep, KeptRows(whole, n_rows, dtype, n_columns), n_rows, stops=stops)
+    recording = Recording(taps, keep, KeptRows(whole, n_rows, dtype, n_columns), n_rows, stops=stops)
     with alone_with(model), Hooks() as hooks:
 
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
