@@ -29,6 +29,7 @@ from AutomaticEval.capture.tree import walk as walking
 from AutomaticEval.capture.tree.score import TOKENS_A_FORWARD
 from AutomaticEval.errors import FolderInUse, OtherSettings, StoreError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
+from AutomaticEval.evaluation.harness import tree_scores
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.store import writer
 from AutomaticEval.store.writer import RunWriter
@@ -66,6 +67,26 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[int]]:
         return made
 
     return start
+
+
+def test_a_resumed_run_takes_the_measured_tokens_of_the_run(
+    demo: LoadedModel, tmp_path: Path, forwards: Callable[[float], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured differs from time to time; the forwards of a resumed run are those of a run that was never cut."""
+    measured = iter([24, 24, 40])
+    monkeypatch.setattr(tree_scores, "measured_tokens", lambda loaded, n_past: next(measured))
+    monkeypatch.setattr(writer, "SHARD_BYTES", 1)
+    how: dict[str, Any] = {"batch_size": "auto", "limit": 12, "scoring": "tree", "positions": "all"}
+    whole = evaluate_with_activations(demo, "demo_facts", activation_save_dir=tmp_path / "whole", **how)
+    forwards(7)
+    with pytest.raises(Stopped):
+        evaluate_with_activations(demo, "demo_facts", activation_save_dir=tmp_path / "cut", **how)
+    (folder,) = (tmp_path / "cut").iterdir()
+    forwards(float("inf"))
+    rest = evaluate_with_activations(demo, "demo_facts", resume=folder, **how)
+    assert as_json(rest.samples) == as_json(whole.samples)
+    assert set(open_run(folder).column("batch_columns")) == {24}
+    assert next(measured) == 40
 
 
 @pytest.mark.parametrize(("scoring", "batch_size", "step"), [("stock", 2, 4), ("stock", "auto", 1), ("tree", 2, 16)])

@@ -42,11 +42,22 @@ def recording_of(
     loaded: LoadedModel, selection: Selection | None, keep: Keep | None, n_rows: int, **how: Any
 ) -> AbstractContextManager[Any]:
     """`capturing` of the selected sites. Without a selection nothing is hooked, and the recording is None. how: `waits`, `n_columns`."""
-    if selection is None or keep is None:
-        return nullcontext()
+    return recorder_of(loaded, None if keep is None else selection)(keep, n_rows, **how)
+
+
+def recorder_of(loaded: LoadedModel, selection: Selection | None) -> Callable[..., AbstractContextManager[Any]]:
+    """`recording_of` for many forwards of a model that is not changed between them: its sites are looked up once."""
+    if selection is None:
+        return lambda keep, n_rows, **how: nullcontext()
     layout = loaded.layout
     taps = taps_of(layout, selection)
-    return capturing(loaded.model, taps, layout.embedding, keep, n_rows, dtype_of(selection), **how)
+
+    def recording(keep: Keep | None, n_rows: int, **how: Any) -> AbstractContextManager[Any]:
+        if keep is None:
+            return nullcontext()
+        return capturing(loaded.model, taps, layout.embedding, keep, n_rows, dtype_of(selection), **how)
+
+    return recording
 
 
 def keep_of(positions: Positions, prompts: Sequence[Sequence[int]], pads: Sequence[int], n_past: int = 0) -> Keep:
@@ -66,10 +77,10 @@ def keep_of(positions: Positions, prompts: Sequence[Sequence[int]], pads: Sequen
 
 def keep_columns(columns: Sequence[Sequence[int]]) -> Keep:
     """Keep these columns of each row of a batch, whichever forward feeds them."""
-    width = 1 + max((column for each in columns for column in each), default=-1)
+    width = 1 + max((max(each, default=-1) for each in columns), default=-1)
     mask = torch.zeros(len(columns), width, dtype=torch.bool)
     for row, own in enumerate(columns):
-        mask[row, list(own)] = True
+        mask[row, torch.as_tensor(own, dtype=torch.long)] = True
     return _keep_where(lambda fed: mask[:, fed[fed < width]])
 
 

@@ -268,7 +268,7 @@ class TreeScoring:
         first, last = np.searchsorted(self._targets.nodes, (stretch.start, stretch.stop))
         nodes, places, tokens = (column[first:last] for column in self._targets)
         device = stretch.logprobs.device
-        lines, of_tokens = sent([np.unique(nodes, return_inverse=True)[1], tokens], device)
+        lines, of_tokens = sent([np.cumsum(np.diff(nodes, prepend=nodes[:1]) != 0), tokens], device)
         logprobs = stretch.logprobs[lines, of_tokens].to("cpu", non_blocking=True)
         likeliest = stretch.logprobs.argmax(-1) if len(lines) else lines
         are_likeliest = (likeliest[lines] == of_tokens).to("cpu", non_blocking=True)

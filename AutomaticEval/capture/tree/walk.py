@@ -6,9 +6,10 @@ and to itself only. Does not know what the logits are for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from AutomaticEval.capture.keeping import keep_columns, recording_of
+from AutomaticEval.capture.keeping import keep_columns, recorder_of
 from AutomaticEval.capture.memory import unless_too_large
 from AutomaticEval.capture.tree.prefix_tree import Array, PrefixTree
 from AutomaticEval.errors import CaptureError
@@ -82,6 +83,10 @@ class Walk:
                     yield computed
                     del computed  # its log-probabilities are large
 
+    @cached_property
+    def _recorder(self) -> Callable[..., AbstractContextManager[Any]]:
+        return recorder_of(self.loaded, self.selection)
+
     def _forward(self, start: int, stop: int) -> Stretch:
         tree = self.tree
         self._go_to(tree.path_to(start))
@@ -92,8 +97,7 @@ class Walk:
         ids, depths, columns, ends, lines, expected = sent(numbers, input_device(self.loaded.model))
         keeps_logits = self.selection is not None and "logits" in self.selection.kinds
         keep = None if self.kept is None else keep_columns([np.flatnonzero(self.kept[start:stop]).tolist()])
-        recorder = recording_of(self.loaded, self.selection, keep, 1, waits=False)
-        with torch.no_grad(), alone_with(self.loaded.model), recorder as recording:
+        with torch.no_grad(), alone_with(self.loaded.model), self._recorder(keep, 1, waits=False) as recording:
             out, cache = tree_forward(
                 self.loaded.model,
                 ids,
@@ -117,8 +121,9 @@ class Walk:
             return
         if not self._cached:
             self._cached, self._nodes = self._any_cached(), np.array([-1])
-        is_there = np.isin(path, self._nodes)
-        columns, places = np.searchsorted(self._nodes, path[is_there]), np.flatnonzero(is_there)
+        at = np.searchsorted(self._nodes, path)  # ascending, both
+        is_there = self._nodes[np.minimum(at, len(self._nodes) - 1)] == path
+        columns, places = at[is_there], np.flatnonzero(is_there)
         devices = {each.device for pair in self._cached for each in pair if each is not None}
         indices = {device: sent([columns, places], device) for device in devices}
         self._cached = [

@@ -95,6 +95,11 @@ class Call:
                 self._take(index, earlier)
         return set(self.answers)
 
+    @property
+    def earlier_tokens(self) -> int | None:
+        """The tokens of a forward over the prefix tree in the run that is resumed; None without answers from such a forward."""
+        return next((each.tokens for each in self._earlier.values() if each.tokens is not None), None)
+
     def answer(self, index: int, answer: Any) -> None:
         """Set the answer to a request that was computed here, without lm-eval's batches."""
         self.answers[index] = answer

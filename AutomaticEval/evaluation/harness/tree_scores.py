@@ -42,7 +42,7 @@ class TreeScorer:
     """Tokens that these requests would have fed one by one, equal requests counted once."""
 
     _tokens: int | None = None
-    """The measured tokens of a forward; None until they are measured."""
+    """The tokens of a forward, where they are measured or stand in the run that is resumed; None until then."""
 
     def score(self, call: Call, bar: str | None) -> None:
         """Answer the requests of a call. bar: the name of the progress bar; None shows no bar.
@@ -54,7 +54,7 @@ class TreeScorer:
         refusal = None
         try:
             how = ScoringOptions(
-                self.selection, self._measured(requests), self.dtype, (self.ranks.rank, self.ranks.n_ranks)
+                self.selection, self._tokens_for(call, requests), self.dtype, (self.ranks.rank, self.ranks.n_ranks)
             )
             scoring = TreeScoring(self.loaded, requests, how, answered)
             if len(answered) < len(requests):
@@ -71,8 +71,10 @@ class TreeScorer:
         self.n_computed += scoring.walk.n_computed
         self.n_alone += scoring.n_alone
 
-    def _measured(self, requests: list[Cut]) -> int | None:
-        """The measured tokens of a forward; None when they are not to be measured."""
+    def _tokens_for(self, call: Call, requests: list[Cut]) -> int | None:
+        """The tokens of a forward: those of the run that is resumed, or measured ones; None when they are not to be measured."""
+        if self._tokens is None:
+            self._tokens = call.earlier_tokens
         if self.measures and self._tokens is None:
             lengths = [len(request.context) + len(request.continuation) for request in requests]
             refuse_unsuitable(self.loaded.model, max(lengths) - 1)  # in all processes, or in none

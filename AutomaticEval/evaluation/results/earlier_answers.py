@@ -28,6 +28,9 @@ class EarlierAnswer:
     random_state: str | None = None
     """torch's random state after the batch in which the answer was sampled."""
 
+    tokens: int | None = None
+    """The tokens of a forward over the prefix tree that scored it; None when it was scored, or generated, in another way."""
+
     def check(self, prompt: str, response: str | None) -> None:
         """Raises OtherSettings when the request has another text now. response: None when it is generated."""
         if hash_of(prompt, response) != self.text_hash:
@@ -44,7 +47,8 @@ def earlier_answers(records: Sequence[Mapping[str, Any]]) -> dict[RequestKey, Ea
         is_scored = record.get("is_greedy") is not None
         answer = (logprob_of(record), record["is_greedy"]) if is_scored else record["response"]
         text_hash = hash_of(record["prompt"], record["response"] if is_scored else None)
-        answers[key_of(record)] = EarlierAnswer(answer, text_hash, record.get("random_state") or None)
+        tokens = record["batch_columns"] if record.get("scoring") == "tree" else None
+        answers[key_of(record)] = EarlierAnswer(answer, text_hash, record.get("random_state") or None, tokens)
     return answers
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,7 +46,14 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 def forward_takes(model: Any) -> Collection[str]:
     """The names of the parameters of a model's forward. A model with adapters hands what it is given on to its inner model."""
-    return inspect.signature(inner(model).forward).parameters.keys()
+    forward = inner(model).forward
+    own = getattr(forward, "__func__", None)  # of a class; another function would be kept alive, and a model with it
+    return inspect.signature(forward).parameters.keys() if own is None else _parameters(own)
+
+
+@lru_cache(maxsize=256)
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    return inspect.signature(function).parameters.keys()
 
 
 def takes_few_logits(model: Any) -> bool:
