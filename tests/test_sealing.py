@@ -24,12 +24,11 @@ import pytest
 import torch
 import xxhash
 from helpers.places import ROOT
-from helpers.samples import SETTINGS, make_sample, same
-from torch import Tensor
+from helpers.samples import SETTINGS, make_sample, same, sample_of
 
 from AutomaticEval import open_run
 from AutomaticEval.errors import CaptureError, DiskFull, PathExists
-from AutomaticEval.samples import Part, Rows, Sample
+from AutomaticEval.samples import Sample
 from AutomaticEval.store.bits import bits
 from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.contents.slabs import gathered
@@ -43,15 +42,6 @@ from AutomaticEval.store.hdf5.writing import activations, rows
 from AutomaticEval.store.run_folder import shard_names
 from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval.store.writer import RunWriter
-
-
-def sample_of(number: int, sites: dict[str, Tensor], **fields: Any) -> Sample:
-    """A sample whose rows are given."""
-    n_rows = len(next(iter(sites.values())))
-    ids = [1 + (number * 31 + i * 7) % 300 for i in range(n_rows + 1)]
-    part = Part(Rows(ids[:-1], [f"t{each}" for each in ids[:-1]], range(n_rows), sites), range(n_rows))
-    columns = {"prompt": f"What is {number}?", "task": "t", "doc_id": number, "choice": 0, "repeat": 0, **fields}
-    return Sample(columns, ids[:-1], ids[-1:], [part])
 
 
 def ragged_samples(dtype: torch.dtype, lengths: Sequence[int], widths: dict[str, int]) -> list[Sample]:
@@ -325,9 +315,7 @@ def test_rows_of_two_shards_are_in_memory_at_most(tmp_path: Path, monkeypatch: p
 KILLED = """
 import sys, torch
 from pathlib import Path
-sys.path.insert(0, "tests")
-from test_sealing import sample_of
-from AutomaticEval.store.disk import in_threads
+from helpers.samples import sample_of
 from AutomaticEval.store.hdf5.writing import rows
 from AutomaticEval.store.writer import RunWriter
 rows.THREAD_BYTES = 2**20
@@ -345,7 +333,7 @@ with RunWriter(Path(sys.argv[1]), "m", {}, shard_bytes=2**24, resume=True) as ma
 def test_killed_while_two_shards_are_written_by_several_threads_the_rest_is_whole(tmp_path: Path) -> None:
     """SIGKILL comes as soon as a file that has no name yet has grown; each process goes on where the one before was killed."""
     folder, moments = tmp_path / "run", random.Random(0)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     n_killed = 0
     while n_killed < 4:
         with subprocess.Popen(
