@@ -5,7 +5,7 @@ Does not know where the sequences come from, nor what is done with their rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.reduced_rows import taps_of
 from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.recording import Keep, Kept, Recording, capturing
-from AutomaticEval.samples import Rows
+from AutomaticEval.samples import Part, Rows
 from AutomaticEval.selection import Positions, Selection
-from AutomaticEval.sites import TABLE
 
 
 class BatchRow(NamedTuple):
@@ -33,30 +33,20 @@ class BatchRow(NamedTuple):
     """How many of its tokens were computed before this batch. They are not fed, and have no rows here."""
 
 
-def bytes_per_row(loaded: LoadedModel, selection: Selection) -> int:
-    """Size of one position over all selected sites. Raises UnknownLayer, SiteUnavailable."""
-    layout = loaded.layout
-    sites = selection.sites(layout.n_layers)
-    layout.pick(sites)
-    names = {site: selection.store_dtype or TABLE[site.kind].dtype for site in sites}
-    dtypes = {site: loaded.model.dtype if name is None else getattr(torch, name) for site, name in names.items()}
-    return sum(layout.widths[site] * int(dtypes[site].itemsize) for site in sites)
-
-
 def dtype_of(selection: Selection) -> torch.dtype | None:
     """The dtype to which rows are narrowed when they are copied out of the model; None leaves them as they are."""
     return None if selection.copied_as is None else getattr(torch, selection.copied_as)
 
 
 def recording_of(
-    loaded: LoadedModel, selection: Selection | None, keep: Keep | None, n_rows: int
+    loaded: LoadedModel, selection: Selection | None, keep: Keep | None, n_rows: int, **how: Any
 ) -> AbstractContextManager[Any]:
-    """`capturing` of the selected sites. Without a selection nothing is hooked, and the recording is None."""
+    """`capturing` of the selected sites. Without a selection nothing is hooked, and the recording is None. how: `waits`, `n_columns`."""
     if selection is None or keep is None:
         return nullcontext()
     layout = loaded.layout
-    taps = layout.pick(selection.sites(layout.n_layers))
-    return capturing(loaded.model, taps, layout.embedding, keep, n_rows, dtype_of(selection))
+    taps = taps_of(layout, selection)
+    return capturing(loaded.model, taps, layout.embedding, keep, n_rows, dtype_of(selection), **how)
 
 
 def keep_of(positions: Positions, prompts: Sequence[Sequence[int]], pads: Sequence[int], n_past: int = 0) -> Keep:
@@ -95,10 +85,11 @@ def _keep_where(is_kept: Callable[[Tensor], Tensor]) -> Keep:
 
 def sequence_rows(
     recording: Recording, at: BatchRow, sequence: Sequence[int], positions: Sequence[int], tokenizer: Any
-) -> Rows:
+) -> list[Rows]:
     """The kept rows of one sequence of a batch, after a check that the model was fed that very sequence.
 
-    sequence: the tokens of prompt and response, of which the last is never fed. positions: those whose rows are wanted.
+    They come in the pieces in which they arrived, at least one, which follow each other and are not copied.
+    sequence: the tokens of prompt and response, of which the last is never fed. positions: those whose rows are wanted, ascending.
     Raises CaptureError.
     """
     own = list(sequence[at.n_past : -1])
@@ -108,10 +99,20 @@ def sequence_rows(
             f"batch row {at.row}: the model was fed {len(fed)} tokens that are not the {len(own)} of its sequence "
             "(beam search and assisted decoding cannot be captured). Nothing was stored."
         )
-    token_ids = [sequence[position] for position in positions]
-    columns = [at.pad + position - at.n_past for position in positions]
-    activations: Mapping[str, Tensor] = recording.take(at.row, columns)
-    return Rows(token_ids, token_strings(tokenizer, token_ids), list(positions), activations)
+    pieces = []
+    n_before = 0
+    for activations in recording.runs(at.row, [at.pad + position - at.n_past for position in positions]):
+        here = list(positions[n_before : n_before + len(next(iter(activations.values()), ()))])
+        token_ids = [sequence[position] for position in here]
+        pieces.append(Rows(token_ids, token_strings(tokenizer, token_ids), here, activations))
+        n_before += len(here)
+    return pieces
+
+
+def parts_of(pieces: Sequence[Rows], positions: Container[int]) -> list[Part]:
+    """The rows of some positions, in pieces of one sequence. A piece without any is left out, unless no piece has one."""
+    parts = [Part(rows, [n for n, each in enumerate(rows.positions) if each in positions]) for rows in pieces]
+    return [part for part in parts if part.where] or parts[:1]
 
 
 def sample_columns(prompt: str, response: str, n_prompt_tokens: int, batch: Sequence[int]) -> dict[str, Any]:

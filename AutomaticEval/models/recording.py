@@ -1,15 +1,16 @@
 """`capturing`: read chosen sites of a model in every forward, whoever runs the model.
 
-Hooks are installed on entry and removed, by handle, on every exit. A hook cuts out the rows that are kept at once, on the device; they are
-then copied to the CPU (from a GPU by `transfer.py`). The columns of a forward are known from the token ids that reached the embedding, and
-from the keys and values beside them. They are never counted by calls, since chunked prefill and deferred stops change that count.
+Hooks are installed on entry and removed, by handle, on every exit. What they see is kept by `transfer/kept_rows.py`. The columns of a
+forward are known from the token ids that reached the embedding, and from the keys and values beside them. They are never counted by calls,
+since chunked prefill and deferred stops change that count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,9 @@ from AutomaticEval.models.architecture.forward_call import alone_with, cache_in,
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Tap
-from AutomaticEval.models.transfer import Staging
-
-
-class Kept(NamedTuple):
-    """Which (batch row, column) pairs of one forward are kept. Both tensors are [n_kept], int64, on any device."""
-
-    rows: Tensor
-    columns: Tensor
-
+from AutomaticEval.models.transfer.kept_rows import Kept as Kept
+from AutomaticEval.models.transfer.kept_rows import KeptRows
+from AutomaticEval.models.transfer.step import Step
 
 Keep = Callable[[int, int], Kept | None]
 """keep(first column, number of columns) -> what is kept of that forward; None keeps nothing."""
@@ -46,7 +41,7 @@ class _Columns:
         self.n = 0
         """The number of columns of the current forward."""
         self._ids: list[Tensor] = []
-        """Each [batch, columns]."""
+        """Each [batch, columns], on any device."""
 
     def begin(self, ids: Tensor, *, anew: bool) -> None:
         """A forward feeds ids [batch, columns]. anew: from column 0, in place of all that was fed before."""
@@ -69,11 +64,14 @@ class _Columns:
 
     def ids(self) -> Tensor:
         """[batch, columns], on the CPU."""
-        return torch.cat([ids.cpu() for ids in self._ids], 1)
+        if len(self._ids) != 1 or self._ids[0].device.type != "cpu":  # joined on the device, and fetched once
+            self._ids = [torch.cat(self._ids, 1).cpu()]
+        return self._ids[0]
 
-    def row(self, number: int) -> list[int]:
-        """The ids of one batch row."""
-        return torch.cat([ids[number].cpu() for ids in self._ids]).tolist() if self._ids else []
+    def are(self, ids: Tensor) -> Tensor:
+        """Whether ids [batch, columns] are those of all forwards: one bool on their device, for which nothing waits."""
+        fed = torch.cat(self._ids, 1) if self._ids else ids[:, :0]
+        return (fed == ids).all() if fed.shape == ids.shape else torch.zeros_like(ids[0, 0], dtype=torch.bool)
 
 
 class Recording:
@@ -83,38 +81,32 @@ class Recording:
     """
 
     def __init__(
-        self, keys: list[str], keep: Keep, n_rows: int, dtype: torch.dtype | None = None, *, stops: bool = False
+        self, taps: Mapping[str, Tap], keep: Keep, rows: KeptRows, n_rows: int, *, stops: bool = False
     ) -> None:
-        self._keep, self._n_rows, self._dtype, self._stops = keep, n_rows, dtype, stops
-        self._n_forwards = 0
+        self.taps = taps
+        """Key -> where it is read."""
+        self._keep, self._kept_rows, self._n_rows, self._stops = keep, rows, n_rows, stops
+        self._n_forwards = self._n_replays = 0
         self._given: Mapping[str, Any] | None = None
         """The named arguments of the forward that begins."""
         self._columns = _Columns()
-        self._kept: list[Kept] = []
-        self._current: Kept | None = None
-        """What is kept of the current forward."""
-        self._keeps_all = False
         self._n_unread = 0
         """How many sites of the current forward are still to be read."""
-        self._n_reads = dict.fromkeys(keys, 0)
-        self._cuts: dict[torch.device, dict[str, Tensor]] = {}
-        """What was cut of the current forward on each GPU."""
-        self._staging: dict[torch.device, Staging] = {}
-        self._pieces: dict[str, list[Tensor]] = {key: [] for key in keys}
-        """What has come to the CPU. The first piece of a key is empty, [0, width]."""
-        self._rows: dict[str, Tensor] = {}
-        self._where: dict[tuple[int, int], int] = {}
-        """(batch row, column) -> its place among the rows."""
+        self._n_reads = dict.fromkeys(taps, 0)
+        self._step: Step | None = None
+        """The step that is being recorded, to be replayed later."""
+        self._is_ignoring = False
+        self._is_settled = False
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """To which rows are narrowed; None leaves them as the model computes them."""
+        return self._kept_rows.dtype
 
     @property
     def n_forwards(self) -> int:
-        """How many forwards have begun."""
-        return self._n_forwards
-
-    @property
-    def rows(self) -> Mapping[str, Tensor]:
-        """Key -> [n_kept, width], on the CPU: all that was kept, forward after forward."""
-        return self._rows
+        """How many forwards have begun, with those that were replayed."""
+        return self._n_forwards + self._n_replays
 
     def begins(self, given: Mapping[str, Any]) -> None:
         """The model is called. given: its named arguments."""
@@ -125,148 +117,145 @@ class Recording:
 
         Raises CaptureError when the batch has another number of rows.
         """
+        if self._is_ignoring or self._step is not None:
+            return
+        self._kept_rows.end()
+        self._n_unread = len(self._n_reads)
+        self._n_forwards += 1
+        anew = self._columns_begin(ids, self._given)
+        self._given = None
+        if anew:
+            self._kept_rows.forget()
+        self._kept_rows.begin(self._keep(self._columns.first, self._columns.n), self._columns.first, self._columns.n)
+
+    def _columns_begin(self, ids: Tensor | None, given: Mapping[str, Any] | None) -> bool:
+        """Note the ids that are fed. Returns whether everything is fed again. Raises CaptureError."""
         if ids is None or ids.dim() != 2 or len(ids) != self._n_rows:
             shape = None if ids is None else tuple(ids.shape)
             raise CaptureError(
                 f"the embedding was given ids of shape {shape}; expected [{self._n_rows}, columns]. Beam search, "
                 "assisted decoding and several sequences a prompt cannot be captured."
             )
-        self._send()
-        self._n_unread = len(self._n_reads)
-        self._n_forwards += 1
-        anew = self._columns.are_fed_again(ids, self._given)
-        if anew:
-            self._forget()
+        anew = self._columns.are_fed_again(ids, given)
         self._columns.begin(ids, anew=anew)
-        self._given = None
-        kept = self._keep(self._columns.first, self._columns.n)
-        self._current = None if kept is None or not len(kept.rows) else Kept(*(t.to(ids.device) for t in kept))
-        self._keeps_all = self._current is not None and self._is_whole(self._current)
-        if self._current is not None:
-            self._kept.append(self._current)
-
-    def _forget(self) -> None:
-        """Drop what was kept, because the forward that begins computes it again."""
-        for staging in self._staging.values():
-            staging.finish()
-        self._pieces = {key: pieces[:1] for key, pieces in self._pieces.items()}
-        self._kept = []
-
-    def _is_whole(self, kept: Kept) -> bool:
-        """Whether every position of the forward is kept, row after row."""
-        n_positions = self._n_rows * self._columns.n
-        if len(kept.rows) != n_positions:
-            return False
-        place = kept.rows * self._columns.n + kept.columns - self._columns.first
-        return torch.equal(place, torch.arange(n_positions, device=place.device))
+        return anew
 
     def read(self, key: str, tap: Tap, value: Tensor | None) -> None:
         """Keep what is wanted of a module's value [batch, columns, width] in the current forward.
 
         Raises Enough after the last site, when the recording stops forwards; CaptureError when a hook is called twice in a forward.
         """
-        self._take(key, tap, value)
-        self._n_unread -= 1
-        if self._stops and not self._n_unread:
-            raise Enough
-
-    def _take(self, key: str, tap: Tap, value: Tensor | None) -> None:
+        if self._is_ignoring:
+            return
         if value is None:
             raise CaptureError(f"the module of {key} ({tap.module}) gave no tensor.")
+        value = value.detach()
+        if self._step is not None:
+            self._step.put(key, tap.take(value.reshape(self._n_rows, -1)))
+            return
         self._n_reads[key] += 1
-        if self._n_reads[key] != self.n_forwards:
-            raise CaptureError(f"the hook of {key} fired {self._n_reads[key]} times in {self.n_forwards} forwards.")
+        if self._n_reads[key] != self._n_forwards:
+            raise CaptureError(f"the hook of {key} fired {self._n_reads[key]} times in {self._n_forwards} forwards.")
         if value.dim() == 2:  # some blocks flatten batch and columns
             value = value.view(-1, self._columns.n, value.shape[-1])
-        if self._n_reads[key] == 1:  # [0, width] tells the width when nothing is kept
-            self._arrived(key, self._narrowed(tap.take(value.detach()[:0, 0])).cpu())
-        if self._current is None:
-            return
-        cut = self._narrowed(tap.take(self._cut(key, value.detach(), self._current)))  # [n_kept, width]
-        if cut.device.type == "cuda":
-            self._cuts.setdefault(cut.device, {})[key] = cut
-        else:
-            self._arrived(key, cut.cpu())
+        self._kept_rows.learn(key, tap, value)
+        self._kept_rows.see(key, tap, value)
+        self._n_unread -= 1
+        if self._stops and not self._n_unread:
+            self.ends()
+            raise Enough
 
-    def _narrowed(self, rows: Tensor) -> Tensor:
-        return rows if self._dtype is None else rows.to(self._dtype)
+    def ends(self) -> None:
+        """The model has computed its output."""
+        if not self._is_ignoring and self._step is None:
+            self._kept_rows.end()
 
-    def _arrived(self, key: str, rows: Tensor) -> None:
-        self._pieces[key].append(rows)
+    @contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """Record nothing of the forwards inside the with."""
+        self._is_ignoring = True
+        try:
+            yield
+        finally:
+            self._is_ignoring = False
 
-    def _send(self) -> None:
-        """A forward is over. What was cut of it on a GPU is sent to the CPU in one transfer."""
-        for device, cuts in self._cuts.items():
-            if device not in self._staging:
-                self._staging[device] = Staging(device, self._arrived)
-            self._staging[device].send(cuts)
-        self._cuts = {}
+    @contextmanager
+    def taping(self, device: torch.device) -> Iterator[Step]:
+        """Inside the with, one forward of one column is run while it is recorded, to be replayed. It counts as no forward.
 
-    def _cut(self, key: str, value: Tensor, kept: Kept) -> Tensor:
-        """The kept rows of a value [batch, columns, width]: [n_kept, width]. A copy, since the model may change the value in place."""
-        lacking = self._columns.n - value.shape[1]  # logits are computed for the last columns only
-        if self._keeps_all and not lacking:
-            return value.flatten(0, 1).clone()
-        rows, columns = (index.to(value.device) for index in kept)
-        columns = columns - self._columns.first - lacking
-        if lacking and int(columns.min()) < 0:
-            raise CaptureError(
-                f"{key} was not computed at {int((columns < 0).sum())} of the positions asked for: a model that generates computes it, of the "
-                'prompt, for the last token only (logits, and layers that share their keys and values). Use positions="scored".'
-            )
-        return value[rows, columns]
+        Its hooks copy their rows into the step. A forward must have been recorded before. Raises CaptureError when a hook is not called once.
+        """
+        self._kept_rows.end()
+        self._step = Step(self._kept_rows.formats, self._n_rows, device)
+        try:
+            yield self._step
+            self._step.check()
+        finally:
+            self._step = None
+
+    def replayed(self, step: Step, ids: Tensor) -> None:
+        """A replay of a step was started, which feeds ids [batch, 1]. Its rows are copied before the next replay may overwrite them."""
+        self._kept_rows.end()
+        self._n_replays += 1
+        self._columns_begin(ids.clone(), None)
+        self._kept_rows.begin(self._keep(self._columns.first, 1), self._columns.first, 1)
+        self._kept_rows.replayed(step)
 
     def close(self) -> None:
-        """The last forward is over. Check that every hook was called in every forward, and join what was kept.
+        """The last forward is over. Check that every hook was called in every forward, and send what was kept.
 
-        Raises CaptureError when one was not, or when a value does not fit into float16.
+        Raises CaptureError when one was not.
         """
         for key, n_reads in self._n_reads.items():
-            if n_reads != self.n_forwards:
-                raise CaptureError(f"the hook of {key} fired {n_reads} times in {self.n_forwards} forwards.")
-        self._send()
-        for staging in self._staging.values():
-            staging.finish()
-        for key in list(self._pieces):
-            pieces = self._pieces.pop(key)
-            full = [piece for piece in pieces if len(piece)] or pieces[:1]
-            if full:
-                self._rows[key] = full[0] if len(full) == 1 else torch.cat(full)
-        if self._dtype == torch.float16:
-            self._check_range()
-        pairs = [(kept.rows.tolist(), kept.columns.tolist()) for kept in self._kept]
-        every = [pair for rows, columns in pairs for pair in zip(rows, columns, strict=True)]
-        self._where = {pair: number for number, pair in enumerate(every)}
+            if n_reads != self._n_forwards:
+                raise CaptureError(f"the hook of {key} fired {n_reads} times in {self._n_forwards} forwards.")
+        self._kept_rows.flush()
 
-    def _check_range(self) -> None:
-        for key, rows in self._rows.items():
-            if rows.isinf().any():
-                raise CaptureError(
-                    f"{key} holds values that float16 cannot hold (65504 at most); store it as bfloat16."
-                )
+    def settle(self) -> None:
+        """Wait until every row has arrived. What reads rows calls this itself.
+
+        Raises CaptureError when one did not arrive, or when a value does not fit into float16.
+        """
+        if not self._is_settled:
+            self._kept_rows.settle()
+            self._is_settled = True
+
+    @cached_property
+    def rows(self) -> Mapping[str, Tensor]:
+        """Key -> [n_kept, width], on the CPU: all that was kept, forward after forward."""
+        self.settle()
+        return self._ordered(self._kept_rows.all_rows())
 
     def fed_ids(self) -> Tensor:
         """The token ids of all forwards: [batch, columns], on the CPU."""
         return self._columns.ids()
 
+    def was_fed(self, ids: Tensor) -> Tensor:
+        """Whether the model was fed just these ids [batch, columns]: one bool on their device, for which nothing waits."""
+        return self._columns.are(ids)
+
     def fed(self, row: int) -> list[int]:
         """The token ids that the model was given in one batch row, column after column."""
-        return self._columns.row(row)
+        return self._columns.ids()[row].tolist() if self.n_forwards else []
+
+    def runs(self, row: int, columns: Sequence[int]) -> list[Mapping[str, Tensor]]:
+        """Some columns of one batch row, in one part or several that follow each other, as they arrived.
+
+        Each is key -> [n_columns, width], on the CPU, in the dtype that is kept. Raises CaptureError for a column that was not kept.
+        """
+        self.settle()
+        return [self._ordered(run) for run in self._kept_rows.runs(row, columns)]
+
+    def _ordered(self, by_key: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """In the order in which the keys were asked for, whatever order the hooks were called in."""
+        return {key: by_key[key] for key in self._n_reads if key in by_key}
 
     def take(self, row: int, columns: Iterable[int]) -> dict[str, Tensor]:
-        """Some columns of one batch row: key -> [n_columns, width], on the CPU, in the dtype that is kept.
-
-        Raises CaptureError for a column that was not kept.
-        """
-        try:
-            where = [self._where[row, column] for column in columns]
-        except KeyError as absent:
-            raise CaptureError(
-                f"batch row {row}: column {absent.args[0][1]} was asked for but never computed."
-            ) from None
-        if where and where == list(range(where[0], where[0] + len(where))):  # one forward: no copy is needed
-            return {key: rows[where[0] : where[0] + len(where)] for key, rows in self._rows.items()}
-        return {key: rows[torch.tensor(where, dtype=torch.long)] for key, rows in self._rows.items()}
+        """Some columns of one batch row: key -> [n_columns, width], as in `runs`, in one part."""
+        runs = self.runs(row, list(columns))
+        if len(runs) == 1:
+            return dict(runs[0])
+        return {key: torch.cat([run[key] for run in runs]) for key in runs[0]}
 
 
 @contextmanager
@@ -279,16 +268,21 @@ def capturing(
     dtype: torch.dtype | None = None,
     *,
     stops: bool = False,
+    waits: bool = True,
+    n_columns: int | None = None,
 ) -> Iterator[Recording]:
     """Record sites of a model in every forward inside the with.
 
     taps: key -> where it is read, from `Layout.pick`. embedding: `Layout.embedding`. keep: says what is kept of a forward.
     n_rows: the number of rows of the batch, the same in every forward. dtype: what is kept is narrowed to it; None leaves the model's.
     stops: whether a forward ends, by raising Enough, as soon as all taps are read. Whoever runs the model must catch that.
+    waits: whether the end of the with waits until all rows have arrived; without it, whoever reads the rows waits.
+    n_columns: the most columns of all forwards together, when that is known: then room is made for them at once.
     Raises CaptureError when a forward has another number of rows, when a hook is not called exactly once in each forward, and when a value
     does not fit into float16.
     """
-    recording = Recording(list(taps), keep, n_rows, dtype, stops=stops)
+    whole = inner(model)
+    recording = Recording(taps, keep, KeptRows(whole, n_rows, dtype, n_columns), n_rows, stops=stops)
     with alone_with(model), Hooks() as hooks:
 
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -297,7 +291,9 @@ def capturing(
         def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             recording.begins(kwargs)
 
-        whole = inner(model)
+        def ends(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            recording.ends()
+
         hooks.before(whole, begins)
         if "logits" in taps:
             hooks.before(whole, _refuse_some_logits)
@@ -306,8 +302,11 @@ def capturing(
             if tap.then is not None:
                 tap.then.refresh(model.get_submodule(tap.module))
             _install(hooks, model.get_submodule(tap.module), key, tap, recording)
+        hooks.after(whole, ends)
         yield recording
     recording.close()
+    if waits:
+        recording.settle()
 
 
 def _refuse_some_logits(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

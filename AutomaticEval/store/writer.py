@@ -70,6 +70,7 @@ class RunWriter:
     first. A damaged shard is set aside (`docs/format.md`), with a warning, and its samples are not among the records.
     Without resume, a folder that holds a run is refused.
     strict: raise NotFinite once a shard is sealed that holds infinite numbers or NaN; without it, `finish` warns of them.
+    matrices: those of the projection by which the rows were made, name -> [width, k]; each file holds them.
     finishing: the processes that wrote the folder have just closed it. No shard is read whole, none is set aside: damage raises.
     share: (rank, n_ranks) of several processes that write into one folder. The first opens it, and only then the others, with
     its `run_id` in their settings. When all have closed it, the first opens it again with finishing, and finishes.
@@ -85,6 +86,7 @@ class RunWriter:
         shard_bytes: int = SHARD_BYTES,
         compression: str | None = None,
         strict: bool = False,
+        matrices: Mapping[str, Any] = {},
         resume: bool = False,
         finishing: bool = False,
         share: tuple[int, int] = (0, 1),
@@ -92,7 +94,7 @@ class RunWriter:
         check_compression(compression)
         self.folder = folder = folder.expanduser().absolute()
         self._model, self._shard_bytes, self._compression = attribute_text(model), shard_bytes, compression
-        self._strict = strict
+        self._strict, self._matrices = strict, matrices
         self._settings = RunSettings.from_dict(json.loads(as_json({"run_id": uuid4().hex, **settings})))
         self._in_8_bits = self._settings.store_dtype == "int8"
         self._gathered = GatheredSamples(in_8_bits=self._in_8_bits)
@@ -230,7 +232,8 @@ class RunWriter:
         return f"shard-{self._next - self._n_ranks:05d}.h5"
 
     def _filled(self, name: str, samples: Sequence[Sample]) -> AbstractContextManager[Source]:
-        contents = of_samples(samples, self._model, self._settings.as_dict(), in_8_bits=self._in_8_bits)
+        how: dict[str, Any] = {"in_8_bits": self._in_8_bits, "matrices": self._matrices}
+        contents = of_samples(samples, self._model, self._settings.as_dict(), **how)
         return filled_file(self.folder / name, contents, compression=self._compression)
 
     def records(self) -> list[dict[str, Any]]:

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.keeping import BatchRow, dtype_of, keep_columns, keep_of, sample_columns, sequence_rows
+from AutomaticEval.capture.keeping import (
+    BatchRow,
+    dtype_of,
+    keep_columns,
+    keep_of,
+    parts_of,
+    sample_columns,
+    sequence_rows,
+)
+from AutomaticEval.capture.reduced_rows import taps_of
 from AutomaticEval.capture.tree.shared_prompt import Prefix
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.evaluation.harness.call import UNKNOWN, Call, Request
@@ -21,7 +30,7 @@ from AutomaticEval.evaluation.harness.generated import AnswerReader
 from AutomaticEval.evaluation.results.earlier_answers import random_state
 from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.recording import Keep, capturing
+from AutomaticEval.models.recording import Keep, Recording, capturing
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Positions, Selection
 
@@ -89,7 +98,9 @@ class _Held:
     fields: dict[str, Any]
     input_ids: list[int]
     generated_ids: list[int]
-    rows: Rows
+    pieces: Sequence[Rows]
+    """Its own rows."""
+
     shared: Sequence[Part] = ()
     """Where the rows of its beginning are, which it shares with other requests."""
 
@@ -109,9 +120,9 @@ class _Held:
         else:
             logprob, is_greedy = answer
             fields = {**fields, "logprob": logprob, "is_greedy": is_greedy, "scoring": "stock"}
-        kept = set(positions.resolve(len(self.input_ids), len(self.generated_ids)))
-        own = [number for number, position in enumerate(self.rows.positions) if position in kept]
-        return Sample(fields, self.input_ids, self.generated_ids, [*self.shared, Part(self.rows, own)])
+        kept = positions.resolve(len(self.input_ids), len(self.generated_ids))
+        parts = [*self.shared, *parts_of(self.pieces, kept)]
+        return Sample(fields, self.input_ids, self.generated_ids, parts)
 
 
 class BatchCapture:
@@ -120,8 +131,7 @@ class BatchCapture:
     def __init__(self, loaded: LoadedModel, selection: Selection, sink: Sink) -> None:
         self._model, self._tokenizer, self._sink = loaded.model, loaded.tokenizer, sink
         self._positions, self._dtype = selection.positions, dtype_of(selection)
-        layout = loaded.layout
-        self._embedding, self._taps = layout.embedding, layout.pick(selection.sites(layout.n_layers))
+        self._embedding, self._taps = loaded.layout.embedding, taps_of(loaded.layout, selection)
         self._held: list[_Held] = []
 
     def scored(self, call: Call, rows: Sequence[ScoredRow], ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
@@ -149,17 +159,18 @@ class BatchCapture:
         prompts: PromptRows,
         prefix: Prefix | None,
         reader: AnswerReader,
-        generate: Callable[[], Tensor],
+        generate: Callable[[Recording], Tensor],
     ) -> Tensor:
         """The token ids of prompts and answers [n_prompts, width + longest answer]; holds what was computed of each.
 
-        prefix: what the prompts begin with and was computed before. generate: lm-eval's own generation of these prompts.
+        prefix: what the prompts begin with and was computed before. generate: lm-eval's own generation of these prompts, which is given the
+        recording that follows it.
         """
         n_past = 0 if prefix is None else prefix.n_tokens
         n_rows, n_columns = prompts.context.shape
         keep = keep_of(self._positions, prompts.tokens, prompts.pads, n_past)
         with self._recording(keep, n_rows) as recording:
-            out = generate()
+            out = generate(recording)
         for number, index in enumerate(prompts.requests):
             prompt, pad = prompts.tokens[number], prompts.pads[number]
             generated = reader.own(out[number, n_columns:].tolist())

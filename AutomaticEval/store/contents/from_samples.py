@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.samples import Rows, Sample
+from AutomaticEval.reducing.table import is_by_sample
+from AutomaticEval.samples import Line, Rows, Sample
 from AutomaticEval.store import int8
 from AutomaticEval.store.bits import bits
 from AutomaticEval.store.contents.columns import Listed
@@ -20,11 +21,23 @@ from AutomaticEval.store.ragged import Array, Ragged
 
 
 def of_samples(
-    samples: Sequence[Sample], model: str, settings: Mapping[str, Any], *, in_8_bits: bool = False
+    samples: Sequence[Sample],
+    model: str,
+    settings: Mapping[str, Any],
+    *,
+    in_8_bits: bool = False,
+    matrices: Mapping[str, Any] = {},
 ) -> Contents:
-    """The contents of a file with these samples. Raises CaptureError for rows that cannot be stored in one file."""
+    """The contents of a file with these samples. Raises CaptureError for rows that cannot be stored in one file.
+
+    matrices: those of the projection by which the rows were made: name -> [width, k].
+    """
     every_rows = distinct_rows(samples)
     _check_alike(every_rows)
+    if any(isinstance(rows, Line) != is_by_sample(settings.get("reduce")) for rows in every_rows):
+        raise CaptureError(
+            f"lines of samples go with the setting reduce, and rows of tokens do not; it is {settings.get('reduce')!r}."
+        )
     ends = np.cumsum([0, *(len(rows.positions) for rows in every_rows)])
     first = {id(rows): int(end) for rows, end in zip(every_rows, ends, strict=False)}
     numbers = [[np.asarray(where, np.int64) + first[id(rows)] for rows, where in sample.parts] for sample in samples]
@@ -46,6 +59,7 @@ def of_samples(
         activations={
             key: _in_memory([rows.activations[key] for rows in every_rows], in_8_bits=in_8_bits) for key in keys
         },
+        matrices={name: np.asarray(matrix) for name, matrix in matrices.items()},
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from AutomaticEval.errors import CaptureError, PathExists, SelectionError
 from AutomaticEval.public_names import without_folders
 from AutomaticEval.samples import COLUMNS, Sample
+from AutomaticEval.store.contents.changed import without_rows
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.disk.json_text import as_json
@@ -52,28 +53,31 @@ def write_shard(
     model: str,
     settings: Mapping[str, Any],
     *,
+    matrices: Mapping[str, Any] = {},
     overwrite: bool = False,
     strict: bool = False,
 ) -> None:
     """Write samples into one file, whole or not at all.
 
+    matrices: those of the projection by which the rows were made: name -> [width, k].
     strict: raise NotFinite for numbers that are infinite or NaN, which are written all the same; without it, warn of them.
     Raises PathExists, FolderNotWritable, DiskFull, NotFinite.
     """
-    written = write_file(path, of_samples(samples, model, settings), overwrite=overwrite)
+    written = write_file(path, of_samples(samples, model, settings, matrices=matrices), overwrite=overwrite)
     report_non_finite(path, written.non_finite, strict=strict)
 
 
-def write_named(
-    folder: Path, stem: str, sample: Sample, model: str, settings: Mapping[str, Any], *, strict: bool = False
-) -> Path:
-    """Write one sample as `stem.h5`, or `stem_2.h5`, … when the name is taken. Returns the path; raises what `write_shard` does."""
+def write_named(folder: Path, stem: str, sample: Sample, model: str, settings: Mapping[str, Any], **how: Any) -> Path:
+    """Write one sample as `stem.h5`, or `stem_2.h5`, … when the name is taken. Returns the path.
+
+    how: as for `write_shard`, which says what is raised.
+    """
     for number in itertools.count(1):
         path = folder / (f"{stem}.h5" if number == 1 else f"{stem}_{number}.h5")
         if path.exists():
             continue
         try:
-            write_shard(path, [sample], model, settings, strict=strict)
+            write_shard(path, [sample], model, settings, **how)
         except PathExists:  # taken by another process just now
             continue
         return path
@@ -122,9 +126,10 @@ def _fill(partial: Path, contents: Contents, compression: str | None, replaces: 
     with new_hdf5(partial, rows_bytes + rows_bytes // _SUMMED_BYTES + _table_bytes(contents)) as file:
         more = {"replaces": json.dumps(list(replaces))} if replaces else {}
         stamp = _write_attributes(file, contract.SHARD_FORMAT, contents, more)
-        write_activations(file, contents.activations, contents.n_rows, compression)
+        group = contract.group_of(contents.settings)
+        write_activations(file, group, contents.activations, contents.n_rows, compression)
         _write_table(file, contents)
-        counts = counts_in(file, contents.activations, contents.columns.names)
+        counts = counts_in(file, group, contents.activations, contents.columns.names)
     return Source(partial.name, contents.n_rows, partial.stat().st_size, stamp, counts)
 
 
@@ -138,14 +143,15 @@ def write_run(path: Path, contents: Contents, sources: Sequence[Source], *, fini
         new_hdf5(partial, _table_bytes(contents) + 4096 * len(sources)) as file,
     ):
         _write_attributes(file, contract.RUN_FORMAT, contents, {"state": "finished" if finished else "unfinished"})
+        group = contract.group_of(contents.settings)
         for key, activation in contents.activations.items():
-            write_virtual(file, key, activation, sources)
+            write_virtual(file, f"{group}/{key}", activation, sources)
         _write_table(file, contents)
         write_text(file, "shards/name", [source.name for source in sources])
         write_text(file, f"shards/{checksums.OF_ATTRIBUTES}", [source.stamp for source in sources])
         for name in ("n_rows", "size_bytes"):
             write_numbers(file, f"shards/{name}", np.array([getattr(source, name) for source in sources]), "<i8")
-        return counts_in(file, contents.activations, contents.columns.names)
+        return counts_in(file, group, contents.activations, contents.columns.names)
 
 
 def _table_bytes(contents: Contents) -> int:
@@ -164,6 +170,7 @@ def _table_bytes(contents: Contents) -> int:
     numbers = 12 * contents.n_rows + 8 * ids + 4 * scales * widths
     texts = 2 * text + 64 * len(names) * contents.n_samples + sum(64 + 4 * len(each) for each in strings.values())
     headers = 2**18 + 4096 * len(contents.activations) + len(as_json(contents.settings))
+    numbers += 4 * sum(int(np.size(each[:])) for each in contents.matrices.values())
     return headers + numbers + numbers // _SUMMED_BYTES + texts
 
 
@@ -190,6 +197,12 @@ def _write_attributes(file: h5py.File, file_format: str, contents: Contents, mor
 
 def _write_table(file: h5py.File, contents: Contents) -> None:
     """Write everything but the activations."""
+    for name, matrix in contents.matrices.items():
+        write_numbers(file, f"{contract.PROJECTIONS}/{name}", matrix, "<f4")
+    if contents.is_by_sample:
+        write_numbers(file, "lines", contents.segments.values[:].reshape(-1, 2)[:, 0], "<i8")
+        file.create_group(contract.ROWS)
+        contents = without_rows(contents)
     write_numbers(file, "rows/token_id", contents.token_ids, "<i4")
     write_numbers(file, "rows/position", contents.positions, "<i4")
     if contents.blocks is not None:

@@ -39,11 +39,11 @@ class Source(NamedTuple):
 
 
 def write_activations(
-    file: h5py.File, activations: Mapping[str, Activation], n_rows: int, compression: str | None
+    file: h5py.File, group: str, activations: Mapping[str, Activation], n_rows: int, compression: str | None
 ) -> None:
-    """Write one dataset a site, as raw bits, and the checksums, which are computed on the way."""
+    """Write one dataset a site into a group, as raw bits, and the checksums, which are computed on the way."""
     datasets = {
-        key: _create(file, f"activations/{key}", hdf5_type(each.dtype), (n_rows, each.width), compression)
+        key: _create(file, f"{group}/{key}", hdf5_type(each.dtype), (n_rows, each.width), compression)
         for key, each in activations.items()
     }
     places = [_place(datasets[key], key, each) for key, each in activations.items()]
@@ -80,8 +80,8 @@ def _compressed(dataset: h5py.Dataset, place: Place) -> Written:
     return Written(hashed, n_wrong)
 
 
-def write_virtual(file: h5py.File, key: str, activation: Activation, sources: Sequence[Source]) -> None:
-    """Write a dataset that shows the rows of all sources. Where a source is missing, HDF5 gives NaN (or -128), never zeros."""
+def write_virtual(file: h5py.File, name: str, activation: Activation, sources: Sequence[Source]) -> None:
+    """Write a dataset with its group and key as name, which shows the rows of all sources. Where a source is missing, HDF5 gives NaN (or -128), never zeros."""
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     settings.set_obj_track_times(False)
     absent = np.array(-128, np.int8) if activation.dtype == torch.int8 else np.array(np.nan, np.float32)
@@ -93,11 +93,11 @@ def write_virtual(file: h5py.File, key: str, activation: Activation, sources: Se
             space = h5py.h5s.create_simple((n_rows, activation.width))
             space.select_hyperslab((at, 0), (source.n_rows, activation.width))
             theirs = h5py.h5s.create_simple((source.n_rows, activation.width))
-            settings.set_virtual(space, source.name.encode(), f"/activations/{key}".encode(), theirs)
+            settings.set_virtual(space, source.name.encode(), f"/{name}".encode(), theirs)
             at += source.n_rows
     stored, space = hdf5_type(activation.dtype), h5py.h5s.create_simple((n_rows, activation.width))
-    group = file.require_group("activations")
-    dataset = h5py.Dataset(h5py.h5d.create(group.id, key.encode(), stored, space, dcpl=settings))
+    group, _, key = name.partition("/")
+    dataset = h5py.Dataset(h5py.h5d.create(file.require_group(group).id, key.encode(), stored, space, dcpl=settings))
     dataset.attrs["dtype"] = str(activation.dtype).removeprefix("torch.")
     if all(key in source.non_finite for source in sources):
         dataset.attrs[NON_FINITE] = sum(source.non_finite[key] for source in sources)
