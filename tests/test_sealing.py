@@ -27,7 +27,7 @@ from helpers.places import ROOT
 from helpers.samples import SETTINGS, make_sample, same, sample_of
 
 from AutomaticEval import open_run
-from AutomaticEval.errors import CaptureError, DiskFull, PathExists
+from AutomaticEval.errors import CaptureError, DamagedFile, DiskFull, PathExists
 from AutomaticEval.samples import Sample
 from AutomaticEval.store.bits import bits
 from AutomaticEval.store.contents.from_samples import of_samples
@@ -35,7 +35,7 @@ from AutomaticEval.store.contents.slabs import gathered
 from AutomaticEval.store.disk import in_threads as threads
 from AutomaticEval.store.disk import whole_files
 from AutomaticEval.store.disk.in_threads import in_threads
-from AutomaticEval.store.hdf5 import write
+from AutomaticEval.store.hdf5 import blocks, write
 from AutomaticEval.store.hdf5.checksums import ArrayHash
 from AutomaticEval.store.hdf5.write import write_file
 from AutomaticEval.store.hdf5.writing import activations, rows
@@ -392,3 +392,33 @@ def test_too_few_rows_are_a_mistake_that_is_told(tmp_path: Path) -> None:
             {},
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 4])
+def test_large_reads_are_the_same_and_checked_whichever_thread_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_threads: int
+) -> None:
+    path = tmp_path / "a.h5"
+    samples = ragged_samples(torch.bfloat16, (3000, 1, 2500, 7), {"layer_0": 300})
+    write_file(path, of_samples(samples, "m", SETTINGS))
+    monkeypatch.setattr(blocks, "THREAD_BYTES", 2**19)
+    monkeypatch.setattr(threads, "MOST_THREADS", n_threads)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    whole = torch.cat([each.parts[0].rows.activations["layer_0"] for each in samples])
+    run = open_run(path)
+    for at in (slice(None), slice(1, None), slice(109, 5450), slice(108, 5508)):
+        assert same(run.rows("layer_0")[at], whole[at])
+    extent = run.shards[0].extents["layer_0"]
+    with path.open("r+b") as file:
+        file.seek((extent.offset or 0) + 4321 * extent.row_bytes + 77)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 4]))
+    rows_per_block = 2**16 // 600
+    first = 4321 // rows_per_block * rows_per_block
+    damaged = open_run(path).rows("layer_0")
+    with pytest.raises(
+        DamagedFile, match=rf"layer_0 is not what .* in the rows {first} to {first + rows_per_block - 1}\."
+    ):
+        damaged[:]
+    assert same(damaged[:first], whole[:first])
