@@ -107,7 +107,7 @@ def test_chosen_positions_are_the_same_rows_of_all(tiny: LoadedModel, positions:
     for full, part in zip(whole, respond(tiny, PROMPTS, Sampling(max_new_tokens=6), chosen), strict=True):
         sample = sample_of(part)
         wanted = list(chosen.positions.resolve(len(sample.input_ids), len(sample.generated_ids)))
-        assert sample.parts[0].rows.positions == wanted
+        assert sample.activation_data("m", {})["positions"].tolist() == wanted
         for key, rows in rows_of(part).items():
             assert torch.equal(rows, rows_of(full)[key][wanted])
 

@@ -169,21 +169,6 @@ def test_what_decides_the_operations_decides_the_graph(tapes: None, tokenizer: A
     assert n_new(lambda: respond(loaded, PROMPTS, GREEDY)) == 2  # another address
 
 
-def test_reductions_are_computed_in_the_graph_each_in_its_own(tapes: None, tokenizer: Any) -> None:
-    """Two projections of one shape must not share a graph, and each batch of a run with one projection must."""
-    loaded = loaded_as("llama", tokenizer)
-    matrices = [torch.randn(32, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-    selections = [Selection.parse("embed,resid_post", project=matrix) for matrix in matrices]
-    selections.append(Selection.parse("embed,resid_post,head_result_norm", reduce="norm"))
-    for selection in (*selections, selections[0]):
-        found = respond(loaded, PROMPTS, replace(GREEDY, generation="graph"), selection)
-        assert_same_answers(found, respond(loaded, PROMPTS, replace(GREEDY, generation="eager"), selection))
-    before = Tape.n_recorded
-    for selection in selections:
-        respond(loaded, PROMPTS, replace(GREEDY, generation="graph"), selection)
-    assert Tape.n_recorded == before
-
-
 def test_weights_that_are_changed_in_place_are_read_anew(tapes: None, tokenizer: Any) -> None:
     loaded = loaded_as("llama", tokenizer)
     before, recorded = answered(loaded, "graph"), Tape.n_recorded

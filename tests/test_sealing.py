@@ -24,34 +24,24 @@ import pytest
 import torch
 import xxhash
 from helpers.places import ROOT
-from helpers.samples import SETTINGS, make_sample, same
-from torch import Tensor
+from helpers.samples import SETTINGS, make_sample, same, sample_of
 
 from AutomaticEval import open_run
-from AutomaticEval.errors import CaptureError, DiskFull, PathExists
-from AutomaticEval.samples import Part, Rows, Sample
+from AutomaticEval.errors import CaptureError, DamagedFile, DiskFull, PathExists
+from AutomaticEval.samples import Sample
 from AutomaticEval.store.bits import bits
 from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.contents.slabs import gathered
 from AutomaticEval.store.disk import in_threads as threads
 from AutomaticEval.store.disk import whole_files
 from AutomaticEval.store.disk.in_threads import in_threads
-from AutomaticEval.store.hdf5 import write
+from AutomaticEval.store.hdf5 import blocks, write
 from AutomaticEval.store.hdf5.checksums import ArrayHash
 from AutomaticEval.store.hdf5.write import write_file
 from AutomaticEval.store.hdf5.writing import activations, rows
 from AutomaticEval.store.run_folder import shard_names
 from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval.store.writer import RunWriter
-
-
-def sample_of(number: int, sites: dict[str, Tensor], **fields: Any) -> Sample:
-    """A sample whose rows are given."""
-    n_rows = len(next(iter(sites.values())))
-    ids = [1 + (number * 31 + i * 7) % 300 for i in range(n_rows + 1)]
-    part = Part(Rows(ids[:-1], [f"t{each}" for each in ids[:-1]], range(n_rows), sites), range(n_rows))
-    columns = {"prompt": f"What is {number}?", "task": "t", "doc_id": number, "choice": 0, "repeat": 0, **fields}
-    return Sample(columns, ids[:-1], ids[-1:], [part])
 
 
 def ragged_samples(dtype: torch.dtype, lengths: Sequence[int], widths: dict[str, int]) -> list[Sample]:
@@ -325,9 +315,7 @@ def test_rows_of_two_shards_are_in_memory_at_most(tmp_path: Path, monkeypatch: p
 KILLED = """
 import sys, torch
 from pathlib import Path
-sys.path.insert(0, "tests")
-from test_sealing import sample_of
-from AutomaticEval.store.disk import in_threads
+from helpers.samples import sample_of
 from AutomaticEval.store.hdf5.writing import rows
 from AutomaticEval.store.writer import RunWriter
 rows.THREAD_BYTES = 2**20
@@ -345,7 +333,7 @@ with RunWriter(Path(sys.argv[1]), "m", {}, shard_bytes=2**24, resume=True) as ma
 def test_killed_while_two_shards_are_written_by_several_threads_the_rest_is_whole(tmp_path: Path) -> None:
     """SIGKILL comes as soon as a file that has no name yet has grown; each process goes on where the one before was killed."""
     folder, moments = tmp_path / "run", random.Random(0)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     n_killed = 0
     while n_killed < 4:
         with subprocess.Popen(
@@ -404,3 +392,33 @@ def test_too_few_rows_are_a_mistake_that_is_told(tmp_path: Path) -> None:
             {},
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 4])
+def test_large_reads_are_the_same_and_checked_whichever_thread_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_threads: int
+) -> None:
+    path = tmp_path / "a.h5"
+    samples = ragged_samples(torch.bfloat16, (3000, 1, 2500, 7), {"layer_0": 300})
+    write_file(path, of_samples(samples, "m", SETTINGS))
+    monkeypatch.setattr(blocks, "THREAD_BYTES", 2**19)
+    monkeypatch.setattr(threads, "MOST_THREADS", n_threads)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    whole = torch.cat([each.parts[0].rows.activations["layer_0"] for each in samples])
+    run = open_run(path)
+    for at in (slice(None), slice(1, None), slice(109, 5450), slice(108, 5508)):
+        assert same(run.rows("layer_0")[at], whole[at])
+    extent = run.shards[0].extents["layer_0"]
+    with path.open("r+b") as file:
+        file.seek((extent.offset or 0) + 4321 * extent.row_bytes + 77)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 4]))
+    rows_per_block = 2**16 // 600
+    first = 4321 // rows_per_block * rows_per_block
+    damaged = open_run(path).rows("layer_0")
+    with pytest.raises(
+        DamagedFile, match=rf"layer_0 is not what .* in the rows {first} to {first + rows_per_block - 1}\."
+    ):
+        damaged[:]
+    assert same(damaged[:first], whole[:first])

@@ -46,6 +46,15 @@ def make_sample(
     return Sample(columns, ids[:n_prompt], ids[n_prompt:], [Part(rows, range(n_rows))])
 
 
+def sample_of(number: int, sites: dict[str, Tensor], **fields: Any) -> Sample:
+    """A sample whose rows are given."""
+    n_rows = len(next(iter(sites.values())))
+    ids = [1 + (number * 31 + i * 7) % 300 for i in range(n_rows + 1)]
+    part = Part(Rows(ids[:-1], [f"t{each}" for each in ids[:-1]], range(n_rows), sites), range(n_rows))
+    columns = {"prompt": f"What is {number}?", "task": "t", "doc_id": number, "choice": 0, "repeat": 0, **fields}
+    return Sample(columns, ids[:-1], ids[-1:], [part])
+
+
 def write_run(folder: Path, n_samples: int, shard_bytes: int) -> list[Sample]:
     samples = [make_sample(torch.bfloat16, n_prompt=3 + i % 4, seed=i, task="t", doc_id=i) for i in range(n_samples)]
     with RunWriter(folder, "m", SETTINGS, shard_bytes=shard_bytes) as made:

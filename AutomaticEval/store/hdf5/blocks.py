@@ -20,6 +20,7 @@ import xxhash
 
 from AutomaticEval.errors import DamagedFile, StoreError
 from AutomaticEval.store.bits import raw_bytes
+from AutomaticEval.store.disk.in_threads import in_threads, n_threads_for
 from AutomaticEval.store.hdf5.attributes import attribute_of, text_of
 from AutomaticEval.store.hdf5.checksums import NAME, rows_per_block
 from AutomaticEval.store.hdf5.extents import BlockSums, Extent, dataset_of, naming, needs_filters, offset_of, stamp_of
@@ -28,6 +29,9 @@ from AutomaticEval.store.ragged import Array, ranges_of
 
 _STEP_BYTES = 2**19
 """So many bytes are read at once: they are still in the processor's cache when they are hashed."""
+
+THREAD_BYTES = 2**23
+"""The bytes that one thread reads and checks before another is worth its start."""
 
 Fetch = Callable[[int, int, Array], None]
 """Called with start, stop and an array of stop - start rows, into which it reads them."""
@@ -178,18 +182,26 @@ class _Blocks:
         if sums is None:
             self._fetch(start, stop, out)
             return
-        view, block_bytes = raw_bytes(out), sums.rows * self._extent.row_bytes
-        expected = self._expected(sums, start // sums.rows, -(-(stop - start) // sums.rows))
+        view, rows, block_bytes = raw_bytes(out), sums.rows, sums.rows * self._extent.row_bytes
+        expected = self._expected(sums, start // rows, -(-(stop - start) // rows))
         together = max(1, _STEP_BYTES // block_bytes)
-        for first in range(0, len(expected), together):
-            at = start + first * sums.rows
-            end = min(at + together * sums.rows, stop)
+
+        def read(first: int) -> None:
+            at = start + first * rows
+            end = min(at + together * rows, stop)
             self._fetch(at, end, out[at - start : end - start])
             for number in range(first, min(first + together, len(expected))):
                 block = view[number * block_bytes : (number + 1) * block_bytes]
                 if xxhash.xxh3_64_intdigest(block) != expected[number]:
-                    wrong = start + number * sums.rows
-                    raise damaged(self._path, self._extent.name, wrong, min(wrong + sums.rows, self._n_rows))
+                    wrong = start + number * rows
+                    raise damaged(self._path, self._extent.name, wrong, min(wrong + rows, self._n_rows))
+
+        if len(expected) <= together:  # as for a random row
+            read(0)
+            return
+        # HDF5, which reads what is compressed, lets no two threads in
+        n_threads = 1 if self._extent.offset is None else n_threads_for(out.nbytes, THREAD_BYTES)
+        in_threads(read, range(0, len(expected), together), n_threads)
 
     def _expected(self, sums: BlockSums, first: int, n_blocks: int) -> Sequence[int]:
         if sums.offset is None:
