@@ -121,6 +121,9 @@ class RunSettings:
     scoring: str | None = None
     """How `HFActivations` scored: "tree" or "stock". A benchmark run has it in `benchmark`."""
 
+    generation: str | None = None
+    """How decode steps were run: "graph"; or that the self-check of the graph failed, so that they were run one by one. None: one by one."""
+
     lm_eval: Mapping[str, str] | None = None
     """The options that `HFActivations` handed on to lm-eval."""
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
-from AutomaticEval.capture.generation import refuse_uncomputed_logits, respond
+from AutomaticEval.capture.generation import generation_setting, refuse_uncomputed_logits, respond
 from AutomaticEval.capture.reduced_rows import bytes_per_row, n_kept
 from AutomaticEval.capture.sampling import Sampling, SamplingKeywords
 from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, SelectionError, unknown_option
@@ -203,7 +203,8 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
     made = loaded.numbers().changed(
         **({"shape": loaded.shape} if capture else {}),
         **prompt.selection.as_dict(),
-        **asdict(sampling),
+        **{name: value for name, value in asdict(sampling).items() if name != "generation"},
+        **generation_setting(loaded.model, sampling),
         generation_config=loaded.model.generation_config.to_diff_dict(),
         system_prompt=prompt.system_prompt,
         chat_template=prompt.apply_chat_template and bool(loaded.tokenizer.chat_template),

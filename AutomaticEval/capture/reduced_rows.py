@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,16 @@ class _Reduced:
     """What is computed of the module's value to have the site's own rows; None for a site that is the value."""
 
     _matrices: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    @property
+    def mark(self) -> Hashable:
+        """That of the reduction, the matrix, and what is computed before."""
+        return self.reduction, id(self.matrix), None if self.before is None else self.before.mark
+
+    @property
+    def held(self) -> list[Any]:
+        """The matrix, and its copies on devices."""
+        return [self.matrix, list(self._matrices.values()), [] if self.before is None else self.before.held]
 
     def refresh(self, module: nn.Module) -> None:
         """Call this before a forward. The matrix is then where the module is, so that no forward waits for it."""

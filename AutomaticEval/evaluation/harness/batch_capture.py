@@ -30,7 +30,7 @@ from AutomaticEval.evaluation.harness.generated import AnswerReader
 from AutomaticEval.evaluation.results.earlier_answers import random_state
 from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.recording import Keep, capturing
+from AutomaticEval.models.recording import Keep, Recording, capturing
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Positions, Selection
 
@@ -159,17 +159,18 @@ class BatchCapture:
         prompts: PromptRows,
         prefix: Prefix | None,
         reader: AnswerReader,
-        generate: Callable[[], Tensor],
+        generate: Callable[[Recording], Tensor],
     ) -> Tensor:
         """The token ids of prompts and answers [n_prompts, width + longest answer]; holds what was computed of each.
 
-        prefix: what the prompts begin with and was computed before. generate: lm-eval's own generation of these prompts.
+        prefix: what the prompts begin with and was computed before. generate: lm-eval's own generation of these prompts, which is given the
+        recording that follows it.
         """
         n_past = 0 if prefix is None else prefix.n_tokens
         n_rows, n_columns = prompts.context.shape
         keep = keep_of(self._positions, prompts.tokens, prompts.pads, n_past)
         with self._recording(keep, n_rows) as recording:
-            out = generate()
+            out = generate(recording)
         for number, index in enumerate(prompts.requests):
             prompt, pad = prompts.tokens[number], prompts.pads[number]
             generated = reader.own(out[number, n_columns:].tolist())

@@ -16,7 +16,7 @@ from AutomaticEval.store import int8
 from AutomaticEval.store.bits import bits
 from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.contents.file_contents import Activation, Contents
-from AutomaticEval.store.contents.slabs import enlarged, resized
+from AutomaticEval.store.contents.slabs import gathered, resized
 from AutomaticEval.store.ragged import Array, Ragged
 
 
@@ -90,9 +90,9 @@ def _check_alike(every_rows: Sequence[Rows]) -> None:
     formats = {key: (tensor.dtype, tensor.shape[1]) for key, tensor in first.items()}
     for rows in every_rows:
         n_rows = len(rows.positions)
-        own = {key: (tensor.dtype, tensor.shape[1]) for key, tensor in rows.activations.items()}
-        lengths = {len(rows.token_ids), *(tensor.shape[0] for tensor in rows.activations.values())}
-        if own != formats or lengths != {n_rows}:
+        expected = {key: (dtype, (n_rows, width)) for key, (dtype, width) in formats.items()}
+        own = {key: (tensor.dtype, tensor.shape) for key, tensor in rows.activations.items()}
+        if own != expected or len(rows.token_ids) != n_rows:
             raise CaptureError("rows of different sites, dtypes, widths or lengths cannot be stored in one file.")
 
 
@@ -100,7 +100,7 @@ def _in_memory(tensors: Sequence[torch.Tensor], *, in_8_bits: bool) -> Activatio
     """One site of all Rows, [n_rows, width] each."""
     dtype, width = tensors[0].dtype, tensors[0].shape[1]
     if not in_8_bits:
-        return Activation(dtype, width, lambda: enlarged(map(bits, tensors)))
+        return Activation(dtype, width, lambda: map(bits, gathered(tensors)))
 
     def blocks() -> Iterator[Array]:
         return resized((tensor.float().numpy() for tensor in tensors), int8.BLOCK_ROWS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from AutomaticEval.store.contents.changed import without_rows
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.disk.json_text import as_json
+from AutomaticEval.store.disk.whole_files import new_file
 from AutomaticEval.store.finite import counts_in, report_non_finite
 from AutomaticEval.store.hdf5 import checksums, contract
 from AutomaticEval.store.hdf5.attributes import attribute_text
 from AutomaticEval.store.hdf5.extents import load_filters
-from AutomaticEval.store.hdf5.writing.activations import Source, write_activation, write_virtual
+from AutomaticEval.store.hdf5.writing.activations import Source, write_activations, write_virtual
 from AutomaticEval.store.hdf5.writing.new_hdf5 import new_hdf5
 from AutomaticEval.store.hdf5.writing.numbers import write_numbers
 from AutomaticEval.store.hdf5.writing.sample_table import write_columns, write_text
@@ -95,18 +97,40 @@ def write_file(
     replaces: names of the shards whose place it takes.
     Raises PathExists, FolderNotWritable, DiskFull, CaptureError.
     """
+    with filled_file(path, contents, overwrite=overwrite, compression=compression, replaces=replaces) as source:
+        return source
+
+
+@contextmanager
+def filled_file(
+    path: Path,
+    contents: Contents,
+    *,
+    overwrite: bool = False,
+    compression: str | None = None,
+    replaces: Sequence[str] = (),
+) -> Iterator[Source]:
+    """`write_file` in two steps: all bytes are written, and contents let go of, when the with begins; the disk has them, and the file its
+    name, when the with ends without an error.
+    """
     if not contents.activations:
         raise CaptureError(f"{path}: no sample has activations; nothing is written.")
+    with new_file(path, overwrite=overwrite) as partial:
+        source = _fill(partial, contents, compression, replaces)
+        del contents
+        yield source
+
+
+def _fill(partial: Path, contents: Contents, compression: str | None, replaces: Sequence[str]) -> Source:
     rows_bytes = contents.n_rows * sum(each.width * each.dtype.itemsize for each in contents.activations.values())
-    with new_hdf5(path, rows_bytes + rows_bytes // _SUMMED_BYTES + _table_bytes(contents), overwrite=overwrite) as file:
+    with new_hdf5(partial, rows_bytes + rows_bytes // _SUMMED_BYTES + _table_bytes(contents)) as file:
         more = {"replaces": json.dumps(list(replaces))} if replaces else {}
         stamp = _write_attributes(file, contract.SHARD_FORMAT, contents, more)
         group = contract.group_of(contents.settings)
-        for key, activation in contents.activations.items():
-            write_activation(file, f"{group}/{key}", activation, contents.n_rows, compression)
+        write_activations(file, group, contents.activations, contents.n_rows, compression)
         _write_table(file, contents)
         counts = counts_in(file, group, contents.activations, contents.columns.names)
-    return Source(path.name, contents.n_rows, path.stat().st_size, stamp, counts)
+    return Source(partial.name, contents.n_rows, partial.stat().st_size, stamp, counts)
 
 
 def write_run(path: Path, contents: Contents, sources: Sequence[Source], *, finished: bool) -> dict[str, int]:
@@ -114,7 +138,10 @@ def write_run(path: Path, contents: Contents, sources: Sequence[Source], *, fini
 
     Returns how many numbers are infinite or NaN, in the form of `Source.non_finite`.
     """
-    with new_hdf5(path, _table_bytes(contents) + 4096 * len(sources), overwrite=True) as file:
+    with (
+        new_file(path, overwrite=True) as partial,
+        new_hdf5(partial, _table_bytes(contents) + 4096 * len(sources)) as file,
+    ):
         _write_attributes(file, contract.RUN_FORMAT, contents, {"state": "finished" if finished else "unfinished"})
         group = contract.group_of(contents.settings)
         for key, activation in contents.activations.items():
@@ -131,7 +158,7 @@ def _table_bytes(contents: Contents) -> int:
     """An upper bound of the bytes that everything but the activations takes in a file."""
     names = [name for name in contents.columns.names if name in COLUMNS]
     text = sum(
-        len(value.encode("utf-8", "replace")) if isinstance(value, str) else 64 if value is None else len(str(value))
+        _text_bytes(value)
         for name in names
         if COLUMNS[name] in ("text", "json")
         for value in contents.columns.whole(name)
@@ -145,6 +172,12 @@ def _table_bytes(contents: Contents) -> int:
     headers = 2**18 + 4096 * len(contents.activations) + len(as_json(contents.settings))
     numbers += 4 * sum(int(np.size(each[:])) for each in contents.matrices.values())
     return headers + numbers + numbers // _SUMMED_BYTES + texts
+
+
+def _text_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
+    return 64 if value is None else len(str(value))
 
 
 def _write_attributes(file: h5py.File, file_format: str, contents: Contents, more: Mapping[str, str]) -> str:
