@@ -584,6 +584,8 @@ ASKED: dict[str, Any] = {
     "sites": "mlp_out",
     "positions": "last",
     "store_dtype": "float16",
+    "reduce": "max",
+    "project": [[1.0, 2.0]] * 128,
     "max_new_tokens": 2,
     "temperature": 0.7,
     "top_p": 0.5,

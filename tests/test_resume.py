@@ -254,10 +254,10 @@ main()
 """
 
 
-def command(save_dir: Path, resume: Path | None = None) -> list[str]:
+def command(save_dir: Path, resume: Path | None = None, *options: str) -> list[str]:
     asked = ["--capture_activations", "--batch_size", "2", "--limit", "60", "--positions", "all"]
     more = [] if resume is None else ["--resume", str(resume)]
-    return [sys.executable, "-c", SCRIPT, *asked, "--activation_save_dir", str(save_dir), *more]
+    return [sys.executable, "-c", SCRIPT, *asked, "--activation_save_dir", str(save_dir), *more, *options]
 
 
 def shards_of(folder: Path | None) -> set[tuple[str, int]]:
@@ -269,13 +269,16 @@ def shards_of(folder: Path | None) -> set[tuple[str, int]]:
     return found
 
 
-def test_killed_at_random_moments_the_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--reduce", "mean"]], ids=["rows", "means"])
+def test_killed_at_random_moments_the_command_goes_on(options: list[str], tmp_path: Path) -> None:
     """SIGKILL in real processes, from before the first shard to the last; then the results of a run that was never killed."""
     rng = random.Random(5)
     runs = tmp_path / "runs"
     folder: Path | None = None
     for _ in range(4):
-        process = subprocess.Popen(command(runs, folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+        process = subprocess.Popen(
+            command(runs, folder, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT
+        )
         before, wanted = shards_of(folder), rng.randint(0, 5)
         while process.poll() is None and len(shards_of(folder) - before) < wanted:
             folder = folder or next(iter(runs.glob("*")), None)
@@ -286,8 +289,8 @@ def test_killed_at_random_moments_the_command_goes_on(tmp_path: Path) -> None:
         process.communicate()
         folder = folder or next(iter(runs.glob("*")))
     assert not open_run(folder).finished
-    subprocess.run(command(runs, folder), check=True, capture_output=True, cwd=ROOT)
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, cwd=ROOT)
+    subprocess.run(command(runs, folder, *options), check=True, capture_output=True, cwd=ROOT)
+    subprocess.run(command(tmp_path / "whole", None, *options), check=True, capture_output=True, cwd=ROOT)
     (whole,) = (tmp_path / "whole").iterdir()
     written = [
         json.loads(next(iter(sorted(each.rglob("results_*.json"))[-1:])).read_text()) for each in (folder, whole)
@@ -298,7 +301,9 @@ def test_killed_at_random_moments_the_command_goes_on(tmp_path: Path) -> None:
     assert len(one) == len(other) == 300
     for first, second in zip(one, other, strict=True):
         assert (first["task"], first["doc_id"], first["choice"]) == (second["task"], second["doc_id"], second["choice"])
-        assert all(torch.equal(rows, second["activations"][key]) for key, rows in first["activations"].items())
+        held, wanted = ({**each["activations"], **each.get("reduced", {})} for each in (first, second))
+        assert held
+        assert all(torch.equal(rows, wanted[key]) for key, rows in held.items())
 
 
 def test_partly_answered_batches_are_computed_and_stored_once(
