@@ -14,7 +14,8 @@
     │   ├── DeviceUnavailable
     │   ├── UnsupportedModel
     │   ├── SiteUnavailable
-    │   └── TreeUnsuitable
+    │   ├── TreeUnsuitable
+    │   └── GraphUnsuitable
     ├── BenchmarkError                  the benchmark cannot be had, or cannot be captured
     │   ├── UnknownBenchmark
     │   └── BenchmarkUnavailable
@@ -111,6 +112,10 @@ class SiteUnavailable(ModelError):
 
 class TreeUnsuitable(ModelError):
     """The model cannot be scored over a prefix tree."""
+
+
+class GraphUnsuitable(ModelError):
+    """A decode step of the model cannot be replayed from a graph."""
 
 
 class BenchmarkError(AutomaticEvalError):

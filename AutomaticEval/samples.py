@@ -45,6 +45,10 @@ COLUMNS = {
 """The columns that a sample may have, and the type of each. `docs/format.md` says what they hold. No other can be written."""
 
 
+NO_TOKEN = NO_POSITION = -1
+"""Stand for the token and the position of a line that is no single token's."""
+
+
 class RowFormat(NamedTuple):
     """How the rows of one site are kept."""
 
@@ -82,6 +86,16 @@ class Rows:
         return self.size_bytes + 150 * len(self.positions)
 
 
+@dataclass(frozen=True, eq=False)
+class Line(Rows):
+    """One line [1, width] that stands for all kept rows of one sample. It is no token's, and at no position."""
+
+    @classmethod
+    def of(cls, activations: Mapping[str, Tensor]) -> Line:
+        """activations: key -> [1, width]."""
+        return cls([NO_TOKEN], [""], [NO_POSITION], activations)
+
+
 class Part(NamedTuple):
     """Some of the rows that are stored together."""
 
@@ -114,6 +128,8 @@ class Sample:
             raise CaptureError("a sample needs the rows it points into, of which it may keep none.")
         fed = fed_of(self.input_ids, self.generated_ids)
         for rows, where in self.parts:
+            if isinstance(rows, Line):
+                continue
             positions = [rows.positions[index] for index in where]
             token_ids = [rows.token_ids[index] for index in where]
             inside = not positions or (min(where) >= 0 and min(positions) >= 0 and max(positions) < len(fed))
@@ -131,6 +147,9 @@ class Sample:
 
     def activation_data(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The dict that the drop-in functions return and that `load_activations` gives back."""
+        first = self.parts[0].rows
+        if isinstance(first, Line):
+            return sample_data(model, settings, self.fields, self.input_ids, self.generated_ids, first)
         picked: dict[str, list[Tensor]] = {}
         for rows, where in self.parts:
             index = torch.tensor(list(where), dtype=torch.long)
@@ -153,7 +172,14 @@ def sample_data(
     generated_ids: Sequence[int],
     rows: Rows,
 ) -> dict[str, Any]:
-    """One sample as a dict, which is the same whether the sample comes from a model or from a file. rows: its own, and no others."""
+    """One sample as a dict, which is the same whether the sample comes from a model or from a file. rows: its own, and no others.
+
+    With a line in the place of rows, `reduced` has it, key -> [width], and `activations` has no rows.
+    """
+    reduced = {}
+    if isinstance(rows, Line):
+        reduced = {"reduced": {key: line[0] for key, line in rows.activations.items()}}
+        rows = Rows([], [], [], {})
     hidden = ("batch_rows", "batch_columns", "shard", "index")
     batch_shape = [fields[name] for name in ("batch_rows", "batch_columns") if name in fields]
     return {
@@ -165,6 +191,7 @@ def sample_data(
         "positions": torch.tensor(list(rows.positions), dtype=torch.long),  # [n_positions]
         "tokens": list(rows.tokens),
         "activations": dict(rows.activations),
+        **reduced,
         "settings": {**settings, "batch_shape": batch_shape} if batch_shape else dict(settings),
     }
 

@@ -1,4 +1,4 @@
-"""What is kept: which sites, of which layers, at which positions, and in which dtype.
+"""What is kept: which sites, of which layers, at which positions, in which dtype, and how much of each row.
 
 Positions are derived from the sequence alone: P prompt tokens and R response tokens give P + R - 1 positions, because the last token is
 never fed to the model. A text without a response is fed to its end. This file knows neither models nor files.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from AutomaticEval.errors import SelectionError, UnknownPositions
+from AutomaticEval.errors import SelectionError, UnknownPositions, did_you_mean
 from AutomaticEval.options import Option
+from AutomaticEval.reducing.projection import Projection
+from AutomaticEval.reducing.table import NAMED, PROJECT, REDUCTIONS, Reduction, is_by_sample
 from AutomaticEval.sites import (
     DEFAULT_KINDS,
     LayersLike,
@@ -142,6 +144,20 @@ class Selection:
     store_dtype: Annotated[
         str | None, Option("Store narrower numbers: float16, bfloat16, or int8 (runs only). Default: the model's own.")
     ] = None
+    reduce: Annotated[
+        str | None,
+        Option("Keep less: norm (the L2 norm of each row); mean or max over the kept positions of each sample."),
+    ] = None
+    """A name of `reducing.table.NAMED`, or None. With `project` it is None."""
+
+    project: Annotated[
+        Projection | None,
+        Option(
+            "Keep each row times a matrix [width, k]: .npy, or .npz or .safetensors with a matrix for each site.",
+            reads=str | None,
+            metavar="FILE",
+        ),
+    ] = None
 
     single_sites: tuple[Site, ...] = ()
     """Sites of single layers (`layer_3.mlp_out`), which are kept beside those of `kinds`. Only without `layers`."""
@@ -152,6 +168,18 @@ class Selection:
             raise SelectionError(
                 f"no store_dtype {self.store_dtype!r}; write {', '.join(STORE_DTYPES)}, or leave it out for the model's own."
             )
+        if self.reduce is not None and self.reduce not in NAMED:
+            raise SelectionError(
+                f"no reduce {self.reduce!r}.{did_you_mean(self.reduce, NAMED)} Write {', '.join(NAMED)}, or leave it out to keep whole rows."
+            )
+        if self.reduce is not None and self.project is not None:
+            raise SelectionError(
+                f"reduce {self.reduce} and project were both given; a row is reduced once. Leave one out."
+            )
+        if self.is_by_sample and self.store_dtype == "int8":
+            raise SelectionError(
+                f"reduce {self.reduce} keeps one line a sample, and int8 needs the rows of many tokens together; use float16 or bfloat16."
+            )
 
     @classmethod
     def parse(
@@ -160,22 +188,53 @@ class Selection:
         layers: LayersLike = None,
         positions: str | slice | Positions = "all",
         store_dtype: str | None = None,
+        reduce: str | None = None,
+        project: Any = None,
     ) -> Selection:
-        """A selection from what people type. Raises UnknownSite, UnknownLayer, UnknownPositions, SelectionError."""
+        """A selection from what people type. Raises UnknownSite, UnknownLayer, UnknownPositions, SelectionError.
+
+        project: a file, an array or tensor [width, k], or a mapping of a site to one.
+        """
         dtype = None if store_dtype is None else str(store_dtype).removeprefix("torch.")
         parsed = parse_sites(sites)
         kinds = tuple(site.kind for site in parsed if site.layer is None)
         single_sites = tuple(site for site in parsed if site.layer is not None)
-        return cls(kinds, parse_layers(layers), Positions.parse(positions), dtype, single_sites)
+        chosen = Positions.parse(positions)
+        projection = None if project is None else Projection.of(project)
+        return cls(kinds, parse_layers(layers), chosen, dtype, reduce, projection, single_sites)
 
     def sites(self, n_layers: int) -> tuple[Site, ...]:
         """The sites kept in a model of n_layers, in the order of a forward. Raises UnknownLayer."""
         return expand((*self.kinds, *self.single_sites), self.layers_text(), n_layers)
 
     @property
+    def reduction(self) -> Reduction | None:
+        """How rows are reduced; None keeps them whole."""
+        name = self.reduce if self.project is None else PROJECT
+        return None if name is None else REDUCTIONS[name]
+
+    @property
+    def is_by_sample(self) -> bool:
+        """Whether one line is kept of each sample, in the place of its rows."""
+        return is_by_sample(self.reduce)
+
+    @property
+    def matrices(self) -> dict[str, Any]:
+        """The matrices of a projection, which are stored beside the rows: name -> [width, k]."""
+        return {} if self.project is None else dict(self.project.matrices)
+
+    @property
+    def matrix_bytes(self) -> int:
+        """The size of these matrices in each file."""
+        return sum(int(matrix.numel()) * 4 for matrix in self.matrices.values())
+
+    @property
     def copied_as(self) -> str | None:
-        """The dtype in which rows leave the model. int8 needs many rows together, so they become int8 only when they are written."""
-        return None if self.store_dtype == "int8" else self.store_dtype
+        """The dtype in which rows leave the model; None is that in which they were computed.
+
+        int8 needs many rows together, so they become int8 only when they are written. Rows of which a mean is taken are not rounded before.
+        """
+        return None if self.store_dtype == "int8" or self.is_by_sample else self.store_dtype
 
     def layers_text(self) -> str:
         """The layers as people write them: `0-2,-1`, or `all`."""
@@ -184,7 +243,15 @@ class Selection:
         return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in self.layers)
 
     def as_dict(self) -> dict[str, str]:
-        """Sites, layers, positions and store_dtype as people write them, for the settings in files."""
+        """Sites, layers, positions, store_dtype and the reduction as people write them, for the settings in files.
+
+        A projection is there by its hash: `reduce` is then "project".
+        """
         names = (*self.kinds, *(site.key for site in self.single_sites))
         chosen = {"sites": ",".join(names), "layers": self.layers_text(), "positions": str(self.positions)}
-        return chosen if self.store_dtype is None else {**chosen, "store_dtype": self.store_dtype}
+        others = {
+            "store_dtype": self.store_dtype,
+            "reduce": None if self.reduction is None else self.reduction.name,
+            "project": None if self.project is None else self.project.sha256,
+        }
+        return {**chosen, **{name: value for name, value in others.items() if value is not None}}

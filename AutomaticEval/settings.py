@@ -109,11 +109,20 @@ class RunSettings:
     store_dtype: str | None = None
     """The dtype of the stored numbers; None for the model's own."""
 
+    reduce: str | None = None
+    """How rows were reduced: a name of `reducing.table.REDUCTIONS`; None for whole rows."""
+
+    project: str | None = None
+    """The sha256 of a projection (`reducing/projection.py`)."""
+
     benchmark: Mapping[str, Any] | None = None
     """Which questions a benchmark run asked, and how (`Benchmark.as_dict`)."""
 
     scoring: str | None = None
     """How `HFActivations` scored: "tree" or "stock". A benchmark run has it in `benchmark`."""
+
+    generation: str | None = None
+    """How decode steps were run: "graph"; or that the self-check of the graph failed, so that they were run one by one. None: one by one."""
 
     lm_eval: Mapping[str, str] | None = None
     """The options that `HFActivations` handed on to lm-eval."""

@@ -29,6 +29,7 @@ FLOORS = (
         "moved",
         "demo",
     ),
+    ("reducing",),
     ("selection", "samples", "settings"),
     ("models",),
     ("store",),

@@ -115,7 +115,8 @@ def test_answers_and_rows_in_float64(name: str, tokenizer: Any) -> None:
         (alone,) = respond(loaded, [prompt], *how)
         assert found.sample is not None
         assert alone.sample is not None
-        assert all(bool(rows.isfinite().all()) for rows in found.sample.parts[0].rows.activations.values())
+        kept = found.sample.activation_data("m", {})["activations"]
+        assert all(bool(rows.isfinite().all()) for rows in kept.values())
         assert_same_rows(found.sample, alone.sample)
 
 
@@ -385,7 +386,7 @@ def test_logits_of_tokens_that_are_fed_again_are_refused_before_the_model_runs(t
     assert not ran
     (answer,) = respond(loaded, [[5] * 10], Sampling(max_new_tokens=8), selection)
     assert answer.sample is not None
-    assert len(answer.sample.parts[0].rows.activations["logits"]) == 8
+    assert len(answer.sample.activation_data("m", {})["activations"]["logits"]) == 8
 
 
 def test_chunks_that_repeat_themselves_are_not_taken_for_tokens_fed_again(tiny_llama: LoadedModel) -> None:

@@ -6,8 +6,10 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
 from AutomaticEval.capture.tree.prefix_tree import PrefixTree
+from AutomaticEval.capture.tree.walk import attended
 
 
 def drawn(seed: int) -> list[list[int]]:
@@ -49,10 +51,11 @@ def test_any_stretch_attends_to_ancestors_and_itself_only(seed: int) -> None:
         start = rng.randrange(tree.n_nodes)
         stop = rng.randrange(start + 1, tree.n_nodes + 1)
         columns = [*tree.path_to(start), *range(start, stop)]
-        mask = tree.attended(start, stop)
+        nodes = np.array(columns)
+        mask = attended(torch.from_numpy(nodes), torch.from_numpy(tree.ends[nodes]), stop - start).numpy()
         assert mask.shape == (stop - start, len(columns))
         for line, node in zip(mask, range(start, stop), strict=True):
-            assert np.array(columns)[line].tolist() == [*tree.path_to(node), node]
+            assert nodes[line].tolist() == [*tree.path_to(node), node]
 
 
 def test_marked_nodes_are_those_that_some_sequence_wants() -> None:

@@ -285,9 +285,9 @@ def test_check_finds_a_model_that_heeds_no(
     def ignores(model: Any, ids: Any, depths: Any, attended: Any, cached: Any, kept: Any) -> Any:
         if broken == "mask":
             n_past = attended.shape[1] - len(ids)
-            attended = attended | (torch.ones(attended.shape).tril(n_past).bool().numpy())
+            attended = attended | (torch.ones(attended.shape).tril(n_past).bool())
         if broken == "positions":
-            depths = depths.min() + torch.arange(len(ids)).numpy()
+            depths = depths.min() + torch.arange(len(ids))
         if broken == "cache" and cached:
             cached = [(keys.flip(2), values) for keys, values in cached]
         return real(model, ids, depths, attended, cached, kept)
@@ -485,7 +485,7 @@ def test_check_of_unknown_models_looks_at_requests_that_share_nothing(
 
     def causal(model: Any, ids: Any, depths: Any, attended: Any, *rest: Any) -> Any:
         n_past = attended.shape[1] - len(ids)
-        return real(model, ids, depths, attended | torch.ones(attended.shape).tril(n_past).bool().numpy(), *rest)
+        return real(model, ids, depths, attended | torch.ones(attended.shape).tril(n_past).bool(), *rest)
 
     monkeypatch.setattr(walking, "tree_forward", causal)
     monkeypatch.setattr(scoring_module, "is_tested", lambda model: False)

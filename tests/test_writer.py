@@ -8,8 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from AutomaticEval import open_run
 from AutomaticEval.errors import CaptureError, DiskFull, FolderInUse, OtherSettings, StoreError
 from AutomaticEval.store import writer
 from AutomaticEval.store.contents.columns import Listed
+from AutomaticEval.store.hdf5.writing.activations import Source
 from AutomaticEval.store.run_folder import shard_names
 from AutomaticEval.store.upkeep.rebuild import rebuild_index
 from AutomaticEval.store.upkeep.verify import verify
@@ -42,10 +42,10 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.waiting, self.samples_waiting = threading.Event(), threading.Event(), 0
-        self._real = writer.write_file
-        monkeypatch.setattr(writer, "write_file", self._write)
+        self._real = writer.filled_file
+        monkeypatch.setattr(writer, "filled_file", self._write)
 
-    def _write(self, path: Path, held: Any, **options: Any) -> str:
+    def _write(self, path: Path, held: Any, **options: Any) -> AbstractContextManager[Source]:
         self.waiting.set()
         assert self.open.wait(30)
         return self._real(path, held, **options)
@@ -72,21 +72,19 @@ def test_the_model_does_not_wait_for_one_slow_shard_and_waits_for_a_second(
 def test_failure_in_the_thread_reaches_the_caller_at_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, written = writer.write_file, []
+    real, written = writer.filled_file, []
 
-    def fails_second(path: Path, *args: Any, **options: Any) -> str:
+    def fails_second(path: Path, *args: Any, **options: Any) -> AbstractContextManager[Source]:
         written.append(path.name)
         if len(written) == 2:
             raise DiskFull("the disk is full")
         return real(path, *args, **options)
 
-    monkeypatch.setattr(writer, "write_file", fails_second)
+    monkeypatch.setattr(writer, "filled_file", fails_second)
     with pytest.raises(DiskFull), RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:  # noqa: PT012
         made.add([numbered(0)])
         made.add([numbered(1)])
-        assert made._thread.sealing is not None
-        while not made._thread.sealing.done():
-            time.sleep(0.01)
+        made._in_flight.wait_until_ended()
         made.add([numbered(2)])
         raise AssertionError("the failure was not told")
     assert [sample["doc_id"] for sample in open_run(tmp_path)] == [0]
@@ -131,7 +129,7 @@ def test_nothing_is_lost_when_no_thread_can_be_started(tmp_path: Path, monkeypat
     with RunWriter(tmp_path / "run", "m", SETTINGS) as run:
         run.add([numbered(0)])
         with monkeypatch.context() as short:
-            short.setattr(ThreadPoolExecutor, "submit", refused)
+            short.setattr(threading.Thread, "start", refused)
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 run.seal()
     assert len(open_run(tmp_path / "run")) == 1
@@ -153,7 +151,8 @@ def test_small_shards_are_merged_when_the_run_closes(tmp_path: Path, monkeypatch
     with RunWriter(tmp_path, "m", SETTINGS) as made:
         for number in range(12):
             made.add([numbered(number)])
-        assert len(shard_names(tmp_path)) >= 11
+        made.flush()
+        assert len(shard_names(tmp_path)) == 12
         made.finish()
     assert shard_names(tmp_path) == ["shard-00012.h5"]
     run = open_run(tmp_path)
@@ -324,11 +323,10 @@ def test_interrupt_while_waiting_for_the_disk_forgets_no_shard(tmp_path: Path, m
     gate = Gate(monkeypatch)
     with RunWriter(tmp_path, "m", SETTINGS, shard_bytes=1) as made:
         made.add([numbered(0)])
-        real = made._thread.sealing.exception  # type: ignore[union-attr]
-        monkeypatch.setattr(made._thread.sealing, "exception", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            for event in (made._in_flight._shards[0].filled, made._in_flight._shards[0].ended):
+                interrupted.setattr(event, "wait", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
             made.add([numbered(1)])
-        monkeypatch.setattr(made._thread.sealing, "exception", real)
         gate.open.set()
         made.finish()
     assert [sample["doc_id"] for sample in open_run(tmp_path)] == [0, 1]
@@ -421,6 +419,7 @@ import sys, threading, time
 from pathlib import Path
 from AutomaticEval.store import writer
 from AutomaticEval.store.contents.columns import Listed
+from AutomaticEval.store.hdf5.writing.activations import Source
 from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval.store.upkeep.rebuild import rebuild_index
 from AutomaticEval.evaluation import forecast

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import Span, apart, company_of, is_fed_again, rope_limit
+from AutomaticEval.capture.graph.decoding import again_without_graphs, decoding
+from AutomaticEval.capture.graph.way import Way, way_of
 from AutomaticEval.capture.keeping import BatchRow, keep_of, parts_of, recording_of, sample_columns, sequence_rows
+from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.vocabulary import text_of
 from AutomaticEval.errors import SelectionError
@@ -76,12 +80,19 @@ def respond(
     """
     responses: dict[int, Response] = {}
     refuse_logits_fed_again(loaded.model, selection, _spans(prompts, sampling))
+    way = way_of(loaded.model, sampling.generation, sampling.kwargs())
     with _seeded(sampling):
         for group in harmless_groups(loaded, prompts, sampling):
             own = [prompts[row] for row in group]
             own_texts = [texts[row] if texts else text_of(loaded.tokenizer, prompts[row]) for row in group]
-            responses |= zip(group, _respond_together(loaded, own, sampling, selection, own_texts), strict=True)
+            together = partial(_respond_together, loaded, own, sampling, selection, own_texts, way)
+            responses |= zip(group, again_without_graphs(together, way), strict=True)
     return [responses[row] for row in range(len(prompts))]
+
+
+def generation_setting(model: Any, sampling: Sampling) -> dict[str, str]:
+    """What the settings of a run say of how its decode steps were run; nothing when they were run one by one."""
+    return way_of(model, sampling.generation, sampling.kwargs()).settings
 
 
 def harmless_groups(loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
@@ -100,6 +111,7 @@ def _respond_together(
     sampling: Sampling,
     selection: Selection | None,
     texts: Sequence[str],
+    way: Way,
 ) -> list[Response]:
     """The responses to one batch."""
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -109,15 +121,20 @@ def _respond_together(
     ids = [[filler] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
     mask = [[0] * pad + [1] * (width - pad) for pad in pads]
     keep = None if selection is None else keep_of(selection.positions, prompts, pads)
-    n_columns = width + sampling.max_new_tokens - 1
-    recorder = recording_of(loaded, selection, keep, len(prompts), n_columns=n_columns)
-    with torch.no_grad(), alone_with(model), recorder as recording:
+    shape = (len(prompts), width + sampling.max_new_tokens - 1)
+    recorder = recording_of(loaded, selection, keep, len(prompts), n_columns=shape[1])
+    with (
+        torch.no_grad(),
+        alone_with(model),
+        recorder as recording,
+        decoding(model, way, shape, recording) as extra,
+    ):
         sequences: Tensor = model.generate(  # [batch, width + longest response]
             input_ids=torch.tensor(ids, device=input_device(model)),
             attention_mask=torch.tensor(mask, device=input_device(model)),
             pad_token_id=filler,
             tokenizer=tokenizer if model.generation_config.stop_strings else None,
-            **sampling.kwargs(),
+            **{**sampling.kwargs(), **extra},
         )
     responses = []
     for row, prompt in enumerate(prompts):
@@ -128,7 +145,8 @@ def _respond_together(
             kept = selection.positions.resolve(len(prompt), len(generated))
             pieces = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept, tokenizer)
             columns = sample_columns(texts[row], text, len(prompt), (len(prompts), width))
-            sample = Sample(columns, list(prompt), generated, parts_of(pieces, kept))
+            whole = Sample(columns, list(prompt), generated, parts_of(pieces, kept))
+            (sample,) = SampleReducer(selection)([whole])
         responses.append(Response(text, sample, generated))
     return responses
 

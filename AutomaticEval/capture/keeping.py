@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.reduced_rows import taps_of
 from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.recording import Keep, Kept, Recording, capturing
 from AutomaticEval.samples import Part, Rows
 from AutomaticEval.selection import Positions, Selection
-from AutomaticEval.sites import TABLE
 
 
 class BatchRow(NamedTuple):
@@ -31,16 +31,6 @@ class BatchRow(NamedTuple):
 
     n_past: int = 0
     """How many of its tokens were computed before this batch. They are not fed, and have no rows here."""
-
-
-def bytes_per_row(loaded: LoadedModel, selection: Selection) -> int:
-    """Size of one position over all selected sites. Raises UnknownLayer, SiteUnavailable."""
-    layout = loaded.layout
-    sites = selection.sites(layout.n_layers)
-    layout.pick(sites)
-    names = {site: selection.store_dtype or TABLE[site.kind].dtype for site in sites}
-    dtypes = {site: loaded.model.dtype if name is None else getattr(torch, name) for site, name in names.items()}
-    return sum(layout.widths[site] * int(dtypes[site].itemsize) for site in sites)
 
 
 def dtype_of(selection: Selection) -> torch.dtype | None:
@@ -55,7 +45,7 @@ def recording_of(
     if selection is None or keep is None:
         return nullcontext()
     layout = loaded.layout
-    taps = layout.pick(selection.sites(layout.n_layers))
+    taps = taps_of(layout, selection)
     return capturing(loaded.model, taps, layout.embedding, keep, n_rows, dtype_of(selection), **how)
 
 

@@ -9,6 +9,9 @@ import torch
 
 T = TypeVar("T")
 
+droppable: list[Callable[[], None]] = []
+"""Called when memory is full: each drops what is kept for speed alone."""
+
 
 def unless_too_large(compute: Callable[[], T], *, can_be_smaller: bool = True) -> T | None:
     """What `compute` returns; None when it does not fit into memory, which is freed then.
@@ -25,7 +28,9 @@ def unless_too_large(compute: Callable[[], T], *, can_be_smaller: bool = True) -
 
 
 def free_memory() -> None:
-    """Give the memory that torch holds in reserve back to the GPU."""
+    """Drop what is kept for speed alone, and give the memory that torch holds in reserve back to the GPU."""
+    for drop in droppable:
+        drop()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

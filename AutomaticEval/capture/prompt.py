@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
-from AutomaticEval.capture.generation import refuse_uncomputed_logits, respond
-from AutomaticEval.capture.keeping import bytes_per_row
+from AutomaticEval.capture.generation import generation_setting, refuse_uncomputed_logits, respond
+from AutomaticEval.capture.reduced_rows import bytes_per_row, n_kept
 from AutomaticEval.capture.sampling import Sampling, SamplingKeywords
 from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, SelectionError, unknown_option
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
@@ -37,6 +37,10 @@ class AskOptions(LoadKeywords, SamplingKeywords, total=False):
     """all (default; with the site logits: scored), prompt, response, scored, last, or a slice such as prompt[-1:]."""
     store_dtype: str | None
     """float16 or bfloat16: narrower numbers than the model's own."""
+    reduce: str | None
+    """norm: the L2 norm of each row. mean, max: one line over the kept positions, under "reduced"."""
+    project: Any
+    """A matrix [width, k] by which each row is multiplied: a file, an array, or one for each site."""
     system_prompt: str | None
     apply_chat_template: bool
     """True (default): the model's own chat template, when it has one."""
@@ -65,9 +69,8 @@ class CheckedPrompt:
         """Raises SelectionError, PromptError, ModelError; TypeError for an unknown option."""
         given: dict[str, Any] = dict(options)
         sites, positions = given.pop("sites", None), given.pop("positions", None)
-        selection = Selection.parse(
-            sites, layers, "all" if positions is None else positions, given.pop("store_dtype", None)
-        )
+        others = [given.pop(name, None) for name in ("store_dtype", "reduce", "project")]
+        selection = Selection.parse(sites, layers, "all" if positions is None else positions, *others)
         if positions is None and "logits" in selection.kinds:  # a model that generates computes no others
             selection = replace(selection, positions=Positions.parse("scored"))
         if selection.store_dtype == "int8":
@@ -110,7 +113,8 @@ def generate_inference_with_activations(
     options: see `AskOptions`.
     Returns (response, activation_data). activation_data["activations"] maps `embeddings`, `layer_0`, … to CPU
     tensors [n_positions, d_model] in the model's dtype; P prompt and R response tokens give P + R - 1 positions
-    (the last token is never fed). `token_ids`, `tokens` and `positions` are aligned with the rows.
+    (the last token is never fed). `token_ids`, `tokens` and `positions` are aligned with the rows. With reduce="mean" or "max" there
+    are no rows, and activation_data["reduced"] maps the same keys to [d_model], float32.
     Raises SelectionError, PromptError, ModelError, StoreError, CaptureError.
     """
     file = None if save_path is None else hdf5_path(save_path)
@@ -121,9 +125,9 @@ def generate_inference_with_activations(
     response = ask(loaded, checked, capture=True, folder=None if file is None else file.parent)
     assert response.sample is not None
     if file is not None:
-        write_shard(
-            file, [response.sample], loaded.name, response.settings, overwrite=checked.overwrite, strict=checked.strict
-        )
+        how: dict[str, Any] = {"overwrite": checked.overwrite, "strict": checked.strict}
+        matrices = checked.selection.matrices
+        write_shard(file, [response.sample], loaded.name, response.settings, matrices=matrices, **how)
     return response.text, response.activation_data(file)
 
 
@@ -192,13 +196,15 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
     if capture:
         refuse_uncomputed_logits(loaded.model, prompt.selection, len(ids), sampling.max_new_tokens)
     if capture and folder is not None:
-        n_rows = len(prompt.selection.positions.resolve(len(ids), sampling.max_new_tokens))
-        ensure_space(folder, n_rows * bytes_per_row(loaded, prompt.selection) + 2**16)
+        n_positions = len(prompt.selection.positions.resolve(len(ids), sampling.max_new_tokens))
+        n_bytes = n_kept(prompt.selection, n_positions) * bytes_per_row(loaded, prompt.selection)
+        ensure_space(folder, n_bytes + prompt.selection.matrix_bytes + 2**16)
     (response,) = respond(loaded, [ids], sampling, prompt.selection if capture else None, [prompt.prompt])
     made = loaded.numbers().changed(
         **({"shape": loaded.shape} if capture else {}),
         **prompt.selection.as_dict(),
-        **asdict(sampling),
+        **{name: value for name, value in asdict(sampling).items() if name != "generation"},
+        **generation_setting(loaded.model, sampling),
         generation_config=loaded.model.generation_config.to_diff_dict(),
         system_prompt=prompt.system_prompt,
         chat_template=prompt.apply_chat_template and bool(loaded.tokenizer.chat_template),

@@ -9,6 +9,22 @@ from typing import Annotated, Any, TypedDict
 from AutomaticEval.errors import PromptError
 from AutomaticEval.options import Option
 
+GENERATIONS = ("auto", "graph", "eager")
+Generation = Annotated[
+    str,
+    Option(
+        "auto: generated answers from a CUDA graph where there can be one; graph: the same, refused on a CPU; eager: step by step."
+    ),
+]
+"""How the decode steps of generated answers are run. Prompts and benchmarks have this option alike."""
+
+
+def wrong_generation(generation: object) -> str | None:
+    """What is wrong with a value of the option; None when nothing is."""
+    if generation in GENERATIONS:
+        return None
+    return f"--generation is {generation!r}; write {', '.join(GENERATIONS[:-1])} or {GENERATIONS[-1]}."
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -21,6 +37,7 @@ class Sampling:
     seed: Annotated[
         int | None, Option("Seed for sampling. Default: one drawn at random, which the settings record.")
     ] = None
+    generation: Generation = "auto"
 
     def __post_init__(self) -> None:
         at_least_1, n_or_none = "a whole number, at least 1", "a whole number, or None"
@@ -29,6 +46,9 @@ class Sampling:
         self._require("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("top_k", _is_whole(self.top_k) and self.top_k >= 0, "a whole number, 0 (no limit) or more")
         self._require("seed", self.seed is None or _is_whole(self.seed), n_or_none)
+        wrong = wrong_generation(self.generation)
+        if wrong is not None:
+            raise PromptError(wrong)
         plain = {"max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "seed": int}
         for name, kind in plain.items():  # numbers of numpy are taken too, and become Python's own
             value = getattr(self, name)
@@ -73,3 +93,4 @@ class SamplingKeywords(TypedDict, total=False):
     top_p: float
     top_k: int
     seed: int | None
+    generation: str

@@ -163,6 +163,10 @@ def _kept(
 
 def _with_norms(selection: Selection, context: typer.Context, *, alone: bool) -> Selection:
     """What --head_strength keeps: the norms of the heads' results, at every position when nothing else is captured."""
+    if selection.reduction is not None:
+        raise SelectionError(
+            f"--head_strength reads whole rows, and {selection.reduction.name} was asked for; run it without --reduce and --project."
+        )
     if not alone:
         return replace(selection, kinds=tuple(dict.fromkeys([*selection.kinds, "head_result_norm"])))
     if is_given(context, "sites"):

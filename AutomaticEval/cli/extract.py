@@ -97,7 +97,7 @@ def _refuse_ignored(
     _refuse_ignored,
     which=WhichTexts,
     feeding=Feeding,
-    selection=options_of(Selection, "layers", "store_dtype"),
+    selection=options_of(Selection, "layers", "store_dtype", "reduce", "project"),
     load=LoadOptions,
     written=options_of(RunOutput, "compression"),
 )
@@ -136,6 +136,8 @@ def extract(
         selection.layers_text(),
         positions,
         selection.store_dtype,
+        selection.reduce,
+        selection.project,
     )
     plan = Plan(selection, replace(feeding, patterns="pattern" in kinds), load, written.compression, ranks)
     name, sets, models = _sets(which, strict=feeding.strict)

@@ -54,7 +54,7 @@ def _refuse_ignored(context: typer.Context, capture_activations: bool, output: P
     """Raises SelectionError for options that would be ignored."""
     captures = capture_activations or output is not None
     if not captures:
-        unused = ("sites", "layers", "positions", "store_dtype", "strict")
+        unused = ("sites", "layers", "positions", "store_dtype", "reduce", "project", "strict")
         refuse_unused(context, "nothing is captured", *unused, remedy="add --output or --capture_activations")
     if output is None:
         refuse_unused(context, "no --output is named that it could replace", "overwrite")
@@ -66,7 +66,7 @@ def _refuse_ignored(context: typer.Context, capture_activations: bool, output: P
 @takes(
     _refuse_ignored,
     sampling=Sampling,
-    selection=options_of(Selection, "sites", "layers", "store_dtype"),
+    selection=options_of(Selection, "sites", "layers", "store_dtype", "reduce", "project"),
     load=LoadOptions,
 )
 def generate(
@@ -100,6 +100,8 @@ def generate(
         "sites": chosen["sites"],
         "positions": positions,
         "store_dtype": selection.store_dtype,
+        "reduce": selection.reduce,
+        "project": selection.project,
         "system_prompt": system_prompt,
         "apply_chat_template": not no_chat_template,
         "overwrite": overwrite,
@@ -113,5 +115,6 @@ def generate(
     response, kept = generate_inference_with_activations(prompt, model, file, layers, **asked)
     say(response)
     file = Path(kept["path"])
-    say(f"Activations: {file} ({size_text(file.stat().st_size)}, {len(kept['token_ids'])} positions)", err=True)
+    held = f"the {selection.reduce} of its positions" if "reduced" in kept else f"{len(kept['token_ids'])} positions"
+    say(f"Activations: {file} ({size_text(file.stat().st_size)}, {held})", err=True)
     say(f"Load them:   from AutomaticEval import load_activations; load_activations({str(file)!r})", err=True)

@@ -41,6 +41,8 @@ def show(
 
 def _show_run(run: Run) -> None:
     say(repr(run))
+    from AutomaticEval.store.reading.reduced_runs import how_reduced
+
     names = run.contents.columns.names
     absent: dict[str, list[Any]] = {
         "task": [""] * len(run),
@@ -58,9 +60,11 @@ def _show_run(run: Run) -> None:
         share = f"{sum(known) / len(known):.4f}" if known else "unknown"
         tasks.append((task, str(len(part)), str(len(docs)), share))
     print_table("", ("Task", "Samples", "Documents", "Correct"), tasks, n_words=4)
-    first = run[0]["activations"]
-    sites = [(key, str(first[key].shape[1]), str(first[key].dtype).removeprefix("torch.")) for key in run.keys]
+    stored = run.contents.activations
+    sites = [(key, str(each.width), str(each.read_as).removeprefix("torch.")) for key, each in stored.items()]
     print_table("", ("Site", "Width", "Dtype"), sites, n_words=3)
+    if run.made_with.reduce is not None:
+        say(f"Reduced: each {'line' if run.contents.is_by_sample else 'row'} is {how_reduced(run.settings)}")
     wrong = {key: count for key, count in run.non_finite.items() if count}
     if wrong:
         say("Infinite or NaN: " + ", ".join(f"{key} {count}" for key, count in wrong.items()))
@@ -69,12 +73,22 @@ def _show_run(run: Run) -> None:
 
 def _show_sample(data: dict[str, Any]) -> None:
     for name, value in data.items():
-        if name not in ("activations", "tokens", "settings", "input_ids", "generated_ids", "token_ids", "positions"):
+        if name not in (
+            "activations",
+            "reduced",
+            "tokens",
+            "settings",
+            "input_ids",
+            "generated_ids",
+            "token_ids",
+            "positions",
+        ):
             say(f"{name}: {value}")
     settings = data.get("settings", {})
     say("settings: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
     rows = []
-    for key, tensor in data["activations"].items():
+    lines = {key: line[None] for key, line in data.get("reduced", {}).items()}
+    for key, tensor in {**data["activations"], **lines}.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         rows.append((key, "x".join(map(str, tensor.shape)), dtype, *statistics(tensor)))
     print_table("", ("Site", "Shape", "Dtype", "Mean", "Std", "Min", "Max", "Mean norm"), rows, n_words=8)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+from AutomaticEval.capture.sampling import Generation, wrong_generation
 from AutomaticEval.errors import BenchmarkError
 from AutomaticEval.options import Option
 from AutomaticEval.public_names import public_name
@@ -49,6 +50,7 @@ class Benchmark:
     scoring: Annotated[
         str, Option("tree: shared prefixes are computed once; stock: in lm-eval's own batches, to the last bit.")
     ] = "tree"
+    generation: Generation = "auto"
     include_path: Annotated[
         tuple[str, ...],
         Option(
@@ -119,6 +121,7 @@ class Benchmark:
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise BenchmarkError(f"--num_fewshot is {self.num_fewshot}; at least 0 is needed.")
         check_scoring(self.scoring)
+        check_generation(self.generation, self.scoring)
         if not self.names:
             raise BenchmarkError("no benchmark was named; write for example demo or mmlu,gsm8k.")
         if self.seed is not None and not 0 <= self.seed < 2**32:
@@ -127,15 +130,30 @@ class Benchmark:
             raise BenchmarkError(f"--batch_size is {self.batch_size!r}; write a number or auto.")
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, for the settings of runs: folders and YAML files are told by their names, not by their paths."""
+        """The fields, for the settings of runs: folders and YAML files are told by their names, not by their paths.
+
+        How answers are generated is not among them: what the model was served with, and not what was asked for, is a setting of its own.
+        """
         named = {name: [public_name(each) for each in getattr(self, name)] for name in ("names", "include_path")}
-        return {**asdict(self), **named, "local_files": self.local_files and public_name(self.local_files)}
+        fields = {name: value for name, value in asdict(self).items() if name != "generation"}
+        return {**fields, **named, "local_files": self.local_files and public_name(self.local_files)}
 
 
 def check_scoring(scoring: str) -> None:
     """Raises BenchmarkError for a way to score that does not exist."""
     if scoring not in SCORINGS:
         raise BenchmarkError(f"--scoring is {scoring!r}; write {' or '.join(SCORINGS)}.")
+
+
+def check_generation(generation: str, scoring: str) -> None:
+    """Raises BenchmarkError for a way to generate that does not exist, or that does not go with the scoring."""
+    wrong = wrong_generation(generation)
+    if wrong is not None:
+        raise BenchmarkError(wrong)
+    if generation == "graph" and scoring == "stock":
+        raise BenchmarkError(
+            "--generation graph was given, but --scoring stock computes answers as lm-eval does, to the last bit; leave one out."
+        )
 
 
 class BenchmarkKeywords(TypedDict, total=False):
@@ -149,6 +167,8 @@ class BenchmarkKeywords(TypedDict, total=False):
     batch_size: int | str
     scoring: str
     """tree scores over the prefix tree of all requests, stock in lm-eval's own batches."""
+    generation: str
+    """graph, eager or auto: how the decode steps of generated answers are run."""
     include_path: str | Path | Iterable[str | Path]
     benchmark_data: str | Path | None
     """A folder with the tasks' data."""

@@ -33,6 +33,10 @@ class CaptureKeywords(EvaluateOptions, total=False):
     positions: str | slice | Positions
     """scored by default."""
     store_dtype: str | None
+    reduce: str | None
+    """norm: the L2 norm of each row. mean, max: one line a sample, over its kept positions."""
+    project: Any
+    """A matrix [width, k] by which each row is multiplied: a file, an array, or one for each site."""
     activation_save_dir: str | Path
     output: str | Path | None
     """The run's own folder, a new one, in place of one in activation_save_dir."""

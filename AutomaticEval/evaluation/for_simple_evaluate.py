@@ -48,7 +48,7 @@ class HFActivations(CapturingHFLM):
     """lm-eval's `hf` model that captures what it is asked into a run folder.
 
     pretrained: a name, a folder, or a loaded model with tokenizer=. scoring: tree scores over the prefix tree of all requests, stock in
-    lm-eval's own batches. strict: stop once numbers are stored that are infinite or NaN.
+    lm-eval's own batches. generation: graph, eager or auto: how decode steps of generated answers are run. strict: stop once numbers are stored that are infinite or NaN.
     options: those of loading (`LoadOptions`: dtype, device, peft, …) and those of lm-eval's `hf` (batch_size, max_length, parallelize, …). An
     option that cannot be served is refused.
     After each call of lm-eval what was captured is on the disk; `finish` joins it to the scores.
@@ -65,12 +65,15 @@ class HFActivations(CapturingHFLM):
         sites: str | None = None,
         positions: str | Positions = "scored",
         store_dtype: str | None = None,
+        reduce: str | None = None,
+        project: Any = None,
         compression: str | None = None,
         strict: bool = False,
         scoring: str = "tree",
+        generation: str = "auto",
         **options: Any,
     ) -> None:
-        selection = Selection.parse(sites, layers_to_capture, positions, store_dtype)
+        selection = Selection.parse(sites, layers_to_capture, positions, store_dtype, reduce, project)
         _refuse_unserved(options)
         load = _load_options(pretrained, tokenizer, options)
         loaded = load_model(pretrained, tokenizer=tokenizer, options=load)
@@ -79,8 +82,11 @@ class HFActivations(CapturingHFLM):
         settings = made_with(loaded, selection).changed(scoring=scoring, lm_eval=given)
         name = folder_name(["lm-eval"], loaded.name)
         output = RunOutput(Path(activation_save_dir), compression=compression, strict=strict)
-        super().__init__(loaded, selection, self._take, scoring=scoring, workload=Workload(ranks=ranks), **options)
-        self._folder = RunFolder(output, name, loaded.name, settings, SHARD_BYTES, ranks, loaded.paths)
+        how: dict[str, Any] = {"scoring": scoring, "generation": generation}
+        super().__init__(loaded, selection, self._take, workload=Workload(ranks=ranks), **how, **options)
+        settings = settings.changed(**self.way().settings)
+        more = (SHARD_BYTES, ranks, loaded.paths, selection.matrices)
+        self._folder = RunFolder(output, name, loaded.name, settings, *more)
         self._open = ExitStack()
         self._writer = self._open.enter_context(self._folder.writing()).writer
 

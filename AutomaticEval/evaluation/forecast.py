@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 
-from AutomaticEval.capture.keeping import bytes_per_row
+from AutomaticEval.capture.reduced_rows import bytes_per_row
 from AutomaticEval.capture.tree.prefix_tree import PrefixTree
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.errors import BenchmarkError, SelectionError
@@ -138,6 +138,9 @@ def forecast(
     total = _Sum()
     for name, task in tasks.items():
         _add(total, name, task, docs[name], reader, is_exact=is_exact)
+    if selection.is_by_sample:
+        total.rows = total.distinct_rows = total.samples
+        total.most_rows = 0  # lines are not shared
     if total.empty:
         raise SelectionError(
             f"positions={selection.positions} keep nothing of {', '.join(total.empty)}: choices of one token are never "
@@ -170,7 +173,7 @@ def _size(
     # Shards of less than an eighth of this size are merged with their neighbours.
     n_files = 16 * rows_bytes // shard_bytes + 1 + n_ranks
     strings = min(len(loaded.tokenizer) + 1, n_rows) * 128
-    files = n_files * (_FILE_BYTES + n_keys * _DATASET_BYTES + strings)
+    files = n_files * (_FILE_BYTES + n_keys * _DATASET_BYTES + strings + selection.matrix_bytes)
     in_8_bits = selection.store_dtype == "int8"
     scales = (n_rows / BLOCK_ROWS + n_files) * 4 * bytes_per_row(loaded, selection) if in_8_bits else 0
     table = n_rows * (12 if in_8_bits else 8) + scales + 4 * total.ids + 16 * total.positions

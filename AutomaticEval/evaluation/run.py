@@ -13,6 +13,7 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 
+from AutomaticEval.capture.graph.way import refuse_graphless, way_of
 from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError
 from AutomaticEval.evaluation.benchmark import LoadedTasks, load_tasks
 from AutomaticEval.evaluation.benchmark_options import Benchmark
@@ -82,7 +83,7 @@ def run_benchmark(
     loaded_tasks: the benchmark's tasks, when they were loaded before the model. output_path: folder for lm-eval's own results and samples
     files; None puts them into the run folder. announce: is called with each line that a person should read during the run.
     Under `torchrun` or `accelerate launch` the processes share the requests; the first returns the outcome, the others return an empty one.
-    Raises BenchmarkError, DiskFull before the first forward; OtherSettings for a run that is resumed with other settings than it was made
+    Raises BenchmarkError, DeviceUnavailable, DiskFull before the first forward; OtherSettings for a run that is resumed with other settings than it was made
     with; CaptureError, StoreError during the run, whose sealed shards then stay readable.
     """
     ranks = join_ranks()
@@ -91,6 +92,7 @@ def run_benchmark(
         raise BenchmarkError(
             f"--apply_chat_template: the tokenizer of {loaded.name} has no chat template; leave it out."
         )
+    refuse_graphless(loaded.model, benchmark.generation)
     refuse_tasks(loaded.model, selection, loaded_tasks.tasks, stock_model(loaded))
     if output_path is not None and not (selection is not None and output.holds(output_path)):
         prepare_folder(output_path)
@@ -149,11 +151,19 @@ class _Run:
             output,
             folder_name(self.benchmark.names, self.loaded.name),
             self.loaded.name,
-            made_with(self.loaded, selection).changed(benchmark=self.benchmark.as_dict()),
+            made_with(self.loaded, selection).changed(benchmark=self.benchmark.as_dict(), **self._way_of_generating()),
             shard_bytes_for(size.rows_bytes),
             self.ranks,
             self.loaded.paths,
+            selection.matrices,
         )
+
+    def _way_of_generating(self) -> dict[str, str]:
+        """What the settings say of how answers are generated; nothing when none is."""
+        generates = any(task.OUTPUT_TYPE == "generate_until" for task in self.tasks.tasks.values())
+        if not generates or self.benchmark.scoring == "stock":
+            return {}
+        return way_of(self.loaded.model, self.benchmark.generation, {}).settings
 
     def evaluated(
         self,
@@ -163,7 +173,7 @@ class _Run:
     ) -> Outcome:
         """What lm-eval says of the model. selection, sink: what is captured, and where it goes. answered: what is not computed again."""
         workload = Workload(self.tasks.drawn or {}, answered, self.ranks)
-        how: dict[str, Any] = {"scoring": self.benchmark.scoring, "batch_size": self.benchmark.batch_size}
+        how: dict[str, Any] = {name: getattr(self.benchmark, name) for name in ("scoring", "generation", "batch_size")}
         lm = CapturingHFLM(self.loaded, selection, sink, workload=workload, **how)
         results = self._simple_evaluate(lm)
         n_tokens, n_computed = map(sum, zip(*self.ranks.gathered(lm.n_tokens), strict=True))

@@ -50,7 +50,12 @@ def layout_of(model: nn.Module) -> Any:
 
 def names_of(model: nn.Module) -> list[str]:
     """The edits of a model in words, the outermost first, for the settings of runs."""
-    return [edit.described for each in _active.get(inner(model), {}).values() for edit in each.edits]
+    return [edit.described for edit in active_edits(model)]
+
+
+def active_edits(model: nn.Module) -> list[Any]:
+    """The edits of a model, the outermost first; each has `edit`, and the `key` of its site."""
+    return [edit for each in _active.get(inner(model), {}).values() for edit in each.edits]
 
 
 def depends_on_position(model: nn.Module) -> bool:

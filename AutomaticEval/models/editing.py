@@ -51,6 +51,10 @@ class Edit:
     """Whether the new values of a position depend on its own values alone. When they do not, or when there is a `where`, lm-eval's requests
     are run in lm-eval's own batches: computing once what requests share would make the edit in other rows and columns."""
 
+    is_fixed: bool = False
+    """Whether `change` is operations of tensors alone, the same in every forward: no number is read back, nothing is remembered. Only then can
+    answers be generated from a graph, which does not call it again."""
+
     name: str = "change"
     """What the edit does, for the settings of runs that are made with it."""
 
@@ -60,12 +64,14 @@ class Edit:
     @classmethod
     def replace(cls, site: str | Site, value: Tensor | float, **how: Any) -> Edit:
         """Put value, broadcast to the shape of what is changed, in its place. how: `heads`, `where`."""
-        return cls(site, lambda old: _like(value, old).expand_as(old).clone(), **_of_value("replace", value, how))
+        like = _moved(value)
+        return cls(site, lambda old: like(old).expand_as(old).clone(), **_of_value("replace", value, how))
 
     @classmethod
     def add(cls, site: str | Site, value: Tensor | float, **how: Any) -> Edit:
         """Add value, broadcast to the shape of what is changed. how: `heads`, `where`."""
-        return cls(site, lambda old: old + _like(value, old), **_of_value("add", value, how))
+        like = _moved(value)
+        return cls(site, lambda old: old + like(old), **_of_value("add", value, how))
 
     @classmethod
     def scale(cls, site: str | Site, factor: float, **how: Any) -> Edit:
@@ -87,9 +93,11 @@ class Edit:
         if not 0 < length < float("inf"):
             raise EditError(f"the direction to project out of {site} has the length {length}; it needs one.")
 
+        of_length_1 = _moved((direction.double() / length).float())
+
         def without(old: Tensor) -> Tensor:
-            unit = (direction.double() / length).to(old.device, torch.float32)
             wide = old.float()
+            unit = of_length_1(wide)
             return (wide - (wide * unit).sum(-1, keepdim=True) * unit).to(old.dtype)
 
         return cls(site, without, **_of_value("project_out", direction, how))
@@ -99,12 +107,26 @@ def _of_value(name: str, value: Tensor | float, how: dict[str, Any]) -> dict[str
     """The fields of an edit that is made with a value. It is positionwise when the value is the same at all positions."""
     own_axes = 1 if how.get("heads") is None else 2
     is_positionwise = not isinstance(value, Tensor) or value.dim() <= own_axes
-    return {"name": name, "value": value, "is_positionwise": is_positionwise, **how}
+    return {"name": name, "value": value, "is_positionwise": is_positionwise, "is_fixed": True, **how}
 
 
-def _like(value: Tensor | float, old: Tensor) -> Tensor:
-    """The value on the device and in the dtype of old."""
-    return torch.as_tensor(value).to(device=old.device, dtype=old.dtype)
+def _moved(value: Tensor | float) -> Callable[[Tensor], Tensor]:
+    """Gives a value on the device and in the dtype of a tensor.
+
+    It is copied to a device once, and again when it was changed in place: each copy waits for the device, and no graph can record one.
+    """
+    copies: dict[tuple[torch.device, torch.dtype], tuple[int, Tensor]] = {}
+
+    def like(old: Tensor) -> Tensor:
+        if isinstance(value, Tensor) and value.device == old.device:
+            return value.to(old.dtype)
+        version = 0 if not isinstance(value, Tensor) or value.is_inference() else value._version
+        place = (old.device, old.dtype)
+        if place not in copies or copies[place][0] != version:
+            copies[place] = (version, torch.as_tensor(value).to(device=old.device, dtype=old.dtype))
+        return copies[place][1]
+
+    return like
 
 
 @contextmanager
@@ -161,6 +183,7 @@ class _Forward:
         self.n = 0
         """The number of columns that it feeds; 0 until ids are fed."""
         self._end = 0
+        self._needs_columns = any(each.edit.where is not None for each in made)
         self._n_before: int | None = None
         self._is_whole = self._is_part = False
         self.keeps_some_logits = False
@@ -170,8 +193,10 @@ class _Forward:
         cache = cache_in(kwargs)
         if cache is None:
             self._n_before = 0
+        elif self._needs_columns and hasattr(cache, "get_seq_length"):
+            self._n_before = int(cache.get_seq_length())  # of a static cache this waits for the device
         else:
-            self._n_before = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
+            self._n_before = None
         self._starts(isinstance(kwargs.get("logits_to_keep"), Tensor))
         self._is_whole = True
 
@@ -237,6 +262,8 @@ class _Made:
         self.module = model.get_submodule(self.tap.module)
         self.n_heads = layout.heads_of(site.kind)
         self._check_heads(edit.heads)
+        self._heads: dict[torch.device, Tensor] = {}
+        """The heads that are changed, as a tensor on each device."""
 
     def _check_heads(self, heads: Any) -> None:
         """Raises EditError for heads that are no list of numbers, or that the site does not have."""
@@ -324,7 +351,9 @@ class _Made:
         """The values of a site, [..., width], changed in the heads that the edit names, or in all of the width."""
         if self.edit.heads is None:
             return self._change(values)
-        heads = torch.tensor(list(self.edit.heads), device=values.device)
+        if values.device not in self._heads:
+            self._heads[values.device] = torch.tensor(list(self.edit.heads), device=values.device)
+        heads = self._heads[values.device]
         changed = values.reshape(*values.shape[:-1], self.n_heads, -1).clone()
         changed[..., heads, :] = self._change(changed.index_select(-2, heads))
         return changed.flatten(-2)

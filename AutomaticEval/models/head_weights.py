@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -74,6 +75,18 @@ class HeadResultNorms:
         self._projection: nn.Module | None = None
         self._factors: dict[torch.device, Tensor] = {}
         self._marks: Tensor | None = None
+        self._n_dropped = 0
+        """How many times the factors were dropped."""
+
+    @property
+    def mark(self) -> Hashable:
+        """Another one once the factors are dropped."""
+        return id(self), self._n_dropped
+
+    @property
+    def held(self) -> list[Any]:
+        """Itself, and the factors."""
+        return [self, list(self._factors.values())]
 
     def refresh(self, projection: nn.Module) -> None:
         """Call this before a forward. It drops the factors when the projection is another one or its weights have changed, as by training."""
@@ -82,6 +95,7 @@ class HeadResultNorms:
         has_same_weights = marks is not None and self._marks is not None and torch.equal(marks, self._marks)
         if not (is_same_module and has_same_weights):
             self._projection, self._factors, self._marks = projection, {}, marks
+            self._n_dropped += 1
 
     def __call__(self, z: Tensor) -> Tensor:
         if z.device not in self._factors:

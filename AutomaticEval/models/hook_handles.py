@@ -10,6 +10,11 @@ from typing import Any
 from torch import nn
 
 
+def module_of(hook: Callable[..., Any]) -> str:
+    """The name of the module in which a hook was written; "" when it does not say."""
+    return getattr(hook.func if isinstance(hook, partial) else hook, "__module__", None) or ""
+
+
 class Hooks:
     """The hooks of one `with` block. The end of the block removes them.
 

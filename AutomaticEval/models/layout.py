@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from functools import cache
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable
-from AutomaticEval.models.head_weights import HeadResultNorms
 from AutomaticEval.sites import KINDS, TABLE, Site
+
+
+class Derived(Protocol):
+    """Computes something of the value that is read: rows [..., width] -> [..., width of what is kept]. It looks at each row alone."""
+
+    @property
+    def mark(self) -> Hashable:
+        """Two with one mark compute the same, as long as `held` lives."""
+
+    @property
+    def held(self) -> list[Any]:
+        """What is read while it computes: a graph in which it was recorded needs it alive."""
+
+    def refresh(self, module: nn.Module, /) -> None:
+        """Is called before a forward, with the module that is read."""
+
+    def __call__(self, value: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -30,13 +47,13 @@ class Tap:
     columns: tuple[int, ...] | None = None
     """The features to take, for a projection whose output holds several sites. None takes all."""
 
-    then: HeadResultNorms | None = None
-    """What is computed of the value, for a derived site. None keeps the value."""
+    then: Derived | None = None
+    """What is computed of the value, for a derived site and for rows that are reduced. None keeps the value."""
 
     def take(self, value: Tensor) -> Tensor:
         """The site's values. value: [..., width of the module]. Returns [..., width of the site]."""
         if self.columns is not None:
-            value = value[..., torch.tensor(self.columns, dtype=torch.long, device=value.device)]
+            value = value[..., _numbers(self.columns, value.device)]
         value = value if self.scale == 1.0 else value * self.scale
         return value if self.then is None else self.then(value)
 
@@ -46,8 +63,14 @@ class Tap:
         if self.columns is None:
             return unscaled
         changed = value.clone()
-        changed[..., torch.tensor(self.columns, device=value.device)] = unscaled
+        changed[..., _numbers(self.columns, value.device)] = unscaled
         return changed
+
+
+@cache
+def _numbers(columns: tuple[int, ...], device: torch.device) -> Tensor:
+    """Columns as a tensor, made once: each making is a copy to the device, which waits for it, and which no graph can record."""
+    return torch.tensor(columns, dtype=torch.long, device=device)
 
 
 @dataclass(frozen=True)

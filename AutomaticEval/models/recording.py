@@ -68,6 +68,11 @@ class _Columns:
             self._ids = [torch.cat(self._ids, 1).cpu()]
         return self._ids[0]
 
+    def are(self, ids: Tensor) -> Tensor:
+        """Whether ids [batch, columns] are those of all forwards: one bool on their device, for which nothing waits."""
+        fed = torch.cat(self._ids, 1) if self._ids else ids[:, :0]
+        return (fed == ids).all() if fed.shape == ids.shape else torch.zeros_like(ids[0, 0], dtype=torch.bool)
+
 
 class Recording:
     """What `capturing` has read: for every kept (batch row, column) pair, one row a key. Read it after the with.
@@ -75,7 +80,11 @@ class Recording:
     A model that is fed everything again has the rows of the last time.
     """
 
-    def __init__(self, keys: list[str], keep: Keep, rows: KeptRows, n_rows: int, *, stops: bool = False) -> None:
+    def __init__(
+        self, taps: Mapping[str, Tap], keep: Keep, rows: KeptRows, n_rows: int, *, stops: bool = False
+    ) -> None:
+        self.taps = taps
+        """Key -> where it is read."""
         self._keep, self._kept_rows, self._n_rows, self._stops = keep, rows, n_rows, stops
         self._n_forwards = self._n_replays = 0
         self._given: Mapping[str, Any] | None = None
@@ -83,11 +92,16 @@ class Recording:
         self._columns = _Columns()
         self._n_unread = 0
         """How many sites of the current forward are still to be read."""
-        self._n_reads = dict.fromkeys(keys, 0)
+        self._n_reads = dict.fromkeys(taps, 0)
         self._step: Step | None = None
         """The step that is being recorded, to be replayed later."""
         self._is_ignoring = False
         self._is_settled = False
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """To which rows are narrowed; None leaves them as the model computes them."""
+        return self._kept_rows.dtype
 
     @property
     def n_forwards(self) -> int:
@@ -216,6 +230,10 @@ class Recording:
         """The token ids of all forwards: [batch, columns], on the CPU."""
         return self._columns.ids()
 
+    def was_fed(self, ids: Tensor) -> Tensor:
+        """Whether the model was fed just these ids [batch, columns]: one bool on their device, for which nothing waits."""
+        return self._columns.are(ids)
+
     def fed(self, row: int) -> list[int]:
         """The token ids that the model was given in one batch row, column after column."""
         return self._columns.ids()[row].tolist() if self.n_forwards else []
@@ -264,7 +282,7 @@ def capturing(
     does not fit into float16.
     """
     whole = inner(model)
-    recording = Recording(list(taps), keep, KeptRows(whole, n_rows, dtype, n_columns), n_rows, stops=stops)
+    recording = Recording(taps, keep, KeptRows(whole, n_rows, dtype, n_columns), n_rows, stops=stops)
     with alone_with(model), Hooks() as hooks:
 
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

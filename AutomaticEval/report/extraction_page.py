@@ -111,7 +111,8 @@ def _kept(run: ExtractedRun, folder: str) -> tuple[str, ...]:
         run.status,
         str(len(stored)),
         str(sum(shard.n_rows for shard in stored.shards)),
-        f"{stored.made_with.sites}; layers {stored.made_with.layers}; positions {stored.made_with.positions}",
+        f"{stored.made_with.sites}; layers {stored.made_with.layers}; positions {stored.made_with.positions}"
+        + (f"; reduce {stored.made_with.reduce}" if stored.made_with.reduce else ""),
         size_text(numbers.get("size_bytes", 0)),
         "" if rate is None else f"{rate:.0f}",
         folder,
@@ -133,8 +134,8 @@ def _structure(model: str, run: ExtractedRun) -> tuple[str, ...]:
     stored = open_run(run.folder)
     shape = stored.made_with.shape or {}
     widths: dict[int, list[str]] = {}
-    for key in stored.keys:
-        widths.setdefault(stored.rows(key).shape[1], []).append(key)
+    for key, each in stored.contents.activations.items():
+        widths.setdefault(each.width, []).append(key)
     keys = "; ".join(f"{names[0]} … {names[-1]} ({len(names)}): {width}" for width, names in widths.items())
     sizes = [str(shape[name]) for name in ("n_layers", "n_heads", "n_kv_heads", "d_model")]
     return (model, *sizes, keys, str(stored.made_with.store_dtype or stored.made_with.dtype))

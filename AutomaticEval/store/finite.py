@@ -35,12 +35,12 @@ def n_non_finite(raw: np.ndarray[Any, Any], dtype: torch.dtype) -> int:
     return n_wrong
 
 
-def counts_in(file: Any, keys: Iterable[str], columns: Iterable[str]) -> dict[str, int]:
+def counts_in(file: Any, group: str, keys: Iterable[str], columns: Iterable[str]) -> dict[str, int]:
     """Site or column of an open file -> how many of its numbers are infinite or NaN, where the file says it.
 
-    keys: the sites to look at. columns: the columns. Raises ValueError for an attribute that is no whole number.
+    group: the group of the sites. keys: the sites to look at. columns: the columns. Raises ValueError for an attribute that is no whole number.
     """
-    datasets = {key: file[f"activations/{key}"] for key in keys} | {name: file[f"samples/{name}"] for name in columns}
+    datasets = {key: file[f"{group}/{key}"] for key in keys} | {name: file[f"samples/{name}"] for name in columns}
     return {name: int(attribute_of(each, NON_FINITE)) for name, each in datasets.items() if NON_FINITE in each.attrs}
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.errors import ManySamples, RefusedPickle, StoreError, did_you_mean
-from AutomaticEval.samples import Rows, fed_of, sample_data
+from AutomaticEval.reducing.projection import EVERY_SITE
+from AutomaticEval.samples import Line, Rows, fed_of, sample_data
 from AutomaticEval.settings import RunSettings
 from AutomaticEval.sites import key_among, kind_and_layer
 from AutomaticEval.store.contents.changed import reordered
@@ -27,6 +28,7 @@ from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reading.finite_samples import finite_samples
 from AutomaticEval.store.reading.layer_samples import LayerSamples
+from AutomaticEval.store.reading.reduced_runs import how_reduced
 from AutomaticEval.store.reading.row_numbers import row_numbers
 from AutomaticEval.store.reading.run_files import open_files
 from AutomaticEval.store.reading.shuffled import BUFFER_ROWS, ShuffledRows
@@ -119,6 +121,10 @@ class Run(Sequence[dict[str, Any]]):
             [int(v) for a, b in ranges for v in ints[a:b]] for ints in (contents.token_ids, contents.positions)
         )
         prompt, response = contents.input_ids.item(number).tolist(), contents.generated_ids.item(number).tolist()
+        columns = contents.columns.record(number)
+        if contents.is_by_sample:
+            line = Line.of({key: self._rows.read(key, ranges) for key in self.keys})
+            return sample_data(contents.model, contents.settings, columns, prompt, response, line)
         fed = dict(enumerate(fed_of(prompt, response)))
         with naming(self.path):
             if [fed.get(position) for position in positions] != token_ids:
@@ -126,7 +132,7 @@ class Run(Sequence[dict[str, Any]]):
             strings = contents.strings()
             tokens = [strings[token] for token in token_ids]
         rows = Rows(token_ids, tokens, positions, {key: self._rows.read(key, ranges) for key in self.keys})
-        return sample_data(contents.model, contents.settings, contents.columns.record(number), prompt, response, rows)
+        return sample_data(contents.model, contents.settings, columns, prompt, response, rows)
 
     def read(self, index: int, key: str) -> Tensor:
         """One site of one sample: [n_positions, width]. Reads no more than those bytes."""
@@ -279,6 +285,26 @@ class Run(Sequence[dict[str, Any]]):
         key = self._key(key)
         return self._rows.take(key, self._row_numbers(position))
 
+    def reduced(self, key: str) -> Tensor:
+        """The mean or the largest numbers over each sample's kept positions: [n_samples, width], in the order of `table`.
+
+        Of a run that was made with reduce="mean" or "max". A sample without kept positions has NaN; `run.where(run.finite())` leaves it out.
+        Raises StoreError for an unknown key, and for a run with rows.
+        """
+        if not self._contents.is_by_sample:
+            raise StoreError(
+                f"{self.path} holds rows, which were not reduced to one line a sample; read them with activations, read or rows."
+            )
+        return self._rows.take(self._stored_key(key), self._contents.segments.take(self._order).values[:, 0])
+
+    def projection(self, key: str) -> Tensor:
+        """The matrix [width, k], float32, by which the rows of a site were multiplied. Raises StoreError for a run without one."""
+        key, matrices = self._stored_key(key), self._contents.matrices
+        name = key if key in matrices else EVERY_SITE
+        if name not in matrices:
+            raise StoreError(f"{self.path} holds no projection of {key}: its rows are {how_reduced(self.settings)}.")
+        return torch.from_numpy(matrices[name][:])
+
     def rows(self, key: str, *, by_sample: bool = False) -> RowArray:
         """All rows of these samples as an array-like [n_rows, width] on the disk: each row once, in the order of the files.
 
@@ -337,7 +363,14 @@ class Run(Sequence[dict[str, Any]]):
         return row_numbers(self.path, self._contents, self._order.tolist(), position)
 
     def _key(self, given: str) -> str:
-        """The stored key that a spelling of a site names. Raises StoreError."""
+        """The stored key that a spelling of a site names. Raises StoreError, also for a run that holds no rows."""
+        if self._contents.is_by_sample:
+            raise StoreError(
+                f"{self.path} holds no rows but {how_reduced(self.settings)}; read it with reduced({given!r})."
+            )
+        return self._stored_key(given)
+
+    def _stored_key(self, given: str) -> str:
         key = key_among(self.keys, given)
         if key is None:
             raise StoreError(

@@ -32,6 +32,9 @@ class SharedRun:
     paths: Mapping[str, str] = field(default_factory=dict)
     """Where the model is on this machine, for `local_paths.json`."""
 
+    matrices: Mapping[str, Any] = field(default_factory=dict)
+    """Those of the projection by which the rows were made: name -> [width, k]."""
+
     @contextmanager
     def writing(
         self, new_folder: Callable[[], Path], *, resume: bool, tell: Callable[[RunWriter], T]
@@ -82,5 +85,6 @@ class SharedRun:
             shard_bytes=self.shard_bytes,
             compression=self.compression,
             strict=self.strict,
+            matrices=self.matrices,
             **how,
         )

@@ -1,6 +1,6 @@
-"""Writes a run: samples gathered in memory, sealed into shards by a thread of their own, and one `run.h5` over them.
+"""Writes a run: samples gathered in memory, sealed into shards by threads of their own, and one `run.h5` over them.
 
-No HDF5 file is open while a model runs but the one that is being sealed. Whatever kills the process, every file that has its
+No HDF5 file is open while a model runs but the one that is being filled. Whatever kills the process, every file that has its
 name is whole, and a writer that resumes goes on from there. Knows nothing of where samples come from.
 """
 
@@ -11,7 +11,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,6 @@ from AutomaticEval.errors import (
 from AutomaticEval.samples import Sample
 from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.contents.columns import Columns, records_of
-from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.contents.joined import joined
 from AutomaticEval.store.disk.json_text import as_json
@@ -33,14 +32,14 @@ from AutomaticEval.store.disk.whole_files import named_failures, prepare_folder
 from AutomaticEval.store.finite import report_non_finite
 from AutomaticEval.store.hdf5.attributes import attribute_text
 from AutomaticEval.store.hdf5.read import Shard
-from AutomaticEval.store.hdf5.write import check_compression, write_file
+from AutomaticEval.store.hdf5.write import check_compression, filled_file, write_file
 from AutomaticEval.store.hdf5.writing.activations import Source
 from AutomaticEval.store.run_folder import delete_replaced, is_finished, next_number, shard_names
 from AutomaticEval.store.shard_columns import ShardColumns
 from AutomaticEval.store.writing.folder_lock import clear_other_ranks, locked
 from AutomaticEval.store.writing.gathered_samples import GatheredSamples
 from AutomaticEval.store.writing.run_index import source_of, write_index
-from AutomaticEval.store.writing.sealing_thread import SealingThread
+from AutomaticEval.store.writing.shards_in_flight import MOST, ShardsInFlight
 from AutomaticEval.store.writing.small_shards import groups_to_merge
 from AutomaticEval.store.writing.unfinished_run import take_up_shards
 
@@ -57,7 +56,9 @@ def shard_bytes_for(forecast_bytes: int) -> int:
 
 
 class RunWriter:
-    """Takes a run's samples. One shard is gathered while the one before it is written.
+    """Takes a run's samples. One shard is gathered while the one before it is filled, and the disk settles the one before that.
+
+    The rows of two shards are in memory at most: of the one that is gathered, and of the one that is filled.
 
     Use it as a context manager: on every exit what was gathered is sealed, and the folder's lock is released.
 
@@ -69,6 +70,7 @@ class RunWriter:
     first. A damaged shard is set aside (`docs/format.md`), with a warning, and its samples are not among the records.
     Without resume, a folder that holds a run is refused.
     strict: raise NotFinite once a shard is sealed that holds infinite numbers or NaN; without it, `finish` warns of them.
+    matrices: those of the projection by which the rows were made, name -> [width, k]; each file holds them.
     finishing: the processes that wrote the folder have just closed it. No shard is read whole, none is set aside: damage raises.
     share: (rank, n_ranks) of several processes that write into one folder. The first opens it, and only then the others, with
     its `run_id` in their settings. When all have closed it, the first opens it again with finishing, and finishes.
@@ -84,6 +86,7 @@ class RunWriter:
         shard_bytes: int = SHARD_BYTES,
         compression: str | None = None,
         strict: bool = False,
+        matrices: Mapping[str, Any] = {},
         resume: bool = False,
         finishing: bool = False,
         share: tuple[int, int] = (0, 1),
@@ -91,7 +94,7 @@ class RunWriter:
         check_compression(compression)
         self.folder = folder = folder.expanduser().absolute()
         self._model, self._shard_bytes, self._compression = attribute_text(model), shard_bytes, compression
-        self._strict = strict
+        self._strict, self._matrices = strict, matrices
         self._settings = RunSettings.from_dict(json.loads(as_json({"run_id": uuid4().hex, **settings})))
         self._in_8_bits = self._settings.store_dtype == "int8"
         self._gathered = GatheredSamples(in_8_bits=self._in_8_bits)
@@ -108,7 +111,7 @@ class RunWriter:
         except BaseException:
             self._lock.release()
             raise
-        self._thread = SealingThread()
+        self._in_flight = ShardsInFlight()
 
     def _begin(self, *, resume: bool, finishing: bool) -> None:
         lowest = next_number(self.folder)
@@ -137,17 +140,25 @@ class RunWriter:
         """
         try:
             if failed:
-                try:
-                    self._settle()
-                except AutomaticEvalError as before:
-                    warnings.warn(str(before), UserWarning, stacklevel=3)
+                self._settle_with_warnings()
                 with suppress(AutomaticEvalError):  # what was gathered may fit where the shard before did not
                     self.flush()
             else:
                 self.flush()
         finally:
-            self._thread.close()
-            self._lock.release()
+            try:
+                self._settle_with_warnings()
+            finally:
+                self._in_flight.wait_until_ended()
+                self._lock.release()
+
+    def _settle_with_warnings(self) -> None:
+        """Wait for the shards that are being written, and tell in warnings which failed: another error is on its way to the user."""
+        while len(self._in_flight):
+            try:
+                self._take_first()
+            except AutomaticEvalError as before:
+                warnings.warn(str(before), UserWarning, stacklevel=4)
 
     @property
     def run_id(self) -> str:
@@ -167,13 +178,12 @@ class RunWriter:
     def add(self, samples: Sequence[Sample]) -> None:
         """Take samples, which may share rows; those of one call are in one shard.
 
-        Waits when the shard before is still being written. Raises what stopped the writing: DiskFull, StoreError;
+        Waits when a shard is full and the one before is still being filled. Raises what stopped the writing: DiskFull, StoreError;
         CaptureError for rows that are not like those before, of which then none is taken.
         """
         with self._mutex:
             self._check_open()
-            if self._thread.has_ended:
-                self._settle()
+            self._take_ended()
             self._gathered.add(samples)
             if self._gathered.n_bytes >= self._shard_bytes or self._gathered.age_seconds > SHARD_SECONDS:
                 self.seal()
@@ -183,26 +193,33 @@ class RunWriter:
             raise StoreError(f"the writer of {self.folder} was closed; nothing more can be added.")
 
     def seal(self) -> None:
-        """Start to write what is gathered as the next shard, once the shard before is written."""
+        """Start to write what is gathered as the next shard, once the rows of the shard before are in its file."""
         with self._mutex:
             if len(self._gathered):
-                self._settle()
+                while len(self._in_flight) >= MOST:
+                    self._take_first()
+                self._in_flight.wait_until_filled()
+                self._take_ended()
                 samples = self._gathered.samples
-                self._thread.start(partial(self._write_samples, self._take_name(), samples), len(samples))
+                self._in_flight.start(partial(self._filled, self._take_name(), samples), len(samples))
                 self._gathered.clear()  # only now: when no thread can be started, nothing is lost
 
     def flush(self) -> None:
-        """Seal what is gathered, and return when it is on the disk."""
+        """Seal what is gathered, and return when all is on the disk."""
         with self._mutex:
-            self._settle()
+            self._take_ended()
             self.seal()
-            self._settle()
+            while len(self._in_flight):
+                self._take_first()
 
-    def _settle(self) -> None:
-        """Wait for the shard that is being written. A shard that failed raises once."""
-        sealed = self._thread.wait()
-        if sealed is not None:
-            self._note_sealed(sealed.source, sealed.n_samples)
+    def _take_ended(self) -> None:
+        while self._in_flight.first_has_ended:
+            self._take_first()
+
+    def _take_first(self) -> None:
+        """Wait for the shard that was started first. A shard that failed raises once."""
+        sealed = self._in_flight.take()
+        self._note_sealed(sealed.source, sealed.n_samples)
 
     def _note_sealed(self, source: Source, n_samples: int) -> None:
         self._sealed.append(source)
@@ -214,11 +231,10 @@ class RunWriter:
         self._next += self._n_ranks
         return f"shard-{self._next - self._n_ranks:05d}.h5"
 
-    def _write_samples(self, name: str, samples: Sequence[Sample]) -> Source:
-        return self._write(name, of_samples(samples, self._model, self._settings.as_dict(), in_8_bits=self._in_8_bits))
-
-    def _write(self, name: str, contents: Contents, replaces: Sequence[str] = ()) -> Source:
-        return write_file(self.folder / name, contents, compression=self._compression, replaces=replaces)
+    def _filled(self, name: str, samples: Sequence[Sample]) -> AbstractContextManager[Source]:
+        how: dict[str, Any] = {"in_8_bits": self._in_8_bits, "matrices": self._matrices}
+        contents = of_samples(samples, self._model, self._settings.as_dict(), **how)
+        return filled_file(self.folder / name, contents, compression=self._compression)
 
     def records(self) -> list[dict[str, Any]]:
         """`table()` as one dict a sample."""
@@ -244,7 +260,8 @@ class RunWriter:
                 merged += group
                 continue
             files = [Shard(self.folder / source.name).contents() for source in group]
-            merged.append(self._write(self._take_name(), joined(files), [source.name for source in group]))
+            path, replaced = self.folder / self._take_name(), [source.name for source in group]
+            merged.append(write_file(path, joined(files), compression=self._compression, replaces=replaced))
         self._sealed = merged
 
     def finish(self, columns: Columns | None = None) -> None:
@@ -258,7 +275,7 @@ class RunWriter:
                 raise StoreError(f"{self.folder} is finished already.")
             columns = columns or self.table()
             n_records = len(columns.whole("shard")) if columns.names else 0
-            if len(self._gathered) or self._thread.sealing is not None or n_records != self._n_samples:
+            if len(self._gathered) or len(self._in_flight) or n_records != self._n_samples:
                 raise StoreError(
                     f"{n_records} records for {self._n_samples} sealed samples; ask table() after the last add."
                 )

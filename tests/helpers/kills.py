@@ -27,6 +27,7 @@ from AutomaticEval.models.loading import load_model
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.store import writer
+from AutomaticEval.store.hdf5.writing import rows
 from AutomaticEval.store.reader import open_run
 from AutomaticEval.store.writer import RunWriter
 
@@ -95,11 +96,12 @@ def assert_equal(folder: Path, expected: Path) -> None:
     for number, sample in one.items():
         assert sample["response"] == other[number]["response"]
         assert sample["token_ids"].equal(other[number]["token_ids"])
-        for key, rows in other[number]["activations"].items():
-            assert sample["activations"][key].equal(rows), (number, key)
+        for key, wanted in other[number]["activations"].items():
+            assert sample["activations"][key].equal(wanted), (number, key)
 
 
 def main(folder: Path, n_kills: int, seed: int) -> None:
+    rows.THREAD_BYTES = 1  # rows are written by several threads, however few they are
     writer.SHARD_SECONDS = 0  # seal a shard after every batch, so that each resume has small shards to merge
     torch.set_num_threads(1)  # a fork loses threads
     loaded = load_model("demo")

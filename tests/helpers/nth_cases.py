@@ -15,6 +15,7 @@ from uuid import UUID
 from AutomaticEval.store import writer
 from AutomaticEval.store.export import formats as export
 from AutomaticEval.store.hdf5 import write as sealing
+from AutomaticEval.store.hdf5.writing import rows
 from AutomaticEval.store.upkeep.convert import convert as convert_run
 from AutomaticEval.store.upkeep.merge import merge as merge_runs
 from AutomaticEval.store.upkeep.prune import prune as prune_run
@@ -202,6 +203,7 @@ def begin(names: list[str]) -> None:
     from tqdm import tqdm
 
     torch.set_num_threads(1)  # a fork loses threads
+    rows.THREAD_BYTES = 1  # each site is written by a thread of its own
     tqdm.monitor_interval = 0
     sealing.datetime = Still  # type: ignore[misc]
     writer.uuid4 = lambda: UUID(int=0)  # type: ignore[assignment]

@@ -4,7 +4,8 @@
  * nth_watch(folder) chooses the folder, by its real path. nth_arm(changes, n, code, stays) starts the count again, in this process and
  * in those that it forks: with changes 1, the n-th call that changes something fails with errno code; with changes 0, the n-th call that
  * opens for reading. With stays 1, every later call that needs room fails, too, as on a full disk. nth_count(changes) gives the number
- * of calls, and nth_failed() the call that failed. A write that fails has written half of its bytes.
+ * of calls, and nth_failed() the call that failed. A write that fails has written half of its bytes. With code 0 it says so, as a
+ * short write does; with EINTR it says that a signal came. Only writes can end like this: other calls then do not fail.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -74,11 +75,14 @@ static const char *absolute(int folder, const char *path, char *found) {
 enum { READS, CHANGES };
 enum { FREES, NEEDS_ROOM };
 
+static int can_end_early(const char *call) { return !strcmp(call, "write") || !strcmp(call, "pwrite") || !strcmp(call, "pwrite64"); }
+
 /* Whether this call on this path must fail. */
 static int fails(const char *call, const char *path, int changes, int needs_room) {
     if (!is_watched(path)) return 0;
     long number = __atomic_add_fetch(&shared->count[changes], 1, __ATOMIC_SEQ_CST);
     if (!shared->nth || changes != shared->changes || number < shared->nth || (number > shared->nth && !(shared->stays && needs_room))) return 0;
+    if ((!shared->code || shared->code == EINTR) && !can_end_early(call)) return 0;
     if (number == shared->nth) snprintf(shared->failed, sizeof shared->failed, "%s %s", call, path);
     errno = shared->code;
     return 1;
@@ -135,18 +139,18 @@ FOPEN(fopen64)
 ssize_t write(int handle, const void *bytes, size_t n) {
     REAL(write);
     if (!fails_on("write", handle)) return real(handle, bytes, n);
-    real(handle, bytes, n / 2);
+    ssize_t half = real(handle, bytes, n / 2);
     errno = shared->code;
-    return -1;
+    return shared->code ? -1 : half;
 }
 
 #define PWRITE(name) \
     ssize_t name(int handle, const void *bytes, size_t n, off_t at) { \
         REAL(name); \
         if (!fails_on(#name, handle)) return real(handle, bytes, n, at); \
-        real(handle, bytes, n / 2, at); \
+        ssize_t half = real(handle, bytes, n / 2, at); \
         errno = shared->code; \
-        return -1; \
+        return shared->code ? -1 : half; \
     }
 PWRITE(pwrite)
 PWRITE(pwrite64)

@@ -3,7 +3,7 @@
     LD_PRELOAD=nth_failure.so PYTHONPATH=.:tests python -m helpers.nth_failures nth_failure.so FOLDER HOW CASE…
 
 nth_failure.so is `nth_failure.c`, compiled. HOW is a name of WAYS: each call that changes something fails in that way. With `turns`
-the calls fail in the four ways in turn; with `reads` each call that opens a file for reading fails. CASE is a name of `nth_cases.py`;
+the calls fail in these ways in turn; with `reads` each call that opens a file for reading fails. CASE is a name of `nth_cases.py`;
 `CASE/N` lets only every N-th call fail. Each attempt is a real process, forked from this one (which has loaded the libraries and the
 model), and acts in a fresh folder. `examine` says what must hold after it. Prints one line for each case.
 """
@@ -48,7 +48,11 @@ WAYS = {
     "broken": Way(errno.EIO),
     "denied": Way(errno.EACCES),
     "full_once": Way(errno.ENOSPC),
+    "short": Way(0),
+    "interrupted": Way(errno.EINTR),
 }
+HARMLESS = (0, errno.EINTR)
+"""A write that ends early, and is to be gone on with."""
 READS = [Way(errno.EIO, changes=False), Way(errno.EACCES, changes=False), Way(errno.EMFILE, changes=False)]
 LONGEST = 120
 """Seconds after which an attempt is killed."""
@@ -177,9 +181,11 @@ class Attempts:
             self.outcomes["not reached"] += 1
         self.outcomes["survived" if ended.code == 0 else "refused"] += 1
         problems = list(self.examine(ended))
+        if ended.code and way.code in HARMLESS:
+            problems.append("a write that ended early was not gone on with")
         if problems:
             self.outcomes["wrong"] += 1
-            how = f"{errno.errorcode[way.code]}{' for ever' if way.stays else ''}"
+            how = f"{errno.errorcode.get(way.code, 'a short write')}{' for ever' if way.stays else ''}"
             kind = "change" if way.changes else "reading"
             lines = [f"{self.name}, {kind} {n} ({ended.failed}) with {how}:", *problems, ended.said[-1500:]]
             print(*lines, sep="\n    ", flush=True)

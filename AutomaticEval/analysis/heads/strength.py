@@ -18,12 +18,13 @@ from AutomaticEval.errors import PromptError, SelectionError, StoreError, Unknow
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.head_weights import HeadResultNorms, n_inputs
-from AutomaticEval.models.layout import Layout, Tap
+from AutomaticEval.models.layout import Derived, Layout, Tap
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.public_names import public_name
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
 from AutomaticEval.store.disk.json_files import Stats, write_json
 from AutomaticEval.store.reader import Run
+from AutomaticEval.store.reading.reduced_runs import refuse_reduced
 
 CHUNK_ROWS = 65536
 """How many stored rows are read at once."""
@@ -200,10 +201,12 @@ def strength_of_run(run: Run, model: Any = None) -> Stats:
     """The statistics that `get_all_stats` gives, over a stored run that kept `head_result_norm`, or `z`.
 
     model: the model that made the run; only a run that kept z needs it. Each stored row counts once, so a beginning that requests share
-    counts once. Memory does not grow with the run. Raises StoreError when neither was kept, and for a model with other weights.
+    counts once. Memory does not grow with the run. Raises StoreError when neither was kept, and for a model with other weights;
+    SelectionError for reduced rows.
     """
+    refuse_reduced(run.settings, "the strength of heads")
     layers = {site.layer: key for key in run.keys if (site := _site(key)) and site.kind == "head_result_norm"}
-    norms_of_z: dict[int, HeadResultNorms] = {}
+    norms_of_z: dict[int, Derived] = {}
     if not layers:
         layers = {site.layer: key for key in run.keys if (site := _site(key)) and site.kind == "z"}
         if not layers or model is None:
@@ -244,7 +247,7 @@ def _site(key: str) -> Site | None:
         return None
 
 
-def _norms_of(run: Run, model: Any, layers: Sequence[int]) -> dict[int, HeadResultNorms]:
+def _norms_of(run: Run, model: Any, layers: Sequence[int]) -> dict[int, Derived]:
     """Layer -> the function from z to norms. Raises StoreError for another model than the run's."""
     loaded = _loaded(model)
     now = loaded.identity()

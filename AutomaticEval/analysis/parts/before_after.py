@@ -80,6 +80,8 @@ def _answered_twice(
 ) -> tuple[list[Response], list[Response]]:
     """Each prompt's response without the intervention, and with it."""
     loaded = intervention.loaded
+    if sampling.generation == "auto":  # one way for both, also when only one of them could come from a graph
+        sampling = replace(sampling, generation="eager")
     responses: dict[int, tuple[Response, Response]] = {}  # row -> without and with
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]

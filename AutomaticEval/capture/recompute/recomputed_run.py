@@ -59,8 +59,10 @@ class Recomputed:
         rows, numbers = (sum(getattr(each, name) for each in self.samples) for name in ("n_rows", "n_numbers"))
         ending = ""
         if self.furthest is not None:
-            number, (part, key, position) = self.furthest
-            ending = f"; the largest difference is {part:.1e} of a row's largest number: sample {number}, {key}, position {position}"
+            number, (part, key, place) = self.furthest
+            ending = (
+                f"; the largest difference is {part:.1e} of a row's largest number: sample {number}, {key}, {place}"
+            )
         return (
             f"{len(self.samples)} of {self.n_samples} samples recomputed (seed {self.seed}): {n_equal} equal, {n_near} within rounding, "
             f"{len(self.different)} DIFFERENT; {rows} rows and {numbers} numbers of {self.n_keys} keys compared{ending}"

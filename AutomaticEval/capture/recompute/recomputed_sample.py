@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.capture.recompute.plain_forward import Plain, pattern_layer, plain_forward
+from AutomaticEval.capture.recompute.reduced_again import ReducedAgain
 from AutomaticEval.capture.recompute.tolerance import (
     IN_8_BITS,
     LIMITS,
@@ -26,7 +27,6 @@ from AutomaticEval.capture.recompute.tolerance import (
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import fed_of
 from AutomaticEval.selection import Positions
-from AutomaticEval.settings import RunSettings
 from AutomaticEval.sites import Site, site_of
 from AutomaticEval.store.hdf5.contract import dtype_named
 from AutomaticEval.store.reader import Run
@@ -54,6 +54,8 @@ KEEPS_GREEDY = frozenset(
     ]
 )
 """Settings of a generation with which greedy decoding still takes the likeliest token. Any other may change the logits first."""
+FEWEST_NUMBERS = 8
+"""Reduced rows with fewer numbers, such as norms, are not compared with other rows: these may be as near by chance."""
 SHOWN = 3
 """The most problems of a sample that are shown."""
 NUMBERS = 2**23
@@ -66,7 +68,8 @@ class RowDifference(NamedTuple):
     part: float
     """The difference, as a part of the largest number of the row."""
     key: str
-    position: int
+    place: str
+    """Its position, in words; or that it is a sample's line."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ class Compared:
             return "equal" if self.n_rows else "equal (it has no rows)"
         if self.furthest is None:
             return "within rounding (of the steps of int8)"
-        part, key, position = self.furthest
-        return f"within rounding (max {part:.1e} of a row's largest number, at {key}, position {position})"
+        part, key, place = self.furthest
+        return f"within rounding (max {part:.1e} of a row's largest number, at {key}, {place})"
 
 
 class Comparison:
@@ -106,31 +109,43 @@ class Comparison:
 
     def __init__(self, run: Run, loaded: LoadedModel) -> None:
         self.run, self.loaded = run, loaded
-        self._made = run.made_with
+        self._made, self._reduced = run.made_with, ReducedAgain(run)
         self.limits = IN_8_BITS if loaded.numbers().quantization == "8bit" else LIMITS[loaded.model.dtype]
         self._generation: dict[str | None, Mapping[str, Any] | None] = {}
 
     def of(self, number: int) -> Compared:
         """The verdict on one sample, from one forward of its tokens alone."""
         sample = self.run[number]  # this checks that its rows belong to its tokens
-        tokens = _SampleTokens.of(sample)
+        tokens = _SampleTokens.of(sample, self._wanted(sample))
         n_scored = len(tokens.response) if sample.get("logprob") is not None or self._is_greedy(sample) else 0
         plain = plain_forward(self.loaded, tokens.fed, self.run.keys, tokens.around, n_scored)
-        problems = _misplaced(tokens, self._made)
-        rows, furthest, is_equal = _RightRows(tokens, plain), None, True
-        for key, whole in sample["activations"].items():
-            stored, steps = self._cropped(key, whole, self.run.steps(number, key), len(tokens.fed))
+        problems = _misplaced(tokens)
+        rows, furthest, is_equal = _RightRows(tokens, plain, self._reduced), None, True
+        held = {**sample["activations"], **{key: line[None] for key, line in sample.get("reduced", {}).items()}}
+        for key, whole in held.items():
+            stored, steps = self._cropped(key, whole, self._steps(number, key), len(tokens.fed))
             verdict = self._judged(key, stored, steps, rows)
             problems += self._problems(key, stored, steps, rows, verdict)
             is_equal &= verdict.measured.is_equal
             parts = verdict.measured.parts
             if len(parts) and float(parts.max()) > (furthest.part if furthest else 0):
-                furthest = RowDifference(float(parts.max()), key, tokens.positions[int(parts.argmax())])
+                furthest = RowDifference(float(parts.max()), key, rows.place(int(parts.argmax())))
         if n_scored:
             problems += _score_problems(sample, plain.logits, tokens.response, self.limits)
-        n_numbers = sum(stored.numel() for stored in sample["activations"].values())
-        n_rows = len(tokens.positions) * len(self.run.keys)
+        n_numbers = sum(stored.numel() for stored in held.values())
+        n_rows = sum(map(len, held.values()))
         return Compared(number, _name(sample), n_rows, n_numbers, is_equal, furthest, tuple(problems))
+
+    def _wanted(self, sample: Mapping[str, Any]) -> list[int]:
+        """The positions that the run keeps of a sample. A run that was pruned keeps those that every pruning left."""
+        n_prompt, n_response = sample["input_ids"].shape[1], len(sample["generated_ids"])
+        wanted = set(range(n_prompt + max(n_response - 1, 0)))
+        for part in str(self._made.positions or "all").split(" of "):
+            wanted &= set(Positions.parse(part).resolve(n_prompt, n_response))
+        return sorted(wanted)
+
+    def _steps(self, number: int, key: str) -> Tensor | None:
+        return None if self._reduced.is_by_sample else self.run.steps(number, key)
 
     def _cropped(self, key: str, stored: Tensor, steps: Tensor | None, n_ids: int) -> tuple[Tensor, Tensor | None]:
         """A pattern [n, n_heads * n_keys] without the columns beyond its sequence, of which there may be a hundred thousand, all of zeros."""
@@ -149,7 +164,8 @@ class Comparison:
         for at in (slice(start, start + step) for start in range(0, max(1, len(stored)), step)):
             own = None if steps is None else steps[at]
             right, others = rows.own(key, stored, at), rows.others(key, stored, at)
-            blocks.append(measured(stored[at], right, steps=own, through=self._through, others=others))
+            how: dict[str, Any] = {"steps": own, "through": self._through, "sizes": rows.sizes(key, at)}
+            blocks.append(measured(stored[at], right, others=others, **how))
         return judged(blocks, self.limits)
 
     def _problems(
@@ -182,8 +198,8 @@ class Comparison:
         return None if before is None else dtype_named(before)
 
     def _n_heads(self, key: str) -> int:
-        """How many heads a row of this key holds side by side; 0 for a site without heads."""
-        return self.loaded.layout.heads_of(site_of(key).kind)
+        """How many heads a row of this key holds side by side; 0 for a site without heads, and for reduced rows."""
+        return 0 if self._made.reduce is not None else self.loaded.layout.heads_of(site_of(key).kind)
 
     def _is_greedy(self, sample: Mapping[str, Any]) -> bool:
         """Whether each token of the response is known to have been the likeliest: chosen greedily, from logits that no setting changed."""
@@ -208,6 +224,8 @@ class _SampleTokens(NamedTuple):
     prompt: list[int]
     response: list[int]
     fed: list[int]
+    wanted: list[int]
+    """The positions that the run keeps of it."""
     positions: list[int]
     tokens: list[str]
 
@@ -218,44 +236,67 @@ class _SampleTokens(NamedTuple):
         return [position for position in sorted(near) if 0 <= position < len(self.fed)]
 
     @classmethod
-    def of(cls, sample: Mapping[str, Any]) -> _SampleTokens:
+    def of(cls, sample: Mapping[str, Any], wanted: list[int]) -> _SampleTokens:
+        """wanted: the positions that the run keeps of the sample, which a line stands for."""
         prompt, response = sample["input_ids"][0].tolist(), sample["generated_ids"].tolist()
-        return cls(prompt, response, fed_of(prompt, response), sample["positions"].tolist(), sample["tokens"])
+        fed = fed_of(prompt, response)
+        if "reduced" in sample:
+            return cls(prompt, response, fed, wanted, wanted, [])
+        return cls(prompt, response, fed, wanted, sample["positions"].tolist(), sample["tokens"])
 
 
-def _misplaced(tokens: _SampleTokens, made: RunSettings) -> list[str]:
-    """A line when other positions are stored than the run keeps. A run that was pruned keeps those that every pruning left."""
-    wanted = set(range(len(tokens.fed)))
-    for part in str(made.positions or "all").split(" of "):
-        wanted &= set(Positions.parse(part).resolve(len(tokens.prompt), len(tokens.response)))
-    if sorted(wanted) == tokens.positions:
+def _misplaced(tokens: _SampleTokens) -> list[str]:
+    """A line when other positions are stored than the run keeps."""
+    if tokens.wanted == tokens.positions:
         return []
-    different = sorted(wanted.symmetric_difference(tokens.positions)) or tokens.positions
+    different = sorted(set(tokens.wanted).symmetric_difference(tokens.positions)) or tokens.positions
     return [
-        f"positions: {len(tokens.positions)} are stored, and the run kept {len(wanted)}; the first that differs is {different[0]}"
+        f"positions: {len(tokens.positions)} are stored, and the run kept {len(tokens.wanted)}; the first that differs is {different[0]}"
     ]
 
 
 class _RightRows:
     """The recomputed rows of one sample, by key, in the shape in which they are stored."""
 
-    def __init__(self, tokens: _SampleTokens, plain: Plain) -> None:
-        self._plain, self.positions, self.tokens = plain, tokens.positions, tokens.tokens
+    def __init__(self, tokens: _SampleTokens, plain: Plain, reduced: ReducedAgain) -> None:
+        self._plain, self._positions, self._tokens, self._reduced = plain, tokens.positions, tokens.tokens, reduced
         self._row_of = {position: row for row, position in enumerate(tokens.around)}
 
     def own(self, key: str, stored: Tensor, at: slice = slice(None)) -> Tensor:
         """[n, width]: the right rows for some of the stored rows of a key."""
-        return self._taken(key, self.positions[at], stored)
+        return self._reduced.of(key, self._taken(key, self._at(at), stored))
+
+    def sizes(self, key: str, at: slice) -> Tensor | None:
+        """[n, width]: what counts as the size of the numbers of these rows; None: the numbers themselves."""
+        if self._plain.rows[key].dim() == 3:
+            return None
+        return self._reduced.sizes(key, self._plain.rows[key][[self._row_of[each] for each in self._at(at)]])
+
+    def place(self, row: int) -> str:
+        """Which of the stored rows it is, in words."""
+        if self._reduced.is_by_sample:
+            return f"the line of {len(self._positions)} positions"
+        return f"position {self._positions[row]}"
+
+    def token(self, row: int) -> str:
+        """Its token, as a message shows it; nothing for a line."""
+        return "" if self._reduced.is_by_sample else f" (token {self._tokens[row]!r})"
+
+    def _at(self, at: slice) -> list[int]:
+        """The positions of some of the stored rows. A line is of all of them."""
+        return self._positions if self._reduced.is_by_sample else self._positions[at]
 
     def others(self, key: str, stored: Tensor, at: slice) -> dict[str, Tensor]:
         """Rows that may have been stored by mistake: those of the neighbours in the sequence, and those of the layers below and above."""
-        others, positions = {}, self.positions[at]
+        if stored.shape[1] < FEWEST_NUMBERS and self._reduced.is_reducing:
+            return {}
+        others, positions = {}, self._at(at)
         for step, name in ((-1, "the position before it"), (1, "the position after it")):
             there = [each + step if each + step in self._row_of else each for each in positions]
-            others[name] = self._taken(key, there, stored)
+            others[name] = self._reduced.of(key, self._taken(key, there, stored))
         for other in _beside(key):
             if other in self._plain.rows and pattern_layer(key) is None:
-                others[other] = self._taken(other, positions, stored)
+                others[other] = self._reduced.of(key, self._taken(other, positions, stored))
         return others
 
     def _taken(self, key: str, positions: Sequence[int], stored: Tensor) -> Tensor:
@@ -286,7 +327,7 @@ def _row_problem(key: str, rows: _RightRows, verdict: Judged, limits: Limits) ->
     half = f"; half of its rows are off by {verdict.median:.1e} of their mean size or more"
     n_wrong = f"{int(verdict.wrong.sum())} of {len(verdict.wrong)} rows differ"
     return (
-        f"at {key}, position {rows.positions[at]} (token {rows.tokens[at]!r}): {size_told}{nearer}"
+        f"at {key}, {rows.place(at)}{rows.token(at)}: {size_told}{nearer}"
         f"{half if verdict.median > limits.median else ''}; {n_wrong}"
     )
 

@@ -91,18 +91,20 @@ def measured(
     steps: Tensor | None = None,
     through: torch.dtype | None = None,
     others: Mapping[str, Tensor] = {},
+    sizes: Tensor | None = None,
 ) -> Measured:
     """How stored rows [n, width] differ from the right rows [n, width], which have the dtype in which they were computed.
 
     steps: [n, width], the size of one step of each int8 number; None for stored floats. through: a dtype in which the rows were stored
     before. others: name -> other rows [n, width] that may have been stored by mistake, such as those of the neighbours.
+    sizes: [n, width], what counts as the size of each number; None takes the right numbers themselves.
     """
     wanted, slack = _as_stored(stored, right, steps, through)
     is_same = (stored == wanted) | (stored.isnan() & wanted.isnan())
     actual, expected = stored.double(), wanted.double()
     beyond_slack = ((actual - expected).abs() - slack).clamp(min=0)
     off = torch.where(is_same, 0, beyond_slack).nan_to_num(nan=torch.inf)  # [n, width]
-    size = torch.where(expected.isfinite(), expected.abs(), 0)
+    size = torch.where(expected.isfinite(), expected.abs() if sizes is None else sizes, 0)
     nearer = {name: _is_nearer(actual, expected, other.double()) for name, other in others.items()}
     is_equal = bool(is_same.all()) if steps is None else bool((stored / steps).round().equal(_in_steps(right, steps)))
     return Measured(is_equal, off.amax(1), size.amax(1), off.mean(1), size.mean(1), nearer)

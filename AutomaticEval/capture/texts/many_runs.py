@@ -146,7 +146,9 @@ def _extract_unit(
 ) -> dict[str, Any]:
     """Run one model on one set, and write what the extraction gave beside the run. Returns those numbers."""
     per_token = PieceForwards(loaded, plan.selection, plan.feeding).bytes_per_token
-    announce(f"{unit.model}, {unit.name}: {size_text(per_token)} a token")
+    announce(
+        f"{unit.model}, {unit.name}: {size_text(per_token)} a {'sample' if plan.selection.is_by_sample else 'token'}"
+    )
     with nullcontext() if unit.folder.exists() else leaving_nothing(unit.folder):
         described = replace(texts, about=_about(unit.model, texts, plan))
         writing = Writing(plan.compression, plan.ranks, resume=(unit.folder / LOCK).exists())
@@ -206,13 +208,14 @@ def _status_before(unit: Unit, texts: TextSet, plan: Plan) -> str:
     run = unit.run()
     wanted = {
         "model": public_name(unit.model),
+        **dict.fromkeys(("store_dtype", "reduce", "project")),
         **plan.selection.as_dict(),
         **_about(unit.model, texts, plan),
         "packing": plan.feeding.packing,
     }
     commit = revision_of(unit.model, plan.load)
     wanted |= {} if commit is None else {"revision": commit}
-    held = {"model": run.model, "store_dtype": None, **run.settings, **(run.made_with.corpus or {})}
+    held = {"model": run.model, **run.settings, **(run.made_with.corpus or {})}
     refuse_others(unit.folder, held, json.loads(as_json(wanted)))
     unit.numbers = _kept_numbers(unit.folder, run)
     return "was there"

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import rope_limit
-from AutomaticEval.capture.keeping import bytes_per_row, dtype_of, sample_columns
+from AutomaticEval.capture.keeping import dtype_of, sample_columns
 from AutomaticEval.capture.memory import unless_too_large
+from AutomaticEval.capture.reduced_rows import bytes_per_row, taps_of
+from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.texts.batching import ROW_TOKENS, Piece, Slot, batches_of, shared_rows
 from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.capture.texts.forward import padded, recorded
 from AutomaticEval.capture.tree.suitability import why_not_masked
 from AutomaticEval.capture.vocabulary import token_strings
-from AutomaticEval.errors import CaptureError, PromptError, TreeUnsuitable
+from AutomaticEval.errors import CaptureError, PromptError, SelectionError, TreeUnsuitable
 from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
@@ -53,7 +55,11 @@ class PieceForwards:
         refuse_unready(loaded.model)
         self._loaded, self._feeding, self._selection = loaded, feeding, selection
         self._layout, self._dtype = loaded.layout, dtype_of(selection)
-        self._taps = self._layout.pick(selection.sites(self._layout.n_layers))
+        self._taps, self._reduced = taps_of(self._layout, selection), SampleReducer(selection)
+        if feeding.patterns and selection.reduction is not None:
+            raise SelectionError(
+                f"patterns are not reduced ({selection.reduction.name} was asked for): their rows have no width of their own. Leave pattern out."
+            )
         self._patterns = self._pattern_layers(selection) if feeding.patterns else []
         context = loaded.context
         self.longest = min(each for each in (feeding.seq_length, context, 2**62) if each is not None)
@@ -79,7 +85,7 @@ class PieceForwards:
 
     @property
     def bytes_per_token(self) -> int:
-        """The size of one token's rows on the disk. Patterns count with n_heads numbers for each token of the longest piece."""
+        """The size of one token's rows on the disk, or of one sample's line. Patterns count with n_heads numbers for each token of the longest piece."""
         dtype = self._dtype or self._loaded.model.dtype
         patterns = len(self._patterns) * self._layout.n_heads * self.longest
         return bytes_per_row(self._loaded, self._selection) + patterns * dtype.itemsize
@@ -98,7 +104,7 @@ class PieceForwards:
                 continue
             if not self._is_checked:
                 self._check(slots, samples)
-            yield sum(len(slot.pieces[0].ids) for slot in slots), samples
+            yield sum(len(slot.pieces[0].ids) for slot in slots), self._reduced(samples)
 
     def _samples(self, slots: Sequence[Slot]) -> list[Sample]:
         """The samples of one batch."""

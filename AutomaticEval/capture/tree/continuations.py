@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import torch
 
 from AutomaticEval.capture.keeping import BatchRow, keep_of, parts_of, recording_of, sample_columns, sequence_rows
+from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
 from AutomaticEval.models.architecture.forward_call import alone_with, input_device
@@ -38,6 +39,10 @@ class ScoreKeywords(LoadKeywords, total=False):
     """scored (default), all, prompt, response, last, or a slice such as prompt[-1:]."""
     store_dtype: str | None
     """float16 or bfloat16: narrower numbers than the model's own."""
+    reduce: str | None
+    """norm: the L2 norm of each row. mean, max: one line over the kept positions, under "reduced"."""
+    project: Any
+    """A matrix [width, k] by which each row is multiplied: a file, an array, or one for each site."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,14 @@ def score_continuations(
     selection = None
     if capture_activations:
         positions, store_dtype = options.get("positions", "scored"), options.get("store_dtype")
-        selection = Selection.parse(options.get("sites"), layers_to_capture, positions, store_dtype)
+        selection = Selection.parse(
+            options.get("sites"),
+            layers_to_capture,
+            positions,
+            store_dtype,
+            options.get("reduce"),
+            options.get("project"),
+        )
     load = LoadOptions(**take_fields(dict(options), LoadOptions))
     loaded = load_model(model, tokenizer=options.get("tokenizer"), options=load)
     pairs = list(requests)
@@ -90,6 +102,7 @@ def score_continuations(
     cuts = [Cut.of(*_tokens(loaded.tokenizer, *pair), length) for pair in pairs]
     batches, batch_shape = _scored(loaded, cuts, ScoringOptions(selection))
     settings = loaded.numbers().changed(**({} if selection is None else selection.as_dict())).as_dict()
+    reduced = SampleReducer(selection)
     scores: dict[int, ScoredContinuation] = {}
     for scored in (each for batch in batches for each in batch):
         cut = cuts[scored.request]
@@ -97,7 +110,8 @@ def score_continuations(
         if selection is not None:
             context, continuation = (_text(loaded.tokenizer, each) for each in pairs[scored.request])
             columns = sample_columns(context, continuation, len(cut.context), batch_shape)
-            data = _sample(scored, cut, columns).activation_data(loaded.name, settings)
+            (sample,) = reduced([_sample(scored, cut, columns)])
+            data = sample.activation_data(loaded.name, settings)
         scores[scored.request] = ScoredContinuation(
             scored.logprob, scored.is_greedy, [*cut.context], [*cut.continuation], scored.logprobs.tolist(), data
         )

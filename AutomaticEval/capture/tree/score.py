@@ -6,20 +6,21 @@ Every token of the tree is computed once, and logits only at tokens that score s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from AutomaticEval.capture.padding_probes import is_tested
-from AutomaticEval.capture.tree.prefix_tree import Array, PrefixTree, n_shared
+from AutomaticEval.capture.tree.prefix_tree import Array, Branch, PrefixTree, chosen, n_shared
 from AutomaticEval.capture.tree.rows import WalkRows
 from AutomaticEval.capture.tree.suitability import check_scores, most_columns, refuse_unsuitable
-from AutomaticEval.capture.tree.walk import Stretch, Walk
+from AutomaticEval.capture.tree.walk import Stretch, Walk, sent
 from AutomaticEval.errors import PromptError
+from AutomaticEval.models.architecture.forward_call import input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import Part
 from AutomaticEval.selection import Selection
@@ -99,11 +100,23 @@ class _Targets(NamedTuple):
     """Every token that is scored, ordered by the node whose logits score it. Each field is [n_scored]."""
 
     nodes: Array
-    requests: Array
-    indices: Array
-    """The number of the token in its continuation."""
+    places: Array
+    """The number of the token among those of all continuations, one request after the other."""
     tokens: Array
     """The token ids."""
+
+
+class _Launched(NamedTuple):
+    """A stretch whose forward is launched, and perhaps not computed yet."""
+
+    stretch: Stretch
+    """Its log-probabilities are [n_scored], those of the targets alone. They and `was_fed` are on the CPU after the events."""
+    places: Array
+    """[n_scored], of the targets that it scores."""
+    are_likeliest: Tensor
+    """[n_scored], bool, on the CPU after the events."""
+    events: list[Any]
+    """On a GPU: what to wait for."""
 
 
 @dataclass
@@ -124,24 +137,29 @@ class TreeScoring:
     walk: Walk = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tree = PrefixTree(request.fed for request in self.requests)
+        self.tree = PrefixTree(_all_fed(self.requests))
         tokens = self.options.tokens or TOKENS_A_FORWARD.get(self.loaded.model.device.type, 256)
         longest = int(self.tree.depths.max(initial=0)) + 1
         refuse_unsuitable(self.loaded.model, longest)
         limit = most_columns(self.loaded.model)
         self.tokens = tokens if limit is None else min(tokens, limit - longest)
         self.bounds = np.append(np.arange(0, self.tree.n_nodes, self.tokens), self.tree.n_nodes)
-        self._ends = np.empty(len(self.requests), np.int64)
-        for branch in self.tree.branches():
-            self._ends[branch.members] = branch.path[-1]
+        self._ends = self.tree.last[self.tree.branch_of]
         self.wanted = self._wanted_here()
-        self._targets, kept = self._planned()
+        n_tokens = np.array([len(request.continuation) for request in self.requests], np.int64)
+        self._places = np.concatenate([[0], np.cumsum(n_tokens)])
+        """[n_requests + 1], where the tokens of each request's continuation begin among those of all."""
+        self._targets = self._planned()
+        kept = self.tree.marked(self._positions)
         scored = np.zeros(self.tree.n_nodes, dtype=bool)
         scored[self._targets.nodes] = True
         self._rows = WalkRows(self.tree, self.bounds, kept, self.loaded.tokenizer)
         self.walk = Walk(self.loaded, self.tree, scored, self.options.dtype, self.options.selection, kept)
-        self._logprobs: dict[int, Tensor] = {}
-        self._greedy: dict[int, bool] = {}
+        self._logprobs: Tensor | None = None
+        """[n_scored], of the tokens of all continuations; NaN where there is none yet. None until the first."""
+        self._greedy = np.zeros(self._places[-1], dtype=bool)
+        self._n_ended = 0
+        """How many branches have ended."""
 
     def _wanted_here(self) -> Array:
         """[n_requests], bool: the requests that this process scores."""
@@ -151,37 +169,29 @@ class TreeScoring:
         wanted[list(self.answered)] = False
         return wanted
 
-    def _planned(self) -> tuple[_Targets, Array]:
-        """The tokens that are scored, and [n_nodes], bool: the nodes whose activations are kept."""
-        nodes, requests = [np.empty(0, np.int64)], []
-        indices: list[int] = []
-        tokens: list[int] = []
+    def _planned(self) -> _Targets:
+        """The tokens that are scored."""
+        nodes = np.empty(self._places[-1], np.int64)
         for branch in self.tree.branches():
             for index in branch.members:
-                context, continuation, _ = self.requests[index]
-                nodes.append(branch.path[len(context) - 1 :].copy())
-                tokens += continuation
-                indices += range(len(continuation))
-                requests += [index] * len(continuation)
-        scoring_nodes = np.concatenate(nodes)
-        order = np.argsort(scoring_nodes, kind="stable")
-        columns = (np.array(values, np.int64)[order] for values in (requests, indices, tokens))
-        return _Targets(scoring_nodes[order], *columns), self.tree.marked(self._positions)
+                own = branch.path[len(self.requests[index].context) - 1 :]
+                nodes[self._places[index] : self._places[index + 1]] = own
+        continuations = itertools.chain.from_iterable(request.continuation for request in self.requests)
+        tokens = np.fromiter(continuations, np.int64, len(nodes))
+        order = np.argsort(nodes, kind="stable")
+        return _Targets(nodes[order], order, tokens[order])
 
-    def _positions(self, index: int) -> list[int]:
+    def _positions(self, index: int) -> range:
         """The positions of a request whose rows are kept by this process."""
         if self.options.selection is None or not self.wanted[index]:
-            return []
+            return range(0)
         context, continuation, _ = self.requests[index]
-        return list(self.options.selection.positions.resolve(len(context), len(continuation)))
+        return self.options.selection.positions.resolve(len(context), len(continuation))
 
     def _needed(self) -> list[tuple[int, int]]:
         """The stretches (start, stop) that hold a token of a request that this process scores."""
-        needed = np.zeros(len(self.bounds) - 1, dtype=bool)
-        for branch in self.tree.branches():
-            if self.wanted[branch.members].any():
-                needed[self._stretch_of(branch.path)] = True
-        return [(int(self.bounds[n]), int(self.bounds[n + 1])) for n in np.flatnonzero(needed)]
+        leads = self.tree.leading_to(self._ends[self.wanted])
+        return [(start, stop) for start, stop in itertools.pairwise(self.bounds.tolist()) if leads[start:stop].any()]
 
     def _stretch_of(self, nodes: Array) -> Array:
         """The number of the stretch that each node is in."""
@@ -191,7 +201,7 @@ class TreeScoring:
     @property
     def n_alone(self) -> int:
         """How many tokens the requests of this process would feed one by one; equal requests count once."""
-        return sum(len(branch.path) for branch in self.tree.branches() if self.wanted[branch.members].any())
+        return int(self.tree.lengths[np.unique(self.tree.branch_of[self.wanted])].sum())
 
     def check(self) -> None:
         """Score two requests over a tree of their own, and compare the second one's scores with those of a plain forward.
@@ -240,52 +250,78 @@ class TreeScoring:
                 check_scores(self.loaded.model, checked.context, checked.continuation, scored.logprobs)
 
     def results(self) -> Iterator[list[Scored]]:
-        """The scores of the requests, each as soon as its last token is computed."""
-        branches = self.tree.branches()
-        branch = next(branches, None)
-        for stretch in self.walk.over(self._needed()):
-            self._take(stretch)
-            done = []
-            while branch is not None and branch.path[-1] < stretch.stop:
-                for index in branch.members:
-                    if self.wanted[index]:
-                        done.append(self._scored(index, branch.path))
-                branch = next(branches, None)
-            self._rows.forget(stretch.stop)
-            if done:
-                yield done
+        """The scores of the requests, each as soon as its last token is computed.
 
-    def _take(self, stretch: Stretch) -> None:
-        """Take the log-probabilities that a stretch gives to scored tokens, and its kept rows."""
+        What a forward gives is taken when the next one is launched, so that a GPU computes while the host works.
+        """
+        branches, self._n_ended = self.tree.branches(), 0
+        before: _Launched | None = None
+        for launched in map(self._launched, self.walk.over(self._needed())):
+            if before is not None:
+                yield from self._done(before, branches)
+            before = launched
+        if before is not None:
+            yield from self._done(before, branches)
+
+    def _launched(self, stretch: Stretch) -> _Launched:
+        """A stretch with its numbers on their way to the CPU. Nothing waits here."""
         first, last = np.searchsorted(self._targets.nodes, (stretch.start, stretch.stop))
-        if last > first:
-            self._take_scores(stretch.logprobs, _Targets(*(column[first:last] for column in self._targets)))
-        if stretch.recording is not None:
-            self._rows.take(stretch)
+        nodes, places, tokens = (column[first:last] for column in self._targets)
+        device = stretch.logprobs.device
+        lines, of_tokens = sent([np.unique(nodes, return_inverse=True)[1], tokens], device)
+        logprobs = stretch.logprobs[lines, of_tokens].to("cpu", non_blocking=True)
+        likeliest = stretch.logprobs.argmax(-1) if len(lines) else lines
+        are_likeliest = (likeliest[lines] == of_tokens).to("cpu", non_blocking=True)
+        was_fed = None if stretch.was_fed is None else stretch.was_fed.to("cpu", non_blocking=True)
+        devices = {each for each in (device, input_device(self.loaded.model)) if each.type == "cuda"}
+        events = [torch.cuda.current_stream(each).record_event() for each in devices]
+        return _Launched(stretch._replace(logprobs=logprobs, was_fed=was_fed), places, are_likeliest, events)
 
-    def _take_scores(self, logprobs: Tensor, targets: _Targets) -> None:
-        """logprobs: [n, d_vocab], a line for each of the n nodes that score the targets, ascending."""
-        line_numbers = np.unique(targets.nodes, return_inverse=True)[1]
-        lines = torch.from_numpy(line_numbers).to(logprobs.device)
-        tokens = torch.from_numpy(targets.tokens).to(logprobs.device)
-        of_tokens = logprobs[lines, tokens].cpu()
-        is_likeliest = (logprobs.argmax(-1)[lines] == tokens).tolist()
-        for number, (request, index) in enumerate(
-            zip(targets.requests.tolist(), targets.indices.tolist(), strict=True)
-        ):
-            if not self.wanted[request]:
-                continue
-            if request not in self._logprobs:
-                n_tokens = len(self.requests[request].continuation)
-                self._logprobs[request] = torch.full((n_tokens,), float("nan"), dtype=of_tokens.dtype)
-                self._greedy[request] = True
-            self._logprobs[request][index] = of_tokens[number]
-            self._greedy[request] &= is_likeliest[number]
+    def _done(self, launched: _Launched, branches: Iterator[Branch]) -> Iterator[list[Scored]]:
+        """The scores of the requests that end in a stretch. branches: those that no earlier stretch ended."""
+        stretch = launched.stretch
+        self._take(launched)
+        n_ended = int(np.searchsorted(self.tree.last, stretch.stop))
+        done = [
+            self._scored(index, branch.path)
+            for branch in itertools.islice(branches, n_ended - self._n_ended)
+            for index in branch.members
+            if self.wanted[index]
+        ]
+        self._n_ended = n_ended
+        self._rows.forget(stretch.stop)
+        if done:
+            yield done
+
+    def _take(self, launched: _Launched) -> None:
+        """Take the log-probabilities and the kept rows of a stretch."""
+        for event in launched.events:
+            event.synchronize()
+        logprobs = launched.stretch.logprobs
+        if self._logprobs is None:
+            self._logprobs = torch.full((len(self._greedy),), float("nan"), dtype=logprobs.dtype)
+        self._logprobs[torch.from_numpy(launched.places)] = logprobs
+        self._greedy[launched.places] = launched.are_likeliest.numpy()
+        if launched.stretch.recording is not None:
+            self._rows.take(launched.stretch)
 
     def _scored(self, index: int, path: Array) -> Scored:
-        logprobs, is_greedy = self._logprobs.pop(index), self._greedy.pop(index)
-        parts = self._rows.parts(path[self._positions(index)]) if self.options.selection is not None else ()
+        assert self._logprobs is not None
+        own = slice(self._places[index], self._places[index + 1])
+        logprobs, is_greedy = self._logprobs[own], bool(self._greedy[own].all())
+        parts = self._rows.parts(chosen(path, self._positions(index))) if self.options.selection is not None else ()
         return Scored(index, float(logprobs.sum()), is_greedy, logprobs, parts)
+
+
+def _all_fed(requests: Iterable[Cut]) -> Iterator[Array]:
+    """The tokens that each request feeds. A context that several requests share, the very same list, is made an array once."""
+    context: Sequence[int] | None = None
+    ids = np.empty(0, ">u4")
+    for request in requests:
+        if request.context is not context:
+            context, ids = request.context, np.asarray(request.context, ">u4")
+        own = request.continuation[:-1]
+        yield np.concatenate([ids, np.asarray(own, ">u4")]) if len(own) else ids
 
 
 def _in_two(fed: Sequence[Sequence[int]]) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -20,7 +19,7 @@ from AutomaticEval.capture.padding_probes import is_tested
 from AutomaticEval.capture.tree.prefix_tree import n_shared
 from AutomaticEval.capture.tree.suitability import check_scores, why_not
 from AutomaticEval.capture.tree.walk import Cached, tree_forward
-from AutomaticEval.models.architecture.forward_call import alone_with
+from AutomaticEval.models.architecture.forward_call import alone_with, input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import Part, Rows
 from AutomaticEval.selection import Selection
@@ -151,13 +150,14 @@ class Prefill:
     def _extend(self, ids: list[int], *, keeps: bool) -> None:
         """Compute the next chunk. The first chunk is compared with a plain forward."""
         model, n_past = self.loaded.model, len(self._ids)
-        attended = np.concatenate([np.ones((CHUNK, n_past), dtype=bool), np.tri(CHUNK, dtype=bool)], axis=1)
-        depths = np.arange(n_past, n_past + CHUNK)
+        positions = range(n_past, n_past + CHUNK)
+        device = input_device(model)
+        depths = torch.arange(n_past, n_past + CHUNK, device=device)
+        mask = torch.arange(n_past + CHUNK, device=device) <= depths[:, None]
         recorder = recording_of(self.loaded, self.selection, keep_columns([range(CHUNK)]) if keeps else None, 1)
         with torch.no_grad(), alone_with(model), recorder as recording:
-            logits, self._cached = tree_forward(
-                model, np.array(ids), depths, attended, self._cached, np.array([CHUNK - 1])
-            )
+            fed, last = torch.tensor(ids, device=device), depths[-1:] - n_past
+            logits, self._cached = tree_forward(model, fed, depths, mask, self._cached, last)
         self._ids = [*self._ids, *ids]
         self.n_computed += CHUNK
         if not self._is_checked:
@@ -167,7 +167,7 @@ class Prefill:
         if recording is not None:
             at = BatchRow(0, n_past=n_past)
             sequence = [*self._ids, -1]  # the last token of a sequence is never fed
-            (rows,) = sequence_rows(recording, at, sequence, depths.tolist(), self.loaded.tokenizer)
+            (rows,) = sequence_rows(recording, at, sequence, positions, self.loaded.tokenizer)
             self._rows.append(rows)
 
 

@@ -20,7 +20,7 @@ from AutomaticEval.models.edited_models import depends_on_position
 
 FEWEST_TOKENS = 16
 """The fewest tokens for a forward over the tree. With fewer, scoring request by request is better."""
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Types of layers whose state is the keys and values of each token."""
 
 
@@ -52,7 +52,7 @@ def why_not_masked(model: Any, longest: int) -> str | None:
     tuned = virtual_tokens(model)
     if tuned is not None:
         return f"its adapter ({tuned}) puts tokens of its own before every sequence."
-    if getattr(model, "_is_stateful", False) or layers - _ATTENTION_LAYERS:
+    if getattr(model, "_is_stateful", False) or layers - ATTENTION_LAYERS:
         return "its state is not keys and values of each token."
     for name in ("position_ids", "attention_mask", "logits_to_keep"):
         if name not in takes:

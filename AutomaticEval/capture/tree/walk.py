@@ -6,7 +6,7 @@ and to itself only. Does not know what the logits are for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,7 +38,9 @@ class Stretch(NamedTuple):
     """[scored nodes of the stretch, d_vocab], the log-softmax of the logits, on the model's device."""
 
     recording: Recording | None
-    """What was kept: batch row 0, with a column for each node."""
+    """What was kept: batch row 0, with a column for each node. The rows may still be on their way."""
+    was_fed: Tensor | None
+    """Whether the model was fed the nodes' tokens: one bool on its device. None without a recording."""
 
 
 @dataclass
@@ -78,94 +80,115 @@ class Walk:
                 else:
                     start = end
                     yield computed
+                    del computed  # its log-probabilities are large
 
     def _forward(self, start: int, stop: int) -> Stretch:
-        self._go_to(self.tree.path_to(start))
+        tree = self.tree
+        self._go_to(tree.path_to(start))
+        nodes = np.concatenate([self._nodes, np.arange(start, stop)])
         scored = np.flatnonzero(self.scored[start:stop])
+        token_ids = tree.token_ids[start:stop]  # sent twice: the second ones are no model's to change
+        numbers = [token_ids, tree.depths[start:stop], nodes, tree.ends[nodes], scored, token_ids]
+        ids, depths, columns, ends, lines, expected = sent(numbers, input_device(self.loaded.model))
         keeps_logits = self.selection is not None and "logits" in self.selection.kinds
         keep = None if self.kept is None else keep_columns([np.flatnonzero(self.kept[start:stop]).tolist()])
-        recorder = recording_of(self.loaded, self.selection, keep, 1)
+        recorder = recording_of(self.loaded, self.selection, keep, 1, waits=False)
         with torch.no_grad(), alone_with(self.loaded.model), recorder as recording:
             out, cache = tree_forward(
                 self.loaded.model,
-                self.tree.token_ids[start:stop],
-                self.tree.depths[start:stop],
-                self.tree.attended(start, stop),
+                ids,
+                depths,
+                attended(columns, ends, stop - start),
                 self._cached,
-                None if keeps_logits else scored,
+                None if keeps_logits else lines,
             )
-        logits = out[0][torch.from_numpy(scored).to(out.device)] if keeps_logits else out[0]
+        logits = out[0][lines.to(out.device, non_blocking=True)] if keeps_logits else out[0]
         if len(logits) != len(scored):
             raise CaptureError(f"the model gave logits at {len(logits)} of its tokens; {len(scored)} were asked for.")
         logprobs = torch.log_softmax(logits, -1, dtype=self.dtype)
-        self._cached = cache
-        self._nodes = np.concatenate([self._nodes, np.arange(start, stop)])
+        self._cached, self._nodes = cache, nodes
         self.n_computed += stop - start
-        return Stretch(start, stop, logprobs, recording)
+        was_fed = None if recording is None else recording.was_fed(expected[None])
+        return Stretch(start, stop, logprobs, recording, was_fed)
 
     def _go_to(self, path: Array) -> None:
         """Reduce the keys and values to those of one path. Zeros stand for nodes that were not computed."""
         if np.array_equal(path, self._nodes):
             return
-        if not self._cached:  # a forward of one token shows their shapes
-            with torch.no_grad(), alone_with(self.loaded.model):
-                _, self._cached = tree_forward(
-                    self.loaded.model,
-                    self.tree.token_ids[:1],
-                    np.zeros(1, np.int64),
-                    np.ones((1, 1), dtype=bool),
-                    [],
-                    None,
-                )
-            self._nodes = np.array([-1])
+        if not self._cached:
+            self._cached, self._nodes = self._any_cached(), np.array([-1])
         is_there = np.isin(path, self._nodes)
-        columns = torch.from_numpy(np.searchsorted(self._nodes, path[is_there]))
-        places = None if is_there.all() else torch.from_numpy(np.flatnonzero(is_there))
+        columns, places = np.searchsorted(self._nodes, path[is_there]), np.flatnonzero(is_there)
+        devices = {each.device for pair in self._cached for each in pair if each is not None}
+        indices = {device: sent([columns, places], device) for device in devices}
         self._cached = [
-            (_chosen(keys, columns, places, len(path)), _chosen(values, columns, places, len(path)))
-            for keys, values in self._cached
+            (_chosen(keys, indices, len(path)), _chosen(values, indices, len(path))) for keys, values in self._cached
         ]
         self._nodes = path
 
+    def _any_cached(self) -> Cached:
+        """Keys and values of one token, which show the shapes of all."""
+        numbers = [self.tree.token_ids[:1], np.zeros(1, np.int64)]
+        with torch.no_grad(), alone_with(self.loaded.model):
+            ids, depths = sent(numbers, input_device(self.loaded.model))
+            return tree_forward(self.loaded.model, ids, depths, depths[None] == 0, [], None)[1]
 
-def _chosen(cached: Tensor | None, columns: Tensor, places: Tensor | None, n_columns: int) -> Tensor | None:
-    """Some columns of keys or values [1, n_kv_heads, n, d_head].
 
-    places: where they stand among zeros in the result [1, n_kv_heads, n_columns, d_head]; None when there are no others.
+def sent(numbers: Sequence[Array], device: torch.device) -> list[Tensor]:
+    """Arrays of whole numbers as tensors on a device, in one transfer that nobody waits for."""
+    flat = torch.from_numpy(np.concatenate(numbers, dtype=np.int64))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    return list(flat.to(device, non_blocking=True).split_with_sizes([len(each) for each in numbers]))
+
+
+def _chosen(cached: Tensor | None, indices: Mapping[torch.device, Sequence[Tensor]], n_columns: int) -> Tensor | None:
+    """Some columns of keys or values [1, n_kv_heads, n, d_head], among zeros: [1, n_kv_heads, n_columns, d_head].
+
+    indices: on each device the numbers of these columns, and their places in the result.
     """
     if cached is None:
         return None
-    chosen = cached.index_select(2, columns.to(cached.device))
-    if places is None:
+    columns, places = indices[cached.device]
+    chosen = cached.index_select(2, columns)
+    if len(places) == n_columns:
         return chosen
     among_zeros = chosen.new_zeros((*chosen.shape[:2], n_columns, chosen.shape[3]))
-    return among_zeros.index_copy_(2, places.to(chosen.device), chosen)
+    return among_zeros.index_copy_(2, places, chosen)
+
+
+def attended(columns: Tensor, ends: Tensor, n: int) -> Tensor:
+    """Which tokens each of the last n columns attends to: itself and its ancestors. [n, n_columns], bool.
+
+    columns: [n_columns], the nodes that were computed before on the path of the first of the n, and the n. ends: [n_columns], `PrefixTree.ends` of each.
+    """
+    rows = columns[len(columns) - n :, None]
+    return (columns <= rows) & (rows < ends)
 
 
 def tree_forward(
     model: Any,
-    token_ids: Array,
-    depths: Array,
-    attended: Array,
+    token_ids: Tensor,
+    depths: Tensor,
+    mask: Tensor,
     cached: Cached,
-    scored: Array | None,
+    scored: Tensor | None,
 ) -> tuple[Tensor, Cached]:
-    """One forward over tokens, each of which attends to what `attended` says.
+    """One forward over tokens, each of which attends to what the mask says. All tensors are on the model's input device.
 
-    token_ids, depths: [n], the tokens and their positions. attended: [n, n_cached + n], bool. scored: [n_scored], the tokens whose logits
+    token_ids, depths: [n], the tokens and their positions. mask: [n, n_cached + n], bool. scored: [n_scored], the tokens whose logits
     are wanted; None for all. Returns the logits [1, n_scored, d_vocab], and for each layer the keys and values of all tokens
     [1, n_kv_heads, n_cached + n, d_head].
     """
-    device = input_device(model)
     cache = DynamicCache(cached) if cached else DynamicCache()
     logits_to_keep: Any = 0
     if scored is not None:
         # for transformers, 0 means everywhere: when no logits are wanted, those of the last token are computed and dropped
-        logits_to_keep = torch.from_numpy(scored if len(scored) else np.array([len(token_ids) - 1])).to(device)
+        logits_to_keep = scored if len(scored) else torch.full((1,), len(token_ids) - 1, device=token_ids.device)
     out = model(
-        input_ids=torch.from_numpy(token_ids)[None].to(device),
-        attention_mask=as_mask(model, torch.from_numpy(attended)[None, None].to(device)),
-        position_ids=torch.from_numpy(depths)[None].to(device),
+        input_ids=token_ids[None],
+        attention_mask=as_mask(model, mask[None, None]),
+        position_ids=depths[None],
         use_cache=True,
         logits_to_keep=logits_to_keep,
         **{str(cache_name(model)): cache},

@@ -22,6 +22,7 @@ from AutomaticEval.capture.keeping import (
     sample_columns,
     sequence_rows,
 )
+from AutomaticEval.capture.reduced_rows import taps_of
 from AutomaticEval.capture.tree.shared_prompt import Prefix
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.evaluation.harness.call import UNKNOWN, Call, Request
@@ -29,7 +30,7 @@ from AutomaticEval.evaluation.harness.generated import AnswerReader
 from AutomaticEval.evaluation.results.earlier_answers import random_state
 from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.recording import Keep, capturing
+from AutomaticEval.models.recording import Keep, Recording, capturing
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Positions, Selection
 
@@ -130,8 +131,7 @@ class BatchCapture:
     def __init__(self, loaded: LoadedModel, selection: Selection, sink: Sink) -> None:
         self._model, self._tokenizer, self._sink = loaded.model, loaded.tokenizer, sink
         self._positions, self._dtype = selection.positions, dtype_of(selection)
-        layout = loaded.layout
-        self._embedding, self._taps = layout.embedding, layout.pick(selection.sites(layout.n_layers))
+        self._embedding, self._taps = loaded.layout.embedding, taps_of(loaded.layout, selection)
         self._held: list[_Held] = []
 
     def scored(self, call: Call, rows: Sequence[ScoredRow], ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
@@ -159,17 +159,18 @@ class BatchCapture:
         prompts: PromptRows,
         prefix: Prefix | None,
         reader: AnswerReader,
-        generate: Callable[[], Tensor],
+        generate: Callable[[Recording], Tensor],
     ) -> Tensor:
         """The token ids of prompts and answers [n_prompts, width + longest answer]; holds what was computed of each.
 
-        prefix: what the prompts begin with and was computed before. generate: lm-eval's own generation of these prompts.
+        prefix: what the prompts begin with and was computed before. generate: lm-eval's own generation of these prompts, which is given the
+        recording that follows it.
         """
         n_past = 0 if prefix is None else prefix.n_tokens
         n_rows, n_columns = prompts.context.shape
         keep = keep_of(self._positions, prompts.tokens, prompts.pads, n_past)
         with self._recording(keep, n_rows) as recording:
-            out = generate()
+            out = generate(recording)
         for number, index in enumerate(prompts.requests):
             prompt, pad = prompts.tokens[number], prompts.pads[number]
             generated = reader.own(out[number, n_columns:].tolist())

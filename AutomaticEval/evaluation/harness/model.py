@@ -17,9 +17,12 @@ from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import Span, company_of
 from AutomaticEval.capture.generation import refuse_logits_fed_again
+from AutomaticEval.capture.graph.decoding import again_without_graphs, decoding
+from AutomaticEval.capture.graph.way import Way, way_of
+from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable
-from AutomaticEval.evaluation.benchmark_options import WHY_NOT, check_scoring
+from AutomaticEval.evaluation.benchmark_options import WHY_NOT, check_generation, check_scoring
 from AutomaticEval.evaluation.harness.batch_capture import BatchCapture, PromptRows, ScoredRow, Sink, check_fed
 from AutomaticEval.evaluation.harness.batches import AnswerHook, recording
 from AutomaticEval.evaluation.harness.call import UNKNOWN, Call, Request, Workload
@@ -33,6 +36,7 @@ from AutomaticEval.evaluation.harness.tree_scores import TreeScorer
 from AutomaticEval.models.architecture.forward_call import cache_name
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_untrue
+from AutomaticEval.models.recording import Recording
 from AutomaticEval.selection import Selection
 
 NO_SCORE = (float("nan"), False)
@@ -43,8 +47,8 @@ class CapturingHFLM(EncodingHFLM):
     """HFLM that hands every captured sample to a sink.
 
     selection: what is captured; None captures nothing. scoring: "tree" scores log-likelihoods over the prefix tree of all requests, if the
-    model can be served so; "stock" scores in lm-eval's own batches. workload: which requests there are, and which are computed here.
-    kwargs: HFLM's own.
+    model can be served so; "stock" scores in lm-eval's own batches. generation: graph, eager or auto; stock scoring is eager. workload: which
+    requests there are, and which are computed here. kwargs: HFLM's own.
     """
 
     def __init__(
@@ -54,13 +58,17 @@ class CapturingHFLM(EncodingHFLM):
         sink: Sink,
         *,
         scoring: str = "tree",
+        generation: str = "auto",
         workload: Workload = Workload(),
         **kwargs: Any,
     ) -> None:
         refuse_untrue(loaded.model)  # lm-eval would silently change its mode
         check_scoring(scoring)
+        check_generation(generation, scoring)
         super().__init__(loaded, has_stock_batches=scoring == "stock", **kwargs)
         self._selection, self._scoring = selection, scoring
+        self._generation = "eager" if scoring == "stock" else generation
+        sink = SampleReducer(selection).before(sink)
         self._workload, self._ranks = workload, workload.ranks
         self._keys = RequestKeys(workload.doc_ids, is_captured=selection is not None)
         self._capture = None if selection is None else BatchCapture(loaded, selection, sink)
@@ -249,11 +257,13 @@ class CapturingHFLM(EncodingHFLM):
         spans = [Span(each, each + n_most - 1) for each in lengths]
         refuse_logits_fed_again(self.model, self._selection, spans)
         answers: dict[int, Tensor] = {}
+        way = self.way(kwargs)
         for group in self._groups.of(spans, company_of(self.model, kwargs, spans)):
             width = max(lengths[row] for row in group)
             own, pads = [requests[row] for row in group], [width - lengths[row] for row in group]
             prompts = self._prompt_rows(own, context[group, -width:], mask[group, -width:], pads, requests[0])
-            answers |= zip(group, self._generated(prompts, width + n_new, stop, kwargs)[:, width:], strict=True)
+            together = partial(self._generated, prompts, width + n_new, stop, kwargs, way)
+            answers |= zip(group, again_without_graphs(together, way)[:, width:], strict=True)
         if self._capture is not None and kwargs.get("do_sample"):
             self._capture.note_random_state(self.device)
         longest = max(map(len, answers.values()))
@@ -283,17 +293,31 @@ class CapturingHFLM(EncodingHFLM):
         check_fed(whole[len(whole) - len(fed) :], fed)
         return len(whole) - len(fed)
 
-    def _generated(self, prompts: PromptRows, max_length: int, stop: list[str], kwargs: Mapping[str, Any]) -> Tensor:
+    def way(self, kwargs: Mapping[str, Any] = {}) -> Way:
+        """How answers are generated. kwargs: for transformers' generate. Raises DeviceUnavailable."""
+        with self._autocast():
+            return way_of(self.model, self._generation, kwargs)
+
+    def _generated(
+        self, prompts: PromptRows, max_length: int, stop: list[str], kwargs: Mapping[str, Any], way: Way
+    ) -> Tensor:
         """The token ids of prompts and answers that are generated together [n_prompts, width + longest answer]."""
         prefix = self._prefixes.of(prompts, max_length, kwargs)
         context, given = prompts.context, {**kwargs, "attention_mask": prompts.mask}
         if prefix is not None:
             context = prefix.arranged(context, prompts.pads)
             given["attention_mask"] = prefix.arranged(prompts.mask, prompts.pads)
-            given[str(cache_name(self.model))] = prefix.cache(len(context))
-        generate = partial(super()._model_generate, context, max_length, stop, **given)
+            if way.kind == "eager":
+                given[str(cache_name(self.model))] = prefix.cache(len(context))
+        stock = partial(super()._model_generate, context, max_length, stop)
+        longest = max(max_length, context.shape[1] + (kwargs.get("max_new_tokens") or 0))
+
+        def generate(recording: Recording | None = None) -> Tensor:
+            with decoding(self.model, way, (len(context), longest), recording, prefix) as extra:
+                out: Tensor = stock(**{**given, **extra})
+            return out
+
         if self._capture is None:
-            plain: Tensor = generate()
-            return plain
+            return generate()
         reader = AnswerReader(self.tok_decode, stop, self.model.generation_config.eos_token_id)
         return self._capture.generated(self._served(), prompts, prefix, reader, generate)

@@ -1,14 +1,13 @@
 """Texts as lm-eval feeds them: encoded many at a time, shortly before lm-eval asks for them one by one; cut into windows.
 
 Tokenizers work on all cores when they are given many texts. lm-eval encodes each request as a whole, and its context once for each
-choice.
+choice; here texts that begin alike share the encoding of their beginning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from AutomaticEval.evaluation.harness.speedups import quiet
 from AutomaticEval.models.architecture.forward_call import input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.tokens.parts import PartEncoder, n_chars_alike
 
 MANY = 512
 """Texts that are encoded together."""
@@ -49,15 +49,17 @@ class EncodingHFLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, loaded: LoadedModel, *, has_stock_batches: bool, **kwargs: Any) -> None:
-        self._encode_ahead(())
+        self._ahead = EncodedAhead((), self._encode_many)
         with quiet(HFLM.__module__):  # lm-eval warns that a model which is loaded already is not shared out; here it is
             super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)
+        self._parts = PartEncoder(self.tokenizer)
         self._device = input_device(loaded.model)  # lm-eval takes the first weight's, which may be offloaded
         self._has_stock_batches = has_stock_batches
 
     def _encode_ahead(self, texts: Iterable[str]) -> None:
         """Name the texts that will be encoded next."""
         self._ahead = EncodedAhead(texts, self._encode_many)
+        self._parts = PartEncoder(self.tokenizer)
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         encoded = None if args or kwargs else self._ahead.get(string)
@@ -68,8 +70,7 @@ class EncodingHFLM(HFLM):  # type: ignore[misc]
         bos = self.tokenizer.decode(self.prefix_token_id)
         if self.add_bos_token is not None or any(has_bos_prefix(text, bos) for text in texts):
             return [super(EncodingHFLM, self).tok_encode(text) for text in texts]
-        encoded: list[list[int]] = self.tokenizer(texts, return_attention_mask=False)["input_ids"]
-        return encoded
+        return self._parts.encode(texts)
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The prompts of a batch, left-padded: (token ids, mask), [n_prompts, width] each."""
@@ -120,7 +121,7 @@ def shared_beginnings(texts: Sequence[str]) -> tuple[list[float], list[int]]:
     order = sorted(range(len(texts)), key=texts.__getitem__)
     shares, groups, group = [0.0] * len(texts), [0] * len(texts), 1
     for before, index in pairwise(order):
-        n_alike = len(commonprefix([texts[before], texts[index]]))  # noqa: RUF071 - texts, not paths
+        n_alike = n_chars_alike(texts[before], texts[index])
         for each in (before, index):
             shares[each] = max(shares[each], n_alike / max(1, len(texts[each])))
         if 2 * n_alike < min(len(texts[before]), len(texts[index])):

@@ -52,6 +52,9 @@ class RunFolder:
     paths: Mapping[str, str] = field(default_factory=dict)
     """model, peft and delta -> where they are on this machine, if they are folders."""
 
+    matrices: Mapping[str, Any] = field(default_factory=dict)
+    """Those of the projection by which the rows are made."""
+
     path: Path | None = None
     """The folder; None until it is open."""
 
@@ -89,6 +92,7 @@ class RunFolder:
             self.output.strict,
             self.ranks,
             self.paths,
+            self.matrices,
         )
 
     @property

@@ -95,7 +95,7 @@ class KeptRows:
 
     def __init__(self, model: nn.Module, n_rows: int, dtype: torch.dtype | None, n_columns: int | None) -> None:
         """n_rows: of the batch. dtype: rows are narrowed to it; None leaves them. n_columns: the most columns of all forwards, if known."""
-        self._model, self._n_rows, self._dtype, self._n_columns = model, n_rows, dtype, n_columns
+        self._model, self._n_rows, self.dtype, self._n_columns = model, n_rows, dtype, n_columns
         self.formats: dict[str, RowFormat] = {}
         """Of the keys that were seen."""
         self._holders: list[HostRows] = []
@@ -159,7 +159,7 @@ class KeptRows:
             self._send(forward, device, references.gather())
 
     def _narrowed(self, rows: Tensor) -> Tensor:
-        return rows if self._dtype is None else rows.to(self._dtype)
+        return rows if self.dtype is None else rows.to(self.dtype)
 
     def _put(self, key: str, forward: Forward, rows: Tensor, value: Tensor) -> None:
         """Rows of a device without a ring, [n_kept, width], straight into their place. They may be a view of value."""
@@ -252,7 +252,7 @@ class KeptRows:
             sending.wait()
         for references in self._references.values():
             references.conclude()
-        if self._dtype == torch.float16:
+        if self.dtype == torch.float16:
             self._check_range()
 
     def _check_range(self) -> None:

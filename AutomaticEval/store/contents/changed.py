@@ -63,6 +63,13 @@ def _cut_activation(activation: Activation, is_kept: Array) -> Activation:
     return replace(activation, slabs=slabs)
 
 
+def without_rows(contents: Contents) -> Contents:
+    """The tables of a file whose samples have lines: no rows, and no segments of them."""
+    none = np.empty(0, np.int32)
+    segments = Ragged(np.zeros(contents.n_samples + 1, np.int64), np.empty((0, 2), np.int64))
+    return replace(contents, token_ids=none, positions=none, segments=segments, strings=dict)
+
+
 def converted(contents: Contents, dtype: torch.dtype) -> Contents:
     """The activations in another floating dtype. Reading them raises CaptureError when a number does not fit into it."""
     changed = {key: _converted(key, each, contents.blocks, dtype) for key, each in contents.activations.items()}

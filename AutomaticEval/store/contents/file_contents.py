@@ -6,11 +6,12 @@ Activations come slab by slab and are never gathered. Knows nothing of HDF5.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from AutomaticEval.reducing.table import is_by_sample
 from AutomaticEval.samples import RowFormat as RowFormat
 from AutomaticEval.store.contents.columns import Columns
 from AutomaticEval.store.ragged import Array, Ragged
@@ -32,6 +33,11 @@ class Activation:
 
     scales: Callable[[], Iterator[Array]] | None = None
     """For int8: gives all scales as slabs [n, width], float32, one line a block of rows."""
+
+    @property
+    def read_as(self) -> torch.dtype:
+        """The dtype in which rows are given back: float32 for int8."""
+        return RowFormat(self.dtype, self.width).read_as
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,13 @@ class Contents:
 
     columns: Columns
     activations: Mapping[str, Activation]
+    matrices: Mapping[str, Any] = field(default_factory=dict)
+    """Of a projection: name -> [width, k], float32, an array or an object that is sliced like one."""
+
+    @property
+    def is_by_sample(self) -> bool:
+        """Whether each sample has one line in the place of rows. Its token and position are then NO_TOKEN and NO_POSITION."""
+        return is_by_sample(self.settings.get("reduce"))
 
     @property
     def n_samples(self) -> int:

@@ -10,21 +10,34 @@ import numpy as np
 import torch
 
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.samples import Rows, Sample
+from AutomaticEval.reducing.table import is_by_sample
+from AutomaticEval.samples import Line, Rows, Sample
 from AutomaticEval.store import int8
 from AutomaticEval.store.bits import bits
 from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.contents.file_contents import Activation, Contents
-from AutomaticEval.store.contents.slabs import enlarged, resized
+from AutomaticEval.store.contents.slabs import gathered, resized
 from AutomaticEval.store.ragged import Array, Ragged
 
 
 def of_samples(
-    samples: Sequence[Sample], model: str, settings: Mapping[str, Any], *, in_8_bits: bool = False
+    samples: Sequence[Sample],
+    model: str,
+    settings: Mapping[str, Any],
+    *,
+    in_8_bits: bool = False,
+    matrices: Mapping[str, Any] = {},
 ) -> Contents:
-    """The contents of a file with these samples. Raises CaptureError for rows that cannot be stored in one file."""
+    """The contents of a file with these samples. Raises CaptureError for rows that cannot be stored in one file.
+
+    matrices: those of the projection by which the rows were made: name -> [width, k].
+    """
     every_rows = distinct_rows(samples)
     _check_alike(every_rows)
+    if any(isinstance(rows, Line) != is_by_sample(settings.get("reduce")) for rows in every_rows):
+        raise CaptureError(
+            f"lines of samples go with the setting reduce, and rows of tokens do not; it is {settings.get('reduce')!r}."
+        )
     ends = np.cumsum([0, *(len(rows.positions) for rows in every_rows)])
     first = {id(rows): int(end) for rows, end in zip(every_rows, ends, strict=False)}
     numbers = [[np.asarray(where, np.int64) + first[id(rows)] for rows, where in sample.parts] for sample in samples]
@@ -46,6 +59,7 @@ def of_samples(
         activations={
             key: _in_memory([rows.activations[key] for rows in every_rows], in_8_bits=in_8_bits) for key in keys
         },
+        matrices={name: np.asarray(matrix) for name, matrix in matrices.items()},
     )
 
 
@@ -76,9 +90,9 @@ def _check_alike(every_rows: Sequence[Rows]) -> None:
     formats = {key: (tensor.dtype, tensor.shape[1]) for key, tensor in first.items()}
     for rows in every_rows:
         n_rows = len(rows.positions)
-        own = {key: (tensor.dtype, tensor.shape[1]) for key, tensor in rows.activations.items()}
-        lengths = {len(rows.token_ids), *(tensor.shape[0] for tensor in rows.activations.values())}
-        if own != formats or lengths != {n_rows}:
+        expected = {key: (dtype, (n_rows, width)) for key, (dtype, width) in formats.items()}
+        own = {key: (tensor.dtype, tensor.shape) for key, tensor in rows.activations.items()}
+        if own != expected or len(rows.token_ids) != n_rows:
             raise CaptureError("rows of different sites, dtypes, widths or lengths cannot be stored in one file.")
 
 
@@ -86,7 +100,7 @@ def _in_memory(tensors: Sequence[torch.Tensor], *, in_8_bits: bool) -> Activatio
     """One site of all Rows, [n_rows, width] each."""
     dtype, width = tensors[0].dtype, tensors[0].shape[1]
     if not in_8_bits:
-        return Activation(dtype, width, lambda: enlarged(map(bits, tensors)))
+        return Activation(dtype, width, lambda: map(bits, gathered(tensors)))
 
     def blocks() -> Iterator[Array]:
         return resized((tensor.float().numpy() for tensor in tensors), int8.BLOCK_ROWS)

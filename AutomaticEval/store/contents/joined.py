@@ -38,6 +38,7 @@ def joined(files: Sequence[Contents], settings: Mapping[str, Any] | None = None)
         strings=lambda: {token: text for file in files for token, text in file.strings().items()},
         columns=_joined_columns(files),
         activations={key: _joined_activation([file.activations[key] for file in files]) for key in formats[0]},
+        matrices=files[0].matrices,
     )
 
 

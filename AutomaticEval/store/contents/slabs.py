@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from AutomaticEval.store.ragged import Array
 
-_SLAB_BYTES = 2**20
-"""Small enough for the processor's cache, large enough that the pages on the disk are read back at full speed."""
+_SLAB_BYTES = 2**19
+"""Small enough for the processor's cache, large enough that one call of Python's for each costs nothing."""
+_LARGE_NUMBERS = 2**15
+"""torch copies a tensor of so many numbers with all of its threads, which would cost more than they give; smaller ones, with one."""
 
 
 def resized(slabs: Iterable[Array], n_rows: int) -> Iterator[Array]:
@@ -30,15 +34,19 @@ def resized(slabs: Iterable[Array], n_rows: int) -> Iterator[Array]:
         yield np.concatenate(waiting)
 
 
-def enlarged(slabs: Iterable[Array]) -> Iterator[Array]:
-    """The rows in slabs of at least _SLAB_BYTES, for arrays that come in thousands of small slabs; the last slab may be smaller."""
-    waiting: list[Array] = []
+def gathered(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The rows of tensors [n, width]: small tensors together, in slabs of about _SLAB_BYTES, and large ones as they are, without a copy."""
+    waiting: list[Tensor] = []
     n_bytes = 0
-    for slab in slabs:
-        waiting.append(slab)
-        n_bytes += slab.nbytes
-        if n_bytes >= _SLAB_BYTES:
-            yield np.concatenate(waiting) if len(waiting) > 1 else slab
+    for tensor in tensors:
+        is_large = tensor.numel() >= _LARGE_NUMBERS
+        if waiting and (is_large or n_bytes + tensor.nbytes > _SLAB_BYTES):
+            yield torch.cat(waiting)
             waiting, n_bytes = [], 0
+        if is_large:
+            yield tensor
+        else:
+            waiting.append(tensor)
+            n_bytes += tensor.nbytes
     if waiting:
-        yield np.concatenate(waiting)
+        yield torch.cat(waiting)

@@ -18,6 +18,7 @@ from AutomaticEval.samples import COLUMNS
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.export.outgoing import Advance, column_names, records, sample
 from AutomaticEval.store.reader import Run
+from AutomaticEval.store.reading.reduced_runs import how_reduced
 
 _BATCH_BYTES = 64 * 2**20
 _BATCH_SAMPLES = 1000
@@ -27,8 +28,12 @@ _MAX_NUMBERS = 2**31 - _BATCH_BYTES
 
 
 def check(run: Run) -> None:
-    """Raises StoreError for text that is not Unicode, which Arrow cannot hold."""
+    """Raises StoreError for text that is not Unicode, which Arrow cannot hold, and for a run with lines, which have no list of rows."""
     contents = run.contents
+    if contents.is_by_sample:
+        raise StoreError(
+            f"{run.path} holds {how_reduced(run.settings)}, and arrow is written with a list of rows a sample; export to safetensors or npz."
+        )
     for name in column_names(contents):
         for number, value in enumerate(contents.columns.whole(name) if COLUMNS.get(name) == "text" else ()):
             try:

@@ -72,6 +72,8 @@ def _tensors(shard: Shard, dtypes: Mapping[str, torch.dtype]) -> list[OutgoingTe
     for key, each in contents.activations.items():
         changed = converted(replace(contents, activations={key: each}), dtypes[key]).activations[key]
         tensors.append(OutgoingTensor(key, changed.dtype, (contents.n_rows, each.width), changed.slabs))
+    if contents.is_by_sample:  # a line is no token's
+        return tensors
     numbers = {"token_id": contents.token_ids[:], "position": contents.positions[:]}
     return tensors + [
         OutgoingTensor(name, torch.int32, (contents.n_rows,), partial(iter, [v])) for name, v in numbers.items()

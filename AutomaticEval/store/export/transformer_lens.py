@@ -13,6 +13,7 @@ from AutomaticEval.errors import CaptureError, SelectionError, StoreError, Unkno
 from AutomaticEval.settings import RunSettings
 from AutomaticEval.sites import TABLE, site_of
 from AutomaticEval.store.bits import bits
+from AutomaticEval.store.reading.reduced_runs import refuse_reduced
 
 
 def transformer_lens_name(key: str) -> str:
@@ -40,8 +41,9 @@ def as_activation_cache(sample: Mapping[str, Any]) -> dict[str, Tensor]:
     TransformerLens; otherwise `sample["positions"]` says where they are in it.
     The numbers are those of the Hugging Face model. TransformerLens has the same numbers only when it neither folds norms nor centres weights:
     `HookedTransformer.from_pretrained_no_processing`, or TransformerBridge without compatibility mode.
-    Raises SelectionError for a site without a name there, and StoreError when the file does not say how many heads there are.
+    Raises SelectionError for a site without a name there and for reduced rows, and StoreError when the file does not say how many heads there are.
     """
+    refuse_reduced(sample["settings"], "TransformerLens' ActivationCache")
     activations = sample["activations"]
     widths = {key: tensor.shape[1] for key, tensor in activations.items()}
     cache: dict[str, Tensor] = {}

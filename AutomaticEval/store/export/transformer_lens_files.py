@@ -15,10 +15,12 @@ from AutomaticEval.store.export.safetensors_files import save_safetensors
 from AutomaticEval.store.export.shard_files import OutgoingTensor
 from AutomaticEval.store.export.transformer_lens import as_activation_cache, places
 from AutomaticEval.store.reader import Run
+from AutomaticEval.store.reading.reduced_runs import refuse_reduced
 
 
 def check(run: Run) -> None:
-    """Raises SelectionError for a site without a name there, StoreError when the file does not say how many heads there are."""
+    """Raises SelectionError for a site without a name there and for reduced rows, StoreError when the file does not say how many heads there are."""
+    refuse_reduced(run.settings, "TransformerLens' ActivationCache")
     places({key: each.width for key, each in run.contents.activations.items()}, run.settings)
 
 

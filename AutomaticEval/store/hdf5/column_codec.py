@@ -65,12 +65,15 @@ def _is_none(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def encode_text(values: Sequence[str]) -> tuple[list[str], str]:
     """Strings as they are written, and their `encoding`: unchanged, or all of them as JSON when HDF5 cannot hold one of them."""
-    if all("\0" not in value and _is_utf8(value) for value in values):
+    together = "".join(values)
+    if "\0" not in together and _is_utf8(together):
         return list(values), "utf-8"
     return [json.dumps(value) for value in values], "json"
 
 
 def _is_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -81,7 +84,7 @@ def _is_utf8(text: str) -> bool:
 def decode_texts(dataset: h5py.Dataset, at: Any = ()) -> list[str]:
     """The strings of a column of text, whole or at a slice. Raises ValueError for what cannot be decoded, and for JSON that is no text."""
     values = decode_column(dataset, at)
-    if not all(isinstance(value, str) for value in values):
+    if any(type(value) is not str for value in values):
         raise ValueError(f"{dataset.name} holds values that are no text")
     return values
 
@@ -96,7 +99,7 @@ def decoded(raw: Any, encoding: str) -> list[Any]:
     if encoding not in ENCODINGS:
         raise ValueError(f"a column has the encoding {encoding!r}")
     if encoding in ("utf-8", "json"):
-        texts = [value.decode("utf-8") if isinstance(value, bytes) else value for value in np.atleast_1d(raw)]
+        texts = [value.decode("utf-8") if isinstance(value, bytes) else value for value in np.atleast_1d(raw).tolist()]
         return [parse_json(text) for text in texts] if encoding == "json" else texts
     values = np.atleast_1d(raw).tolist()
     if encoding == "float":

@@ -6,16 +6,23 @@ Knows nothing of models, of runs, or of when a file is written.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import h5py
 import torch
 
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.reducing.table import is_by_sample
 
 SHARD_FORMAT = "automatic-eval/activations"
 RUN_FORMAT = "automatic-eval/run"
-VERSION = (1, 2)
+VERSION = (1, 3)
 TEXT = h5py.string_dtype()
+ROWS, LINES = "activations", "reduced"
+"""The groups of the sites: with a row for each token's position, or with a line for each sample."""
+PROJECTIONS = "projections"
+"""The group of the matrices by which rows were multiplied."""
 
 
 _DTYPES = {
@@ -32,6 +39,19 @@ def shard_number(name: str) -> int:
     if match is None:
         raise ValueError(f"{name[:80]!r} is not a shard's name, such as shard-00000.h5")
     return int(match[1])
+
+
+def group_of(settings: Mapping[str, Any]) -> str:
+    """The group of the sites in a file with these settings, ROWS or LINES. Raises ValueError for a `reduce` that is no text."""
+    name = settings.get("reduce")
+    if not isinstance(name, str | None):
+        raise ValueError(f"the setting reduce is {str(name)[:40]}, expected text")
+    return LINES if is_by_sample(name) else ROWS
+
+
+def holds_sites(name: str) -> bool:
+    """Whether a dataset of this name, without the first slash, holds the numbers of a site."""
+    return name.startswith((f"{ROWS}/", f"{LINES}/"))
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -20,6 +20,7 @@ from AutomaticEval.samples import COLUMNS
 from AutomaticEval.store.disk.system import UNREAD, code_of
 from AutomaticEval.store.hdf5.attributes import text_of
 from AutomaticEval.store.hdf5.column_codec import ENCODED, ENCODINGS, NUMPY
+from AutomaticEval.store.hdf5.contract import holds_sites
 from AutomaticEval.store.hdf5.room import REFERENCE, Room, text_bytes
 
 _MAX_CHUNK_BYTES = 16 * 2**20
@@ -188,7 +189,7 @@ def extent_of(
     n_bytes = math.prod(dataset.shape) * expected.itemsize
     if not n_bytes:
         return Extent(name, 0, dataset.shape, expected, stamp)
-    if dataset.chunks is not None and name.startswith("activations/"):
+    if dataset.chunks is not None and holds_sites(name):
         _check_chunks(dataset, name, expected.itemsize)
         room.take_compressed(name, n_bytes)
         return Extent(name, None, dataset.shape, expected, stamp)
@@ -207,7 +208,7 @@ def offset_of(dataset: h5py.Dataset, name: str, n_bytes: int, size: int) -> int:
 
 def _alike(dataset: h5py.Dataset, name: str, expected: np.dtype[Any]) -> bool:
     """Whether a dataset has the expected dtype. The type of an activation was compared before."""
-    return name.startswith("activations/") or bool(dataset.dtype == expected)
+    return holds_sites(name) or bool(dataset.dtype == expected)
 
 
 def _check_chunks(dataset: h5py.Dataset, name: str, item_bytes: int) -> None:

@@ -112,7 +112,7 @@ class OpenedFile:
 
     def _site(self, file: h5py.File, key: str) -> tuple[torch.dtype, Extent]:
         """The dtype of a site, and where its rows lie in the file. For `run.h5`, whose rows are in the shards, only how many there are."""
-        name = f"activations/{key}"
+        name = f"{contract.group_of(self.settings)}/{key}"
         dataset = dataset_of(file, name)
         dtype = contract.dtype_named(text_of(dataset, "dtype"))
         if dataset.ndim != 2 or dataset.id.get_type() != contract.hdf5_type(dtype):

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import torch
 
-from AutomaticEval.samples import COLUMNS
+from AutomaticEval.samples import COLUMNS, NO_POSITION, NO_TOKEN
 from AutomaticEval.sites import key_order
 from AutomaticEval.store import int8
 from AutomaticEval.store.contents.file_contents import Activation, Contents, RowFormat
@@ -27,7 +27,7 @@ from AutomaticEval.store.hdf5.open import OpenedFile
 from AutomaticEval.store.ragged import Array, Ragged, ranges_of
 
 _SLAB_BYTES = 8 * 2**20
-_WIDE = ("offset", "start", "stop", "n_rows", "size_bytes")
+_WIDE = ("offset", "start", "stop", "lines", "n_rows", "size_bytes")
 """Endings of the names of datasets whose numbers have 64 bits; the others have 32."""
 
 
@@ -42,6 +42,9 @@ class Shard(OpenedFile):
             names_of(file, "samples"), key=lambda name: known.index(name) if name in known else len(known)
         )
         groups = names_of(file, "/")
+        self.group = contract.group_of(self.settings)
+        self.is_by_sample = self.group == contract.LINES
+        """Whether each sample has a line, in the place of rows."""
         self.has_rows = self.file_format == contract.SHARD_FORMAT or "rows" in groups  # run.h5 of version 1.0 has none
         if self.has_rows:
             self._read_structure(file, groups)
@@ -52,12 +55,11 @@ class Shard(OpenedFile):
         self._check_columns(file)
 
     def _read_structure(self, file: h5py.File, groups: Sequence[str]) -> None:
-        self.keys = sorted(names_of(file, "activations"), key=key_order)
+        self.keys = sorted(names_of(file, self.group), key=key_order)
         self.numbers = {
             name: self._extent(file, name, "<i8" if name.endswith(_WIDE) else "<i4")
             for name in _number_names(file, groups)
         }
-        self.n_rows = self.numbers["rows/token_id"].shape[0]
         self.scales = {
             key: self._extent(file, f"scales/{key}", "<f4", 2)
             for key in (names_of(file, "scales") if "scales" in groups else ())
@@ -66,6 +68,11 @@ class Shard(OpenedFile):
         self.extents: dict[str, Extent] = {}
         for key in self.keys:
             self.dtypes[key], self.extents[key] = self._site(file, key)
+        self.n_rows = self.numbers["rows/token_id"].shape[0]
+        if self.is_by_sample:
+            self.n_rows = next((extent.shape[0] for extent in self.extents.values()), 0)
+        matrices = names_of(file, contract.PROJECTIONS) if contract.PROJECTIONS in groups else ()
+        self.matrices = {name: self._extent(file, f"{contract.PROJECTIONS}/{name}", "<f4", 2) for name in matrices}
         self._check_numbers()
         n_tokens = self.numbers["vocabulary/token_id"].shape[0]
         check_column(file, "vocabulary/token", n_tokens, self.size_bytes, self._room)
@@ -88,6 +95,9 @@ class Shard(OpenedFile):
         lists = {name.removesuffix("/offset") for name in self.numbers if name.endswith("/offset")}
         self.offsets = {name: self.ints(f"{name}/offset")[:] for name in lists}
         self.ranges = np.column_stack([self.ints("segments/start")[:], self.ints("segments/stop")[:]])
+        if self.is_by_sample:
+            line_of = self.ints("lines")[:]
+            self.ranges, self.offsets["segments"] = np.column_stack([line_of, line_of + 1]), np.arange(len(line_of) + 1)
         ends = {name: self.numbers[f"{name}/values"].shape[0] for name in lists - {"segments"}}
         ends["segments"] = len(self.ranges)
         self.n_samples = len(self.offsets["segments"]) - 1
@@ -103,11 +113,11 @@ class Shard(OpenedFile):
         if len(stop) and (stop.max() > self.n_rows or start.min() < 0 or (start > stop).any()):
             raise ValueError(f"/segments point outside the {self.n_rows} rows")
         self._check_lengths(stop - start)
-        if self.numbers["rows/position"].shape[0] != self.n_rows:
+        if self.numbers["rows/position"].shape != self.numbers["rows/token_id"].shape:
             raise ValueError("/rows/position has not as many rows as /rows/token_id")
         for key, (n_rows, width) in ((key, extent.shape) for key, extent in self.extents.items()):
             if n_rows != self.n_rows:
-                raise ValueError(f"/activations/{key} has {n_rows} rows, expected {self.n_rows}")
+                raise ValueError(f"/{self.group}/{key} has {n_rows} rows, expected {self.n_rows}")
             if (self.dtypes[key] == torch.int8) != (key in self.scales) or (
                 key in self.scales and self.scales[key].shape[1] != width
             ):
@@ -157,7 +167,7 @@ class Shard(OpenedFile):
     def non_finite(self) -> dict[str, int]:
         """Site or column -> how many of its numbers are infinite or NaN. Older files do not say it: theirs are missing."""
         with self.reading() as file:
-            return counts_in(file, self.keys, self.column_names)
+            return counts_in(file, self.group, self.keys, self.column_names)
 
     @cached_property
     def strings(self) -> dict[int, str]:
@@ -199,8 +209,7 @@ class Shard(OpenedFile):
         return Contents(
             self.model,
             self.settings,
-            self.ints("rows/token_id"),
-            self.ints("rows/position"),
+            *self._tokens_of_rows(),
             self.ints("rows/block") if self.scales else None,
             segments,
             input_ids,
@@ -208,7 +217,14 @@ class Shard(OpenedFile):
             self.read_strings,
             FileColumns(self),
             {} if self.file_format == contract.RUN_FORMAT else {key: self._stored(key) for key in self.keys},
+            {name: FileArray(self.path, extent) for name, extent in self.matrices.items()},
         )
+
+    def _tokens_of_rows(self) -> tuple[Any, Any]:
+        """The token and the position of each row, or what stands for them with a line."""
+        if self.is_by_sample:
+            return np.full(self.n_rows, NO_TOKEN, np.int32), np.full(self.n_rows, NO_POSITION, np.int32)
+        return self.ints("rows/token_id"), self.ints("rows/position")
 
     def _stored(self, key: str) -> Activation:
         scales = partial(self.slabs, self.scales[key]) if self.dtypes[key] == torch.int8 else None
@@ -259,6 +275,7 @@ def _decode(name: str) -> Callable[[h5py.Dataset, slice], list[Any]]:
 def _number_names(file: h5py.File, groups: Sequence[str]) -> list[str]:
     names = [f"{group}/{name}" for group in ("input_ids", "generated_ids") for name in ("offset", "values")]
     names += ["segments/offset", "segments/start", "segments/stop", "rows/token_id", "rows/position"]
+    names += ["lines"] if "lines" in groups else []
     names += ["rows/block"] if "block" in names_of(file, "rows") else []
     names += ["shards/n_rows", "shards/size_bytes"] if "shards" in groups else []
     return [*names, "vocabulary/token_id"]

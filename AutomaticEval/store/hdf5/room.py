@@ -11,6 +11,8 @@ import math
 import h5py
 import numpy as np
 
+from AutomaticEval.store.hdf5 import contract
+
 EXPANSION = 1024
 """The compressed datasets of a file may hold so many times its size, uncompressed. gzip makes at most 1,032 bytes of one, and less when
 a chunk's entry in the file is counted too. zstd makes more only of rows that are all alike; the writer then fills the file up."""
@@ -57,5 +59,6 @@ def text_bytes(raw: bytes) -> int:
 
 def held_bytes(file: h5py.File) -> int:
     """Bytes that the compressed datasets of a file hold, uncompressed."""
-    every = [each for each in file.get("activations", {}).values() if each.chunks is not None]
+    groups = [file.get(name, {}) for name in (contract.ROWS, contract.LINES)]
+    every = [each for group in groups for each in group.values() if each.chunks is not None]
     return sum(math.prod(each.shape) * each.id.get_type().get_size() for each in every)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ import numpy as np
 from AutomaticEval.errors import CaptureError, PathExists, SelectionError
 from AutomaticEval.public_names import without_folders
 from AutomaticEval.samples import COLUMNS, Sample
+from AutomaticEval.store.contents.changed import without_rows
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.disk.json_text import as_json
+from AutomaticEval.store.disk.whole_files import new_file
 from AutomaticEval.store.finite import counts_in, report_non_finite
 from AutomaticEval.store.hdf5 import checksums, contract
 from AutomaticEval.store.hdf5.attributes import attribute_text
 from AutomaticEval.store.hdf5.extents import load_filters
-from AutomaticEval.store.hdf5.writing.activations import Source, write_activation, write_virtual
+from AutomaticEval.store.hdf5.writing.activations import Source, write_activations, write_virtual
 from AutomaticEval.store.hdf5.writing.new_hdf5 import new_hdf5
 from AutomaticEval.store.hdf5.writing.numbers import write_numbers
 from AutomaticEval.store.hdf5.writing.sample_table import write_columns, write_text
@@ -50,28 +53,31 @@ def write_shard(
     model: str,
     settings: Mapping[str, Any],
     *,
+    matrices: Mapping[str, Any] = {},
     overwrite: bool = False,
     strict: bool = False,
 ) -> None:
     """Write samples into one file, whole or not at all.
 
+    matrices: those of the projection by which the rows were made: name -> [width, k].
     strict: raise NotFinite for numbers that are infinite or NaN, which are written all the same; without it, warn of them.
     Raises PathExists, FolderNotWritable, DiskFull, NotFinite.
     """
-    written = write_file(path, of_samples(samples, model, settings), overwrite=overwrite)
+    written = write_file(path, of_samples(samples, model, settings, matrices=matrices), overwrite=overwrite)
     report_non_finite(path, written.non_finite, strict=strict)
 
 
-def write_named(
-    folder: Path, stem: str, sample: Sample, model: str, settings: Mapping[str, Any], *, strict: bool = False
-) -> Path:
-    """Write one sample as `stem.h5`, or `stem_2.h5`, … when the name is taken. Returns the path; raises what `write_shard` does."""
+def write_named(folder: Path, stem: str, sample: Sample, model: str, settings: Mapping[str, Any], **how: Any) -> Path:
+    """Write one sample as `stem.h5`, or `stem_2.h5`, … when the name is taken. Returns the path.
+
+    how: as for `write_shard`, which says what is raised.
+    """
     for number in itertools.count(1):
         path = folder / (f"{stem}.h5" if number == 1 else f"{stem}_{number}.h5")
         if path.exists():
             continue
         try:
-            write_shard(path, [sample], model, settings, strict=strict)
+            write_shard(path, [sample], model, settings, **how)
         except PathExists:  # taken by another process just now
             continue
         return path
@@ -91,17 +97,40 @@ def write_file(
     replaces: names of the shards whose place it takes.
     Raises PathExists, FolderNotWritable, DiskFull, CaptureError.
     """
+    with filled_file(path, contents, overwrite=overwrite, compression=compression, replaces=replaces) as source:
+        return source
+
+
+@contextmanager
+def filled_file(
+    path: Path,
+    contents: Contents,
+    *,
+    overwrite: bool = False,
+    compression: str | None = None,
+    replaces: Sequence[str] = (),
+) -> Iterator[Source]:
+    """`write_file` in two steps: all bytes are written, and contents let go of, when the with begins; the disk has them, and the file its
+    name, when the with ends without an error.
+    """
     if not contents.activations:
         raise CaptureError(f"{path}: no sample has activations; nothing is written.")
+    with new_file(path, overwrite=overwrite) as partial:
+        source = _fill(partial, contents, compression, replaces)
+        del contents
+        yield source
+
+
+def _fill(partial: Path, contents: Contents, compression: str | None, replaces: Sequence[str]) -> Source:
     rows_bytes = contents.n_rows * sum(each.width * each.dtype.itemsize for each in contents.activations.values())
-    with new_hdf5(path, rows_bytes + rows_bytes // _SUMMED_BYTES + _table_bytes(contents), overwrite=overwrite) as file:
+    with new_hdf5(partial, rows_bytes + rows_bytes // _SUMMED_BYTES + _table_bytes(contents)) as file:
         more = {"replaces": json.dumps(list(replaces))} if replaces else {}
         stamp = _write_attributes(file, contract.SHARD_FORMAT, contents, more)
-        for key, activation in contents.activations.items():
-            write_activation(file, key, activation, contents.n_rows, compression)
+        group = contract.group_of(contents.settings)
+        write_activations(file, group, contents.activations, contents.n_rows, compression)
         _write_table(file, contents)
-        counts = counts_in(file, contents.activations, contents.columns.names)
-    return Source(path.name, contents.n_rows, path.stat().st_size, stamp, counts)
+        counts = counts_in(file, group, contents.activations, contents.columns.names)
+    return Source(partial.name, contents.n_rows, partial.stat().st_size, stamp, counts)
 
 
 def write_run(path: Path, contents: Contents, sources: Sequence[Source], *, finished: bool) -> dict[str, int]:
@@ -109,23 +138,27 @@ def write_run(path: Path, contents: Contents, sources: Sequence[Source], *, fini
 
     Returns how many numbers are infinite or NaN, in the form of `Source.non_finite`.
     """
-    with new_hdf5(path, _table_bytes(contents) + 4096 * len(sources), overwrite=True) as file:
+    with (
+        new_file(path, overwrite=True) as partial,
+        new_hdf5(partial, _table_bytes(contents) + 4096 * len(sources)) as file,
+    ):
         _write_attributes(file, contract.RUN_FORMAT, contents, {"state": "finished" if finished else "unfinished"})
+        group = contract.group_of(contents.settings)
         for key, activation in contents.activations.items():
-            write_virtual(file, key, activation, sources)
+            write_virtual(file, f"{group}/{key}", activation, sources)
         _write_table(file, contents)
         write_text(file, "shards/name", [source.name for source in sources])
         write_text(file, f"shards/{checksums.OF_ATTRIBUTES}", [source.stamp for source in sources])
         for name in ("n_rows", "size_bytes"):
             write_numbers(file, f"shards/{name}", np.array([getattr(source, name) for source in sources]), "<i8")
-        return counts_in(file, contents.activations, contents.columns.names)
+        return counts_in(file, group, contents.activations, contents.columns.names)
 
 
 def _table_bytes(contents: Contents) -> int:
     """An upper bound of the bytes that everything but the activations takes in a file."""
     names = [name for name in contents.columns.names if name in COLUMNS]
     text = sum(
-        len(value.encode("utf-8", "replace")) if isinstance(value, str) else 64 if value is None else len(str(value))
+        _text_bytes(value)
         for name in names
         if COLUMNS[name] in ("text", "json")
         for value in contents.columns.whole(name)
@@ -137,7 +170,14 @@ def _table_bytes(contents: Contents) -> int:
     numbers = 12 * contents.n_rows + 8 * ids + 4 * scales * widths
     texts = 2 * text + 64 * len(names) * contents.n_samples + sum(64 + 4 * len(each) for each in strings.values())
     headers = 2**18 + 4096 * len(contents.activations) + len(as_json(contents.settings))
+    numbers += 4 * sum(int(np.size(each[:])) for each in contents.matrices.values())
     return headers + numbers + numbers // _SUMMED_BYTES + texts
+
+
+def _text_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
+    return 64 if value is None else len(str(value))
 
 
 def _write_attributes(file: h5py.File, file_format: str, contents: Contents, more: Mapping[str, str]) -> str:
@@ -157,6 +197,12 @@ def _write_attributes(file: h5py.File, file_format: str, contents: Contents, mor
 
 def _write_table(file: h5py.File, contents: Contents) -> None:
     """Write everything but the activations."""
+    for name, matrix in contents.matrices.items():
+        write_numbers(file, f"{contract.PROJECTIONS}/{name}", matrix, "<f4")
+    if contents.is_by_sample:
+        write_numbers(file, "lines", contents.segments.values[:].reshape(-1, 2)[:, 0], "<i8")
+        file.create_group(contract.ROWS)
+        contents = without_rows(contents)
     write_numbers(file, "rows/token_id", contents.token_ids, "<i4")
     write_numbers(file, "rows/position", contents.positions, "<i4")
     if contents.blocks is not None:

@@ -15,7 +15,8 @@ from AutomaticEval.store.reader import Run, open_run
 from AutomaticEval.store.upkeep.copies import without_shards, write_copy
 from AutomaticEval.store.upkeep.verify import check
 
-SAME = ("dtype", "store_dtype", "quantization", "revision", "sites", "layers", "positions", "shape", "edits", *IDENTITY)
+SELECTED = ("store_dtype", "reduce", "project", "sites", "layers", "positions")
+SAME = ("dtype", *SELECTED, "quantization", "revision", "shape", "edits", *IDENTITY)
 """The settings that runs must share to be joined: the model, what was changed in it, and the selection."""
 
 

@@ -16,6 +16,7 @@ from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.hdf5.damage import Advance, ignore
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reader import Run, open_run
+from AutomaticEval.store.reading.reduced_runs import how_reduced
 from AutomaticEval.store.upkeep.copies import without_shards, write_copy
 from AutomaticEval.store.upkeep.verify import check
 
@@ -41,6 +42,10 @@ def prune(
     contents = without_shards(run.contents)
     keys = kept_keys(run, sites, layers)
     wanted = None if positions in (None, "all") else Positions.parse(str(positions))
+    if wanted is not None and contents.is_by_sample:
+        raise SelectionError(
+            f"{path} holds {how_reduced(run.settings)}, which cannot be taken for {wanted} alone any more."
+        )
     rows = [_kept_rows(contents, number, wanted) for number in range(contents.n_samples)]
     chosen = {"sites": sites, "layers": None if layers is None else str(layers), "positions": wanted and str(wanted)}
     now = {name: value for name, value in chosen.items() if value is not None}

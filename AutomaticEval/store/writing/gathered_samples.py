@@ -57,10 +57,10 @@ class GatheredSamples:
 
     def _check(self, rows: Rows) -> None:
         formats = {
-            key: RowFormat(torch.int8 if self._in_8_bits else tensor.dtype, tensor.shape[1])
+            key: (torch.int8 if self._in_8_bits else tensor.dtype, tensor.shape[1])
             for key, tensor in rows.activations.items()
         }
-        self.formats = self.formats or formats
+        self.formats = self.formats or {key: RowFormat(*each) for key, each in formats.items()}
         if formats != self.formats:
             raise CaptureError("these rows have not the sites, dtypes or widths of the run's others; none was taken.")
         for key, tensor in rows.activations.items() if self._in_8_bits else ():

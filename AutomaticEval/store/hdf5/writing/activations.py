@@ -1,8 +1,7 @@
-"""Writes the rows of one site: as numbers into a shard, or into `run.h5` as a view of the shards' rows."""
+"""Writes the datasets of the sites: as numbers into a shard, or into `run.h5` as a view of the shards' rows."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from AutomaticEval.store.hdf5 import checksums
 from AutomaticEval.store.hdf5.contract import hdf5_type
 from AutomaticEval.store.hdf5.extents import load_filters
 from AutomaticEval.store.hdf5.writing.numbers import write_checksums
+from AutomaticEval.store.hdf5.writing.rows import Place, Written, write_rows
 
 _SLAB_BYTES = 8 * 2**20
 _CHUNK_BYTES = 512 * 2**10
@@ -38,36 +38,52 @@ class Source(NamedTuple):
     """Site or column -> how many of its numbers are infinite or NaN. Sites and columns of older files, which do not say it, are missing."""
 
 
-def write_activation(file: h5py.File, key: str, activation: Activation, n_rows: int, compression: str | None) -> None:
-    """Write one dataset slab by slab as raw bits, and compute its checksums on the way."""
-    stored = hdf5_type(activation.dtype)
-    dataset = _create(file, f"activations/{key}", stored, (n_rows, activation.width), compression)
-    row_bytes = max(1, activation.width * stored.get_size())
+def write_activations(
+    file: h5py.File, group: str, activations: Mapping[str, Activation], n_rows: int, compression: str | None
+) -> None:
+    """Write one dataset a site into a group, as raw bits, and the checksums, which are computed on the way."""
+    datasets = {
+        key: _create(file, f"{group}/{key}", hdf5_type(each.dtype), (n_rows, each.width), compression)
+        for key, each in activations.items()
+    }
+    places = [_place(datasets[key], key, each) for key, each in activations.items()]
+    if compression is None:
+        written = write_rows(Path(file.filename), places)
+    else:
+        written = [_compressed(datasets[place.key], place) for place in places]
+    for place, found in zip(places, written, strict=True):
+        dataset = datasets[place.key]
+        dataset.attrs["dtype"] = str(place.activation.dtype).removeprefix("torch.")
+        dataset.attrs[NON_FINITE] = found.n_non_finite
+        write_checksums(dataset, found.hashed, place.block_rows)
+
+
+def _place(dataset: h5py.Dataset, key: str, activation: Activation) -> Place:
+    row_bytes = activation.width * dataset.id.get_type().get_size()
     rows = dataset.chunks[0] if dataset.chunks else checksums.rows_per_block(row_bytes)
-    hashed, n_wrong = checksums.ArrayHash(rows * row_bytes), 0
-    # whole chunks, and whole blocks of scales, so that neither is written twice
-    step = -(-max(1, _SLAB_BYTES // row_bytes) // int8.BLOCK_ROWS) * int8.BLOCK_ROWS
-    space, at, started = dataset.id.get_space(), 0, 0
-    in_steps = compression is not None or activation.dtype == torch.int8
-    for slab in resized(activation.slabs(), step) if in_steps else activation.slabs():
+    return Place(key, activation, dataset.id.get_offset() or 0, len(dataset), row_bytes, rows)
+
+
+def _compressed(dataset: h5py.Dataset, place: Place) -> Written:
+    """Write a dataset in chunks, which only HDF5 can do: a few whole chunks at a time."""
+    hashed, n_wrong, at = checksums.ArrayHash(place.block_rows * place.row_bytes), 0, 0
+    step = -(-max(1, _SLAB_BYTES // max(1, place.row_bytes)) // int8.BLOCK_ROWS) * int8.BLOCK_ROWS
+    space = dataset.id.get_space()
+    for slab in resized(place.activation.slabs(), step):
         values = np.ascontiguousarray(slab)
         space.select_hyperslab((at, 0), values.shape)
-        dataset.id.write(h5py.h5s.create_simple(values.shape), space, values, mtype=stored)
+        dataset.id.write(h5py.h5s.create_simple(values.shape), space, values, mtype=dataset.id.get_type())
         hashed.add(values)
-        n_wrong += n_non_finite(values, activation.dtype)
+        n_wrong += n_non_finite(values, place.activation.dtype)
         at += len(values)
-        if not in_steps and (at - started) * row_bytes >= _SLAB_BYTES:
-            _start_writing(file, dataset.id.get_offset() + started * row_bytes, (at - started) * row_bytes)
-            started = at
-    assert at == n_rows, f"{key}: {at} rows came, expected {n_rows}"
-    dataset.attrs["dtype"] = str(activation.dtype).removeprefix("torch.")
-    dataset.attrs[NON_FINITE] = n_wrong
-    write_checksums(dataset, hashed, rows)
+    assert at == place.n_rows, f"{place.key}: {at} rows came, expected {place.n_rows}"
+    return Written(hashed, n_wrong)
 
 
-def write_virtual(file: h5py.File, key: str, activation: Activation, sources: Sequence[Source]) -> None:
-    """Write a dataset that shows the rows of all sources. Where a source is missing, HDF5 gives NaN (or -128), never zeros."""
+def write_virtual(file: h5py.File, name: str, activation: Activation, sources: Sequence[Source]) -> None:
+    """Write a dataset with its group and key as name, which shows the rows of all sources. Where a source is missing, HDF5 gives NaN (or -128), never zeros."""
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_obj_track_times(False)
     absent = np.array(-128, np.int8) if activation.dtype == torch.int8 else np.array(np.nan, np.float32)
     settings.set_fill_value(absent)
     n_rows = sum(source.n_rows for source in sources)
@@ -77,27 +93,21 @@ def write_virtual(file: h5py.File, key: str, activation: Activation, sources: Se
             space = h5py.h5s.create_simple((n_rows, activation.width))
             space.select_hyperslab((at, 0), (source.n_rows, activation.width))
             theirs = h5py.h5s.create_simple((source.n_rows, activation.width))
-            settings.set_virtual(space, source.name.encode(), f"/activations/{key}".encode(), theirs)
+            settings.set_virtual(space, source.name.encode(), f"/{name}".encode(), theirs)
             at += source.n_rows
     stored, space = hdf5_type(activation.dtype), h5py.h5s.create_simple((n_rows, activation.width))
-    group = file.require_group("activations")
-    dataset = h5py.Dataset(h5py.h5d.create(group.id, key.encode(), stored, space, dcpl=settings))
+    group, _, key = name.partition("/")
+    dataset = h5py.Dataset(h5py.h5d.create(file.require_group(group).id, key.encode(), stored, space, dcpl=settings))
     dataset.attrs["dtype"] = str(activation.dtype).removeprefix("torch.")
     if all(key in source.non_finite for source in sources):
         dataset.attrs[NON_FINITE] = sum(source.non_finite[key] for source in sources)
-
-
-def _start_writing(file: h5py.File, offset: int, n_bytes: int) -> None:
-    """Have the system put bytes on the disk while the next ones are made, so that the fsync at the end finds little left."""
-    if hasattr(os, "posix_fadvise"):
-        with Path(file.filename).open("rb") as written:
-            os.posix_fadvise(written.fileno(), offset, n_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def _create(
     file: h5py.File, name: str, stored: h5py.h5t.TypeID, shape: tuple[int, int], compression: str | None
 ) -> h5py.Dataset:
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_obj_track_times(False)
     if all(shape):  # HDF5 refuses contiguous data without rows
         settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
         if compression is None:

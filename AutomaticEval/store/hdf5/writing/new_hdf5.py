@@ -1,6 +1,6 @@
-"""A new HDF5 file, which appears whole or not at all.
+"""A new HDF5 file, filled and with its trailer.
 
-Knows nothing of what is written into it.
+Knows nothing of what is written into it, nor of when it gets its name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 import h5py
 
 from AutomaticEval.store.disk.system import FULL
-from AutomaticEval.store.disk.whole_files import new_file
 from AutomaticEval.store.hdf5.room import EXPANSION, held_bytes
 from AutomaticEval.store.hdf5.trailer import arrays_of, write_trailer
 
@@ -24,21 +23,20 @@ _KEEP_SIZE = 1
 
 
 @contextmanager
-def new_hdf5(path: Path, size_bytes: int, *, overwrite: bool = False) -> Iterator[h5py.File]:
-    """An HDF5 file that gets its name only when it is complete and on the disk.
+def new_hdf5(path: Path, size_bytes: int) -> Iterator[h5py.File]:
+    """A new HDF5 file, which has its trailer when the with ends.
 
     size_bytes: at least as many as the file will hold. They are reserved first, because HDF5 crashes the process at its exit when the
     disk fills up while it writes.
-    Raises PathExists, FolderNotWritable, DiskFull.
+    Raises OSError.
     """
-    with new_file(path, overwrite=overwrite) as partial:
-        partial.write_bytes(_empty_hdf5())
-        _reserve(partial, size_bytes)
-        with _hdf5_to_write(partial) as file:
-            yield file
-            arrays, held = arrays_of(file), held_bytes(file)
-        write_trailer(partial, arrays, -(-held // EXPANSION))
-        os.truncate(partial, partial.stat().st_size)  # gives back the reserved bytes that were not used
+    path.write_bytes(_empty_hdf5())
+    _reserve(path, size_bytes)
+    with _hdf5_to_write(path) as file:
+        yield file
+        arrays, held = arrays_of(file), held_bytes(file)
+    write_trailer(path, arrays, -(-held // EXPANSION))
+    os.truncate(path, path.stat().st_size)  # gives back the reserved bytes that were not used
 
 
 @contextmanager

@@ -1,0 +1,96 @@
+"""Where the selected sites are read, with what a selection keeps of each row: on the model's device, before rows are copied from it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.layout import Derived, Layout, Tap
+from AutomaticEval.reducing.table import RowReduction, SampleReduction
+from AutomaticEval.selection import Selection
+from AutomaticEval.sites import TABLE
+
+
+@dataclass(eq=False)
+class _Reduced:
+    """Turns the rows of a site [..., width] into reduced rows [..., k], float32."""
+
+    reduction: RowReduction
+    matrix: Tensor | None
+    before: Derived | None
+    """What is computed of the module's value to have the site's own rows; None for a site that is the value."""
+
+    _matrices: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    @property
+    def mark(self) -> Hashable:
+        """That of the reduction, the matrix, and what is computed before."""
+        return self.reduction, id(self.matrix), None if self.before is None else self.before.mark
+
+    @property
+    def held(self) -> list[Any]:
+        """The matrix, and its copies on devices."""
+        return [self.matrix, list(self._matrices.values()), [] if self.before is None else self.before.held]
+
+    def refresh(self, module: nn.Module) -> None:
+        """Call this before a forward. The matrix is then where the module is, so that no forward waits for it."""
+        if self.before is not None:
+            self.before.refresh(module)
+        for device in {each.device for each in module.parameters() if not each.is_meta}:
+            self._matrix_on(device)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        rows = value if self.before is None else self.before(value)
+        return self.reduction.reduced(rows, self._matrix_on(rows.device))
+
+    def _matrix_on(self, device: torch.device) -> Tensor | None:
+        if self.matrix is not None and device not in self._matrices:
+            self._matrices[device] = self.matrix.to(device)
+        return self._matrices.get(device)
+
+
+def taps_of(layout: Layout, selection: Selection) -> dict[str, Tap]:
+    """The taps of the selected sites: key -> tap, which gives reduced rows where the selection reduces them.
+
+    Raises UnknownLayer, SiteUnavailable, and SelectionError for a projection that does not fit a site.
+    """
+    sites = selection.sites(layout.n_layers)
+    taps = layout.pick(sites)
+    reduction = selection.reduction
+    if not isinstance(reduction, RowReduction):
+        return taps
+    matrices = {site.key: _matrix(selection, site.key, layout.widths[site]) for site in sites}
+    return {key: replace(tap, then=_Reduced(reduction, matrices[key], tap.then)) for key, tap in taps.items()}
+
+
+def _matrix(selection: Selection, key: str, width: int) -> Tensor | None:
+    return None if selection.project is None else selection.project.matrix(key, width)
+
+
+def bytes_per_row(loaded: LoadedModel, selection: Selection) -> int:
+    """Size of what is kept of one position, or with one line a sample of one sample, over all selected sites.
+
+    Raises UnknownLayer, SiteUnavailable, SelectionError.
+    """
+    layout, reduction = loaded.layout, selection.reduction
+    sites = selection.sites(layout.n_layers)
+    taps_of(layout, selection)  # raises for sites that cannot be kept
+    n_bytes = 0
+    for site in sites:
+        width = layout.widths[site]
+        name = selection.store_dtype or ("float32" if reduction is not None else TABLE[site.kind].dtype)
+        dtype = loaded.model.dtype if name is None else getattr(torch, name)
+        if isinstance(reduction, RowReduction):
+            width = reduction.width(_matrix(selection, site.key, width))
+        n_bytes += width * int(dtype.itemsize)
+    return n_bytes
+
+
+def n_kept(selection: Selection, n_positions: int, n_samples: int = 1) -> int:
+    """How many rows, or lines of samples, are stored of samples with so many kept positions."""
+    return n_samples if isinstance(selection.reduction, SampleReduction) else n_positions
