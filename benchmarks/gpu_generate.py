@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from gpu_targets import Number, both_graphs, in_memory, on_disk
 from store_made import rows_bytes
 
 from AutomaticEval.capture.generation import Response, respond
+from AutomaticEval.capture.graph.way import way_of
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.evaluation.results.captured_run import made_with
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -31,12 +31,15 @@ SHARES = {1: 0.22, 16: 0.4, 64: 1.0}
 
 
 def sampled(n_new: int, way: str) -> Sampling:
-    """Greedy sampling in one of the two ways. Raises LookupError where this version knows no graphs."""
-    if "generation" in {each.name for each in fields(Sampling)}:
-        return Sampling(max_new_tokens=n_new, generation=way)
-    if way == "graph":
-        raise LookupError("this version does not generate from graphs")
-    return Sampling(max_new_tokens=n_new)
+    """Greedy sampling in one of the two ways."""
+    return Sampling(max_new_tokens=n_new, generation=way)
+
+
+def refuse_other(loaded: LoadedModel, way: str) -> None:
+    """Raises RuntimeError when the model does not generate in this way."""
+    found = way_of(loaded.model, way, sampled(1, way).kwargs())
+    if found.kind != way:
+        raise RuntimeError("the graph's self-check failed" if found.failed else "the model is not served from a graph")
 
 
 class Generating:
@@ -45,6 +48,8 @@ class Generating:
     def __init__(self, setting: Setting, prompts: list[list[int]]) -> None:
         self._setting, self._loaded, self._prompts = setting, setting.loaded, prompts
         self._settings = made_with(self._loaded, EVERYTHING).as_dict()  # once a run
+        self._proven: set[str] = set()
+        """The ways in which the model was seen to generate, which is asked once."""
         self.n_bytes: dict[str, int] = {}
         """Side -> bytes of rows."""
         self.ways: dict[str, Callable[[int], Any]] = {
@@ -70,6 +75,9 @@ class Generating:
         return synced(work) if side.endswith("on the disk") else waited(work)
 
     def _ours(self, n_new: int, way: str, selection: Selection | None) -> list[Response]:
+        if way not in self._proven:
+            refuse_other(self._loaded, way)
+            self._proven.add(way)
         return respond(self._loaded, self._prompts, sampled(n_new, way), selection)
 
     def _written(self, n_new: int, way: str) -> list[Response]:

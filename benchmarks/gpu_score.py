@@ -16,7 +16,7 @@ from scoring import Sides as Asked
 from scoring import requests_of, shapes
 from store_made import WORDS
 
-from AutomaticEval.capture.keeping import bytes_per_row
+from AutomaticEval.capture.reduced_rows import bytes_per_row
 from AutomaticEval.selection import Selection
 
 Line = dict[str, Any]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from gauges import quiet
-from gpu_generate import EVERYTHING, sampled
+from gpu_generate import EVERYTHING, refuse_other, sampled
 from gpu_made import Setting, Sides, briefly, named, waited
 from gpu_targets import EQUAL, FORWARDS, PROMPT, SAME_TEXT, WRITE, Number
 from store_made import Workload, bits_of, write, write_raw
@@ -97,6 +97,7 @@ def _graphed(setting: Setting, loaded: LoadedModel, n_new: int) -> Iterator[Line
     line: Line = {"model": "3B shape", "dtype": "bfloat16", "way": "graph"}
     try:
         with quiet():
+            refuse_other(loaded, "graph")
             bare = respond(loaded, prompts, sampled(n_new, "graph"))
             found = [respond(loaded, prompts, sampled(n_new, "graph"), EVERYTHING) for _ in range(2)]
     except Exception as error:  # what was compared before still counts

@@ -17,8 +17,12 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu  # noqa: E402
-from gpu_made import Sides  # noqa: E402
-from gpu_targets import TARGETS, judged  # noqa: E402
+import gpu_sections  # noqa: E402
+from gpu_made import Setting, Sides  # noqa: E402
+from gpu_targets import SAME_TEXT, TARGETS, Number, judged  # noqa: E402
+from helpers.tape import use_tapes  # noqa: E402
+
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER  # noqa: E402
 
 TINY = ("--device", "cpu", "--size", "tiny")
 SECTIONS = ("truth", "generate", "prompt", "score", "write", "eight", "fingerprint")
@@ -65,6 +69,22 @@ def test_every_section_gives_all_its_numbers(tmp_path: Path) -> None:
     assert truth["holds"]
     assert all(name in printed for name in TARGETS)
     assert os.listdir(tmp_path / "runs") == []
+
+
+def test_graphs_give_their_numbers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tapes in place of a GPU's graphs."""
+    use_tapes(monkeypatch)
+    setting = Setting("cpu", str(DEMO_FOLDER), tmp_path, None, True)
+    record: dict[str, Any] = {}
+    gpu.run("generate", setting, record, lambda: None)
+    assert "error" not in record, record
+    assert not errors(record)
+    assert set(record["numbers"]) == {name for name, target in TARGETS.items() if target.section == "generate"}
+    graphed = list(gpu_sections._graphed(setting, setting.loaded, 6))
+    assert Number(SAME_TEXT, 1) in graphed
+    compared = next(each for each in graphed if isinstance(each, dict))
+    assert compared["equal to another run's"] == compared["tensors"] > 0
+    assert compared["off by, of the largest"] < 0.02  # bfloat16, 3 layers
 
 
 def test_a_section_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
