@@ -139,8 +139,9 @@ class Counts(NamedTuple):
 class Sides:
     """The four ways to answer one list of requests."""
 
-    def __init__(self, loaded: LoadedModel, requests: Any, batch_size: int | str) -> None:
-        self.loaded, self.requests, self.batch_size = loaded, requests, batch_size
+    def __init__(self, loaded: LoadedModel, requests: Any, batch_size: int | str, folder: Path | None = None) -> None:
+        """folder: below which runs are written; None: where temporary files are."""
+        self.loaded, self.requests, self.batch_size, self.folder = loaded, requests, batch_size, folder
 
     @cached_property
     def counts(self) -> Counts:
@@ -173,7 +174,7 @@ class Sides:
 
     def _on_disk(self, positions: str) -> Any:
         selection = Selection.parse(positions=positions)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             settings = made_with(self.loaded, selection).as_dict()
             with RunWriter(Path(folder), self.loaded.name, settings) as writer:
                 answers = self._ours(selection, writer.add).loglikelihood(self.requests)
