@@ -269,7 +269,9 @@ def shards_of(folder: Path | None) -> set[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("options", [[], ["--reduce", "mean"]], ids=["rows", "means"])
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["--reduce", "mean"], marks=pytest.mark.slow)], ids=["rows", "means"]
+)
 def test_killed_at_random_moments_the_command_goes_on(options: list[str], tmp_path: Path) -> None:
     """SIGKILL in real processes, from before the first shard to the last; then the results of a run that was never killed."""
     rng = random.Random(5)
