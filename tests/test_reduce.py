@@ -809,3 +809,13 @@ def test_no_forward_waits_for_a_matrix(tokenizer: Any) -> None:
                 tap.take(rows)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_run_without_any_row_is_verified(tmp_path: Path) -> None:
+    """As a reader of version 1.2 sees a run of lines: its samples have no segments at all."""
+    whole = make_sample()
+    none = Sample(whole.fields, whole.input_ids, whole.generated_ids, [Part(whole.parts[0].rows, [])])
+    with RunWriter(tmp_path / "run", "m", SETTINGS) as made:
+        made.add([none])
+        made.finish()
+    assert verify(tmp_path / "run") == []

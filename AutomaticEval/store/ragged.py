@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class Ragged(NamedTuple):
         if not len(wrong[0]):
             one, two = self.values[:], other.values[:]
             n = min(len(one), len(two))
-            at = np.flatnonzero((one[:n] != two[:n]).reshape(n, -1).any(axis=1))[:1]
+            at = np.flatnonzero((one[:n] != two[:n]).reshape(n, math.prod(one.shape[1:])).any(axis=1))[:1]
             wrong.append(np.searchsorted(self.offset, at, "right") - 1)
         wrong_items = np.concatenate(wrong)
         if len(wrong_items):

@@ -276,6 +276,7 @@ def _number_names(file: h5py.File, groups: Sequence[str]) -> list[str]:
     names = [f"{group}/{name}" for group in ("input_ids", "generated_ids") for name in ("offset", "values")]
     names += ["segments/offset", "segments/start", "segments/stop", "rows/token_id", "rows/position"]
     names += ["lines"] if "lines" in groups else []
+    names += ["shards/n_lines"] if "shards" in groups and "n_lines" in names_of(file, "shards") else []
     names += ["rows/block"] if "block" in names_of(file, "rows") else []
     names += ["shards/n_rows", "shards/size_bytes"] if "shards" in groups else []
     return [*names, "vocabulary/token_id"]

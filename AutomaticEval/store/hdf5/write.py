@@ -149,8 +149,12 @@ def write_run(path: Path, contents: Contents, sources: Sequence[Source], *, fini
         _write_table(file, contents)
         write_text(file, "shards/name", [source.name for source in sources])
         write_text(file, f"shards/{checksums.OF_ATTRIBUTES}", [source.stamp for source in sources])
-        for name in ("n_rows", "size_bytes"):
-            write_numbers(file, f"shards/{name}", np.array([getattr(source, name) for source in sources]), "<i8")
+        n_rows, size_bytes = (np.array([getattr(each, name) for each in sources]) for name in ("n_rows", "size_bytes"))
+        if contents.is_by_sample:
+            write_numbers(file, "shards/n_lines", n_rows, "<i8")
+            n_rows = np.zeros_like(n_rows)
+        write_numbers(file, "shards/n_rows", n_rows, "<i8")
+        write_numbers(file, "shards/size_bytes", size_bytes, "<i8")
         return counts_in(file, group, contents.activations, contents.columns.names)
 
 

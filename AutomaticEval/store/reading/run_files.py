@@ -66,7 +66,8 @@ def _listed_shards(folder: Path, index: Shard, opened: Open, *, check: bool) -> 
     with index.reading() as file:
         names = decode_texts(file["shards/name"])
         stamps = decode_texts(file[f"shards/{OF_ATTRIBUTES}"])
-        sizes, n_rows = (index.ints(f"shards/{name}")[:].tolist() for name in ("size_bytes", "n_rows"))
+        counted = "n_lines" if index.is_by_sample else "n_rows"
+        sizes, n_rows = (index.ints(f"shards/{name}")[:].tolist() for name in ("size_bytes", counted))
         if (
             not len(names) == len(stamps) == len(sizes) == len(n_rows)
             or sum(n_rows) != index.n_rows
