@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -218,17 +219,25 @@ def test_a_write_that_fails_in_a_thread_ends_the_run_by_name_and_leaves_no_half_
     assert not any(each.name in ("store", "sealing") for each in threading.enumerate())
 
 
+def test_a_write_that_ends_short_is_gone_on_with(tmp_path: Path) -> None:
+    with (tmp_path / "a").open("wb") as file, largest_file(10_001):
+        rows._write_all(file.fileno(), memoryview(bytes(10_001)), 0)
+        with pytest.raises(OSError, match="File too large") as failure:
+            rows._write_all(file.fileno(), memoryview(b"x" * 6000), 5000)
+        assert failure.value.errno == errno.EFBIG
+    assert (tmp_path / "a").read_bytes() == bytes(5000) + b"x" * 5001  # it ended short before it failed
+
+
 class Disk:
-    """Stands in for a disk that is slow to settle files: an fsync waits until it is let through."""
+    """Stands in for a disk that is slow to settle the first shard: its fsync waits until it is let through."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.open, self.waiting = threading.Event(), threading.Event()
+        self.open = threading.Event()
         self._real = whole_files._sync
         monkeypatch.setattr(whole_files, "_sync", self._sync)
 
     def _sync(self, path: Path) -> None:
-        self.waiting.set()
-        assert self.open.wait(30)
+        assert path.name != "shard-00000.h5" or self.open.wait(30)
         self._real(path)
 
 
@@ -241,7 +250,8 @@ def test_next_shard_is_filled_while_one_settles_and_both_get_their_names_in_orde
         made.add([make_sample(seed=1, task="t", doc_id=1)])  # does not wait for the disk
         made._in_flight.wait_until_filled()
         assert sorted(path.name.split(".")[1] for path in tmp_path.glob(".*.partial")) == ["shard-00000", "shard-00001"]
-        assert shard_names(tmp_path) == []
+        time.sleep(0.3)
+        assert shard_names(tmp_path) == []  # the second could have its name, and waits for the first
         third = threading.Thread(target=made.add, args=([make_sample(seed=2, task="t", doc_id=2)],))
         third.start()
         third.join(0.3)
