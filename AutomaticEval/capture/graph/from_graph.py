@@ -6,7 +6,6 @@ function that runs a step; this module gives the answer. Does not know whether a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +21,7 @@ from AutomaticEval.capture.tree.shared_prompt import Prefix
 from AutomaticEval.models.architecture.forward_call import alone_with, cache_name, input_device
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.recording import Recording
-
-PARALLELISM = "TOKENIZERS_PARALLELISM"
-"""The variable of the environment that transformers sets to 0 when it asks for the function of a step."""
+from AutomaticEval.models.tokens.parallelism import keeping_parallelism
 
 
 @dataclass(frozen=True)
@@ -71,16 +68,12 @@ def _new_step(model: Any, batch: GraphBatch) -> RecordedStep:
 @contextmanager
 def _asked_for(whole: Any, step: Any) -> Iterator[None]:
     """transformers gets `step` when it asks an inner model for the function of a decode step."""
-    before = os.environ.get(PARALLELISM)
-    try:
-        whole.get_compiled_call = lambda config: step
-        yield
-    finally:
-        whole.__dict__.pop("get_compiled_call", None)
-        if before is None:
-            os.environ.pop(PARALLELISM, None)
-        else:
-            os.environ[PARALLELISM] = before
+    with keeping_parallelism():
+        try:
+            whole.get_compiled_call = lambda config: step
+            yield
+        finally:
+            whole.__dict__.pop("get_compiled_call", None)
 
 
 def _on_any_device() -> CompileConfig:
