@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import chain, pairwise
 from typing import Any
 
+from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.tokens.cuts import Around, around, last_cut
 
 FEWEST = 32
@@ -26,7 +27,7 @@ class PartEncoder:
         self._last = ""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, with the special tokens that the tokenizer adds."""
+        """The tokens of each text, with the special tokens that the tokenizer adds. Raises CaptureError when the comparison fails."""
         if self._around is None or not texts:
             return self._encoded(texts, add_special_tokens=True)
         before, after = self._around
@@ -40,7 +41,11 @@ class PartEncoder:
         self._last = texts[-1]
         found = [[*before, *chain.from_iterable(known[part] for part in own), *after] for own in parts]
         most_cut = max(range(len(texts)), key=lambda number: len(parts[number]))
-        assert self._encoded([texts[most_cut]], add_special_tokens=True) == [found[most_cut]], texts[most_cut]
+        if self._encoded([texts[most_cut]], add_special_tokens=True) != [found[most_cut]]:
+            raise CaptureError(
+                f"{type(self._tokenizer).__name__} gives a text other tokens in {len(parts[most_cut])} parts than whole, which was held to be "
+                f"impossible for it ({texts[most_cut][:60]!r}…). Nothing was asked. Please report the tokenizer."
+            )
         return found
 
     def _encoded(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:

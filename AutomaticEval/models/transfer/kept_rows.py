@@ -21,7 +21,7 @@ from AutomaticEval.models.transfer.ring import STAGED, Sending, on_device, ring_
 from AutomaticEval.models.transfer.step import Step
 from AutomaticEval.samples import RowFormat
 
-MOST_REFERENCED = 256 << 20
+MOST_REFERENCED = 32 << 20
 """Bytes on a device that references and copies may keep alive. Beyond it, rows are gathered before the forward ends."""
 MOST_PACKED = 4 << 20
 """Bytes of decode steps that wait on a device until they are sent."""
