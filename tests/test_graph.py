@@ -17,6 +17,7 @@ from helpers.models import ALL, CONFIGS, FAMILIES, SIZES, build
 from helpers.raw_hooks import BLOCKS, n_hooks, raw_residuals
 from helpers.tape import Tape, use_tapes
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import GemmaConfig, MistralConfig
 from transformers.generation.utils import GenerationMixin
 
@@ -167,6 +168,45 @@ def test_what_decides_the_operations_decides_the_graph(tapes: None, tokenizer: A
     head = loaded.model.lm_head
     head.weight = nn.Parameter(head.weight.detach().clone())
     assert n_new(lambda: respond(loaded, PROMPTS, GREEDY)) == 2  # another address
+
+
+def outside_of(tape: Any) -> set[int]:
+    """The memory that the operations of a tape read, and that none of them made."""
+    made: set[int] = set()
+    outside: set[int] = set()
+    for _, args, kwargs, out in tape._done:
+        for tensor in (each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)):
+            address = tensor.untyped_storage().data_ptr()
+            outside |= set() if address in made else {address}
+        results = {t.untyped_storage().data_ptr() for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
+        made |= results - outside
+    return outside
+
+
+MATRIX = torch.randn(32, 3, generator=torch.Generator().manual_seed(1))
+WITH_MEMORY: dict[str, Callable[[], tuple[list[Edit], Selection]]] = {
+    "heads": lambda: ([Edit.scale("layer_1.z", 0.5, heads=[1])], SITES),
+    "value": lambda: ([Edit.add("layer_0", torch.ones(32, dtype=torch.float64))], SITES),
+    "direction": lambda: ([Edit.project_out("layer_0", torch.arange(32))], SITES),
+    "projection": lambda: ([], Selection.parse("resid_post", project=MATRIX)),
+    "norms of heads": lambda: ([], Selection.parse("resid_post,head_result_norm")),
+}
+
+
+@pytest.mark.parametrize("name", WITH_MEMORY)
+def test_what_a_graph_reads_lives_as_long_as_the_graph(name: str, tapes: None, tokenizer: Any) -> None:
+    """A graph knows addresses. Later batches bring equal edits and reductions of their own, with other memory, and use it again."""
+    loaded = loaded_as("llama", tokenizer)
+    steps: list[RecordedStep] = []
+    for _ in range(3):
+        edits, selection = WITH_MEMORY[name]()
+        with editing(loaded.model, edits):
+            respond(loaded, PROMPTS, replace(GREEDY, generation="graph"), selection)
+        (step,) = kept_steps._kept[loaded.model].values()
+        steps.append(step)
+        held = {tensor.untyped_storage().data_ptr() for tensor in step._holds}
+        assert outside_of(step._graph) <= held
+    assert steps[0] is steps[1] is steps[2]
 
 
 def test_weights_that_are_changed_in_place_are_read_anew(tapes: None, tokenizer: Any) -> None:

@@ -6,6 +6,7 @@ Without a GPU the CPU stands in for one, with a ring that copies as late as it m
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -78,17 +79,47 @@ def test_a_landing_that_fails_raises_in_its_sender_and_nowhere_else(monkeypatch:
         raise MemoryError("no room")
 
     for _ in range(9):  # more chunks than there are
-        bad.send(torch.zeros(100, dtype=torch.uint8), fail) if bad._failure is None else None
+        with suppress(CaptureError):
+            bad.send(torch.zeros(100, dtype=torch.uint8), fail)
     with pytest.raises(CaptureError, match="could not be copied from cpu to memory: MemoryError"):
         bad.wait()
     with pytest.raises(CaptureError, match="no room"):
         bad.send(torch.zeros(1, dtype=torch.uint8), fail)
     landed = torch.zeros(5000, dtype=torch.uint8)
     values = torch.ones(5000, dtype=torch.uint8)
-    good.send(values, lambda part, first: landed[first : first + len(part)].copy_(part) and None)
+
+    def land(part: Tensor, first: int) -> None:
+        landed[first : first + len(part)] = part
+
+    good.send(values, land)
     wait_until_sent()
     assert torch.equal(landed, values)
     assert late.n_made == 4
+
+
+def test_an_interrupt_while_a_chunk_is_handed_on_leaves_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = stage_the_cpu(monkeypatch)
+    sending = Sending(late)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(late._threads, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sending.send(torch.zeros(10, dtype=torch.uint8), lambda *_: None)
+    wait_until_sent()
+    with pytest.raises(CaptureError, match="KeyboardInterrupt"):
+        sending.wait()
+    landed = torch.zeros(9000, dtype=torch.uint8)
+    again = Sending(late)
+
+    def land(part: Tensor, first: int) -> None:
+        landed[first : first + len(part)] = part
+
+    again.send(torch.ones(9000, dtype=torch.uint8), land)
+    again.wait()
+    assert bool(landed.all())
 
 
 def test_the_size_of_a_ring_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +233,19 @@ def test_a_model_that_writes_in_place_is_read_as_the_hook_saw_it(
                 torch.testing.assert_close(data["activations"][key], rows, atol=2e-5, rtol=2e-5)
 
 
+def test_what_is_gathered_before_the_end_of_a_forward_proves_nothing(
+    writing: tuple[LoadedModel, Writing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first recording gathers layer by layer, so that nothing was written yet when it compares; the second one gathers at the end."""
+    loaded, _ = writing
+    stage_the_cpu(monkeypatch)
+    with monkeypatch.context() as little:
+        little.setattr(kept_rows, "MOST_REFERENCED", 1)
+        first = kept_of(loaded, Selection.parse())
+    for one, other in zip(first, kept_of(loaded, Selection.parse()), strict=True):
+        assert same(one["activations"], other["activations"])
+
+
 def test_a_model_that_begins_to_write_in_place_is_found_out(
     writing: tuple[LoadedModel, Writing], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +261,25 @@ def test_a_model_that_begins_to_write_in_place_is_found_out(
     torch.testing.assert_close(
         plain[0]["activations"]["layer_0"], raw_residuals(loaded.model, "llama", ids)["layer_0"], atol=2e-5, rtol=2e-5
     )
+
+
+@pytest.mark.parametrize("is_staged", [False, True])
+@pytest.mark.parametrize("positions", ["last", "all", "response[:1]"])
+def test_samples_keep_about_as_much_memory_as_they_count(
+    is_staged: bool, positions: str, tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when one answer of a batch is long and the others end early, and when few of many rows are kept."""
+    if is_staged:
+        stage_the_cpu(monkeypatch)
+    prompts = [[each] * 12 for each in (5, 7, 11, 13, 17, 19)]
+    selection = Selection.parse("resid_post", positions=positions)
+    for ends in (None, respond(tiny_llama, prompts, Sampling(max_new_tokens=3))[1].generated_ids[:1]):
+        monkeypatch.setattr(tiny_llama.model.generation_config, "eos_token_id", ends)
+        answers = respond(tiny_llama, prompts, Sampling(max_new_tokens=60), selection)
+        rows = [part.rows for answer in answers if answer.sample is not None for part in answer.sample.parts]
+        tensors = [tensor for each in rows for tensor in each.activations.values()]
+        alive = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        assert sum(alive.values()) <= 2.1 * sum(each.size_bytes for each in rows)
 
 
 def test_values_of_inference_mode_are_copied_at_the_hook(
@@ -354,20 +417,19 @@ def test_hooks_and_gathers_never_wait_for_the_gpu(positions: str, tokenizer: Any
     loaded = LoadedModel(model, tokenizer, "llama")
     kept_of(loaded, Selection.parse(positions=positions))
     layout, ids = loaded.layout, torch.randint(1, 400, (3, 9), device="cuda")
-    mask = torch.ones_like(ids)
     taps = layout.pick(Selection.parse().sites(layout.n_layers))
     from AutomaticEval.capture.keeping import keep_of
 
     keep = keep_of(Selection.parse(positions=positions).positions, [[1] * 6] * 3, [0, 0, 0])
     with torch.no_grad():
-        model(ids[:, :6], attention_mask=mask[:, :6])
+        model(ids[:, :6])
         recorder = capturing(model, taps, layout.embedding, keep, 3, waits=False)
         with recorder as recording:
             torch.cuda.set_sync_debug_mode("error")
             try:
-                cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
+                cache = model(ids[:, :6], use_cache=True).past_key_values
                 for column in range(6, 9):
-                    model(ids[:, column : column + 1], attention_mask=mask[:, : column + 1], past_key_values=cache)
+                    model(ids[:, column : column + 1], past_key_values=cache)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert recording.n_forwards == 4

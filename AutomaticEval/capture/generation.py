@@ -136,9 +136,13 @@ def _respond_together(
             tokenizer=tokenizer if model.generation_config.stop_strings else None,
             **{**sampling.kwargs(), **extra},
         )
+    end = model.generation_config.eos_token_id
+    answers = [until_end(each, end) for each in sequences[:, width:].tolist()]
+    if selection is not None:
+        resolve = selection.positions.resolve
+        recording.will_give(sum(len(resolve(*map(len, pair))) for pair in zip(prompts, answers, strict=True)))
     responses = []
-    for row, prompt in enumerate(prompts):
-        generated = until_end(sequences[row, width:].tolist(), model.generation_config.eos_token_id)
+    for row, (prompt, generated) in enumerate(zip(prompts, answers, strict=True)):
         text = text_of(tokenizer, generated, skip_special_tokens=True)
         sample = None
         if selection is not None:

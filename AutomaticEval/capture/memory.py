@@ -36,5 +36,10 @@ def free_memory() -> None:
 
 
 def _is_out_of_memory(failure: BaseException) -> bool:
-    messages = ("not enough memory", "DefaultCPUAllocator: can't allocate")  # on Windows; on Linux
+    messages = (
+        "not enough memory",  # on Windows
+        "DefaultCPUAllocator: can't allocate",  # on Linux
+        "CUDA error: out of memory",  # of CUDA itself, where torch's allocator was not asked
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    )
     return isinstance(failure, torch.OutOfMemoryError) or any(message in str(failure) for message in messages)

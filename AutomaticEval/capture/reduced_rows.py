@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,8 @@ class _Reduced:
 
     reduction: RowReduction
     matrix: Tensor | None
+    of_matrix: tuple[str, str] | None
+    """The hash of the projection and the key of the site, which tell the matrix apart."""
     before: Derived | None
     """What is computed of the module's value to have the site's own rows; None for a site that is the value."""
 
@@ -30,12 +31,7 @@ class _Reduced:
     @property
     def mark(self) -> Hashable:
         """That of the reduction, the matrix, and what is computed before."""
-        return self.reduction, id(self.matrix), None if self.before is None else self.before.mark
-
-    @property
-    def held(self) -> list[Any]:
-        """The matrix, and its copies on devices."""
-        return [self.matrix, list(self._matrices.values()), [] if self.before is None else self.before.held]
+        return self.reduction, self.of_matrix, None if self.before is None else self.before.mark
 
     def refresh(self, module: nn.Module) -> None:
         """Call this before a forward. The matrix is then where the module is, so that no forward waits for it."""
@@ -65,7 +61,12 @@ def taps_of(layout: Layout, selection: Selection) -> dict[str, Tap]:
     if not isinstance(reduction, RowReduction):
         return taps
     matrices = {site.key: _matrix(selection, site.key, layout.widths[site]) for site in sites}
-    return {key: replace(tap, then=_Reduced(reduction, matrices[key], tap.then)) for key, tap in taps.items()}
+    project = selection.project
+    of_matrix = {key: None if project is None else (project.sha256, key) for key in taps}
+    return {
+        key: replace(tap, then=_Reduced(reduction, matrices[key], of_matrix[key], tap.then))
+        for key, tap in taps.items()
+    }
 
 
 def _matrix(selection: Selection, key: str, width: int) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from AutomaticEval.errors import SiteUnavailable
+from AutomaticEval.models.layout import Same
 
 ROUNDING = 0.05
 """How far the output of a projection may be from z W_O + b_O, as a part of its size. LLM.int8 rounds the input of a projection, too."""
@@ -81,12 +82,7 @@ class HeadResultNorms:
     @property
     def mark(self) -> Hashable:
         """Another one once the factors are dropped."""
-        return id(self), self._n_dropped
-
-    @property
-    def held(self) -> list[Any]:
-        """Itself, and the factors."""
-        return [self, list(self._factors.values())]
+        return Same(self), self._n_dropped
 
     def refresh(self, projection: nn.Module) -> None:
         """Call this before a forward. It drops the factors when the projection is another one or its weights have changed, as by training."""

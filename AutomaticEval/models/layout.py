@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,7 @@ class Derived(Protocol):
 
     @property
     def mark(self) -> Hashable:
-        """Two with one mark compute the same, as long as `held` lives."""
-
-    @property
-    def held(self) -> list[Any]:
-        """What is read while it computes: a graph in which it was recorded needs it alive."""
+        """Two whose marks are equal compute the same. A mark keeps alive what it tells apart by identity."""
 
     def refresh(self, module: nn.Module, /) -> None:
         """Is called before a forward, with the module that is read."""
@@ -67,10 +62,29 @@ class Tap:
         return changed
 
 
-@cache
+class Same:
+    """Stands for an object in a key: equal to another when both stand for one object, which it keeps alive."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other._value is self._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+
+_as_tensors: dict[tuple[Same, torch.device], Tensor] = {}
+
+
 def _numbers(columns: tuple[int, ...], device: torch.device) -> Tensor:
-    """Columns as a tensor, made once: each making is a copy to the device, which waits for it, and which no graph can record."""
-    return torch.tensor(columns, dtype=torch.long, device=device)
+    """Columns as a tensor, made once for each tuple: each making is a copy to the device, which waits for it, and which no graph can record."""
+    key = (Same(columns), device)  # thousands of numbers would be hashed at every hook
+    if key not in _as_tensors:
+        with torch.inference_mode(False):
+            _as_tensors[key] = torch.tensor(columns, dtype=torch.long, device=device)
+    return _as_tensors[key]
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class Recording:
         self._kept_rows.see(key, tap, value)
         self._n_unread -= 1
         if self._stops and not self._n_unread:
-            self.ends()
+            self._kept_rows.end(is_whole=False)
             raise Enough
 
     def ends(self) -> None:
@@ -237,6 +237,11 @@ class Recording:
     def fed(self, row: int) -> list[int]:
         """The token ids that the model was given in one batch row, column after column."""
         return self._columns.ids()[row].tolist() if self.n_forwards else []
+
+    def will_give(self, n_rows: int) -> None:
+        """`runs` will be asked for so many rows in all. When this is less than half of the rows that there is room for, it copies them, so that
+        a few rows do not keep the room of a whole batch."""
+        self._kept_rows.will_give(n_rows)
 
     def runs(self, row: int, columns: Sequence[int]) -> list[Mapping[str, Tensor]]:
         """Some columns of one batch row, in one part or several that follow each other, as they arrived.

@@ -57,6 +57,8 @@ class Tape(TorchDispatchMode):
     def warming(self) -> Iterator[None]:
         yield
 
+    rehearsing = warming
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         Tape.n_recorded += 1

@@ -16,7 +16,7 @@ from transformers import CompileConfig
 from AutomaticEval.capture.graph import device_graph, kept_steps
 from AutomaticEval.capture.graph.recorded_step import RecordedStep
 from AutomaticEval.capture.graph.static_cache import fill, full_length_cache, rounded_up
-from AutomaticEval.capture.graph.step_key import held_for, read_by, state_of
+from AutomaticEval.capture.graph.step_key import read_by, state_of
 from AutomaticEval.capture.tree.shared_prompt import Prefix
 from AutomaticEval.models.architecture.forward_call import alone_with, cache_name, input_device
 from AutomaticEval.models.architecture.inner_model import inner
@@ -53,7 +53,6 @@ def from_graph(model: Any, batch: GraphBatch, *, is_kept: bool = True) -> Iterat
             fill(step.cache, batch.prefix.cached, batch.prefix.n_tokens, batch.n_rows)
         with _asked_for(whole, lambda **inputs: step.run(whole, batch.recording, inputs)):
             yield {str(cache_name(model)): step.cache, "compile_config": _on_any_device(), "disable_compile": False}
-        step.holds = held_for(whole, batch.recording)
         step.cache.reset()  # in place: the graph knows its addresses
         if is_kept:
             kept_steps.keep(whole, key, step)

@@ -16,6 +16,8 @@ from AutomaticEval.capture.memory import droppable
 
 SHARE = 4
 """The steps that are kept have at most one part in so many of a GPU's memory."""
+MOST = 32
+"""The most steps that are kept of a model."""
 WITHOUT_GPU = 2**30
 """That bound, in bytes, on a device whose memory is not known."""
 
@@ -33,7 +35,7 @@ def keep(model: nn.Module, key: Hashable, step: RecordedStep) -> None:
     own = _kept.setdefault(model, {})
     own[key] = step
     bound = _bound(next(model.parameters()).device)
-    while own and sum(each.size_bytes for each in own.values()) > bound:
+    while len(own) > MOST or (own and sum(each.size_bytes for each in own.values()) > bound):
         del own[next(iter(own))]
 
 

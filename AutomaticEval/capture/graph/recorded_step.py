@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from AutomaticEval.capture.graph.device_graph import DeviceGraph
+from AutomaticEval.capture.graph.device_graph import DeviceGraph, reserved_bytes
+from AutomaticEval.capture.graph.outside_memory import OutsideMemory
 from AutomaticEval.capture.graph.static_cache import lengths_of, size_bytes
 from AutomaticEval.errors import GraphUnsuitable
 from AutomaticEval.models.recording import Recording
@@ -33,8 +34,9 @@ class RecordedStep:
 
     def __init__(self, new_graph: Callable[[], DeviceGraph], cache: StaticCache) -> None:
         self.cache = cache
-        self.holds: Any = None
+        self._holds: list[Tensor] = []
         """What must live as long as the graph does, because the graph reads its memory."""
+        self._graph_bytes = 0
         self._new_graph = new_graph
         self._graph: DeviceGraph | None = None
         self._static: dict[tuple[str, ...], Tensor] = {}
@@ -46,8 +48,8 @@ class RecordedStep:
 
     @property
     def size_bytes(self) -> int:
-        """The memory of the keys and values, which is most of what the step needs."""
-        return size_bytes(self.cache)
+        """The memory of the keys and values, and that which the recording took."""
+        return size_bytes(self.cache) + self._graph_bytes
 
     def run(self, model: Any, recording: Recording | None, inputs: Inputs) -> Any:
         """The output of a step, as model(**inputs) would give it; the next step overwrites it.
@@ -71,14 +73,16 @@ class RecordedStep:
         self._static = {path: tensor.clone() for path, tensor in tensors.items()}
         given = _with(inputs, self._static)
         graph = self._new_graph()
-        with graph.warming(), _unheard(recording):
-            for _ in range(N_WARM_UPS):
-                with self._lengths_put_back():
+        with _unheard(recording):
+            for how in (*[graph.warming] * (N_WARM_UPS - 1), graph.rehearsing):
+                with self._lengths_put_back(), how():
                     model(**given)
         wait_until_sent()  # a copy to the host would be refused while a graph is recorded
         device = inputs["input_ids"].device
-        with self._lengths_put_back(), _taping(recording, device) as self._seen, graph.recording():
+        outside, before = OutsideMemory(), reserved_bytes(device)
+        with self._lengths_put_back(), _taping(recording, device) as self._seen, graph.recording(), outside:
             self._out = model(**given)
+        self._holds, self._graph_bytes = outside.tensors, max(0, reserved_bytes(device) - before)
         return graph
 
     @contextmanager
@@ -86,9 +90,11 @@ class RecordedStep:
         """Each forward makes the cache one column longer. The next one is to fill the same column."""
         lengths = lengths_of(self.cache)
         before = [each.clone() for each in lengths]
-        yield
-        for length, old in zip(lengths, before, strict=True):
-            length.copy_(old)
+        try:
+            yield
+        finally:
+            for length, old in zip(lengths, before, strict=True):
+                length.copy_(old)
 
     def _refuse_others(
         self, tensors: Mapping[tuple[str, ...], Tensor], constants: Mapping[tuple[str, ...], Any]

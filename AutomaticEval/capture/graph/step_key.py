@@ -40,13 +40,6 @@ def read_by(recording: Recording | None) -> Hashable:
     return tuple((key, tap.module, tap.end, tap.scale, tap.columns, _mark(tap)) for key, tap in taps), recording.dtype
 
 
-def held_for(model: nn.Module, recording: Recording | None) -> list[Any]:
-    """What beside the model's own weights a step reads the memory of: values of edits, and what derived sites and reductions compute with."""
-    taps = [] if recording is None else recording.taps.values()
-    derived = [tap.then.held for tap in taps if tap.then is not None]
-    return [[each.edit for each in active_edits(model)], derived]
-
-
 def _function(change: Callable[..., Any]) -> Hashable:
     """What tells the function of an edit from others; None for one that the edit's description tells whole. It does not keep the function alive."""
     return None if module_of(change) == Edit.__module__ else weakref.ref(change)

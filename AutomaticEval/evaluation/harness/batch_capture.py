@@ -171,10 +171,12 @@ class BatchCapture:
         keep = keep_of(self._positions, prompts.tokens, prompts.pads, n_past)
         with self._recording(keep, n_rows) as recording:
             out = generate(recording)
+        answers = [reader.own(each) for each in out[:, n_columns:].tolist()]
+        each_kept = [self._positions.resolve(len(p), len(a)) for p, a in zip(prompts.tokens, answers, strict=True)]
+        recording.will_give(sum(position >= n_past for kept in each_kept for position in kept))
         for number, index in enumerate(prompts.requests):
             prompt, pad = prompts.tokens[number], prompts.pads[number]
-            generated = reader.own(out[number, n_columns:].tolist())
-            kept = self._positions.resolve(len(prompt), len(generated))
+            generated, kept = answers[number], each_kept[number]
             shared = [] if prefix is None else prefix.parts(kept)
             own = [position for position in kept if position >= n_past]
             at = BatchRow(number, pad, n_past)

@@ -32,6 +32,11 @@ class OneForward:
     def __len__(self) -> int:
         return len(self.pairs[0])
 
+    @property
+    def n_room(self) -> int:
+        """Rows that there is room for."""
+        return len(self)
+
     def landing(self, formats: Mapping[str, RowFormat]) -> Land:
         """Makes room for some keys, and says how their rows land: those of the first key, [n_kept, width], then those of the next."""
         for key, form in formats.items():
@@ -44,7 +49,7 @@ class OneForward:
                 place = array.view(-1).view(torch.uint8)
                 start, stop = max(begin, first), min(begin + len(place), first + len(sent))
                 if start < stop:
-                    place[start - begin : stop - begin].copy_(sent[start - first : stop - first])
+                    _copy(sent[start - first : stop - first], place[start - begin : stop - begin])
                 begin += len(place)
 
         return land
@@ -91,6 +96,11 @@ class Steps:
     def __len__(self) -> int:
         return self.n_rows * self.n
 
+    @property
+    def n_room(self) -> int:
+        """Rows that there is room for."""
+        return self.n_rows * self.most
+
     def room(self, key: str, form: RowFormat) -> Tensor:
         """The array of a key, which is filled step by step. It is made when it is first asked for."""
         if key not in self.arrays:
@@ -110,7 +120,7 @@ class Steps:
             begin = 0
             for room, size in rooms:
                 rows = by_step[:, begin : begin + size].view(n_steps, self.n_rows, -1)  # [n_steps, n_rows, width]
-                room[:, step : step + n_steps].copy_(rows.transpose(0, 1))
+                _copy(rows.transpose(0, 1), room[:, step : step + n_steps])
                 begin += size
 
         return land
@@ -121,7 +131,7 @@ class Steps:
 
         def land(sent: Tensor, first: int) -> None:
             rows = sent.view(form.dtype).view(-1, form.width)
-            room[first // row_bytes :, step][: len(rows)].copy_(rows)
+            _copy(rows, room[first // row_bytes :, step][: len(rows)])
 
         return land
 
@@ -147,6 +157,15 @@ def _room(*shape: int, dtype: torch.dtype) -> Tensor:
     """Memory to be filled. Also within torch's inference mode, because threads outside of it fill it."""
     with torch.inference_mode(False):
         return torch.empty(shape, dtype=dtype)
+
+
+_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _copy(source: Tensor, place: Tensor) -> None:
+    """Copy in this thread alone, bit for bit: torch would use all of its threads for each of ours."""
+    whole = _WHOLE_NUMBERS[source.element_size()]
+    np.copyto(place.view(whole).numpy(), source.view(whole).numpy())
 
 
 def _picked(array: Tensor, places: Places) -> Tensor:

@@ -99,6 +99,8 @@ class KeptRows:
         self.formats: dict[str, RowFormat] = {}
         """Of the keys that were seen."""
         self._holders: list[HostRows] = []
+        self._copies = False
+        """Whether `runs` gives copies."""
         self._forward: Forward | None = None
         self._references: dict[torch.device, References] = {}
         self._sendings: dict[torch.device, Sending] = {}
@@ -156,7 +158,7 @@ class KeptRows:
         references = self._references[device]
         references.see(key, tap, value, rows_of, is_step=forward.n_columns == 1)
         if references.n_bytes >= MOST_REFERENCED:
-            self._send(forward, device, references.gather())
+            self._send(forward, device, references.gather(is_end=False))
 
     def _narrowed(self, rows: Tensor) -> Tensor:
         return rows if self.dtype is None else rows.to(self.dtype)
@@ -170,10 +172,13 @@ class KeptRows:
         else:
             holder.arrays[key] = owned(rows, value).cpu()
 
-    def end(self) -> None:
-        """The current forward is over, if there is one: gather what its hooks saw. Raises CaptureError."""
+    def end(self, *, is_whole: bool = True) -> None:
+        """The current forward is over, if there is one: gather what its hooks saw. is_whole: whether the model computed all of it.
+
+        Raises CaptureError.
+        """
         for device, references in self._references.items():
-            rows = references.gather()
+            rows = references.gather(is_end=is_whole)
             if rows and self._forward is not None:
                 self._send(self._forward, device, rows)
 
@@ -201,8 +206,10 @@ class KeptRows:
         by_dtype: dict[torch.dtype, dict[str, RowFormat]] = {}
         for key in rows:
             by_dtype.setdefault(self.formats[key].dtype, {})[key] = self.formats[key]
-        for formats in by_dtype.values():
+        for dtype, formats in by_dtype.items():
             flat = torch.cat([rows[key].reshape(-1) for key in formats])
+            if flat.dtype != dtype:
+                raise CaptureError(f"{', '.join(formats)}: rows came as {flat.dtype}, in earlier forwards as {dtype}.")
             holder = self._holders[-1]
             if isinstance(holder, OneForward):
                 self._sending(device).send(flat, holder.landing(formats))
@@ -223,7 +230,9 @@ class KeptRows:
             return
         place = (device, tuple(formats))
         pack = self._packs.get(place)
-        if pack is not None and (pack.steps is not steps or pack.n_bytes + n_bytes > most):
+        if pack is not None and (
+            pack.steps is not steps or pack.first + len(pack.flats) != step or pack.n_bytes + n_bytes > most
+        ):
             self._send_pack(place)
             pack = None
         if pack is None:
@@ -276,10 +285,15 @@ class KeptRows:
             for key, form in self.formats.items()
         }
 
+    def will_give(self, n_rows: int) -> None:
+        """`runs` will be asked for so many rows in all."""
+        self._copies = 2 * n_rows < sum(holder.n_room for holder in self._holders)
+
     def runs(self, row: int, columns: Sequence[int]) -> list[Mapping[str, Tensor]]:
         """Some columns of one batch row, as parts that follow each other: key -> [n_columns, width] each. One part at least."""
         none = {key: torch.empty(0, form.width, dtype=form.dtype) for key, form in self.formats.items()}
-        return runs_of(self._holders, row, columns) or [none]
+        runs = runs_of(self._holders, row, columns) or [none]
+        return [{key: rows.clone() for key, rows in run.items()} for run in runs] if self._copies else runs
 
 
 def _joined(arrays: Sequence[Tensor], form: RowFormat) -> Tensor:

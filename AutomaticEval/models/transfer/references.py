@@ -65,28 +65,28 @@ class References:
         self._readings.append((Reading(key, place, kept, value._version if counts else 0, rows), rows_of))
         self.n_bytes += sum(each.untyped_storage().nbytes() for each in (kept, rows) if each is not None)
 
-    def gather(self) -> dict[str, Tensor]:
+    def gather(self, *, is_end: bool) -> dict[str, Tensor]:
         """The rows of every key that was seen since the last gathering: key -> [n_kept, width], on the device.
 
-        Raises CaptureError when a value that was kept by reference was changed.
+        is_end: whether the forward is over. What is compared before that proves nothing, and such a place is copied for ever. Raises CaptureError when a value that was kept by reference was changed.
         """
         readings, self._readings, self.n_bytes = self._readings, [], 0
         gathered = {}
         for reading, rows_of in readings:
             rows = reading.rows
             if reading.value is not None:
-                rows = self._checked(reading, rows_of)
+                rows = self._checked(reading, rows_of, is_end=is_end)
             assert rows is not None
             gathered[reading.key] = rows
         return gathered
 
-    def _checked(self, reading: Reading, rows_of: Callable[[Tensor], Tensor]) -> Tensor:
+    def _checked(self, reading: Reading, rows_of: Callable[[Tensor], Tensor], *, is_end: bool) -> Tensor:
         assert reading.value is not None
         is_same = reading.value._version == reading.version
         now = rows_of(reading.value)
         if reading.rows is not None:
             is_equal = (_bits(now) == _bits(reading.rows)).all()
-            self._compared.append((reading.place, is_equal & is_same))
+            self._compared.append((reading.place, is_equal & (is_same and is_end)))
             return reading.rows
         if not is_same:
             self._known[reading.place] = False

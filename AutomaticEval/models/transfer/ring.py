@@ -95,7 +95,11 @@ class Ring:
         chunk = self._take_chunk()
         event = self._start_copy(part, chunk[: len(part)])
         sending.starts()
-        self._hand_on(self._empty, chunk, len(part), event, first, land, sending)
+        try:
+            self._hand_on(self._empty, chunk, len(part), event, first, land, sending)
+        except BaseException as failure:
+            sending.ends(failure)
+            raise
 
     def upload(self, host: Tensor) -> Tensor:
         """A tensor of the CPU, on the device: the copy is started, and nothing waits for it. A tensor larger than a chunk is copied as usual."""
@@ -147,7 +151,11 @@ class Ring:
         """Have a thread do something with a chunk, and free it then."""
         with self._changed:
             self._n_used += 1
-        self._threads.submit(work, chunk, *arguments)
+        try:
+            self._threads.submit(work, chunk, *arguments)
+        except BaseException:
+            self._give_back(chunk)
+            raise
 
     def _give_back(self, chunk: Tensor) -> None:
         with self._changed:
@@ -160,8 +168,9 @@ class Ring:
             return torch.empty(self.chunk_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def _make_stream(self) -> Any:
+        """A stream that nobody else is given: torch gives out the same few again, but those of another priority apart."""
         stream: Any = torch.cuda.Stream
-        return stream(self.device) if self.device.type == "cuda" else None
+        return stream(self.device, priority=-1) if self.device.type == "cuda" else None
 
     def _start_copy(self, part: Tensor, chunk: Tensor) -> Any:
         """Copy on the ring's stream, after what the current stream computes now. Returns the event of its end."""
