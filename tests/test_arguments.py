@@ -596,6 +596,7 @@ ASKED: dict[str, Any] = {
     "tokenizer": None,
     "overwrite": True,
     "strict": True,  # `test_finite.py`
+    "generation": "eager",  # `test_graph_runs.py`
 }
 
 
@@ -612,8 +613,11 @@ def test_every_option_of_a_question_is_used(tmp_path: Path) -> None:
 
     plain = told()
     for name, value in ASKED.items():
-        if name not in ("overwrite", "strict"):
+        if name not in ("overwrite", "strict", "generation"):
             assert told(**{name: value}) != plain, name
+    assert told(generation="eager") == plain  # without a GPU
+    with pytest.raises(AutomaticEvalError, match="generation graph needs a CUDA GPU"):
+        told(generation="graph")
     told(tmp_path / "x.h5")
     with pytest.raises(AutomaticEvalError, match="overwrite"):
         told(tmp_path / "x.h5")
@@ -627,6 +631,7 @@ BENCHMARK: dict[str, tuple[Any, str]] = {
     "seed": (9, "9"),
     "batch_size": (5, "5"),
     "scoring": ("stock", "stock"),
+    "generation": ("eager", "eager"),
     "include_path": (".", "."),
     "benchmark_data": (".", "."),
     "apply_chat_template": (True, "True"),

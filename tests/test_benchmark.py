@@ -293,15 +293,15 @@ def test_disk_that_fills_up_in_a_run_keeps_the_sealed_shards(
     same_hooks_after(demo.model)
     from AutomaticEval.store import writer
 
-    real, written = writer.write_file, []
+    real, written = writer.filled_file, []
 
-    def full_after_two(path: Path, *args: Any, **kwargs: Any) -> str:
+    def full_after_two(path: Path, *args: Any, **kwargs: Any) -> Any:
         if len(written) == 2:
             raise DiskFull("the disk is full")
         written.append(path)
         return real(path, *args, **kwargs)
 
-    monkeypatch.setattr(writer, "write_file", full_after_two)
+    monkeypatch.setattr(writer, "filled_file", full_after_two)
     monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
     with pytest.raises(DiskFull) as raised:
         run_benchmark(demo, stock(("demo",)), SCORED, output=RunOutput(tmp_path))

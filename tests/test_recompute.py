@@ -26,7 +26,7 @@ from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.errors import OtherSettings, SelectionError, SiteUnavailable
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.recording import Recording
+from AutomaticEval.models.transfer.kept_rows import Forward
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.sites import Site
 from AutomaticEval.store.hdf5.write import write_shard
@@ -334,12 +334,12 @@ def test_positions_that_are_not_those_the_run_kept(tiny_llama: LoadedModel, tmp_
 
 def test_a_capture_that_lies_is_seen(tiny_llama: LoadedModel, tmp_path: Path) -> None:
     """Hooks that cut one column beside: what is recomputed does not share them."""
-    cut = Recording._cut
+    cut = Forward.cut
 
-    def beside(self: Recording, key: str, value: Tensor, kept: Any) -> Tensor:
-        return cut(self, key, value.roll(1, 1) if key == "layer_1" else value, kept)
+    def beside(self: Forward, key: str, value: Tensor) -> Tensor:
+        return cut(self, key, value.roll(1, 1) if key == "layer_1" else value)
 
-    with patch.object(Recording, "_cut", beside):
+    with patch.object(Forward, "cut", beside):
         paths = [
             extracted(tiny_llama, tmp_path / "run", "resid_post"),
             generated(tiny_llama, tmp_path / "x.h5", "resid_post"),
