@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from helpers.models import CONFIGS, build
 from helpers.raw_hooks import n_hooks
+from helpers.tape import use_tapes
 from helpers.tasks import write_tasks
 from transformers import AutoTokenizer
 
@@ -66,6 +67,17 @@ def no_hook_stays_on_a_shared_model(request: pytest.FixtureRequest) -> Iterator[
     for name, value in (getattr(request.node, "funcargs", None) or {}).items():
         if isinstance(value, LoadedModel):
             assert not n_hooks(value.model), f"{n_hooks(value.model)} hooks stay on {name}"
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every device has graphs, which are tapes; none is kept from before, nor for later."""
+    from AutomaticEval.capture.graph import kept_steps
+
+    use_tapes(monkeypatch)
+    kept_steps.drop_all()
+    yield
+    kept_steps.drop_all()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.models import ALL, CONFIGS, FAMILIES, SIZES, build
 from helpers.raw_hooks import BLOCKS, n_hooks, raw_residuals
-from helpers.tape import Tape, use_tapes
+from helpers.tape import Tape
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import GemmaConfig, MistralConfig
@@ -45,14 +45,6 @@ OTHERS = {
     "gemma": lambda: GemmaConfig(**SIZES, head_dim=16),
     "roberta": ALL["roberta"],
 }
-
-
-@pytest.fixture
-def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use_tapes(monkeypatch)
-    kept_steps.drop_all()
-    yield
-    kept_steps.drop_all()
 
 
 def prompts_of(*lengths: int) -> list[list[int]]:

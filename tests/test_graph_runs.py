@@ -5,7 +5,6 @@ A tape stands in for CUDA's graphs (`helpers/tape.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from helpers.models import CONFIGS, build
 from helpers.plain_lm_eval import as_json, plain
-from helpers.tape import Tape, use_tapes
+from helpers.tape import Tape
 from helpers.tasks import DATA, GREEDY
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -28,7 +27,6 @@ from AutomaticEval import (
     open_run,
     recompute,
 )
-from AutomaticEval.capture.graph import kept_steps
 from AutomaticEval.capture.graph.recorded_step import RecordedStep
 from AutomaticEval.capture.graph.way import FAILED
 from AutomaticEval.capture.tree import shared_prompt as prefill
@@ -42,14 +40,6 @@ from AutomaticEval.store.reader import Run
 BEGUN = GREEDY.replace("task: greedy", "task: begun") + (
     'description: "Answer each question in one word, as the one who asks would, and say no more than that. "\n'
 )
-
-
-@pytest.fixture
-def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use_tapes(monkeypatch)
-    kept_steps.drop_all()
-    yield
-    kept_steps.drop_all()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.errors import OtherSettings, SelectionError, SiteUnavailable
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.transfer.kept_rows import Forward
+from AutomaticEval.models.transfer.kept_positions import Forward
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.sites import Site
 from AutomaticEval.store.hdf5.write import write_shard

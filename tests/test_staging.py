@@ -138,6 +138,14 @@ def kept_of(loaded: LoadedModel, selection: Selection, n_new: int = 6) -> list[d
     return [answer.sample.activation_data("m", {}) for answer in answers if answer.sample is not None]
 
 
+def first_prompt_of(loaded: LoadedModel) -> tuple[Any, ...]:
+    """The arguments of `capturing` for one forward of the first prompt, of which every position is kept."""
+    layout, n = loaded.layout, len(PROMPTS[0])
+    kept = Kept(torch.zeros(n, dtype=torch.long), torch.arange(n))
+    taps = layout.pick(Selection.parse().sites(layout.n_layers))
+    return loaded.model, taps, layout.embedding, lambda *_: kept, 1
+
+
 LIMITS = {
     "as it is": {},
     "layer by layer": {"MOST_REFERENCED": 1},
@@ -291,11 +299,8 @@ def test_values_of_inference_mode_are_copied_at_the_hook(
     stage_the_cpu(monkeypatch)
     kept_of(loaded, Selection.parse())
     writer.is_writing = True
-    layout, ids = loaded.layout, torch.tensor([PROMPTS[0]])
-    taps = layout.pick(Selection.parse().sites(layout.n_layers))
-    kept = Kept(torch.zeros(7, dtype=torch.long), torch.arange(7))
-    with torch.inference_mode(), capturing(loaded.model, taps, layout.embedding, lambda *_: kept, 1) as recording:
-        loaded.model(ids)
+    with torch.inference_mode(), capturing(*first_prompt_of(loaded)) as recording:
+        loaded.model(torch.tensor([PROMPTS[0]]))
     expected = raw_residuals(loaded.model, "llama", PROMPTS[0])
     torch.testing.assert_close(recording.rows["layer_0"], expected["layer_0"], atol=2e-5, rtol=2e-5)
 
@@ -306,13 +311,9 @@ def test_a_recording_that_does_not_wait_is_waited_for_by_its_reader(
     late = stage_the_cpu(monkeypatch)
     may_copy = threading.Event()
     monkeypatch.setattr(late, "_wait", lambda copy: (may_copy.wait(20), copy()))
-    layout = tiny_llama.layout
-    taps = layout.pick(Selection.parse().sites(layout.n_layers))
-    kept = Kept(torch.zeros(7, dtype=torch.long), torch.arange(7))
-    how = (tiny_llama.model, taps, layout.embedding, lambda *_: kept, 1)
     monkeypatch.setattr(late, "chunk_bytes", 1 << 20)
     late._free = [torch.full((1 << 20,), 0xAB, dtype=torch.uint8) for _ in range(4)]
-    with torch.no_grad(), capturing(*how, waits=False) as recording:
+    with torch.no_grad(), capturing(*first_prompt_of(tiny_llama), waits=False) as recording:
         tiny_llama.model(torch.tensor([PROMPTS[0]]))
     assert late._n_used  # nothing has landed
     may_copy.set()

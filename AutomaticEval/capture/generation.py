@@ -138,19 +138,21 @@ def _respond_together(
         )
     end = model.generation_config.eos_token_id
     answers = [until_end(each, end) for each in sequences[:, width:].tolist()]
+    kept: list[range] = []
     if selection is not None:
         resolve = selection.positions.resolve
-        recording.will_give(sum(len(resolve(*map(len, pair))) for pair in zip(prompts, answers, strict=True)))
+        kept = [resolve(len(prompt), len(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+        recording.will_give(sum(map(len, kept)))
+    reduced = SampleReducer(selection)
     responses = []
     for row, (prompt, generated) in enumerate(zip(prompts, answers, strict=True)):
         text = text_of(tokenizer, generated, skip_special_tokens=True)
         sample = None
         if selection is not None:
-            kept = selection.positions.resolve(len(prompt), len(generated))
-            pieces = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept, tokenizer)
+            pieces = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept[row], tokenizer)
             columns = sample_columns(texts[row], text, len(prompt), (len(prompts), width))
-            whole = Sample(columns, list(prompt), generated, parts_of(pieces, kept))
-            (sample,) = SampleReducer(selection)([whole])
+            whole = Sample(columns, list(prompt), generated, parts_of(pieces, kept[row]))
+            (sample,) = reduced([whole])
         responses.append(Response(text, sample, generated))
     return responses
 

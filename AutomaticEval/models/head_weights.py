@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from AutomaticEval.errors import SiteUnavailable
-from AutomaticEval.models.layout import Same
 
 ROUNDING = 0.05
 """How far the output of a projection may be from z W_O + b_O, as a part of its size. LLM.int8 rounds the input of a projection, too."""
@@ -82,7 +81,7 @@ class HeadResultNorms:
     @property
     def mark(self) -> Hashable:
         """Another one once the factors are dropped."""
-        return Same(self), self._n_dropped
+        return self, self._n_dropped
 
     def refresh(self, projection: nn.Module) -> None:
         """Call this before a forward. It drops the factors when the projection is another one or its weights have changed, as by training."""

@@ -45,12 +45,21 @@ class Tap:
     then: Derived | None = None
     """What is computed of the value, for a derived site and for rows that are reduced. None keeps the value."""
 
+    _column_numbers: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
     def take(self, value: Tensor) -> Tensor:
         """The site's values. value: [..., width of the module]. Returns [..., width of the site]."""
         if self.columns is not None:
-            value = value[..., _numbers(self.columns, value.device)]
+            value = value[..., self._columns_on(value.device)]
         value = value if self.scale == 1.0 else value * self.scale
         return value if self.then is None else self.then(value)
+
+    def _columns_on(self, device: torch.device) -> Tensor:
+        """The columns as a tensor, made once: each making is a copy to the device, which waits for it, and which no graph can record."""
+        if device not in self._column_numbers:
+            with torch.inference_mode(False):
+                self._column_numbers[device] = torch.tensor(self.columns, dtype=torch.long, device=device)
+        return self._column_numbers[device]
 
     def put(self, value: Tensor, taken: Tensor) -> Tensor:
         """A copy of value that is changed so that `take` gives `taken`. Not for derived sites."""
@@ -58,33 +67,8 @@ class Tap:
         if self.columns is None:
             return unscaled
         changed = value.clone()
-        changed[..., _numbers(self.columns, value.device)] = unscaled
+        changed[..., self._columns_on(value.device)] = unscaled
         return changed
-
-
-class Same:
-    """Stands for an object in a key: equal to another when both stand for one object, which it keeps alive."""
-
-    def __init__(self, value: object) -> None:
-        self._value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and other._value is self._value
-
-    def __hash__(self) -> int:
-        return id(self._value)
-
-
-_as_tensors: dict[tuple[Same, torch.device], Tensor] = {}
-
-
-def _numbers(columns: tuple[int, ...], device: torch.device) -> Tensor:
-    """Columns as a tensor, made once for each tuple: each making is a copy to the device, which waits for it, and which no graph can record."""
-    key = (Same(columns), device)  # thousands of numbers would be hashed at every hook
-    if key not in _as_tensors:
-        with torch.inference_mode(False):
-            _as_tensors[key] = torch.tensor(columns, dtype=torch.long, device=device)
-    return _as_tensors[key]
 
 
 @dataclass(frozen=True)

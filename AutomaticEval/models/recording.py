@@ -20,7 +20,7 @@ from AutomaticEval.models.architecture.forward_call import alone_with, cache_in,
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Tap
-from AutomaticEval.models.transfer.kept_rows import Kept as Kept
+from AutomaticEval.models.transfer.kept_positions import Kept as Kept
 from AutomaticEval.models.transfer.kept_rows import KeptRows
 from AutomaticEval.models.transfer.step import Step
 

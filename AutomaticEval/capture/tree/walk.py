@@ -24,6 +24,7 @@ from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.architecture.forward_call import alone_with, cache_name, input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.recording import Recording
+from AutomaticEval.models.transfer.ring import on_device
 from AutomaticEval.selection import Selection
 
 Cached = list[tuple[Tensor | None, Tensor | None]]
@@ -141,10 +142,8 @@ class Walk:
 
 def sent(numbers: Sequence[Array], device: torch.device) -> list[Tensor]:
     """Arrays of whole numbers as tensors on a device, in one transfer that nobody waits for."""
-    flat = torch.from_numpy(np.concatenate(numbers, dtype=np.int64))
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    return list(flat.to(device, non_blocking=True).split_with_sizes([len(each) for each in numbers]))
+    flat = on_device(torch.from_numpy(np.concatenate(numbers, dtype=np.int64)), device)
+    return list(flat.split_with_sizes([len(each) for each in numbers]))
 
 
 def _chosen(cached: Tensor | None, indices: Mapping[torch.device, Sequence[Tensor]], n_columns: int) -> Tensor | None:

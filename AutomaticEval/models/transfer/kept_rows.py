@@ -7,8 +7,7 @@ those of decode steps, which are small, wait on the device until there are enoug
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.models.transfer.host_rows import HostRows, OneForward, Steps, runs_of
+from AutomaticEval.models.transfer.kept_positions import Forward, Kept, is_whole
 from AutomaticEval.models.transfer.references import References, owned
-from AutomaticEval.models.transfer.ring import STAGED, Sending, on_device, ring_of
+from AutomaticEval.models.transfer.ring import STAGED, Sending, ring_of
 from AutomaticEval.models.transfer.step import Step
 from AutomaticEval.samples import RowFormat
 
@@ -27,53 +27,6 @@ MOST_PACKED = 4 << 20
 """Bytes of decode steps that wait on a device until they are sent."""
 FEWEST_STEPS, MOST_STEPS = 16, 256
 """For how many decode steps room is made on the CPU at once."""
-
-
-class Kept(NamedTuple):
-    """Which (batch row, column) pairs of one forward are kept. Both tensors are [n_kept], int64."""
-
-    rows: Tensor
-    columns: Tensor
-
-
-@dataclass
-class Forward:
-    """The current forward, and what is kept of it."""
-
-    kept: Kept
-    """On the CPU."""
-    first: int
-    """The first column that is fed."""
-    n_columns: int
-    is_whole: bool
-    """Whether every position is kept, row after row."""
-    step: int | None = None
-    """The number of the forward among the steps whose rows land together; None when they land alone."""
-    _on_device: dict[tuple[torch.device, int], Kept] = field(default_factory=dict)
-
-    def on(self, device: torch.device, first: int) -> Kept:
-        """The pairs, on a device, with columns counted from column `first` on."""
-        if (device, first) not in self._on_device:
-            counted = Kept(self.kept.rows, self.kept.columns - first)
-            self._on_device[device, first] = Kept(*(on_device(each, device) for each in counted))
-        return self._on_device[device, first]
-
-    def cut(self, key: str, value: Tensor) -> Tensor:
-        """The kept rows of a value [batch, columns, width]: [n_kept, width]. A view of it where every position is kept.
-
-        Raises CaptureError when the value lacks columns that are kept.
-        """
-        lacking = self.n_columns - value.shape[1]  # logits are computed for the last columns only
-        if self.is_whole and not lacking:
-            return value.flatten(0, 1)
-        n_absent = int((self.kept.columns < self.first + lacking).sum()) if lacking else 0
-        if n_absent:
-            raise CaptureError(
-                f"{key} was not computed at {n_absent} of the positions asked for: a model that generates computes it, of the "
-                'prompt, for the last token only (logits, and layers that share their keys and values). Use positions="scored".'
-            )
-        rows, columns = self.on(value.device, self.first + lacking)
-        return value[rows, columns]
 
 
 @dataclass
@@ -113,7 +66,7 @@ class KeptRows:
         if kept is None or not len(kept.rows):
             return
         kept = Kept(*(each.cpu() for each in kept))
-        forward = Forward(kept, first, n_columns, _is_whole(kept, first, n_columns, self._n_rows))
+        forward = Forward(kept, first, n_columns, is_whole(kept, first, n_columns, self._n_rows))
         if forward.is_whole and n_columns == 1 and self.formats:
             steps = self._steps_from(first)
             forward.step = steps.n
@@ -300,11 +253,3 @@ def _joined(arrays: Sequence[Tensor], form: RowFormat) -> Tensor:
     if not arrays:
         return torch.empty(0, form.width, dtype=form.dtype)
     return arrays[0] if len(arrays) == 1 else torch.cat(list(arrays))
-
-
-def _is_whole(kept: Kept, first: int, n_columns: int, n_rows: int) -> bool:
-    """Whether every position of a forward is kept, row after row."""
-    n_positions = n_rows * n_columns
-    if len(kept.rows) != n_positions:
-        return False
-    return torch.equal(kept.rows * n_columns + kept.columns - first, torch.arange(n_positions))
