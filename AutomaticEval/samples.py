@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -75,10 +76,18 @@ class Rows:
     activations: Mapping[str, Tensor]
     """Key -> [n_rows, width], on the CPU."""
 
-    @property
+    @cached_property
+    def formats(self) -> dict[str, RowFormat]:
+        """Site -> how its rows are kept. Raises CaptureError for a site that has not one row a position."""
+        shapes = {key: (tensor.dtype, *tensor.shape) for key, tensor in self.activations.items()}
+        if any(n_rows != len(self.positions) for _, n_rows, _ in shapes.values()):
+            raise CaptureError(f"{len(self.positions)} rows of tokens have activations of the shapes {shapes}.")
+        return {key: RowFormat(dtype, width) for key, (dtype, _, width) in shapes.items()}
+
+    @cached_property
     def size_bytes(self) -> int:
         """Bytes of the activations."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.activations.values())
+        return len(self.positions) * sum(dtype.itemsize * width for dtype, width in self.formats.values())
 
     @property
     def memory_bytes(self) -> int:

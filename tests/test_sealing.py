@@ -15,7 +15,9 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, tzinfo
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,13 +30,14 @@ from helpers.places import ROOT
 from helpers.samples import SETTINGS, make_sample, same, sample_of
 
 from AutomaticEval import open_run
-from AutomaticEval.errors import CaptureError, DamagedFile, DiskFull, PathExists
+from AutomaticEval.errors import CaptureError, DamagedFile, DiskFull, PathExists, StoreError
 from AutomaticEval.samples import Sample
 from AutomaticEval.store.bits import bits
+from AutomaticEval.store.contents.file_contents import Activation, Contents
 from AutomaticEval.store.contents.from_samples import of_samples
 from AutomaticEval.store.contents.slabs import gathered
+from AutomaticEval.store.disk import flushing, whole_files
 from AutomaticEval.store.disk import in_threads as threads
-from AutomaticEval.store.disk import whole_files
 from AutomaticEval.store.disk.in_threads import in_threads
 from AutomaticEval.store.hdf5 import blocks, write
 from AutomaticEval.store.hdf5.checksums import ArrayHash
@@ -226,6 +229,65 @@ def test_a_write_that_ends_short_is_gone_on_with(tmp_path: Path) -> None:
             rows._write_all(file.fileno(), memoryview(b"x" * 6000), 5000)
         assert failure.value.errno == errno.EFBIG
     assert (tmp_path / "a").read_bytes() == bytes(5000) + b"x" * 5001  # it ended short before it failed
+
+
+class Flushes:
+    """Takes the place of fdatasync: notes what it was called with, and may fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failure: OSError | None = None) -> None:
+        self.threads: set[str] = set()
+        self.called = threading.Event()
+        self._failure = failure
+        monkeypatch.setattr(flushing, "_flush", self._flush)
+        monkeypatch.setattr(flushing, "_BETWEEN", 0.0)
+
+    def _flush(self, handle: int) -> None:
+        os.fdatasync(handle)
+        self.threads.add(threading.current_thread().name)
+        self.called.set()
+        if self._failure is not None:
+            raise self._failure
+
+
+SITES = {"layer_0": torch.randn(9, 20)}
+
+
+def lazily(contents: Contents, flushes: Flushes) -> Contents:
+    """The contents, whose rows come only after the first flush."""
+
+    def slabs(activation: Activation) -> Iterator[Any]:
+        assert flushes.called.wait(30)
+        yield from activation.slabs()
+
+    late = {key: replace(each, slabs=partial(slabs, each)) for key, each in contents.activations.items()}
+    return replace(contents, activations=late)
+
+
+def test_a_shard_goes_to_the_disk_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushes, path = Flushes(monkeypatch), tmp_path / "x.h5"
+    write.write_file(path, lazily(of_samples([sample_of(0, SITES)], "m", SETTINGS), flushes))
+    assert flushes.threads == {"flushing"}
+    assert not any(each.name == "flushing" for each in threading.enumerate())
+    assert open_run(path)[0]["doc_id"] == 0
+
+
+def test_a_flush_that_fails_fails_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system tells of a lost write once; the fsync at the end would not tell of it again."""
+    flushes, path = Flushes(monkeypatch, OSError(errno.EIO, "lost")), tmp_path / "x.h5"
+    with pytest.raises(
+        StoreError, match=r"x\.h5 was not written, and nothing of it was left behind \(Input/output error\)"
+    ):
+        write.write_file(path, lazily(of_samples([sample_of(0, SITES)], "m", SETTINGS), flushes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_thread_all_is_left_to_the_fsync_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    write.write_file(tmp_path / "x.h5", of_samples([sample_of(0, SITES)], "m", SETTINGS))
+    assert open_run(tmp_path / "x.h5")[0]["doc_id"] == 0
 
 
 class Disk:

@@ -242,7 +242,12 @@ class RunWriter:
 
     def table(self) -> Columns:
         """The columns of every sealed sample, with its shard and index, read when they are asked for. Seals what is gathered; merges small shards."""
-        self.flush()
+        with self._mutex:
+            self._take_ended()
+            self.seal()
+            while len(self._in_flight):
+                self._shards()  # those before are opened while the disk settles the next
+                self._take_first()
         self._merge_small()
         return ShardColumns(self._shards())
 

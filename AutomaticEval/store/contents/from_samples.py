@@ -86,14 +86,8 @@ def _segments(numbers: Sequence[Sequence[Array]]) -> Ragged:
 
 
 def _check_alike(every_rows: Sequence[Rows]) -> None:
-    first = every_rows[0].activations if every_rows else {}
-    formats = {key: (tensor.dtype, tensor.shape[1]) for key, tensor in first.items()}
-    for rows in every_rows:
-        n_rows = len(rows.positions)
-        expected = {key: (dtype, (n_rows, width)) for key, (dtype, width) in formats.items()}
-        own = {key: (tensor.dtype, tensor.shape) for key, tensor in rows.activations.items()}
-        if own != expected or len(rows.token_ids) != n_rows:
-            raise CaptureError("rows of different sites, dtypes, widths or lengths cannot be stored in one file.")
+    if any(rows.formats != every_rows[0].formats or len(rows.token_ids) != len(rows.positions) for rows in every_rows):
+        raise CaptureError("rows of different sites, dtypes, widths or lengths cannot be stored in one file.")
 
 
 def _in_memory(tensors: Sequence[torch.Tensor], *, in_8_bits: bool) -> Activation:

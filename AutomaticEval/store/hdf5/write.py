@@ -22,6 +22,7 @@ from AutomaticEval.samples import COLUMNS, Sample
 from AutomaticEval.store.contents.changed import without_rows
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.contents.from_samples import of_samples
+from AutomaticEval.store.disk.flushing import flushing
 from AutomaticEval.store.disk.json_text import as_json
 from AutomaticEval.store.disk.whole_files import new_file
 from AutomaticEval.store.finite import counts_in, report_non_finite
@@ -29,7 +30,7 @@ from AutomaticEval.store.hdf5 import checksums, contract
 from AutomaticEval.store.hdf5.attributes import attribute_text
 from AutomaticEval.store.hdf5.extents import load_filters
 from AutomaticEval.store.hdf5.writing.activations import Source, write_activations, write_virtual
-from AutomaticEval.store.hdf5.writing.new_hdf5 import new_hdf5
+from AutomaticEval.store.hdf5.writing.new_hdf5 import new_hdf5, release_reserved
 from AutomaticEval.store.hdf5.writing.numbers import write_numbers
 from AutomaticEval.store.hdf5.writing.sample_table import write_columns, write_text
 from AutomaticEval.store.ragged import Array
@@ -116,9 +117,12 @@ def filled_file(
     if not contents.activations:
         raise CaptureError(f"{path}: no sample has activations; nothing is written.")
     with new_file(path, overwrite=overwrite) as partial:
-        source = _fill(partial, contents, compression, replaces)
-        del contents
-        yield source
+        with flushing(partial) as written:
+            source = _fill(partial, contents, compression, replaces)
+            written.set()
+            del contents
+            yield source
+        release_reserved(partial)
 
 
 def _fill(partial: Path, contents: Contents, compression: str | None, replaces: Sequence[str]) -> Source:
@@ -138,24 +142,28 @@ def write_run(path: Path, contents: Contents, sources: Sequence[Source], *, fini
 
     Returns how many numbers are infinite or NaN, in the form of `Source.non_finite`.
     """
-    with (
-        new_file(path, overwrite=True) as partial,
-        new_hdf5(partial, _table_bytes(contents) + 4096 * len(sources)) as file,
-    ):
-        _write_attributes(file, contract.RUN_FORMAT, contents, {"state": "finished" if finished else "unfinished"})
-        group = contract.group_of(contents.settings)
-        for key, activation in contents.activations.items():
-            write_virtual(file, f"{group}/{key}", activation, sources)
-        _write_table(file, contents)
-        write_text(file, "shards/name", [source.name for source in sources])
-        write_text(file, f"shards/{checksums.OF_ATTRIBUTES}", [source.stamp for source in sources])
-        n_rows, size_bytes = (np.array([getattr(each, name) for each in sources]) for name in ("n_rows", "size_bytes"))
-        if contents.is_by_sample:
-            write_numbers(file, "shards/n_lines", n_rows, "<i8")
-            n_rows = np.zeros_like(n_rows)
-        write_numbers(file, "shards/n_rows", n_rows, "<i8")
-        write_numbers(file, "shards/size_bytes", size_bytes, "<i8")
-        return counts_in(file, group, contents.activations, contents.columns.names)
+    with new_file(path, overwrite=True) as partial:
+        with new_hdf5(partial, _table_bytes(contents) + 4096 * len(sources)) as file:
+            counts = _fill_index(file, contents, sources, finished=finished)
+        release_reserved(partial)
+    return counts
+
+
+def _fill_index(file: h5py.File, contents: Contents, sources: Sequence[Source], *, finished: bool) -> dict[str, int]:
+    _write_attributes(file, contract.RUN_FORMAT, contents, {"state": "finished" if finished else "unfinished"})
+    group = contract.group_of(contents.settings)
+    for key, activation in contents.activations.items():
+        write_virtual(file, f"{group}/{key}", activation, sources)
+    _write_table(file, contents)
+    write_text(file, "shards/name", [source.name for source in sources])
+    write_text(file, f"shards/{checksums.OF_ATTRIBUTES}", [source.stamp for source in sources])
+    n_rows, size_bytes = (np.array([getattr(each, name) for each in sources]) for name in ("n_rows", "size_bytes"))
+    if contents.is_by_sample:
+        write_numbers(file, "shards/n_lines", n_rows, "<i8")
+        n_rows = np.zeros_like(n_rows)
+    write_numbers(file, "shards/n_rows", n_rows, "<i8")
+    write_numbers(file, "shards/size_bytes", size_bytes, "<i8")
+    return counts_in(file, group, contents.activations, contents.columns.names)
 
 
 def _table_bytes(contents: Contents) -> int:

@@ -56,11 +56,10 @@ class GatheredSamples:
                     self.n_bytes += part.rows.memory_bytes
 
     def _check(self, rows: Rows) -> None:
-        formats = {
-            key: (torch.int8 if self._in_8_bits else tensor.dtype, tensor.shape[1])
-            for key, tensor in rows.activations.items()
-        }
-        self.formats = self.formats or {key: RowFormat(*each) for key, each in formats.items()}
+        formats = rows.formats
+        if self._in_8_bits:
+            formats = {key: RowFormat(torch.int8, each.width) for key, each in formats.items()}
+        self.formats = self.formats or formats
         if formats != self.formats:
             raise CaptureError("these rows have not the sites, dtypes or widths of the run's others; none was taken.")
         for key, tensor in rows.activations.items() if self._in_8_bits else ():

@@ -24,7 +24,7 @@ _KEEP_SIZE = 1
 
 @contextmanager
 def new_hdf5(path: Path, size_bytes: int) -> Iterator[h5py.File]:
-    """A new HDF5 file, which has its trailer when the with ends.
+    """A new HDF5 file, which has its trailer when the with ends. Then call `release_reserved`.
 
     size_bytes: at least as many as the file will hold. They are reserved first, because HDF5 crashes the process at its exit when the
     disk fills up while it writes.
@@ -36,7 +36,11 @@ def new_hdf5(path: Path, size_bytes: int) -> Iterator[h5py.File]:
         yield file
         arrays, held = arrays_of(file), held_bytes(file)
     write_trailer(path, arrays, -(-held // EXPANSION))
-    os.truncate(path, path.stat().st_size)  # gives back the reserved bytes that were not used
+
+
+def release_reserved(path: Path) -> None:
+    """Give back the bytes that were reserved for a file and not used. The system makes this wait while the file is being flushed."""
+    os.truncate(path, path.stat().st_size)
 
 
 @contextmanager

@@ -25,7 +25,6 @@ THREAD_BYTES = 2**20
 """The rows that one thread writes before another is worth its start."""
 _STEP_BYTES = 2**19
 """So many bytes are written at once: they stay in the processor's cache until they are hashed and looked at."""
-_STARTED_BYTES = 8 * 2**20
 
 
 class Place(NamedTuple):
@@ -62,7 +61,7 @@ def write_rows(path: Path, places: Sequence[Place]) -> list[Written]:
 
 def _write(path: Path, place: Place) -> Written:
     hashed, n_wrong = ArrayHash(place.block_rows * place.row_bytes), 0
-    at = started = place.offset
+    at = place.offset
     end = place.offset + place.n_bytes
     handle = os.open(path, os.O_WRONLY)  # its own: it stays this file's, whatever becomes of the other threads
     try:
@@ -72,9 +71,6 @@ def _write(path: Path, place: Place) -> Written:
             n_wrong += n_non_finite(slab, place.activation.dtype)
             _write_all(handle, raw_bytes(slab), at)
             at += slab.nbytes
-            if at - started >= _STARTED_BYTES:
-                _start_writing(handle, started, at - started)
-                started = at
     finally:
         os.close(handle)
     assert at == end, f"{place.key}: {at - place.offset} bytes of rows came, expected {place.n_bytes}"
@@ -98,9 +94,3 @@ def _write_all(handle: int, view: memoryview, at: int) -> None:
     written = 0
     while written < len(view):
         written += os.pwrite(handle, view[written:], at + written)
-
-
-def _start_writing(handle: int, offset: int, n_bytes: int) -> None:
-    """Have the system put bytes on the disk while the next ones are made, so that the fsync at the end finds little left."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(handle, offset, n_bytes, os.POSIX_FADV_DONTNEED)
