@@ -27,7 +27,7 @@ from AutomaticEval.store.hdf5.extents import BlockSums, Extent, dataset_of, nami
 from AutomaticEval.store.hdf5.trailer import CHECKSUMS
 from AutomaticEval.store.ragged import Array, ranges_of
 
-_STEP_BYTES = 2**19
+_STEP_BYTES = 2**21
 """So many bytes are read at once: they are still in the processor's cache when they are hashed."""
 
 THREAD_BYTES = 2**23

@@ -14,6 +14,8 @@ from torch import Tensor
 from AutomaticEval.errors import StoreError
 from AutomaticEval.store.bits import bits_type, from_bits
 from AutomaticEval.store.contents.file_contents import Activation, RowFormat
+from AutomaticEval.store.disk.in_threads import in_threads, n_threads_for
+from AutomaticEval.store.hdf5.blocks import THREAD_BYTES
 from AutomaticEval.store.hdf5.open import OneSite
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.ragged import Array, ranges_of
@@ -100,11 +102,14 @@ class ShardedRows:
         # each shard is checked to have rows of this width before memory is taken for them
         by_shard = [(self._with(number, key), local) for number, local in self._split(wanted)]
         out = np.empty((n_rows, row_format.width), bits_type(row_format.read_as))
-        at = 0
-        for shard, local in by_shard:
-            n_here = int((local[:, 1] - local[:, 0]).sum())
-            shard.read_into(key, local, out[at : at + n_here])
-            at += n_here
+        ends = np.cumsum([0, *(int((local[:, 1] - local[:, 0]).sum()) for _, local in by_shard)]).tolist()
+
+        def read(number: int) -> None:
+            shard, local = by_shard[number]
+            shard.read_into(key, local, out[ends[number] : ends[number + 1]])
+
+        n_threads = n_threads_for(out.nbytes, THREAD_BYTES) if len(by_shard) > 1 else 1
+        in_threads(read, range(len(by_shard)), n_threads)
         return out
 
     def _split(self, ranges: Array) -> Iterator[tuple[int, Array]]:
