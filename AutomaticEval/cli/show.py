@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from AutomaticEval.store.reader import Run
+    from AutomaticEval.store.reading.overview import TaskLine
 
 
 @command
@@ -40,35 +42,30 @@ def show(
 
 
 def _show_run(run: Run) -> None:
-    say(repr(run))
-    from AutomaticEval.store.reading.reduced_runs import how_reduced
+    from AutomaticEval.store.reading.overview import facts_of, tasks_of
 
-    names = run.contents.columns.names
-    absent: dict[str, list[Any]] = {
-        "task": [""] * len(run),
-        "doc_id": list(range(len(run))),
-        "correct": [None] * len(run),
-    }
-    columns = [run.column(name) if name in names else values for name, values in absent.items()]
-    rows: dict[str, list[tuple[int | None, bool | None]]] = {}
-    for task, doc_id, correct in zip(*columns, strict=True):
-        rows.setdefault(task or "", []).append((doc_id, correct))
-    tasks = []
-    for task, part in sorted(rows.items()):
-        docs = dict(reversed(part))  # of each, what its first row says
-        known = [correct for correct in docs.values() if correct is not None]
-        share = f"{sum(known) / len(known):.4f}" if known else "unknown"
-        tasks.append((task, str(len(part)), str(len(docs)), share))
-    print_table("", ("Task", "Samples", "Documents", "Correct"), tasks, n_words=4)
+    facts, tasks = facts_of(run), tasks_of(run)
+    print_table("", ("Run", str(run.path)), facts.items(), n_words=2)
+    print_table("", ("Task", "Samples", "Questions", "Correct"), map(_task_row, tasks))
+    means = [
+        (each.task, name, f"{mean:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+        for each in tasks
+        for name, (mean, error) in each.means.items()
+    ]
+    if means:
+        print_table("", ("Task", "Metric", "Mean over the questions"), means, n_words=2)
     stored = run.contents.activations
     sites = [(key, str(each.width), str(each.read_as).removeprefix("torch.")) for key, each in stored.items()]
     print_table("", ("Site", "Width", "Dtype"), sites, n_words=3)
-    if run.made_with.reduce is not None:
-        say(f"Reduced: each {'line' if run.contents.is_by_sample else 'row'} is {how_reduced(run.settings)}")
     wrong = {key: count for key, count in run.non_finite.items() if count}
     if wrong:
         say("Infinite or NaN: " + ", ".join(f"{key} {count}" for key, count in wrong.items()))
-    say(f"One sample: python main.py show {run.path} --sample 0")
+    say(f"One sample: python main.py show {shlex.quote(str(run.path))} --sample 0")
+
+
+def _task_row(line: TaskLine) -> tuple[str, ...]:
+    correct = "unknown" if line.correct is None else f"{line.correct:.4f}"
+    return line.task, str(line.n_samples), str(line.n_questions), correct
 
 
 def _show_sample(data: dict[str, Any]) -> None:

@@ -191,6 +191,11 @@ class Run(Sequence[dict[str, Any]]):
         return self._contents.model
 
     @property
+    def created(self) -> str:
+        """When the run was finished, or its first file was written: the time with its offset from UTC, in ISO 8601."""
+        return (self._index or self.shards[0]).attributes["created"]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What decided the numbers: dtype, attention kernel, library versions, selection."""
         return dict(self._contents.settings)
