@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import command
+from AutomaticEval.cli.options import command, refuse_unused
 from AutomaticEval.cli.printing import print_table, say
+from AutomaticEval.errors import StoreError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,25 +21,44 @@ if TYPE_CHECKING:
 
 @command
 def show(
+    context: typer.Context,
     path: options.File,
     sample: Annotated[int | None, typer.Option("--sample", help="Which sample of a run, from 0.")] = None,
+    doc: Annotated[
+        int | None, typer.Option("--doc", help="Which question of a run: the number of its document.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="With --doc: the question's task, in a run of several.")
+    ] = None,
+    lens: Annotated[
+        bool, typer.Option("--lens", help="With --doc: load the model, for the rank of the right answer by layer.")
+    ] = False,
 ) -> None:
-    """Print what is in a file: prompt, response, settings, shapes, and statistics of each layer."""
-    from AutomaticEval.errors import StoreError
+    """Print what a run is; or one question of it, or one sample: prompt, response, settings, shapes, and statistics of each layer."""
+    from AutomaticEval.cli.show_question import show_question
     from AutomaticEval.store.disk.file_names import PICKLE_SUFFIXES
     from AutomaticEval.store.reader import load_activations, open_run
 
+    if doc is None:
+        refuse_unused(context, "no question is shown", "task", "lens", remedy="add --doc N")
+    else:
+        refuse_unused(context, "--doc shows a question", "sample")
     if path.suffix.lower() in PICKLE_SUFFIXES:
         _show_sample(load_activations(path))
         return
     run = open_run(path)
-    if len(run) > 1 and sample is None:
+    if doc is not None:
+        show_question(run, task, doc, has_lens=lens)
+    elif len(run) > 1 and sample is None:
         _show_run(run)
-        return
-    number = sample or 0
-    if not -len(run) <= number < len(run):
-        raise StoreError(f"{path} has no sample {number}; it holds {len(run)}, from 0.")
-    _show_sample(run[number])
+    else:
+        _show_sample(run[_there(run, sample or 0)])
+
+
+def _there(run: Run, sample: int) -> int:
+    if not -len(run) <= sample < len(run):
+        raise StoreError(f"{run.path} has no sample {sample}; it holds {len(run)}, from 0.")
+    return sample
 
 
 def _show_run(run: Run) -> None:
