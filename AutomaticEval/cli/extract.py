@@ -29,7 +29,7 @@ class WhichTexts:
     """Which texts are fed: those of a profile, of a file, or of a data set."""
 
     profile: Annotated[str | None, Option("baseline, extended, or a .toml file: labelled prompts, and models.")] = None
-    texts: Annotated[Path | None, Option("File of texts: JSONL, JSON, CSV or txt.")] = None
+    texts: Annotated[Path | None, Option("File of texts: JSONL, JSON, CSV, TSV, parquet or txt, also .gz.")] = None
     dataset: Annotated[str | None, Option("A Hugging Face data set, streamed; or a local folder.")] = None
     category: Annotated[str | None, Option("Categories of the profile, comma-separated. Default: all.")] = None
     text_field: Annotated[
@@ -171,7 +171,7 @@ def _folders(
 
 def _sets(which: WhichTexts, *, strict: bool) -> tuple[str, list[TextSet], list[str]]:
     """The name of the texts, the sets of texts that get a run each, and the models that a profile names."""
-    from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts
+    from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts, name_of_texts
     from AutomaticEval.capture.texts.text_set import TextSet
 
     if which.profile is not None:
@@ -179,7 +179,8 @@ def _sets(which: WhichTexts, *, strict: bool) -> tuple[str, list[TextSet], list[
     if which.texts is not None:
         file = which.texts
         texts = FileTexts(file, which.text_field, which.limit)
-        return file.stem, [TextSet.of(file.stem, texts, file=file.name)], []
+        name = name_of_texts(file)
+        return name, [TextSet.of(name, texts, file=file.name)], []
     dataset = str(which.dataset)
     streamed = DatasetTexts(dataset, which.split, which.dataset_config, which.text_field, which.limit, strict)
     name = Path(dataset).name

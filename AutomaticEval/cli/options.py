@@ -62,7 +62,9 @@ Model = Annotated[str, typer.Option("--model", help="Hub name, folder, or demo (
 Texts = Annotated[
     Path,
     typer.Option(
-        "--texts", help="JSON, JSONL, CSV or txt: texts, or objects with input, text or question.", rich_help_panel=RUN
+        "--texts",
+        help="JSONL, JSON, CSV, TSV, parquet or txt, also .gz: texts, or objects with text, input, question or prompt.",
+        rich_help_panel=RUN,
     ),
 ]
 BatchSize = Annotated[
