@@ -142,7 +142,7 @@ def test_run_that_is_told_to_stop_keeps_what_it_captured(tmp_path: Path, name: s
     run = open_run(folder)
     assert not run.finished
     assert len(run) >= 32
-    assert sorted(os.listdir(folder)) == [".lock", "shard-00000.h5"]
+    assert sorted(os.listdir(folder)) == [".lock", "asked.json", "shard-00000.h5"]
 
 
 def test_sites_lists_widths_and_reasons(tmp_path: Path) -> None:
@@ -256,10 +256,10 @@ def test_what_would_break_a_run_is_refused_in_one_line(
     assert not (tmp_path / "activations").exists()
 
 
-def test_resume_without_capture_is_refused(tmp_path: Path) -> None:
+def test_resume_alone_names_what_is_no_run(tmp_path: Path) -> None:
     done = main("--resume", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2
-    assert "add --capture_activations" in done.stderr
+    assert "holds no run that was cut short" in done.stderr
 
 
 def test_every_new_option_reaches_lm_eval(tmp_path: Path) -> None:

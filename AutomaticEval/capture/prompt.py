@@ -20,10 +20,12 @@ from AutomaticEval.options import take_fields
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
-from AutomaticEval.store.disk.file_names import hdf5_path
+from AutomaticEval.store.disk.file_names import hdf5_path, numbered
 from AutomaticEval.store.disk.json_text import as_json
-from AutomaticEval.store.disk.whole_files import ensure_space, prepare_file
-from AutomaticEval.store.hdf5.write import write_shard
+from AutomaticEval.store.disk.whole_files import OVERWRITING, ensure_space, prepare_file
+from AutomaticEval.store.hdf5.write import write_named, write_shard
+
+VERSION = "version"
 
 
 class AskOptions(LoadKeywords, SamplingKeywords, total=False):
@@ -44,8 +46,8 @@ class AskOptions(LoadKeywords, SamplingKeywords, total=False):
     system_prompt: str | None
     apply_chat_template: bool
     """True (default): the model's own chat template, when it has one."""
-    overwrite: bool
-    """Replace an existing file at save_path."""
+    overwrite: bool | Literal["version"]
+    """True: replace an existing file at save_path. "version": write beside it, france-2.h5."""
     strict: bool
     """Raise NotFinite for infinite numbers and NaN, when the file is written; without it, warn."""
 
@@ -61,7 +63,7 @@ class CheckedPrompt:
     tokenizer: Any = None
     system_prompt: str | None = None
     apply_chat_template: bool = True
-    overwrite: bool = False
+    overwrite: bool | Literal["version"] = False
     strict: bool = False
 
     @classmethod
@@ -75,6 +77,8 @@ class CheckedPrompt:
             selection = replace(selection, positions=Positions.parse("scored"))
         if selection.store_dtype == "int8":
             raise SelectionError("store_dtype int8 needs the rows of many samples together; use float16 or bfloat16.")
+        if given.get("overwrite", False) not in (False, True, VERSION):
+            raise SelectionError(f'overwrite is {given["overwrite"]!r}; write True, False or "version".')
         check_prompt(prompt)
         load = LoadOptions(**take_fields(given, LoadOptions))
         sampling = Sampling(**take_fields(given, Sampling))
@@ -108,7 +112,8 @@ def generate_inference_with_activations(
     """A model's response to a prompt, and the activations of the pass that produced it.
 
     model: a hub name, a folder, "demo", or a loaded model (then with tokenizer=).
-    save_path: the HDF5 file to write; None writes nothing. An existing file is refused unless overwrite=True.
+    save_path: the HDF5 file to write; None writes nothing. An existing file is refused, unless overwrite=True replaces it or
+    overwrite="version" writes beside it: france-2.h5.
     layers_to_capture: 3, -1, "0-2,-1", range(4), [0, 1, -1]; None for all.
     options: see `AskOptions`.
     Returns (response, activation_data). activation_data["activations"] maps `embeddings`, `layer_0`, … to CPU
@@ -120,14 +125,18 @@ def generate_inference_with_activations(
     file = None if save_path is None else hdf5_path(save_path)
     checked = CheckedPrompt.parse(prompt, model, layers_to_capture, options)
     if file is not None:
-        prepare_file(file, overwrite=checked.overwrite)
+        offer = f'{OVERWRITING.replace(" or", ",", 1)}, or overwrite="version", which writes {numbered(file, 2).name}'
+        prepare_file(file, overwrite=bool(checked.overwrite), offer=offer)
     loaded = load_model(model, tokenizer=checked.tokenizer, options=checked.load)
     response = ask(loaded, checked, capture=True, folder=None if file is None else file.parent)
     assert response.sample is not None
     if file is not None:
-        how: dict[str, Any] = {"overwrite": checked.overwrite, "strict": checked.strict}
-        matrices = checked.selection.matrices
-        write_shard(file, [response.sample], loaded.name, response.settings, matrices=matrices, **how)
+        how: dict[str, Any] = {"strict": checked.strict, "matrices": checked.selection.matrices}
+        if checked.overwrite == VERSION:
+            file = write_named(file, response.sample, loaded.name, response.settings, **how)
+        else:
+            replaces = bool(checked.overwrite)
+            write_shard(file, [response.sample], loaded.name, response.settings, overwrite=replaces, **how)
     return response.text, response.activation_data(file)
 
 

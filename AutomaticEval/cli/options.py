@@ -129,12 +129,13 @@ def options_of(kind: type, *names: str, **defaults: Any) -> OptionsOf:
 
 
 def takes(
-    before: Callable[..., None] | None = None, **groups: type | OptionsOf
+    before: Callable[..., dict[str, Any] | None] | None = None, **groups: type | OptionsOf
 ) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Gives a command the options of dataclasses. The command is called with the dataclasses that are made of them.
 
     An option that two dataclasses share is asked for once, and given to both. before: is called with the context and all that was
-    given, before the dataclasses are made, so that an option that would be ignored is refused before it is looked at.
+    given, before the dataclasses are made, so that an option that would be ignored is refused before it is looked at. It may return other
+    values in the place of those that were given.
     """
     chosen = {name: group if isinstance(group, OptionsOf) else options_of(group) for name, group in groups.items()}
 
@@ -153,7 +154,7 @@ def takes(
         @functools.wraps(function)
         def run(**given: Any) -> R:
             if before is not None:
-                before(**given)
+                given |= before(**given) or {}
             made = {name: group.made(given) for name, group in chosen.items()}
             return function(**{name: given[name] for name in names}, **made)
 

@@ -34,7 +34,7 @@ from AutomaticEval.store.reading.run_files import open_files
 from AutomaticEval.store.reading.shuffled import BUFFER_ROWS, ShuffledRows
 from AutomaticEval.store.reading.table_queries import has_value, pandas_table
 from AutomaticEval.store.row_array import RowArray, RowsDataset
-from AutomaticEval.store.run_folder import INDEX, warn_of_set_aside
+from AutomaticEval.store.run_folder import INDEX, warn_of_set_aside, warn_of_unfinished
 
 
 def load_activations(path: str | Path, sample: int | None = None, *, check: bool = True) -> dict[str, Any]:
@@ -67,10 +67,14 @@ def open_run(path: str | Path, *, check: bool = True) -> Run:
     """The samples of a run folder (or of one file) as a lazy sequence.
 
     check: check every number that is read, now and later, against its checksum; False is for measuring what checking costs.
+    Warns of a run that is not finished: its samples have no scores, and more of them may come.
     Raises UnreadableFile, StoreError. Every read may raise DamagedFile, with the shard, the dataset and the rows.
     """
     given = Path(path).expanduser().absolute()
-    return Run(given.parent if given.name == INDEX and given.is_file() else given, check=check)
+    run = Run(given.parent if given.name == INDEX and given.is_file() else given, check=check)
+    if not run.finished and run.path.is_dir():
+        warn_of_unfinished(run.path)
+    return run
 
 
 def _load_torch(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Knows nothing of how they are written.
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,13 +16,16 @@ from AutomaticEval.errors import DamagedFile, StoreError
 from AutomaticEval.store.disk.partial_folders import clear_leftovers
 from AutomaticEval.store.hdf5.contract import RUN_FORMAT, shard_number
 from AutomaticEval.store.hdf5.open import OpenedFile
-from AutomaticEval.store.local_paths import LOCAL_PATHS
+from AutomaticEval.store.local_paths import ASKED, LOCAL_PATHS
 
 INDEX = "run.h5"
 LOCK = ".lock"
+NO_PART = {LOCK, LOCAL_PATHS, ASKED}
+"""Files beside a run that hold nothing of it."""
 DAMAGED = ".damaged"
 """The ending that a shard gets behind its name when it is set aside."""
 _warned_of: set[Path] = set()
+_told_unfinished: set[Path] = set()
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -116,6 +120,19 @@ def warn_of_set_aside(folder: Path) -> None:
         )
 
 
+def warn_of_unfinished(folder: Path) -> None:
+    """Warn, once a process, of a run that was not evaluated to its end, or is still being written."""
+    if folder not in _told_unfinished:
+        _told_unfinished.add(folder)
+        on = (
+            f" Unless it is being written, it goes on with --resume {shlex.quote(str(folder))}."
+            if (folder / ASKED).exists()
+            else ""
+        )
+        message = f"{folder} is not finished: samples may be missing, and those of a benchmark have no scores.{on}"
+        warnings.warn(message, UserWarning, stacklevel=3)
+
+
 def next_number(folder: Path) -> int:
     """The number for a new shard: higher than the number of any shard in the folder, also of those that were set aside."""
     names = [*shard_names(folder), *set_aside_names(folder)]
@@ -131,7 +148,7 @@ def leaving_nothing(folder: Path) -> Iterator[None]:
     except BaseException:
         with suppress(OSError):
             clear_leftovers(folder)
-            if {path.name for path in folder.iterdir()} <= {LOCK, LOCAL_PATHS}:
+            if {path.name for path in folder.iterdir()} <= NO_PART:
                 for path in folder.iterdir():
                     path.unlink()
                 folder.rmdir()

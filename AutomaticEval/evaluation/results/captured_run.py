@@ -93,6 +93,7 @@ class RunFolder:
             self.ranks,
             self.paths,
             self.matrices,
+            self.output.asked,
         )
 
     @property

@@ -16,19 +16,21 @@ from AutomaticEval.store.disk.partial_folders import DONE, SET, clear_leftovers,
 from AutomaticEval.store.disk.read_back import read_back
 from AutomaticEval.store.disk.system import DENIED, FULL, LOST, code_of
 
+OVERWRITING = " or pass overwrite=True (--overwrite)"
+"""What `prepare_file` offers a person whose file is there."""
 
-def prepare_file(path: Path, *, overwrite: bool = False, offer_overwrite: bool = True) -> None:
+
+def prepare_file(path: Path, *, overwrite: bool = False, offer: str = OVERWRITING) -> None:
     """Make the folder of a file that will be written, and refuse now, before any work, a file that cannot be written.
 
-    offer_overwrite: name overwriting in the message. Raises PathExists, FolderNotWritable.
+    offer: what else than another name the message offers. Raises PathExists, FolderNotWritable.
     """
     with named_failures(path):
         is_folder, is_there = path.is_dir(), path.exists()
     if is_folder:
         raise PathExists(f"{path} is a folder; give the name of a file in it.")
     if is_there and not overwrite:
-        offered = " or pass overwrite=True (--overwrite)" if offer_overwrite else ""
-        raise PathExists(f"{path} exists and is not overwritten; choose another name{offered}.")
+        raise PathExists(f"{path} exists and is not overwritten; choose another name{offer}.")
     prepare_folder(path.parent)
 
 
