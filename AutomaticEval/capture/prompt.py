@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, TypeVar, Unpack, overload
 
+from AutomaticEval.capture.generate_arguments import GenerateArguments, GenerateKeywords, take_generate_arguments
 from AutomaticEval.capture.generation import generation_setting, refuse_uncomputed_logits, respond
 from AutomaticEval.capture.reduced_rows import bytes_per_row, n_kept
 from AutomaticEval.capture.sampling import Sampling, SamplingKeywords
@@ -27,8 +28,10 @@ from AutomaticEval.store.hdf5.write import write_named, write_shard
 
 VERSION = "version"
 
+S = TypeVar("S", bound=Sampling)
 
-class AskOptions(LoadKeywords, SamplingKeywords, total=False):
+
+class AskOptions(LoadKeywords, SamplingKeywords, GenerateKeywords, total=False):
     """The keyword options of every drop-in function."""
 
     tokenizer: Any
@@ -58,7 +61,7 @@ class CheckedPrompt:
 
     prompt: str
     load: LoadOptions
-    sampling: Sampling
+    sampling: GenerateArguments
     selection: Selection
     tokenizer: Any = None
     system_prompt: str | None = None
@@ -81,7 +84,7 @@ class CheckedPrompt:
             raise SelectionError(f'overwrite is {given["overwrite"]!r}; write True, False or "version".')
         check_prompt(prompt)
         load = LoadOptions(**take_fields(given, LoadOptions))
-        sampling = Sampling(**take_fields(given, Sampling))
+        sampling = take_generate_arguments(given)
         for name in given:
             if name not in AskOptions.__annotations__:
                 raise unknown_option(name, AskOptions.__annotations__)
@@ -196,10 +199,10 @@ class PromptResponse:
 def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Path | None = None) -> PromptResponse:
     """Ask one prompt. folder: where the rows will be written; it is checked first that they have room there.
 
-    Raises PromptTooLong, DiskFull, SiteUnavailable, CaptureError.
+    Raises PromptTooLong, DiskFull, SiteUnavailable, CaptureError; PromptError for a value that transformers refuses.
     """
     ids = encode(loaded, prompt.prompt, prompt.system_prompt, apply_chat_template=prompt.apply_chat_template)
-    sampling = fit(prompt.sampling, loaded.context, len(ids))
+    sampling = fit(prompt.sampling.settled(loaded.model.generation_config), loaded.context, len(ids))
     if sampling.temperature > 0 and sampling.seed is None:
         sampling = replace(sampling, seed=secrets.randbits(31))
     if capture:
@@ -208,11 +211,17 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
         n_positions = len(prompt.selection.positions.resolve(len(ids), sampling.max_new_tokens))
         n_bytes = n_kept(prompt.selection, n_positions) * bytes_per_row(loaded, prompt.selection)
         ensure_space(folder, n_bytes + prompt.selection.matrix_bytes + 2**16)
-    (response,) = respond(loaded, [ids], sampling, prompt.selection if capture else None, [prompt.prompt])
+    try:
+        (response,) = respond(loaded, [ids], sampling, prompt.selection if capture else None, [prompt.prompt])
+    except (TypeError, ValueError) as failure:  # transformers looks at a value when it uses it
+        if not sampling.more:
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in sampling.more.items())
+        raise PromptError(f"transformers' generate refused one of {given}: {failure}") from failure
     made = loaded.numbers().changed(
         **({"shape": loaded.shape} if capture else {}),
         **prompt.selection.as_dict(),
-        **{name: value for name, value in asdict(sampling).items() if name != "generation"},
+        **sampling.settings(),
         **generation_setting(loaded.model, sampling),
         generation_config=loaded.model.generation_config.to_diff_dict(),
         system_prompt=prompt.system_prompt,
@@ -244,7 +253,7 @@ def encode(
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written BOS itself
 
 
-def fit(sampling: Sampling, context: int | None, n_prompt: int) -> Sampling:
+def fit(sampling: S, context: int | None, n_prompt: int) -> S:
     """The sampling, with no more new tokens than fit into the context. Raises PromptTooLong, EmptyPrompt.
 
     context: the most tokens that the model can be fed; None when that is not known.
