@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from AutomaticEval.store.questions.thinking import split_thinking
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _END = r"(?=\.\s|\.?\s*$|\n|$)"
 """The end of an answer within a sentence: the sentence's end. The point in 3.5 ends no sentence."""
@@ -58,8 +60,8 @@ def extract_answer(text: str, choices: Sequence[str] | None = None) -> str | Non
     With choices the answer is the letter of one of them, "A" for the first. Without choices it is the answer's text, without markdown,
     LaTeX and quotes.
     """
-    said = re.split(r"</think(?:ing)?>", text)[-1]  # thinking is not answering
-    if re.search(r"<think(?:ing)?>", said):
+    said = split_thinking(text).answer  # thinking is not answering
+    if said is None:
         return None
     said = _until_next_question(said)
     for rule in RULES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,14 +25,16 @@ from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.disk.file_names import PICKLE_SUFFIXES
 from AutomaticEval.store.hdf5.extents import naming
 from AutomaticEval.store.hdf5.read import Shard
+from AutomaticEval.store.questions.questions import Questions, Source
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reading.finite_samples import finite_samples
 from AutomaticEval.store.reading.layer_samples import LayerSamples
 from AutomaticEval.store.reading.reduced_runs import how_reduced
 from AutomaticEval.store.reading.row_numbers import row_numbers
+from AutomaticEval.store.reading.row_origins import RowOrigins
 from AutomaticEval.store.reading.run_files import open_files
 from AutomaticEval.store.reading.shuffled import BUFFER_ROWS, ShuffledRows
-from AutomaticEval.store.reading.table_queries import has_value, pandas_table
+from AutomaticEval.store.reading.table_queries import column_of, pandas_table, selected, whole_number
 from AutomaticEval.store.row_array import RowArray, RowsDataset
 from AutomaticEval.store.run_folder import INDEX, warn_of_set_aside, warn_of_unfinished
 
@@ -113,12 +115,12 @@ class Run(Sequence[dict[str, Any]]):
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
     @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: slice) -> Run: ...
     def __getitem__(self, index: int | slice) -> Any:
-        """One sample as a dict, with its activations, task, doc and correctness; for a slice a list of them."""
+        """One sample as a dict, with its activations, task, doc and correctness; for a slice a run of those samples."""
         if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = int(self._order[index])
+            return self._some(self._order[index])
+        number = self._number(index)
         contents = self._contents
         ranges = contents.segments.item(number)
         token_ids, positions = (
@@ -138,10 +140,28 @@ class Run(Sequence[dict[str, Any]]):
         rows = Rows(token_ids, tokens, positions, {key: self._rows.read(key, ranges) for key in self.keys})
         return sample_data(contents.model, contents.settings, columns, prompt, response, rows)
 
+    def _number(self, index: int) -> int:
+        """The number of a sample in the whole run."""
+        is_column = index in self._contents.columns.names if isinstance(index, str) else False
+        wanted = f"a column is run.column({index!r})" if is_column else f"the rows of a site are run.rows({index!r})"
+        return int(self._order[whole_number(index, "samples", wanted)])
+
+    def questions(self) -> Questions:
+        """The questions that these samples belong to, as a lazy sequence with one row a question: choices, verdict, probabilities, activations.
+
+        Each has all its choices, also when only some of them are among these samples. A sample is one *request*: one of a question's choices.
+        Raises StoreError for a run of texts, for one that is not finished, and for a part of a run that lacks choices.
+        """
+        if self.path.is_dir() and not self.finished:
+            raise StoreError(
+                f"{self.path} is not finished: questions may lack choices, and none has a verdict. Go on with --resume {self.path}."
+            )
+        return Questions(Source(self.path, self._contents, self._key, self._row_array), self._order)
+
     def read(self, index: int, key: str) -> Tensor:
         """One site of one sample: [n_positions, width]. Reads no more than those bytes."""
         key = self._key(key)
-        return self._rows.read(key, self._contents.segments.item(int(self._order[index])))
+        return self._rows.read(key, self._contents.segments.item(self._number(index)))
 
     def steps(self, index: int, key: str) -> Tensor | None:
         """For a site that is stored as int8: by how much each number grows when its stored integer grows by one, [n_positions, width].
@@ -149,7 +169,7 @@ class Run(Sequence[dict[str, Any]]):
         None for other sites.
         """
         key = self._key(key)
-        ranges = self._contents.segments.item(int(self._order[index]))
+        ranges = self._contents.segments.item(self._number(index))
         return self._rows.scales(key, ranges) if self._rows.formats[key].dtype == torch.int8 else None
 
     def layers(self, kind: str = "resid_post") -> dict[int, LayerSamples]:
@@ -181,7 +201,7 @@ class Run(Sequence[dict[str, Any]]):
             raise StoreError(
                 f"{self.path} does not say into how many heads its {rows.shape[1]} numbers are to be split."
             )
-        n_ids = len(self._contents.input_ids.item(int(self._order[index])))
+        n_ids = len(self._contents.input_ids.item(self._number(index)))
         return rows.view(len(rows), n_heads, -1).transpose(0, 1)[:, :, :n_ids]
 
     @property
@@ -250,12 +270,7 @@ class Run(Sequence[dict[str, Any]]):
 
     def column(self, name: str) -> list[Any]:
         """One column of the table: a list of n_samples values. Raises StoreError for a column that the run does not have."""
-        names = self._contents.columns.names
-        if name not in names:
-            raise StoreError(
-                f"{self.path} has no column {name!r}.{did_you_mean(name, names)} It has {', '.join(names)}."
-            )
-        return self._columns.whole(name)
+        return column_of(self._columns, name, self.path)
 
     @property
     def _columns(self) -> Ordered:
@@ -266,18 +281,9 @@ class Run(Sequence[dict[str, Any]]):
 
         A list, tuple or set stands for any of its values; a function is called with each value. mask: a truth value for each
         sample, for conditions on several columns: `run.where(table.choice == table.prediction)`.
-        Raises StoreError for a column that the run does not have, or for a mask of another length.
+        Raises StoreError for a column or a task that the run does not have, or for a mask of another length.
         """
-        kept = np.ones(len(self), dtype=bool) if mask is None else np.array(mask, dtype=bool)
-        if kept.shape != (len(self),):
-            raise StoreError(
-                f"the mask has shape {kept.shape}; expected one truth value for each of {len(self)} samples."
-            )
-        for name, value in wanted.items():
-            if isinstance(value, Iterator):
-                value = list(value)
-            kept &= np.array([has_value(each, value) for each in self.column(name)], dtype=bool)
-        return self._some(self._order[kept])
+        return self._some(self._order[selected(self._columns, self._contents.columns, self.path, mask, wanted)])
 
     def _some(self, order: Array) -> Run:
         some = copy.copy(self)
@@ -318,16 +324,21 @@ class Run(Sequence[dict[str, Any]]):
         """All rows of these samples as an array-like [n_rows, width] on the disk: each row once, in the order of the files.
 
         by_sample: one sample after the other instead, so that rows which samples share are there once for each of them.
+        `where_from[i]` of the result says which of these samples have a row, and at which position of their sequence it is.
         Raises StoreError for an unknown key.
         """
-        key = self._key(key)
-        numbers = indices_of(self._contents.segments.take(self._order).values)
+        key, segments = self._key(key), self._contents.segments.take(self._order)
+        numbers = indices_of(segments.values)
         if by_sample:
-            return self._row_array(key, numbers)
+            n_before = np.concatenate([[0], np.cumsum(segments.values[:, 1] - segments.values[:, 0])])
+            n_rows = np.diff(n_before[segments.offset])
+            return self._row_array(key, numbers, np.repeat(np.arange(len(self)), n_rows))
         return self._row_array(key, numbers if np.all(numbers[1:] > numbers[:-1]) else np.unique(numbers))
 
-    def _row_array(self, key: str, numbers: Array) -> RowArray:
-        return RowArray(self._rows, key, numbers, self._contents.token_ids, self._contents.positions)
+    def _row_array(self, key: str, numbers: Array, owners: Array | None = None) -> RowArray:
+        contents = self._contents
+        origins = RowOrigins(numbers, contents.segments.take(self._order), contents.positions, owners)
+        return RowArray(self._rows, key, numbers, contents.token_ids, contents.positions, origins)
 
     @overload
     def dataset(self, key: str, position: str | int | None = None, label: str | None = None) -> RowsDataset: ...
@@ -364,12 +375,11 @@ class Run(Sequence[dict[str, Any]]):
             return RowsDataset(self.rows(key), None)
         key = self._key(key)
         labels = None if label is None else self.column(label)
-        if labels is not None and None in labels:
-            raise StoreError(f"sample {labels.index(None)} has no {label!r}; leave it out with where.")
-        return RowsDataset(self._row_array(key, self._row_numbers(position)), labels)
+        numbers = self._row_numbers(position)
+        return RowsDataset.labelled(self._row_array(key, numbers, np.arange(len(self))), labels, label, "sample")
 
     def _row_numbers(self, position: str | int) -> Array:
-        return row_numbers(self.path, self._contents, self._order.tolist(), position)
+        return row_numbers(self.path, self._contents, self._order, position)
 
     def _key(self, given: str) -> str:
         """The stored key that a spelling of a site names. Raises StoreError, also for a run that holds no rows."""
@@ -380,6 +390,13 @@ class Run(Sequence[dict[str, Any]]):
         return self._stored_key(given)
 
     def _stored_key(self, given: str) -> str:
+        if not isinstance(given, str):
+            wanted = (
+                f" Layer {given} is 'layer_{given}', and sample {given} is run[{given}]."
+                if isinstance(given, int)
+                else ""
+            )
+            raise StoreError(f"{given!r} is no site; this run has {', '.join(self.keys)}.{wanted}")
         key = key_among(self.keys, given)
         if key is None:
             raise StoreError(

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from AutomaticEval.errors import StoreError
 from AutomaticEval.store.ragged import Array
+from AutomaticEval.store.reading.row_origins import RowOrigins
 from AutomaticEval.store.reading.sharded_rows import ShardedRows
 
 
@@ -20,9 +22,13 @@ class RowArray:
     The rows that are asked for are read from the disk, as a torch tensor in their own dtype (float32 for int8).
     """
 
-    def __init__(self, store: ShardedRows, key: str, numbers: Array, token_ids: Any, positions: Any) -> None:
+    def __init__(
+        self, store: ShardedRows, key: str, numbers: Array, token_ids: Any, positions: Any, where_from: RowOrigins
+    ) -> None:
         self._store, self._key, self._numbers = store, key, numbers
         self._token_ids, self._positions = token_ids, positions
+        self.where_from = where_from
+        """`rows.where_from[i]` is (samples, position): which samples of the run have row i, and its place in their sequence."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,6 +82,13 @@ class RowsDataset(Dataset[Any]):
 
     def __init__(self, rows: RowArray, labels: Sequence[Any] | None) -> None:
         self.rows, self.labels = rows, labels
+
+    @classmethod
+    def labelled(cls, rows: RowArray, labels: Sequence[Any] | None, label: str | None, owner: str) -> RowsDataset:
+        """label: the labels' name, owner: what has them, for the message. Raises StoreError when a label is missing."""
+        if labels is not None and None in labels:
+            raise StoreError(f"{owner} {labels.index(None)} has no {label!r}; leave it out with where.")
+        return cls(rows, labels)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,11 @@ from AutomaticEval.selection import Positions
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.ragged import Array, indices_of
 
+_SLAB_ROWS = 2**20
+"""So many positions are in memory together, or those of one sample."""
 
-def row_numbers(path: Path, contents: Contents, samples: Sequence[int], position: str | int) -> Array:
+
+def row_numbers(path: Path, contents: Contents, samples: Array, position: str | int) -> Array:
     """[n_samples]: the number of one row of each sample.
 
     path: of the run, for messages. samples: their numbers in contents. position: "last" or "first" of the sample's stored rows, a number
@@ -25,9 +27,11 @@ def row_numbers(path: Path, contents: Contents, samples: Sequence[int], position
     by_name: dict[str | int, int] = {"last": -1, "first": 0}
     place = by_name.get(position, position)
     if isinstance(place, int):
-        return np.array([_stored_row(path, contents, number, place) for number in samples], dtype=np.int64)
+        return np.array([_stored_row(path, contents, number, place) for number in samples.tolist()], dtype=np.int64)
     parsed = Positions.parse(place)
-    return np.array([_row_at(path, contents, number, parsed) for number in samples], dtype=np.int64)
+    lengths = (np.diff(ids.offset)[samples].tolist() for ids in (contents.input_ids, contents.generated_ids))
+    wanted = [_only(parsed, *each) for each in zip(samples.tolist(), *lengths, strict=True)]
+    return rows_at(path, contents, samples, np.array(wanted, dtype=np.int64), str(parsed))
 
 
 def _stored_row(path: Path, contents: Contents, number: int, index: int) -> int:
@@ -38,9 +42,9 @@ def _stored_row(path: Path, contents: Contents, number: int, index: int) -> int:
     return int(rows[index])
 
 
-def _row_at(path: Path, contents: Contents, number: int, positions: Positions) -> int:
-    """The row at the one position of a sample's sequence that is asked for."""
-    wanted = positions.resolve(len(contents.input_ids.item(number)), len(contents.generated_ids.item(number)))
+def _only(positions: Positions, number: int, n_prompt: int, n_response: int) -> int:
+    """The one position of a sample's sequence that is asked for."""
+    wanted = positions.resolve(n_prompt, n_response)
     if not wanted:
         raise StoreError(
             f"sample {number} has no position {positions}: the last token of a response is never fed. Leave such "
@@ -48,8 +52,32 @@ def _row_at(path: Path, contents: Contents, number: int, positions: Positions) -
         )
     if len(wanted) != 1:
         raise StoreError(f'{positions} are {len(wanted)} positions of sample {number}; ask for one: "prompt[-1]".')
-    rows = indices_of(contents.segments.item(number))
-    matching = rows[contents.positions[rows] == wanted[0]]
-    if len(matching) != 1:
-        raise StoreError(f"{path}: position {wanted[0]} ({positions}) of sample {number} was not stored.")
-    return int(matching[0])
+    return wanted[0]
+
+
+def rows_at(path: Path, contents: Contents, samples: Array, wanted: Array, name: str) -> Array:
+    """[n_samples]: the number of each sample's row at a position of its sequence. The positions are read in one pass, some at a time.
+
+    wanted: [n_samples], the positions. name: what they were called, for messages. Raises StoreError for a row that was not stored.
+    """
+    segments = contents.segments.take(samples)
+    ranges = segments.values[:]
+    ends = np.concatenate([[0], np.cumsum(ranges[:, 1] - ranges[:, 0])])[segments.offset]  # of the samples, in rows
+    rows = np.full(len(samples), -1, dtype=np.int64)
+    start = 0
+    while start < len(samples):
+        stop = max(start + 1, int(np.searchsorted(ends, ends[start] + _SLAB_ROWS, "right")) - 1)
+        numbers = indices_of(ranges[segments.offset[start] : segments.offset[stop]])
+        owners = np.repeat(np.arange(start, stop), np.diff(ends[start : stop + 1]))
+        distinct, inverse = np.unique(numbers, return_inverse=True)  # samples share rows
+        found = contents.positions[distinct][inverse] == wanted[owners]
+        rows[owners[found]] = numbers[found]
+        start = stop
+    missing = np.flatnonzero(rows < 0)
+    if len(missing):
+        first, kept = missing[0], contents.settings.get("positions")
+        raise StoreError(
+            f"{path}: position {wanted[first]} ({name}) of sample {samples[first]} was not stored"
+            f"{f': the run kept positions={kept!r}' if kept else ''}."
+        )
+    return rows

@@ -1,0 +1,179 @@
+"""`Questions`: the questions of a run as a lazy sequence, with one row of activations each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from AutomaticEval.errors import StoreError
+from AutomaticEval.selection import Positions
+from AutomaticEval.store.contents.columns import Ordered
+from AutomaticEval.store.contents.file_contents import Contents
+from AutomaticEval.store.questions.question import Question
+from AutomaticEval.store.questions.question_table import QuestionTable
+from AutomaticEval.store.questions.shared_prompts import SharedPrompts, shared_prompts
+from AutomaticEval.store.ragged import Array
+from AutomaticEval.store.reading.row_numbers import row_numbers, rows_at
+from AutomaticEval.store.reading.table_queries import column_of, pandas_table, selected, whole_number
+from AutomaticEval.store.row_array import RowArray, RowsDataset
+
+AT = "prompt[-1]"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run, as its questions see it."""
+
+    path: Path
+    contents: Contents
+    """Of all its samples."""
+
+    key: Callable[[str], str]
+    """The stored key that a spelling of a site names."""
+
+    rows: Callable[[str, Array], RowArray]
+    """Gives rows of a site by their numbers."""
+
+
+class Questions(Sequence[Question]):
+    """The questions of a run, one row each: `Question` says what it holds. Nothing is read before it is asked for."""
+
+    def __init__(self, source: Source, selected_samples: Array) -> None:
+        """selected_samples: numbers of samples; the questions that they belong to are here, in the order of these samples."""
+        self._source = source
+        self._table = QuestionTable(source.path, source.contents.columns, source.contents.n_samples)
+        owner = np.full(source.contents.n_samples, -1)
+        owner[self._table.samples.values] = np.repeat(np.arange(len(self._table)), np.diff(self._table.samples.offset))
+        asked = owner[selected_samples]
+        self._order: Array = np.array(list(dict.fromkeys(asked[asked >= 0].tolist())), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> Question: ...
+    @overload
+    def __getitem__(self, index: slice) -> Questions: ...
+    def __getitem__(self, index: int | slice) -> Question | Questions:
+        """One question, or the questions of a slice."""
+        if isinstance(index, slice):
+            return self._some(self._order[index])
+        number = whole_number(
+            index,
+            "questions",
+            'a column is questions.column("correct"), the rows of a site questions.activations("layer_3")',
+        )
+        return Question(**self._columns.record(number))
+
+    def __iter__(self) -> Iterator[Question]:
+        """Every question. The columns are read once, as for `table`."""
+        for values in zip(*(self._columns.whole(name) for name in self._table.names), strict=True):
+            yield Question(*values)
+
+    @property
+    def _columns(self) -> Ordered:
+        return Ordered(self._table, self._order)
+
+    def _some(self, order: Array) -> Questions:
+        some = copy.copy(self)
+        some._order = order
+        return some
+
+    def table(self) -> pd.DataFrame:
+        """One row a question, with the values of `Question` as columns."""
+        return pandas_table(self._columns)
+
+    def column(self, name: str) -> list[Any]:
+        """One column of the table: a list of n_questions values. Raises StoreError for a column that there is not."""
+        return column_of(self._columns, name, self._source.path)
+
+    def where(self, mask: Any = None, **wanted: Any) -> Questions:
+        """The questions whose values are these, as in `Run.where`: `questions.where(correct=False, task="mmlu_anatomy")`.
+
+        Raises StoreError for a value that questions do not have, for a task that the run does not have, and for a mask of another length.
+        """
+        return self._some(self._order[selected(self._columns, self._table, self._source.path, mask, wanted)])
+
+    @cached_property
+    def _prompts(self) -> SharedPrompts:
+        return shared_prompts(self._source.contents, self._table.samples)
+
+    @property
+    def groups(self) -> Array:
+        """[n_questions], int: equal prompts have the same number, so that a split by groups has no prompt in both parts.
+
+        For scikit-learn's GroupKFold and the like. Prompts are compared by their tokens; of choices with prompts of their own, by the
+        tokens with which all of them begin. The answers to one question, and a question that is asked twice, are one group.
+        """
+        groups: Array = self._prompts.groups[self._order]
+        return groups
+
+    def activations(self, key: str, position: str | int = AT) -> Tensor:
+        """One row of every question: [n_questions, width], in the order of the questions.
+
+        key: one of the run's keys, in any spelling of the site. position: "prompt[-1]", the last token of the question, which all choices
+        share, read in the forward of the first choice. It comes before every choice and before the generated answer, so that the row knows
+        nothing of their text. "prompt[-3]" and the like are other tokens of the prompt. If each choice has a prompt of its own (WinoGrande),
+        the prompt is the tokens with which all of them begin, without the beginning of a word that differs.
+        Runs with positions="scored", "all" or "prompt[-1:]" have this row; for choices with prompts of their own, "all" is needed.
+        "last", "response[0]" and numbers are as in `Run.activations`, where no question has several choices.
+        Raises StoreError for an unknown key, for a position that the run did not keep, and for one within a choice.
+        """
+        return self._rows(key, position)[:]
+
+    def dataset(self, key: str, position: str | int = AT, label: str | None = None) -> RowsDataset:
+        """A torch Dataset with one row of every question, for a DataLoader. key and position: as for `activations`.
+
+        label: a column; each item is then (row, the question's value). Raises StoreError as `activations`, and for a question without that label.
+        """
+        labels = None if label is None else self.column(label)
+        return RowsDataset.labelled(self._rows(key, position), labels, label, "question")
+
+    def _rows(self, key: str, position: str | int) -> RowArray:
+        key = self._source.key(key)
+        return self._source.rows(key, self._row_numbers(position))
+
+    def _row_numbers(self, position: str | int) -> Array:
+        source, first = self._source, self._table.first[self._order]
+        parsed = Positions.parse(position) if isinstance(position, str) and position not in ("first", "last") else None
+        if parsed is None or parsed.part != "prompt":
+            self._refuse_choices(position)
+            return row_numbers(source.path, source.contents, first, position)
+        wanted = np.full(len(first), -1)
+        for number, n_tokens in enumerate(self._prompts.n_tokens[self._order].tolist()):
+            places = parsed.resolve(n_tokens, 1)
+            if len(places) != 1:
+                record = self._columns.record(number)
+                raise StoreError(
+                    f"{parsed} are {len(places)} positions of {_name(record)}, whose prompt has {n_tokens} tokens that all choices share; ask "
+                    f'for one that each question has: "{AT}".'
+                )
+            wanted[number] = places[0]
+        return rows_at(source.path, source.contents, first, wanted, str(position))
+
+    def _refuse_choices(self, position: str | int) -> None:
+        several = np.flatnonzero(np.array([len(each) > 1 for each in self.column("logprobs")], dtype=bool))
+        if len(several):
+            raise StoreError(
+                f"{_name(self._columns.record(int(several[0])))} has choices, and {position!r} is another token in each, or inside its text. Ask "
+                f'for a token of the prompt, such as "{AT}", or read the rows of each choice: run.activations(key, position={position!r}).'
+            )
+
+    def __repr__(self) -> str:
+        return f"<Questions of {self._source.path}: {len(self)}>"
+
+
+def _name(record: dict[str, Any]) -> str:
+    return (
+        f"{record['task']} document {record['doc_id']}"
+        if record["task"]
+        else f"the question {record['question'][:40]!r}"
+    )
