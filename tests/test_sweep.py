@@ -28,7 +28,8 @@ from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EditError, OtherSettings, PromptError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.edit import Edit
+from AutomaticEval.models.editing import editing
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.sites import Site
 

@@ -35,6 +35,7 @@ from AutomaticEval.evaluation.harness.tokens import EncodingHFLM, rolling_window
 from AutomaticEval.evaluation.harness.tree_scores import TreeScorer
 from AutomaticEval.models.architecture.forward_call import cache_name
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.edited_positions import BatchSequence, told
 from AutomaticEval.models.find_layout import refuse_untrue
 from AutomaticEval.models.recording import Recording
 from AutomaticEval.selection import Selection
@@ -241,10 +242,12 @@ class CapturingHFLM(EncodingHFLM):
     def _scored(self, rows: Sequence[ScoredRow], ids: Tensor) -> Tensor:
         """The logits of rows that are run together [n_rows, width, d_vocab]."""
         forward = super()._model_call
-        if self._capture is None:
-            plain: Tensor = forward(ids)
-            return plain
-        return self._capture.scored(self._served(), rows, ids, forward)
+        sequences = [BatchSequence(0, row.n_prompt, len(row.sequence) - row.n_prompt) for row in rows]
+        with told(self.model, sequences):
+            if self._capture is None:
+                plain: Tensor = forward(ids)
+                return plain
+            return self._capture.scored(self._served(), rows, ids, forward)
 
     # Generation.
 
