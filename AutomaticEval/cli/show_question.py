@@ -45,9 +45,9 @@ def _print_text(question: Question, samples: Run) -> None:
     say(f"{question.task}, document {question.doc_id}")
     say(question.question)
     first = samples[0]
-    if first["tokens"]:
-        kept = zip(first["positions"].tolist(), first["tokens"], strict=True)
-        say("Tokens with rows: " + " ".join(f"{position}:{token!r}" for position, token in kept))
+    kept = zip(first["positions"].tolist(), first["tokens"], strict=True)
+    of_prompt = [f"{position}:{token!r}" for position, token in kept if position < first["n_prompt_tokens"]]
+    say(f"Its tokens that have rows: {' '.join(of_prompt) or 'none'}")
 
 
 def _print_verdict(question: Question) -> None:
@@ -79,7 +79,8 @@ def _print_layers(asked: Questions, samples: Run, loaded: LoadedModel | None) ->
         columns.append(f"Rank of {loaded.tokenizer.decode([token])!r}")
         ranks = _ranks(loaded, rows, token)
         lines = [[*line, ranks.get(line[0], "")] for line in lines]
-    print_table("At the question's last token", columns, lines)
+    say("At the question's last token:")
+    print_table("", columns, lines)
     if loaded is None and token is not None:
         say("Ranks of the right answer by layer: add --lens, which loads the model.")
 
