@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.places import ROOT
 from helpers.plain_lm_eval import as_json
 from helpers.raw_hooks import raw_residuals
 from helpers.runs import extracted
@@ -239,6 +240,30 @@ def test_a_probe_reads_batches_of_rows_and_labels(scored: Run) -> None:
     assert same(torch.stack(list(questions.dataset("layer_1"))), questions.activations("layer_1"))
     with pytest.raises(StoreError, match="question 90 has no 'margin'; leave it out with where"):
         questions.dataset("layer_1", label="margin")
+
+
+def test_the_probe_of_the_readme(scored: Run) -> None:
+    code = next(
+        part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n") if "GroupKFold" in part
+    )
+    code = (
+        re.sub(r'open_run\(".*?"\)', "run", code)
+        .replace("layer_14", "layer_2")
+        .replace("cross_val_score(L", "found = cross_val_score(L")
+    )
+    names: dict[str, Any] = {"run": scored}
+    exec(code, names)
+    assert names["x"].shape == (180, 128)
+    assert len(names["found"]) == 5
+    for train, test in names["folds"].split(names["x"], groups=names["questions"].groups):
+        prompts = names["table"].question
+        assert not set(prompts[train]) & set(prompts[test])
+
+
+def test_the_row_of_a_question_knows_nothing_of_the_answers_text(scored: Run) -> None:
+    """All prompts of the demo end with the same token, so that its embedding is one row; a sample's last row is a token of the answer."""
+    assert len(scored.questions().activations("embeddings").unique(dim=0)) == 1
+    assert len(scored.activations("embeddings", position="last").unique(dim=0)) > 9
 
 
 def test_other_tokens_of_the_prompt_and_of_an_answer(mixed: Run, scored: Run) -> None:
