@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.places import ROOT
@@ -437,6 +438,10 @@ def test_a_row_leads_back_to_its_samples(mixed: Run, scored: Run) -> None:
         == mixed.rows("layer_1").where_from[torch.tensor([100])][0]
     )
     assert len(origin.samples) > 1
+    origins = mixed.rows("layer_1").where_from
+    mask = np.arange(len(origins)) % 50 == 3
+    assert origins[mask] == origins[3::50] == [origins[number] for number in range(3, len(origins), 50)]
+    assert (origins[[]], origins[-1]) == ([], origins[len(origins) - 1])
 
 
 def test_rows_of_one_sample_after_the_other_lead_back_to_that_sample(mixed: Run) -> None:

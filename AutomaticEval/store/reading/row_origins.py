@@ -42,7 +42,8 @@ class RowOrigins(Sequence[Origin]):
         """The origin of one row; for a slice or several numbers, a list."""
         if not isinstance(at, slice) and np.ndim(at) == 0:
             return self[[int(at)]][0]
-        at = at if isinstance(at, slice) else np.asarray(at, dtype=np.int64)
+        if not isinstance(at, slice):
+            at = np.asarray(at) if len(at) else np.arange(0)
         numbers = self._numbers[at]
         distinct, inverse = np.unique(numbers, return_inverse=True)
         positions = self._positions[distinct][inverse].tolist()
