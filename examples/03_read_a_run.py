@@ -1,4 +1,4 @@
-"""Open a run, choose samples, and train a probe on rows from the disk: does a layer show what kind of thing is asked for?"""
+"""Open a run, and train a probe on its questions: at which layer does the model know what kind of thing is asked for?"""
 
 import tempfile
 
@@ -10,23 +10,23 @@ from AutomaticEval import evaluate_with_activations, open_run
 KINDS = ("animal", "capital", "colour", "drink")
 
 
-def kinds(prompts: list[str]) -> torch.Tensor:
-    return torch.tensor([next(n for n, kind in enumerate(KINDS) if kind in prompt) for prompt in prompts])
+def kinds(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([next(n for n, kind in enumerate(KINDS) if kind in text) for text in texts])
 
 
 run = open_run(evaluate_with_activations("demo", "demo_facts", activation_save_dir=tempfile.mkdtemp()).folder)
-run = run.where(run.table().eval("choice == prediction"))  # one sample a question: the choice that the model took
-train, test = run.where(doc_id=lambda n: n % 2 == 0), run.where(doc_id=lambda n: n % 2 == 1)
+questions = run.questions()  # 90, of four samples each
+train, test = (questions.where(questions.groups % 2 == part) for part in (0, 1))  # no prompt is in both
 
-for layer in run.keys:  # the probe sees the prompt's last token, which is the same token in all questions
+for layer in run.keys:  # the row is that of the question's last token, which is the same in all questions
     torch.manual_seed(0)
     probe = torch.nn.Linear(run.rows(layer).shape[1], len(KINDS))
     optimizer = torch.optim.Adam(probe.parameters(), lr=0.01)
-    batches = DataLoader(train.dataset(layer, position="prompt[-1]", label="prompt"), batch_size=15)
-    for rows, prompts in 30 * list(batches):
+    batches = DataLoader(train.dataset(layer, label="question"), batch_size=15)
+    for rows, texts in 30 * list(batches):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(probe(rows), kinds(prompts)).backward()
+        torch.nn.functional.cross_entropy(probe(rows), kinds(texts)).backward()
         optimizer.step()
-    predicted = probe(test.activations(layer, position="prompt[-1]")).argmax(1)
-    right = (predicted == kinds(test.column("prompt"))).sum()
+    predicted = probe(test.activations(layer)).argmax(1)
+    right = (predicted == kinds(test.column("question"))).sum()
     print(f"{layer}: the kind is found for {right} of {len(test)} other questions")

@@ -16,9 +16,7 @@ results = simple_evaluate(
 )
 print(f"accuracy {results['results']['demo_facts']['acc,none']:.2f}, as lm-eval has it")
 
-run = open_run(lm.finish(results))
-table = run.table()
-chosen = table[table.choice == table.prediction]
-for correct, group in chosen.groupby("correct"):
-    rows = run.where(table.index.isin(group.index)).activations("layer_3")
+questions = open_run(lm.finish(results)).questions()
+for correct in (False, True):
+    rows = questions.where(correct=correct).activations("layer_3")  # the last token before any choice
     print(f"correct={correct}: {len(rows)} questions, mean norm of the last layer {rows.norm(dim=1).mean():.1f}")

@@ -122,7 +122,7 @@ class Taken:
 
 def ranges_of(indices: Iterable[int]) -> list[tuple[int, int]]:
     """Indices as half-open ranges of indices that follow one another: [3, 4, 7] -> [(3, 5), (7, 8)]."""
-    array = np.fromiter(indices, dtype=np.int64)
+    array = indices.astype(np.int64) if isinstance(indices, np.ndarray) else np.fromiter(indices, dtype=np.int64)
     if not len(array):
         return []
     edges = np.concatenate(([0], np.flatnonzero(np.diff(array) != 1) + 1, [len(array)]))

@@ -154,7 +154,7 @@ class Run(Sequence[dict[str, Any]]):
         """
         if self.path.is_dir() and not self.finished:
             raise StoreError(
-                f"{self.path} is not finished: questions may lack choices, and none has a verdict. Go on with --resume {self.path}."
+                f"{self.path} is not finished: questions may lack choices, and none has a verdict. Go on with --resume, or with finish() of HFActivations."
             )
         return Questions(Source(self.path, self._contents, self._key, self._row_array), self._order)
 

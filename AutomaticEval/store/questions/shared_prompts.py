@@ -70,6 +70,8 @@ def _prompts(contents: Contents, samples: Ragged) -> Iterator[tuple[Array, list[
 
 def _n_equal(prompts: Sequence[Array], n_cut: Array) -> int | None:
     """The length of the first prompt, if all are the same prompt, of which each choice may have lost another part of the beginning; else None."""
+    if len({prompt.tobytes() for prompt in prompts}) == 1:
+        return len(prompts[0])
     if len({len(prompt) + cut for prompt, cut in zip(prompts, n_cut.tolist(), strict=True)}) > 1:
         return None
     n = min(map(len, prompts))

@@ -42,12 +42,13 @@ class RowOrigins(Sequence[Origin]):
         """The origin of one row; for a slice or several numbers, a list."""
         if not isinstance(at, slice) and np.ndim(at) == 0:
             return self[[int(at)]][0]
-        places = np.arange(len(self))[at if isinstance(at, slice) else np.asarray(at, dtype=np.int64)]
-        numbers = self._numbers[places]
+        if not isinstance(at, slice):
+            at = np.asarray(at) if len(at) else np.arange(0)
+        numbers = self._numbers[at]
         distinct, inverse = np.unique(numbers, return_inverse=True)
         positions = self._positions[distinct][inverse].tolist()
         owners = (
-            [self._samples_of(int(n)) for n in numbers] if self._owners is None else self._owners[places, None].tolist()
+            [self._samples_of(int(n)) for n in numbers] if self._owners is None else self._owners[at][:, None].tolist()
         )
         return [Origin(samples, position) for samples, position in zip(owners, positions, strict=True)]
 
