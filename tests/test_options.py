@@ -170,7 +170,11 @@ def test_a_run_goes_into_the_folder_that_is_named(tmp_path: Path, monkeypatch: p
     assert done.exit_code == 0, done.output
     assert len(open_run(tmp_path / "deep" / "mine")) > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "there"]
-    for name in (".lock", "asked.json", ".shard-00000.h5.0123.partial"):  # of a process that was killed before its first shard
+    for name in (
+        ".lock",
+        "asked.json",
+        ".shard-00000.h5.0123.partial",
+    ):  # of a process that was killed before its first shard
         (tmp_path / "deep" / "killed").mkdir(exist_ok=True)
         (tmp_path / "deep" / "killed" / name).write_text("{}")
     done = ask("--capture_activations", "--limit", "1", "--layers", "0", "-o", "deep/killed")
