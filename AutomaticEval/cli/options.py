@@ -24,6 +24,7 @@ from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.options import NamedOption, options_in
 from AutomaticEval.selection import Selection
+from AutomaticEval.store.disk.whole_files import leaving_no_empty_folder
 
 RUN, KEEP, MODEL, OUTPUT = "What to run", "What to keep", "The model", "The output"
 PANELS = (RUN, KEEP, MODEL, OUTPUT)
@@ -192,12 +193,13 @@ def _place(parameter: inspect.Parameter) -> int:
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
-    """Prints our own errors in one line and exits with their code; any other error is printed in full."""
+    """Prints our own errors in one line and exits with their code; any other error is printed in full. A command that fails leaves no empty folder."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(*args, **kwargs)
+            with leaving_no_empty_folder():
+                return function(*args, **kwargs)
         except AutomaticEvalError as error:
             end_bars()
             say(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
@@ -210,6 +212,16 @@ def is_given(context: typer.Context, name: str) -> bool:
     """Whether an option was written on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def given_arguments(context: typer.Context, *left_out: str) -> list[str]:
+    """The options that were written on the command line, but for some, as they are written there."""
+    written: list[str] = []
+    for name, value in context.params.items():
+        if is_given(context, name) and name not in left_out:
+            for each in value if isinstance(value, list) else [value]:
+                written += [f"--{name}"] if each is True else [f"--{name}", str(each)]
+    return written
 
 
 def refuse_unused(context: typer.Context, why: str, *names: str, remedy: str = "leave it out") -> None:

@@ -15,7 +15,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from AutomaticEval.capture.graph.way import refuse_graphless, way_of
 from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError
-from AutomaticEval.evaluation.benchmark import LoadedTasks, load_tasks
+from AutomaticEval.evaluation.benchmark import LoadedTasks, asked_docs, load_tasks
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.harness.batch_capture import Sink
@@ -30,6 +30,7 @@ from AutomaticEval.evaluation.results.lm_eval_files import save_results, short_n
 from AutomaticEval.evaluation.results.repeats import score_repeats
 from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.evaluation.run_output import RunOutput
+from AutomaticEval.evaluation.screen import whole_run
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.processes import Ranks, command_line, join_ranks
 from AutomaticEval.selection import Selection
@@ -208,7 +209,9 @@ class _Run:
             seeds = dict.fromkeys(names, benchmark.seed)
         if not is_first:  # or all would sample the same answers
             seeds["torch_random_seed"] = seeds.get("torch_random_seed", DEFAULT_OTHER_SEED) + self.ranks.rank
-        with quick_templates():
+        totals = self.tasks.totals
+        asked = (asked_docs(totals[name], benchmark, self.tasks.drawn, name) for name in self.tasks.tasks)
+        with quick_templates(), whole_run(sum(map(len, asked)), shows=is_first):
             results: dict[str, Any] | None = simple_evaluate(
                 model=lm,
                 model_args={"pretrained": short_name(self.loaded.name)},

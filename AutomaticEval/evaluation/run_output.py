@@ -90,6 +90,12 @@ class RunOutput:
         return self.output is not None and folder.absolute().is_relative_to(self.output.absolute())
 
     def refuse_existing(self) -> None:
-        """Raises PathExists when the run's own folder is there already."""
-        if self.output is not None and self.output.exists():
+        """Raises PathExists when the run's own folder is there already, with anything in it that a killed process does not leave behind."""
+        from AutomaticEval.store.run_folder import holds_nothing
+
+        if (
+            self.output is not None
+            and self.output.exists()
+            and not (self.output.is_dir() and holds_nothing(self.output))
+        ):
             raise PathExists(f"{self.output} is there already; name a new folder, or go on in it with resume.")

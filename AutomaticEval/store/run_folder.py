@@ -140,6 +140,12 @@ def next_number(folder: Path) -> int:
     return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
+def holds_nothing(folder: Path) -> bool:
+    """Whether a folder is empty but for what a process leaves that is killed before its first shard."""
+    names = [path.name for path in folder.iterdir()]
+    return all(name in NO_PART or name.startswith(f"{LOCK}-") or name.endswith(".partial") for name in names)
+
+
 @contextmanager
 def leaving_nothing(folder: Path) -> Iterator[None]:
     """Remove a folder when the with fails before anything of a run is in it: neither a shard nor a result."""
@@ -148,7 +154,7 @@ def leaving_nothing(folder: Path) -> Iterator[None]:
     except BaseException:
         with suppress(OSError):
             clear_leftovers(folder)
-            if {path.name for path in folder.iterdir()} <= NO_PART:
+            if holds_nothing(folder):
                 for path in folder.iterdir():
                     path.unlink()
                 folder.rmdir()

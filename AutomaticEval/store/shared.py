@@ -52,6 +52,8 @@ class SharedRun:
             folder = new_folder()
             with nullcontext() if resume else leaving_nothing(folder):
                 opened, answer = self._open_first(folder, tell, resume=resume)
+                if not opened.n_samples:  # what a killed process wrote of itself
+                    forget_asked(folder)
                 write_local_paths(folder, self.paths)
                 write_asked(folder, self.asked)
             shared = (folder, {**self.settings, "run_id": opened.run_id}, answer)

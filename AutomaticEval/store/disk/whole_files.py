@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 from AutomaticEval.errors import DiskFull, FolderNotWritable, PathExists, StoreError
@@ -18,6 +19,8 @@ from AutomaticEval.store.disk.system import DENIED, FULL, LOST, code_of
 
 OVERWRITING = " or pass overwrite=True (--overwrite)"
 """What `prepare_file` offers a person whose file is there."""
+_made: list[Path] = []
+"""The folders that this process made, in their order."""
 
 
 def prepare_file(path: Path, *, overwrite: bool = False, offer: str = OVERWRITING) -> None:
@@ -37,11 +40,43 @@ def prepare_file(path: Path, *, overwrite: bool = False, offer: str = OVERWRITIN
 def prepare_folder(folder: Path) -> None:
     """Make a folder, check that it can be written, and remove what killed processes left in it. Raises FolderNotWritable, DiskFull."""
     with named_failures(folder):
+        _made.extend(each for each in (*reversed(folder.parents), folder) if not each.exists())
         folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder)
         trial = folder / hidden_name()
         trial.touch()
         trial.unlink(missing_ok=True)  # another process may remove leftovers here just now
+
+
+def stamped_folder(save_dir: Path, name: str) -> Path:
+    """Make a new folder `<name>_<timestamp>`, and return it. Raises FolderNotWritable, DiskFull."""
+    prepare_folder(save_dir)
+    stem = f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
+    number = 1
+    while True:
+        folder = save_dir / (stem if number == 1 else f"{stem}_{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            _made.append(folder)
+            return folder
+
+
+@contextmanager
+def leaving_no_empty_folder() -> Iterator[None]:
+    """When the with fails, remove the folders that `prepare_folder` and `stamped_folder` made in it, and that are empty."""
+    n_before = len(_made)
+    try:
+        yield
+    except BaseException:
+        for folder in reversed(_made[n_before:]):
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    finally:
+        del _made[n_before:]
 
 
 def ensure_space(folder: Path, size_bytes: int) -> None:
