@@ -134,7 +134,7 @@ def generate_inference_with_activations(
     response = ask(loaded, checked, capture=True, folder=None if file is None else file.parent)
     assert response.sample is not None
     if file is not None:
-        how: dict[str, Any] = {"strict": checked.strict, "matrices": checked.selection.matrices}
+        how: dict[str, Any] = {"strict": checked.strict, "matrices": response.matrices}
         if checked.overwrite == VERSION:
             file = write_named(file, response.sample, loaded.name, response.settings, **how)
         else:
@@ -188,6 +188,8 @@ class PromptResponse:
     """The sample with its rows, when activations were captured."""
     model: str
     settings: dict[str, Any]
+    matrices: dict[str, Any]
+    """Those of the projection, and the values that the model was edited with; files keep them beside the rows."""
 
     def activation_data(self, file: Path | None) -> dict[str, Any]:
         """The dict that the drop-in functions return. file: where the sample was written; None when it was not."""
@@ -228,7 +230,8 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
         chat_template=prompt.apply_chat_template and bool(loaded.tokenizer.chat_template),
     )
     settings = json.loads(as_json(made.as_dict()))  # exactly what reading the file gives
-    return PromptResponse(response.text, response.sample, loaded.name, settings)
+    matrices = {**prompt.selection.matrices, **loaded.edit_values()} if capture else {}
+    return PromptResponse(response.text, response.sample, loaded.name, settings, matrices)
 
 
 def encode(

@@ -85,7 +85,7 @@ class HFActivations(CapturingHFLM):
         how: dict[str, Any] = {"scoring": scoring, "generation": generation}
         super().__init__(loaded, selection, self._take, workload=Workload(ranks=ranks), **how, **options)
         settings = settings.changed(**self.way().settings)
-        more = (SHARD_BYTES, ranks, loaded.paths, selection.matrices)
+        more = (SHARD_BYTES, ranks, loaded.paths, {**selection.matrices, **loaded.edit_values()})
         self._folder = RunFolder(output, name, loaded.name, settings, *more)
         self._open = ExitStack()
         self._writer = self._open.enter_context(self._folder.writing()).writer

@@ -86,7 +86,7 @@ def answer_benchmark_question_with_activations(
     file = None
     if folder is not None:
         named = folder / f"{file_stem('benchmark_activations', question)}.h5"
-        how: dict[str, Any] = {"matrices": request.selection.matrices, "strict": request.strict}
+        how: dict[str, Any] = {"matrices": asked.matrices, "strict": request.strict}
         file = write_named(named, asked.sample, asked.model, asked.settings, **how)
     return asked.text, answer, asked.activation_data(file)
 

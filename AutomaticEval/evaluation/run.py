@@ -171,7 +171,7 @@ class _Run:
             shard_bytes_for(size.rows_bytes),
             self.ranks,
             self.loaded.paths,
-            selection.matrices,
+            {**selection.matrices, **self.loaded.edit_values()},
         )
 
     def _way_of_generating(self) -> dict[str, str]:

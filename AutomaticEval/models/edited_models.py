@@ -21,7 +21,7 @@ class Active(NamedTuple):
     layout: Any
     """The layout of the inner model, found before the edits."""
     edits: Sequence[Any]
-    """Each has `described`, a text that may take time to make."""
+    """Each has `described`, a text that may take time to make, and `values`, the tensors that files keep of it."""
     by_position: bool
     """Whether an edit depends on rows or columns, and not on each position's own values alone."""
 
@@ -51,6 +51,11 @@ def layout_of(model: nn.Module) -> Any:
 def names_of(model: nn.Module) -> list[str]:
     """The edits of a model in words, the outermost first, for the settings of runs."""
     return [edit.described for edit in active_edits(model)]
+
+
+def values_of(model: nn.Module) -> dict[str, Any]:
+    """The tensors that a model is edited with, for files: `edits/<digest>` -> [n, width], float64."""
+    return {name: value for edit in active_edits(model) for name, value in edit.values.items()}
 
 
 def active_edits(model: nn.Module) -> list[Any]:

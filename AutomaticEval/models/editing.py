@@ -195,10 +195,17 @@ class _Made:
         edit, value = self.edit, self.edit.value
         name = edit.name if value is None else f"{edit.name} {value}"
         if isinstance(value, Tensor):
-            digest = hashlib.blake2b(value.detach().cpu().double().numpy().tobytes(), digest_size=6).hexdigest()
-            name = f"{edit.name} {list(value.shape)} {digest}"
+            name = f"{edit.name} {list(value.shape)} {_digest(value)}"
         heads = "" if edit.heads is None else f" heads {edit.heads}"
         return f"{name} at {self.key}{heads}" + ("" if edit.positions is None else f" positions {edit.positions}")
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """`edits/<digest>` -> the tensor that the edit is made with, [n, width], float64, for files. Nothing when it differs by position."""
+        value = self.edit.value
+        if not isinstance(value, Tensor) or not 1 <= value.dim() <= 2:
+            return {}
+        return {f"edits/{_digest(value)}": value.detach().cpu().double().reshape(-1, value.shape[-1])}
 
     def install(self, hooks: Hooks, forward: _Forward) -> None:
         """Hook the module, so that the edit is made in every forward."""
@@ -288,3 +295,8 @@ class _Made:
             gave = f"shape {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
             raise EditError(f"the edit of {self.key} gave values of {gave}; expected {list(old.shape)}.")
         return new.to(device=old.device, dtype=old.dtype)
+
+
+def _digest(value: Tensor) -> str:
+    """Twelve hexadecimal digits that name a tensor's numbers."""
+    return hashlib.blake2b(value.detach().cpu().double().numpy().tobytes(), digest_size=6).hexdigest()

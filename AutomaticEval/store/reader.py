@@ -321,6 +321,20 @@ class Run(Sequence[dict[str, Any]]):
             raise StoreError(f"{self.path} holds no projection of {key}: its rows are {how_reduced(self.settings)}.")
         return torch.from_numpy(matrices[name][:])
 
+    def edits(self) -> list[tuple[str, Tensor | None]]:
+        """What the model was edited with: each edit in words, the outermost first, and its value [n, width], float64.
+
+        The value is None for an edit that was made with a number, with a function, or with values that differ by position, and in files of before
+        format 1.4.
+        """
+        matrices = self._contents.matrices
+        by_name = {name.removeprefix("edits/"): name for name in matrices if name.startswith("edits/")}
+        found: list[tuple[str, Tensor | None]] = []
+        for text in self.settings.get("edits") or []:
+            name = next((by_name[word] for word in text.split() if word in by_name), None)
+            found.append((text, None if name is None else torch.from_numpy(matrices[name][:])))
+        return found
+
     def rows(self, key: str, *, by_sample: bool = False) -> RowArray:
         """All rows of these samples as an array-like [n_rows, width] on the disk: each row once, in the order of the files.
 

@@ -77,7 +77,8 @@ def extract(
     forwards = PieceForwards(loaded, selection, feeding)
     corpus = {"name": texts.name, **texts.about, "seq_length": forwards.longest, "packing": feeding.packing}
     settings = loaded.made_with().changed(**selection.as_dict(), corpus=corpus).as_dict()
-    how = (SHARD_BYTES, writing.compression, feeding.strict, ranks, loaded.paths, selection.matrices)
+    matrices = {**selection.matrices, **loaded.edit_values()}
+    how = (SHARD_BYTES, writing.compression, feeding.strict, ranks, loaded.paths, matrices)
     shared = SharedRun(loaded.name, settings, *how)
     extracted = Extracted(folder)
     started = time.perf_counter()

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from AutomaticEval import __version__
-from AutomaticEval.models.edited_models import names_of
+from AutomaticEval.models.edited_models import names_of, values_of
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.layout import Layout
 from AutomaticEval.models.weights.fingerprint import fingerprint, sampled_fingerprint
@@ -64,6 +64,10 @@ class LoadedModel:
         """What the settings of a run say of the model: its weights, its shape, and how it computes. Computed anew by each call."""
         identity = self.identity().as_dict()
         return self.numbers().changed(**identity, shape=self.shape, **provenance(self.model, self.tokenizer))
+
+    def edit_values(self) -> dict[str, Any]:
+        """The tensors that the model is edited with, which files keep beside the rows: `edits/<digest>` -> [n, width]."""
+        return values_of(self.model)
 
     def numbers(self) -> RunSettings:
         """The settings that decide the numbers which the model gives, for files."""

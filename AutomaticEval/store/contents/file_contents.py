@@ -66,7 +66,7 @@ class Contents:
     columns: Columns
     activations: Mapping[str, Activation]
     matrices: Mapping[str, Any] = field(default_factory=dict)
-    """Of a projection: name -> [width, k], float32, an array or an object that is sliced like one."""
+    """Of a projection: name -> [width, k], float32; of edits: `edits/<digest>` -> [n, width], float64. Arrays, or objects that are sliced like one."""
 
     @property
     def is_by_sample(self) -> bool:

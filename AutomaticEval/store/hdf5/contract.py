@@ -17,12 +17,14 @@ from AutomaticEval.reducing.table import is_by_sample
 
 SHARD_FORMAT = "automatic-eval/activations"
 RUN_FORMAT = "automatic-eval/run"
-VERSION = (1, 3)
+VERSION = (1, 4)
 TEXT = h5py.string_dtype()
 ROWS, LINES = "activations", "reduced"
 """The groups of the sites: with a row for each token's position, or with a line for each sample."""
 PROJECTIONS = "projections"
 """The group of the matrices by which rows were multiplied."""
+EDITS = "edits"
+"""The group of the values that the model was edited with."""
 
 
 _DTYPES = {
@@ -47,6 +49,11 @@ def group_of(settings: Mapping[str, Any]) -> str:
     if not isinstance(name, str | None):
         raise ValueError(f"the setting reduce is {str(name)[:40]}, expected text")
     return LINES if is_by_sample(name) else ROWS
+
+
+def place_of_matrix(name: str) -> tuple[str, str]:
+    """The dataset of a matrix that stands beside the rows, and its type. Those of edits are named `edits/<digest>`; all others are of a projection."""
+    return (name, "<f8") if name.startswith(f"{EDITS}/") else (f"{PROJECTIONS}/{name}", "<f4")
 
 
 def holds_sites(name: str) -> bool:

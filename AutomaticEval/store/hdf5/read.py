@@ -71,8 +71,10 @@ class Shard(OpenedFile):
         self.n_rows = self.numbers["rows/token_id"].shape[0]
         if self.is_by_sample:
             self.n_rows = next((extent.shape[0] for extent in self.extents.values()), 0)
-        matrices = names_of(file, contract.PROJECTIONS) if contract.PROJECTIONS in groups else ()
-        self.matrices = {name: self._extent(file, f"{contract.PROJECTIONS}/{name}", "<f4", 2) for name in matrices}
+        matrices = list(names_of(file, contract.PROJECTIONS)) if contract.PROJECTIONS in groups else []
+        if contract.EDITS in groups:
+            matrices += [f"{contract.EDITS}/{name}" for name in names_of(file, contract.EDITS)]
+        self.matrices = {name: self._extent(file, *contract.place_of_matrix(name), 2) for name in matrices}
         self._check_numbers()
         n_tokens = self.numbers["vocabulary/token_id"].shape[0]
         check_column(file, "vocabulary/token", n_tokens, self.size_bytes, self._room)

@@ -183,7 +183,7 @@ def _table_bytes(contents: Contents) -> int:
     numbers = 12 * contents.n_rows + 8 * ids + 4 * scales * widths
     texts = 2 * text + 64 * len(names) * contents.n_samples + sum(64 + 4 * len(each) for each in strings.values())
     headers = 2**18 + 4096 * len(contents.activations) + len(as_json(contents.settings))
-    numbers += 4 * sum(int(np.size(each[:])) for each in contents.matrices.values())
+    numbers += 8 * sum(int(np.size(each[:])) for each in contents.matrices.values())
     return headers + numbers + numbers // _SUMMED_BYTES + texts
 
 
@@ -211,7 +211,8 @@ def _write_attributes(file: h5py.File, file_format: str, contents: Contents, mor
 def _write_table(file: h5py.File, contents: Contents) -> None:
     """Write everything but the activations."""
     for name, matrix in contents.matrices.items():
-        write_numbers(file, f"{contract.PROJECTIONS}/{name}", matrix, "<f4")
+        place, kind = contract.place_of_matrix(name)
+        write_numbers(file, place, matrix, kind)
     if contents.is_by_sample:
         write_numbers(file, "lines", contents.segments.values[:].reshape(-1, 2)[:, 0], "<i8")
         file.create_group(contract.ROWS)
