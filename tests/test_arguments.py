@@ -28,6 +28,7 @@ from AutomaticEval import (
     HFActivations,
     answer_benchmark_question,
     answer_benchmark_question_with_activations,
+    editing,
     evaluate_with_activations,
     generate_inference,
     generate_inference_with_activations,
@@ -395,6 +396,7 @@ DOORS: dict[str, Callable[..., Any]] = {
     "evaluate_with_activations": asking(evaluate_with_activations, "demo", "demo"),
     "score_continuations": asking(score_continuations, [], "demo"),
     "HFActivations": asking(HFActivations, "demo"),
+    "editing": lambda **options: editing("demo", [], **options).__enter__(),
 }
 COMMANDS = {
     "generate": ["generate", "Hi"],
