@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from AutomaticEval.evaluation.question import (
         answer_benchmark_question_with_activations as answer_benchmark_question_with_activations,
     )
-    from AutomaticEval.models.editing import Edit as Edit
+    from AutomaticEval.models.edit import Edit as Edit
     from AutomaticEval.models.editing import editing as editing
     from AutomaticEval.models.loading import load_model as load_model
     from AutomaticEval.store.reader import load_activations as load_activations
@@ -50,7 +50,7 @@ _HOMES = {
     "answer_benchmark_question_with_activations": "evaluation.question",
     "ExtractSingleSample": "capture.texts.features",
     "FromHuggingFace": "capture.texts.features",
-    "Edit": "models.editing",
+    "Edit": "models.edit",
     "editing": "models.editing",
     "load_model": "models.loading",
     "load_activations": "store.reader",

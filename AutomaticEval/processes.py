@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,6 +19,16 @@ import torch.distributed as dist
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)
 """How long a process waits for the slowest one. When a process fails, the launcher ends all of them."""
+
+
+def command_line(*arguments: str) -> str:
+    """The command that runs the program of this process with other arguments, as a person types it into a shell.
+
+    A launcher such as torchrun, which may have started this process, is not part of it.
+    """
+    program = sys.argv[0]
+    own = ["python", program] if program.endswith(".py") else [os.path.basename(program)]  # noqa: PTH119 - of text
+    return shlex.join([*own, *arguments])
 
 
 @dataclass(frozen=True)

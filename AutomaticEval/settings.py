@@ -131,12 +131,15 @@ class RunSettings:
     """Which texts an extraction read, and how they were packed."""
 
     max_new_tokens: int | None = None
-    """The most tokens of the response. This field and the next six are those of a single prompt."""
+    """The most tokens of the response. This field and the next seven are those of a single prompt."""
 
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
+    generate_arguments: Mapping[str, Any] | None = None
+    """Further arguments of transformers' `generate` that a single prompt was answered with, by their own names."""
+
     system_prompt: str | None = None
     chat_template: bool | None = None
     """Whether the prompt was put into the model's chat template."""

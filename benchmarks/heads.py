@@ -26,7 +26,8 @@ from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.texts.forward import padded
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
-from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.edit import Edit
+from AutomaticEval.models.editing import editing
 
 N_ANSWER = 5
 

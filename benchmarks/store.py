@@ -124,7 +124,7 @@ def write_tensors(folder: Path, samples: list[Sample]) -> None:
 
 
 def reading(rounds: int, folder: Path) -> None:
-    """Reading from the page cache. Targets: a layer 0.8 of `numpy.fromfile`, a sample's layer 1 ms."""
+    """Reading from the page cache. Targets: a layer 0.8 of `numpy.fromfile`, its batches 0.7, a sample's layer 1 ms."""
     for name, workload in (("full", FULL), ("small", SMALL)):
         with fresh(folder) as there:
             write(there / "run", workload.samples())
@@ -138,6 +138,8 @@ def reading(rounds: int, folder: Path) -> None:
             ways: dict[str, Callable[[], object]] = {
                 "a layer": lambda: run.rows(key)[:],  # noqa: B023
                 "a layer, 4096 rows a slice": lambda: [rows[a : a + 4096] for a in range(0, len(rows), 4096)],  # noqa: B023
+                "batches of 4096, shuffled": lambda: [len(batch) for batch in run.batches(key, 4096)],  # noqa: B023
+                "batches of 4096, in order": lambda: [len(batch) for batch in run.batches(key, 4096, shuffle=False)],  # noqa: B023
             }
             for way, work in ways.items():
                 pairs = alternating(lambda: seconds(work), read_raw, 4 * rounds)  # noqa: B023

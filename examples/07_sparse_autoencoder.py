@@ -16,15 +16,16 @@ folder = Path(tempfile.mkdtemp()) / "features"
 FromHuggingFace("demo", 2, texts, seq_length=64, save_features=folder).extract_features()
 
 run = open_run(folder)
-rows = run.dataset("layer_2.mlp_post", shuffle=True, seed=0, buffer_rows=8192)
-width = rows.rows.shape[1]
+rows = run.rows("layer_2.mlp_post")
+width = rows.shape[1]
 encoder, decoder = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
 optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-3)
-scale = rows.rows[:2000].std()
+scale = rows[:2000].std()
+batches = run.batches("layer_2.mlp_post", 1024, seed=0)
 
 losses = []
 for _ in range(4):  # four passes over all rows, each in another order
-    for batch in rows.batches(1024):
+    for batch in batches:
         features = encoder(batch / scale).relu()
         loss = (decoder(features) - batch / scale).square().mean() + 1e-4 * features.abs().sum(-1).mean()
         optimizer.zero_grad()

@@ -19,8 +19,9 @@ from AutomaticEval.errors import EditError, UnsupportedModel
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.attention import check_patterns
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.edit import Edit
 from AutomaticEval.models.edited_models import depends_on_position, layout_of, names_of
-from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.editing import editing
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection

@@ -35,6 +35,7 @@ from AutomaticEval import (
     open_run,
     score_continuations,
 )
+from AutomaticEval.capture.generate_arguments import GenerateKeywords
 from AutomaticEval.capture.prompt import AskOptions
 from AutomaticEval.cli.app import app
 from AutomaticEval.errors import AutomaticEvalError, ModelError, ModelUnavailable, UnknownLayer
@@ -601,7 +602,8 @@ ASKED: dict[str, Any] = {
 
 
 def test_every_option_of_a_question_is_used(tmp_path: Path) -> None:
-    assert set(AskOptions.__annotations__) == {*ASKED, *LOADING}
+    of_transformers = set(GenerateKeywords.__annotations__)  # `test_generate_arguments.py`
+    assert set(AskOptions.__annotations__) == {*ASKED, *LOADING, *of_transformers}
     tokenizer = copy.deepcopy(load_model("demo").tokenizer)
     tokenizer.chat_template = "{{ messages[0]['content'] }} now"
 

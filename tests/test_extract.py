@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -64,11 +65,17 @@ class Cells(HTMLParser):
             self._is_cell = False
 
 
+def made(folder: Path, name: str) -> Path:
+    """The only default folder of an extraction with this name, which ends in the time."""
+    (path,) = (folder / "activations").glob(f"{name}_[0-9]*_[0-9]*")
+    return path
+
+
 def test_a_profile_over_three_families(three: list[str], tmp_path: Path, tokenizer: Any) -> None:
     asked = ["--profile", "baseline", "--num_samples", "6", "--model", ",".join([three[0], "/no/model", *three[1:]])]
     done = process("extract", *asked, cwd=tmp_path)
     assert done.returncode == 1, done.stderr  # one model is not there; the others are
-    root = tmp_path / "activations" / "baseline"
+    root = made(tmp_path, "baseline")
     profile = load_profile("baseline")
     names = [f"{Path(model).name}_{category}" for model in three for category in profile.prompts]
     assert sorted(path.name for path in root.iterdir()) == sorted([*names, "summary.html", "summary.md"])
@@ -100,14 +107,18 @@ def test_a_profile_over_three_families(three: list[str], tmp_path: Path, tokeniz
     (root / names[0] / "run.h5").unlink()  # one that was cut short
     for shard in (root / names[0]).glob("shard*"):
         shard.unlink()
-    again = command(*[*asked[:-1], ",".join(three)], cwd=tmp_path)
+    there = ["--output", str(root)]
+    again = command(*[*asked[:-1], ",".join(three)], *there, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("is there already") == len(names) - 1
     now = {name: (root / name / "run.h5").stat().st_mtime_ns for name in names}
     assert [name for name in names if now[name] != stamps[name]] == [names[0]]
     assert "- None." in (root / "summary.md").read_text()
-    other = command(*[*asked[:-1], three[0]], "--layers", "0", cwd=tmp_path)
-    assert (other.returncode, "layers was 'all' and is '0'" in other.stderr) == (2, True)
+    other = command(*[*asked[:-1], three[0]], "--layers", "0", *there, cwd=tmp_path)
+    assert (other.returncode, "layers was 'all' and is '0'. Name another folder with --output" in other.stderr) == (
+        2,
+        True,
+    )
 
 
 def test_a_file_of_texts_and_what_is_wrong(demo: LoadedModel, tmp_path: Path) -> None:
@@ -117,11 +128,11 @@ def test_a_file_of_texts_and_what_is_wrong(demo: LoadedModel, tmp_path: Path) ->
     done = command(*asked, "--layers", "2", "--seq_length", "16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{(384 * 4 + 4 * 16 * 4) / 1024:.1f} KB a token" in done.stderr
-    run = open_run(tmp_path / "activations" / "mine_demo")
+    run = open_run(made(tmp_path, "mine_demo"))
     assert run.keys == ["layer_2.mlp_post", "layer_2.pattern"]
     assert [count > 0 for count in run.column("n_truncated")] == [False, True, False]
     assert run.pattern(2, 2).shape == (4, 1, 1)
-    assert "1 texts were cut to fit" in (tmp_path / "activations" / "mine_demo" / "summary.md").read_text()
+    assert "1 texts were cut to fit" in (made(tmp_path, "mine_demo") / "summary.md").read_text()
     (tmp_path / "notes.md").write_text("A text.")
     wrong: list[tuple[list[str], str]] = [
         (["--profile", "basline"], "no profile 'basline'. Did you mean 'baseline'?"),
@@ -148,7 +159,7 @@ def test_a_file_of_texts_and_what_is_wrong(demo: LoadedModel, tmp_path: Path) ->
     absent = process("extract", "--dataset", "no/such", "--model", "demo", cwd=tmp_path)  # offline from its start
     assert (absent.returncode, "DatasetUnavailable: the data set 'no/such'" in absent.stderr) == (2, True)
     assert not (tmp_path / "x").exists()
-    assert [path.name for path in (tmp_path / "activations").iterdir()] == ["mine_demo"]
+    assert list((tmp_path / "activations").iterdir()) == [made(tmp_path, "mine_demo")]
 
 
 def test_names_of_folders() -> None:
@@ -165,7 +176,7 @@ def test_a_data_set(tmp_path: Path) -> None:
     asked = ["--dataset", "set", "--model", "demo", "--num_samples", "12", "--layers", "-1", "--sites", "resid_post"]
     done = command(*asked, "--seq_length", "32", "--packing", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    run = open_run(tmp_path / "activations" / "set_demo")
+    run = open_run(made(tmp_path, "set_demo"))
     assert run.column("prompt") == [f"What is {number} + 1?" for number in range(18) if number % 3]
 
 
@@ -220,13 +231,13 @@ def test_a_model_that_breaks_does_not_lose_the_others(tmp_path: Path, tokenizer:
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("IndexError") == 2
-    summary = (tmp_path / "activations" / "mine" / "summary.md").read_text()
+    summary = (made(tmp_path, "mine") / "summary.md").read_text()
     assert r"| demo | \$\\frac\$ | captured | 2 |" in summary
     assert r"| demo | &lt;b&gt;日本\|x | captured | 2 |" in summary
 
 
 def test_a_killed_extraction_goes_on(tmp_path: Path) -> None:
-    """SIGTERM in the middle; the same command makes the rest, and the run is that of one that was never stopped."""
+    """SIGTERM in the middle; the printed command makes the rest, and the run is that of one that was never stopped."""
     (tmp_path / "texts.txt").write_text("\n".join(f"What is {number} + {number % 50}?" for number in range(6000)))
     asked = ["--texts", "texts.txt", "--model", "demo", "--layers", "0", "--sites", "embed", "--batch_size", "4"]
     whole = [sys.executable, str(ROOT / "main.py"), "extract", *asked]
@@ -238,13 +249,14 @@ def test_a_killed_extraction_goes_on(tmp_path: Path) -> None:
         assert process.poll() is None, seen
         seen += process.stderr.read(1)
     process.send_signal(signal.SIGTERM)
-    process.communicate()
-    folder = tmp_path / "activations" / "texts_demo"
+    printed = shlex.split(process.communicate()[1].partition("To go on:\n")[2].splitlines()[0])
+    folder = made(tmp_path, "texts_demo")
     left = open_run(folder)
     assert 2048 <= len(left) < 6000
     assert not left.finished
     started = time.time()
-    done = command(*asked, cwd=tmp_path)
+    assert printed[:2] == ["python", str(ROOT / "main.py")]
+    done = within(*printed[2:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = open_run(folder)
     assert run.finished
@@ -287,7 +299,7 @@ def test_a_model_that_is_not_there_does_not_lose_the_others_of_two_processes(tmp
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("/no/model, a: ModelUnavailable") == 1  # the first process says so
     for name in "ab":
-        prompts = open_run(tmp_path / "activations" / "mine" / f"demo_{name}").column("prompt")
+        prompts = open_run(made(tmp_path, "mine") / f"demo_{name}").column("prompt")
         assert prompts == [f"{name} {number}" for number in range(3)]
 
 

@@ -6,6 +6,7 @@ import copy
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,24 @@ def test_existing_file_is_refused_before_the_model_runs(tmp_path: Path, monkeypa
     assert load_activations(file)["prompt"] == PROMPT
     generate_inference_with_activations("Other", "demo", file, overwrite=True, max_new_tokens=2)
     assert load_activations(file)["prompt"] == "Other"
+
+
+def test_a_cell_that_is_run_again_writes_a_version_beside_the_file(tmp_path: Path) -> None:
+    """The message offers both ways; versions that processes write at once each get a name of their own."""
+    file = tmp_path / "my.france.h5"
+
+    def cell(**options: Any) -> str:
+        return str(generate_inference_with_activations(PROMPT, "demo", file, max_new_tokens=2, **options)[1]["path"])
+
+    assert cell(overwrite="version") == str(file)
+    with pytest.raises(PathExists, match=r'overwrite=True.* or overwrite="version", which writes my.france-2.h5'):
+        cell()
+    with ThreadPoolExecutor(4) as threads:
+        written = set(threads.map(lambda _: cell(overwrite="version"), range(4)))
+    assert written == {str(tmp_path / f"my.france-{number}.h5") for number in (2, 3, 4, 5)}
+    assert all(load_activations(each)["prompt"] == PROMPT for each in written)
+    with pytest.raises(SelectionError, match='"version"'):
+        cell(overwrite="versions")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from AutomaticEval.capture.graph.way import FAILED, way_of
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import DeviceUnavailable, PromptError, UnsupportedModel
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.edit import Edit
+from AutomaticEval.models.editing import editing
 from AutomaticEval.models.recording import Kept
 from AutomaticEval.models.transfer.step import Step
 from AutomaticEval.selection import Selection

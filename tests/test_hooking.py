@@ -22,7 +22,8 @@ from torch import nn
 from AutomaticEval.models import edited_models as edited
 from AutomaticEval.models.architecture.forward_call import alone_with
 from AutomaticEval.models.attention import reading_patterns
-from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.edit import Edit
+from AutomaticEval.models.editing import editing
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.recording import Kept, capturing

@@ -34,7 +34,8 @@ from AutomaticEval.errors import ModelError, SelectionError, TreeUnsuitable
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.models.architecture.forward_call import cache_in, cache_name
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.edit import Edit
+from AutomaticEval.models.editing import editing
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection

@@ -162,6 +162,7 @@ def test_help_has_its_groups_in_order() -> None:
 def test_a_run_goes_into_the_folder_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").touch()
     done = ask("--capture_activations", "--limit", "2", "-o", "there")
     assert done.exit_code == 2
     assert PathExists.__name__ in done.output
@@ -169,6 +170,16 @@ def test_a_run_goes_into_the_folder_that_is_named(tmp_path: Path, monkeypatch: p
     assert done.exit_code == 0, done.output
     assert len(open_run(tmp_path / "deep" / "mine")) > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "there"]
+    for name in (
+        ".lock",
+        "asked.json",
+        ".shard-00000.h5.0123.partial",
+    ):  # of a process that was killed before its first shard
+        (tmp_path / "deep" / "killed").mkdir(exist_ok=True)
+        (tmp_path / "deep" / "killed" / name).write_text("{}")
+    done = ask("--capture_activations", "--limit", "1", "--layers", "0", "-o", "deep/killed")
+    assert done.exit_code == 0, done.output
+    assert open_run(tmp_path / "deep" / "killed").finished
 
 
 def test_without_capture_the_named_folder_gets_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +204,7 @@ def test_a_category_needs_a_profile() -> None:
     ("arguments", "told"),
     [
         (["--sites", "bogus"], "--sites was given, but nothing is captured"),
-        (["--resume", "/nonexistent"], "--resume was given, but nothing is captured"),
+        (["--resume", "/nonexistent"], "/nonexistent is no folder"),
         (["--limit", "0", "show", "x"], "--limit before the command 'show'"),
         (["generate", "hi", "--positions", "bogus"], "--positions was given, but nothing is captured"),
         (["--capture_activations", "-o", "a", "--activation_save_dir", "b"], "--output names the run's own folder"),
@@ -221,6 +232,7 @@ def test_an_output_that_exists_is_refused_before_the_model_loads(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").touch()
     for place in (tmp_path / "there", "~/there"):
         with pytest.raises(PathExists):
             evaluate_with_activations("no-such-model", "demo", output=place)

@@ -144,7 +144,7 @@ def test_what_cannot_be_patched(tiny_llama: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "line 2: not an object"),
+        ("{", "line 2: not JSON"),
         ('{"clean": "a"}', "line 2: not an object"),
         ('{"clean": "a", "corrupted": "", "answer": "c", "wrong": "d"}', "line 2: clean"),
     ],

@@ -305,16 +305,17 @@ def test_file_names_that_are_too_long_are_refused_by_name(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("failure", "says", "not_says"),
     [
-        (KeyboardInterrupt(), "The same command with --resume", "cause"),
-        (OSError("no space"), "Once its cause is gone, the same command with --resume", "Resumed as it is"),
-        (RuntimeError("CUDA out of memory"), "Once its cause is gone", "Resumed as it is"),
+        (KeyboardInterrupt(), "To go on:\n  main.py --resume x", "cause"),
+        (OSError("no space"), "Once the cause is gone, to go on:\n  main.py --resume x", "Resumed as it is"),
+        (RuntimeError("CUDA out of memory"), "Once the cause is gone", "Resumed as it is"),
         (BenchmarkError("the task"), "Resumed as it is, it would end in the same way", "--resume"),
         (SelectionError("positions"), "Resumed as it is, it would end in the same way", "--resume"),
     ],
 )
 def test_resume_is_offered_only_where_it_can_go_on(failure: BaseException, says: str, not_says: str) -> None:
-    assert says in run_module._what_next(failure)
-    assert not_says not in run_module._what_next(failure)
+    told = run_module._what_next(failure, "main.py --resume x")
+    assert says in told
+    assert not_says not in told
 
 
 # How much will be written

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import chdir, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from helpers.commands import within
 from helpers.models import CONFIGS, build
 from helpers.places import ROOT
 from helpers.plain_lm_eval import as_json, plain
@@ -31,7 +35,9 @@ from AutomaticEval.errors import FolderInUse, OtherSettings, StoreError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.harness import tree_scores
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 from AutomaticEval.store import writer
+from AutomaticEval.store.local_paths import ASKED
 from AutomaticEval.store.writer import RunWriter
 
 evaluate = partial(evaluate_with_activations, scoring="stock")
@@ -173,6 +179,78 @@ def test_changed_setting_is_refused_with_the_difference(
     assert sorted(folder.rglob("*")) == before
 
 
+def printed_command(said: str) -> list[str]:
+    """The arguments of the command that a run printed when it was cut short, as a shell reads them."""
+    line = said.partition("o on:\n")[2].splitlines()[0]
+    return shlex.split(line)[shlex.split(line).index("--resume") :]
+
+
+@pytest.mark.parametrize("from_code", [False, True], ids=["command", "code"])
+def test_the_printed_command_goes_on_alone_from_any_folder(
+    from_code: bool, own_tasks: str, tmp_path: Path, forwards: Callable[[float], list[int]]
+) -> None:
+    """Relative paths, quotes and spaces, a projection and all options come back from the run."""
+    here, other = tmp_path / "it's here", tmp_path / "other"
+    here.mkdir()
+    other.mkdir()
+    shutil.copytree(own_tasks, here / "my tasks")
+    shutil.copytree(DEMO_FOLDER, here / "my model")
+    np.save(here / "half.npy", np.eye(128, 64, dtype=np.float32))
+    options = ["--model", "my model", "--benchmark", "demo_facts,last_word", "--include_path", "my tasks"]
+    options += ["--limit", "6", "--scoring", "stock", "--layers", "-1", "--project", "half.npy", "--seed", "3"]
+    options += ["--positions", "last", "--compression", "gzip", "--batch_size", "2"]
+    whole = within("--capture_activations", *options, "-o", "whole", cwd=here)
+    assert whole.returncode == 0, whole.stderr
+    forwards(3)
+    cut_short = within("--capture_activations", *options, "-o", "my run", cwd=here)
+    assert cut_short.returncode not in (0, 2)
+    again = printed_command(cut_short.stderr)
+    assert again == ["--resume", "my run"]
+    with pytest.warns(UserWarning, match=r"my run is not finished: .*--resume '.*my run'"):
+        assert repr(open_run(here / "my run")).endswith("not finished>")
+    forwards(float("inf"))
+    refused = within("--resume", str(here / "my run"), "--layers", "0", cwd=other)
+    assert refused.returncode == 2
+    assert "layers was '-1' and is '0'" in refused.stderr
+    made = forwards(float("inf"))
+    if from_code:
+        with chdir(other):
+            assert evaluate_with_activations(resume=here / "my run").folder == here / "my run"
+    else:
+        done = within("--resume", str(here / "my run"), cwd=other)
+        assert done.returncode == 0, done.stderr
+        assert "Task" in done.stdout
+    assert made
+    one, expected = open_run(here / "my run"), open_run(here / "whole")
+    assert one.finished
+    assert one.records()[0]["task"] == expected.records()[0]["task"]
+    assert [each["logprob"] for each in one.records()] == [each["logprob"] for each in expected.records()]
+    assert one.settings | {"run_id": None} == expected.settings | {"run_id": None}
+    assert not (here / "my run" / ASKED).exists()
+
+
+def test_a_run_from_code_says_how_it_goes_on_in_its_error(
+    demo: LoadedModel, tmp_path: Path, forwards: Callable[[float], list[int]]
+) -> None:
+    """By name the folder is enough, for the command, too; of an object the run cannot say what it was."""
+    forwards(3)
+    with pytest.raises(Stopped) as named:
+        evaluate("demo", ["demo_facts"], limit=20, layers_to_capture=[0], output=tmp_path / "named")
+    assert f"evaluate_with_activations(resume='{tmp_path}/named')" in named.value.__notes__[0]
+    forwards(3)
+    with pytest.raises(Stopped) as held:
+        evaluate(demo, "demo_facts", limit=20, output=tmp_path / "held")
+    assert "the same call, with resume=" in held.value.__notes__[0]
+    forwards(float("inf"))
+    assert within("--resume", "named", cwd=tmp_path).returncode == 0
+    assert open_run(tmp_path / "named").keys == ["embeddings", "layer_0"]
+    refused = within("--resume", "held", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "held does not say what it was asked for" in refused.stderr
+    with pytest.raises(StoreError, match="does not say what it was asked for"):
+        evaluate_with_activations(resume=tmp_path / "held")
+
+
 def test_other_weights_under_the_same_name_are_refused(
     demo: LoadedModel, tmp_path: Path, forwards: Callable[[float], list[int]]
 ) -> None:
@@ -242,7 +320,9 @@ def test_run_killed_while_it_finishes_is_joined_again_without_a_forward(
 SCRIPT = """
 import sys, time
 from lm_eval.models.huggingface import HFLM
+from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 from AutomaticEval.store import writer
+from AutomaticEval.store.local_paths import ASKED
 writer.SHARD_SECONDS = 0.05
 generate = HFLM._model_generate
 def slowly(self, *args, **kwargs):  # so that there is time to kill it

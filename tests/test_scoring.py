@@ -21,7 +21,7 @@ from AutomaticEval.capture.tree import forward_size as measuring
 from AutomaticEval.capture.tree import score as scoring_module
 from AutomaticEval.capture.tree import suitability as serving
 from AutomaticEval.capture.tree import walk as walking
-from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
+from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring, likeliest_tokens
 from AutomaticEval.errors import PromptError, TreeUnsuitable
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
@@ -491,3 +491,16 @@ def test_check_of_unknown_models_looks_at_requests_that_share_nothing(
     monkeypatch.setattr(scoring_module, "is_tested", lambda model: False)
     with pytest.raises(TreeUnsuitable, match="in a plain forward"):
         scored(tiny_llama, pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_likeliest_token_is_torchs_also_among_equals(dtype: torch.dtype) -> None:
+    """lm-eval asks torch, which gives the first of equal numbers."""
+    torch.manual_seed(0)
+    for shape in ((1, 5), (7, 400), (3, 50_257)):
+        few = torch.randint(-3, 3, shape).to(dtype)  # full of equal numbers
+        assert torch.equal(likeliest_tokens(few), few.argmax(-1))
+        wide = torch.log_softmax(torch.randn(shape, dtype=dtype), -1)
+        assert torch.equal(likeliest_tokens(wide), wide.argmax(-1))
+    holes = torch.tensor([[1.0, float("nan"), 2.0], [float("-inf"), float("-inf"), float("-inf")]], dtype=dtype)
+    assert torch.equal(likeliest_tokens(holes), holes.argmax(-1))

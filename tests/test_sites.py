@@ -14,7 +14,8 @@ from helpers.places import ROOT
 
 from AutomaticEval.errors import EditError, SelectionError, StoreError, UnknownLayer, UnknownSite
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.edit import Edit
+from AutomaticEval.models.editing import editing
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import (

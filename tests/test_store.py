@@ -491,7 +491,7 @@ def test_names_are_good_and_distinct(tmp_path: Path) -> None:
         assert len(f"{name}_999.h5".encode()) < 200
         assert not set(name) & set('/\\:*?"<>|\0. \n')
         assert not name.endswith("_")
-        written = {write_named(tmp_path, name, make_sample(), "m", SETTINGS) for _ in range(3)}
+        written = {write_named(tmp_path / f"{name}.h5", make_sample(), "m", SETTINGS) for _ in range(3)}
         assert len(written) == 3
         assert all(load_activations(path)["prompt"] == "What?" for path in written)
 

@@ -28,7 +28,8 @@ from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EditError, OtherSettings, PromptError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.edit import Edit
+from AutomaticEval.models.editing import editing
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.sites import Site
 
@@ -226,3 +227,18 @@ def test_from_the_command_line_and_cut_short(demo: LoadedModel, tmp_path: Path) 
     other = command(*asked, "--seed", "1", cwd=tmp_path)
     assert (other.returncode, other.stderr.splitlines()[-1].startswith("OtherSettings")) == (2, True)
     assert command("--emotion", "joy", "--output", "no", cwd=tmp_path).returncode == 2
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_is_refused_does_not_block_what_is_right(demo: LoadedModel, tmp_path: Path) -> None:
+    """Neither settings nor an empty folder is left by a refused pair, and settings without a layer are nobody's."""
+    unequal = [Pair("The sky", "The red grass that is", "a", "b")]
+    (tmp_path / "wrong.jsonl").write_text("\n".join(json.dumps(vars(pair)) for pair in unequal))
+    (tmp_path / "right.jsonl").write_text("\n".join(json.dumps(vars(pair)) for pair in OF_EQUAL_LENGTH))
+    refused = command("--pairs", "wrong.jsonl", "--output", "a/b", cwd=tmp_path)
+    assert (refused.returncode, "pairs of equal length" in refused.stderr) == (2, True)
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "a" / "b" / "sweep").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "sweep" / "settings.json").write_text('{"model": "of a process that was killed"}')
+    done = command("--pairs", "right.jsonl", "--output", "a/b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from helpers.models import ALL, CONFIGS, VOCABULARY, build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from AutomaticEval.capture.tree import score
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.capture.tree.walk import Walk
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -97,6 +98,9 @@ def scored(loaded: LoadedModel, selection: Selection | None, order: list[str], g
         patch.setattr(Walk, "_forward", guarded(Walk._forward, "launch"))
         patch.setattr(TreeScoring, "_launched", guarded(TreeScoring._launched, None))
         patch.setattr(TreeScoring, "_take", noted(TreeScoring._take))
+        patch.setattr(
+            score, "likeliest_tokens", lambda logprobs: logprobs.argmax(-1)
+        )  # as on a GPU; numpy is the CPU's
         return {each.request: each for batch in scoring.results() for each in batch}
 
 

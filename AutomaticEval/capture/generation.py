@@ -117,7 +117,9 @@ def _respond_together(
     model, tokenizer = loaded.model, loaded.tokenizer
     width = max(map(len, prompts))
     pads = [width - len(prompt) for prompt in prompts]
+    given, own = sampling.kwargs(), model.generation_config
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    filler = given.pop("pad_token_id", filler)
     ids = [[filler] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
     mask = [[0] * pad + [1] * (width - pad) for pad in pads]
     keep = None if selection is None else keep_of(selection.positions, prompts, pads)
@@ -133,10 +135,10 @@ def _respond_together(
             input_ids=torch.tensor(ids, device=input_device(model)),
             attention_mask=torch.tensor(mask, device=input_device(model)),
             pad_token_id=filler,
-            tokenizer=tokenizer if model.generation_config.stop_strings else None,
-            **{**sampling.kwargs(), **extra},
+            tokenizer=tokenizer if given.get("stop_strings", own.stop_strings) else None,
+            **{**given, **extra},
         )
-    end = model.generation_config.eos_token_id
+    end = given.get("eos_token_id", own.eos_token_id)
     answers = [until_end(each, end) for each in sequences[:, width:].tolist()]
     kept: list[range] = []
     if selection is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, TypeVar, Unpack, overload
 
+from AutomaticEval.capture.generate_arguments import GenerateArguments, GenerateKeywords, take_generate_arguments
 from AutomaticEval.capture.generation import generation_setting, refuse_uncomputed_logits, respond
 from AutomaticEval.capture.reduced_rows import bytes_per_row, n_kept
 from AutomaticEval.capture.sampling import Sampling, SamplingKeywords
@@ -20,13 +21,17 @@ from AutomaticEval.options import take_fields
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
-from AutomaticEval.store.disk.file_names import hdf5_path
+from AutomaticEval.store.disk.file_names import hdf5_path, numbered
 from AutomaticEval.store.disk.json_text import as_json
-from AutomaticEval.store.disk.whole_files import ensure_space, prepare_file
-from AutomaticEval.store.hdf5.write import write_shard
+from AutomaticEval.store.disk.whole_files import OVERWRITING, ensure_space, prepare_file
+from AutomaticEval.store.hdf5.write import write_named, write_shard
+
+VERSION = "version"
+
+S = TypeVar("S", bound=Sampling)
 
 
-class AskOptions(LoadKeywords, SamplingKeywords, total=False):
+class AskOptions(LoadKeywords, SamplingKeywords, GenerateKeywords, total=False):
     """The keyword options of every drop-in function."""
 
     tokenizer: Any
@@ -44,8 +49,8 @@ class AskOptions(LoadKeywords, SamplingKeywords, total=False):
     system_prompt: str | None
     apply_chat_template: bool
     """True (default): the model's own chat template, when it has one."""
-    overwrite: bool
-    """Replace an existing file at save_path."""
+    overwrite: bool | Literal["version"]
+    """True: replace an existing file at save_path. "version": write beside it, france-2.h5."""
     strict: bool
     """Raise NotFinite for infinite numbers and NaN, when the file is written; without it, warn."""
 
@@ -56,12 +61,12 @@ class CheckedPrompt:
 
     prompt: str
     load: LoadOptions
-    sampling: Sampling
+    sampling: GenerateArguments
     selection: Selection
     tokenizer: Any = None
     system_prompt: str | None = None
     apply_chat_template: bool = True
-    overwrite: bool = False
+    overwrite: bool | Literal["version"] = False
     strict: bool = False
 
     @classmethod
@@ -75,9 +80,11 @@ class CheckedPrompt:
             selection = replace(selection, positions=Positions.parse("scored"))
         if selection.store_dtype == "int8":
             raise SelectionError("store_dtype int8 needs the rows of many samples together; use float16 or bfloat16.")
+        if given.get("overwrite", False) not in (False, True, VERSION):
+            raise SelectionError(f'overwrite is {given["overwrite"]!r}; write True, False or "version".')
         check_prompt(prompt)
         load = LoadOptions(**take_fields(given, LoadOptions))
-        sampling = Sampling(**take_fields(given, Sampling))
+        sampling = take_generate_arguments(given)
         for name in given:
             if name not in AskOptions.__annotations__:
                 raise unknown_option(name, AskOptions.__annotations__)
@@ -108,7 +115,8 @@ def generate_inference_with_activations(
     """A model's response to a prompt, and the activations of the pass that produced it.
 
     model: a hub name, a folder, "demo", or a loaded model (then with tokenizer=).
-    save_path: the HDF5 file to write; None writes nothing. An existing file is refused unless overwrite=True.
+    save_path: the HDF5 file to write; None writes nothing. An existing file is refused, unless overwrite=True replaces it or
+    overwrite="version" writes beside it: france-2.h5.
     layers_to_capture: 3, -1, "0-2,-1", range(4), [0, 1, -1]; None for all.
     options: see `AskOptions`.
     Returns (response, activation_data). activation_data["activations"] maps `embeddings`, `layer_0`, … to CPU
@@ -120,14 +128,18 @@ def generate_inference_with_activations(
     file = None if save_path is None else hdf5_path(save_path)
     checked = CheckedPrompt.parse(prompt, model, layers_to_capture, options)
     if file is not None:
-        prepare_file(file, overwrite=checked.overwrite)
+        offer = f'{OVERWRITING.replace(" or", ",", 1)}, or overwrite="version", which writes {numbered(file, 2).name}'
+        prepare_file(file, overwrite=bool(checked.overwrite), offer=offer)
     loaded = load_model(model, tokenizer=checked.tokenizer, options=checked.load)
     response = ask(loaded, checked, capture=True, folder=None if file is None else file.parent)
     assert response.sample is not None
     if file is not None:
-        how: dict[str, Any] = {"overwrite": checked.overwrite, "strict": checked.strict}
-        matrices = checked.selection.matrices
-        write_shard(file, [response.sample], loaded.name, response.settings, matrices=matrices, **how)
+        how: dict[str, Any] = {"strict": checked.strict, "matrices": checked.selection.matrices}
+        if checked.overwrite == VERSION:
+            file = write_named(file, response.sample, loaded.name, response.settings, **how)
+        else:
+            replaces = bool(checked.overwrite)
+            write_shard(file, [response.sample], loaded.name, response.settings, overwrite=replaces, **how)
     return response.text, response.activation_data(file)
 
 
@@ -187,10 +199,10 @@ class PromptResponse:
 def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Path | None = None) -> PromptResponse:
     """Ask one prompt. folder: where the rows will be written; it is checked first that they have room there.
 
-    Raises PromptTooLong, DiskFull, SiteUnavailable, CaptureError.
+    Raises PromptTooLong, DiskFull, SiteUnavailable, CaptureError; PromptError for a value that transformers refuses.
     """
     ids = encode(loaded, prompt.prompt, prompt.system_prompt, apply_chat_template=prompt.apply_chat_template)
-    sampling = fit(prompt.sampling, loaded.context, len(ids))
+    sampling = fit(prompt.sampling.settled(loaded.model.generation_config), loaded.context, len(ids))
     if sampling.temperature > 0 and sampling.seed is None:
         sampling = replace(sampling, seed=secrets.randbits(31))
     if capture:
@@ -199,11 +211,17 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
         n_positions = len(prompt.selection.positions.resolve(len(ids), sampling.max_new_tokens))
         n_bytes = n_kept(prompt.selection, n_positions) * bytes_per_row(loaded, prompt.selection)
         ensure_space(folder, n_bytes + prompt.selection.matrix_bytes + 2**16)
-    (response,) = respond(loaded, [ids], sampling, prompt.selection if capture else None, [prompt.prompt])
+    try:
+        (response,) = respond(loaded, [ids], sampling, prompt.selection if capture else None, [prompt.prompt])
+    except (TypeError, ValueError) as failure:  # transformers looks at a value when it uses it
+        if not sampling.more:
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in sampling.more.items())
+        raise PromptError(f"transformers' generate refused one of {given}: {failure}") from failure
     made = loaded.numbers().changed(
         **({"shape": loaded.shape} if capture else {}),
         **prompt.selection.as_dict(),
-        **{name: value for name, value in asdict(sampling).items() if name != "generation"},
+        **sampling.settings(),
         **generation_setting(loaded.model, sampling),
         generation_config=loaded.model.generation_config.to_diff_dict(),
         system_prompt=prompt.system_prompt,
@@ -235,7 +253,7 @@ def encode(
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written BOS itself
 
 
-def fit(sampling: Sampling, context: int | None, n_prompt: int) -> Sampling:
+def fit(sampling: S, context: int | None, n_prompt: int) -> S:
     """The sampling, with no more new tokens than fit into the context. Raises PromptTooLong, EmptyPrompt.
 
     context: the most tokens that the model can be fed; None when that is not known.

@@ -58,6 +58,11 @@ class Sampling:
         if not is_sound:
             raise PromptError(f"{name} is {getattr(self, name)!r}; it must be {expected}.")
 
+    def settings(self) -> dict[str, Any]:
+        """What the settings of a file say of it. How decode steps were run is told by `generation_setting`."""
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+        return {name: getattr(self, name) for name in names}
+
     def kwargs(self) -> dict[str, Any]:
         """The arguments for transformers' `generate`.
 

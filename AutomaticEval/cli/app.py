@@ -11,9 +11,11 @@ import typer
 from AutomaticEval.cli import benchmark, export, extract, files, generate, heads, show, sites
 from AutomaticEval.cli.options import SPELLINGS
 from AutomaticEval.cli.printing import never_fail
+from AutomaticEval.cli.reading import Commands
 from AutomaticEval.safe_text import shown
 
 app = typer.Typer(
+    cls=Commands,
     context_settings=SPELLINGS,
     no_args_is_help=True,
     add_completion=False,

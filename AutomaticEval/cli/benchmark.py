@@ -13,7 +13,8 @@ from AutomaticEval import __version__
 from AutomaticEval.cli import options
 from AutomaticEval.cli.options import KEEP, OUTPUT, command, is_given, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
-from AutomaticEval.errors import BenchmarkError, SelectionError
+from AutomaticEval.errors import BenchmarkError, OtherSettings, SelectionError, StoreError
+from AutomaticEval.evaluation.asked import asked_for, asked_of
 from AutomaticEval.evaluation.benchmark_options import WHY_NOT, Benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from AutomaticEval.evaluation.results.join import Score
     from AutomaticEval.evaluation.run import Outcome
 
+OF_THIS_CALL = ("context", "resume", "output", "activation_save_dir", "version")
+"""What a run is not asked for: where it goes, and whether it goes on."""
 OF_CAPTURE = (*options_in(Selection), *options_in(RunOutput))
 """Options that are refused when nothing is captured, but for --output, which then names the folder for lm-eval's results."""
 
@@ -53,6 +56,38 @@ CacheRequests = Annotated[str | None, typer.Option("--cache_requests", hidden=Tr
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 
 
+def _taken_up(context: typer.Context, **given: Any) -> dict[str, Any]:
+    """What was given, with what the run that --resume names was asked for beside it. Raises StoreError, and SelectionError for options that would be ignored."""
+    alone = not (given["capture_activations"] or given["head_strength"])
+    if context.invoked_subcommand is None and given["resume"] is not None:
+        given = _with_the_runs(context, given, needed=alone)
+    _refuse_ignored(context, **given)
+    return given
+
+
+def _with_the_runs(context: typer.Context, given: dict[str, Any], *, needed: bool) -> dict[str, Any]:
+    """What was given; what was not, as the run was asked. needed: the run must say it."""
+    try:
+        asked = asked_of(given["resume"])
+    except StoreError:
+        if needed:
+            raise
+        return given
+    unknown = sorted(asked.keys() - given.keys())
+    if unknown:
+        raise OtherSettings(
+            f"{given['resume']} was asked for with {', '.join(unknown)}, which the command does not have; go on with it in code: "
+            "evaluate_with_activations(resume=…)."
+        )
+    typed = context.get_parameter_source("resume")
+    assert typed is not None
+    for name, value in asked.items():
+        if not is_given(context, name):
+            given[name] = context.params[name] = Path(value) if name == "output_path" else value
+            context.set_parameter_source(name, typed)
+    return given
+
+
 def _refuse_ignored(context: typer.Context, capture_activations: bool, head_strength: bool, **others: object) -> None:
     """Raises SelectionError for options that would be ignored."""
     if context.invoked_subcommand is not None:
@@ -80,7 +115,7 @@ def _refuse_options_before(context: typer.Context) -> None:
 
 @command
 @takes(
-    _refuse_ignored,
+    _taken_up,
     asked=options_of(Benchmark, benchmark="demo"),
     selection=options_of(Selection, positions="scored"),
     load=LoadOptions,
@@ -131,6 +166,7 @@ def benchmark(
     tasks = load_tasks(asked)  # what is wrong with a task is told before a large model loads
     loaded = load_model(model, options=load)
     started = time.perf_counter()
+    output = replace(output, asked=_asked(context))
     results = output_path if kept is not None else output_path or output.output
     outcome = run_benchmark(loaded, asked, kept, loaded_tasks=tasks, output=output, output_path=results, announce=log)
     if not ranks.is_first:
@@ -143,6 +179,12 @@ def benchmark(
         kept_as = {} if kept is None else {"selection": kept.as_dict()}
         about = {"model": loaded.name, "benchmark": asked.as_dict(), "load": load.as_dict(), **kept_as}
         _track(outcome, f"{names} on {loaded.name}", about, mlflow, log, time.perf_counter() - started)
+
+
+def _asked(context: typer.Context) -> dict[str, Any]:
+    """The options that were given, but for those of this call alone: with them, --resume goes on."""
+    given = {name: value for name, value in context.params.items() if is_given(context, name)}
+    return asked_for({name: value for name, value in given.items() if name not in OF_THIS_CALL})
 
 
 def _refuse_caches(**given: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +12,9 @@ import typer
 
 from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import KEEP, MODEL, OUTPUT, command, options_of, refuse_unused, takes
+from AutomaticEval.cli.options import KEEP, MODEL, OUTPUT, command, given_arguments, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
-from AutomaticEval.errors import SelectionError
+from AutomaticEval.errors import OtherSettings, SelectionError, StoreError
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.options import Option
@@ -22,6 +23,7 @@ from AutomaticEval.selection import Selection
 if TYPE_CHECKING:
     from AutomaticEval.capture.texts.many_runs import Plan, Unit
     from AutomaticEval.capture.texts.text_set import TextSet
+    from AutomaticEval.processes import Ranks
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class WhichTexts:
     """Which texts are fed: those of a profile, of a file, or of a data set."""
 
     profile: Annotated[str | None, Option("baseline, extended, or a .toml file: labelled prompts, and models.")] = None
-    texts: Annotated[Path | None, Option("File of texts: JSONL, JSON, CSV or txt.")] = None
+    texts: Annotated[Path | None, Option("File of texts: JSONL, JSON, CSV, TSV, parquet or txt, also .gz.")] = None
     dataset: Annotated[str | None, Option("A Hugging Face data set, streamed; or a local folder.")] = None
     category: Annotated[str | None, Option("Categories of the profile, comma-separated. Default: all.")] = None
     text_field: Annotated[
@@ -55,7 +57,7 @@ Output = Annotated[
         "--output",
         "-o",
         help="Folder of the run, or of the runs of several models or categories. An extraction that was cut short there goes on. "
-        "Default: below --activation_save_dir, named after the texts and the model.",
+        "Default: a new one below --activation_save_dir, named after the texts, the model and the time.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -102,6 +104,7 @@ def _refuse_ignored(
     written=options_of(RunOutput, "compression"),
 )
 def extract(
+    context: typer.Context,
     which: WhichTexts,
     feeding: Feeding,
     selection: Selection,
@@ -116,13 +119,13 @@ def extract(
 ) -> None:
     """Capture texts without generating: each token is computed once, and no layer above the deepest one that is kept.
 
-    The same command, given again, goes on with an extraction that was cut short.
+    An extraction that is cut short prints the command that goes on.
     """
     if which.profile is None and model is None:
         raise SelectionError("--texts and --dataset take a --model.")
     options.quiet_libraries()
     from AutomaticEval.capture.texts.many_runs import Plan, extract_sets
-    from AutomaticEval.processes import join_ranks
+    from AutomaticEval.processes import command_line, join_ranks
     from AutomaticEval.report.mlflow_run import require_mlflow
     from AutomaticEval.store.hdf5.write import check_compression
 
@@ -145,21 +148,42 @@ def extract(
     if not models:
         raise SelectionError("no model is named; give --model.")
     log = options.Log(speaks=ranks.is_first)
-    root, folder_of = _folders(which, output, activation_save_dir, name, sets, models)
-    units = extract_sets(models, sets, plan, folder_of, log)
+    root, folder_of = _folders(which, output, partial(_new_folder, ranks, activation_save_dir), name, sets, models)
+    again = command_line("extract", *given_arguments(context, "output", "activation_save_dir"), "--output", str(root))
+    try:
+        units = extract_sets(models, sets, plan, folder_of, log)
+    except (KeyboardInterrupt, SystemExit, StoreError) as failure:
+        if not isinstance(failure, OtherSettings) and next(root.rglob("shard-*"), None) is not None:
+            log(f"\nThe extraction was cut short. To go on:\n  {again}")
+        raise
     if ranks.is_first:
         _finish(units, name, root, plan, mlflow, log)
+        if any(unit.status == "failed" for unit in units):
+            log(f"To make what is missing, once its cause is gone:\n  {again}")
+            raise typer.Exit(1)
+
+
+def _new_folder(ranks: Ranks, save_dir: Path, name: str) -> Path:
+    """A new folder named after the time, which the first process makes for all."""
+    from AutomaticEval.store.disk.whole_files import stamped_folder
+
+    return ranks.from_first(stamped_folder(save_dir, name) if ranks.is_first else None)
 
 
 def _folders(
-    which: WhichTexts, output: Path | None, save_dir: Path, name: str, sets: list[TextSet], models: list[str]
+    which: WhichTexts,
+    output: Path | None,
+    new_folder: Callable[[str], Path],
+    name: str,
+    sets: list[TextSet],
+    models: list[str],
 ) -> tuple[Path, Callable[[str, str], Path]]:
     """The folder of the whole extraction, and a function that gives the run folder of a model and a set of texts."""
     from AutomaticEval.capture.texts.many_runs import folder_names
 
     places, parts = folder_names(models), folder_names([each.name for each in sets])
     own_name = name if which.profile is not None else f"{parts.get(name, name)}_{places[models[0]]}"
-    root = output or save_dir / own_name
+    root = output or new_folder(own_name)
 
     def folder_of(model: str, texts: str) -> Path:
         if which.profile is not None:
@@ -171,7 +195,7 @@ def _folders(
 
 def _sets(which: WhichTexts, *, strict: bool) -> tuple[str, list[TextSet], list[str]]:
     """The name of the texts, the sets of texts that get a run each, and the models that a profile names."""
-    from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts
+    from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts, name_of_texts
     from AutomaticEval.capture.texts.text_set import TextSet
 
     if which.profile is not None:
@@ -179,7 +203,8 @@ def _sets(which: WhichTexts, *, strict: bool) -> tuple[str, list[TextSet], list[
     if which.texts is not None:
         file = which.texts
         texts = FileTexts(file, which.text_field, which.limit)
-        return file.stem, [TextSet.of(file.stem, texts, file=file.name)], []
+        name = name_of_texts(file)
+        return name, [TextSet.of(name, texts, file=file.name)], []
     dataset = str(which.dataset)
     streamed = DatasetTexts(dataset, which.split, which.dataset_config, which.text_field, which.limit, strict)
     name = Path(dataset).name
@@ -198,7 +223,7 @@ def _of_profile(profile: str, category: str | None, most: int | None) -> tuple[s
 
 
 def _finish(units: list[Unit], name: str, root: Path, plan: Plan, mlflow: str | None, log: options.Log) -> None:
-    """Write the summary, log to MLflow, and exit with 1 when some runs failed, and with 2 when nothing was captured."""
+    """Write the summary, and log to MLflow; exit with 2 when nothing was captured."""
     from AutomaticEval.report.extraction_page import write_summary
 
     failed = [unit for unit in units if unit.status == "failed"]
@@ -211,8 +236,6 @@ def _finish(units: list[Unit], name: str, root: Path, plan: Plan, mlflow: str | 
     say(f"Load them:   from AutomaticEval import open_run; run = open_run({str(_first(units).folder)!r})")
     if mlflow is not None:
         _track(units, name, plan, mlflow, files, log)
-    if failed:
-        raise typer.Exit(1)
 
 
 def _track(units: list[Unit], name: str, plan: Plan, uri: str, files: list[Path], log: options.Log) -> None:

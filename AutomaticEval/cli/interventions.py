@@ -33,7 +33,9 @@ Sentiment = Annotated[
 Pairs = Annotated[
     Path | None,
     typer.Option(
-        "--pairs", help="JSONL of clean, corrupted, answer, wrong, in place of a profile.", rich_help_panel=RUN
+        "--pairs",
+        help="JSONL, CSV, TSV or parquet: clean, corrupted, answer, wrong, in place of a profile.",
+        rich_help_panel=RUN,
     ),
 ]
 SiteOption = Annotated[str, typer.Option("--site", help="z, mlp_out or resid_post.", rich_help_panel=RUN)]

@@ -24,6 +24,7 @@ from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.options import NamedOption, options_in
 from AutomaticEval.selection import Selection
+from AutomaticEval.store.disk.whole_files import leaving_no_empty_folder
 
 RUN, KEEP, MODEL, OUTPUT = "What to run", "What to keep", "The model", "The output"
 PANELS = (RUN, KEEP, MODEL, OUTPUT)
@@ -62,7 +63,9 @@ Model = Annotated[str, typer.Option("--model", help="Hub name, folder, or demo (
 Texts = Annotated[
     Path,
     typer.Option(
-        "--texts", help="JSON, JSONL, CSV or txt: texts, or objects with input, text or question.", rich_help_panel=RUN
+        "--texts",
+        help="JSONL, JSON, CSV, TSV, parquet or txt, also .gz: texts, or objects with text, input, question or prompt.",
+        rich_help_panel=RUN,
     ),
 ]
 BatchSize = Annotated[
@@ -127,12 +130,13 @@ def options_of(kind: type, *names: str, **defaults: Any) -> OptionsOf:
 
 
 def takes(
-    before: Callable[..., None] | None = None, **groups: type | OptionsOf
+    before: Callable[..., dict[str, Any] | None] | None = None, **groups: type | OptionsOf
 ) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Gives a command the options of dataclasses. The command is called with the dataclasses that are made of them.
 
     An option that two dataclasses share is asked for once, and given to both. before: is called with the context and all that was
-    given, before the dataclasses are made, so that an option that would be ignored is refused before it is looked at.
+    given, before the dataclasses are made, so that an option that would be ignored is refused before it is looked at. It may return other
+    values in the place of those that were given.
     """
     chosen = {name: group if isinstance(group, OptionsOf) else options_of(group) for name, group in groups.items()}
 
@@ -151,7 +155,7 @@ def takes(
         @functools.wraps(function)
         def run(**given: Any) -> R:
             if before is not None:
-                before(**given)
+                given |= before(**given) or {}
             made = {name: group.made(given) for name, group in chosen.items()}
             return function(**{name: given[name] for name in names}, **made)
 
@@ -189,12 +193,13 @@ def _place(parameter: inspect.Parameter) -> int:
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
-    """Prints our own errors in one line and exits with their code; any other error is printed in full."""
+    """Prints our own errors in one line and exits with their code; any other error is printed in full. A command that fails leaves no empty folder."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(*args, **kwargs)
+            with leaving_no_empty_folder():
+                return function(*args, **kwargs)
         except AutomaticEvalError as error:
             end_bars()
             say(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
@@ -207,6 +212,16 @@ def is_given(context: typer.Context, name: str) -> bool:
     """Whether an option was written on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def given_arguments(context: typer.Context, *left_out: str) -> list[str]:
+    """The options that were written on the command line, but for some, as they are written there."""
+    written: list[str] = []
+    for name, value in context.params.items():
+        if is_given(context, name) and name not in left_out:
+            for each in value if isinstance(value, list) else [value]:
+                written += [f"--{name}"] if each is True else [f"--{name}", str(each)]
+    return written
 
 
 def refuse_unused(context: typer.Context, why: str, *names: str, remedy: str = "leave it out") -> None:

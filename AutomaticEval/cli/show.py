@@ -2,73 +2,90 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import command
+from AutomaticEval.cli.options import command, refuse_unused
 from AutomaticEval.cli.printing import print_table, say
+from AutomaticEval.errors import StoreError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from AutomaticEval.store.reader import Run
+    from AutomaticEval.store.reading.overview import TaskLine
 
 
 @command
 def show(
+    context: typer.Context,
     path: options.File,
     sample: Annotated[int | None, typer.Option("--sample", help="Which sample of a run, from 0.")] = None,
+    doc: Annotated[
+        int | None, typer.Option("--doc", help="Which question of a run: the number of its document.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="With --doc: the question's task, in a run of several.")
+    ] = None,
+    lens: Annotated[
+        bool, typer.Option("--lens", help="With --doc: load the model, for the rank of the right answer by layer.")
+    ] = False,
 ) -> None:
-    """Print what is in a file: prompt, response, settings, shapes, and statistics of each layer."""
-    from AutomaticEval.errors import StoreError
+    """Print what a run is; or one question of it, or one sample: prompt, response, settings, shapes, and statistics of each layer."""
+    from AutomaticEval.cli.show_question import show_question
     from AutomaticEval.store.disk.file_names import PICKLE_SUFFIXES
     from AutomaticEval.store.reader import load_activations, open_run
 
+    if doc is None:
+        refuse_unused(context, "no question is shown", "task", "lens", remedy="add --doc N")
+    else:
+        refuse_unused(context, "--doc shows a question", "sample")
     if path.suffix.lower() in PICKLE_SUFFIXES:
         _show_sample(load_activations(path))
         return
     run = open_run(path)
-    if len(run) > 1 and sample is None:
+    if doc is not None:
+        show_question(run, task, doc, has_lens=lens)
+    elif len(run) > 1 and sample is None:
         _show_run(run)
-        return
-    number = sample or 0
-    if not -len(run) <= number < len(run):
-        raise StoreError(f"{path} has no sample {number}; it holds {len(run)}, from 0.")
-    _show_sample(run[number])
+    else:
+        _show_sample(run[_there(run, sample or 0)])
+
+
+def _there(run: Run, sample: int) -> int:
+    if not -len(run) <= sample < len(run):
+        raise StoreError(f"{run.path} has no sample {sample}; it holds {len(run)}, from 0.")
+    return sample
 
 
 def _show_run(run: Run) -> None:
-    say(repr(run))
-    from AutomaticEval.store.reading.reduced_runs import how_reduced
+    from AutomaticEval.store.reading.overview import facts_of, tasks_of
 
-    names = run.contents.columns.names
-    absent: dict[str, list[Any]] = {
-        "task": [""] * len(run),
-        "doc_id": list(range(len(run))),
-        "correct": [None] * len(run),
-    }
-    columns = [run.column(name) if name in names else values for name, values in absent.items()]
-    rows: dict[str, list[tuple[int | None, bool | None]]] = {}
-    for task, doc_id, correct in zip(*columns, strict=True):
-        rows.setdefault(task or "", []).append((doc_id, correct))
-    tasks = []
-    for task, part in sorted(rows.items()):
-        docs = dict(reversed(part))  # of each, what its first row says
-        known = [correct for correct in docs.values() if correct is not None]
-        share = f"{sum(known) / len(known):.4f}" if known else "unknown"
-        tasks.append((task, str(len(part)), str(len(docs)), share))
-    print_table("", ("Task", "Samples", "Documents", "Correct"), tasks, n_words=4)
+    facts, tasks = facts_of(run), tasks_of(run)
+    print_table("", ("Run", str(run.path)), facts.items(), n_words=2)
+    print_table("", ("Task", "Samples", "Questions", "Correct"), map(_task_row, tasks))
+    means = [
+        (each.task, name, f"{mean:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+        for each in tasks
+        for name, (mean, error) in each.means.items()
+    ]
+    if means:
+        print_table("", ("Task", "Metric", "Mean over the questions"), means, n_words=2)
     stored = run.contents.activations
     sites = [(key, str(each.width), str(each.read_as).removeprefix("torch.")) for key, each in stored.items()]
     print_table("", ("Site", "Width", "Dtype"), sites, n_words=3)
-    if run.made_with.reduce is not None:
-        say(f"Reduced: each {'line' if run.contents.is_by_sample else 'row'} is {how_reduced(run.settings)}")
     wrong = {key: count for key, count in run.non_finite.items() if count}
     if wrong:
         say("Infinite or NaN: " + ", ".join(f"{key} {count}" for key, count in wrong.items()))
-    say(f"One sample: python main.py show {run.path} --sample 0")
+    say(f"One sample: python main.py show {shlex.quote(str(run.path))} --sample 0")
+
+
+def _task_row(line: TaskLine) -> tuple[str, ...]:
+    correct = "unknown" if line.correct is None else f"{line.correct:.4f}"
+    return line.task, str(line.n_samples), str(line.n_questions), correct
 
 
 def _show_sample(data: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from AutomaticEval.evaluation.harness.speedups import (
     task_manager,
 )
 from AutomaticEval.evaluation.local_files import local_files, missing
+from AutomaticEval.evaluation.screen import hushed
 
 BUNDLED = Path(__file__).parent / "tasks" / "demo"
 BUNDLED_NAMES = ("demo", "demo_facts", "demo_arithmetic")
@@ -71,7 +72,7 @@ def load_tasks(benchmark: Benchmark) -> LoadedTasks:
     names = [each for name in benchmark.names for each in _known(name, manager)]
     seed_everything(benchmark.seed)  # lm-eval does so before it loads: a task may shuffle its documents
     try:
-        with quick_templates(), local_files(benchmark.local_files):
+        with quick_templates(), hushed(), local_files(benchmark.local_files):
             tasks, groups = _load(manager, names)
             states = random_states()
             totals = {name: len(task.eval_docs) for name, task in tasks.items()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from AutomaticEval.errors import BenchmarkError, unknown_option
+from AutomaticEval.evaluation.asked import asked_for, asked_of
 from AutomaticEval.evaluation.benchmark import load_tasks
 from AutomaticEval.evaluation.benchmark_options import WHY_NOT, Benchmark, BenchmarkKeywords
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
@@ -17,6 +19,10 @@ from AutomaticEval.options import take_fields, take_options
 from AutomaticEval.processes import join_ranks, own_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
+
+OF_COMMAND = {"tasks": "benchmark", "layers_to_capture": "layers"}
+"""Name of an option here -> its name as an option of the command."""
+PLACES = ("resume", "output", "activation_save_dir")
 
 
 class EvaluateOptions(LoadKeywords, BenchmarkKeywords, total=False):
@@ -41,7 +47,7 @@ class CaptureKeywords(EvaluateOptions, total=False):
     output: str | Path | None
     """The run's own folder, a new one, in place of one in activation_save_dir."""
     resume: str | Path | None
-    """A run folder that was cut short. The other options must be those of that run."""
+    """A run folder that was cut short. The other options, as far as they are given, must be those of that run."""
     compression: str | None
     strict: bool
     """Stop once numbers are stored that are infinite or NaN; without it the run warns of them at its end."""
@@ -49,22 +55,33 @@ class CaptureKeywords(EvaluateOptions, total=False):
     """A folder for lm-eval's own results and samples files; None puts them into the run folder."""
 
 
-def evaluate_with_activations(model: Any, tasks: str | Sequence[str], **options: Unpack[CaptureKeywords]) -> Outcome:
+def evaluate_with_activations(
+    model: Any = None, tasks: str | Sequence[str] | None = None, **options: Unpack[CaptureKeywords]
+) -> Outcome:
     """Evaluate a model on lm-eval tasks, and keep the activations of every request, joined to its score.
 
     model: a name, a folder, "demo", or a loaded model with tokenizer=. tasks: "mmlu,gsm8k" or a list. options: see `CaptureKeywords`.
+    `evaluate_with_activations(resume=folder)` is enough for a run whose model was given by its name: the rest is in its folder.
     Returns an Outcome: `results` and `samples` are lm-eval's, `folder` is what `open_run` reads.
     Raises SelectionError, ModelError, BenchmarkError, StoreError, CaptureError; TypeError for an unknown option.
     """
     _refuse_unknown(options)
-    given: dict[str, Any] = {"positions": "scored", **options}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given |= {name: value for name, value in (("model", model), ("tasks", tasks)) if value is not None}
+    if "resume" in given and (model is None or tasks is None):
+        given = _of_the_run(Path(given["resume"])) | given
+    asked = _asked(given)
+    model, tasks = given.pop("model", None), given.pop("tasks", None)
+    if model is None or tasks is None:
+        raise TypeError("give a model and tasks, or resume= alone.")
+    given = {"positions": "scored", **given}
     layers, tokenizer = given.pop("layers_to_capture", None), given.pop("tokenizer", None)
     results = given.pop("output_path", None)
     selection = Selection.parse(layers=layers, **take_options(given, Selection))
     if isinstance(model, str | Path):
         given["device"] = own_device(given.get("device", "auto"))
     load = LoadOptions(**take_fields(given, LoadOptions))
-    output = RunOutput.parse(**take_options(given, RunOutput))
+    output = replace(RunOutput.parse(**take_options(given, RunOutput)), asked=asked)
     benchmark = Benchmark.parse(tasks, **given)
     output.refuse_before_loading(makes_folder=join_ranks().is_first)
     loaded_tasks = load_tasks(benchmark)  # what is wrong with a task is told before a large model loads
@@ -77,6 +94,23 @@ def evaluate_with_activations(model: Any, tasks: str | Sequence[str], **options:
         output=output,
         output_path=None if results is None else Path(results),
     )
+
+
+def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is asked for, by the names of the command's options; {} when the command could not be asked so."""
+    tasks = given.get("tasks", ())
+    joined = {**given, "tasks": tasks if isinstance(tasks, str) else ",".join(map(str, tasks))}
+    asked = asked_for({OF_COMMAND.get(name, name): value for name, value in joined.items() if name not in PLACES})
+    return {**asked, "capture_activations": True} if asked else {}
+
+
+def _of_the_run(folder: Path) -> dict[str, Any]:
+    """What an unfinished run was asked for, by the names here. Raises StoreError."""
+    here = {theirs: ours for ours, theirs in OF_COMMAND.items()}
+    asked = {here.get(name, name): value for name, value in asked_of(folder).items()}
+    return {
+        name: value for name, value in asked.items() if name in {"model", "tasks", *CaptureKeywords.__annotations__}
+    }
 
 
 def _refuse_unknown(options: Mapping[str, Any]) -> None:

@@ -85,9 +85,9 @@ def answer_benchmark_question_with_activations(
     assert asked.sample is not None
     file = None
     if folder is not None:
-        stem = file_stem("benchmark_activations", question)
+        named = folder / f"{file_stem('benchmark_activations', question)}.h5"
         how: dict[str, Any] = {"matrices": request.selection.matrices, "strict": request.strict}
-        file = write_named(folder, stem, asked.sample, asked.model, asked.settings, **how)
+        file = write_named(named, asked.sample, asked.model, asked.settings, **how)
     return asked.text, answer, asked.activation_data(file)
 
 

@@ -15,7 +15,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from AutomaticEval.capture.graph.way import refuse_graphless, way_of
 from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError
-from AutomaticEval.evaluation.benchmark import LoadedTasks, load_tasks
+from AutomaticEval.evaluation.benchmark import LoadedTasks, asked_docs, load_tasks
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.harness.batch_capture import Sink
@@ -30,8 +30,9 @@ from AutomaticEval.evaluation.results.lm_eval_files import save_results, short_n
 from AutomaticEval.evaluation.results.repeats import score_repeats
 from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.evaluation.run_output import RunOutput
+from AutomaticEval.evaluation.screen import whole_run
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.processes import Ranks, join_ranks
+from AutomaticEval.processes import Ranks, command_line, join_ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.disk.whole_files import ensure_space, prepare_folder, size_text
 from AutomaticEval.store.run_folder import shards_bytes
@@ -76,12 +77,13 @@ def run_benchmark(
     loaded_tasks: LoadedTasks | None = None,
     output: RunOutput = RunOutput(),
     output_path: Path | None = None,
-    announce: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Evaluate a model on a benchmark; with a selection, capture it into a run folder.
 
     loaded_tasks: the benchmark's tasks, when they were loaded before the model. output_path: folder for lm-eval's own results and samples
-    files; None puts them into the run folder. announce: is called with each line that a person should read during the run.
+    files; None puts them into the run folder. announce: is called with each line that a person should read during the run; None
+    adds what became of a run that was cut short to the error that cut it.
     Under `torchrun` or `accelerate launch` the processes share the requests; the first returns the outcome, the others return an empty one.
     Raises BenchmarkError, DeviceUnavailable, DiskFull before the first forward; OtherSettings for a run that is resumed with other settings than it was made
     with; CaptureError, StoreError during the run, whose sealed shards then stay readable.
@@ -113,7 +115,12 @@ class _Run:
     benchmark: Benchmark
     tasks: LoadedTasks
     ranks: Ranks
-    announce: Callable[[str], None]
+    tell: Callable[[str], None] | None
+
+    def announce(self, line: str) -> None:
+        """Tell a person a line, when there is one who reads."""
+        if self.tell is not None:
+            self.tell(line)
 
     def captured(self, selection: Selection, output: RunOutput, output_path: Path | None) -> Outcome:
         """Evaluate, and capture a selection into a run folder."""
@@ -127,17 +134,26 @@ class _Run:
                     outcome.results_file = self.saved(outcome, output_path or writer.folder)
             repeats = score_repeats(self.tasks.tasks, self.tasks.drawn) if self.ranks.is_first else None
             folder.finish(outcome.samples, repeats=repeats, directions=outcome.results.get("higher_is_better"))
-        except DiskFull as full:
-            full.interrupts_run()
-            raise
         except BaseException as failure:
+            if isinstance(failure, DiskFull):
+                failure.interrupts_run()
             if folder.path is not None and folder.path.exists():
-                there_now = f"{folder.n_samples} samples captured until then are in {folder.path}"
-                self.announce(f"\nThe run was cut short; {there_now}. {_what_next(failure)}")
+                self._tell_cut(failure, folder.path, folder.n_samples, asked=bool(output.asked))
             raise
         outcome.folder, outcome.n_samples, outcome.size_bytes = folder.path, folder.n_samples, folder.size_bytes
         outcome.n_truncated = folder.n_truncated
         return outcome
+
+    def _tell_cut(self, failure: BaseException, folder: Path, n_samples: int, *, asked: bool) -> None:
+        """Say where the samples of a run are that was cut short, and how it goes on. asked: its folder says what it was asked for."""
+        there_now = f"The run was cut short; {n_samples} samples captured until then are in {folder}."
+        if self.tell is None:
+            resume = f"resume={str(folder)!r}"
+            again = f"evaluate_with_activations({resume})" if asked else f"the same call, with {resume}"
+            failure.add_note(f"{there_now} {_what_next(failure, again)}")
+        else:
+            launched = " (with the launcher of this run)" if self.ranks.n_ranks > 1 else ""
+            self.announce(f"\n{there_now} {_what_next(failure, command_line('--resume', str(folder)) + launched)}")
 
     def _folder(self, selection: Selection, output: RunOutput) -> RunFolder:
         """Where the run goes, when there is room for it. Raises DiskFull."""
@@ -193,7 +209,9 @@ class _Run:
             seeds = dict.fromkeys(names, benchmark.seed)
         if not is_first:  # or all would sample the same answers
             seeds["torch_random_seed"] = seeds.get("torch_random_seed", DEFAULT_OTHER_SEED) + self.ranks.rank
-        with quick_templates():
+        totals = self.tasks.totals
+        asked = (asked_docs(totals[name], benchmark, self.tasks.drawn, name) for name in self.tasks.tasks)
+        with quick_templates(), whole_run(sum(map(len, asked)), shows=is_first):
             results: dict[str, Any] | None = simple_evaluate(
                 model=lm,
                 model_args={"pretrained": short_name(self.loaded.name)},
@@ -223,16 +241,14 @@ class _Run:
             raise
 
 
-def _what_next(failure: BaseException) -> str:
-    """Whether a resume can go on after a failure: it cannot where it would meet the same refusal again."""
+def _what_next(failure: BaseException, again: str) -> str:
+    """How a run goes on after a failure: not where it would meet the same refusal again. again: the command or call that resumes it."""
     if isinstance(failure, OtherSettings) or (
         isinstance(failure, AutomaticEvalError) and not isinstance(failure, StoreError)
     ):
         return "Resumed as it is, it would end in the same way."
     is_stopped = isinstance(failure, KeyboardInterrupt | SystemExit)
-    return (
-        f"{'The' if is_stopped else 'Once its cause is gone, the'} same command with --resume and that folder goes on."
-    )
+    return f"{'To go on' if is_stopped else 'Once the cause is gone, to go on'}:\n  {again}"
 
 
 def _went_before(output: RunOutput, n_answered: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,8 @@ class RunOutput:
         ),
     ] = None
     resume: Annotated[
-        Path | None, Option("Run folder that was cut short: go on in it, with the same other options.")
+        Path | None,
+        Option("Run folder that was cut short: go on in it. No other option is needed; one that differs is refused."),
     ] = None
     compression: Annotated[
         str | None, Option("Compress the activations on the disk: zstd, lz4 or gzip. Default: none.")
@@ -33,6 +35,8 @@ class RunOutput:
         bool,
         Option("Stop at infinite numbers and NaN, once they are stored. Default: count them, and warn at the end."),
     ] = False
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """What the run is asked for, by the names of the command's options: a resume then needs no more than the folder."""
 
     @classmethod
     def parse(
@@ -86,6 +90,12 @@ class RunOutput:
         return self.output is not None and folder.absolute().is_relative_to(self.output.absolute())
 
     def refuse_existing(self) -> None:
-        """Raises PathExists when the run's own folder is there already."""
-        if self.output is not None and self.output.exists():
+        """Raises PathExists when the run's own folder is there already, with anything in it that a killed process does not leave behind."""
+        from AutomaticEval.store.run_folder import holds_nothing
+
+        if (
+            self.output is not None
+            and self.output.exists()
+            and not (self.output.is_dir() and holds_nothing(self.output))
+        ):
             raise PathExists(f"{self.output} is there already; name a new folder, or go on in it with resume.")

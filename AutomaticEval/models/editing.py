@@ -7,10 +7,10 @@ received.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,153 +18,56 @@ from torch import Tensor, nn
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.architecture.forward_call import alone_with, cache_in, input_of, tensor_of, with_tensor
 from AutomaticEval.models.architecture.inner_model import inner
+from AutomaticEval.models.checkpoint.load_options import LoadKeywords
+from AutomaticEval.models.edit import Edit
 from AutomaticEval.models.edited_models import noted
+from AutomaticEval.models.edited_positions import Sequences
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout, Tap
-from AutomaticEval.models.recording import Keep, Kept
-from AutomaticEval.sites import TABLE, Site, site_of
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One intervention at one site.
-
-    >>> with editing(model, [Edit.scale("layer_3.z", 0.0, heads=[5])]):  # head 5 of layer 3 is ablated
-    ...     model.generate(**inputs, max_new_tokens=15)
-    """
-
-    site: str | Site
-    """A site, or its key: layer_3.z, layer_3 (the residual stream after block 3), embeddings, logits."""
-
-    change: Callable[[Tensor], Tensor]
-    """Takes the values and returns new ones of the same shape, without changing in place what it was given. The shape is
-    [batch, columns, width]; with `where` [n, width]. With `heads` the last axis is two: [..., n heads, d_head]."""
-
-    heads: Sequence[int] | None = None
-    """The heads of z or q, or the key-value heads of k or v, that are changed. None changes the whole width."""
-
-    where: Keep | None = None
-    """where(first column, number of columns) -> the (row, column) pairs of a forward that are changed. None changes all of them."""
-
-    is_positionwise: bool = False
-    """Whether the new values of a position depend on its own values alone. When they do not, or when there is a `where`, lm-eval's requests
-    are run in lm-eval's own batches: computing once what requests share would make the edit in other rows and columns."""
-
-    is_fixed: bool = False
-    """Whether `change` is operations of tensors alone, the same in every forward: no number is read back, nothing is remembered. Only then can
-    answers be generated from a graph, which does not call it again."""
-
-    name: str = "change"
-    """What the edit does, for the settings of runs that are made with it."""
-
-    value: Tensor | float | None = None
-    """What the edit is made with, for the settings of those runs."""
-
-    @classmethod
-    def replace(cls, site: str | Site, value: Tensor | float, **how: Any) -> Edit:
-        """Put value, broadcast to the shape of what is changed, in its place. how: `heads`, `where`."""
-        like = _moved(value)
-        return cls(site, lambda old: like(old).expand_as(old).clone(), **_of_value("replace", value, how))
-
-    @classmethod
-    def add(cls, site: str | Site, value: Tensor | float, **how: Any) -> Edit:
-        """Add value, broadcast to the shape of what is changed. how: `heads`, `where`."""
-        like = _moved(value)
-        return cls(site, lambda old: old + like(old), **_of_value("add", value, how))
-
-    @classmethod
-    def scale(cls, site: str | Site, factor: float, **how: Any) -> Edit:
-        """Multiply by factor; 0.0 gives zeros, also where a value is infinite or NaN. how: `heads`, `where`."""
-
-        def scaled(old: Tensor) -> Tensor:
-            return torch.zeros_like(old) if factor == 0 else old * factor
-
-        return cls(site, scaled, **_of_value("scale", float(factor), how))
-
-    @classmethod
-    def project_out(cls, site: str | Site, direction: Tensor, **how: Any) -> Edit:
-        """Take away the part along a direction, [width] or, with heads, [d_head]. how: `heads`, `where`.
-
-        Raises EditError for a direction of length zero, or of no finite length.
-        """
-        direction = torch.as_tensor(direction)
-        length = float(direction.double().norm())
-        if not 0 < length < float("inf"):
-            raise EditError(f"the direction to project out of {site} has the length {length}; it needs one.")
-
-        of_length_1 = _moved((direction.double() / length).float())
-
-        def without(old: Tensor) -> Tensor:
-            wide = old.float()
-            unit = of_length_1(wide)
-            return (wide - (wide * unit).sum(-1, keepdim=True) * unit).to(old.dtype)
-
-        return cls(site, without, **_of_value("project_out", direction, how))
-
-
-def _of_value(name: str, value: Tensor | float, how: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an edit that is made with a value. It is positionwise when the value is the same at all positions."""
-    own_axes = 1 if how.get("heads") is None else 2
-    is_positionwise = not isinstance(value, Tensor) or value.dim() <= own_axes
-    return {"name": name, "value": value, "is_positionwise": is_positionwise, "is_fixed": True, **how}
-
-
-def _moved(value: Tensor | float) -> Callable[[Tensor], Tensor]:
-    """Gives a value on the device and in the dtype of a tensor.
-
-    It is copied to a device once, and again when it was changed in place: each copy waits for the device, and no graph can record one.
-    """
-    copies: dict[tuple[torch.device, torch.dtype], tuple[int, Tensor]] = {}
-
-    def like(old: Tensor) -> Tensor:
-        if isinstance(value, Tensor) and value.device == old.device:
-            return value.to(old.dtype)
-        version = 0 if not isinstance(value, Tensor) or value.is_inference() else value._version
-        place = (old.device, old.dtype)
-        if place not in copies or copies[place][0] != version:
-            copies[place] = (version, torch.as_tensor(value).to(device=old.device, dtype=old.dtype))
-        return copies[place][1]
-
-    return like
+from AutomaticEval.models.loading import load_model
+from AutomaticEval.models.recording import Kept
+from AutomaticEval.selection import Positions
+from AutomaticEval.sites import TABLE, site_of
 
 
 @contextmanager
-def editing(model: Any, edits: Edit | Iterable[Edit]) -> Iterator[None]:
-    """Make edits in every forward inside the with.
+def editing(model: Any, edits: Edit | Iterable[Edit], **load: Unpack[LoadKeywords]) -> Iterator[Any]:
+    """Make edits in every forward inside the with, and give the model that is edited, which every function takes.
 
-    model: a transformers decoder, or a LoadedModel. Edits of one site are made in the order of the list. When withs are nested, the edits
-    of the inner one are made first.
+    model: a name, a folder, "demo", a LoadedModel, or a transformers decoder. load: how a name is loaded, as in `load_model`. Edits of one site are made
+    in the order of the list. When withs are nested, the edits of the inner one are made first.
     Raises UnknownSite and SiteUnavailable for the site of an edit, and EditError for an edit that cannot be made. Raises EditError, too, when
     a forward ends in which an edit was not made. When only a part of the model is run, that is raised at the latest when the with ends.
     """
-    model = model if isinstance(model, nn.Module) else _instance(model)
-    edits = [edits] if isinstance(edits, Edit) else list(edits)
-    find_layout(model)  # refuses a model whose wrapper cannot be captured
-    model = inner(model)
-    layout = find_layout(model)
-    made = [_Made(model, layout, edit) for edit in edits]
-    forward = _Forward(made)
-    by_position = any(edit.where is not None or not edit.is_positionwise for edit in edits)
-    with alone_with(model), noted(model, layout, made, by_position=by_position), Hooks() as hooks:
-        embedding = model.get_submodule(layout.embedding)
-        hooks.before(model, forward.begins, prepend=True)
+    edited = load_model(model, **load) if isinstance(model, str | Path) or load else model
+    whole = edited if isinstance(edited, nn.Module) else _instance(edited)
+    find_layout(whole)  # refuses a model whose wrapper cannot be captured
+    whole = inner(whole)
+    layout = find_layout(whole)
+    given = [edits] if isinstance(edits, Edit) else list(edits)
+    edits = [each for edit in given for each in edit.in_layers(layout.n_layers)]
+    made = [_Made(whole, layout, edit) for edit in edits]
+    forward = _Forward(whole, made)
+    by_position = any(edit.is_by_position for edit in edits)
+    with alone_with(whole), noted(whole, layout, made, by_position=by_position), Hooks() as hooks:
+        embedding = whole.get_submodule(layout.embedding)
+        hooks.before(whole, forward.begins, prepend=True)
         hooks.before(embedding, forward.feed, prepend=True)
         for each in reversed(made):  # each hook is put before the hooks that are there already, capturing's among them
             each.install(hooks, forward)
-        hooks.after(model, forward.ends)
-        hooks.after(model, forward.leaves, always_call=True)
-        yield
+        hooks.after(whole, forward.ends)
+        hooks.after(whole, forward.leaves, always_call=True)
+        yield edited
         forward.settle()
 
 
 def _instance(model: Any) -> nn.Module:
-    """The model of a LoadedModel. Raises EditError for anything else, such as a name."""
+    """The model of a LoadedModel. Raises EditError for anything else."""
     instance = getattr(model, "model", None)
     if not isinstance(instance, nn.Module):
         raise EditError(
-            f"editing changes a model that is loaded, not {model!r}: write loaded = load_model(...), and pass loaded to editing and to what "
-            "runs within it."
+            f"editing changes a model: a name, a folder, what load_model gives, or a transformers model; found {type(model).__name__}."
         )
     return instance
 
@@ -176,14 +79,17 @@ class _Forward:
     known, and the edits are counted when the next forward begins, or when the with ends.
     """
 
-    def __init__(self, made: Sequence[_Made]) -> None:
+    def __init__(self, model: nn.Module, made: Sequence[_Made]) -> None:
         self._made = made
+        self.sequences = Sequences(model)
         self.first: int | None = None
         """The first column that it feeds. None when that is not known."""
         self.n = 0
         """The number of columns that it feeds; 0 until ids are fed."""
         self._end = 0
-        self._needs_columns = any(each.edit.where is not None for each in made)
+        self._needs_sequences = any(each.edit.positions is not None for each in made)
+        self._needs_columns = self._needs_sequences or any(each.edit.where is not None for each in made)
+        self._mask: Any = None
         self._n_before: int | None = None
         self._is_whole = self._is_part = False
         self.keeps_some_logits = False
@@ -191,6 +97,7 @@ class _Forward:
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called. Its columns come after those in the cache; without a cache they begin at 0."""
         cache = cache_in(kwargs)
+        self._mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if cache is None:
             self._n_before = 0
         elif self._needs_columns and hasattr(cache, "get_seq_length"):
@@ -214,6 +121,8 @@ class _Forward:
             self._is_part = True
         self.n = ids.shape[1]
         self._end = (self.first or 0) + self.n
+        if self._needs_sequences and self.first == 0:
+            self.sequences.begin((ids.shape[0], self.n), self._mask)
 
     def _starts(self, keeps_some_logits: bool) -> None:
         self.settle()
@@ -288,7 +197,8 @@ class _Made:
         if isinstance(value, Tensor):
             digest = hashlib.blake2b(value.detach().cpu().double().numpy().tobytes(), digest_size=6).hexdigest()
             name = f"{edit.name} {list(value.shape)} {digest}"
-        return f"{name} at {self.key}" + ("" if edit.heads is None else f" heads {edit.heads}")
+        heads = "" if edit.heads is None else f" heads {edit.heads}"
+        return f"{name} at {self.key}{heads}" + ("" if edit.positions is None else f" positions {edit.positions}")
 
     def install(self, hooks: Hooks, forward: _Forward) -> None:
         """Hook the module, so that the edit is made in every forward."""
@@ -313,19 +223,25 @@ class _Made:
         if value is None:
             raise EditError(f"the module of {self.key} ({self.tap.module}) gave no tensor.")
         self.n_fired += 1
-        if not forward.n and (value.dim() == 2 or self.edit.where is not None):
+        is_everywhere = self.edit.where is None and self.edit.positions is None
+        if not forward.n and (value.dim() == 2 or not is_everywhere):
             raise EditError(f"{self.key}: which columns are edited is not known in a forward that is fed no token ids.")
         whole = value.view(-1, forward.n, value.shape[-1]) if value.dim() == 2 else value
-        if self.edit.where is None:
-            changed = self._edited(whole)
-        elif forward.first is None:
-            raise EditError(
-                f"{self.key}: `where` needs the numbers of the columns. They are not known when a part of the model is run by itself."
-            )
-        else:
-            kept = self.edit.where(forward.first, forward.n)
-            changed = whole if kept is None or not len(kept.rows) else self._edited_at(kept, whole, forward)
+        if is_everywhere:
+            return self._edited(whole).reshape(value.shape)
+        kept = self._places(forward)
+        changed = whole if kept is None or not len(kept.rows) else self._edited_at(kept, whole, forward)
         return changed.reshape(value.shape)
+
+    def _places(self, forward: _Forward) -> Kept | None:
+        """The rows and columns of the current forward that are edited; None for none. Raises EditError when they are not known."""
+        if forward.first is None:
+            raise EditError(
+                f"{self.key}: `where` and `positions` need the numbers of the columns. They are not known when a part of the model is run by itself."
+            )
+        if isinstance(self.edit.positions, Positions):
+            return forward.sequences.at(self.edit.positions, forward.first, forward.n)
+        return None if self.edit.where is None else self.edit.where(forward.first, forward.n)
 
     def _edited_at(self, kept: Kept, whole: Tensor, forward: _Forward) -> Tensor:
         """The value with the edit made at some (row, column) pairs. whole: [batch, columns, width]."""

@@ -10,11 +10,11 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
-from AutomaticEval.errors import ModelError, ModelUnavailable, UnsupportedModel
+from AutomaticEval.errors import ModelError, ModelUnavailable, UnsupportedModel, unknown_option
 from AutomaticEval.models.architecture.module_names import n_layers_in
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords as LoadKeywords
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
@@ -43,13 +43,18 @@ _loaded: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
 _loading = threading.Lock()
 
 
-def load_model(model: Any, *, tokenizer: Any = None, options: LoadOptions = LoadOptions()) -> LoadedModel:
+def load_model(
+    model: Any, *, tokenizer: Any = None, options: LoadOptions | None = None, **load: Unpack[LoadKeywords]
+) -> LoadedModel:
     """The model of a hub name, a folder, "demo", or a loaded instance (then with its tokenizer).
 
-    tokenizer: with a name, another tokenizer or the name of one. A name that holds nothing but an adapter of peft gives the adapter's
+    tokenizer: with a name, another tokenizer or the name of one. load: dtype="float32", device="cuda:1", and the other fields of
+    `LoadOptions`; options: all of them in one object, in place of keywords. A name that holds nothing but an adapter of peft gives the adapter's
     base with the adapter. At most MAX_LOADED models stay in memory; the least recently used one goes first.
-    Raises ModelUnavailable, DeviceUnavailable, UnsupportedModel; ModelError for options that would be ignored.
+    Raises ModelUnavailable, DeviceUnavailable, UnsupportedModel; ModelError for options that would be ignored; TypeError for an unknown
+    option.
     """
+    options = _options_of(options, load)
     tell_newer()
     if not isinstance(model, str | Path):
         _refuse_ignored(options, [each.name for each in fields(options)], "a model")
@@ -69,6 +74,18 @@ def load_model(model: Any, *, tokenizer: Any = None, options: LoadOptions = Load
         _loaded_with(sources, options),
         _paths(sources.name, options),
     )
+
+
+def _options_of(options: LoadOptions | None, load: LoadKeywords) -> LoadOptions:
+    """How a model is loaded, from an object or from keywords. Raises TypeError for an unknown keyword, ModelError for both."""
+    for name in load:
+        if name not in LoadKeywords.__annotations__:
+            raise unknown_option(name, ["tokenizer", *LoadKeywords.__annotations__])
+    if options is not None and load:
+        raise ModelError(
+            f"{', '.join(load)} were given beside options=; write them into options, or leave options out."
+        )
+    return LoadOptions(**load) if options is None else options
 
 
 def n_layers_of(model: Any, options: LoadOptions = LoadOptions()) -> int:

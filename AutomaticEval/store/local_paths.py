@@ -1,19 +1,22 @@
-"""`local_paths.json` in a run folder: where the model was on this machine, for going on with the run here.
+"""Two files in a run folder that are of this machine: `local_paths.json`, where the model was; `asked.json`, what an unfinished run was asked for.
 
-Exports and uploads leave it out, because it tells the names of folders, homes and users.
+Exports and uploads leave them out, because they tell the names of folders, homes and users.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from AutomaticEval.errors import StoreError
 from AutomaticEval.store.disk.json_text import parse_json
 from AutomaticEval.store.disk.whole_files import new_file
 
 LOCAL_PATHS = "local_paths.json"
+ASKED = "asked.json"
 
 
 def write_local_paths(folder: Path, paths: Mapping[str, str]) -> None:
@@ -34,3 +37,28 @@ def read_local_paths(path: Path) -> dict[str, str]:
         return {str(name): str(value) for name, value in paths.items()}
     except (ValueError, AttributeError, OSError):
         raise StoreError(f"{file} is damaged; delete it, and name the model yourself.") from None
+
+
+def write_asked(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Write what a run is asked for, unless the file is there. Without any option, nothing is written."""
+    if not asked or (folder / ASKED).exists():
+        return
+    with new_file(folder / ASKED) as partial:
+        partial.write_text(json.dumps(dict(asked), indent=1) + "\n", encoding="utf-8")
+
+
+def read_asked(folder: Path) -> dict[str, Any]:
+    """What an unfinished run was asked for; {} when that is not there. Raises StoreError for a damaged file."""
+    file = folder / ASKED
+    if not file.is_file():
+        return {}
+    try:
+        return dict(parse_json(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError):
+        raise StoreError(f"{file} is damaged; delete it, and give all options of the run.") from None
+
+
+def forget_asked(folder: Path) -> None:
+    """Delete the file: the run is finished."""
+    with suppress(OSError):
+        (folder / ASKED).unlink(missing_ok=True)

@@ -30,13 +30,14 @@ from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reading.finite_samples import finite_samples
 from AutomaticEval.store.reading.layer_samples import LayerSamples
 from AutomaticEval.store.reading.reduced_runs import how_reduced
+from AutomaticEval.store.reading.row_batches import RowBatches
 from AutomaticEval.store.reading.row_numbers import row_numbers
 from AutomaticEval.store.reading.row_origins import RowOrigins
 from AutomaticEval.store.reading.run_files import open_files
 from AutomaticEval.store.reading.shuffled import BUFFER_ROWS, ShuffledRows
 from AutomaticEval.store.reading.table_queries import column_of, pandas_table, selected, whole_number
 from AutomaticEval.store.row_array import RowArray, RowsDataset
-from AutomaticEval.store.run_folder import INDEX, warn_of_set_aside
+from AutomaticEval.store.run_folder import INDEX, warn_of_set_aside, warn_of_unfinished
 
 
 def load_activations(path: str | Path, sample: int | None = None, *, check: bool = True) -> dict[str, Any]:
@@ -69,10 +70,14 @@ def open_run(path: str | Path, *, check: bool = True) -> Run:
     """The samples of a run folder (or of one file) as a lazy sequence.
 
     check: check every number that is read, now and later, against its checksum; False is for measuring what checking costs.
+    Warns of a run that is not finished: its samples have no scores, and more of them may come.
     Raises UnreadableFile, StoreError. Every read may raise DamagedFile, with the shard, the dataset and the rows.
     """
     given = Path(path).expanduser().absolute()
-    return Run(given.parent if given.name == INDEX and given.is_file() else given, check=check)
+    run = Run(given.parent if given.name == INDEX and given.is_file() else given, check=check)
+    if not run.finished and run.path.is_dir():
+        warn_of_unfinished(run.path)
+    return run
 
 
 def _load_torch(path: Path) -> dict[str, Any]:
@@ -209,6 +214,11 @@ class Run(Sequence[dict[str, Any]]):
     def model(self) -> str:
         """The model's name, as it was given."""
         return self._contents.model
+
+    @property
+    def created(self) -> str:
+        """When the run was finished, or its first file was written: the time with its offset from UTC, in ISO 8601."""
+        return (self._index or self.shards[0]).attributes["created"]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -372,6 +382,34 @@ class Run(Sequence[dict[str, Any]]):
         labels = None if label is None else self.column(label)
         numbers = self._row_numbers(position)
         return RowsDataset.labelled(self._row_array(key, numbers, np.arange(len(self))), labels, label, "sample")
+
+    def batches(
+        self,
+        key: str | None = None,
+        batch_size: int = 4096,
+        *,
+        keys: Sequence[str] | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        start: int = 0,
+        device: str | torch.device | None = None,
+        buffer_rows: int = BUFFER_ROWS,
+    ) -> RowBatches:
+        """All rows in batches [batch_size, width], read from the shards in large pieces, for training.
+
+        keys: several sites in place of one; a batch is then a dict, site -> [batch_size, width], of the same tokens at each site.
+        Each `for` goes through one epoch, in which each row is given once. shuffle: blocks of neighbouring rows are put in random order, and
+        the rows of 64 blocks, buffer_rows together, are mixed; seed and the number of the epoch decide it. shuffle=False: the order of the
+        files. start: go on after so many batches, as if they had just been given (`batches.step` of the run that was cut short). device: where
+        the batches are put.
+        Raises StoreError for an unknown key, and for numbers that make no sense.
+        """
+        if (key is None) == (keys is None) or (keys is not None and (isinstance(keys, str) or not keys)):
+            raise StoreError(
+                f"which site? Give one key, run.batches({self.keys[-1]!r}, 4096), or several: run.batches(keys=[…])."
+            )
+        sites = {each: self.rows(each) for each in (keys or [str(key)])}
+        return RowBatches(sites, batch_size, key is not None, shuffle, seed, start, device, buffer_rows)
 
     def _row_numbers(self, position: str | int) -> Array:
         return row_numbers(self.path, self._contents, self._order, position)

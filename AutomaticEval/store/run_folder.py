@@ -6,6 +6,7 @@ Knows nothing of how they are written.
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,13 +16,16 @@ from AutomaticEval.errors import DamagedFile, StoreError
 from AutomaticEval.store.disk.partial_folders import clear_leftovers
 from AutomaticEval.store.hdf5.contract import RUN_FORMAT, shard_number
 from AutomaticEval.store.hdf5.open import OpenedFile
-from AutomaticEval.store.local_paths import LOCAL_PATHS
+from AutomaticEval.store.local_paths import ASKED, LOCAL_PATHS
 
 INDEX = "run.h5"
 LOCK = ".lock"
+NO_PART = {LOCK, LOCAL_PATHS, ASKED}
+"""Files beside a run that hold nothing of it."""
 DAMAGED = ".damaged"
 """The ending that a shard gets behind its name when it is set aside."""
 _warned_of: set[Path] = set()
+_told_unfinished: set[Path] = set()
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -116,11 +120,30 @@ def warn_of_set_aside(folder: Path) -> None:
         )
 
 
+def warn_of_unfinished(folder: Path) -> None:
+    """Warn, once a process, of a run that was not evaluated to its end, or is still being written."""
+    if folder not in _told_unfinished:
+        _told_unfinished.add(folder)
+        on = (
+            f" Unless it is being written, it goes on with --resume {shlex.quote(str(folder))}."
+            if (folder / ASKED).exists()
+            else ""
+        )
+        message = f"{folder} is not finished: samples may be missing, and those of a benchmark have no scores.{on}"
+        warnings.warn(message, UserWarning, stacklevel=3)
+
+
 def next_number(folder: Path) -> int:
     """The number for a new shard: higher than the number of any shard in the folder, also of those that were set aside."""
     names = [*shard_names(folder), *set_aside_names(folder)]
     matches = [re.match(r"shard-([0-9]+)\.h5", name) for name in names]
     return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
+def holds_nothing(folder: Path) -> bool:
+    """Whether a folder is empty but for what a process leaves that is killed before its first shard."""
+    names = [path.name for path in folder.iterdir()]
+    return all(name in NO_PART or name.startswith(f"{LOCK}-") or name.endswith(".partial") for name in names)
 
 
 @contextmanager
@@ -131,7 +154,7 @@ def leaving_nothing(folder: Path) -> Iterator[None]:
     except BaseException:
         with suppress(OSError):
             clear_leftovers(folder)
-            if {path.name for path in folder.iterdir()} <= {LOCK, LOCAL_PATHS}:
+            if holds_nothing(folder):
                 for path in folder.iterdir():
                     path.unlink()
                 folder.rmdir()

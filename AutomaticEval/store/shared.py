@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from AutomaticEval.processes import Ranks
 from AutomaticEval.store.contents.columns import Columns
-from AutomaticEval.store.local_paths import write_local_paths
+from AutomaticEval.store.local_paths import forget_asked, write_asked, write_local_paths
 from AutomaticEval.store.run_folder import leaving_nothing
 from AutomaticEval.store.writer import RunWriter
 
@@ -35,6 +35,9 @@ class SharedRun:
     matrices: Mapping[str, Any] = field(default_factory=dict)
     """Those of the projection by which the rows were made: name -> [width, k]."""
 
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """What the run is asked for, for `asked.json`."""
+
     @contextmanager
     def writing(
         self, new_folder: Callable[[], Path], *, resume: bool, tell: Callable[[RunWriter], T]
@@ -49,7 +52,10 @@ class SharedRun:
             folder = new_folder()
             with nullcontext() if resume else leaving_nothing(folder):
                 opened, answer = self._open_first(folder, tell, resume=resume)
+                if not opened.n_samples:  # what a killed process wrote of itself
+                    forget_asked(folder)
                 write_local_paths(folder, self.paths)
+                write_asked(folder, self.asked)
             shared = (folder, {**self.settings, "run_id": opened.run_id}, answer)
         folder, settings, answer = self.ranks.from_first(shared)
         share = (self.ranks.rank, self.ranks.n_ranks)
@@ -75,6 +81,7 @@ class SharedRun:
             return None
         with self._writer(folder, self.settings, finishing=True) as writer:
             writer.finish(columns_of(writer.table()))
+            forget_asked(folder)
             return writer.n_samples, writer.size_bytes
 
     def _writer(self, folder: Path, settings: Mapping[str, Any], **how: Any) -> RunWriter:

@@ -16,7 +16,8 @@ from AutomaticEval.analysis.parts.replaced_values import Choose, replaced_values
 from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.edit import Edit
+from AutomaticEval.models.editing import editing
 from AutomaticEval.models.recording import Kept
 from AutomaticEval.sites import Site, parse_heads
 

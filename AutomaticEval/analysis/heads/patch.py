@@ -20,7 +20,8 @@ from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.architecture.forward_call import input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.edit import Edit
+from AutomaticEval.models.editing import editing
 from AutomaticEval.models.recording import Kept
 from AutomaticEval.sites import Site
 

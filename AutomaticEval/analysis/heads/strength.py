@@ -118,7 +118,7 @@ class ActivationExtractor:
 
     def extract_activations(
         self,
-        data: Iterable[Any],
+        data: Iterable[Any] | Path,
         tokenizer: Any = None,
         max_batches: int | None = None,
         *,
@@ -127,6 +127,7 @@ class ActivationExtractor:
     ) -> None:
         """Run the model over texts, lists of token ids, or a data loader's batches, and add every real token to the statistics.
 
+        Texts may also come as the Path of a file, a DataFrame, a generator, or objects with a field text, input, question or prompt.
         A loader's batch is a mapping with input_ids [batch, pos] and, when there is padding on either side, attention_mask.
         Neither padding nor the order of the data changes a number. max_batches: stop after this many batches.
         Raises PromptError for empty texts and for no data, ModelError for texts without a tokenizer.

@@ -13,7 +13,7 @@ from AutomaticEval.analysis.parts.later_blocks import LaterBlocks, unpacked
 from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.editing import Edit
+from AutomaticEval.models.edit import Edit
 from AutomaticEval.sites import Site
 
 ROWS = 64

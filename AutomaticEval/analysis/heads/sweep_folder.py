@@ -32,15 +32,14 @@ class SweepFolder:
     """What the sweep is of: model, prompts or pairs, and options."""
 
     def check_settings(self, **more: Any) -> None:
-        """Write the settings, or compare them with those the folder was made with. more: settings that only the sweep knows.
+        """Write the settings, or compare them with those of the layers that are there. more: settings that only the sweep knows.
 
         Raises OtherSettings.
         """
         settings = {**self.settings, **more}
-        self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "settings.json"
-        if not file.exists():
-            write_json(file, settings)
+        if not file.exists() or not any(self.path.glob("*_layer_*.json")):  # or left by a sweep that computed nothing
+            write_json(file, settings, overwrite=True)
             return
         before = read_json(file)
         if SAMPLED not in before and "weights" in before:  # as the first versions named it

@@ -71,8 +71,8 @@ def sweep_pairs(loaded: LoadedModel, pairs: Sequence[Pair], folder: SweepFolder,
     denoising and noising as `recovered` defines them, an Estimate each) and units.
     Raises OtherSettings for a folder of another sweep, PromptError for prompts of different lengths and for words that are no single token.
     """
-    folder.check_settings()
     encoded = [_encoded(loaded, pair) for pair in pairs]
+    folder.check_settings()
     longest = max(len(clean) for clean, _, _ in encoded)
 
     def patched(name: str, into: int, source: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import Span, apart
 from AutomaticEval.capture.texts.forward import Batch, padded
+from AutomaticEval.capture.texts.sources import FIELDS, as_text, is_table, texts_of
 from AutomaticEval.errors import ModelError, PromptError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
@@ -26,14 +28,17 @@ class Batcher:
         """How many texts were longer than the model's context and were cut to it."""
         self._model, self._tokenizer, self._longest = loaded.model, loaded.tokenizer, loaded.context
 
-    def batches(self, data: Iterable[Any], batch_size: int, most: int | None = None) -> Iterator[Batch]:
+    def batches(self, data: Iterable[Any] | Path, batch_size: int, most: int | None = None) -> Iterator[Batch]:
         """Batches of all of the data, or of the first items: at most `most` batches.
 
-        data: texts, lists of token ids, or batches (a mapping with input_ids, a tensor of ids, or a tuple of ids and mask).
+        data: texts, objects with a field that holds one, lists of token ids, or batches (a mapping with input_ids, a tensor of ids, or a
+        tuple of ids and mask); a DataFrame or a Series of texts; the Path of a file of texts.
         Raises PromptError for an empty text and for what is neither text nor batch, ModelError for texts without a tokenizer.
         """
         if isinstance(data, str):
             raise PromptError("one text was given where a list of texts is expected; write [text].")
+        if isinstance(data, Path) or is_table(data) or hasattr(data, "to_frame"):
+            data = (each.text for each in texts_of(data))
         if hasattr(data, "keys") or (isinstance(data, tuple) and all(isinstance(each, Tensor) for each in data)):
             data = [data]  # one batch
         items = iter(data)
@@ -51,6 +56,8 @@ class Batcher:
                     yield padded([batch[row] for row in group])
 
     def _encoded(self, item: Any) -> list[int]:
+        if isinstance(item, Mapping):
+            item = as_text(item).text
         if not _is_text(item) and item != []:
             raise PromptError(f"texts are strings or lists of token ids; found {type(item).__name__} among them.")
         if isinstance(item, str):
@@ -66,6 +73,8 @@ class Batcher:
 
 
 def _is_text(item: Any) -> bool:
+    if isinstance(item, Mapping):
+        return "input_ids" not in item and any(field in item for field in FIELDS)
     return isinstance(item, str) or (isinstance(item, list) and bool(item) and isinstance(item[0], int))
 
 

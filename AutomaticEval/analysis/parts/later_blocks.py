@@ -14,7 +14,8 @@ from AutomaticEval.capture.texts.forward import Batch, inputs, padded, read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.architecture.forward_call import takes_few_logits
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.editing import Edit, editing
+from AutomaticEval.models.edit import Edit
+from AutomaticEval.models.editing import editing
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout
 from AutomaticEval.sites import Site

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from AutomaticEval.models.editing import Edit
+from AutomaticEval.models.edit import Edit
 from AutomaticEval.models.recording import Kept
 from AutomaticEval.sites import Site
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from AutomaticEval.analysis.words.targets import one_token
-from AutomaticEval.capture.texts.sources import objects_with
+from AutomaticEval.capture.texts.item_files import objects_with
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
@@ -24,13 +24,11 @@ class Pair:
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Pairs from a JSONL file, an object with clean, corrupted, answer and wrong on each line.
+    """Pairs from a file of objects with clean, corrupted, answer and wrong: JSONL, CSV, TSV, parquet, …
 
     Raises PromptError for a file that holds no pairs, and for a line that is none; it names the line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise PromptError(f"no file {path}; give a JSONL file of pairs.")
     pairs = []
     for place, texts in objects_with(("clean", "corrupted", "answer", "wrong"), path):
         if not all(isinstance(text, str) and text for text in texts):

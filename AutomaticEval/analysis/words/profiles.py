@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from AutomaticEval.capture.texts.sources import objects_with
+from AutomaticEval.capture.texts.item_files import objects_with
 from AutomaticEval.errors import PromptError, SelectionError, did_you_mean
 
 FOLDER = Path(__file__).parent.parent.parent / "profiles"
@@ -39,8 +39,8 @@ class Profile:
 def load_profile(name: str | Path) -> Profile:
     """A profile that comes with the package (baseline, extended), or one from a TOML file.
 
-    The file holds `prompts` (the name of a JSONL file beside it, of objects with category and text), `neutral`, `models`, and a table
-    `keywords`. Raises SelectionError for a profile that does not exist, PromptError for a mistake in the file, which it names.
+    The file holds `prompts` (the name of a file beside it, of objects with category and text: JSONL, CSV, TSV, parquet, …), `neutral`,
+    `models`, and a table `keywords`. Raises SelectionError for a profile that does not exist, PromptError for a mistake in the file, which it names.
     """
     file = Path(name) if str(name).endswith(".toml") else FOLDER / f"{name}.toml"
     if not file.is_file():
@@ -77,7 +77,7 @@ def _keywords(table: object, file: Path) -> dict[str, list[str]]:
 
 
 def _prompts(file: Path) -> dict[str, list[str]]:
-    """Category -> its texts, from a JSONL file. Raises PromptError, with the line."""
+    """Category -> its texts, from a file of objects. Raises PromptError, with the line."""
     if not file.is_file():
         raise PromptError(f"there is no {file}, which the profile names.")
     prompts: dict[str, list[str]] = {}

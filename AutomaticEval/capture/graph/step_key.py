@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from AutomaticEval.models.edit import Edit
 from AutomaticEval.models.edited_models import active_edits
-from AutomaticEval.models.editing import Edit
 from AutomaticEval.models.hook_handles import module_of
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.models.recording import Recording

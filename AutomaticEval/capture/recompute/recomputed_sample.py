@@ -207,7 +207,8 @@ class Comparison:
         if not len(sample["generated_ids"]):
             return False
         if made.temperature is not None:  # one prompt
-            return made.temperature == 0 and set(made.generation_config or {}) <= KEEPS_GREEDY
+            given = {*(made.generation_config or {}), *(made.generate_arguments or {})}
+            return made.temperature == 0 and given <= KEEPS_GREEDY
         task = sample.get("task")
         if task not in self._generation:
             self._generation[task] = _generation_kwargs(self.run.path, task)

@@ -15,7 +15,7 @@ from AutomaticEval.capture.texts.batching import TextPieces
 from AutomaticEval.capture.texts.extraction import Writing, extract
 from AutomaticEval.capture.texts.feeding import Feeding
 from AutomaticEval.capture.texts.piece_forwards import PieceForwards
-from AutomaticEval.capture.texts.sources import DatasetTexts, FileTexts, Text, as_text
+from AutomaticEval.capture.texts.sources import Text, as_text, name_of_texts, texts_of
 from AutomaticEval.capture.texts.text_set import TextSet
 from AutomaticEval.errors import PromptError, SelectionError
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
@@ -31,7 +31,7 @@ class FromHuggingFace:
     """`mlp_post` of one layer (the input of the MLP's down projection) at every token of a data set.
 
     hf_model: a name, a folder, a loaded transformers model with tokenizer=, or a LoadedModel. dataset_name: a data set on the hub, a folder,
-    a file of texts, or the texts themselves. num_samples: how many texts; None for all. seq_length: longer texts are cut to so many tokens.
+    a file of texts, or the texts themselves: a list, a generator, a DataFrame, objects with the field text_field. num_samples: how many texts; None for all. seq_length: longer texts are cut to so many tokens.
     inference_batch_size: texts a forward; None for as many as are fastest. save_features: the folder in which they are kept; True for a new
     one in `activations`; False keeps them in memory only.
     In a gated MLP these numbers are the activation of the gate times the up projection, not the activation of the gate alone.
@@ -42,7 +42,7 @@ class FromHuggingFace:
         self,
         hf_model: Any,
         layer: int,
-        dataset_name: str | Path | Iterable[str],
+        dataset_name: Any,
         num_samples: int | None = None,
         seq_length: int | None = None,
         inference_batch_size: int | None = None,
@@ -62,9 +62,8 @@ class FromHuggingFace:
         self._feeding = Feeding(seq_length=seq_length, batch_size=inference_batch_size)
         if num_samples is not None and num_samples < 1:
             raise PromptError(f"{num_samples} texts were asked for; at least 1 is needed.")
-        is_named = isinstance(dataset_name, str | Path)
-        self._most, self.name = num_samples, Path(str(dataset_name)).stem if is_named else "texts"
-        self._texts = _texts_of(dataset_name, split, text_field)
+        self._most, self.name = num_samples, name_of_texts(dataset_name)
+        self._texts = texts_of(dataset_name, split, text_field)
         self._is_used_up = False
         self._folder: Path | None = None
         if save_features:
@@ -119,12 +118,3 @@ def _loaded(model: Any, device: str, tokenizer: Any) -> LoadedModel:
     if isinstance(model, str | Path):
         return load_model(model, tokenizer=tokenizer, options=LoadOptions(device=device))
     return load_model(model, tokenizer=tokenizer)
-
-
-def _texts_of(name: str | Path | Iterable[str], split: str, field: str | None) -> Iterable[str | Text]:
-    """The texts of a file or a data set of this name; texts themselves are returned as they are."""
-    if not isinstance(name, str | Path):
-        return name
-    if Path(name).is_file():
-        return FileTexts(Path(name), field)
-    return DatasetTexts(str(name), split, field=field)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def _extract_unit(
     announce(
         f"{unit.model}, {unit.name}: {size_text(per_token)} a {'sample' if plan.selection.is_by_sample else 'token'}"
     )
-    with nullcontext() if unit.folder.exists() else leaving_nothing(unit.folder):
+    with leaving_nothing(unit.folder):
         described = replace(texts, about=_about(unit.model, texts, plan))
         writing = Writing(plan.compression, plan.ranks, resume=(unit.folder / LOCK).exists())
         extracted = extract(loaded, described, plan.selection, unit.folder, plan.feeding, writing)

@@ -1,20 +1,18 @@
-"""Where texts come from: a file (JSONL, JSON, CSV, or one text a line), or a Hugging Face data set. They are read one after another.
-
-Every reader of JSON lines that people write stands here.
+"""Where texts come from: a file, a Hugging Face data set, or objects in Python (a table, a list, a generator). They are read one after
+another. How the items of a file are read, `item_files` says.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
+from AutomaticEval.capture.texts.item_files import items_in, name_of
 from AutomaticEval.errors import DatasetUnavailable, PromptError, SelectionError, did_you_mean, first_line
 from AutomaticEval.file_states import file_states
 from AutomaticEval.public_names import public_name
@@ -40,27 +38,70 @@ def read_texts(path: str | Path, field: str | None = None) -> list[str]:
 def texts_in(path: str | Path, field: str | None = None) -> Iterator[Text]:
     """The texts of a file, in their order. field: the field of its objects that holds the text; None for the first of FIELDS that each has.
 
-    Raises PromptError, which names the line, for an item that is no text or an empty one, for a file without texts, and for bytes that are
-    not UTF-8.
+    Raises PromptError, which names the line, for an item that is no text or an empty one, for a file without texts, and what items_in raises.
     """
     path = Path(path)
-    if not path.is_file():
-        raise PromptError(f"no file {path}; give a JSONL, JSON, CSV or txt file of texts.")
     is_empty = True
-    for text in _read(path, field):
+    for place, item in items_in(path, FIELDS if field is None else (field,)):
         is_empty = False
-        yield text
+        yield _text_of(item, f"{path}, {place}", field)
     if is_empty:
         raise PromptError(f"{path} holds no texts.")
 
 
-def as_text(text: str | Text) -> Text:
-    """A text that was given as it is, or with its place. Raises PromptError for an empty one, and for one that is no text."""
+def as_text(text: Any, field: str | None = None, place: str = "a text") -> Text:
+    """A text that was given as it is, with its place, or as an object with a field that holds it.
+
+    Raises PromptError for an empty one, and for what is no text.
+    """
     if isinstance(text, Text):
         return text
+    if isinstance(text, Mapping):
+        return _text_of(text, place, field)
     if not isinstance(text, str) or not text.strip():
         raise PromptError(f"{'an empty text' if isinstance(text, str) else type(text).__name__} among the texts.")
-    return Text(text, "a text")
+    return Text(text, place)
+
+
+def texts_of(given: Any, split: str = "train", field: str | None = None) -> Iterable[Text]:
+    """The texts of what a person gives: a file, a data set, a DataFrame, or any iterable of texts or of objects that hold one.
+
+    given: the path of a file; the name of a data set, or its folder; a DataFrame of pandas or polars; a list, a generator, a Series, a
+    `datasets.Dataset`. field: the column, or the field of the objects, that holds the text; None for the first of FIELDS that is there.
+    The result can be gone through again if what is given can be. Raises PromptError for what is none of these, and for a DataFrame
+    without such a column, which it names.
+    """
+    if isinstance(given, str | Path):
+        return FileTexts(Path(given), field) if Path(given).is_file() else DatasetTexts(str(given), split, field=field)
+    if is_table(given):
+        names = [str(name) for name in given.columns]
+        return GivenTexts(given, field_of(names, field, "the DataFrame"), is_table=True)
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise PromptError(
+            f"texts were given as a {type(given).__name__}; give a file, a data set, a DataFrame, or a list of texts."
+        )
+    texts = GivenTexts(given, field)
+    return iter(texts) if iter(given) is given else texts
+
+
+def is_table(given: Any) -> bool:
+    """Whether something is a DataFrame, of pandas or of another library that has its columns by name."""
+    return hasattr(given, "columns") and hasattr(given, "shape") and hasattr(given, "__getitem__")
+
+
+def rows_of(given: Any) -> Iterable[Any]:
+    """The rows of a DataFrame as objects; of anything else, its items."""
+    if not is_table(given):
+        return cast(Iterable[Any], given)
+    names = [str(name) for name in given.columns]
+    return (dict(zip(names, row, strict=True)) for row in zip(*(given[name] for name in given.columns), strict=True))
+
+
+def name_of_texts(given: Any) -> str:
+    """What a run calls its texts: the name of the file or of the data set, or "texts"."""
+    if not isinstance(given, str | Path):
+        return "texts"
+    return name_of(Path(given)) if Path(given).is_file() else Path(given).stem
 
 
 def drawn(texts: list[T], n: int | None, seed: int) -> list[T]:
@@ -70,95 +111,6 @@ def drawn(texts: list[T], n: int | None, seed: int) -> list[T]:
     if n is None or n >= len(texts):
         return texts
     return [texts[index] for index in sorted(random.Random(seed).sample(range(len(texts)), n))]
-
-
-def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a file. Only newlines end a line, because JSON strings may hold the other characters that Python takes for an end.
-
-    Raises PromptError for bytes that are not UTF-8.
-    """
-    with path.open("rb") as file:
-        begins_at = 0
-        for number, raw in enumerate(file):
-            try:
-                line = raw.decode("utf-8-sig" if number == 0 else "utf-8")
-            except UnicodeDecodeError as broken:
-                raise PromptError(
-                    f"{path}, line {number + 1}, is not UTF-8: byte {begins_at + broken.start} of the file."
-                ) from None
-            begins_at += len(raw)
-            yield line.removesuffix("\n")
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """The number and the value of each line of a JSONL file; empty lines are left out. Raises PromptError for a line that is not JSON."""
-    for number, line in enumerate(lines_of(path), 1):
-        if line.strip():
-            yield number, _parsed(line, path, number)
-
-
-def objects_with(names: Sequence[str], path: Path) -> Iterator[tuple[str, list[Any]]]:
-    """For each line of a JSONL file: its place, for errors, and the values of the named fields of its object. Empty lines are left out.
-
-    Raises PromptError, which names the line, for a line that is not an object with these fields.
-    """
-    for number, line in enumerate(lines_of(path), 1):
-        place = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            values = [item[name] for name in names]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise PromptError(f"{place}: not an object with {', '.join(names[:-1])} and {names[-1]}.") from None
-        yield place, values
-
-
-def _read(path: Path, field: str | None) -> Iterator[Text]:
-    readers = {".txt": _txt, ".csv": _csv, ".json": _json, ".jsonl": _json, ".ndjson": _json}
-    read = readers.get(path.suffix.lower())
-    if read is None:
-        raise PromptError(
-            f"{path} ends in {path.suffix or 'nothing'!r}; give a JSONL, JSON, CSV or txt file, or a data set's folder."
-        )
-    for place, item in read(path):
-        yield _text_of(item, f"{path}, {place}", field)
-
-
-def _txt(path: Path) -> Iterator[tuple[str, Any]]:
-    return ((f"line {number}", line.removesuffix("\r")) for number, line in enumerate(lines_of(path), 1))
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """For each row: the line in which it ends, and the row as an object."""
-    csv.field_size_limit(2**31 - 1)  # texts are long
-    reader = csv.DictReader((f"{line}\n" for line in lines_of(path)), strict=True)
-    try:
-        for row in reader:
-            if None in row:
-                raise PromptError(f"{path}, line {reader.line_num}: more fields than the first line names.")
-            yield f"line {reader.line_num}", row
-    except csv.Error as broken:
-        raise PromptError(f"{path}, line {reader.line_num}: not CSV ({broken}).") from None
-
-
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    """The items of a list, or of JSON lines; the first character decides which."""
-    first = next((line for line in lines_of(path) if line.strip()), "")
-    if first.lstrip().startswith("["):
-        whole = _parsed("\n".join(lines_of(path)), path, 1)
-        yield from ((f"item {number}", item) for number, item in enumerate(whole, 1))
-        return
-    yield from ((f"line {number}", item) for number, item in json_lines(path))
-
-
-def _parsed(text: str, path: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as broken:
-        raise PromptError(f"{path}, line {line + broken.lineno - 1}: not JSON ({broken.msg}).") from None
-    except (ValueError, RecursionError) as broken:  # a number of thousands of digits; thousands of brackets
-        raise PromptError(f"{path}, line {line}: JSON that cannot be read ({first_line(broken)}).") from None
 
 
 def _text_of(item: Any, place: str, field: str | None) -> Text:
@@ -198,6 +150,23 @@ class FileTexts:
 
     def __iter__(self) -> Iterator[Text]:
         return islice(texts_in(self.path, self.field), self.most)
+
+
+@dataclass(frozen=True)
+class GivenTexts:
+    """The texts of objects in Python, looked at one after another."""
+
+    given: Any
+    """Texts, or objects with a field that holds one; or a table."""
+    field: str | None = None
+    is_table: bool = False
+
+    def __iter__(self) -> Iterator[Text]:
+        """Raises PromptError, with the number of the item from 0, for one that is no text."""
+        if self.is_table:
+            where = f"the DataFrame, row {{}} (from 0), field {self.field!r}"
+            return (_text_of(item, where.format(number), None) for number, item in enumerate(self.given[self.field]))
+        return (as_text(item, self.field, f"item {number} (from 0)") for number, item in enumerate(self.given))
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from AutomaticEval.capture.texts.sources import Text, as_text
+from AutomaticEval.errors import PromptError
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,12 @@ class TextSet:
 
     @classmethod
     def of(cls, name: str, texts: Iterable[str | Text], **about: Any) -> TextSet:
-        """A set of texts with their number and a hash of them. Raises what as_text raises, before a model is loaded."""
+        """A set of texts with their number and a hash of them. They are gone through here, and again for each model.
+
+        Raises what as_text raises, before a model is loaded; PromptError for an iterator, which would be used up.
+        """
+        if iter(texts) is texts:
+            raise PromptError(f"the texts of {name} are an iterator, which can be gone through once; give a list.")
         digest, total = xxhash.xxh3_64(), 0
         for text in texts:
             digest.update(json.dumps(as_text(text).text).encode())

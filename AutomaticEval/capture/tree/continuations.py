@@ -11,6 +11,7 @@ import torch
 
 from AutomaticEval.capture.keeping import BatchRow, keep_of, parts_of, recording_of, sample_columns, sequence_rows
 from AutomaticEval.capture.reduced_samples import SampleReducer
+from AutomaticEval.capture.texts.sources import rows_of
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
 from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
 from AutomaticEval.models.architecture.forward_call import alone_with, input_device
@@ -65,7 +66,7 @@ class ScoredContinuation:
 
 
 def score_continuations(
-    requests: Iterable[tuple[Text, Text]],
+    requests: Iterable[tuple[Text, Text] | Mapping[str, Any]],
     model: Any,
     *,
     capture_activations: bool = False,
@@ -74,8 +75,8 @@ def score_continuations(
 ) -> list[ScoredContinuation]:
     """The log-likelihood of each continuation after its context, over the prefix tree of all requests.
 
-    requests: (context, continuation) pairs of texts, which are tokenised as lm-eval does it, or of token ids. Tokens with which several
-    requests begin are computed once. A context that is too long loses its beginning. model: a name, a folder, "demo", or a loaded model
+    requests: (context, continuation) pairs of texts, which are tokenised as lm-eval does it, or of token ids; also objects, or a DataFrame,
+    with the fields context and continuation. Tokens with which several requests begin are computed once. A context that is too long loses its beginning. model: a name, a folder, "demo", or a loaded model
     with tokenizer=. options: see `ScoreKeywords`: sites, positions, dtype, device, peft, …
     A model that cannot be scored over a tree (state-space, ALiBi, sliding windows shorter than a request) computes each request by itself,
     and a warning says why.
@@ -96,8 +97,8 @@ def score_continuations(
             options.get("project"),
         )
     load = LoadOptions(**take_fields(dict(options), LoadOptions))
+    pairs = [_pair(number, each) for number, each in enumerate(rows_of(requests))]
     loaded = load_model(model, tokenizer=options.get("tokenizer"), options=load)
-    pairs = list(requests)
     length = loaded.context or FALLBACK_LENGTH
     cuts = [Cut.of(*_tokens(loaded.tokenizer, *pair), length) for pair in pairs]
     batches, batch_shape = _scored(loaded, cuts, ScoringOptions(selection))
@@ -116,6 +117,20 @@ def score_continuations(
             scored.logprob, scored.is_greedy, [*cut.context], [*cut.continuation], scored.logprobs.tolist(), data
         )
     return [scores[number] for number in range(len(cuts))]
+
+
+def _pair(number: int, request: Any) -> tuple[Text, Text]:
+    """A request as a pair. number: of the request, from 0. Raises PromptError for what is none."""
+    if isinstance(request, Mapping):
+        if not {"context", "continuation"} <= request.keys():
+            raise PromptError(
+                f"request {number} has not the fields context and continuation; it has {', '.join(map(str, request))}."
+            )
+        return request["context"], request["continuation"]
+    if isinstance(request, str) or not hasattr(request, "__len__") or len(request) != 2:
+        raise PromptError(f"request {number} is no pair (context, continuation): {request!r:.80}.")
+    context, continuation = request
+    return context, continuation
 
 
 def _scored(

@@ -270,7 +270,7 @@ class TreeScoring:
         device = stretch.logprobs.device
         lines, of_tokens = sent([np.cumsum(np.diff(nodes, prepend=nodes[:1]) != 0), tokens], device)
         logprobs = stretch.logprobs[lines, of_tokens].to("cpu", non_blocking=True)
-        likeliest = stretch.logprobs.argmax(-1) if len(lines) else lines
+        likeliest = likeliest_tokens(stretch.logprobs) if len(lines) else lines
         are_likeliest = (likeliest[lines] == of_tokens).to("cpu", non_blocking=True)
         was_fed = None if stretch.was_fed is None else stretch.was_fed.to("cpu", non_blocking=True)
         devices = {each for each in (device, input_device(self.loaded.model)) if each.type == "cuda"}
@@ -311,6 +311,13 @@ class TreeScoring:
         logprobs, is_greedy = self._logprobs[own], bool(self._greedy[own].all())
         parts = self._rows.parts(chosen(path, self._positions(index))) if self.options.selection is not None else ()
         return Scored(index, float(logprobs.sum()), is_greedy, logprobs, parts)
+
+
+def likeliest_tokens(logprobs: Tensor) -> Tensor:
+    """[n]: the token of each line [d_vocab] with the largest number; of equal ones the first."""
+    if logprobs.device.type == "cpu" and logprobs.dtype == torch.float32:  # torch takes several times as long as numpy
+        return torch.from_numpy(logprobs.numpy().argmax(-1))
+    return logprobs.argmax(-1)
 
 
 def _all_fed(requests: Iterable[Cut]) -> Iterator[Array]:

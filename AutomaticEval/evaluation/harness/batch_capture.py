@@ -55,6 +55,11 @@ class ScoredRow:
     """Tokens that were cut off the context on the left."""
 
     @property
+    def n_prompt(self) -> int:
+        """The tokens of the context. Its requests' continuations are equally long."""
+        return len(self.sequence) - len(next(iter(self.continuations.values())))
+
+    @property
     def fed(self) -> list[int]:
         """The tokens that the model is given."""
         return self.sequence[:-1]

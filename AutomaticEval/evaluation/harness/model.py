@@ -33,8 +33,10 @@ from AutomaticEval.evaluation.harness.row_groups import RowGroups
 from AutomaticEval.evaluation.harness.shared_prefixes import SharedPrefixes
 from AutomaticEval.evaluation.harness.tokens import EncodingHFLM, rolling_windows, texts_of
 from AutomaticEval.evaluation.harness.tree_scores import TreeScorer
+from AutomaticEval.evaluation.screen import SCORING, one_call
 from AutomaticEval.models.architecture.forward_call import cache_name
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.edited_positions import BatchSequence, told
 from AutomaticEval.models.find_layout import refuse_untrue
 from AutomaticEval.models.recording import Recording
 from AutomaticEval.selection import Selection
@@ -153,7 +155,7 @@ class CapturingHFLM(EncodingHFLM):
         stock = self.cache_hook
         self.cache_hook: Any = AnswerHook(call.hear)
         try:
-            with recording(call.begins, placeholder, groups):
+            with one_call(), recording(call.begins, placeholder, groups):
                 yield call
         finally:
             self._call, self.cache_hook = None, stock
@@ -191,7 +193,7 @@ class CapturingHFLM(EncodingHFLM):
         """Score what a call listed over its prefix tree. False, with a warning, when the model cannot be served so."""
         if self._scoring != "tree" or not call.tokens:
             return False
-        bar = None if disable_tqdm or not self._ranks.is_first else "Running loglikelihood requests"
+        bar = None if disable_tqdm or not self._ranks.is_first else SCORING
         try:
             with self._autocast():
                 self._tree.score(call, bar)
@@ -241,10 +243,12 @@ class CapturingHFLM(EncodingHFLM):
     def _scored(self, rows: Sequence[ScoredRow], ids: Tensor) -> Tensor:
         """The logits of rows that are run together [n_rows, width, d_vocab]."""
         forward = super()._model_call
-        if self._capture is None:
-            plain: Tensor = forward(ids)
-            return plain
-        return self._capture.scored(self._served(), rows, ids, forward)
+        sequences = [BatchSequence(0, row.n_prompt, len(row.sequence) - row.n_prompt) for row in rows]
+        with told(self.model, sequences):
+            if self._capture is None:
+                plain: Tensor = forward(ids)
+                return plain
+            return self._capture.scored(self._served(), rows, ids, forward)
 
     # Generation.
 

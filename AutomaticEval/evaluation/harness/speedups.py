@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
 from AutomaticEval.errors import StoreError
+from AutomaticEval.evaluation.screen import hushed
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.store.disk.json_files import write_json
 
@@ -36,20 +36,8 @@ STOCK = Path(lm_eval.tasks.__file__).parent
 
 def stock_model(loaded: LoadedModel) -> HFLM:
     """lm-eval's own model of a loaded one, for its limits and its encoding."""
-    with quiet(HFLM.__module__):  # lm-eval warns that a model which is loaded already is not shared out
+    with hushed():
         return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
-
-
-@contextmanager
-def quiet(module: str) -> Iterator[None]:
-    """Keep a module's warnings off the log."""
-    logger = logging.getLogger(module)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @contextmanager

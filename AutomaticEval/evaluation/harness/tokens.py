@@ -16,7 +16,7 @@ from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from AutomaticEval.evaluation.harness.speedups import quiet
+from AutomaticEval.evaluation.screen import hushed
 from AutomaticEval.models.architecture.forward_call import input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.tokens.parts import PartEncoder, n_chars_alike
@@ -50,7 +50,7 @@ class EncodingHFLM(HFLM):  # type: ignore[misc]
 
     def __init__(self, loaded: LoadedModel, *, has_stock_batches: bool, **kwargs: Any) -> None:
         self._ahead = EncodedAhead((), self._encode_many)
-        with quiet(HFLM.__module__):  # lm-eval warns that a model which is loaded already is not shared out; here it is
+        with hushed():
             super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)
         self._parts = PartEncoder(self.tokenizer)
         self._device = input_device(loaded.model)  # lm-eval takes the first weight's, which may be offloaded

@@ -64,7 +64,9 @@ class TreeScorer:
         for each in self.ranks.gathered(refusal):
             if each is not None:
                 raise TreeUnsuitable(each)
-        with tqdm(total=len(requests), initial=len(answered), desc=bar, disable=bar is None) as progress:
+        with tqdm(
+            total=len(requests), initial=len(answered), desc=bar, unit="request", disable=bar is None
+        ) as progress:
             for batch in scoring.results():
                 self._hand_on(call, requests, batch, scoring)
                 progress.update(len(batch))

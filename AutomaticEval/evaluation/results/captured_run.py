@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from AutomaticEval.selection import Selection
 from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.contents.columns import Columns, Listed, records_of
 from AutomaticEval.store.disk.file_names import own_name, plain_name
-from AutomaticEval.store.disk.whole_files import prepare_folder
+from AutomaticEval.store.disk.whole_files import prepare_folder, stamped_folder
 from AutomaticEval.store.run_folder import is_finished, leaving_nothing
 from AutomaticEval.store.shared import SharedRun
 from AutomaticEval.store.writer import RunWriter
@@ -93,6 +92,7 @@ class RunFolder:
             self.ranks,
             self.paths,
             self.matrices,
+            self.output.asked,
         )
 
     @property
@@ -142,25 +142,10 @@ def made_with(loaded: LoadedModel, selection: Selection) -> RunSettings:
 def _new_folder_of(output: RunOutput, name: str) -> Path:
     """The folder that was named, or a new one in `activation_save_dir`. Raises PathExists for one that is there."""
     if output.output is None:
-        return new_folder(output.activation_save_dir, name)
+        return stamped_folder(output.activation_save_dir, name)
     output.refuse_existing()
     prepare_folder(output.output)
     return output.output
-
-
-def new_folder(save_dir: Path, name: str) -> Path:
-    """Make a new folder `<name>_<timestamp>`, and return it."""
-    prepare_folder(save_dir)
-    stem = f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
-    number = 1
-    while True:
-        folder = save_dir / (stem if number == 1 else f"{stem}_{number}")
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
 
 
 def folder_name(benchmarks: Sequence[str], model: str) -> str:

@@ -22,6 +22,11 @@ def hdf5_path(path: str | Path) -> Path:
     return written
 
 
+def numbered(path: Path, number: int) -> Path:
+    """The path that is tried when those before it are taken: france.h5, france-2.h5, france-3.h5, …"""
+    return path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+
+
 def plain_name(text: str) -> str:
     """The text as the name of one file or folder: not hidden, and neither `.` nor `..`."""
     return re.sub(r"[^\w.-]+", "-", text).lstrip(".") or "-"

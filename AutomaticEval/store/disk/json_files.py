@@ -21,7 +21,7 @@ def new_results(folder: Path, *names: str) -> list[Path]:
     """The paths of result files, checked before the work that will fill them. Raises PathExists, FolderNotWritable."""
     prepare_folder(folder)
     for name in names:
-        prepare_file(folder / name, offer_overwrite=False)
+        prepare_file(folder / name, offer="")
     return [folder / name for name in names]
 
 
@@ -58,7 +58,9 @@ def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
     """Raises OtherSettings when a folder was made with other settings. before may hold more settings than now; those are not compared."""
     apart = RunSettings.from_dict(before).differences(RunSettings.from_dict(now), str(folder), now.keys())
     if apart:
-        raise OtherSettings(f"{folder} was made with other settings: {min(apart)}. Name another folder.")
+        raise OtherSettings(
+            f"{folder} was made with other settings: {min(apart)}. Name another folder with --output, or give the options that it was made with."
+        )
 
 
 def read_strength(path: str | Path) -> tuple[Stats, str]:

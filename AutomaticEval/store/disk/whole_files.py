@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 from AutomaticEval.errors import DiskFull, FolderNotWritable, PathExists, StoreError
@@ -16,30 +17,66 @@ from AutomaticEval.store.disk.partial_folders import DONE, SET, clear_leftovers,
 from AutomaticEval.store.disk.read_back import read_back
 from AutomaticEval.store.disk.system import DENIED, FULL, LOST, code_of
 
+OVERWRITING = " or pass overwrite=True (--overwrite)"
+"""What `prepare_file` offers a person whose file is there."""
+_made: list[Path] = []
+"""The folders that this process made, in their order."""
 
-def prepare_file(path: Path, *, overwrite: bool = False, offer_overwrite: bool = True) -> None:
+
+def prepare_file(path: Path, *, overwrite: bool = False, offer: str = OVERWRITING) -> None:
     """Make the folder of a file that will be written, and refuse now, before any work, a file that cannot be written.
 
-    offer_overwrite: name overwriting in the message. Raises PathExists, FolderNotWritable.
+    offer: what else than another name the message offers. Raises PathExists, FolderNotWritable.
     """
     with named_failures(path):
         is_folder, is_there = path.is_dir(), path.exists()
     if is_folder:
         raise PathExists(f"{path} is a folder; give the name of a file in it.")
     if is_there and not overwrite:
-        offered = " or pass overwrite=True (--overwrite)" if offer_overwrite else ""
-        raise PathExists(f"{path} exists and is not overwritten; choose another name{offered}.")
+        raise PathExists(f"{path} exists and is not overwritten; choose another name{offer}.")
     prepare_folder(path.parent)
 
 
 def prepare_folder(folder: Path) -> None:
     """Make a folder, check that it can be written, and remove what killed processes left in it. Raises FolderNotWritable, DiskFull."""
     with named_failures(folder):
+        _made.extend(each for each in (*reversed(folder.parents), folder) if not each.exists())
         folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder)
         trial = folder / hidden_name()
         trial.touch()
         trial.unlink(missing_ok=True)  # another process may remove leftovers here just now
+
+
+def stamped_folder(save_dir: Path, name: str) -> Path:
+    """Make a new folder `<name>_<timestamp>`, and return it. Raises FolderNotWritable, DiskFull."""
+    prepare_folder(save_dir)
+    stem = f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
+    number = 1
+    while True:
+        folder = save_dir / (stem if number == 1 else f"{stem}_{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            _made.append(folder)
+            return folder
+
+
+@contextmanager
+def leaving_no_empty_folder() -> Iterator[None]:
+    """When the with fails, remove the folders that `prepare_folder` and `stamped_folder` made in it, and that are empty."""
+    n_before = len(_made)
+    try:
+        yield
+    except BaseException:
+        for folder in reversed(_made[n_before:]):
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    finally:
+        del _made[n_before:]
 
 
 def ensure_space(folder: Path, size_bytes: int) -> None:

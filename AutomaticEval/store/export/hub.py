@@ -7,9 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from AutomaticEval.errors import StoreError, first_line
-from AutomaticEval.store.local_paths import LOCAL_PATHS
+from AutomaticEval.store.local_paths import ASKED, LOCAL_PATHS
 
-PRIVATE = [LOCAL_PATHS, f"*/{LOCAL_PATHS}", ".lock", ".lock-*", "*.partial", "*.partial/*", "*.damaged*"]
+PRIVATE = [
+    LOCAL_PATHS,
+    f"*/{LOCAL_PATHS}",
+    ASKED,
+    f"*/{ASKED}",
+    ".lock",
+    ".lock-*",
+    "*.partial",
+    "*.partial/*",
+    "*.damaged*",
+]
 """Patterns of the names of files that are never uploaded."""
 
 

@@ -22,6 +22,7 @@ from AutomaticEval.samples import COLUMNS, Sample
 from AutomaticEval.store.contents.changed import without_rows
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.contents.from_samples import of_samples
+from AutomaticEval.store.disk.file_names import numbered
 from AutomaticEval.store.disk.flushing import flushing
 from AutomaticEval.store.disk.json_text import as_json
 from AutomaticEval.store.disk.whole_files import new_file
@@ -68,20 +69,20 @@ def write_shard(
     report_non_finite(path, written.non_finite, strict=strict)
 
 
-def write_named(folder: Path, stem: str, sample: Sample, model: str, settings: Mapping[str, Any], **how: Any) -> Path:
-    """Write one sample as `stem.h5`, or `stem_2.h5`, … when the name is taken. Returns the path.
+def write_named(path: Path, sample: Sample, model: str, settings: Mapping[str, Any], **how: Any) -> Path:
+    """Write one sample as `france.h5`, or `france-2.h5`, … when the name is taken, also by another process just now. Returns the path.
 
     how: as for `write_shard`, which says what is raised.
     """
     for number in itertools.count(1):
-        path = folder / (f"{stem}.h5" if number == 1 else f"{stem}_{number}.h5")
-        if path.exists():
+        free = numbered(path, number)
+        if free.exists():
             continue
         try:
-            write_shard(path, [sample], model, settings, **how)
+            write_shard(free, [sample], model, settings, **how)
         except PathExists:  # taken by another process just now
             continue
-        return path
+        return free
     raise AssertionError("unreachable")
 
 

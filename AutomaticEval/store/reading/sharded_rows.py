@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.store.bits import bits_type, from_bits
+from AutomaticEval.store.bits import bits, bits_type, from_bits
 from AutomaticEval.store.contents.file_contents import Activation, RowFormat
 from AutomaticEval.store.disk.in_threads import in_threads, n_threads_for
 from AutomaticEval.store.hdf5.blocks import THREAD_BYTES
@@ -85,9 +85,9 @@ class ShardedRows:
         site = self._sites[number]
         return site if site.key == key else self._shard(number)
 
-    def read(self, key: str, ranges: Array | Sequence[tuple[int, int]]) -> Tensor:
-        """Rows of a site, one half-open range after the other: [n, width]."""
-        return from_bits(self._read_bits(key, ranges), self.formats[key].read_as)
+    def read(self, key: str, ranges: Array | Sequence[tuple[int, int]], out: Tensor | None = None) -> Tensor:
+        """Rows of a site, one half-open range after the other: [n, width]. out: what they are read into; None makes it."""
+        return from_bits(self._read_bits(key, ranges, out), self.formats[key].read_as)
 
     def scales(self, key: str, ranges: Array) -> Tensor:
         """For int8 rows, one range after the other: by how much a number grows when its stored integer grows by one. [n, width], float32."""
@@ -95,13 +95,13 @@ class ShardedRows:
         scales = [self._shard(number).read_scales(key, local) for number, local in self._split(ranges)]
         return torch.from_numpy(np.concatenate([none, *scales]))
 
-    def _read_bits(self, key: str, ranges: Array | Sequence[tuple[int, int]]) -> Array:
+    def _read_bits(self, key: str, ranges: Array | Sequence[tuple[int, int]], into: Tensor | None = None) -> Array:
         row_format = self.formats[key]
         wanted = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
         n_rows = int((wanted[:, 1] - wanted[:, 0]).sum())
         # each shard is checked to have rows of this width before memory is taken for them
         by_shard = [(self._with(number, key), local) for number, local in self._split(wanted)]
-        out = np.empty((n_rows, row_format.width), bits_type(row_format.read_as))
+        out = np.empty((n_rows, row_format.width), bits_type(row_format.read_as)) if into is None else bits(into)
         ends = np.cumsum([0, *(int((local[:, 1] - local[:, 0]).sum()) for _, local in by_shard)]).tolist()
 
         def read(number: int) -> None:
@@ -143,6 +143,8 @@ class ShardedRows:
 
     def take(self, key: str, rows: Array) -> Tensor:
         """Rows of a site by their numbers, in any order: [n, width]. The files are read in their own order."""
+        if np.all(rows[1:] > rows[:-1]):
+            return self.read(key, ranges_of(rows))
         distinct, inverse = np.unique(rows, return_inverse=True)
         raw = self._read_bits(key, ranges_of(distinct))
         if len(distinct) != len(rows) or np.any(inverse != np.arange(len(rows))):

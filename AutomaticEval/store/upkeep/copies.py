@@ -34,7 +34,7 @@ def write_copy(destination: Path, contents: Contents, compression: str | None, a
     destination = destination.expanduser()
     if (destination.parent / INDEX).exists() or shard_names(destination.parent):
         raise StoreError(f"{destination} would be inside a run folder; choose another folder.")
-    prepare_file(destination, offer_overwrite=False)
+    prepare_file(destination, offer="")
     row_bytes = sum(each.width * each.dtype.itemsize for each in contents.activations.values())
     ensure_space(destination.parent, 0 if compression else contents.n_rows * row_bytes)
     counted = {key: replace(each, slabs=_counting(each, advance)) for key, each in contents.activations.items()}

@@ -52,7 +52,9 @@ def _check_settings(folder: Path, shards: Sequence[Shard], settings: Mapping[str
         wanted = RunSettings.from_dict({**settings, "run_id": shards[0].made_with.run_id})
         apart = RunSettings.from_dict({"model": shard.model, **shard.settings}).differences(wanted, str(folder))
         if apart:
-            raise OtherSettings(f"{folder} cannot be resumed: {'; '.join(map(str, apart))}.")
+            raise OtherSettings(
+                f"{folder} cannot be resumed: {'; '.join(map(str, apart))}. Give the options that it was made with, or another folder (--output)."
+            )
 
 
 def _damaged(folder: Path, opened: Mapping[str, Shard | None]) -> dict[str, str]:

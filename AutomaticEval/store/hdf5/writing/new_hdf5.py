@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 import h5py
 
@@ -71,7 +72,8 @@ def _hdf5_to_write(path: Path) -> Iterator[h5py.File]:
 
 
 def _empty_hdf5() -> bytes:
-    with h5py.File("empty", "w", driver="core", backing_store=False, libver=("earliest", "v110")) as file:
+    name = uuid4().hex  # HDF5 refuses a name that is open, also when it is another thread's, and no file has it
+    with h5py.File(name, "w", driver="core", backing_store=False, libver=("earliest", "v110")) as file:
         file.flush()
         return bytes(file.id.get_file_image())
 

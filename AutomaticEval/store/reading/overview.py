@@ -1,0 +1,126 @@
+"""What a run is, in a few lines: what was run, how, what was kept, and how large it is. For a person at a terminal or in a notebook."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from AutomaticEval.settings import RunSettings
+from AutomaticEval.store.disk.whole_files import size_text
+from AutomaticEval.store.reading.reduced_runs import how_reduced
+from AutomaticEval.store.run_folder import shard_names
+
+if TYPE_CHECKING:
+    from AutomaticEval.store.reader import Run
+
+
+class TaskLine(NamedTuple):
+    """One task of a run."""
+
+    task: str
+    """Empty for a run that is no benchmark's."""
+
+    n_samples: int
+    n_questions: int
+    correct: float | None
+    """The share of the questions with a verdict that were answered rightly; None when no question has one."""
+
+    means: Mapping[str, tuple[float, float | None]]
+    """Metric -> its mean over the questions, and the standard error of that mean, which one question alone does not give."""
+
+
+def facts_of(run: Run) -> dict[str, str]:
+    """What there is to say of a run as a whole: name -> text. What a run does not say is left out."""
+    made = run.made_with
+    about = {
+        "model": _model(run.model, made),
+        "revision": made.revision,
+        "loaded with": _pairs(made.loaded_with),
+        "date": run.created,
+        "state": _state(run),
+        "benchmark": _asked(made.benchmark),
+        "texts": _pairs(made.corpus),
+        "edits": _pairs(made.edits) or "none",
+        "sites": made.sites,
+        "layers": made.layers,
+        "positions": made.positions,
+        "reduced": how_reduced(run.settings) if made.reduce or made.project else None,
+        "answers": made.generation or "generated step by step",
+        "versions": _pairs(made.versions),
+        "size": _size(run),
+    }
+    return {name: str(text) for name, text in about.items() if text}
+
+
+def tasks_of(run: Run) -> list[TaskLine]:
+    """The tasks of a run by name, each with the mean of every metric that lm-eval gave its questions."""
+    names = run.contents.columns.names
+    columns = [
+        run.column(name) if name in names else [None] * len(run) for name in ("task", "doc_id", "correct", "metrics")
+    ]
+    first: dict[str, dict[Any, tuple[Any, Any]]] = {}
+    counted: dict[str, int] = {}
+    for number, (task, doc_id, correct, metrics) in enumerate(zip(*columns, strict=True)):
+        task = task or ""
+        counted[task] = counted.get(task, 0) + 1
+        # of each question, what its first sample says
+        first.setdefault(task, {}).setdefault(number if doc_id is None else doc_id, (correct, metrics))
+    return [_line(task, counted[task], list(docs.values())) for task, docs in sorted(first.items())]
+
+
+def _line(task: str, n_samples: int, docs: list[tuple[Any, Any]]) -> TaskLine:
+    known = [bool(correct) for correct, _ in docs if correct is not None]
+    by_metric: dict[str, list[float]] = {}
+    for _, metrics in docs:
+        for filtered, values in _entries(metrics):
+            for metric, value in _entries(values):
+                name = metric if filtered == "none" else f"{metric} ({filtered})"
+                if isinstance(value, int | float):
+                    by_metric.setdefault(name, []).append(float(value))
+    means = {
+        name: (statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None)
+        for name, values in by_metric.items()
+    }
+    return TaskLine(task, n_samples, len(docs), sum(known) / len(known) if known else None, means)
+
+
+def _model(name: str, made: RunSettings) -> str:
+    """The model's name, its kind and size, and how it ran."""
+    shape, config = dict(_entries(made.shape)), dict(_entries(made.config))
+    size = f"{shape['n_layers']} layers of {shape['d_model']}" if {"n_layers", "d_model"} <= shape.keys() else None
+    known = [each for each in (config.get("model_type"), size, made.dtype, made.quantization, made.attention) if each]
+    return f"{name} ({', '.join(map(str, known))})" if known else name
+
+
+def _state(run: Run) -> str:
+    if run.path.is_file():
+        return "one file"
+    return "finished" if run.finished else "not finished: it was cut short, or still runs (--resume goes on with it)"
+
+
+def _asked(benchmark: Any) -> str:
+    """The tasks, and the options of the benchmark that were given."""
+    given = {name: value for name, value in _entries(benchmark) if value not in (None, False, [], {})}
+    return ", ".join(each for each in (_pairs(given.pop("names", None)), _pairs(given)) if each)
+
+
+def _size(run: Run) -> str:
+    files = [run.path] if run.path.is_file() else [run.path / name for name in shard_names(run.path)]
+    rows = f"{run.contents.n_rows} {'lines' if run.contents.is_by_sample else 'rows'} of {len(run.keys)} sites"
+    n_bytes = sum(file.stat().st_size for file in files)
+    return f"{len(run)} samples, {rows}; {size_text(n_bytes)} in {len(files)} file{'s' if len(files) > 1 else ''}"
+
+
+def _entries(value: Any) -> list[tuple[Any, Any]]:
+    """The entries of a dict. A file may hold anything in its place, which then has none."""
+    return list(value.items()) if isinstance(value, Mapping) else []
+
+
+def _pairs(value: Any) -> str:
+    """A dict, a list or any other value in words; nothing for None."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {each}" for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
