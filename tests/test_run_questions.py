@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,16 @@ def test_the_row_of_a_question_knows_nothing_of_the_answers_text(scored: Run) ->
     """All prompts of the demo end with the same token, so that its embedding is one row; a sample's last row is a token of the answer."""
     assert len(scored.questions().activations("embeddings").unique(dim=0)) == 1
     assert len(scored.activations("embeddings", position="last").unique(dim=0)) > 9
+
+
+def test_a_notebook_shows_a_question_with_its_choices_and_verdict(scored: Run) -> None:
+    first, last = scored.questions()[0], scored.questions()[-1]
+    shown = first._repr_html_()
+    assert "<b>demo_facts document 0: wrong</b>" in shown
+    assert "<td>0.993</td><td> whale</td><td>taken</td><td></td>" in shown
+    assert "<td>0.004</td><td> fox</td><td></td><td>target</td>" in shown
+    assert "Response:  48<br>Target: 57" in last._repr_html_()
+    assert "<script>" not in replace(first, question="<script>", choices=["<script>"] * 4)._repr_html_()
 
 
 def test_other_tokens_of_the_prompt_and_of_an_answer(mixed: Run, scored: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,6 +62,18 @@ class Question:
 
     answer: str | None
     """The response without its thinking. None when the thinking was not finished."""
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the question, its choices with their probabilities, what the model took, and the verdict."""
+        verdict = {True: "right", False: "wrong", None: "no verdict"}[self.correct]
+        lines = [
+            f"<tr><td>{probability:.3f}</td><td>{escape(choice)}</td>"
+            f"<td>{'taken' if number == self.prediction else ''}</td><td>{'target' if number == self.target else ''}</td></tr>"
+            for number, (choice, probability) in enumerate(zip(self.choices, self.probabilities, strict=False))
+        ]
+        said = "" if lines else f"<p>Response: {escape(str(self.response))}<br>Target: {escape(str(self.target))}</p>"
+        name = escape(f"{self.task} document {self.doc_id}" if self.task else "asked alone")
+        return f"<p><b>{name}: {verdict}</b></p><pre>{escape(self.question)}</pre><table>{''.join(lines)}</table>{said}"
 
 
 class Field(NamedTuple):
