@@ -43,22 +43,10 @@ def _show_run(run: Run) -> None:
     say(repr(run))
     from AutomaticEval.store.reading.reduced_runs import how_reduced
 
-    names = run.contents.columns.names
-    absent: dict[str, list[Any]] = {
-        "task": [""] * len(run),
-        "doc_id": list(range(len(run))),
-        "correct": [None] * len(run),
-    }
-    columns = [run.column(name) if name in names else values for name, values in absent.items()]
-    rows: dict[str, list[tuple[int | None, bool | None]]] = {}
-    for task, doc_id, correct in zip(*columns, strict=True):
-        rows.setdefault(task or "", []).append((doc_id, correct))
-    tasks = []
-    for task, part in sorted(rows.items()):
-        docs = dict(reversed(part))  # of each, what its first row says
-        known = [correct for correct in docs.values() if correct is not None]
-        share = f"{sum(known) / len(known):.4f}" if known else "unknown"
-        tasks.append((task, str(len(part)), str(len(docs)), share))
+    tasks = [
+        (task, str(n_samples), str(n_docs), "unknown" if correct is None else f"{correct:.4f}")
+        for task, n_samples, n_docs, correct in run.tasks()
+    ]
     print_table("", ("Task", "Samples", "Documents", "Correct"), tasks, n_words=4)
     stored = run.contents.activations
     sites = [(key, str(each.width), str(each.read_as).removeprefix("torch.")) for key, each in stored.items()]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from AutomaticEval.errors import ManySamples, RefusedPickle, StoreError, did_you_mean
 from AutomaticEval.reducing.projection import EVERY_SITE
-from AutomaticEval.samples import Line, Rows, fed_of, sample_data
+from AutomaticEval.safe_text import html_table
+from AutomaticEval.samples import ActivationData, Line, Rows, fed_of, sample_data
 from AutomaticEval.settings import RunSettings
 from AutomaticEval.sites import key_among, kind_and_layer
 from AutomaticEval.store.contents.changed import reordered
@@ -32,6 +33,7 @@ from AutomaticEval.store.reading.reduced_runs import how_reduced
 from AutomaticEval.store.reading.row_batches import RowBatches
 from AutomaticEval.store.reading.row_numbers import row_numbers
 from AutomaticEval.store.reading.run_files import open_files
+from AutomaticEval.store.reading.run_summary import TaskSummary, run_lines, task_summaries
 from AutomaticEval.store.reading.shuffled import BUFFER_ROWS, ShuffledRows
 from AutomaticEval.store.reading.table_queries import has_value, pandas_table
 from AutomaticEval.store.row_array import RowArray, RowsDataset
@@ -61,7 +63,7 @@ def load_activations(path: str | Path, sample: int | None = None, *, check: bool
     if not -len(run) <= number < len(run):
         raise StoreError(f"{given} has no sample {number}; it holds {len(run)}, from 0.")
     data = run[number]
-    return data if given.is_dir() else {**data, "path": str(given.resolve())}
+    return data if given.is_dir() else ActivationData({**data, "path": str(given.resolve())})
 
 
 def open_run(path: str | Path, *, check: bool = True) -> Run:
@@ -87,7 +89,7 @@ def _load_torch(path: Path) -> dict[str, Any]:
         ) from failure
     if not isinstance(stored, dict):
         raise RefusedPickle(f"{path} holds a {type(stored).__name__}, not a dict of activations.")
-    return stored
+    return ActivationData(stored)
 
 
 class Run(Sequence[dict[str, Any]]):
@@ -248,6 +250,10 @@ class Run(Sequence[dict[str, Any]]):
                 f"{self.path} has no column {name!r}.{did_you_mean(name, names)} It has {', '.join(names)}."
             )
         return self._columns.whole(name)
+
+    def tasks(self) -> list[TaskSummary]:
+        """The tasks of these samples: how many samples and documents each has, and which share of the documents is answered correctly."""
+        return task_summaries(self._columns, len(self))
 
     @property
     def _columns(self) -> Ordered:
@@ -410,3 +416,12 @@ class Run(Sequence[dict[str, Any]]):
     def __repr__(self) -> str:
         ending = "" if self.finished or self.path.is_file() else ", not finished"
         return f"<Run {self.path}: {len(self)} samples, {len(self.keys)} sites{ending}>"
+
+    def _repr_html_(self) -> str:
+        """As a table, for notebooks: model, state, tasks and scores, selection, sites, edits, size."""
+        files = list(self.path.glob("*.h5")) if self.path.is_dir() else [self.path]
+        size = f"{sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB on the disk, {len(files)} files"
+        state = "finished" if self.finished else "one file" if self.path.is_file() else "not finished: without scores"
+        lines = run_lines(self.made_with, self.tasks(), self._rows.formats)
+        around = [("model", self.model), ("state", state), *lines, ("size", size), ("path", str(self.path))]
+        return html_table(f"Run of {len(self)} samples", around)
