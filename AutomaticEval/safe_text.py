@@ -6,6 +6,8 @@ Knows nothing of terminals.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from html import escape
 
 _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but for tab and line feed, marks that turn the direction of text, and lone surrogates."""
@@ -14,3 +16,12 @@ _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u20
 def shown(text: str) -> str:
     """`\\x1b[31m` as it is written in Python, in place of a colour; what is text stays as it is."""
     return _UNSHOWN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def html_table(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """A table of names and values. All text is escaped."""
+    lines = [
+        f"<tr><th style='text-align:left'>{escape(shown(name))}</th><td style='text-align:left'>{escape(shown(text))}</td></tr>"
+        for name, text in rows
+    ]
+    return f"<table><caption>{escape(shown(title))}</caption>{''.join(lines)}</table>"

@@ -5,6 +5,8 @@ Knows nothing of models or of files.
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.errors import CaptureError, did_you_mean
+from AutomaticEval.safe_text import html_table, shown
 
 COLUMNS = {
     "prompt": "text",
@@ -48,6 +51,9 @@ COLUMNS = {
 
 NO_TOKEN = NO_POSITION = -1
 """Stand for the token and the position of a line that is no single token's."""
+
+_MOST = 90
+"""The most characters of a value that are printed."""
 
 
 class RowFormat(NamedTuple):
@@ -154,7 +160,7 @@ class Sample:
         n_ids = len(self.input_ids) + len(self.generated_ids)
         return 36 * n_ids + sum(len(value) for value in self.fields.values() if isinstance(value, str)) + 2048
 
-    def activation_data(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def activation_data(self, model: str, settings: Mapping[str, Any]) -> ActivationData:
         """The dict that the drop-in functions return and that `load_activations` gives back."""
         first = self.parts[0].rows
         if isinstance(first, Line):
@@ -173,6 +179,37 @@ class Sample:
         return sample_data(model, settings, self.fields, self.input_ids, self.generated_ids, own)
 
 
+class ActivationData(dict[str, Any]):
+    """One sample as a dict: prompt, response, activations, …. It is a dict in all but its repr, which is short, and its look in a notebook.
+
+    It is pickled as an OrderedDict, so that `torch.load` reads a file of `torch.save` with weights_only=True, and without this package.
+    """
+
+    def __repr__(self) -> str:
+        wide = max((len(name) for name, _ in self._lines()), default=0)
+        lines = [f"  {name:{wide}}  {text}" for name, text in self._lines()]
+        return "\n".join([f"<activation data: {len(self)} entries", *lines, ">"])
+
+    def _repr_html_(self) -> str:
+        """As a table, for notebooks."""
+        return html_table("activation data", self._lines())
+
+    def _lines(self) -> list[tuple[str, str]]:
+        return [(shown(str(name)), each) for name, value in self.items() for each in _texts(value)]
+
+    def copy(self) -> ActivationData:
+        return ActivationData(self)
+
+    def __copy__(self) -> ActivationData:
+        return ActivationData(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ActivationData:
+        return ActivationData({name: copy.deepcopy(value, memo) for name, value in self.items()})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return OrderedDict, (), None, None, iter(self.items())
+
+
 def sample_data(
     model: str,
     settings: Mapping[str, Any],
@@ -180,7 +217,7 @@ def sample_data(
     input_ids: Sequence[int],
     generated_ids: Sequence[int],
     rows: Rows,
-) -> dict[str, Any]:
+) -> ActivationData:
     """One sample as a dict, which is the same whether the sample comes from a model or from a file. rows: its own, and no others.
 
     With a line in the place of rows, `reduced` has it, key -> [width], and `activations` has no rows.
@@ -191,7 +228,7 @@ def sample_data(
         rows = Rows([], [], [], {})
     hidden = ("batch_rows", "batch_columns", "shard", "index")
     batch_shape = [fields[name] for name in ("batch_rows", "batch_columns") if name in fields]
-    return {
+    data = {
         **{name: value for name, value in fields.items() if name not in hidden},
         "model": model,
         "input_ids": torch.tensor(list(input_ids), dtype=torch.long)[None],  # [1, P]
@@ -203,6 +240,7 @@ def sample_data(
         **reduced,
         "settings": {**settings, "batch_shape": batch_shape} if batch_shape else dict(settings),
     }
+    return ActivationData(data)
 
 
 def check_columns(names: Iterable[str]) -> None:
@@ -213,3 +251,32 @@ def check_columns(names: Iterable[str]) -> None:
                 f"a sample has the column {name!r}, which the file format does not have, and nothing was written."
                 f"{did_you_mean(name, COLUMNS)} Columns: {', '.join(COLUMNS)}."
             )
+
+
+def _texts(value: Any) -> list[str]:
+    """What a value is, in one line; of tensors by name, a line for each shape."""
+    if isinstance(value, Mapping) and value and all(isinstance(each, Tensor) for each in value.values()):
+        by_shape: dict[str, list[str]] = {}
+        for name, tensor in value.items():
+            by_shape.setdefault(_kind(tensor), []).append(str(name))
+        return [f"{kind} at {len(names)} sites: {_some(names)}" for kind, names in by_shape.items()]
+    if isinstance(value, Tensor):
+        return [_kind(value)]
+    if isinstance(value, Mapping):
+        return [f"{len(value)} entries: {_some([str(name) for name in value])}" if value else "none"]
+    if isinstance(value, list | tuple) and len(repr(value)) > _MOST:
+        return [f"{len(value)} items, {_cut(repr(value[0]), _MOST // 2)} …"]
+    return [_cut(shown(repr(value)), _MOST)]
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _some(names: list[str]) -> str:
+    """Names, of many the first three and the last."""
+    return shown(", ".join(names if len(names) <= 5 else [*names[:3], "…", names[-1]]))
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} …"

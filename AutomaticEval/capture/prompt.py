@@ -18,7 +18,7 @@ from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptio
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.loading import load_model, n_layers_of
 from AutomaticEval.options import take_fields
-from AutomaticEval.samples import Sample
+from AutomaticEval.samples import ActivationData, Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.disk.file_names import hdf5_path, numbered
@@ -191,11 +191,11 @@ class PromptResponse:
     matrices: dict[str, Any]
     """Those of the projection, and the values that the model was edited with; files keep them beside the rows."""
 
-    def activation_data(self, file: Path | None) -> dict[str, Any]:
+    def activation_data(self, file: Path | None) -> ActivationData:
         """The dict that the drop-in functions return. file: where the sample was written; None when it was not."""
         assert self.sample is not None
         path = None if file is None else str(file.resolve())
-        return {**self.sample.activation_data(self.model, self.settings), "path": path}
+        return ActivationData({**self.sample.activation_data(self.model, self.settings), "path": path})
 
 
 def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Path | None = None) -> PromptResponse:

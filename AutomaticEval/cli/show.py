@@ -62,9 +62,9 @@ def _there(run: Run, sample: int) -> int:
 
 
 def _show_run(run: Run) -> None:
-    from AutomaticEval.store.reading.overview import facts_of, tasks_of
+    from AutomaticEval.store.reading.overview import facts_of
 
-    facts, tasks = facts_of(run), tasks_of(run)
+    facts, tasks = facts_of(run), run.tasks()
     print_table("", ("Run", str(run.path)), facts.items(), n_words=2)
     print_table("", ("Task", "Samples", "Questions", "Correct"), map(_task_row, tasks))
     means = [

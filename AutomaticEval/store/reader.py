@@ -16,7 +16,8 @@ from torch import Tensor
 
 from AutomaticEval.errors import ManySamples, RefusedPickle, StoreError, did_you_mean
 from AutomaticEval.reducing.projection import EVERY_SITE
-from AutomaticEval.samples import Line, Rows, fed_of, sample_data
+from AutomaticEval.safe_text import html_table
+from AutomaticEval.samples import ActivationData, Line, Rows, fed_of, sample_data
 from AutomaticEval.settings import RunSettings
 from AutomaticEval.sites import key_among, kind_and_layer
 from AutomaticEval.store.contents.changed import reordered
@@ -29,6 +30,7 @@ from AutomaticEval.store.questions.questions import Questions, Source
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reading.finite_samples import finite_samples
 from AutomaticEval.store.reading.layer_samples import LayerSamples
+from AutomaticEval.store.reading.overview import TaskLine, facts_of, tasks_of
 from AutomaticEval.store.reading.reduced_runs import how_reduced
 from AutomaticEval.store.reading.row_batches import RowBatches
 from AutomaticEval.store.reading.row_numbers import row_numbers
@@ -63,7 +65,7 @@ def load_activations(path: str | Path, sample: int | None = None, *, check: bool
     if not -len(run) <= number < len(run):
         raise StoreError(f"{given} has no sample {number}; it holds {len(run)}, from 0.")
     data = run[number]
-    return data if given.is_dir() else {**data, "path": str(given.resolve())}
+    return data if given.is_dir() else ActivationData({**data, "path": str(given.resolve())})
 
 
 def open_run(path: str | Path, *, check: bool = True) -> Run:
@@ -93,7 +95,7 @@ def _load_torch(path: Path) -> dict[str, Any]:
         ) from failure
     if not isinstance(stored, dict):
         raise RefusedPickle(f"{path} holds a {type(stored).__name__}, not a dict of activations.")
-    return stored
+    return ActivationData(stored)
 
 
 class Run(Sequence[dict[str, Any]]):
@@ -272,6 +274,10 @@ class Run(Sequence[dict[str, Any]]):
     def column(self, name: str) -> list[Any]:
         """One column of the table: a list of n_samples values. Raises StoreError for a column that the run does not have."""
         return column_of(self._columns, name, self.path)
+
+    def tasks(self) -> list[TaskLine]:
+        """The tasks of these samples by name: how many questions each has, the share that is answered rightly, and the mean of each metric."""
+        return tasks_of(self)
 
     @property
     def _columns(self) -> Ordered:
@@ -454,3 +460,8 @@ class Run(Sequence[dict[str, Any]]):
     def __repr__(self) -> str:
         ending = "" if self.finished or self.path.is_file() else ", not finished"
         return f"<Run {self.path}: {len(self)} samples, {len(self.keys)} sites{ending}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what the run is, and its tasks with their scores."""
+        tasks = [(each.task or "samples", each.in_words) for each in self.tasks()]
+        return html_table(f"Run of {len(self)} samples", [*facts_of(self).items(), *tasks, ("path", str(self.path))])

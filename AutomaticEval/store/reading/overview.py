@@ -29,6 +29,13 @@ class TaskLine(NamedTuple):
     means: Mapping[str, tuple[float, float | None]]
     """Metric -> its mean over the questions, and the standard error of that mean, which one question alone does not give."""
 
+    @property
+    def in_words(self) -> str:
+        """In one line."""
+        correct = "" if self.correct is None else f", {self.correct:.4f} correct"
+        means = "".join(f", {name} {mean:.4f}" for name, (mean, _) in self.means.items())
+        return f"{self.n_samples} samples of {self.n_questions} questions{correct}{means}"
+
 
 def facts_of(run: Run) -> dict[str, str]:
     """What there is to say of a run as a whole: name -> text. What a run does not say is left out."""
@@ -45,6 +52,7 @@ def facts_of(run: Run) -> dict[str, str]:
         "sites": made.sites,
         "layers": made.layers,
         "positions": made.positions,
+        "stored": _stored(run),
         "reduced": how_reduced(run.settings) if made.reduce or made.project else None,
         "answers": made.generation or "generated step by step",
         "versions": _pairs(made.versions),
@@ -103,6 +111,14 @@ def _asked(benchmark: Any) -> str:
     """The tasks, and the options of the benchmark that were given."""
     given = {name: value for name, value in _entries(benchmark) if value not in (None, False, [], {})}
     return ", ".join(each for each in (_pairs(given.pop("names", None)), _pairs(given)) if each)
+
+
+def _stored(run: Run) -> str:
+    """The sites, by how their rows are kept."""
+    keys: dict[str, list[str]] = {}
+    for key, each in run.contents.activations.items():
+        keys.setdefault(f"{str(each.dtype).removeprefix('torch.')} {each.width} wide", []).append(key)
+    return "; ".join(f"{', '.join(some)}: {how}" for how, some in keys.items())
 
 
 def _size(run: Run) -> str:
