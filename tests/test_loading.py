@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import typing
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from helpers.models import CONFIGS, build
+from helpers.places import ROOT
 
 from AutomaticEval import generate_inference_with_activations, load_activations
 from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable, UnsupportedModel
@@ -225,3 +232,40 @@ def test_checkpoint_that_lacks_weights_is_refused(folders: list[Path]) -> None:
 def test_loaded_model_passes_through() -> None:
     loaded = LoadedModel(build(CONFIGS["llama"]()), object(), "x")
     assert load_model(loaded) is loaded
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path) -> None:
+    """Two models and two categories: one line says it, and each model fails at once, with a line of its own."""
+    connections: list[Any] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+
+        def take() -> None:
+            with suppress(OSError):  # closed below
+                while True:
+                    connections.append(silent.accept())
+
+        Thread(target=take, daemon=True).start()
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+        }
+        del environment["HF_HUB_OFFLINE"]
+        asked = ["extract", "--profile", "baseline", "--category", "anger,apology", "--model", "some/one,some/other"]
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "main.py"), *asked],
+            env={**environment, "HF_HOME": str(tmp_path / "empty")},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        n_asked = len(connections)
+    assert done.returncode == 2
+    assert n_asked == 1
+    lines = done.stderr.splitlines()
+    assert len([line for line in lines if "cannot be reached: what is in the local cache is used" in line]) == 1
+    assert [line.partition(":")[0] for line in lines if "ModelUnavailable" in line] == [
+        "some/one, anger",
+        "some/other, anger",
+    ]
+    assert not (tmp_path / "activations").exists()

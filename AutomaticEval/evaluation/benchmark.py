@@ -36,6 +36,7 @@ from AutomaticEval.evaluation.harness.speedups import (
 )
 from AutomaticEval.evaluation.local_files import local_files, missing
 from AutomaticEval.evaluation.screen import hushed
+from AutomaticEval.models.checkpoint.hub_reach import go_offline_without_hub
 
 BUNDLED = Path(__file__).parent / "tasks" / "demo"
 BUNDLED_NAMES = ("demo", "demo_facts", "demo_arithmetic")
@@ -70,6 +71,8 @@ def load_tasks(benchmark: Benchmark) -> LoadedTasks:
     bundled = all(name in BUNDLED_NAMES for name in benchmark.names) and not benchmark.include_path
     manager = task_manager([str(BUNDLED), *benchmark.include_path], include_defaults=not bundled)
     names = [each for name in benchmark.names for each in _known(name, manager)]
+    if not bundled and benchmark.local_files is None:
+        go_offline_without_hub()
     seed_everything(benchmark.seed)  # lm-eval does so before it loads: a task may shuffle its documents
     try:
         with quick_templates(), hushed(), local_files(benchmark.local_files):

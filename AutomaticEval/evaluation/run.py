@@ -5,6 +5,7 @@ Scores are lm-eval's. With a selection, every request's activations are in one f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from AutomaticEval.capture.graph.way import refuse_graphless, way_of
 from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError
-from AutomaticEval.evaluation.benchmark import LoadedTasks, asked_docs, load_tasks
+from AutomaticEval.evaluation.benchmark import BUNDLED_NAMES, LoadedTasks, asked_docs, load_tasks
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.harness.batch_capture import Sink
@@ -32,6 +33,7 @@ from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.evaluation.screen import whole_run
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_sources import DEMO
 from AutomaticEval.processes import Ranks, command_line, join_ranks
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.disk.whole_files import ensure_space, prepare_folder, size_text
@@ -94,6 +96,7 @@ def run_benchmark(
         raise BenchmarkError(
             f"--apply_chat_template: the tokenizer of {loaded.name} has no chat template; leave it out."
         )
+    _warn_of_demo(loaded, benchmark)
     refuse_graphless(loaded.model, benchmark.generation)
     refuse_tasks(loaded.model, selection, loaded_tasks.tasks, stock_model(loaded))
     if output_path is not None and not (selection is not None and output.holds(output_path)):
@@ -239,6 +242,17 @@ class _Run:
             for score in outcome.scores:
                 self.announce(f"{score.task}, {score.metric}: {score.value:.4f}")
             raise
+
+
+def _warn_of_demo(loaded: LoadedModel, benchmark: Benchmark) -> None:
+    """Warn of scores that say nothing: those of the bundled model on tasks that are not of its world."""
+    others = [name for name in benchmark.names if name not in BUNDLED_NAMES]
+    if loaded.name == DEMO and others and not benchmark.include_path:
+        warnings.warn(
+            f"the demo model knows only its own small world, and guesses on {', '.join(others)}; name another model (--model gpt2).",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _what_next(failure: BaseException, again: str) -> str:

@@ -86,6 +86,7 @@ def extract_sets(
     for unit in units:
         unit.status = _status_before(unit, by_name[unit.name], plan)
     failures: dict[str, Exception] = {}
+    told: set[str] = set()
     for unit in units:
         label = f"{unit.model}, {unit.name}"
         if unit.status == "was there":
@@ -102,7 +103,10 @@ def extract_sets(
             if is_awaited or len(units) == 1:
                 raise
             unit.status, unit.error = "failed", f"{type(failure).__name__}: {first_line(failure)}"
-            announce(f"{label}: {unit.error}")
+            if unit.model not in told:
+                announce(f"{label}: {unit.error}")
+            if failures.get(unit.model) is failure:  # a model that cannot be loaded is told once, not for each set
+                told.add(unit.model)
     return units
 
 

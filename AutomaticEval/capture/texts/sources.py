@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from AutomaticEval.capture.texts.item_files import items_in, name_of
 from AutomaticEval.errors import DatasetUnavailable, PromptError, SelectionError, did_you_mean, first_line
 from AutomaticEval.file_states import file_states
+from AutomaticEval.models.checkpoint.hub_reach import go_offline_without_hub
 from AutomaticEval.public_names import public_name
 
 T = TypeVar("T")
@@ -235,6 +236,8 @@ def _streamed(name: str, config: str | None, split: str) -> Iterator[Mapping[str
             if items.split is not None and str(items.split) != split:
                 raise SelectionError(f"{name} holds the split {str(items.split)!r}, not {split!r}.")
         else:
+            if not Path(name).exists():
+                go_offline_without_hub()
             items = datasets.load_dataset(name, config, split=split, streaming=True)
         yield from items
     except SelectionError:

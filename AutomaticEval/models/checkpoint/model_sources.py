@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from AutomaticEval.errors import ModelError
 from AutomaticEval.file_states import file_states
+from AutomaticEval.models.checkpoint.hub_reach import go_offline_without_hub
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.weights.adapters import Alone, adapter_alone
 
@@ -53,7 +54,11 @@ def source_of(name: str) -> str:
     if name == DEMO:
         return str(DEMO_FOLDER)
     folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else name
+    if folder.is_dir():
+        return str(folder.resolve())
+    if not name.startswith((".", "/", "~")):
+        go_offline_without_hub()
+    return name
 
 
 def base_arguments(sources: ModelSources, options: LoadOptions) -> dict[str, Any]:
