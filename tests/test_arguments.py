@@ -28,6 +28,7 @@ from AutomaticEval import (
     HFActivations,
     answer_benchmark_question,
     answer_benchmark_question_with_activations,
+    evaluate,
     evaluate_with_activations,
     generate_inference,
     generate_inference_with_activations,
@@ -392,6 +393,7 @@ DOORS: dict[str, Callable[..., Any]] = {
     "answer_benchmark_question_with_activations": asking(
         answer_benchmark_question_with_activations, "Who?", "demo", False
     ),
+    "evaluate": asking(evaluate, "demo", "demo"),
     "evaluate_with_activations": asking(evaluate_with_activations, "demo", "demo"),
     "score_continuations": asking(score_continuations, [], "demo"),
     "HFActivations": asking(HFActivations, "demo"),
