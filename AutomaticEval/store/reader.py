@@ -36,6 +36,12 @@ from AutomaticEval.store.reading.table_queries import has_value, pandas_table
 from AutomaticEval.store.row_array import RowArray, RowsDataset
 from AutomaticEval.store.run_folder import INDEX, warn_of_set_aside
 
+_UNJOINED = (
+    " lm-eval's verdicts (correct, target, prediction, metrics) are joined by lm.finish(results), with the HFActivations that captured it and what "
+    "simple_evaluate returned."
+)
+"""Said of a run of `HFActivations` that was not finished."""
+
 
 def load_activations(path: str | Path, sample: int | None = None, *, check: bool = True) -> dict[str, Any]:
     """One sample of a file or run folder. For a file that a drop-in function wrote, it is bit for bit what the function returned.
@@ -243,8 +249,9 @@ class Run(Sequence[dict[str, Any]]):
         """One column of the table: a list of n_samples values. Raises StoreError for a column that the run does not have."""
         names = self._contents.columns.names
         if name not in names:
+            unjoined = "" if self.finished or "lm_eval" not in self.settings else _UNJOINED
             raise StoreError(
-                f"{self.path} has no column {name!r}.{did_you_mean(name, names)} It has {', '.join(names)}."
+                f"{self.path} has no column {name!r}.{unjoined or did_you_mean(name, names)} It has {', '.join(names)}."
             )
         return self._columns.whole(name)
 
