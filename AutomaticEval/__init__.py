@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from AutomaticEval.capture.texts.features import ExtractSingleSample as ExtractSingleSample
     from AutomaticEval.capture.texts.features import FromHuggingFace as FromHuggingFace
     from AutomaticEval.capture.tree.continuations import score_continuations as score_continuations
+    from AutomaticEval.evaluation.evaluating import evaluate as evaluate
     from AutomaticEval.evaluation.evaluating import evaluate_with_activations as evaluate_with_activations
     from AutomaticEval.evaluation.for_simple_evaluate import HFActivations as HFActivations
     from AutomaticEval.evaluation.parse_answer import extract_answer as extract_answer
@@ -43,6 +44,7 @@ _HOMES = {
     "strength_of_run": "analysis.heads.strength",
     "generate_inference": "capture.prompt",
     "generate_inference_with_activations": "capture.prompt",
+    "evaluate": "evaluation.evaluating",
     "evaluate_with_activations": "evaluation.evaluating",
     "extract_answer": "evaluation.parse_answer",
     "HFActivations": "evaluation.for_simple_evaluate",

@@ -29,6 +29,7 @@ from AutomaticEval import (
     answer_benchmark_question,
     answer_benchmark_question_with_activations,
     editing,
+    evaluate,
     evaluate_with_activations,
     generate_inference,
     generate_inference_with_activations,
@@ -393,6 +394,7 @@ DOORS: dict[str, Callable[..., Any]] = {
     "answer_benchmark_question_with_activations": asking(
         answer_benchmark_question_with_activations, "Who?", "demo", False
     ),
+    "evaluate": asking(evaluate, "demo", "demo"),
     "evaluate_with_activations": asking(evaluate_with_activations, "demo", "demo"),
     "score_continuations": asking(score_continuations, [], "demo"),
     "HFActivations": asking(HFActivations, "demo"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -220,6 +223,35 @@ def test_instance_in_simple_evaluate(demo: LoadedModel, tmp_path: Path) -> None:
     assert_reproduced(demo, lm.folder)
     with pytest.raises(StoreError, match="one run"):
         lm.finish(results)
+
+
+def test_an_instance_that_is_not_finished_says_finish(tmp_path: Path) -> None:
+    """When a verdict is asked for, and when the process ends."""
+    code = f"""
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from AutomaticEval import HFActivations, open_run
+from AutomaticEval.errors import StoreError
+lm = HFActivations("demo", activation_save_dir={str(tmp_path)!r}, layers_to_capture=0)
+manager = TaskManager(include_path={str(BUNDLED)!r}, include_defaults=False)
+results = simple_evaluate(model=lm, tasks=["demo_facts"], task_manager=manager, limit=1)
+try:
+    open_run(lm.folder).where(correct=True)
+except StoreError as error:
+    print("refused:", error)
+if finishes:
+    open_run(lm.finish(results)).where(correct=True)
+"""
+    for finishes in (False, True):
+        done = subprocess.run(
+            [sys.executable, "-c", f"finishes = {finishes}\n{code}"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        )
+        assert re.search(r"refused: .*no column 'correct'.*lm\.finish\(results\)", done.stdout)
+        assert ("holds what HFActivations captured, without the verdicts" in done.stderr) is not finishes
 
 
 def test_instance_knows_the_documents_of_a_selection(demo: LoadedModel, tmp_path: Path) -> None:

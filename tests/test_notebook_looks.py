@@ -88,7 +88,11 @@ def test_a_run_shows_what_it_is(tmp_path: Path) -> None:
         made.finish()
     run = open_run(tmp_path / "run")
     html = run._repr_html_()
-    for said in ("4 samples of 4 questions, 0.7500 correct", "positions</th><td style='text-align:left'>last<", "float32 8 wide"):
+    for said in (
+        "4 samples of 4 questions, 0.7500 correct",
+        "positions</th><td style='text-align:left'>last<",
+        "float32 8 wide",
+    ):
         assert said in html
     assert "in 1 file" in html
     assert html.count("&lt;script&gt;") == 3  # model, task, edits

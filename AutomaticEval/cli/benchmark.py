@@ -31,6 +31,9 @@ OF_CAPTURE = (*options_in(Selection), *options_in(RunOutput))
 """Options that are refused when nothing is captured, but for --output, which then names the folder for lm-eval's results."""
 
 
+RESULTS = Path("results")
+"""The folder for lm-eval's results when nothing is captured and no folder is named."""
+
 CaptureActivations = Annotated[
     bool,
     typer.Option("--capture_activations", help="Keep the activations of every question.", rich_help_panel=KEEP),
@@ -47,7 +50,7 @@ OutputPath = Annotated[
     Path | None,
     typer.Option(
         "--output_path",
-        help="Folder for lm-eval's own results and samples files. Default: the run's folder.",
+        help="Folder for lm-eval's own results and samples files. Default: the run's folder, or results when nothing is captured.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -167,12 +170,12 @@ def benchmark(
     loaded = load_model(model, options=load)
     started = time.perf_counter()
     output = replace(output, asked=_asked(context))
-    results = output_path if kept is not None else output_path or output.output
+    results = output_path if kept is not None else output_path or output.output or RESULTS
     outcome = run_benchmark(loaded, asked, kept, loaded_tasks=tasks, output=output, output_path=results, announce=log)
     if not ranks.is_first:
         return
     names = ",".join(asked.names)
-    _print(outcome, f"{names} on {model}")
+    _print(outcome, f"{names} on {model}", scores=not asked.predict_only)
     if head_strength and outcome.folder is not None:
         _write_strength(outcome.folder)
     if mlflow is not None:
@@ -242,16 +245,19 @@ def _track(outcome: Outcome, name: str, about: dict[str, Any], uri: str, log: op
     say(f"MLflow:      run {track(uri, name, about, metrics, files, log.text)}")
 
 
-def _print(outcome: Outcome, title: str) -> None:
-    columns = ("Task", "Metric", "Score", "Chance", "Questions")
-    print_table(title, columns, map(_row, outcome.scores), n_words=2)
+def _print(outcome: Outcome, title: str, *, scores: bool) -> None:
+    if scores:
+        columns = ("Task", "Metric", "Score", "Chance", "Questions")
+        print_table(title, columns, map(_row, outcome.scores), n_words=2)
+    else:
+        _print_answers(outcome, title)
     if outcome.n_computed:
         times = outcome.n_tokens / outcome.n_computed
         say(
             f"Scoring: {outcome.n_computed} tokens computed over the requests' prefix tree; one by one they have {outcome.n_tokens} "
             f"({times:.1f} times as many)"
         )
-    if outcome.without_verdict:
+    if scores and outcome.without_verdict:
         say(f"No verdict:  {', '.join(outcome.without_verdict)} (column correct is none)")
     if outcome.n_truncated:
         say(
@@ -264,6 +270,16 @@ def _print(outcome: Outcome, title: str) -> None:
         say(f"Load them:   from AutomaticEval import open_run; run = open_run({str(outcome.folder)!r})")
     if outcome.results_file is not None:
         say(f"Results:     {outcome.results_file}")
+
+
+def _print_answers(outcome: Outcome, title: str) -> None:
+    """Where the answers of a run without scores are."""
+    n_questions = sum(len({entry["doc_id"] for entry in logged}) for logged in outcome.samples.values())
+    say(f"{title}: {n_questions} questions answered, and none scored (--predict_only)")
+    if outcome.results_file is not None:
+        say(
+            f"Answers:     {outcome.results_file.parent / outcome.results_file.name.replace('results_', 'samples_*_').replace('.json', '.jsonl')}"
+        )
 
 
 def _row(score: Score) -> tuple[str, ...]:

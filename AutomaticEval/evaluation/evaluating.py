@@ -1,4 +1,4 @@
-"""`evaluate_with_activations`: a benchmark run in one call, for evaluation code that people already have."""
+"""`evaluate` and `evaluate_with_activations`: a benchmark run in one call, for evaluation code that people already have."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ class EvaluateOptions(LoadKeywords, BenchmarkKeywords, total=False):
     """How the model is loaded, and which questions it is asked."""
 
 
+class ScoresKeywords(EvaluateOptions, total=False):
+    """`EvaluateOptions`, and where lm-eval's results go."""
+
+    tokenizer: Any
+    """With a loaded model: its tokenizer. With a name: another one, or the name of one."""
+    output: str | Path | None
+    """A folder for lm-eval's results and samples files; None writes none."""
+
+
 class CaptureKeywords(EvaluateOptions, total=False):
     """`EvaluateOptions`, what is kept of every request, and where it goes."""
 
@@ -55,6 +64,23 @@ class CaptureKeywords(EvaluateOptions, total=False):
     """A folder for lm-eval's own results and samples files; None puts them into the run folder."""
 
 
+def evaluate(model: Any, tasks: str | Sequence[str], **options: Unpack[ScoresKeywords]) -> Outcome:
+    """Evaluate a model on lm-eval tasks, and capture nothing: for scores alone, such as those of a direction at ten strengths.
+
+    model: a name, a folder, "demo", or a loaded model with tokenizer=. tasks: "mmlu,gsm8k" or a list. options: see `ScoresKeywords`.
+    Returns an Outcome: `scores`, lm-eval's `results` and `samples`, and `results_file` when a folder was given.
+    Raises ModelError, BenchmarkError, StoreError; TypeError for an unknown option.
+    """
+    _refuse_unknown(options, ScoresKeywords.__annotations__)
+    given: dict[str, Any] = dict(options)
+    tokenizer, output = given.pop("tokenizer", None), given.pop("output", None)
+    load, benchmark = _load_of(model, given), Benchmark.parse(tasks, **given)
+    loaded_tasks = load_tasks(benchmark)  # what is wrong with a task is told before a large model loads
+    loaded = load_model(model, tokenizer=tokenizer, options=load)
+    folder = None if output is None else Path(output).expanduser()
+    return run_benchmark(loaded, benchmark, loaded_tasks=loaded_tasks, output_path=folder)
+
+
 def evaluate_with_activations(
     model: Any = None, tasks: str | Sequence[str] | None = None, **options: Unpack[CaptureKeywords]
 ) -> Outcome:
@@ -65,7 +91,7 @@ def evaluate_with_activations(
     Returns an Outcome: `results` and `samples` are lm-eval's, `folder` is what `open_run` reads.
     Raises SelectionError, ModelError, BenchmarkError, StoreError, CaptureError; TypeError for an unknown option.
     """
-    _refuse_unknown(options)
+    _refuse_unknown(options, CaptureKeywords.__annotations__)
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     given |= {name: value for name, value in (("model", model), ("tasks", tasks)) if value is not None}
     if "resume" in given and (model is None or tasks is None):
@@ -78,9 +104,7 @@ def evaluate_with_activations(
     layers, tokenizer = given.pop("layers_to_capture", None), given.pop("tokenizer", None)
     results = given.pop("output_path", None)
     selection = Selection.parse(layers=layers, **take_options(given, Selection))
-    if isinstance(model, str | Path):
-        given["device"] = own_device(given.get("device", "auto"))
-    load = LoadOptions(**take_fields(given, LoadOptions))
+    load = _load_of(model, given)
     output = replace(RunOutput.parse(**take_options(given, RunOutput)), asked=asked)
     benchmark = Benchmark.parse(tasks, **given)
     output.refuse_before_loading(makes_folder=join_ranks().is_first)
@@ -113,9 +137,15 @@ def _of_the_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def _refuse_unknown(options: Mapping[str, Any]) -> None:
+def _load_of(model: Any, given: dict[str, Any]) -> LoadOptions:
+    """How the model is loaded, from the options of a call, out of which it is taken. Each of several processes has a device of its own."""
+    if isinstance(model, str | Path):
+        given["device"] = own_device(given.get("device", "auto"))
+    return LoadOptions(**take_fields(given, LoadOptions))
+
+
+def _refuse_unknown(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Raises TypeError for an unknown option, BenchmarkError for one of lm-eval's that cannot be served."""
-    known = CaptureKeywords.__annotations__
     for name in options:
         if name in WHY_NOT:
             raise BenchmarkError(f"{name}: {WHY_NOT[name]}")

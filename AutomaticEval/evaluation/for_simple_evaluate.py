@@ -9,7 +9,9 @@ Registered with lm-eval as `hf-activations`.
 
 from __future__ import annotations
 
+import atexit
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
@@ -32,6 +34,7 @@ from AutomaticEval.processes import join_ranks, own_device
 from AutomaticEval.public_names import public_name
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
+from AutomaticEval.store.run_folder import shard_names
 from AutomaticEval.store.writer import SHARD_BYTES
 
 UNSERVED = {
@@ -51,7 +54,7 @@ class HFActivations(CapturingHFLM):
     lm-eval's own batches. generation: graph, eager or auto: how decode steps of generated answers are run. strict: stop once numbers are stored that are infinite or NaN.
     options: those of loading (`LoadOptions`: dtype, device, peft, …) and those of lm-eval's `hf` (batch_size, max_length, parallelize, …). An
     option that cannot be served is refused.
-    After each call of lm-eval what was captured is on the disk; `finish` joins it to the scores.
+    After each call of lm-eval what was captured is on the disk; `finish` joins it to the scores. When the process ends without it, a warning says so.
     Raises SelectionError, ModelError, StoreError, BenchmarkError; TypeError for an unknown option.
     """
 
@@ -89,6 +92,8 @@ class HFActivations(CapturingHFLM):
         self._folder = RunFolder(output, name, loaded.name, settings, *more)
         self._open = ExitStack()
         self._writer = self._open.enter_context(self._folder.writing()).writer
+        if ranks.is_first:
+            atexit.register(_tell_unjoined, self._folder)
 
     def _take(self, samples: Any) -> None:
         self._writer.add(samples)
@@ -126,6 +131,17 @@ class HFActivations(CapturingHFLM):
         self._open.close()
         self._folder.finish(samples, doc_ids=doc_ids, directions=(results or {}).get("higher_is_better"))
         return self.folder
+
+
+def _tell_unjoined(run: RunFolder) -> None:
+    """Warn, when the process ends, of a run that was captured and not joined to its scores."""
+    if run.path is None or run.is_finished or not shard_names(run.path):
+        return
+    warnings.warn(
+        f"{run.path} holds what HFActivations captured, without the verdicts of lm-eval: they are joined by run = open_run(lm.finish(results)), with what "
+        "simple_evaluate returned. Call it before the process ends; its answers can be read as they are.",
+        stacklevel=2,
+    )
 
 
 def _refuse_unserved(options: Mapping[str, Any]) -> None:

@@ -64,6 +64,8 @@ class Outcome:
     """Tasks whose metrics do not say whether an answer is right. The `correct` of their samples is none."""
 
     results_file: Path | None = None
+    """lm-eval's results file, when there is one; the answers are beside it, in samples_<task>_<time>.jsonl."""
+
     n_tokens: int = 0
     """Tokens that the requests scored over a prefix tree would have fed one by one, equal requests counted once."""
 

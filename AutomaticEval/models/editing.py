@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -25,21 +25,28 @@ from AutomaticEval.models.edited_positions import Sequences
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout, Tap
-from AutomaticEval.models.loading import load_model
+from AutomaticEval.models.loading import load_model, refuse_unknown
 from AutomaticEval.models.recording import Kept
 from AutomaticEval.selection import Positions
 from AutomaticEval.sites import TABLE, site_of
 
 
-@contextmanager
-def editing(model: Any, edits: Edit | Iterable[Edit], **load: Unpack[LoadKeywords]) -> Iterator[Any]:
+def editing(model: Any, edits: Edit | Iterable[Edit], **load: Unpack[LoadKeywords]) -> AbstractContextManager[Any]:
     """Make edits in every forward inside the with, and give the model that is edited, which every function takes.
 
     model: a name, a folder, "demo", a LoadedModel, or a transformers decoder. load: how a name is loaded, as in `load_model`. Edits of one site are made
     in the order of the list. When withs are nested, the edits of the inner one are made first.
     Raises UnknownSite and SiteUnavailable for the site of an edit, and EditError for an edit that cannot be made. Raises EditError, too, when
     a forward ends in which an edit was not made. When only a part of the model is run, that is raised at the latest when the with ends.
+    TypeError for an unknown option.
     """
+    refuse_unknown(load)
+    return _editing(model, edits, load)
+
+
+@contextmanager
+def _editing(model: Any, edits: Edit | Iterable[Edit], load: LoadKeywords) -> Iterator[Any]:
+    """`editing`, once its options are known to be there."""
     edited = load_model(model, **load) if isinstance(model, str | Path) or load else model
     whole = edited if isinstance(edited, nn.Module) else _instance(edited)
     find_layout(whole)  # refuses a model whose wrapper cannot be captured

@@ -76,11 +76,16 @@ def load_model(
     )
 
 
-def _options_of(options: LoadOptions | None, load: LoadKeywords) -> LoadOptions:
-    """How a model is loaded, from an object or from keywords. Raises TypeError for an unknown keyword, ModelError for both."""
+def refuse_unknown(load: LoadKeywords) -> None:
+    """Raises TypeError for a keyword that is no option of loading."""
     for name in load:
         if name not in LoadKeywords.__annotations__:
-            raise unknown_option(name, ["tokenizer", *LoadKeywords.__annotations__])
+            raise unknown_option(name, LoadKeywords.__annotations__)
+
+
+def _options_of(options: LoadOptions | None, load: LoadKeywords) -> LoadOptions:
+    """How a model is loaded, from an object or from keywords. Raises TypeError for an unknown keyword, ModelError for both."""
+    refuse_unknown(load)
     if options is not None and load:
         raise ModelError(
             f"{', '.join(load)} were given beside options=; write them into options, or leave options out."

@@ -41,6 +41,12 @@ from AutomaticEval.store.reading.table_queries import column_of, pandas_table, s
 from AutomaticEval.store.row_array import RowArray, RowsDataset
 from AutomaticEval.store.run_folder import INDEX, warn_of_set_aside, warn_of_unfinished
 
+_UNJOINED = (
+    " lm-eval's verdicts (correct, target, prediction, metrics) are joined by lm.finish(results), with the HFActivations that captured it and what "
+    "simple_evaluate returned."
+)
+"""Said of a run of `HFActivations` that was not finished."""
+
 
 def load_activations(path: str | Path, sample: int | None = None, *, check: bool = True) -> dict[str, Any]:
     """One sample of a file or run folder. For a file that a drop-in function wrote, it is bit for bit what the function returned.
@@ -273,7 +279,8 @@ class Run(Sequence[dict[str, Any]]):
 
     def column(self, name: str) -> list[Any]:
         """One column of the table: a list of n_samples values. Raises StoreError for a column that the run does not have."""
-        return column_of(self._columns, name, self.path)
+        unjoined = "" if self.finished or "lm_eval" not in self.settings else _UNJOINED
+        return column_of(self._columns, name, self.path, unjoined)
 
     def tasks(self) -> list[TaskLine]:
         """The tasks of these samples by name: how many questions each has, the share that is answered rightly, and the mean of each metric."""

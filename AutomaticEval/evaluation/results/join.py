@@ -21,6 +21,9 @@ VERDICTS = re.compile(
 Directions = Mapping[str, Mapping[str, Any]]
 """Task -> metric -> whether higher is better, as lm-eval's results say."""
 
+NO_METRIC = "bypass"
+"""What lm-eval writes, with the value 999, in the place of a metric that was not computed (predict_only)."""
+
 
 class Score(NamedTuple):
     """One line of the results table."""
@@ -217,7 +220,7 @@ def _metrics(values: Mapping[str, Any]) -> list[tuple[str, float, float | None]]
     metrics = []
     for name, value in values.items():
         metric, _, filtered = name.partition(",")
-        if filtered and not metric.endswith("_stderr") and isinstance(value, int | float):
+        if filtered and metric != NO_METRIC and not metric.endswith("_stderr") and isinstance(value, int | float):
             stderr = values.get(f"{metric}_stderr,{filtered}")
             shown = metric if filtered == "none" else f"{metric} ({filtered})"
             metrics.append((shown, float(value), stderr if isinstance(stderr, float) else None))

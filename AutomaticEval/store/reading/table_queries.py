@@ -32,11 +32,11 @@ def _series(values: list[Any]) -> Any:
         return pd.Series(values, dtype=object)
 
 
-def column_of(columns: Columns, name: str, path: Path) -> list[Any]:
-    """One column. path: of the run, for messages. Raises StoreError for a column that there is not."""
+def column_of(columns: Columns, name: str, path: Path, why: str = "") -> list[Any]:
+    """One column. path: of the run, for messages. Raises StoreError for a column that there is not; why: in place of a suggestion."""
     if name not in columns.names:
         raise StoreError(
-            f"{path} has no column {name!r}.{did_you_mean(name, columns.names)} It has {', '.join(columns.names)}."
+            f"{path} has no column {name!r}.{why or did_you_mean(name, columns.names)} It has {', '.join(columns.names)}."
         )
     return columns.whole(name)
 
