@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from AutomaticEval.errors import StoreError
+from AutomaticEval.store.bits import bits_type, from_bits
 from AutomaticEval.store.ragged import Array, ranges_of
 from AutomaticEval.store.reading.row_origins import RowOrigins
 from AutomaticEval.store.reading.sharded_rows import ShardedRows
@@ -66,6 +67,10 @@ class RowArray:
         if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1 and np.all(np.diff(numbers) == 1):
             return self._store.read(self._key, [(int(numbers[0]), int(numbers[-1]) + 1)])
         return self._store.take(self._key, numbers)
+
+    def buffer(self, n_rows: int) -> Tensor:
+        """An empty tensor [n_rows, width] to read into. It is numpy's, which asks for large pages: random rows of it are found faster."""
+        return from_bits(np.empty((n_rows, self.shape[1]), bits_type(self.dtype)), self.dtype)
 
     def read_into(self, at: Array, out: Tensor) -> None:
         """Read some rows, by their numbers in ascending order, into a tensor [n, width] of this dtype, which saves memory and its making."""

@@ -80,7 +80,7 @@ class RowBatches:
     def _parts(self, order: BlockOrder, n_before: int) -> Iterator[dict[str, Tensor]]:
         """The rows after the first n_before, a batch or a part of one at a time: where one group ends in a batch, the next goes on."""
         room = self.batch_size
-        buffers = {site: torch.empty(order.most, rows.shape[1], dtype=rows.dtype) for site, rows in self.sites.items()}
+        buffers = {site: rows.buffer(order.most) for site, rows in self.sites.items()}
         for group in range(len(order)):
             size = order.size(group)
             if n_before >= size:
