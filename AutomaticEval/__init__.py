@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from AutomaticEval import moved
 
 if TYPE_CHECKING:
+    from AutomaticEval.analysis.compare_runs import compare_runs as compare_runs
     from AutomaticEval.analysis.heads.compare import ActivationComparator as ActivationComparator
     from AutomaticEval.analysis.heads.strength import ActivationExtractor as ActivationExtractor
     from AutomaticEval.analysis.heads.strength import strength_of_run as strength_of_run
@@ -39,6 +40,7 @@ moved.keep_old_names()
 __version__ = "0.1.0"
 
 _HOMES = {
+    "compare_runs": "analysis.compare_runs",
     "ActivationComparator": "analysis.heads.compare",
     "ActivationExtractor": "analysis.heads.strength",
     "strength_of_run": "analysis.heads.strength",

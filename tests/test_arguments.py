@@ -428,12 +428,13 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[LoadOptions]:
     """The options with which a model would have been loaded."""
     found: list[LoadOptions] = []
 
-    def load(model: Any, *, tokenizer: Any = None, options: LoadOptions = LoadOptions()) -> Any:
-        found.append(options)
+    def load(model: Any, *, tokenizer: Any = None, options: LoadOptions = LoadOptions(), **more: Any) -> Any:
+        found.append(dataclasses.replace(options, **more))
         raise Loading
 
     for module in (
         "models.loading",
+        "models.editing",
         "capture.prompt",
         "capture.tree.continuations",
         "capture.texts.many_runs",

@@ -585,6 +585,7 @@ def test_an_older_sweep_goes_on_with_a_word(demo: LoadedModel, tmp_path: Path) -
 
     older = {"model": "demo", "weights": sampled_fingerprint(demo.model), "dtype": "torch.float32", "site": "z"}
     write_json(tmp_path / "settings.json", older)
+    write_json(tmp_path / "heads_layer_000.json", {})  # a layer that it has computed
     now = {"model": "demo", **demo.made_with().as_dict(), "dtype": "torch.float32", "site": "z"}
     with pytest.warns(UserWarning, match="64 numbers"):
         SweepFolder(tmp_path, now).check_settings()

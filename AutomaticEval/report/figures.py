@@ -9,6 +9,7 @@ from typing import Any
 from AutomaticEval.errors import StoreError
 from AutomaticEval.report.bars import before_and_after, top_heads
 from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps
+from AutomaticEval.report.two_runs import two_runs
 from AutomaticEval.store.disk.json_files import read_json, write_json
 from AutomaticEval.store.disk.whole_files import new_file, new_files, prepare_file
 
@@ -187,6 +188,11 @@ def _swept_top(result: ResultJson, path: Path) -> None:
     top_heads(panels, path)
 
 
+def _two_runs(result: ResultJson, path: Path) -> None:
+    names = [f"{result[each]['model']} ({result[each]['path']})" for each in ("before", "after")]
+    two_runs(result["tasks"], result["sites"], " → ".join(names), path)
+
+
 _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
     "strength": {"head_strength.png": _strength},
     "comparison": {"comparison_heatmap.png": _comparison},
@@ -194,6 +200,7 @@ _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
     "ablation": {"ablation_sentiment_comparison.png": _answers},
     "patching": {"patching_keyword_comparison.png": _answers},
     "pairs": {"patching_recovered.png": _recovered},
+    "runs": {"runs_comparison.png": _two_runs},
     "sweep": {"sweep_heatmap.png": _swept, "sweep_top_heads.png": _swept_top},
 }
 """Kind -> file name of a figure -> the function that draws it."""

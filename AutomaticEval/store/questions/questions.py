@@ -87,6 +87,10 @@ class Questions(Sequence[Question]):
         some._order = order
         return some
 
+    def take(self, numbers: Sequence[int]) -> Questions:
+        """The questions with these numbers, in this order."""
+        return self._some(self._order[np.asarray(numbers, dtype=np.int64)])
+
     def table(self) -> pd.DataFrame:
         """One row a question, with the values of `Question` as columns."""
         return pandas_table(self._columns)

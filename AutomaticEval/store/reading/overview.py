@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from AutomaticEval.settings import RunSettings
+from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.disk.whole_files import size_text
 from AutomaticEval.store.reading.reduced_runs import how_reduced
 from AutomaticEval.store.run_folder import shard_names
 
-if TYPE_CHECKING:
-    from AutomaticEval.store.reader import Run
+
+class AnyRun(Protocol):
+    """A run, as this module sees it: `store.reader.Run`."""
+
+    path: Path
+    finished: bool
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def created(self) -> str: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def made_with(self) -> RunSettings: ...
+    @property
+    def keys(self) -> list[str]: ...
+    @property
+    def contents(self) -> Contents: ...
+    def column(self, name: str) -> list[Any]: ...
+    def __len__(self) -> int: ...
 
 
 class TaskLine(NamedTuple):
@@ -37,7 +58,7 @@ class TaskLine(NamedTuple):
         return f"{self.n_samples} samples of {self.n_questions} questions{correct}{means}"
 
 
-def facts_of(run: Run) -> dict[str, str]:
+def facts_of(run: AnyRun) -> dict[str, str]:
     """What there is to say of a run as a whole: name -> text. What a run does not say is left out."""
     made = run.made_with
     about = {
@@ -53,7 +74,7 @@ def facts_of(run: Run) -> dict[str, str]:
         "layers": made.layers,
         "positions": made.positions,
         "stored": _stored(run),
-        "reduced": how_reduced(run.settings) if made.reduce or made.project else None,
+        "reduced": _reduced(run),
         "answers": made.generation or "generated step by step",
         "versions": _pairs(made.versions),
         "size": _size(run),
@@ -61,7 +82,7 @@ def facts_of(run: Run) -> dict[str, str]:
     return {name: str(text) for name, text in about.items() if text}
 
 
-def tasks_of(run: Run) -> list[TaskLine]:
+def tasks_of(run: AnyRun) -> list[TaskLine]:
     """The tasks of a run by name, each with the mean of every metric that lm-eval gave its questions."""
     names = run.contents.columns.names
     columns = [
@@ -101,7 +122,7 @@ def _model(name: str, made: RunSettings) -> str:
     return f"{name} ({', '.join(map(str, known))})" if known else name
 
 
-def _state(run: Run) -> str:
+def _state(run: AnyRun) -> str:
     if run.path.is_file():
         return "one file"
     return "finished" if run.finished else "not finished: it was cut short, or still runs (--resume goes on with it)"
@@ -113,7 +134,13 @@ def _asked(benchmark: Any) -> str:
     return ", ".join(each for each in (_pairs(given.pop("names", None)), _pairs(given)) if each)
 
 
-def _stored(run: Run) -> str:
+def _reduced(run: AnyRun) -> str:
+    if run.made_with.reduce is None and run.made_with.project is None:
+        return ""
+    return f"each {'line' if run.contents.is_by_sample else 'row'} is {how_reduced(run.settings)}"
+
+
+def _stored(run: AnyRun) -> str:
     """The sites, by how their rows are kept."""
     keys: dict[str, list[str]] = {}
     for key, each in run.contents.activations.items():
@@ -121,7 +148,7 @@ def _stored(run: Run) -> str:
     return "; ".join(f"{', '.join(some)}: {how}" for how, some in keys.items())
 
 
-def _size(run: Run) -> str:
+def _size(run: AnyRun) -> str:
     files = [run.path] if run.path.is_file() else [run.path / name for name in shard_names(run.path)]
     rows = f"{run.contents.n_rows} {'lines' if run.contents.is_by_sample else 'rows'} of {len(run.keys)} sites"
     n_bytes = sum(file.stat().st_size for file in files)

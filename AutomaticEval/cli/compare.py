@@ -1,0 +1,83 @@
+"""`main.py compare RUN_A RUN_B`: two runs over the same questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from AutomaticEval.cli.finish import Table, finish, result_file
+from AutomaticEval.cli.options import OUTPUT, command
+from AutomaticEval.cli.printing import say
+
+if TYPE_CHECKING:
+    from AutomaticEval.analysis.compare_runs import SiteLikeness, TaskChange
+
+SHOWN_FLIPS = 20
+"""So many flipped questions are printed; the file has all."""
+
+
+@command
+def compare(
+    before: Annotated[Path, typer.Argument(help="A run, such as the base model's.", metavar="RUN_A")],
+    after: Annotated[Path, typer.Argument(help="Another run over the same questions.", metavar="RUN_B")],
+    seed: Annotated[int, typer.Option("--seed", help="Seed for the intervals.")] = 42,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A .json file, or a folder for compare.json; the figure goes beside it.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = Path("results"),
+) -> None:
+    """Compare two runs over the same questions: the change of the score, the questions that flipped, and how alike the activations are."""
+    from AutomaticEval.analysis.compare_runs import compare_runs
+    from AutomaticEval.store.reader import open_run
+
+    file = output if output.suffix == ".json" else output / "compare.json"
+    result_file(file.parent, file.name, "runs")
+    result = compare_runs(open_run(before), open_run(after), seed=seed)
+    measured = result.measured
+    finish(file, result, _scores(measured["tasks"]), _flips(measured["flips"]), _sites(measured["sites"]))
+    if measured["agreement"] is not None:
+        say(f"Same answer:  {measured['agreement']:.4f} of the questions")
+    for count, where in (("n_only_before", before), ("n_only_after", after)):
+        if measured[count]:
+            say(f"Left out:     {measured[count]} questions that only {where} has")
+    if measured["n_other_prompts"]:
+        say(f"Other prompts: {measured['n_other_prompts']} questions, whose activations are not compared")
+
+
+def _scores(tasks: list[TaskChange]) -> Table:
+    rows = []
+    for each in tasks:
+        interval = "" if each.difference.interval is None else "[{:+.4f}, {:+.4f}]".format(*each.difference.interval)
+        change = f"{each.difference.mean:+.4f} {interval}"
+        numbers = (str(each.n), f"{each.before:.4f}", f"{each.after:.4f}", change)
+        rows.append((each.task, *numbers, f"+{each.n_gained} -{each.n_lost}", f"{each.p:.3g}"))
+    columns = ("Task", "Questions", "Before", "After", "Change, 95 % interval", "Flipped", "p")
+    return Table("Answered rightly", columns, rows)
+
+
+def _flips(flips: list[dict[str, object]]) -> Table:
+    rows = [
+        (str(each["task"]), str(each["doc_id"]), f"{each['before']} → {each['after']}", str(each["now"]))
+        for each in flips[:SHOWN_FLIPS]
+    ]
+    title = f"Flipped: {len(flips)}" + (f", of which the first {SHOWN_FLIPS}" if len(flips) > SHOWN_FLIPS else "")
+    return Table(title, ("Task", "Document", "Answer", "Now"), rows)
+
+
+def _sites(sites: list[SiteLikeness]) -> Table:
+    rows = [
+        (
+            each.site,
+            "" if each.cosine is None else f"{each.cosine.mean:.4f}",
+            "" if each.cka is None else f"{each.cka:.4f}",
+        )
+        for each in sites
+    ]
+    return Table("At the question's last token", ("Site", "Cosine", "CKA"), rows)
