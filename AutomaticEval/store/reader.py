@@ -297,6 +297,9 @@ class Run(Sequence[dict[str, Any]]):
         sample, for conditions on several columns: `run.where(table.choice == table.prediction)`.
         Raises StoreError for a column or a task that the run does not have, or for a mask of another length.
         """
+        for name in wanted:
+            if name not in self._contents.columns.names:
+                self.column(name)  # which says why
         return self._some(self._order[selected(self._columns, self._contents.columns, self.path, mask, wanted)])
 
     def _some(self, order: Array) -> Run:
