@@ -297,7 +297,7 @@ def test_edit_by_column_of_a_forward_without_ids_raises() -> None:
                 model(inputs_embeds=given)
 
 
-@pytest.mark.parametrize("name", ["demo", None, 3])
+@pytest.mark.parametrize("name", [["demo"], None, 3])
 def test_editing_says_what_to_pass(name: Any) -> None:
     with pytest.raises(EditError, match="load_model"), editing(name, Edit.scale("layer_0.z", 0.0)):
         pass
