@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import CONFIGS, build
+from helpers.models import ALL, CONFIGS, build
 from helpers.raw_hooks import n_hooks
 from helpers.tasks import loglikelihoods
 from torch import Tensor
 
-from AutomaticEval import Edit, editing, generate_inference, load_model
+from AutomaticEval import Edit, editing, generate_inference, load_model, score_continuations
 from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.errors import EditError, SelectionError, UnknownLayer, UnknownPositions, UnknownSite
@@ -228,3 +228,59 @@ def test_what_is_a_prompt_is_never_guessed(tiny_llama: LoadedModel) -> None:
             model(ids, attention_mask=whole)
         with pytest.raises(EditError, match="part of the model is run"):
             model.model(ids)
+
+
+@pytest.mark.parametrize("name", ["rwkv", "gpt-1", "mamba"])
+def test_models_that_do_not_say_how_many_tokens_came_before_are_refused(name: str, tokenizer: Any) -> None:
+    loaded = LoadedModel(build(ALL[name]()), tokenizer, name)
+    with (
+        pytest.raises(EditError, match=r"positions cannot be given for \w+"),
+        editing(loaded, Edit.add("embeddings", 1.0, positions="response")),
+    ):
+        pass
+
+
+def test_tokens_that_are_fed_again_are_refused(tiny_llama: LoadedModel) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with editing(tiny_llama, Edit.add("layer_0", 1.0, positions="response")) as edited:
+        with pytest.raises(EditError, match=r"feeds the tokens of those before again, and one more"):
+            edited.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, use_cache=False
+            )
+        edited.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        edited.model(ids)
+        edited.model(torch.cat([ids, ids], dim=1))  # another prompt that begins alike
+        with pytest.raises(EditError, match="pass attention_mask"):
+            edited.model(torch.cat([ids, ids]))
+
+
+@pytest.mark.parametrize("positions", ["prompt", "response", "scored", "last", "prompt[-1:]"])
+def test_continuations_of_several_tokens_are_edited_where_they_are(positions: str, demo: LoadedModel) -> None:
+    """Against an edit of columns that are counted by hand, in one plain forward."""
+    request = ("What is red? The", " fox is red")
+    n_context = len(demo.tokenizer(request[0])["input_ids"])
+    ids = demo.tokenizer(request[0] + request[1])["input_ids"]
+    n_response = len(ids) - n_context
+    assert n_response > 1
+    columns = {
+        "prompt": range(n_context),
+        "response": range(n_context, len(ids) - 1),
+        "scored": range(n_context - 1, len(ids) - 1),
+        "last": [n_context - 1],
+        "prompt[-1:]": [n_context - 1],
+    }[positions]
+    vector = torch.randn(128, generator=torch.Generator().manual_seed(1)) * 3
+
+    def add(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        changed = output.clone()
+        changed[:, list(columns)] += vector
+        return changed
+
+    handle = demo.model.model.layers[1].register_forward_hook(add)
+    with torch.no_grad():
+        logits = demo.model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+    handle.remove()
+    expected = sum(float(logits[n_context - 1 + number, token]) for number, token in enumerate(ids[n_context:]))
+    with editing(demo, Edit.add("layer_1", vector, positions=positions)) as edited:
+        (found,) = score_continuations([request], edited)
+    assert found.logprob == pytest.approx(expected, abs=1e-4)

@@ -103,7 +103,7 @@ def test_show_a_generated_answer_and_what_there_is_not(folder: Path, tmp_path: P
     assert [f"Correct: {sample['correct']}"] in lines
     for arguments, says in (
         (("--task", "demo_fact", "--doc", "0"), "demo_facts"),
-        (("--doc", "0"), "--task names one"),
+        (("--doc", "0"), "say which with --task: demo_arithmetic, demo_facts"),
         (("--task", "demo_facts", "--doc", "999"), "no document 999 of demo_facts"),
         (("--task", "demo_facts"), "add --doc N"),
         (("--doc", "0", "--sample", "1"), "--sample was given, but --doc shows a question"),

@@ -5,11 +5,12 @@ For base against fine-tuned, plain against edited, 16 against 8 bits. Questions 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
@@ -22,7 +23,18 @@ from AutomaticEval.store.reader import Run
 
 MOST_ROWS = 2000
 """The most questions over which activations are compared; of more, so many are drawn."""
-TOLD = ("model_hash", "dtype", "quantization", "edits", "adapters", "loaded_with", "positions")
+TOLD = (
+    "model_hash",
+    "dtype",
+    "quantization",
+    "edits",
+    "adapters",
+    "loaded_with",
+    "positions",
+    "store_dtype",
+    "reduce",
+    "project",
+)
 """What the result says of the settings of each run."""
 
 
@@ -37,14 +49,14 @@ class TaskChange:
     """The shares that were answered rightly."""
 
     difference: Estimate
-    """after - before, with the paired interval: questions are drawn, each with both of its verdicts."""
+    """after - before, with the paired interval: documents are drawn, each with its verdicts in both runs."""
 
     n_gained: int
     """Wrong before, right after."""
 
     n_lost: int
-    p: float
-    """McNemar's exact test: how often chance alone would divide the flipped questions as unevenly."""
+    p: float | None
+    """McNemar's exact test: how often chance alone would divide the flipped questions as unevenly. None where documents were answered several times."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,8 @@ def compare_runs(before: Run, after: Run, *, seed: int = 42) -> Result:
         "n_only_after": alone[1],
         "n_other_prompts": same.count(False),
         "tasks": _tasks(left, right, seed),
-        "agreement": _agreement(left, right),
-        "flips": _flips(left, right),
+        "agreement": _agreement(one, other),
+        "flips": _flips(one, other),
         "sites": _sites(before, after, one.where(same), other.where(same), seed),
     }
     return Result("runs", measured, {"seed": seed, "most_rows": MOST_ROWS})
@@ -109,59 +121,75 @@ def _paired(before: Run, after: Run) -> tuple[Questions, Questions, tuple[int, i
 
 
 def _numbers(questions: Questions) -> dict[tuple[Any, ...], int]:
-    """(task, document, repeat) -> the question's number."""
-    names = map(questions.column, ("task", "doc_id", "repeat"))
-    return {key: number for number, key in enumerate(zip(*names, strict=True))}
+    """(task, document, repeat) -> the question's number; where there are no documents, the question's own text is in their place."""
+    names = map(questions.column, ("task", "doc_id", "repeat", "question"))
+    return {
+        (task, text if doc is None else doc, repeat): number
+        for number, (task, doc, repeat, text) in enumerate(zip(*names, strict=True))
+    }
 
 
-def _tasks(left: Any, right: Any, seed: int) -> list[TaskChange]:
+def _tasks(left: pd.DataFrame, right: pd.DataFrame, seed: int) -> list[TaskChange]:
     """Each task by name, and then all of them when there are several."""
-    known = left["correct"].notna() & right["correct"].notna()
-    task = left["task"].fillna("")
+    known = (left["correct"].notna() & right["correct"].notna()).to_numpy()
+    left = left.assign(task=left["task"].fillna(""), unit=left["doc_id"].fillna(left["question"]))[known]
+    right = right[known]
+    names = sorted(set(left["task"]))
     changes = [
-        _change(name, left["correct"][known & (task == name)], right["correct"][known & (task == name)], seed)
-        for name in sorted(set(task[known]))
+        _change(name, left[left["task"] == name], right[(left["task"] == name).to_numpy()], seed) for name in names
     ]
-    if len(changes) > 1:
-        changes.append(_change("all", left["correct"][known], right["correct"][known], seed))
-    return changes
+    return [*changes, _change("all", left, right, seed)] if len(names) > 1 else changes
 
 
-def _change(task: str, before: Sequence[Any], after: Sequence[Any], seed: int) -> TaskChange:
-    one, other = np.array(before, np.int64), np.array(after, np.int64)
+def _change(task: str, left: pd.DataFrame, right: pd.DataFrame, seed: int) -> TaskChange:
+    """left and right: the lines of the same questions, all with a verdict."""
+    one, other = (each["correct"].to_numpy(np.int64) for each in (left, right))
     gained, lost = int(((one == 0) & (other == 1)).sum()), int(((one == 1) & (other == 0)).sum())
+    # a document that was answered several times is one unit: its answers are not independent
+    by_document = pd.Series(other - one).groupby([left["task"].to_numpy(), left["unit"].to_numpy()]).mean()
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    difference = mean_interval((other - one).tolist(), seed)
-    return TaskChange(task, len(one), float(one.mean()), float(other.mean()), difference, gained, lost, p)
+    difference = mean_interval(by_document.tolist(), seed)
+    is_one_each = len(by_document) == len(one)
+    return TaskChange(
+        task, len(one), float(one.mean()), float(other.mean()), difference, gained, lost, p if is_one_each else None
+    )
 
 
-def _agreement(left: Any, right: Any) -> float | None:
+def _agreement(one: Questions, other: Questions) -> float | None:
     """The share of questions with the same prediction, of those that have one in both runs."""
     pairs = [
-        (one, other)
-        for one, other in zip(left["prediction"], right["prediction"], strict=True)
-        if one is not None and other is not None
+        pair for pair in zip(one.column("prediction"), other.column("prediction"), strict=True) if None not in pair
     ]
-    return sum(one == other for one, other in pairs) / len(pairs) if pairs else None
+    return sum(first == second for first, second in pairs) / len(pairs) if pairs else None
 
 
-def _flips(left: Any, right: Any) -> list[dict[str, Any]]:
+def _flips(one: Questions, other: Questions) -> list[dict[str, Any]]:
     """The questions whose verdict changed, in the order of the first run."""
     flips = []
-    for one, other in zip(left.to_dict("records"), right.to_dict("records"), strict=True):
-        if one["correct"] is not None and other["correct"] is not None and one["correct"] != other["correct"]:
-            about = {name: one[name] for name in ("task", "doc_id", "repeat", "question", "target")}
-            now = "right" if other["correct"] else "wrong"
-            flips.append({**about, "before": one["prediction"], "after": other["prediction"], "now": now})
+    for before, after in zip(one, other, strict=True):
+        if before.correct is not None and after.correct is not None and before.correct != after.correct:
+            about = {name: getattr(before, name) for name in ("task", "doc_id", "repeat", "question", "target")}
+            now = "right" if after.correct else "wrong"
+            flips.append({**about, "before": before.prediction, "after": after.prediction, "now": now})
     return flips
 
 
 def _sites(before: Run, after: Run, one: Questions, other: Questions, seed: int) -> list[SiteLikeness]:
+    """Of the sites that both runs keep in the same way. A run that kept no row at the questions' last tokens has none."""
     if len(one) > MOST_ROWS:
         drawn = np.sort(np.random.default_rng(seed).choice(len(one), MOST_ROWS, replace=False)).tolist()
         one, other = one.take(drawn), other.take(drawn)
-    shared = [key for key in before.keys if key in after.keys] if len(one) else []
-    return [_likeness(key, _rows(one, key), _rows(other, key), seed) for key in shared]
+    ways = [[run.settings.get(name) for name in ("reduce", "project")] for run in (before, after)]
+    if not len(one) or ways[0] != ways[1] or before.contents.is_by_sample:
+        return []
+    found = []
+    for key in (key for key in before.keys if key in after.keys):
+        try:
+            found.append(_likeness(key, _rows(one, key), _rows(other, key), seed))
+        except StoreError as absent:
+            warnings.warn(f"{key} is not compared: {absent}", UserWarning, stacklevel=3)
+            break
+    return found
 
 
 def _rows(questions: Questions, key: str) -> NDArray[np.float64]:
@@ -170,5 +198,6 @@ def _rows(questions: Questions, key: str) -> NDArray[np.float64]:
 
 
 def _likeness(site: str, one: NDArray[np.float64], other: NDArray[np.float64], seed: int) -> SiteLikeness:
-    cosine = mean_interval(cosines(one, other).tolist(), seed) if one.shape == other.shape else None
+    has_directions = one.shape == other.shape and one.shape[1] > 1  # a norm has none
+    cosine = mean_interval(cosines(one, other).tolist(), seed) if has_directions else None
     return SiteLikeness(site, len(one), cosine, linear_cka(one, other) if len(one) >= 4 else None)

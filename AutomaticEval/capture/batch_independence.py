@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from AutomaticEval.capture.padding_probes import batches_are_harmless, padding_changes
-from AutomaticEval.models.edited_models import depends_on_position
+from AutomaticEval.models.edited_models import depends_on_batch
 
 LOOKS_AT_SCORES_ONLY = frozenset(
     [
@@ -95,7 +95,7 @@ def apart(model: Any, spans: Sequence[Span], company: Company = Company()) -> li
     rows and columns, because those are rows and columns of this batch.
     """
     limit = rope_limit(model)
-    if depends_on_position(model) or (limit is None and company.kind == "any"):
+    if depends_on_batch(model) or (limit is None and company.kind == "any"):
         return [list(range(len(spans)))]
     groups: dict[tuple[Any, ...], list[int]] = {}
     for row, span in enumerate(spans):

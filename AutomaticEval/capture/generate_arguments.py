@@ -221,7 +221,8 @@ def _draws(own: Mapping[str, Any], config: Mapping[str, Any]) -> bool | None:
 
     own: the keywords. config: the entries of a generation config, over which keywords go. Raises PromptError for a contradiction.
     """
-    draws, temperature = own.get("do_sample", config.get("do_sample")), own.get("temperature")
+    draws = own.get("do_sample", config.get("do_sample"))
+    temperature = own.get("temperature", config.get("temperature") if draws else None)
     if draws not in (None, True, False) or not isinstance(draws, bool | None):
         raise PromptError(f"do_sample is {draws!r}; write True or False.")
     if "do_sample" not in own and temperature is not None:
@@ -242,7 +243,7 @@ def _draws(own: Mapping[str, Any], config: Mapping[str, Any]) -> bool | None:
 
 def _refuse_unused(own: Mapping[str, Any]) -> None:
     """Raises PromptError for a keyword that greedy decoding ignores."""
-    for name in OF_SAMPLING:
+    for name in (*OF_SAMPLING, *DRAWN[1:]):
         if name in own:
             raise PromptError(
                 f"{name} is for sampling, and this is greedy decoding; add do_sample=True, or leave it out."

@@ -37,10 +37,18 @@ def compare(
     from AutomaticEval.analysis.compare_runs import compare_runs
     from AutomaticEval.store.reader import open_run
 
+    runs = open_run(before), open_run(after)
     file = output if output.suffix == ".json" else output / "compare.json"
     result_file(file.parent, file.name, "runs")
-    result = compare_runs(open_run(before), open_run(after), seed=seed)
+    result = compare_runs(*runs, seed=seed)
     measured = result.measured
+    for when in ("before", "after"):
+        edits = "; ".join(measured[when].get("edits") or ())
+        say(
+            f"{when.capitalize() + ':':8}{measured[when]['model']} ({measured[when]['path']}){', edited: ' + edits if edits else ''}"
+        )
+    if not measured["tasks"]:
+        say("No scores:   no question has a verdict in both runs.")
     finish(file, result, _scores(measured["tasks"]), _flips(measured["flips"]), _sites(measured["sites"]))
     if measured["agreement"] is not None:
         say(f"Same answer:  {measured['agreement']:.4f} of the questions")
@@ -54,10 +62,15 @@ def compare(
 def _scores(tasks: list[TaskChange]) -> Table:
     rows = []
     for each in tasks:
-        interval = "" if each.difference.interval is None else "[{:+.4f}, {:+.4f}]".format(*each.difference.interval)
+        known = (
+            each.difference.interval if each.n_gained or each.n_lost else None
+        )  # without a flip there is nothing to draw
+        interval = "" if known is None else "[{:+.4f}, {:+.4f}]".format(*known)
         change = f"{each.difference.mean:+.4f} {interval}"
         numbers = (str(each.n), f"{each.before:.4f}", f"{each.after:.4f}", change)
-        rows.append((each.task, *numbers, f"+{each.n_gained} -{each.n_lost}", f"{each.p:.3g}"))
+        rows.append(
+            (each.task, *numbers, f"+{each.n_gained} -{each.n_lost}", "" if each.p is None else f"{each.p:.3g}")
+        )
     columns = ("Task", "Questions", "Before", "After", "Change, 95 % interval", "Flipped", "p")
     return Table("Answered rightly", columns, rows)
 

@@ -32,12 +32,16 @@ def _asked(run: Run, task: str | None, doc_id: int) -> Questions:
     tasks = sorted(set(run.column("task"))) if "task" in run.contents.columns.names else []
     if task is None and len(tasks) == 1:
         task = tasks[0]
+    if task is None and tasks:
+        raise StoreError(f"{run.path} has several tasks; say which with --task: {', '.join(tasks)}.")
     if task not in tasks:
         has = f"It has {', '.join(tasks)}." if tasks else "It has no tasks; --sample N shows a sample."
         raise StoreError(f"{run.path} has no task {task!r}.{did_you_mean(str(task), tasks)} {has} --task names one.")
     asked = run.questions().where(task=task, doc_id=doc_id)
     if not len(asked):
-        raise StoreError(f"{run.path} has no document {doc_id} of {task}.")
+        docs = sorted({doc for name, doc in zip(run.column("task"), run.column("doc_id"), strict=True) if name == task})
+        some = ", ".join(map(str, docs[:10])) + (f" and {len(docs) - 10} more" if len(docs) > 10 else "")
+        raise StoreError(f"{run.path} has no document {doc_id} of {task}; it has {some}.")
     return asked
 
 
@@ -53,15 +57,20 @@ def _print_text(question: Question, samples: Run) -> None:
 def _print_verdict(question: Question) -> None:
     if question.choices:
         rows = zip(question.choices, question.logprobs, question.probabilities, strict=True)
-        marks = {question.target: "right", question.prediction: "predicted"}
-        if question.target == question.prediction:
-            marks = {question.target: "right, predicted"}
+        told = (("right", question.target), ("predicted", question.prediction))
         lines = [
-            (str(number), text, marks.get(number, ""), f"{logprob:.4f}", f"{probability:.4f}")
+            (
+                str(number),
+                text,
+                ", ".join(name for name, which in told if which == number),
+                f"{logprob:.4f}",
+                f"{probability:.4f}",
+            )
             for number, (text, logprob, probability) in enumerate(rows)
         ]
         print_table("", ("Choice", "Text", "", "Log-probability", "Probability"), lines, n_words=3)
-        say(f"Margin: {question.margin:.4f} nats")
+        if question.margin is not None:
+            say(f"Margin: {question.margin:.4f} nats")
     else:
         say(f"Response: {question.response}")
         if question.thinking is not None:
@@ -71,7 +80,11 @@ def _print_verdict(question: Question) -> None:
 
 
 def _print_layers(asked: Questions, samples: Run, loaded: LoadedModel | None) -> None:
-    rows = {key: asked.activations(key) for key in samples.keys}
+    try:
+        rows = {key: asked.activations(key) for key in samples.keys}
+    except StoreError as absent:
+        say(f"No rows of the question's last token: {absent}")
+        return
     lines = [[key, f"{row.double().norm():.4g}"] for key, row in rows.items()]
     columns = ["Site", "Norm"]
     token = _token_of_the_answer(asked[0], samples)
@@ -99,7 +112,8 @@ def _ranks(loaded: LoadedModel, rows: dict[str, Any], token: int) -> dict[str, s
     from AutomaticEval.sites import site_of
 
     lens = LogitLens(loaded)
-    residual = [key for key in rows if site_of(key).kind in ("embed", "resid_pre", "resid_mid", "resid_post")]
+    kinds, width = ("embed", "resid_pre", "resid_mid", "resid_post"), loaded.layout.d_model
+    residual = [key for key, row in rows.items() if site_of(key).kind in kinds and row.shape[1] == width]
     return {key: str(lens.ranks(rows[key], token)[0]) for key in residual}
 
 

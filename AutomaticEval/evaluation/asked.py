@@ -11,7 +11,7 @@ from typing import Any
 from AutomaticEval.errors import StoreError
 from AutomaticEval.public_names import absolute
 
-MAY_BE_PATHS = ("model", "peft", "delta", "offload_folder", "project")
+MAY_BE_PATHS = ("model", "peft", "delta", "offload_folder", "project", "include_path", "tokenizer")
 """Options whose text may be a path; where there is such a path, it is kept as one that holds in every current folder."""
 FILES = (".yaml", ".yml")
 """The endings of names in `benchmark` that are task files."""

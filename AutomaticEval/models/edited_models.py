@@ -63,6 +63,12 @@ def active_edits(model: nn.Module) -> list[Any]:
     return [edit for each in _active.get(inner(model), {}).values() for edit in each.edits]
 
 
+def depends_on_batch(model: nn.Module) -> bool:
+    """Whether a model is being edited in a way that depends on rows or columns of a batch, and not on each sequence alone."""
+    edits = [each.edit for each in active_edits(model)]
+    return any(edit.is_by_position and edit.positions is None for edit in edits)
+
+
 def depends_on_position(model: nn.Module) -> bool:
     """Whether a model is being edited in a way that depends on rows or columns."""
     return any(each.by_position for each in _active.get(inner(model), {}).values())

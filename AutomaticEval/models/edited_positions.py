@@ -69,19 +69,43 @@ class Sequences:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._rows: Sequence[BatchSequence] = ()
+        self._begun: Tensor | None = None
+        """The ids that the forward fed which began the sequences; None once a forward fed several more."""
+        self._n_fed = 0
+        """How many columns were fed since, its own among them."""
         self._n_columns: int | None = None
         """The columns of the forward that began the sequences. None: no forward was seen that began any."""
 
-    def begin(self, shape: tuple[int, int], mask: Any) -> None:
-        """A forward begins sequences. shape: rows and columns that are fed. mask: the attention mask that the model was given, or None.
+    def begin(self, ids: Tensor, mask: Any) -> None:
+        """A forward begins sequences. ids: [rows, columns], which are fed. mask: the attention mask that the model was given, or None.
 
-        Raises EditError for a mask that does not say which columns are padding, and for sequences that are not those that were told.
+        Raises EditError for a mask that does not say which columns are padding, for sequences that are not those that were told, and for
+        sequences that go on with those of the forward before, because their responses would be taken for prompts.
         """
+        shape = (ids.shape[0], ids.shape[1])
         rows = _told.get(self._model)
+        if rows is None:
+            self._refuse_again(ids)
+        self._begun, self._n_fed = ids, ids.shape[1]
         if rows is not None and len(rows) != shape[0]:
             raise EditError(f"a forward has {shape[0]} rows, and {len(rows)} sequences were told; nothing was edited.")
         self._rows = _masked(shape, mask) if rows is None else rows
         self._n_columns = shape[1]
+
+    def go_on(self, n_columns: int) -> None:
+        """A forward feeds more columns of the sequences."""
+        self._n_fed += n_columns
+        if n_columns != 1:
+            self._begun = None
+
+    def _refuse_again(self, ids: Tensor) -> None:
+        before = self._begun
+        is_one_more = before is not None and ids.shape[1] == self._n_fed + 1 and len(ids) == len(before)
+        if before is not None and is_one_more and torch.equal(before.to(ids.device), ids[:, : before.shape[1]]):
+            raise EditError(
+                "a forward feeds the tokens of those before again, and one more: where the prompt ends is not known to an edit with positions. "
+                "Generate with keys and values (use_cache=True), or give `where` in place of positions."
+            )
 
     def at(self, positions: Positions, first: int, n_columns: int) -> Kept:
         """The (row, column) pairs of a forward that are at the positions. Raises EditError when that is not known."""
@@ -115,7 +139,11 @@ def _masked(shape: tuple[int, int], mask: Any) -> list[BatchSequence]:
     """The sequences of a forward that feeds prompts alone, by its attention mask."""
     n_rows, n_columns = shape
     if mask is None:
-        return [BatchSequence(0, n_columns)] * n_rows
+        if n_rows > 1:
+            raise EditError(
+                f"a forward has {n_rows} rows and no attention mask, so that an edit at positions would take padding for tokens; pass attention_mask."
+            )
+        return [BatchSequence(0, n_columns)]
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise EditError(

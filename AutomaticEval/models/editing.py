@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import EditError
-from AutomaticEval.models.architecture.forward_call import alone_with, cache_in, input_of, tensor_of, with_tensor
+from AutomaticEval.models.architecture.forward_call import (
+    alone_with,
+    cache_in,
+    cache_name,
+    input_of,
+    tensor_of,
+    with_tensor,
+)
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords
 from AutomaticEval.models.edit import Edit
@@ -57,6 +64,8 @@ def _editing(model: Any, edits: Edit | Iterable[Edit], load: LoadKeywords) -> It
     made = [_Made(whole, layout, edit) for edit in edits]
     forward = _Forward(whole, made)
     by_position = any(edit.is_by_position for edit in edits)
+    if any(edit.positions is not None for edit in edits):
+        _refuse_positions(whole)
     with alone_with(whole), noted(whole, layout, made, by_position=by_position), Hooks() as hooks:
         embedding = whole.get_submodule(layout.embedding)
         hooks.before(whole, forward.begins, prepend=True)
@@ -108,7 +117,7 @@ class _Forward:
         if cache is None:
             self._n_before = 0
         elif self._needs_columns and hasattr(cache, "get_seq_length"):
-            self._n_before = int(cache.get_seq_length())  # of a static cache this waits for the device
+            self._n_before = _length_of(cache)
         else:
             self._n_before = None
         self._starts(isinstance(kwargs.get("logits_to_keep"), Tensor))
@@ -129,7 +138,9 @@ class _Forward:
         self.n = ids.shape[1]
         self._end = (self.first or 0) + self.n
         if self._needs_sequences and self.first == 0:
-            self.sequences.begin((ids.shape[0], self.n), self._mask)
+            self.sequences.begin(ids, self._mask)
+        elif self._needs_sequences:
+            self.sequences.go_on(self.n)
 
     def _starts(self, keeps_some_logits: bool) -> None:
         self.settle()
@@ -160,6 +171,30 @@ class _Forward:
                         f"the edit of {each.key} was made {each.n_fired} times when a part of the model was run by itself; once was "
                         "expected. Run the whole model."
                     )
+
+
+def _length_of(cache: Any) -> int:
+    """How many columns are in a cache. Raises EditError for a cache that does not know it."""
+    try:
+        return int(cache.get_seq_length())  # of a static cache this waits for the device
+    except ValueError as unknown:
+        raise EditError(f"the columns of a forward are not known, which the edit needs: {unknown}") from unknown
+
+
+def _refuse_positions(model: Any) -> None:
+    """Raises EditError for a model whose forwards do not say how many tokens came before: each would begin a sequence."""
+    kinds = [str(kind) for kind in getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()]
+    first = next(iter(kinds), "attention")
+    if (
+        cache_name(model) is None
+        or getattr(model, "_is_stateful", False)
+        or "attention" not in first
+        or "linear" in first
+    ):
+        raise EditError(
+            f"positions cannot be given for {type(model).__name__}: what it keeps of earlier tokens does not say how many there were, so a decode step "
+            "would be taken for a prompt. Give `where`, or leave positions out."
+        )
 
 
 class _Made:

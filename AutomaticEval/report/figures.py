@@ -189,7 +189,10 @@ def _swept_top(result: ResultJson, path: Path) -> None:
 
 
 def _two_runs(result: ResultJson, path: Path) -> None:
-    names = [f"{result[each]['model']} ({result[each]['path']})" for each in ("before", "after")]
+    names = [
+        f"{result[each]['model']}{', edited' if result[each].get('edits') else ''} ({result[each]['path']})"
+        for each in ("before", "after")
+    ]
     two_runs(result["tasks"], result["sites"], " → ".join(names), path)
 
 

@@ -35,6 +35,7 @@ def _scores(axes: Any, tasks: Sequence[Mapping[str, Any]]) -> None:
         low, high = each["difference"]["interval"] or (mean, mean)
         axes.barh(place, mean, color=SIGNS[mean < 0])
         axes.plot([low, high], [place, place], color="0.2", linewidth=1)
+        axes.plot(mean, place, "o", color="0.2", markersize=3)
     axes.axvline(0, color="0.4", linewidth=0.8)
     names = [f"{each['task'] or 'questions'} (n = {each['n']})" for each in tasks]
     axes.set_yticks(range(len(tasks)), [label(name) for name in names])
@@ -61,6 +62,7 @@ def _likeness(axes: Any, sites: Sequence[Mapping[str, Any]]) -> None:
                     *zip(*known, strict=True), style, color=colour, marker="o", markersize=3, label=f"{kind}: {name}"
                 )
     axes.set(title="Likeness at the question's last token", xlabel="layer", ylabel="1: alike")
-    axes.set_ylim(top=1.02)
+    low, _ = axes.get_ylim()
+    axes.set_ylim(min(low, 0.9), 1 + 0.03 * (1 - min(low, 0.9)))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize="small")

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from AutomaticEval.errors import DamagedFile, StoreError
-from AutomaticEval.store.disk.partial_folders import clear_leftovers
+from AutomaticEval.store.disk.partial_folders import clear_leftovers, is_leftover
 from AutomaticEval.store.hdf5.contract import RUN_FORMAT, shard_number
 from AutomaticEval.store.hdf5.open import OpenedFile
 from AutomaticEval.store.local_paths import ASKED, LOCAL_PATHS
@@ -143,7 +143,7 @@ def next_number(folder: Path) -> int:
 def holds_nothing(folder: Path) -> bool:
     """Whether a folder is empty but for what a process leaves that is killed before its first shard."""
     names = [path.name for path in folder.iterdir()]
-    return all(name in NO_PART or name.startswith(f"{LOCK}-") or name.endswith(".partial") for name in names)
+    return all(name in NO_PART or re.fullmatch(rf"\{LOCK}-[0-9]+", name) or is_leftover(name) for name in names)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
 from AutomaticEval.models.architecture.forward_call import alone_with, input_device
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.edited_positions import BatchSequence, told
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.options import take_fields
 from AutomaticEval.samples import Part, Sample
@@ -195,7 +196,13 @@ def _one_by_one(loaded: LoadedModel, cuts: Sequence[Cut], options: ScoringOption
     for number, cut in enumerate(cuts):
         context, continuation, _ = cut
         keep = None if selection is None else keep_of(selection.positions, [context], [0])
-        with torch.no_grad(), alone_with(model), recording_of(loaded, selection, keep, 1) as recording:
+        sequence = BatchSequence(0, len(context), len(continuation))
+        with (
+            torch.no_grad(),
+            alone_with(model),
+            told(model, [sequence]),
+            recording_of(loaded, selection, keep, 1) as recording,
+        ):
             out = model(torch.tensor([cut.fed], device=input_device(model)))
         logits = out.logits[0, -len(continuation) :]  # counted from the end: an adapter may put tokens before the first
         likely = torch.log_softmax(logits, -1, dtype=options.dtype).cpu()

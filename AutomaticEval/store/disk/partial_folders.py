@@ -21,6 +21,11 @@ SET, DONE = "set", "done"
 _NAMES = re.compile(r"\.(.*\.)?[0-9a-f]{32}\.partial", re.DOTALL)
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a name is one of those that `hidden_name` gives."""
+    return _NAMES.fullmatch(name) is not None
+
+
 def hidden_name(name: str = "") -> str:
     """A name that no other file has, and that `clear_leftovers` knows. name: what it is for, of which the beginning is kept."""
     short = name.encode("utf-8", "replace")[:80].decode("utf-8", "ignore")

@@ -62,12 +62,13 @@ def _questions(path: Path, columns: Columns, n_samples: int) -> Ragged:
         for name in ("task", "doc_id", "repeat", "choice", "window")
     )
     found: dict[Hashable, list[int]] = {}
-    unconditional = _without_question(columns, choice)
     for number in range(n_samples):
-        if number not in unconditional:
-            key = number if doc[number] is None else (task[number], doc[number], repeat[number])
-            found.setdefault(key, []).append(number)
+        key = number if doc[number] is None else (task[number], doc[number], repeat[number])
+        found.setdefault(key, []).append(number)
+    empty = _without_prompt(columns, choice)
     for numbers in found.values():
+        if any(not choice[number] and number not in empty for number in numbers):  # acc_mutual_info: choices alone
+            numbers[:] = [number for number in numbers if number not in empty]
         numbers.sort(key=lambda number: (choice[number] or 0, window[number] or 0))
         if sorted({choice[number] or 0 for number in numbers}) != list(range(1 + (choice[numbers[-1]] or 0))):
             first = numbers[0]
@@ -77,11 +78,16 @@ def _questions(path: Path, columns: Columns, n_samples: int) -> Ragged:
     return Ragged.of(list(found.values()))
 
 
-def _without_question(columns: Columns, choice: Sequence[int | None]) -> set[int]:
-    """The samples that score a choice without its question, for acc_mutual_info: their prompt is empty, and has one token at most."""
+def _without_prompt(columns: Columns, choice: Sequence[int | None]) -> set[int]:
+    """The samples whose prompt is empty, and has one token at most; none, when no choice after the first has such a prompt.
+
+    acc_mutual_info scores each choice with its question and without. In other tasks (BLiMP) no choice has a prompt.
+    """
     if not {"prompt", "n_prompt_tokens"} <= set(columns.names):
         return set()
     lengths = columns.whole("n_prompt_tokens")
-    short = [n for n, length in enumerate(lengths) if choice[n] and length is not None and length <= 1]
-    prompts = columns.whole("prompt") if short else []
+    short = [number for number, length in enumerate(lengths) if length is not None and length <= 1]
+    prompts = columns.whole("prompt") if any(choice[number] for number in short) else []
+    if not prompts:
+        return set()
     return {number for number in short if not prompts[number]}

@@ -44,6 +44,7 @@ class TaskLine(NamedTuple):
 
     n_samples: int
     n_questions: int
+    """Each of several sampled answers to a question counts."""
     correct: float | None
     """The share of the questions with a verdict that were answered rightly; None when no question has one."""
 
@@ -75,7 +76,7 @@ def facts_of(run: AnyRun) -> dict[str, str]:
         "positions": made.positions,
         "stored": _stored(run),
         "reduced": _reduced(run),
-        "answers": made.generation or "generated step by step",
+        "answers": made.generation and f"generated ({made.generation})",
         "versions": _pairs(made.versions),
         "size": _size(run),
     }
@@ -86,15 +87,16 @@ def tasks_of(run: AnyRun) -> list[TaskLine]:
     """The tasks of a run by name, each with the mean of every metric that lm-eval gave its questions."""
     names = run.contents.columns.names
     columns = [
-        run.column(name) if name in names else [None] * len(run) for name in ("task", "doc_id", "correct", "metrics")
+        run.column(name) if name in names else [None] * len(run)
+        for name in ("task", "doc_id", "repeat", "correct", "metrics")
     ]
     first: dict[str, dict[Any, tuple[Any, Any]]] = {}
     counted: dict[str, int] = {}
-    for number, (task, doc_id, correct, metrics) in enumerate(zip(*columns, strict=True)):
+    for number, (task, doc_id, repeat, correct, metrics) in enumerate(zip(*columns, strict=True)):
         task = task or ""
         counted[task] = counted.get(task, 0) + 1
         # of each question, what its first sample says
-        first.setdefault(task, {}).setdefault(number if doc_id is None else doc_id, (correct, metrics))
+        first.setdefault(task, {}).setdefault(number if doc_id is None else (doc_id, repeat), (correct, metrics))
     return [_line(task, counted[task], list(docs.values())) for task, docs in sorted(first.items())]
 
 
