@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import within
+from helpers.samples import SETTINGS, make_sample
 
 from AutomaticEval import Edit, editing, evaluate_with_activations, open_run
 from AutomaticEval.analysis.compare_runs import compare_runs
 from AutomaticEval.analysis.numbers.similarity import cosines, linear_cka
 from AutomaticEval.errors import StoreError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.store.writer import RunWriter
 
 VECTOR = torch.randn(128, generator=torch.Generator().manual_seed(3)) * 1.5
 
@@ -154,3 +156,32 @@ def test_rows_that_are_zero_or_all_the_same() -> None:
     rows = np.zeros((4, 3))
     assert cosines(rows, rows + 1).tolist() == [0, 0, 0, 0]
     assert linear_cka(rows, np.eye(4)) is None
+
+
+def made_run(folder: Path, correct: list[bool | None], predictions: list[int | None], repeats: int = 1) -> Path:
+    with RunWriter(folder, "m", SETTINGS) as made:
+        for number, (right, said) in enumerate(zip(correct, predictions, strict=True)):
+            doc, repeat = divmod(number, repeats)
+            about = {"task": "t", "doc_id": doc, "repeat": repeat, "correct": right, "prediction": said, "target": 0}
+            made.add([make_sample(seed=number, **about)])
+        made.finish()
+    return folder
+
+
+def test_a_run_agrees_with_itself_also_without_predictions(tmp_path: Path) -> None:
+    run = open_run(made_run(tmp_path / "a", [True, False, None, None], [0, 1, None, None]))
+    measured = compare_runs(run, run).measured
+    assert measured["agreement"] == 1
+    assert (measured["tasks"][0].n, measured["flips"]) == (2, [])
+
+
+def test_answers_to_one_document_are_one_unit(tmp_path: Path) -> None:
+    """The interval is that of two documents, and no test of independent flips is made."""
+    before = made_run(tmp_path / "a", [False] * 10, [1] * 10, repeats=5)
+    after = made_run(tmp_path / "b", [True] * 5 + [False] * 5, [0] * 5 + [1] * 5, repeats=5)
+    (change,) = compare_runs(*map(open_run, (before, after))).measured["tasks"]
+    assert (change.n, change.difference.n, change.difference.mean, change.n_gained) == (10, 2, 0.5, 5)
+    assert change.difference.interval == (0, 1)
+    assert change.p is None
+    (line,) = open_run(after).tasks()
+    assert (line.n_questions, line.correct) == (10, 0.5)

@@ -19,7 +19,7 @@ from AutomaticEval import (
     load_activations,
     load_model,
 )
-from AutomaticEval.capture.generate_arguments import REFUSED, GenerateKeywords
+from AutomaticEval.capture.generate_arguments import REFUSED, GenerateKeywords, take_generate_arguments
 from AutomaticEval.capture.sampling import SamplingKeywords
 from AutomaticEval.errors import ModelError, PromptError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -212,3 +212,11 @@ def test_load_model_takes_the_options_that_all_doors_take() -> None:
     loaded = load_model("demo")
     with pytest.raises(ModelError, match="dtype were given with a model that is loaded"):
         load_model(loaded, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "given", [{"top_p": 0.5}, {"top_k": 5}, {"generation_config": {"do_sample": True, "temperature": 0.0}}]
+)
+def test_what_greedy_decoding_would_ignore_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(PromptError, match=r"greedy decoding"):
+        take_generate_arguments(dict(given))

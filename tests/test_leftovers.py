@@ -35,6 +35,7 @@ from AutomaticEval.store.disk.read_back import read_back
 from AutomaticEval.store.disk.whole_files import new_file, new_files, new_folder, prepare_folder
 from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.reader import open_run
+from AutomaticEval.store.run_folder import holds_nothing, leaving_nothing
 from AutomaticEval.store.upkeep.rebuild import rebuild_index
 from AutomaticEval.store.writer import RunWriter
 
@@ -383,3 +384,13 @@ def test_a_folder_is_taken_back_also_on_a_full_disk(tmp_path: Path, monkeypatch:
     with pytest.raises(DiskFull, match="nothing of it was left behind"), new_folder(path) as made:
         (made / "a.json").write_text("{}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["download.partial", ".lock-notes", ".x.partial", "notes.txt"])
+def test_a_folder_with_files_of_others_is_not_taken_for_an_empty_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    (tmp_path / ".lock").touch()
+    assert not holds_nothing(tmp_path)
+    with pytest.raises(StoreError), leaving_nothing(tmp_path):
+        raise StoreError("it fails before its first shard")
+    assert (tmp_path / name).read_text() == "mine"

@@ -478,3 +478,21 @@ def test_a_site_is_read_in_each_of_its_spellings(scored: Run, spelling: str) -> 
         assert same(read(spelling), read("layer_2"))
     assert scored.steps(3, spelling) is None
     assert same(scored.read(0, "embed"), scored.read(0, "embeddings"))
+
+
+def test_choices_without_any_prompt_are_all_kept(demo: LoadedModel, tmp_path: Path) -> None:
+    """As in BLiMP, whose questions are two sentences: nothing stands before a choice."""
+    (tmp_path / "pairs.jsonl").write_text('{"good": "The fox is red.", "bad": "The fox are red."}\n' * 2)
+    (tmp_path / "pairs.yaml").write_text(
+        f"task: pairs\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/pairs.jsonl\ntest_split: test\n"
+        'output_type: multiple_choice\ndoc_to_text: ""\ndoc_to_target: 0\ndoc_to_choice: "{{[good, bad]}}"\nmetric_list:\n  - metric: acc\n'
+    )
+    outcome = evaluate_with_activations(
+        demo, "pairs", include_path=[str(tmp_path)], output=tmp_path / "run", positions="all"
+    )
+    questions = open_run(outcome.folder).questions()
+    assert len(questions) == 2
+    for question in questions:
+        assert [text.strip() for text in question.choices] == ["The fox is red.", "The fox are red."]
+        assert sum(question.probabilities) == pytest.approx(1)
+        assert question.correct == (question.prediction == 0)
