@@ -221,8 +221,7 @@ def _draws(own: Mapping[str, Any], config: Mapping[str, Any]) -> bool | None:
 
     own: the keywords. config: the entries of a generation config, over which keywords go. Raises PromptError for a contradiction.
     """
-    draws = own.get("do_sample", config.get("do_sample"))
-    temperature = own.get("temperature", config.get("temperature") if draws else None)
+    draws, temperature = own.get("do_sample", config.get("do_sample")), own.get("temperature")
     if draws not in (None, True, False) or not isinstance(draws, bool | None):
         raise PromptError(f"do_sample is {draws!r}; write True or False.")
     if "do_sample" not in own and temperature is not None:
@@ -236,7 +235,7 @@ def _draws(own: Mapping[str, Any], config: Mapping[str, Any]) -> bool | None:
         raise PromptError(
             f"do_sample=False is greedy decoding, and temperature={temperature} is for sampling; leave one of them out."
         )
-    if draws and temperature == 0:
+    if draws and (temperature if temperature is not None else config.get("temperature")) == 0:
         raise PromptError("do_sample=True samples, and temperature=0 is greedy decoding; leave one of them out.")
     return draws
 
