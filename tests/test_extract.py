@@ -139,7 +139,10 @@ def test_a_file_of_texts_and_what_is_wrong(demo: LoadedModel, tmp_path: Path) ->
         (["--profile", "baseline", "--category", "joy"], "no category 'joy'"),
         (["--texts", "mine.jsonl", "--model", "demo"], "line 1: none of the fields text, input, question, prompt"),
         (["--texts", "none.jsonl", "--model", "demo"], "no file none.jsonl"),
-        (["--texts", "notes.md", "--model", "demo"], "notes.md ends in '.md'; give a JSONL, JSON, CSV or txt file"),
+        (
+            ["--texts", "notes.md", "--model", "demo"],
+            "notes.md ends in '.md'; give a JSONL, JSON, CSV, TSV, parquet or txt file",
+        ),
         (["--dataset", "mine.jsonl", "--model", "demo"], "mine.jsonl is a file; give it as texts"),
         ([*asked[:2], "--model", "/no/model", *asked[4:], "--positions", "response"], "texts have no response"),
         ([*asked[:2], "--model", "/no/model", *asked[4:]], "ModelUnavailable"),

@@ -6,11 +6,11 @@ For base against fine-tuned, plain against edited, 16 against 8 bits. Questions 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
@@ -80,12 +80,9 @@ def compare_runs(before: Run, after: Run, *, seed: int = 42) -> Result:
     Raises StoreError for runs that share no question, and for runs without questions.
     """
     one, other, alone = _paired(before, after)
-    left, right = one.table(), other.table()
     same = [
-        first == second and list(choices) == list(others)
-        for first, second, choices, others in zip(
-            left["question"], right["question"], left["choices"], right["choices"], strict=True
-        )
+        before.question == after.question and before.choices == after.choices
+        for before, after in zip(one, other, strict=True)
     ]
     measured = {
         "before": {"path": before.path.name, "model": before.model, **_told(before)},
@@ -94,7 +91,7 @@ def compare_runs(before: Run, after: Run, *, seed: int = 42) -> Result:
         "n_only_before": alone[0],
         "n_only_after": alone[1],
         "n_other_prompts": same.count(False),
-        "tasks": _tasks(left, right, seed),
+        "tasks": _tasks(one, other, seed),
         "agreement": _agreement(one, other),
         "flips": _flips(one, other),
         "sites": _sites(before, after, one.where(same), other.where(same), seed),
@@ -129,29 +126,38 @@ def _numbers(questions: Questions) -> dict[tuple[Any, ...], int]:
     }
 
 
-def _tasks(left: pd.DataFrame, right: pd.DataFrame, seed: int) -> list[TaskChange]:
+def _tasks(one: Questions, other: Questions, seed: int) -> list[TaskChange]:
     """Each task by name, and then all of them when there are several."""
-    known = (left["correct"].notna() & right["correct"].notna()).to_numpy()
-    left = left.assign(task=left["task"].fillna(""), unit=left["doc_id"].fillna(left["question"]))[known]
-    right = right[known]
-    names = sorted(set(left["task"]))
-    changes = [
-        _change(name, left[left["task"] == name], right[(left["task"] == name).to_numpy()], seed) for name in names
-    ]
-    return [*changes, _change("all", left, right, seed)] if len(names) > 1 else changes
+    by_task: dict[str, list[_Pair]] = {}
+    for before, after in zip(one, other, strict=True):
+        if before.correct is not None and after.correct is not None:
+            document = (before.task, before.question if before.doc_id is None else before.doc_id)
+            by_task.setdefault(before.task or "", []).append(_Pair(document, int(before.correct), int(after.correct)))
+    changes = [_change(name, pairs, seed) for name, pairs in sorted(by_task.items())]
+    every = [pair for pairs in by_task.values() for pair in pairs]
+    return [*changes, _change("all", every, seed)] if len(changes) > 1 else changes
 
 
-def _change(task: str, left: pd.DataFrame, right: pd.DataFrame, seed: int) -> TaskChange:
-    """left and right: the lines of the same questions, all with a verdict."""
-    one, other = (each["correct"].to_numpy(np.int64) for each in (left, right))
-    gained, lost = int(((one == 0) & (other == 1)).sum()), int(((one == 1) & (other == 0)).sum())
+class _Pair(NamedTuple):
+    """The two verdicts on a question, 0 or 1, and the document that it is about."""
+
+    document: Any
+    before: int
+    after: int
+
+
+def _change(task: str, pairs: Sequence[_Pair], seed: int) -> TaskChange:
+    one, other = np.array([pair.before for pair in pairs]), np.array([pair.after for pair in pairs])
+    gained, lost = int((other > one).sum()), int((other < one).sum())
     # a document that was answered several times is one unit: its answers are not independent
-    by_document = pd.Series(other - one).groupby([left["task"].to_numpy(), left["unit"].to_numpy()]).mean()
+    of_document: dict[Any, list[int]] = {}
+    for pair in pairs:
+        of_document.setdefault(pair.document, []).append(pair.after - pair.before)
+    difference = mean_interval([sum(each) / len(each) for each in of_document.values()], seed)
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    difference = mean_interval(by_document.tolist(), seed)
-    is_one_each = len(by_document) == len(one)
+    is_one_each = len(of_document) == len(pairs)
     return TaskChange(
-        task, len(one), float(one.mean()), float(other.mean()), difference, gained, lost, p if is_one_each else None
+        task, len(pairs), float(one.mean()), float(other.mean()), difference, gained, lost, p if is_one_each else None
     )
 
 

@@ -242,8 +242,9 @@ def _draws(own: Mapping[str, Any], config: Mapping[str, Any]) -> bool | None:
 
 def _refuse_unused(own: Mapping[str, Any]) -> None:
     """Raises PromptError for a keyword that greedy decoding ignores."""
-    for name in (*OF_SAMPLING, *DRAWN[1:]):
-        if name in own:
+    plain = {"top_p": 1, "top_k": 0}  # with which sampling would draw from all tokens
+    for name in (*OF_SAMPLING, *plain):
+        if name in own and own[name] != plain.get(name):
             raise PromptError(
                 f"{name} is for sampling, and this is greedy decoding; add do_sample=True, or leave it out."
             )
