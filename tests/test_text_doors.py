@@ -89,7 +89,8 @@ def test_commands_read_a_tsv_and_gzip_and_refuse_a_broken_one(tmp_path: Path) ->
     asked = ["--model", "demo", "--layers", "0", "--text_field", "review"]
     done = command("extract", "--texts", "reviews.tsv", *asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert open_run(tmp_path / "activations" / "reviews_demo").column("prompt") == TEXTS
+    (folder,) = (tmp_path / "activations").glob("reviews_demo_*")
+    assert open_run(folder).column("prompt") == TEXTS
     packed = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode())
     (tmp_path / "reviews.jsonl.gz").write_bytes(packed)
     done = command("heads", "strength", "--texts", "reviews.jsonl.gz", cwd=tmp_path)
