@@ -18,11 +18,14 @@ from AutomaticEval.analysis.numbers.estimate import mean_interval
 from AutomaticEval.analysis.numbers.similarity import cosines, linear_cka
 from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.errors import StoreError
+from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.questions import Questions
 from AutomaticEval.store.reader import Run
 
 MOST_ROWS = 2000
 """The most questions over which activations are compared; of more, so many are drawn."""
+Pair = tuple[Question, Question]
+"""A question in the first run and in the second."""
 TOLD = (
     "model_hash",
     "dtype",
@@ -66,10 +69,10 @@ class SiteLikeness:
     site: str
     n: int
     cosine: Estimate | None
-    """Mean cosine of the two rows of a question. None for sites of other widths."""
+    """Mean cosine of the two rows of a question. None for sites of other widths, and for rows of one number, such as norms."""
 
     cka: float | None
-    """Linear CKA, debiased: 1 for rows that differ by a rotation and a scale, about 0 for unrelated ones. None for fewer than four questions."""
+    """Linear CKA, debiased: 1 for rows that differ by a rotation and a scale, about 0 for unrelated ones. None for fewer than four questions, and for rows that are all the same."""
 
 
 def compare_runs(before: Run, after: Run, *, seed: int = 42) -> Result:
@@ -80,10 +83,8 @@ def compare_runs(before: Run, after: Run, *, seed: int = 42) -> Result:
     Raises StoreError for runs that share no question, and for runs without questions.
     """
     one, other, alone = _paired(before, after)
-    same = [
-        before.question == after.question and before.choices == after.choices
-        for before, after in zip(one, other, strict=True)
-    ]
+    pairs = list(zip(one, other, strict=True))
+    same = [first.question == second.question and first.choices == second.choices for first, second in pairs]
     measured = {
         "before": {"path": before.path.name, "model": before.model, **_told(before)},
         "after": {"path": after.path.name, "model": after.model, **_told(after)},
@@ -91,9 +92,9 @@ def compare_runs(before: Run, after: Run, *, seed: int = 42) -> Result:
         "n_only_before": alone[0],
         "n_only_after": alone[1],
         "n_other_prompts": same.count(False),
-        "tasks": _tasks(one, other, seed),
-        "agreement": _agreement(one, other),
-        "flips": _flips(one, other),
+        "tasks": _tasks(pairs, seed),
+        "agreement": _agreement(pairs),
+        "flips": _flips(pairs),
         "sites": _sites(before, after, one.where(same), other.where(same), seed),
     }
     return Result("runs", measured, {"seed": seed, "most_rows": MOST_ROWS})
@@ -126,19 +127,21 @@ def _numbers(questions: Questions) -> dict[tuple[Any, ...], int]:
     }
 
 
-def _tasks(one: Questions, other: Questions, seed: int) -> list[TaskChange]:
+def _tasks(pairs: Sequence[Pair], seed: int) -> list[TaskChange]:
     """Each task by name, and then all of them when there are several."""
-    by_task: dict[str, list[_Pair]] = {}
-    for before, after in zip(one, other, strict=True):
+    by_task: dict[str, list[_Verdicts]] = {}
+    for before, after in pairs:
         if before.correct is not None and after.correct is not None:
             document = (before.task, before.question if before.doc_id is None else before.doc_id)
-            by_task.setdefault(before.task or "", []).append(_Pair(document, int(before.correct), int(after.correct)))
-    changes = [_change(name, pairs, seed) for name, pairs in sorted(by_task.items())]
-    every = [pair for pairs in by_task.values() for pair in pairs]
+            by_task.setdefault(before.task or "", []).append(
+                _Verdicts(document, int(before.correct), int(after.correct))
+            )
+    changes = [_change(name, verdicts, seed) for name, verdicts in sorted(by_task.items())]
+    every = [each for verdicts in by_task.values() for each in verdicts]
     return [*changes, _change("all", every, seed)] if len(changes) > 1 else changes
 
 
-class _Pair(NamedTuple):
+class _Verdicts(NamedTuple):
     """The two verdicts on a question, 0 or 1, and the document that it is about."""
 
     document: Any
@@ -146,33 +149,39 @@ class _Pair(NamedTuple):
     after: int
 
 
-def _change(task: str, pairs: Sequence[_Pair], seed: int) -> TaskChange:
-    one, other = np.array([pair.before for pair in pairs]), np.array([pair.after for pair in pairs])
+def _change(task: str, verdicts: Sequence[_Verdicts], seed: int) -> TaskChange:
+    one, other = np.array([each.before for each in verdicts]), np.array([each.after for each in verdicts])
     gained, lost = int((other > one).sum()), int((other < one).sum())
     # a document that was answered several times is one unit: its answers are not independent
     of_document: dict[Any, list[int]] = {}
-    for pair in pairs:
-        of_document.setdefault(pair.document, []).append(pair.after - pair.before)
-    difference = mean_interval([sum(each) / len(each) for each in of_document.values()], seed)
+    for each in verdicts:
+        of_document.setdefault(each.document, []).append(each.after - each.before)
+    difference = mean_interval([sum(changes) / len(changes) for changes in of_document.values()], seed)
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    is_one_each = len(of_document) == len(pairs)
+    is_one_each = len(of_document) == len(verdicts)
     return TaskChange(
-        task, len(pairs), float(one.mean()), float(other.mean()), difference, gained, lost, p if is_one_each else None
+        task,
+        len(verdicts),
+        float(one.mean()),
+        float(other.mean()),
+        difference,
+        gained,
+        lost,
+        p if is_one_each else None,
     )
 
 
-def _agreement(one: Questions, other: Questions) -> float | None:
+def _agreement(pairs: Sequence[Pair]) -> float | None:
     """The share of questions with the same prediction, of those that have one in both runs."""
-    pairs = [
-        pair for pair in zip(one.column("prediction"), other.column("prediction"), strict=True) if None not in pair
-    ]
-    return sum(first == second for first, second in pairs) / len(pairs) if pairs else None
+    said = [(before.prediction, after.prediction) for before, after in pairs]
+    known = [both for both in said if None not in both]
+    return sum(first == second for first, second in known) / len(known) if known else None
 
 
-def _flips(one: Questions, other: Questions) -> list[dict[str, Any]]:
+def _flips(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """The questions whose verdict changed, in the order of the first run."""
     flips = []
-    for before, after in zip(one, other, strict=True):
+    for before, after in pairs:
         if before.correct is not None and after.correct is not None and before.correct != after.correct:
             about = {name: getattr(before, name) for name in ("task", "doc_id", "repeat", "question", "target")}
             now = "right" if after.correct else "wrong"

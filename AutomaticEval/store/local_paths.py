@@ -21,44 +21,43 @@ ASKED = "asked.json"
 
 def write_local_paths(folder: Path, paths: Mapping[str, str]) -> None:
     """Write the file unless it is there. paths: "model", "peft" or "delta" -> its folder; without any, nothing is written."""
-    if not paths or (folder / LOCAL_PATHS).exists():
-        return
-    with new_file(folder / LOCAL_PATHS) as partial:
-        partial.write_text(json.dumps(dict(paths), indent=1) + "\n", encoding="utf-8")
+    _write_once(folder / LOCAL_PATHS, paths)
 
 
 def read_local_paths(path: Path) -> dict[str, str]:
     """The paths in a run folder; {} for a folder without the file, such as a copy, and for a single file. Raises StoreError for a damaged one."""
-    file = path / LOCAL_PATHS
-    if not file.is_file():
-        return {}
-    try:
-        paths = parse_json(file.read_text(encoding="utf-8"))
-        return {str(name): str(value) for name, value in paths.items()}
-    except (ValueError, AttributeError, OSError):
-        raise StoreError(f"{file} is damaged; delete it, and name the model yourself.") from None
+    paths = _read(path / LOCAL_PATHS, "name the model yourself")
+    return {str(name): str(value) for name, value in paths.items()}
 
 
 def write_asked(folder: Path, asked: Mapping[str, Any]) -> None:
     """Write what a run is asked for, unless the file is there. Without any option, nothing is written."""
-    if not asked or (folder / ASKED).exists():
-        return
-    with new_file(folder / ASKED) as partial:
-        partial.write_text(json.dumps(dict(asked), indent=1) + "\n", encoding="utf-8")
+    _write_once(folder / ASKED, asked)
 
 
 def read_asked(folder: Path) -> dict[str, Any]:
     """What an unfinished run was asked for; {} when that is not there. Raises StoreError for a damaged file."""
-    file = folder / ASKED
-    if not file.is_file():
-        return {}
-    try:
-        return dict(parse_json(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError):
-        raise StoreError(f"{file} is damaged; delete it, and give all options of the run.") from None
+    return _read(folder / ASKED, "give all options of the run")
 
 
 def forget_asked(folder: Path) -> None:
     """Delete the file: the run is finished."""
     with suppress(OSError):
         (folder / ASKED).unlink(missing_ok=True)
+
+
+def _write_once(file: Path, values: Mapping[str, Any]) -> None:
+    if not values or file.exists():
+        return
+    with new_file(file) as partial:
+        partial.write_text(json.dumps(dict(values), indent=1) + "\n", encoding="utf-8")
+
+
+def _read(file: Path, instead: str) -> dict[str, Any]:
+    """instead: what to do without the file, for the message."""
+    if not file.is_file():
+        return {}
+    try:
+        return dict(parse_json(file.read_text(encoding="utf-8")).items())
+    except (ValueError, AttributeError, OSError):
+        raise StoreError(f"{file} is damaged; delete it, and {instead}.") from None
