@@ -125,7 +125,7 @@ def screen(
         lengths[category] = _lengths(own, base, test)
         columns = zip(
             _changes(own, base, test),
-            asked.attention(category, seed),
+            asked.attention(category),
             _direct(own.direct, base.direct, asked.columns(category)),
             strict=True,
         )
@@ -180,12 +180,12 @@ class _Asked:
             return [beside_neutral.add_pool for _, beside_neutral in self.same.values()]
         return [each.add for each in self.same.get(name, ())]
 
-    def attention(self, category: str, seed: int) -> list[AttentionEstimate]:
+    def attention(self, category: str) -> list[AttentionEstimate]:
         """For each head its attention to the category's keywords."""
         if category not in self.same:
             return [AttentionEstimate(None, None, 0, paid=None, beside_neutral=Estimate(None, None, 0))] * self.n_heads
         among_own, beside_neutral = (each.result() for each in self.same[category])
-        own = mean_intervals(_flat(among_own.own - among_own.pool), seed)
+        own = mean_intervals(_flat(among_own.own - among_own.pool))
         neutral = mean_differences(_flat(beside_neutral.own), _flat(beside_neutral.pool))
         return [
             AttentionEstimate(**vars(each), paid=None if each.mean is None else float(paid), beside_neutral=other)

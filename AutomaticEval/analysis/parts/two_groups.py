@@ -10,12 +10,14 @@ from scipy import stats
 from AutomaticEval.analysis.result import Estimate
 
 LEVEL = 0.95
+FEWEST = 5
+"""With fewer values in a group there is no interval: no method holds then for values of any distribution."""
 
 
 def mean_differences(one: Any, other: Any) -> list[Estimate]:
     """The mean of each column of one group minus that of the other, with the 95 % interval of Welch's t.
 
-    one: [n, width]. other: [m, width]. The n of an estimate is that of `one`. No interval for groups of fewer than two; no mean for an empty one.
+    one: [n, width]. other: [m, width]. The n of an estimate is that of `one`. No interval with fewer than FEWEST in a group; no mean for an empty one.
     Source: Welch 1947.
     """
     groups = [np.asarray(each, np.float64) for each in (one, other)]
@@ -24,7 +26,7 @@ def mean_differences(one: Any, other: Any) -> list[Estimate]:
     if not n or not m:
         return [Estimate(mean=None, interval=None, n=n)] * width
     change = groups[0].mean(0) - groups[1].mean(0)
-    if min(n, m) < 2:
+    if min(n, m) < FEWEST:
         return [Estimate(mean=float(each), interval=None, n=n) for each in change]
     errors = [each.var(0, ddof=1) / len(each) for each in groups]  # squared
     error = errors[0] + errors[1]
