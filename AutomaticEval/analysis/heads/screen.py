@@ -36,7 +36,7 @@ class StrengthChange:
 class DirectEstimate(Estimate):
     """What a head adds to the logits of a category's words: the mean over its prompts, with interval."""
 
-    neutral: float | None
+    neutral: float | None = None
     """The mean over the neutral prompts."""
 
 
@@ -86,8 +86,8 @@ def screen(
         target = with_target.index(category) if category in targets else None
         columns = zip(
             _changes(own.strength, base.strength, n_permutations, seed, rounding),
-            _attention(own.attention, seed),
-            _direct(own.direct, base.direct, target, seed),
+            _attention(own.attention),
+            _direct(own.direct, base.direct, target),
             strict=True,
         )
         for number, (strength, attention, direct) in enumerate(columns):
@@ -118,19 +118,15 @@ def _changes(own: Tensor, base: Tensor, n_permutations: int, seed: int, rounding
     return [StrengthChange(float(change), float(d), float(p)) for change, d, p in zip(*columns, strict=True)]
 
 
-def _attention(values: Tensor, seed: int) -> list[Estimate]:
+def _attention(values: Tensor) -> list[Estimate]:
     """For each head an estimate over the prompts in which attention to keywords is defined. values: [n_prompts, n_layers, n_heads]."""
-    flat = values.flatten(1)
-    return mean_intervals(flat[~flat.isnan().all(1)].double().numpy(), seed)
+    return mean_intervals(values.flatten(1).double().numpy())
 
 
-def _direct(own: Tensor, base: Tensor, target: int | None, seed: int) -> list[DirectEstimate]:
+def _direct(own: Tensor, base: Tensor, target: int | None) -> list[DirectEstimate]:
     """For each head its effect on one target. own, base: [n_prompts, n_targets, n_layers, n_heads]."""
     if target is None:
-        return [DirectEstimate(None, None, 0, None)] * own[0, 0].numel()
+        return [DirectEstimate(None, None, 0)] * own[0, 0].numel()
     at_neutral = base[:, target].double().mean(0).flatten().tolist()
-    estimates = mean_intervals(own[:, target].flatten(1).double().numpy(), seed)
-    return [
-        DirectEstimate(each.mean, each.interval, each.n, neutral)
-        for each, neutral in zip(estimates, at_neutral, strict=True)
-    ]
+    estimates = mean_intervals(own[:, target].flatten(1).double().numpy())
+    return [DirectEstimate(**vars(each), neutral=neutral) for each, neutral in zip(estimates, at_neutral, strict=True)]
