@@ -22,7 +22,9 @@ SHOWN_FLIPS = 20
 def compare(
     before: Annotated[Path, typer.Argument(help="A run, such as the base model's.", metavar="RUN_A")],
     after: Annotated[Path, typer.Argument(help="Another run over the same questions.", metavar="RUN_B")],
-    seed: Annotated[int, typer.Option("--seed", help="Seed for the intervals.")] = 42,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed for drawing the questions whose activations are compared.")
+    ] = 42,
     output: Annotated[
         Path,
         typer.Option(

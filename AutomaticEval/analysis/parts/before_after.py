@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 
-from AutomaticEval.analysis.numbers.estimate import mean_interval
+from AutomaticEval.analysis.numbers import signs
+from AutomaticEval.analysis.numbers.estimate import effects, mean_interval, methods
 from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.analysis.words.metrics import TextMetric
 from AutomaticEval.capture.draws import repeats_of
@@ -61,8 +62,9 @@ def answers_with(
     """Answers to prompts without an intervention (before) and with it (after).
 
     Measured are units (metric -> unit); samples (prompt, and for before and after the text, each metric, and the log-likelihood of the
-    answer before, in nats; after holds the first draw of an intervention that draws at random, and further_draws the others); and summary (metric -> before, after and change, an Estimate each; the change is after - before, prompt by
-    prompt, over the mean of its draws). Sampled answers are drawn with the same seed before and after, in any batch. Raises PromptError without prompts.
+    answer before, in nats; after holds the first draw of an intervention that draws at random, and further_draws the others); and summary
+    (metric -> before and after, an Estimate each, and change, an Effect: after - before, prompt by prompt, over the mean of its draws).
+    Sampled answers are drawn with the same seed before and after, in any batch. Raises PromptError without prompts.
     """
     if not prompts:
         raise PromptError("there are no prompts to answer.")
@@ -81,8 +83,9 @@ def answers_with(
         name: {when: np.reshape(values, (-1, len(prompts))).mean(0).tolist() for when, values in column.items()}
         for name, column in columns.items()
     }
-    summary = {name: _summary(column) for name, column in means.items()}
-    return Result(intervention.kind, {"units": units, "samples": samples, "summary": summary})
+    summary = _summary(means, 42 if sampling.seed is None else sampling.seed)
+    measured = {"units": units, "samples": samples, "summary": summary}
+    return Result(intervention.kind, measured, methods=methods(len(columns), p=signs.METHOD))
 
 
 def _answered_twice(
@@ -131,9 +134,14 @@ def _numbers(texts: Mapping[str, Sequence[str]], columns: Mapping[str, Any], whe
     return {"text": texts[when][n], **{name: column[when][n] for name, column in columns.items()}}
 
 
-def _summary(column: Mapping[str, Sequence[float]]) -> dict[str, Estimate]:
-    changes = [after - before for before, after in zip(column["before"], column["after"], strict=True)]
-    return {**{when: mean_interval(values) for when, values in column.items()}, "change": mean_interval(changes)}
+def _summary(columns: Mapping[str, Mapping[str, Sequence[float]]], seed: int) -> dict[str, dict[str, Estimate]]:
+    """Metric -> before, after and change."""
+    table = [np.subtract(column["after"], column["before"]) for column in columns.values()]
+    changes = effects(np.stack(table, 1), seed=seed)
+    return {
+        name: {**{when: mean_interval(values) for when, values in column.items()}, "change": change}
+        for (name, column), change in zip(columns.items(), changes, strict=True)
+    }
 
 
 def logprobs(loaded: LoadedModel, continuations: Continuations) -> list[float]:
