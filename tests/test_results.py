@@ -5,6 +5,7 @@ The files in data/results were written by the commands in COMMANDS, before there
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -15,10 +16,12 @@ from helpers.commands import within
 
 from AutomaticEval import ActivationComparator, ActivationExtractor
 from AutomaticEval.analysis.heads.screen import AttentionEstimate, DirectEstimate, HeadScore, StrengthChange
+from AutomaticEval.analysis.made_with import AnalysisSettings, TextsRead, n_longer
 from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.capture.texts.sources import read_texts
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.store.disk.json_files import write_json
+from AutomaticEval.models.loading import load_model
+from AutomaticEval.store.disk.json_files import read_json, write_json
 
 OLD = Path(__file__).parent / "data" / "results"
 COMMANDS = {
@@ -84,7 +87,25 @@ def test_commands_write_the_files_that_they_wrote_before(name: str, tmp_path: Pa
     folder = "--output_dir" if name in ("strength", "comparison") else "--output"
     done = within("heads", *command.split(), folder, "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert_same(*(json.loads(file.read_text()) for file in (tmp_path / "out" / written, OLD / f"{name}.json")))
+    now, before = (json.loads(file.read_text()) for file in (tmp_path / "out" / written, OLD / f"{name}.json"))
+    assert_same(now, before)
+    told = now["settings"]
+    for each in told.values() if name == "comparison" else [told]:
+        assert_tells_how_it_was_made(each)
+
+
+def assert_tells_how_it_was_made(settings: dict[str, Any]) -> None:
+    """Everything that decides the numbers of a result, and no path."""
+    assert {"torch", "transformers", "AutomaticEval"} <= settings["versions"].keys()
+    assert settings["model_hash"] == load_model("demo").fingerprint()
+    assert (settings["dtype"], settings["attention"], settings["seed"]) == ("torch.float32", "sdpa", 42)
+    assert {"batch_size", "num_trials"} <= settings.keys()
+    assert settings["texts"]
+    for each in settings["texts"].values():
+        assert each["n"] > 0
+        assert each["n_truncated"] == 0
+        assert len(each["hash"]) == 64
+        assert "/" not in each["source"]
 
 
 def test_what_is_computed_in_another_way_is_so_from_the_same_numbers(tmp_path: Path) -> None:
@@ -143,3 +164,38 @@ def test_the_text_of_a_file(tmp_path: Path) -> None:
 def test_a_result_without_settings_has_no_place_for_them() -> None:
     assert Result("strength", {"model": "m", "heads": []}).as_json() == {"kind": "strength", "model": "m", "heads": []}
     assert list(Result("ablation", {"units": {}}, {}).as_json()) == ["kind", "settings", "units"]
+
+
+def test_the_hash_of_texts_is_of_every_text_in_its_place(demo: LoadedModel) -> None:
+    texts = ["one", "two\nthree", "\ud800"]
+    lines = "".join(json.dumps(each) + "\n" for each in texts)
+    assert TextsRead.of(texts, "a/b.jsonl").hash == hashlib.sha256(lines.encode()).hexdigest()
+    hashes = {TextsRead.of(each, "b").hash for each in (texts, texts[::-1], texts[:2], ["one", "two", "three"], [])}
+    assert len(hashes) == 5
+    assert TextsRead.of(texts, "/home/me/b.jsonl").source == "b.jsonl"
+    assert n_longer(demo, ["a b", "red " * (demo.context or 0)]) == 1
+
+
+def test_an_extractor_says_what_it_is_told(demo: LoadedModel, tmp_path: Path) -> None:
+    """In code: the settings of a file are those that were given, and a comparison holds both."""
+    extractor = ActivationExtractor(demo)
+    extractor.extract_activations(["One text."])
+    assert "settings" not in extractor.results()
+    extractor.settings = AnalysisSettings.of(
+        demo, {"texts": TextsRead.of(["One text."], "own")}, batch_size=8
+    ).as_dict()
+    extractor.save_results(tmp_path / "a.json")
+    assert read_json(tmp_path / "a.json")["settings"]["texts"]["texts"]["n"] == 1
+    compared = ActivationComparator(extractor, tmp_path / "a.json").results()["settings"]
+    assert compared["pre_tuned"]["model_hash"] == demo.fingerprint()
+    assert compared["fine_tuned"] is None
+
+
+def test_a_reference_of_the_prompts_themselves_is_told(tmp_path: Path) -> None:
+    command = "heads ablate --head_spec 0:0 --mode mean --profile baseline --category neutral --num_trials 3 --max_new_tokens 2 -o out"
+    done = within(*command.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "The reference of --mode mean holds 3 of the 3 prompts themselves" in done.stderr
+    settings = read_json(tmp_path / "out" / "ablation.json")["settings"]
+    assert settings["prompts_in_reference"] == 3
+    assert settings["texts"]["reference"]["n"] == 70

@@ -84,7 +84,12 @@ def compare_runs(before: Run, after: Run, *, seed: int = 42) -> Result:
         "flips": _flips(pairs),
         "sites": _sites(before, after, one.where(same), other.where(same), seed),
     }
-    settings = {"seed": seed, "most_rows": MOST_ROWS}
+    settings = {
+        "seed": seed,
+        "most_rows": MOST_ROWS,
+        "before": before.settings,
+        "after": after.settings,
+    }
     return Result("runs", measured, settings, methods(len(measured["tasks"]), p=paired.METHOD, is_together=False))
 
 

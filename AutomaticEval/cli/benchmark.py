@@ -233,7 +233,8 @@ def _write_strength(folder: Path) -> None:
         "scoring": (run.settings.get("benchmark") or {}).get("scoring"),
         MODEL: run.settings.get(MODEL),
     }
-    write_json(file, strength_result(strength_of_run(run), run.model, "result", **about).as_json(), overwrite=True)
+    result = strength_result(strength_of_run(run), run.model, "result", **about)
+    write_json(file, replace(result, settings=run.settings).as_json(), overwrite=True)
     say(f"Heads:       {file}")
 
 

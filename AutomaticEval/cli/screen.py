@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from AutomaticEval.cli.options import OUTPUT, RUN, command, options_of, takes
 from AutomaticEval.cli.printing import say
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.public_names import public_name
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.heads.screen import HeadScore
@@ -64,6 +65,7 @@ def screen(
         raise SelectionError("a logit difference takes two tokens: give --target and --against.")
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.screen import screen
+    from AutomaticEval.analysis.made_with import AnalysisSettings, TextsRead
     from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.models.loading import load_model
 
@@ -77,18 +79,22 @@ def screen(
     result = screen(
         loaded, drawn_profile, targets, n_permutations=permutations, seed=prompts.seed, batch_size=batch_size
     )
-    settings: dict[str, Any] = {
-        "model": loaded.name,
-        **loaded.made_with().as_dict(),
-        "dtype": str(loaded.model.dtype),
-        "profile": prompts.profile,
-        "permutations": permutations,
-        "seed": prompts.seed,
-        "keywords": profile.keywords,
-        "prompts": {category: len(asked) for category, asked in texts.items()},
-        "targets": _tokens_of(loaded, targets),
-    }
-    finish(file, replace(result, settings=settings), _largest(result.measured["scores"]))
+    settings = AnalysisSettings.of(
+        loaded,
+        TextsRead.of_profile(texts, str(prompts.profile)),
+        batch_size=batch_size,
+        seed=prompts.seed,
+        options={
+            "profile": public_name(str(prompts.profile)),
+            "permutations": permutations,
+            "num_trials": prompts.num_trials,
+            "keywords": profile.keywords,
+            "prompts": {category: len(asked) for category, asked in texts.items()},
+            "targets": _tokens_of(loaded, targets),
+            "attention_while_measured": "eager",  # patterns exist with eager attention alone
+        },
+    )
+    finish(file, replace(result, settings=settings.as_dict()), _largest(result.measured["scores"]))
     for category, length in result.measured["lengths"].items():
         if length.p < 0.05:
             say(

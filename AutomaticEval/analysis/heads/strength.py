@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,10 +47,13 @@ class ActivationExtractor:
         if of not in ("result", "z"):
             raise SelectionError(f"of is {of!r}; write result or z.")
         loaded = _loaded(model, tokenizer)
+        self.loaded = loaded
         self.model: Any = loaded.model
         self.tokenizer = tokenizer or loaded.tokenizer
         self.model_name = model_name or loaded.name
         self.of = of
+        self.settings: Mapping[str, Any] | None = None
+        """What `save_results` says of how the statistics were made, such as `AnalysisSettings.as_dict()`; None says nothing."""
         self.n_truncated = 0
         """How many texts were longer than the model's context and were cut to it."""
         self._layout: Layout | None = None
@@ -186,7 +190,8 @@ class ActivationExtractor:
 
     def result(self) -> Result:
         """The statistics as a result."""
-        return strength_result(self.get_all_stats(), self.model_name, self.of, self.groups)
+        result = strength_result(self.get_all_stats(), self.model_name, self.of, self.groups)
+        return replace(result, settings=self.settings)
 
 
 def strength_result(stats: Stats, model: str, of: str, groups: TextGroups | None = None, **more: Any) -> Result:
