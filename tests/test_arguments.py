@@ -613,7 +613,8 @@ def test_every_option_of_a_question_is_used(tmp_path: Path) -> None:
     tokenizer.chat_template = "{{ messages[0]['content'] }} now"
 
     def told(file: Path | None = None, **options: Any) -> Any:
-        given = {"tokenizer": tokenizer, "max_new_tokens": 4, "layers_to_capture": 0, **options}
+        sampled = {"temperature": 1.0, "seed": 3}  # top_p and top_k are refused without a temperature
+        given = {"tokenizer": tokenizer, "max_new_tokens": 4, "layers_to_capture": 0, **sampled, **options}
         text, data = generate_inference_with_activations("Tell me.", "demo", file, **given)
         shapes = {key: (tuple(each.shape), each.dtype) for key, each in data["activations"].items()}
         return text, list(data["token_ids"]), shapes, data["settings"]
