@@ -136,7 +136,7 @@ def test_figures_hold_any_title(tmp_path: Path, kind: str, text: str) -> None:
         **{name: {"0:0": 1.0} for name in ("pre_tuned", "fine_tuned", "differences")},
         "samples": [],
         "tasks": [{"task": text, "n": 3, "difference": mean}],
-        **dict.fromkeys(("before", "after"), {"model": text, "path": text}),
+        **{name: {"model": text, "path": text} for name in ("before", "after")},
         "sites": [{"site": f"layer_{layer}", "cosine": mean, "cka": 0.5} for layer in range(2)],
         "scores": scores,
         "places": places,

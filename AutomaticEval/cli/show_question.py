@@ -21,7 +21,7 @@ def show_question(run: Run, task: str | None, doc_id: int, *, has_lens: bool) ->
     """
     asked = _asked(run, task, doc_id)
     samples = run.where(task=asked[0].task, doc_id=doc_id)
-    _print_text(asked[0], samples)
+    _print_text(asked[0])
     for question in asked:
         _print_verdict(question)
     _print_layers(asked[:1], samples, _model_of(run) if has_lens else None)
@@ -45,13 +45,11 @@ def _asked(run: Run, task: str | None, doc_id: int) -> Questions:
     return asked
 
 
-def _print_text(question: Question, samples: Run) -> None:
+def _print_text(question: Question) -> None:
     say(f"{question.task}, document {question.doc_id}")
     say(question.question)
-    first = samples[0]
-    kept = zip(first["positions"].tolist(), first["tokens"], strict=True)
-    of_prompt = [f"{position}:{token!r}" for position, token in kept if position < first["n_prompt_tokens"]]
-    say(f"Its tokens that have rows: {' '.join(of_prompt) or 'none'}")
+    tokens = [f"{position}:{token!r}" for position, token in question.tokens.items()]
+    say(f"Its tokens that have rows: {' '.join(tokens) or 'none'}")
 
 
 def _print_verdict(question: Question) -> None:
