@@ -91,7 +91,10 @@ def rows(run: Run) -> Any:
 
 
 def batches(run: Run) -> Any:
-    mixed = torch.cat(list(run.dataset("layer_0", shuffle=True, buffer_rows=100).batches(64)))
+    mixed = [
+        torch.cat(list(run.batches("layer_0", 64, buffer_rows=100))),
+        *run.dataset("layer_0", shuffle=True, buffer_rows=100),
+    ]
     last = run.dataset("layer_1", position="last", label="logprob")
     return [mixed, run.dataset("layer_1").__getitems__([450, 2, 225]), [last[number] for number in range(4)]]
 
