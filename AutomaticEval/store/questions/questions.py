@@ -79,6 +79,11 @@ class Questions(Sequence[Question]):
             yield Question(*values)
 
     @property
+    def source(self) -> Source:
+        """The run that the questions are of, with its model and settings in `contents`."""
+        return self._source
+
+    @property
     def _columns(self) -> Ordered:
         return Ordered(self._table, self._order)
 
