@@ -7,15 +7,21 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from AutomaticEval.report.labels import label, save
 
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
+STYLES = ("-", "--", ":")
+"""Of lines whose colour is taken by another one."""
 ACROSS = 3
 """So many panels stand side by side."""
 MOST_CHARACTERS = 44
 """Of a name in the legend."""
+MOST_BANDS = 3
+"""Where more lines are drawn, their intervals are thin lines alone."""
+MOST_TICKS = 9
 
 
 class Point(NamedTuple):
@@ -25,6 +31,8 @@ class Point(NamedTuple):
     value: float
     low: float
     high: float
+    n: int
+    """How many questions or texts it is of."""
 
 
 class _Panel(NamedTuple):
@@ -43,19 +51,21 @@ def by_scale(scores: Rows, texts: Rows, units: Mapping[str, str], title: str, pa
     """Write a PNG with a panel for each metric, in which each task has its line: scores with 1.96 standard errors, means of text metrics with
     their intervals.
 
-    units: text metric -> what it counts. Of many tasks, a panel has those that change most.
+    units: text metric -> what it counts. Of many tasks, a panel has those with the most questions: groups before their parts.
     """
     panels = _panels(scores, texts, units)
-    tasks = list(dict.fromkeys(task for panel in panels for task in _changing(panel.lines)))
-    colours = {task: COLOURS[number % len(COLOURS)] for number, task in enumerate(tasks)}
+    tasks = list(dict.fromkeys(task for panel in panels for task in _largest(panel.lines)))
+    looks: dict[str, dict[str, Any]] = {
+        task: {"color": COLOURS[n % 8], "linestyle": STYLES[n // 8 % 3]} for n, task in enumerate(tasks)
+    }
     columns = max(1, min(ACROSS, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     figure = Figure(figsize=(4.2 * columns + 0.8, 3.1 * rows + 0.9 + 0.2 * len(tasks)), layout="constrained")
     figure.suptitle("\n".join(wrap(label(title), 44 * columns)))
     for number, panel in enumerate(panels, 1):
-        _draw(figure.add_subplot(rows, columns, number), panel, colours)
+        _draw(figure.add_subplot(rows, columns, number), panel, looks)
     if panels:
-        handles = [figure.axes[0].plot([], [], "o-", color=colours[task], markersize=4)[0] for task in tasks]
+        handles = [figure.axes[0].plot([], [], "o", **looks[task], markersize=4)[0] for task in tasks]
         names = [label(_shortened(task)) for task in tasks]
         figure.legend(handles, names, loc="outside lower center", ncols=min(len(tasks), columns), fontsize="small")
     save(figure, path, 150)
@@ -67,7 +77,7 @@ def _panels(scores: Rows, texts: Rows, units: Mapping[str, str]) -> list[_Panel]
 
     def put(row: Mapping[str, Any], unit: str, value: float, ends: tuple[float, float]) -> None:
         panel = panels.setdefault((row["metric"], unit), _Panel(row["metric"], unit, {}))
-        panel.lines.setdefault(row["task"], []).append(Point(row["scale"], value, *ends))
+        panel.lines.setdefault(row["task"], []).append(Point(row["scale"], value, *ends, row["n"]))
 
     for each in scores:
         if each["value"] is not None:
@@ -79,29 +89,32 @@ def _panels(scores: Rows, texts: Rows, units: Mapping[str, str]) -> list[_Panel]
     return list(panels.values())
 
 
-def _draw(axes: Any, panel: _Panel, colours: Mapping[str, str]) -> None:
-    chosen = _changing(panel.lines)
-    for task, points in chosen.items():
-        scales, values, low, high = zip(*points, strict=True)
-        axes.plot(scales, values, "o-", color=colours[task], markersize=4, linewidth=1.4)
-        axes.vlines(scales, low, high, color=colours[task], linewidth=1, alpha=0.6)
-        axes.fill_between(scales, low, high, color=colours[task], alpha=0.12, linewidth=0)
+def _draw(axes: Any, panel: _Panel, looks: Mapping[str, Mapping[str, Any]]) -> None:
+    chosen = _largest(panel.lines)
+    is_crowded = len(chosen) > MOST_BANDS
+    every = sorted({each.scale for points in chosen.values() for each in points})
+    for number, (task, points) in enumerate(chosen.items()):
+        scales, values, low, high, _ = (np.array(column) for column in zip(*points, strict=True))
+        if len(every) == 1:  # or all would stand on one line
+            scales = scales + 0.06 * (number - (len(chosen) - 1) / 2)
+        axes.plot(scales, values, "o", **looks[task], markersize=4, linewidth=1.4)
+        axes.vlines(scales, low, high, color=looks[task]["color"], linewidth=1, alpha=0.3 if is_crowded else 0.6)
+        if not is_crowded:
+            axes.fill_between(scales, low, high, color=looks[task]["color"], alpha=0.12, linewidth=0)
     n_all = len(panel.lines)
-    note = f"\n{len(chosen)} of {n_all} tasks: those that change most" if len(chosen) < n_all else ""
+    note = f"\n{len(chosen)} of {n_all} tasks: those with the most questions" if len(chosen) < n_all else ""
     axes.set(title=label(panel.title) + note, xlabel="scale", ylabel="\n".join(wrap(label(panel.unit), 34)))
-    every = [each.scale for points in chosen.values() for each in points]
-    if min(every) <= 0 <= max(every):
+    if len(every) <= MOST_TICKS:
+        axes.set_xticks(every, [f"{scale:g}" for scale in every])
+    if len(every) == 1:
+        axes.set_xlim(every[0] - 0.5, every[0] + 0.5)
+    if every[0] <= 0 <= every[-1]:
         axes.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
 
 
-def _changing(lines: dict[str, list[Point]]) -> dict[str, list[Point]]:
-    """As many tasks as there are colours: those whose numbers lie furthest apart."""
-
-    def spread(task: str) -> float:
-        values = [each.value for each in lines[task]]
-        return max(values) - min(values)
-
-    chosen = sorted(lines, key=spread, reverse=True)[: len(COLOURS)]
+def _largest(lines: dict[str, list[Point]]) -> dict[str, list[Point]]:
+    """As many tasks as there are colours: those with the most questions."""
+    chosen = sorted(lines, key=lambda task: -lines[task][0].n)[: len(COLOURS)]
     return {task: lines[task] for task in lines if task in chosen}
 
 
