@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
@@ -58,7 +58,8 @@ def answers_with(
     if not prompts:
         raise PromptError("there are no prompts to answer.")
     encoded = [intervention.loaded.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    before, after = _answered_twice(intervention, encoded, sampling, batch_size)
+    before = answered(intervention.loaded, encoded, sampling, batch_size)
+    after = answered(intervention.loaded, encoded, sampling, batch_size, intervention.applied)
     continuations = [(prompt, response.generated_ids) for prompt, response in zip(encoded, before, strict=True)]
     texts = {"before": [each.text for each in before], "after": [each.text for each in after]}
     columns = {metric.name: {when: metric.of(each) for when, each in texts.items()} for metric in metrics}
@@ -75,26 +76,33 @@ def answers_with(
     return Result(intervention.kind, {"units": units, "samples": samples, "summary": summary})
 
 
-def _answered_twice(
-    intervention: Intervention, prompts: Sequence[list[int]], sampling: Sampling, batch_size: int
-) -> tuple[list[Response], list[Response]]:
-    """Each prompt's response without the intervention, and with it."""
-    loaded = intervention.loaded
-    if sampling.generation == "auto":  # one way for both, also when only one of them could come from a graph
+def _plainly(rows: Sequence[int], pads: Sequence[int]) -> AbstractContextManager[None]:
+    """No intervention."""
+    return nullcontext()
+
+
+def answered(
+    loaded: LoadedModel,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    batch_size: int,
+    applied: Callable[[Sequence[int], Sequence[int]], AbstractContextManager[None]] = _plainly,
+) -> list[Response]:
+    """Each prompt's response, in batches and with seeds that are the same under every intervention.
+
+    prompts: token ids. applied: as `Intervention.applied`.
+    """
+    if sampling.generation == "auto":  # one way for all, also when only one of them could come from a graph
         sampling = replace(sampling, generation="eager")
-    responses: dict[int, tuple[Response, Response]] = {}  # row -> without and with
+    responses: dict[int, Response] = {}  # by row
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         for group in harmless_groups(loaded, batch, sampling):
             rows, ids = [start + row for row in group], [batch[row] for row in group]
             seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + rows[0])
-            pads = [max(map(len, ids)) - len(each) for each in ids]
-            without = respond(loaded, ids, seeded)
-            with intervention.applied(rows, pads):
-                changed = respond(loaded, ids, seeded)
-            responses |= zip(rows, zip(without, changed, strict=True), strict=True)
-    both = [responses[row] for row in range(len(prompts))]
-    return [before for before, _ in both], [after for _, after in both]
+            with applied(rows, [max(map(len, ids)) - len(each) for each in ids]):
+                responses |= zip(rows, respond(loaded, ids, seeded), strict=True)
+    return [responses[row] for row in range(len(prompts))]
 
 
 def greedy_answers(
