@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from AutomaticEval.evaluation.results.join import Score
     from AutomaticEval.evaluation.run import Outcome
 
-OF_THIS_CALL = ("context", "resume", "output", "activation_save_dir", "version")
-"""What a run is not asked for: where it goes, and whether it goes on."""
+OF_THIS_CALL = ("context", "resume", "output", "overwrite", "activation_save_dir", "version")
+"""What a run is not asked for: where it goes, what is there, and whether it goes on."""
 OF_CAPTURE = (*options_in(Selection), *options_in(RunOutput))
 """Options that are refused when nothing is captured, but for --output, which then names the folder for lm-eval's results."""
 
