@@ -85,7 +85,7 @@ class CheckedPrompt:
         sampling = take_generate_arguments(given)
         for name in given:
             if name not in AskOptions.__annotations__:
-                raise unknown_option(name, AskOptions.__annotations__)
+                raise unknown_option(name, [*AskOptions.__annotations__, "layers_to_capture"])
         if layers is not None or selection.single_sites:
             selection.sites(n_layers_of(model, load))  # refuses a wrong layer before the weights load
         return cls(prompt, load, sampling, selection, overwrite=overwrite, **given)

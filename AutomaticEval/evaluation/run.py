@@ -5,7 +5,6 @@ Scores are lm-eval's. With a selection, every request's activations are in one f
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from AutomaticEval.capture.graph.way import refuse_graphless, way_of
-from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError
+from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError, warn
 from AutomaticEval.evaluation.benchmark import BUNDLED_NAMES, LoadedTasks, asked_docs, load_tasks
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.forecast import forecast
@@ -250,10 +249,8 @@ def _warn_of_demo(loaded: LoadedModel, benchmark: Benchmark) -> None:
     """Warn of scores that say nothing: those of the bundled model on tasks that are not of its world."""
     others = [name for name in benchmark.names if name not in BUNDLED_NAMES]
     if loaded.name == DEMO and others and not benchmark.include_path:
-        warnings.warn(
-            f"the demo model knows only its own small world, and guesses on {', '.join(others)}; name another model (--model gpt2).",
-            UserWarning,
-            stacklevel=3,
+        warn(
+            f"the demo model knows only its own small world, and guesses on {', '.join(others)}; name another model (--model gpt2)."
         )
 
 
