@@ -253,8 +253,9 @@ def _print(outcome: Outcome, title: str, *, scores: bool) -> None:
         _print_answers(outcome, title)
     if outcome.n_computed:
         times = outcome.n_tokens / outcome.n_computed
+        part = f" in this part ({outcome.n_before} samples were there already)" if outcome.n_before else ""
         say(
-            f"Scoring: {outcome.n_computed} tokens computed over the requests' prefix tree; one by one they have {outcome.n_tokens} "
+            f"Scoring{part}: {outcome.n_computed} tokens computed over the requests' prefix tree; one by one they have {outcome.n_tokens} "
             f"({times:.1f} times as many)"
         )
     if scores and outcome.without_verdict:

@@ -59,7 +59,7 @@ class CaptureKeywords(EvaluateOptions, total=False):
     overwrite: Overwrite
     """True: replace the run in `output`. "version": write beside it, run-2."""
     resume: str | Path | None
-    """A run folder that was cut short. The other options, as far as they are given, must be those of that run."""
+    """A run folder that was cut short. The other options, as far as they are given, must be those of that run, but for compression and strict."""
     compression: str | None
     strict: bool
     """Stop once numbers are stored that are infinite or NaN; without it the run warns of them at its end."""

@@ -66,10 +66,14 @@ class Outcome:
     """lm-eval's results file, when there is one; the answers are beside it, in samples_<task>_<time>.jsonl."""
 
     n_tokens: int = 0
-    """Tokens that the requests scored over a prefix tree would have fed one by one, equal requests counted once."""
+    """Tokens that the requests scored over a prefix tree would have fed one by one, equal requests counted once. Requests of this call alone: a
+    run that goes on does not count what was on the disk."""
 
     n_computed: int = 0
     """Tokens that were computed for these requests."""
+
+    n_before: int = 0
+    """Samples that were on the disk already, of a run that went on."""
 
 
 def run_benchmark(
@@ -145,7 +149,7 @@ class _Run:
                 self._tell_cut(failure, folder.path, folder.n_samples, asked=bool(output.asked))
             raise
         outcome.folder, outcome.n_samples, outcome.size_bytes = folder.path, folder.n_samples, folder.size_bytes
-        outcome.n_truncated = folder.n_truncated
+        outcome.n_truncated, outcome.n_before = folder.n_truncated, len(answered)
         return outcome
 
     def _tell_cut(self, failure: BaseException, folder: Path, n_samples: int, *, asked: bool) -> None:
