@@ -5,7 +5,6 @@ For base against fine-tuned, plain against edited, 16 against 8 bits. Questions 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from scipy.stats import binomtest
 from AutomaticEval.analysis.numbers.estimate import mean_interval
 from AutomaticEval.analysis.numbers.similarity import cosines, linear_cka
 from AutomaticEval.analysis.result import Estimate, Result
-from AutomaticEval.errors import StoreError
+from AutomaticEval.errors import StoreError, warn
 from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.questions import Questions
 from AutomaticEval.store.reader import Run
@@ -207,7 +206,7 @@ def _sites(before: Run, after: Run, one: Questions, other: Questions, seed: int)
         try:
             found.append(_likeness(key, _rows(one, key), _rows(other, key), seed))
         except StoreError as absent:
-            warnings.warn(f"{key} is not compared: {absent}", UserWarning, stacklevel=3)
+            warn(f"{key} is not compared: {absent}")
             break
     return found
 

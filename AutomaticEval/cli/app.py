@@ -42,7 +42,7 @@ def main() -> None:
     never_fail(sys.stdout, sys.stderr)
     signal.signal(signal.SIGTERM, _stop)
     warnings.formatwarning = _one_line
-    app(args=_with_values(sys.argv[1:]))
+    app()
 
 
 def _one_line(
@@ -50,15 +50,6 @@ def _one_line(
 ) -> str:
     """A warning in one line for a person at a terminal, without its place in the code."""
     return shown(f"{category.__name__}: {message}\n")
-
-
-def _with_values(arguments: list[str]) -> list[str]:
-    """The arguments, with a value for an `--mlflow` that stands alone: the parser expects one."""
-    completed = list(arguments)
-    for at, each in enumerate(arguments):
-        if each == "--mlflow" and (at + 1 == len(arguments) or arguments[at + 1].startswith("-")):
-            completed[at] = "--mlflow=local"
-    return completed
 
 
 def _stop(*signal_and_frame: object) -> None:

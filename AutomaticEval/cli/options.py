@@ -78,7 +78,15 @@ Results = Annotated[
 SaveDir = Annotated[
     Path, typer.Option("--activation_save_dir", help="Folder for the activations.", rich_help_panel=OUTPUT)
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[
+    str | None,
+    typer.Option(
+        "--overwrite",
+        help="Replace what is there; with `version`, write beside it: france-2.h5.",
+        metavar="[version]",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Mlflow = Annotated[
     str | None,
     typer.Option(

@@ -19,7 +19,7 @@ from AutomaticEval.reducing.projection import EVERY_SITE
 from AutomaticEval.safe_text import html_table
 from AutomaticEval.samples import ActivationData, Line, Rows, fed_of, sample_data
 from AutomaticEval.settings import RunSettings
-from AutomaticEval.sites import key_among, kind_and_layer
+from AutomaticEval.sites import is_site, key_among, kind_and_layer
 from AutomaticEval.store.contents.changed import reordered
 from AutomaticEval.store.contents.columns import Ordered
 from AutomaticEval.store.contents.file_contents import Contents
@@ -434,9 +434,11 @@ class Run(Sequence[dict[str, Any]]):
         the batches are put.
         Raises StoreError for an unknown key, and for numbers that make no sense.
         """
-        if (key is None) == (keys is None) or (keys is not None and (isinstance(keys, str) or not keys)):
+        are_several = isinstance(key, list | tuple | set)
+        if are_several or (key is None) == (keys is None) or isinstance(keys, str) or (key is None and not keys):
+            several = list(key) if are_several and key else self.keys[-2:]
             raise StoreError(
-                f"which site? Give one key, run.batches({self.keys[-1]!r}, 4096), or several: run.batches(keys=[…])."
+                f"which site? Give one key, run.batches({self.keys[-1]!r}, 4096), or several with keys=: run.batches(keys={several})."
             )
         sites = {each: self.rows(each) for each in (keys or [str(key)])}
         return RowBatches(sites, batch_size, key is not None, shuffle, seed, start, device, buffer_rows)
@@ -462,9 +464,10 @@ class Run(Sequence[dict[str, Any]]):
             raise StoreError(f"{given!r} is no site; this run has {', '.join(self.keys)}.{wanted}")
         key = key_among(self.keys, given)
         if key is None:
-            raise StoreError(
-                f"{self.path} holds no {given!r}.{did_you_mean(given, self.keys)} It has {', '.join(self.keys)}."
-            )
+            near = (
+                "" if is_site(given) else did_you_mean(given, self.keys)
+            )  # a site that is not here is no slip of the pen
+            raise StoreError(f"{self.path} holds no {given!r}.{near} It has {', '.join(self.keys)}.")
         return key
 
     def __repr__(self) -> str:

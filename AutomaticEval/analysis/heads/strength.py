@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,7 @@ from AutomaticEval.analysis.numbers.moments import Moments
 from AutomaticEval.analysis.parts.input_batches import Batcher
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.capture.texts.forward import read
-from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
+from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel, warn
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.head_weights import HeadResultNorms, n_inputs
@@ -146,7 +145,7 @@ class ActivationExtractor:
         if sum(each.n for each in self._moments.values()) == n_before:
             raise PromptError("there were no texts to extract from.")
         if self.n_truncated:
-            warnings.warn(f"{self.n_truncated} texts were longer than the context and were cut to it.", stacklevel=2)
+            warn(f"{self.n_truncated} texts were longer than the context and were cut to it.")
 
     def _norms(self, rows: Tensor) -> Tensor:
         """[n, n_heads]. rows: the norms themselves, or z [n, n_heads * d_head], as `of` says."""

@@ -21,7 +21,7 @@ def new_results(folder: Path, *names: str) -> list[Path]:
     """The paths of result files, checked before the work that will fill them. Raises PathExists, FolderNotWritable."""
     prepare_folder(folder)
     for name in names:
-        prepare_file(folder / name, offer="")
+        prepare_file(folder / name, offer=", or another folder (-o/--output)")
     return [folder / name for name in names]
 
 
