@@ -110,7 +110,7 @@ def _recovered(result: ResultJson, path: Path) -> None:
 def _screened(result: ResultJson, path: Path) -> None:
     """Heatmaps: a row for each score, on one scale of colours, and a column for each category."""
     panels = []
-    for score, (name, unit, _) in _SCORES.items():
+    for score, (name, unit, _) in _scores_of(result).items():
         ends = _ends(each[score][name] for each in result["scores"])
         for category, scores in _by_category(result).items():
             values = {place: each[score][name] for place, each in scores.items()}
@@ -120,10 +120,22 @@ def _screened(result: ResultJson, path: Path) -> None:
 
 _SCORES: dict[str, tuple[str, str, str]] = {
     "strength": ("d", "Cohen's d against neutral", "Change of strength"),
-    "attention": ("mean", "attention above uniform", "Attention to keywords"),
-    "direct": ("mean", "logits", "Direct effect"),
+    "attention": ("mean", "attention above placebo words", "Attention to keywords"),
+    "direct": ("mean", "logits, category - neutral", "Direct effect"),
 }
 """Score -> which of its numbers is drawn, that number's unit, and a title."""
+_FIRST_UNITS = {"attention": ("paid", "attention above uniform"), "direct": ("own", "logits")}
+"""Score -> a number that files of the first versions lack, and the unit of what they hold in place of the difference."""
+
+
+def _scores_of(result: ResultJson) -> dict[str, tuple[str, str, str]]:
+    """`_SCORES`, with the units of a file's own version."""
+    scores = dict(_SCORES)
+    for score, (later, first_unit) in _FIRST_UNITS.items():
+        name, _, title = scores[score]
+        if later not in result["scores"][0][score]:
+            scores[score] = (name, first_unit, title)
+    return scores
 
 
 def _ends(values: Iterable[float | None]) -> tuple[float, float] | None:
@@ -142,15 +154,16 @@ def _by_category(result: ResultJson) -> dict[str, dict[tuple[int, int], Any]]:
 
 def _screened_top(result: ResultJson, path: Path) -> None:
     panels = []
-    for score, (name, unit, title) in _SCORES.items():
-        changes = {}
+    for score, (name, unit, title) in _scores_of(result).items():
+        changes, has_p = {}, False
         for scores in result["scores"]:
             numbers = scores[score]
+            has_p = has_p or numbers.get("p") is not None
             star = "*" if (numbers.get("p") or 1.0) < SIGNIFICANT else ""
             if numbers[name] is not None:
                 head = f"{scores['layer']}:{scores['head']} {scores['category']}{star}"
                 changes[head] = {"mean": numbers[name], "interval": numbers.get("interval")}
-        note = f" (*: p < {SIGNIFICANT} in its category)" if score == "strength" else ""
+        note = f" (*: p < {SIGNIFICANT} in its category)" if has_p else ""
         panels.append((title + note, unit, changes))
     top_heads(panels, path)
 
