@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -115,43 +116,58 @@ def test_a_direction_between_two_kinds_of_question_turns_answers_both_ways(asked
 
 def test_answers_by_scale_are_those_of_generate(asked: Path, tmp_path: Path, demo: LoadedModel) -> None:
     (tmp_path / "t.txt").write_text("What is red?\nQuestion: What is 20 + 29? Answer:\n")
-    options = ("--direction", str(asked / "v.npy"), "--site", "layer_1", "--texts", "t.txt", "--max_new_tokens", "6")
-    result, shown = steer(tmp_path, *options, "--scale", "0,3")
+    place = ("--direction", str(asked / "v.npy"), "--site", "resid_post", "--layer", "-2,1", "--texts", "t.txt")
+    result, shown = steer(tmp_path, *place, "--scale", "0,3", "--max_new_tokens", "6")
+    assert {each["layer"] for each in result["settings"]["directions"]} == {1, 2}
     for sample in result["samples"]:
         for each in sample["answers"]:
-            with editing(demo, [Edit.add("layer_1", each["scale"] * VECTOR)] if each["scale"] else []):
+            edit = Edit.add("resid_post", each["scale"] * VECTOR, layers=[1, 2])
+            with editing(demo, [edit] if each["scale"] else []):
                 text = generate_inference(sample["prompt"], demo.model, tokenizer=demo.tokenizer, max_new_tokens=6)
             assert each["text"] == text
     assert result["benchmark"] == []
     assert "Scores by scale" not in shown
-    assert "Which" not in shown
 
 
-def test_a_killed_steer_goes_on_and_computes_only_what_is_missing(asked: Path, tmp_path: Path) -> None:
-    scales = ",".join(f"{n / 10:g}" for n in range(-15, 15))
-    command = [
-        *("steer", "--direction", str(asked / "animal.safetensors"), "--texts", str(asked / "texts.jsonl")),
-        *("--scale", scales, "--max_new_tokens", "3", "--num_trials", "4"),
-    ]
-    killed = subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *command], cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
-    )
+SCALES = ",".join(f"{n / 10:g}" for n in range(-6, 6))
+
+
+def of_12_scales(asked: Path) -> list[str]:
+    place = ["--direction", str(asked / "animal.safetensors"), "--texts", str(asked / "texts.jsonl")]
+    return [*place, "--scale", SCALES, "--max_new_tokens", "3", "--num_trials", "4"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(asked: Path) -> dict[str, Any]:
+    """The result at 12 scales of a command that nothing cut short."""
+    return steer(asked, *of_12_scales(asked), "-o", "unbroken")[0]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_steer_goes_on_and_computes_only_what_is_missing(
+    asked: Path, tmp_path: Path, unbroken: dict[str, Any], sent: signal.Signals
+) -> None:
+    command = ["steer", *of_12_scales(asked)]
+    started = [sys.executable, str(ROOT / "main.py"), *command]
+    killed = subprocess.Popen(started, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "results" / "steer"
     end = time.monotonic() + 120
     while len(list(folder.glob("scale_*.json"))) < 3 and time.monotonic() < end:
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.send_signal(sent)
+    _, shown = killed.communicate()
     there = {path.name: path.stat().st_mtime_ns for path in folder.glob("scale_*.json")}
-    assert 3 <= len(there) < 30
-    assert not (tmp_path / "results" / "steer.json").exists()
+    assert 2 <= len(there) < 12  # a file that is interrupted while it gets its name is taken away again
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["steer"]
+    if sent is signal.SIGTERM:
+        told = f"{len(there)} of 12 scales are in results/steer. To go on:\n  {shlex.join(['python', *started[1:]])}\n"
+        assert told in shown
     done = within(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is there already") == len(there)
     assert {name: (folder / name).stat().st_mtime_ns for name in there} == there
-    whole, _ = steer(tmp_path, *command[1:], "-o", "whole")
-    assert json.loads((tmp_path / "results" / "steer.json").read_text()) == whole
-    assert [len(sample["answers"]) for sample in whole["samples"]] == [30] * len(whole["samples"])
+    assert json.loads((tmp_path / "results" / "steer.json").read_text()) == unbroken
+    assert [len(sample["answers"]) for sample in unbroken["samples"]] == [12] * 4
 
 
 def test_another_direction_or_question_is_another_sweep(asked: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 
 if TYPE_CHECKING:
+    from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
     from AutomaticEval.analysis.result import Result
     from AutomaticEval.analysis.steering.direction import Direction
     from AutomaticEval.analysis.words.metrics import TextMetric
@@ -118,13 +120,9 @@ def steer(
         say(f"Direction:   {each.told}")
     folder = SweepFolder(output / "steer", measuring.settings() | {"sentiment": sentiment})
     folder.check_settings()
-    parts = []
-    for number_of, multiple in enumerate(scales, 1):
-        name = f"scale_{multiple!r}"
-        told = ": is there already" if folder.has(name) else ""
-        say(f"Scale {multiple:g} ({number_of} of {len(scales)}){told}", err=True)
-        parts.append(folder.part(name, partial(measuring.at, multiple)))
-    settings = {**folder.settings, "file": direction.name, "seed": prompts.seed, "scales": scales}
+    parts = _measured(folder, scales, measuring)
+    named = {"file": direction.name, "profile": prompts.profile, "emotion": prompts.category, "seed": prompts.seed}
+    settings = {**folder.settings, **named, "scales": scales}
     result = _result(parts, questions, metrics, settings)
     finish(file, result, *_tables(result))
 
@@ -149,6 +147,25 @@ def _refuse(questions: Sequence[str], asked: Benchmark | None) -> None:
         raise PromptError("nothing is asked: give --benchmark, --texts, or --profile with --category.")
     if join_ranks().n_ranks > 1:
         raise SelectionError("steer runs in one process; start it without torchrun or accelerate launch.")
+
+
+def _measured(folder: SweepFolder, scales: Sequence[float], measuring: Measuring) -> list[dict[str, Any]]:
+    """What is measured at each scale, read from the folder where it is there already. Whatever cuts it short is told how to go on."""
+    from AutomaticEval.processes import command_line
+
+    names = {scale: f"scale_{scale!r}" for scale in scales}
+    parts: list[dict[str, Any]] = []
+    try:
+        for scale, name in names.items():
+            told = ": is there already" if folder.has(name) else ""
+            say(f"Scale {scale:g} ({len(parts) + 1} of {len(scales)}){told}", err=True)
+            parts.append(folder.part(name, partial(measuring.at, scale)))
+    except (KeyboardInterrupt, SystemExit):
+        there = sum(map(folder.has, names.values()))
+        how = f"To go on:\n  {command_line(*sys.argv[1:])}"
+        say(f"\nCut short; {there} of {len(scales)} scales are in {folder.path}. {how}", err=True)
+        raise
+    return parts
 
 
 def _result(
