@@ -36,7 +36,9 @@ class RunOutput:
     ] = False
     resume: Annotated[
         Path | None,
-        Option("Run folder that was cut short: go on in it. No other option is needed; one that would change a number is refused."),
+        Option(
+            "Run folder that was cut short: go on in it. No other option is needed; one that would change a number is refused."
+        ),
     ] = None
     compression: Annotated[
         str | None, Option("Compress the activations on the disk: zstd, lz4 or gzip. Default: none.")
