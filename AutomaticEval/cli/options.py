@@ -36,6 +36,8 @@ PANEL_OF: Mapping[type, str] = {
 }
 """The options of all other dataclasses say what to run."""
 
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C stopped."""
 SHORT = {"output": "-o"}
 """Options that also have a short form."""
 OLD_SPELLINGS = {
@@ -212,6 +214,10 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             end_bars()
             say(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:  # typer would end without a word
+            end_bars()
+            say("Stopped (Ctrl-C).", err=True)
+            raise typer.Exit(INTERRUPTED) from None
 
     return run
 

@@ -30,7 +30,7 @@ from AutomaticEval.store.questions.questions import Questions, Source
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reading.finite_samples import finite_samples
 from AutomaticEval.store.reading.layer_samples import LayerSamples
-from AutomaticEval.store.reading.overview import TaskLine, facts_of, tasks_of
+from AutomaticEval.store.reading.overview import KeptEdit, TaskLine, facts_of, tasks_of
 from AutomaticEval.store.reading.reduced_runs import how_reduced
 from AutomaticEval.store.reading.row_batches import RowBatches
 from AutomaticEval.store.reading.row_numbers import row_numbers
@@ -39,7 +39,7 @@ from AutomaticEval.store.reading.run_files import open_files
 from AutomaticEval.store.reading.shuffled import BUFFER_ROWS, ShuffledRows
 from AutomaticEval.store.reading.table_queries import column_of, pandas_table, selected, whole_number
 from AutomaticEval.store.row_array import RowArray, RowsDataset
-from AutomaticEval.store.run_folder import INDEX, warn_of_set_aside, warn_of_unfinished
+from AutomaticEval.store.run_folder import INDEX, warn_of_set_aside, warn_of_unfinished, way_on
 
 _UNJOINED = (
     " lm-eval's verdicts (correct, target, prediction, metrics) are joined by lm.finish(results), with the HFActivations that captured it and what "
@@ -163,7 +163,8 @@ class Run(Sequence[dict[str, Any]]):
         """
         if self.path.is_dir() and not self.finished:
             raise StoreError(
-                f"{self.path} is not finished: questions may lack choices, and none has a verdict. Go on with --resume, or with finish() of HFActivations."
+                f"{self.path} is not finished: a question may lack choices that were not asked yet, and none has a verdict. Its "
+                f"samples can be read as they are: run.table(), run.activations(key).{way_on(self.path)}"
             )
         return Questions(Source(self.path, self._contents, self._key, self._row_array), self._order)
 
@@ -337,18 +338,18 @@ class Run(Sequence[dict[str, Any]]):
             raise StoreError(f"{self.path} holds no projection of {key}: its rows are {how_reduced(self.settings)}.")
         return torch.from_numpy(matrices[name][:])
 
-    def edits(self) -> list[tuple[str, Tensor | None]]:
-        """What the model was edited with: each edit in words, the outermost first, and its value [n, width], float64.
+    def edits(self) -> list[KeptEdit]:
+        """What the model was edited with: (text, value) of each edit, the outermost first: in words, and its value [n, width], float64.
 
         The value is None for an edit that was made with a number, with a function, or with values that differ by position, and in files of before
         format 1.4.
         """
         matrices = self._contents.matrices
         by_name = {name.removeprefix("edits/"): name for name in matrices if name.startswith("edits/")}
-        found: list[tuple[str, Tensor | None]] = []
+        found: list[KeptEdit] = []
         for text in self.settings.get("edits") or []:
             name = next((by_name[word] for word in text.split() if word in by_name), None)
-            found.append((text, None if name is None else torch.from_numpy(matrices[name][:])))
+            found.append(KeptEdit(text, None if name is None else torch.from_numpy(matrices[name][:])))
         return found
 
     def rows(self, key: str, *, by_sample: bool = False) -> RowArray:

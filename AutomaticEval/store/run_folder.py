@@ -121,13 +121,16 @@ def warn_of_unfinished(folder: Path) -> None:
     """Warn, once a process, of a run that was not evaluated to its end, or is still being written."""
     if folder not in _told_unfinished:
         _told_unfinished.add(folder)
-        on = (
-            f" Unless it is being written, it goes on with --resume {shlex.quote(str(folder))}."
-            if (folder / ASKED).exists()
-            else ""
+        warn(
+            f"{folder} is not finished: samples may be missing, and those of a benchmark have no scores.{way_on(folder)}"
         )
-        message = f"{folder} is not finished: samples may be missing, and those of a benchmark have no scores.{on}"
-        warn(message)
+
+
+def way_on(folder: Path) -> str:
+    """A sentence with the command that goes on with an unfinished run, for messages."""
+    if (folder / ASKED).exists():
+        return f" Unless it is being written, it goes on with: python main.py --resume {shlex.quote(str(folder))}"
+    return " It goes on with the command that made it and --resume, or with the call and resume=; what HFActivations captured, with lm.finish(results)."
 
 
 def next_number(folder: Path) -> int:
