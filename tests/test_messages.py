@@ -25,7 +25,7 @@ from AutomaticEval import (
     score_continuations,
 )
 from AutomaticEval.errors import EditError, PromptError, StoreError, unknown_option, warn
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 
 
 @pytest.fixture(scope="module")

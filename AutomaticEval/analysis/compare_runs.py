@@ -19,7 +19,7 @@ from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.errors import StoreError, warn
 from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.questions import Questions
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 
 MOST_ROWS = 2000
 """The most questions over which activations are compared; of more, so many are drawn."""

@@ -14,7 +14,7 @@ from AutomaticEval.errors import SelectionError
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.compare_runs import SiteLikeness, TaskChange
-    from AutomaticEval.store.reader import Run
+    from AutomaticEval.store.run import Run
 
 SHOWN_FLIPS = 20
 """So many flipped questions are printed; the file has all."""

@@ -15,8 +15,8 @@ from AutomaticEval.errors import StoreError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from AutomaticEval.store.reader import Run
     from AutomaticEval.store.reading.overview import TaskLine
+    from AutomaticEval.store.run import Run
 
 
 @command

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
     from AutomaticEval.store.questions.question import Question
     from AutomaticEval.store.questions.questions import Questions
-    from AutomaticEval.store.reader import Run
+    from AutomaticEval.store.run import Run
 
 
 def show_question(run: Run, task: str | None, doc_id: int, *, has_lens: bool) -> None:

@@ -22,8 +22,8 @@ from AutomaticEval.models.loading import load_model
 from AutomaticEval.public_names import public_name
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
 from AutomaticEval.store.disk.json_files import Stats, write_json
-from AutomaticEval.store.reader import Run
 from AutomaticEval.store.reading.reduced_runs import refuse_reduced
+from AutomaticEval.store.run import Run
 
 CHUNK_ROWS = 65536
 """How many stored rows are read at once."""

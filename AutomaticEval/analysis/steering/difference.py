@@ -15,8 +15,8 @@ from AutomaticEval.errors import StoreError
 from AutomaticEval.settings import MODEL
 from AutomaticEval.sites import site_of
 from AutomaticEval.store.questions.questions import AT, Questions
-from AutomaticEval.store.reader import Run
 from AutomaticEval.store.reading.reduced_runs import refuse_reduced
+from AutomaticEval.store.run import Run
 
 
 def difference_of_means(

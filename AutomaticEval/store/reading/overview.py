@@ -17,7 +17,7 @@ from AutomaticEval.store.run_folder import shard_names
 
 
 class AnyRun(Protocol):
-    """A run, as this module sees it: `store.reader.Run`."""
+    """A run, as this module sees it: `store.run.Run`."""
 
     path: Path
     finished: bool
