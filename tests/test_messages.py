@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ from AutomaticEval import (
     evaluate_with_activations,
     generate_inference,
     generate_inference_with_activations,
+    load_activations,
     open_run,
     score_continuations,
 )
@@ -85,6 +87,27 @@ def test_sites_that_a_run_lacks_and_several_sites(run: Run) -> None:
         with pytest.raises(StoreError, match="several with keys="):
             run.batches(**wrong)
     assert set(next(iter(run.batches(keys=["layer_1", "layer_2"])))) == {"layer_1", "layer_2"}
+
+
+def test_the_activations_of_a_sample_answer_to_each_spelling(run: Run, tmp_path: Path) -> None:
+    _, data = generate_inference_with_activations(
+        "Hi", "demo", tmp_path / "x.h5", sites="resid_post,mlp_out", max_new_tokens=2
+    )
+    _, line = generate_inference_with_activations("Hi", "demo", sites="resid_post", reduce="mean", max_new_tokens=2)
+    some = [data["activations"], load_activations(tmp_path / "x.h5")["activations"], copy.deepcopy(data)["activations"]]
+    for activations in (*some, copy.copy(data["activations"]), line["reduced"], run[0]["activations"]):
+        assert activations["resid_post.2"] is activations["layer_2"] is activations.get("resid_post.2")
+        assert "resid_post.2" in activations
+        assert "resid_post.9" not in activations
+        assert activations.get("resid_post.9", 3) == 3
+        assert "resid_post.2" not in list(activations)
+        with pytest.raises(KeyError, match=r"'layer_9'; there are .*layer_2"):
+            activations["layer_9"]
+    assert torch.equal(some[0]["mlp_out.1"], some[0]["layer_1.mlp_out"])
+    torch.save(data["activations"], tmp_path / "x.pth")
+    again = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert list(again) == list(data["activations"])
+    assert torch.equal(again["layer_2"], data["activations"]["layer_2"])
 
 
 def test_a_vector_of_another_width_is_refused_before_the_model_runs() -> None:

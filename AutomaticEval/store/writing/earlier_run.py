@@ -21,7 +21,7 @@ from AutomaticEval.store.hdf5.open import OpenedFile
 from AutomaticEval.store.run_folder import DAMAGED, INDEX, LOCK, NO_PART, holds_nothing, is_finished, shard_names
 from AutomaticEval.store.writing.folder_lock import locked
 
-_BESIDE = {*NO_PART, INDEX, "head_strength.json", "extraction.json"}
+_BESIDE = {*NO_PART, INDEX, "head_strength.json", "extraction.json", "summary.md", "summary.html"}
 """Files of a run folder beside its shards."""
 _NAMES = re.compile(rf"shard-[0-9]+\.h5({re.escape(DAMAGED)}(-[0-9]+)?)?|{re.escape(LOCK)}-[0-9]+")
 _OF_LM_EVAL = re.compile(r"results_.*\.json|samples_.*\.jsonl")
