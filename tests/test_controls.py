@@ -153,10 +153,10 @@ def test_differences_of_means_hold() -> None:
         found = mean_differences(source.normal(1, 1, (n, 4000)), source.normal(0, 3, (m, 4000)))
         holds = np.mean([each.interval[0] <= 1 <= each.interval[1] for each in found])
         assert 0.93 <= holds <= 0.98, (n, m, holds)
-    (same,) = mean_differences(np.full((3, 1), 2.0), np.full((4, 1), 0.5))
+    (same,) = mean_differences(np.full((5, 1), 2.0), np.full((6, 1), 0.5))
     assert (same.mean, same.interval) == (1.5, (1.5, 1.5))
     assert mean_differences(np.empty((0, 1)), np.ones((2, 1)))[0].mean is None
-    assert mean_differences(np.ones((1, 1)), np.zeros((2, 1)))[0].interval is None
+    assert mean_differences(np.ones((4, 1)), np.zeros((9, 1)))[0].interval is None
 
 
 def cut(text: str, n_words: int = 6) -> str:

@@ -228,7 +228,11 @@ def _write_strength(folder: Path) -> None:
 
     file = folder / "head_strength.json"
     run = open_run(folder)
-    about = {name: run.settings.get(name) for name in ("positions", "scoring", MODEL)}
+    about = {
+        "positions": run.settings.get("positions"),
+        "scoring": (run.settings.get("benchmark") or {}).get("scoring"),
+        MODEL: run.settings.get(MODEL),
+    }
     write_json(file, strength_result(strength_of_run(run), run.model, "result", **about).as_json(), overwrite=True)
     say(f"Heads:       {file}")
 

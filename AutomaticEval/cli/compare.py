@@ -37,7 +37,9 @@ Layer = Annotated[
 def compare(
     before: Annotated[Path, typer.Argument(help="A run, such as the base model's.", metavar="RUN_A")],
     after: Annotated[Path, typer.Argument(help="Another run over the same questions.", metavar="RUN_B")],
-    seed: Annotated[int, typer.Option("--seed", help="Seed for the intervals.")] = 42,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed for drawing the questions whose activations are compared.")
+    ] = 42,
     save_direction: SaveDirection = None,
     layer: Layer = None,
     output: Annotated[

@@ -13,6 +13,7 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 
+from AutomaticEval.capture.draws import derived_seed
 from AutomaticEval.capture.graph.way import refuse_graphless, way_of
 from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError, warn
 from AutomaticEval.evaluation.benchmark import BUNDLED_NAMES, LoadedTasks, asked_docs, load_tasks
@@ -215,8 +216,9 @@ class _Run:
         if benchmark.seed is not None:
             names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
             seeds = dict.fromkeys(names, benchmark.seed)
-        if not is_first:  # or all would sample the same answers
-            seeds["torch_random_seed"] = seeds.get("torch_random_seed", DEFAULT_OTHER_SEED) + self.ranks.rank
+        if not is_first and benchmark.scoring == "stock":  # or all would sample the same answers
+            own_seed = derived_seed(seeds.get("torch_random_seed", DEFAULT_OTHER_SEED), "process", self.ranks.rank)
+            seeds["torch_random_seed"] = own_seed
         totals = self.tasks.totals
         asked = (asked_docs(totals[name], benchmark, self.tasks.drawn, name) for name in self.tasks.tasks)
         with quick_templates(), whole_run(sum(map(len, asked)), shows=is_first):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from AutomaticEval.analysis.numbers.estimate import mean_intervals
+from AutomaticEval.analysis.numbers.estimate import mean_intervals, methods
 from AutomaticEval.analysis.numbers.permutation import Differences, differences
 from AutomaticEval.analysis.parts.head_measures import HeadMeasures, HeadMeter, Listener, Prompt, encoded
 from AutomaticEval.analysis.parts.same_positions import SamePositions, at_same_positions
@@ -27,6 +27,9 @@ from AutomaticEval.errors import PromptError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+P_METHOD = "strength: labels of the prompts permuted, corrected by the largest |d| over all heads of a category (single-step maxT)"
+WELCH = "Welch's t, of the category's prompts and of the neutral ones"
+PLACEBO = "99 draws of other tokens of the prompts, corrected by the largest difference over all heads of a category (single-step maxT)"
 
 
 @dataclass(frozen=True)
@@ -125,14 +128,15 @@ def screen(
         lengths[category] = _lengths(own, base, test)
         columns = zip(
             _changes(own, base, test),
-            asked.attention(category, seed),
+            asked.attention(category),
             _direct(own.direct, base.direct, asked.columns(category)),
             strict=True,
         )
         for number, (strength, attention, direct) in enumerate(columns):
             layer, head = divmod(number, loaded.layout.n_heads)
             scores.append(HeadScore(layer, head, category, strength, attention, direct))
-    return Result("screening", {"lengths": lengths, "scores": scores})
+    about = methods(asked.n_heads, p=P_METHOD, direct_interval=WELCH, direct_p=PLACEBO)
+    return Result("screening", {"lengths": lengths, "scores": scores}, methods=about)
 
 
 @dataclass
@@ -180,12 +184,12 @@ class _Asked:
             return [beside_neutral.add_pool for _, beside_neutral in self.same.values()]
         return [each.add for each in self.same.get(name, ())]
 
-    def attention(self, category: str, seed: int) -> list[AttentionEstimate]:
+    def attention(self, category: str) -> list[AttentionEstimate]:
         """For each head its attention to the category's keywords."""
         if category not in self.same:
             return [AttentionEstimate(None, None, 0, paid=None, beside_neutral=Estimate(None, None, 0))] * self.n_heads
         among_own, beside_neutral = (each.result() for each in self.same[category])
-        own = mean_intervals(_flat(among_own.own - among_own.pool), seed)
+        own = mean_intervals(_flat(among_own.own - among_own.pool))
         neutral = mean_differences(_flat(beside_neutral.own), _flat(beside_neutral.pool))
         return [
             AttentionEstimate(**vars(each), paid=None if each.mean is None else float(paid), beside_neutral=other)

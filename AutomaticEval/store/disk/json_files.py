@@ -64,13 +64,16 @@ def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
         )
 
 
-def read_strength(path: str | Path) -> tuple[Stats, str]:
-    """The head strengths in a result file, and what they were measured of ("result" or "z"). Raises StoreError for another file."""
+def read_strength(path: str | Path) -> tuple[Stats, str, dict[str, Any]]:
+    """The head strengths in a result file, what they were measured of ("result" or "z"), and of which inputs. Raises StoreError for another file.
+
+    The inputs of files of the first versions, and of files that a run wrote, are an empty dict.
+    """
     content = read_json(Path(path))
     try:
         stats = {(each.pop("layer"), each.pop("head")): each for each in content["heads"]}
         if not all({"R_h", "n"} <= each.keys() for each in stats.values()) or not stats:
             raise KeyError("R_h")
-        return stats, str(content["of"])
+        return stats, str(content["of"]), dict(content.get("inputs") or {})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(f"{path} holds no head strengths; give a file that save_results wrote.") from None
