@@ -25,14 +25,16 @@ from AutomaticEval import (
     evaluate,
     evaluate_with_activations,
     generate_inference,
+    load_direction,
     open_run,
 )
-from AutomaticEval.analysis.steering.at_scales import parse_scales
+from AutomaticEval.analysis.steering.at_scales import Steering, parse_scales
 from AutomaticEval.analysis.words.wording import wording
 from AutomaticEval.demo.world import _ANIMALS, _DRINKS
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.report.by_scale import by_scale
+from AutomaticEval.selection import Positions
 
 VECTOR = torch.randn(128, generator=torch.Generator().manual_seed(4))
 
@@ -235,7 +237,7 @@ def test_what_is_wrong_is_told_before_the_model_loads(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_direction_of_another_model_is_told(tmp_path: Path) -> None:
+def test_a_direction_of_another_model_is_told(demo: LoadedModel, tmp_path: Path) -> None:
     hand = {"models": [{"name": "gpt2", "hash": "ab" * 16}]}
     Direction(VECTOR, "layer_1", made_from=hand).save(tmp_path / "other.safetensors")
     Direction(VECTOR[:100], "layer_1").save(tmp_path / "narrow.safetensors")
@@ -252,6 +254,9 @@ def test_a_direction_of_another_model_is_told(tmp_path: Path) -> None:
         assert told in " ".join(done.stderr.split())
     with pytest.warns(UserWarning, match="was made with gpt2, and is added to demo of other weights"):
         steer(tmp_path, "--direction", "other.safetensors", *ask)
+    for n, said in enumerate(("gpt2", [3], [{"name": 3}], [{"name": "demo", "hash": 3}])):
+        Direction(VECTOR, "layer_1", made_from={"models": said}).save(tmp_path / f"odd{n}.safetensors")
+        Steering(demo, [load_direction(tmp_path / f"odd{n}.safetensors")], Positions())
 
 
 def test_wording_is_what_counting_by_hand_gives() -> None:

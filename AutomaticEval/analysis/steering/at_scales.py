@@ -69,13 +69,13 @@ class Steering:
             yield
 
     def _warn_of_another_model(self) -> None:
-        models = [model for each in self.directions for model in each.made_from.get("models", ())]
-        hashes = {model.get("hash") for model in models} - {None}
-        names = list(dict.fromkeys(str(model.get("name")) for model in models))
+        models = [model for each in self.directions for model in _models(each)]
+        hashes = {each for _, each in models if each is not None}
+        names = list(dict.fromkeys(name for name, _ in models))
         own = self.loaded.fingerprint() if hashes else None
         if (hashes and own not in hashes) or (not hashes and names and self.loaded.name not in names):
             same = (
-                f" of other weights (hash {own[:8]}, made with {', '.join(sorted(h[:8] for h in hashes))})"
+                f" of other weights, or loaded in another way (hash {own[:8]}, made with {', '.join(sorted(h[:8] for h in hashes))})"
                 if own
                 else ""
             )
@@ -84,6 +84,14 @@ class Steering:
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def _models(direction: Direction) -> list[tuple[str, str | None]]:
+    """(name, hash) of the models that a direction was made with, as far as it says so in the way of our own."""
+    said = direction.made_from.get("models")
+    sound = [each for each in (said if isinstance(said, list) else []) if isinstance(each, dict)]
+    pairs = [(each.get("name"), each.get("hash")) for each in sound]
+    return [(name, held if isinstance(held, str) else None) for name, held in pairs if isinstance(name, str)]
 
 
 def of_texts(texts: Sequence[str], metrics: Sequence[TextMetric]) -> Mapping[str, Any]:
