@@ -11,7 +11,16 @@ import typer
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.cli import options
 from AutomaticEval.cli.finish import finish, result_file
-from AutomaticEval.cli.interventions import HeadSpec, Prompts, Sentiment, answers_table, metrics_of, number
+from AutomaticEval.cli.interventions import (
+    HeadSpec,
+    OwnTexts,
+    Prompts,
+    Sentiment,
+    answers_table,
+    asked_prompts,
+    metrics_of,
+    number,
+)
 from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import PromptError, SelectionError
@@ -31,9 +40,6 @@ Mode = Annotated[
     str,
     typer.Option("--mode", help="zero, mean or resample (over the profile's neutral prompts).", rich_help_panel=RUN),
 ]
-Texts = Annotated[
-    Path | None, typer.Option("--texts", help="Prompts of your own, in place of --category.", rich_help_panel=RUN)
-]
 
 
 @command
@@ -52,7 +58,7 @@ def ablate(
     head_spec: HeadSpec,
     mode: Mode = "zero",
     model: options.Model = "demo",
-    texts: Texts = None,
+    texts: OwnTexts = None,
     sentiment: Sentiment = "vader",
     batch_size: options.BatchSize = 8,
     output: options.Results = Path("results"),
@@ -73,7 +79,7 @@ def ablate(
 
     file = result_file(output, "ablation.json", "ablation")
     profile = prompts.load_profile()
-    questions = prompts.drawn(_prompts(profile, prompts.category, texts))
+    questions = prompts.drawn(asked_prompts(profile, prompts.category, texts))
     _refuse(mode, profile, asked, n_questions=len(questions))
     if asked is not None:
         options.tell_of_code(asked, partial(say, err=True))
@@ -147,20 +153,6 @@ def _refuse(mode: str, profile: Profile | None, asked: Benchmark | None, *, n_qu
         raise SelectionError(
             "--mode resample draws by position, which a benchmark's batches do not keep; use zero or mean."
         )
-
-
-def _prompts(profile: Profile | None, category: str | None, texts: Path | None) -> list[str]:
-    from AutomaticEval.capture.texts.sources import read_texts
-
-    if texts is not None:
-        if category is not None:
-            raise SelectionError("--category and --texts both name prompts; give one of them.")
-        return read_texts(texts)
-    if category is None:
-        return []
-    if profile is None:
-        raise SelectionError("--category names a category of a profile; add --profile.")
-    return profile.category(category)
 
 
 def _scores(ablation: Ablation, asked: Benchmark) -> list[dict[str, Any]]:

@@ -156,14 +156,20 @@ def plot(
             "--output", "-o", help="Folder for the figures. Default: beside each file.", rich_help_panel=OUTPUT
         ),
     ] = None,
-    overwrite: options.Overwrite = False,
+    overwrite: options.Overwrite = None,
 ) -> None:
     """Draw result files again: head_reaction_heatmap.png, top_heads.png, comparison_heatmap.png, …"""
     from AutomaticEval.report.figures import check_figures, draw
     from AutomaticEval.store.disk.json_files import read_json
+    from AutomaticEval.store.disk.overwriting import VERSION, parse_overwrite
 
+    replaces = parse_overwrite(overwrite)
+    if replaces == VERSION:
+        raise SelectionError(
+            "figures are replaced or not; write --overwrite alone, or name another folder with --output."
+        )
     results = [(read_json(file), output or file.parent) for file in files]
-    check_figures(results, overwrite=overwrite)  # all, before the first is drawn
+    check_figures(results, overwrite=replaces)  # all, before the first is drawn
     for result, folder in results:
-        for figure in draw(result, folder, overwrite=overwrite):
+        for figure in draw(result, folder, overwrite=replaces):
             say(f"Written:     {figure}")

@@ -5,7 +5,6 @@ Scores are lm-eval's. With a selection, every request's activations are in one f
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from AutomaticEval.capture.draws import derived_seed
 from AutomaticEval.capture.graph.way import refuse_graphless, way_of
-from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError
+from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError, warn
 from AutomaticEval.evaluation.benchmark import BUNDLED_NAMES, LoadedTasks, asked_docs, load_tasks
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.forecast import forecast
@@ -68,10 +67,14 @@ class Outcome:
     """lm-eval's results file, when there is one; the answers are beside it, in samples_<task>_<time>.jsonl."""
 
     n_tokens: int = 0
-    """Tokens that the requests scored over a prefix tree would have fed one by one, equal requests counted once."""
+    """Tokens that the requests scored over a prefix tree would have fed one by one, equal requests counted once. Requests of this call alone: a
+    run that goes on does not count what was on the disk."""
 
     n_computed: int = 0
     """Tokens that were computed for these requests."""
+
+    n_before: int = 0
+    """Samples that were on the disk already, of a run that went on."""
 
 
 def run_benchmark(
@@ -147,7 +150,7 @@ class _Run:
                 self._tell_cut(failure, folder.path, folder.n_samples, asked=bool(output.asked))
             raise
         outcome.folder, outcome.n_samples, outcome.size_bytes = folder.path, folder.n_samples, folder.size_bytes
-        outcome.n_truncated = folder.n_truncated
+        outcome.n_truncated, outcome.n_before = folder.n_truncated, len(answered)
         return outcome
 
     def _tell_cut(self, failure: BaseException, folder: Path, n_samples: int, *, asked: bool) -> None:
@@ -252,10 +255,8 @@ def _warn_of_demo(loaded: LoadedModel, benchmark: Benchmark) -> None:
     """Warn of scores that say nothing: those of the bundled model on tasks that are not of its world."""
     others = [name for name in benchmark.names if name not in BUNDLED_NAMES]
     if loaded.name == DEMO and others and not benchmark.include_path:
-        warnings.warn(
-            f"the demo model knows only its own small world, and guesses on {', '.join(others)}; name another model (--model gpt2).",
-            UserWarning,
-            stacklevel=3,
+        warn(
+            f"the demo model knows only its own small world, and guesses on {', '.join(others)}; name another model (--model gpt2)."
         )
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from AutomaticEval.errors import StoreError
 from AutomaticEval.report.bars import before_and_after, top_heads
+from AutomaticEval.report.by_scale import by_scale
 from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps, robust_ends
 from AutomaticEval.report.two_runs import two_runs
+from AutomaticEval.sites import Site
 from AutomaticEval.store.disk.json_files import read_json, write_json
 from AutomaticEval.store.disk.whole_files import new_file, new_files, prepare_file
 
@@ -232,6 +234,13 @@ def _two_runs(result: ResultJson, path: Path) -> None:
     two_runs(result["tasks"], result["sites"], " → ".join(names), path)
 
 
+def _steered(result: ResultJson, path: Path) -> None:
+    settings = result["settings"]
+    places = ", ".join(Site(each["site"], each["layer"]).key for each in settings["directions"])
+    title = f"{Path(settings['model']).name}, {settings['file']} added at {places}"
+    by_scale(result["benchmark"], result["texts"], result["units"], title, path)
+
+
 _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
     "strength": {"head_strength.png": _strength},
     "comparison": {"comparison_heatmap.png": _comparison},
@@ -240,6 +249,7 @@ _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
     "patching": {"patching_keyword_comparison.png": _answers},
     "pairs": {"patching_recovered.png": _recovered},
     "runs": {"runs_comparison.png": _two_runs},
+    "steering": {"steering.png": _steered},
     "sweep": {"sweep_heatmap.png": _swept, "sweep_top_heads.png": _swept_top},
 }
 """Kind -> file name of a figure -> the function that draws it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from AutomaticEval.analysis.numbers.text_groups import TextGroups
 from AutomaticEval.analysis.parts.input_batches import Batcher
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.capture.texts.forward import read
-from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
+from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel, warn
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.head_weights import HeadResultNorms, n_inputs
@@ -25,8 +24,8 @@ from AutomaticEval.models.loading import load_model
 from AutomaticEval.public_names import public_name
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
 from AutomaticEval.store.disk.json_files import Stats, write_json
-from AutomaticEval.store.reader import Run
 from AutomaticEval.store.reading.reduced_runs import refuse_reduced
+from AutomaticEval.store.run import Run
 
 CHUNK_ROWS = 65536
 """How many stored rows are read at once."""
@@ -158,7 +157,7 @@ class ActivationExtractor:
         if sum(each.n for each in self._moments.values()) == n_before:
             raise PromptError("there were no texts to extract from.")
         if self.n_truncated:
-            warnings.warn(f"{self.n_truncated} texts were longer than the context and were cut to it.", stacklevel=2)
+            warn(f"{self.n_truncated} texts were longer than the context and were cut to it.")
 
     def _norms(self, rows: Tensor) -> Tensor:
         """[n, n_heads]. rows: the norms themselves, or z [n, n_heads * d_head], as `of` says."""

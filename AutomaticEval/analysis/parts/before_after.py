@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -69,7 +69,8 @@ def answers_with(
     if not prompts:
         raise PromptError("there are no prompts to answer.")
     encoded = [intervention.loaded.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    before, after = _answered_twice(intervention, encoded, sampling, batch_size)
+    before = answered(intervention.loaded, encoded, sampling, batch_size)
+    after = answered(intervention.loaded, encoded, sampling, batch_size, intervention.applied, intervention.n_draws)
     continuations = [(prompt, response.generated_ids) for prompt, response in zip(encoded, before, strict=True)]
     texts = {"before": [each.text for each in before], "after": [each.text for each in after]}
     columns = {metric.name: {when: metric.of(each) for when, each in texts.items()} for metric in metrics}
@@ -88,15 +89,26 @@ def answers_with(
     return Result(intervention.kind, measured, methods=methods(len(columns), p=signs.METHOD))
 
 
-def _answered_twice(
-    intervention: Intervention, prompts: Sequence[list[int]], sampling: Sampling, batch_size: int
-) -> tuple[list[Response], list[Response]]:
-    """Each prompt's response without the intervention, and with it: all of the first draw, then all of the second, and so on."""
-    loaded = intervention.loaded
-    if sampling.generation == "auto":  # one way for both, also when only one of them could come from a graph
+def _plainly(rows: Sequence[int], pads: Sequence[int]) -> AbstractContextManager[None]:
+    """No intervention."""
+    return nullcontext()
+
+
+def answered(
+    loaded: LoadedModel,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    batch_size: int,
+    applied: Callable[[Sequence[int], Sequence[int]], AbstractContextManager[None]] = _plainly,
+    n_draws: int = 1,
+) -> list[Response]:
+    """Each prompt's response, sampled by the same draws under every intervention: all of the first draw of values, then all of the second, and so on.
+
+    prompts: token ids. applied, n_draws: as `Intervention.applied` and `Intervention.n_draws`.
+    """
+    if sampling.generation == "auto":  # one way for all, also when only one of them could come from a graph
         sampling = replace(sampling, generation="eager")
-    without: dict[int, Response] = {}
-    changed: dict[int, Response] = {}
+    responses: dict[int, Response] = {}
     repeats = repeats_of(prompts)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -104,12 +116,11 @@ def _answered_twice(
             rows, ids = [start + row for row in group], [batch[row] for row in group]
             answer = partial(respond, loaded, ids, sampling, repeats=[repeats[row] for row in rows])
             pads = [max(map(len, ids)) - len(each) for each in ids]
-            without |= zip(rows, answer(), strict=True)
-            for draw in range(intervention.n_draws):
+            for draw in range(n_draws):
                 of_draw = [draw * len(prompts) + row for row in rows]
-                with intervention.applied(of_draw, pads):
-                    changed |= zip(of_draw, answer(), strict=True)
-    return [without[row] for row in sorted(without)], [changed[row] for row in sorted(changed)]
+                with applied(of_draw, pads):
+                    responses |= zip(of_draw, answer(), strict=True)
+    return [responses[row] for row in sorted(responses)]
 
 
 def greedy_answers(

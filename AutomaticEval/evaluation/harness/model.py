@@ -5,7 +5,6 @@ No scoring code is copied: the scores are lm-eval's. What is kept of a forward i
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +22,7 @@ from AutomaticEval.capture.graph.decoding import again_without_graphs, decoding
 from AutomaticEval.capture.graph.way import Way, way_of
 from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.tree.score import Cut
-from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable
+from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable, warn
 from AutomaticEval.evaluation.benchmark_options import WHY_NOT, check_generation, check_scoring
 from AutomaticEval.evaluation.harness.batch_capture import BatchCapture, PromptRows, ScoredRow, Sink, check_fed
 from AutomaticEval.evaluation.harness.batches import AnswerHook, recording
@@ -200,7 +199,7 @@ class CapturingHFLM(EncodingHFLM):
             with self._autocast():
                 self._tree.score(call, bar)
         except TreeUnsuitable as why:
-            warnings.warn(f"Scoring request by request, as --scoring stock does: {why}", stacklevel=2)
+            warn(f"Scoring request by request, as --scoring stock does: {why}")
             return False
         return True
 
