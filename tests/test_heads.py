@@ -27,6 +27,7 @@ from AutomaticEval import (
     strength_of_run,
 )
 from AutomaticEval.analysis.heads.compare import same_inputs
+from AutomaticEval.analysis.heads.strength import inputs_of_run
 from AutomaticEval.analysis.words.pairs import read_pairs
 from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.texts.sources import drawn, read_texts
@@ -536,6 +537,8 @@ def test_head_strength_beside_a_benchmark(tmp_path: Path) -> None:
     assert run.keys == [f"layer_{layer}.head_result_norm" for layer in range(4)]
     written = json.loads((folder / "head_strength.json").read_text())
     assert (written["scoring"], written["positions"]) == ("tree", "all")
+    assert written["inputs"] == {**inputs_of_run(run), "n_texts": len(run)} != inputs_of_run(run[1:])
+    ActivationComparator(folder / "head_strength.json", folder / "head_strength.json")
     assert {(each["layer"], each["head"]): each["R_h"] for each in written["heads"]} == {
         key: each["R_h"] for key, each in strength_of_run(run).items()
     }

@@ -11,7 +11,7 @@ import typer
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.cli import options
 from AutomaticEval.cli.finish import finish, result_file
-from AutomaticEval.cli.interventions import HeadSpec, Prompts, Sentiment, answers_table, metrics_of, number
+from AutomaticEval.cli.interventions import HeadSpec, Prompts, Sentiment, answers_table, metrics_of, number, tell_of_few
 from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import PromptError, SelectionError
@@ -71,6 +71,7 @@ def ablate(
     profile = prompts.load_profile()
     questions = prompts.drawn(_prompts(profile, prompts.category, texts))
     _refuse(mode, profile, asked, n_questions=len(questions))
+    tell_of_few(len(questions), "prompts")
     if asked is not None:
         options.tell_of_code(asked, partial(say, err=True))
     loaded = load_model(model, options=load)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from AutomaticEval.analysis.numbers.estimate import mean_intervals
+from AutomaticEval.analysis.numbers import permutation
+from AutomaticEval.analysis.numbers.estimate import mean_intervals, methods
 from AutomaticEval.analysis.numbers.permutation import differences
 from AutomaticEval.analysis.parts.head_measures import HeadMeter
 from AutomaticEval.analysis.result import Estimate, Result
@@ -93,7 +94,8 @@ def screen(
         for number, (strength, attention, direct) in enumerate(columns):
             layer, head = divmod(number, loaded.layout.n_heads)
             scores.append(HeadScore(layer, head, category, strength, attention, direct))
-    return Result("screening", {"scores": scores})
+    n_heads = loaded.layout.n_layers * loaded.layout.n_heads
+    return Result("screening", {"scores": scores}, methods=methods(n_heads, p=permutation.METHOD))
 
 
 def _check_prompts(profile: Profile, batch_size: int) -> None:
