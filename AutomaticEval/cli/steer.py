@@ -122,7 +122,8 @@ def steer(
     folder.check_settings()
     parts = _measured(folder, scales, measuring)
     named = {"file": direction.name, "profile": prompts.profile, "emotion": prompts.category, "seed": prompts.seed}
-    settings = {**folder.settings, **named, "scales": scales}
+    told = {each.at.key: each.about() for each in directions}
+    settings = {**folder.settings, **named, "directions": told, "scales": scales}
     result = _result(parts, questions, metrics, settings)
     finish(file, result, *_tables(result))
 
