@@ -93,6 +93,7 @@ def test_scores_at_a_scale_are_those_of_evaluate(
     assert len({each["value"] for each in result["benchmark"] if each["task"] == "all questions"}) > 1
     assert result["settings"]["positions"] == positions
     assert result["settings"]["directions"]["layer_2"]["norm"] == pytest.approx(float(VECTOR.norm()))
+    assert {"versions", "model_hash", "attention", "batch_size", "seed", "texts"} <= result["settings"].keys()
 
 
 def test_scale_0_makes_no_edit(demo: LoadedModel) -> None:

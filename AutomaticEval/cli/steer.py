@@ -96,6 +96,7 @@ def steer(
         refuse_unused(context, "it is of prompts, and none are asked", "max_new_tokens", "temperature")
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
+    from AutomaticEval.analysis.made_with import AnalysisSettings, TextsRead
     from AutomaticEval.analysis.steering.at_scales import Steering, parse_scales
     from AutomaticEval.analysis.words.wording import wording
     from AutomaticEval.evaluation.benchmark import load_tasks
@@ -121,10 +122,12 @@ def steer(
     folder = SweepFolder(output / "steer", measuring.settings() | {"sentiment": sentiment})
     folder.check_settings()
     parts = _measured(folder, scales, measuring)
-    named = {"file": direction.name, "profile": prompts.profile, "emotion": prompts.category, "seed": prompts.seed}
+    named = {"file": direction.name, "profile": prompts.profile, "emotion": prompts.category, "scales": scales}
     told = {each.at.key: each.about() for each in directions}
-    settings = {**folder.settings, **named, "directions": told, "scales": scales}
-    result = _result(parts, questions, metrics, settings)
+    read = {"prompts": TextsRead.of(questions, texts or f"{prompts.profile}, {prompts.category}")} if questions else {}
+    asked_for = {**folder.settings, **named, "directions": told, "num_trials": prompts.num_trials}
+    about = AnalysisSettings.of(steering.loaded, read, batch_size=batch_size, seed=prompts.seed, options=asked_for)
+    result = _result(parts, questions, metrics, about.as_dict())
     finish(file, result, *_tables(result))
 
 
