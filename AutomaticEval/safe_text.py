@@ -6,7 +6,7 @@ Knows nothing of terminals.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
 _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -18,10 +18,24 @@ def shown(text: str) -> str:
     return _UNSHOWN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def html_text(text: str) -> str:
+    """Text that is no mark-up."""
+    return escape(shown(text))
+
+
 def html_table(title: str, rows: Iterable[tuple[str, str]]) -> str:
     """A table of names and values. All text is escaped."""
     lines = [
-        f"<tr><th style='text-align:left'>{escape(shown(name))}</th><td style='text-align:left'>{escape(shown(text))}</td></tr>"
+        f"<tr><th style='text-align:left'>{html_text(name)}</th><td style='text-align:left'>{html_text(text)}</td></tr>"
         for name, text in rows
     ]
-    return f"<table><caption>{escape(shown(title))}</caption>{''.join(lines)}</table>"
+    return f"<table><caption>{html_text(title)}</caption>{''.join(lines)}</table>"
+
+
+def html_lines(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table with a row of column names. All text is escaped."""
+    rows = [("th", header), *(("td", line) for line in lines)]
+    cells = [
+        "".join(f"<{kind} style='text-align:left'>{html_text(text)}</{kind}>" for text in line) for kind, line in rows
+    ]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"

@@ -115,13 +115,14 @@ def test_resampled_values_are_a_positions_own(loaded: LoadedModel) -> None:
     sampling = Sampling(max_new_tokens=6)
     together = answers_with(ablation, PROMPTS, [], sampling, batch_size=3).as_json()["samples"]
     alone = answers_with(ablation, PROMPTS, [], sampling, batch_size=1).as_json()["samples"]
-    for one, other, prompt in zip(together, alone, PROMPTS, strict=True):
+    for row, (one, other, prompt) in enumerate(zip(together, alone, PROMPTS, strict=True)):
         assert one["after"]["text"] == other["after"]["text"]
+        assert [each["text"] for each in one["further_draws"]] == [each["text"] for each in other["further_draws"]]
         assert one["after"]["logprob"] == pytest.approx(other["after"]["logprob"], abs=1e-4)
         ids = torch.tensor([loaded.tokenizer(prompt)["input_ids"]])
         n_prompt = ids.shape[1]
         for _ in range(6):
-            with torch.no_grad(), ablation.applied([0], [0]):
+            with torch.no_grad(), ablation.applied([row], [0]):
                 ids = torch.cat([ids, loaded.model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
         generated = ids[0, n_prompt:].tolist()
         end = generated.index(0) + 1 if 0 in generated else None
@@ -208,7 +209,7 @@ def test_what_cannot_be_ablated(tiny_llama: LoadedModel) -> None:
         Ablation(tiny_llama, HEADS, "mean")
     reference = reference_z(tiny_llama, [0, 2], REFERENCE)
     with (
-        pytest.raises(EditError, match="draws by position"),
+        pytest.raises(EditError, match="draws by prompt and position"),
         Ablation(tiny_llama, HEADS, "resample", reference).applied(),
     ):
         pass

@@ -97,7 +97,10 @@ def test_the_command_writes_prints_and_draws(runs: tuple[Path, Path], tmp_path: 
     assert f"6 questions that only {runs[1]} has" in " ".join(done.stdout.split())
     again = within("compare", *map(str, runs), "-o", "out", cwd=tmp_path)
     assert again.returncode == 2
-    assert "compare.json" in again.stderr
+    assert (
+        "out/compare.json exists and is not overwritten; choose another name, or another folder (-o/--output)."
+        in again.stderr
+    )
 
 
 def test_runs_that_share_nothing_are_refused(runs: tuple[Path, Path]) -> None:

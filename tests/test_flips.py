@@ -23,7 +23,7 @@ from AutomaticEval.errors import AutomaticEvalError, DamagedFile, StoreError
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.hdf5 import open as opened
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 from AutomaticEval.store.upkeep.merge import merge
 from AutomaticEval.store.upkeep.rebuild import rebuild_index
 from AutomaticEval.store.upkeep.verify import verify
@@ -91,7 +91,10 @@ def rows(run: Run) -> Any:
 
 
 def batches(run: Run) -> Any:
-    mixed = torch.cat(list(run.dataset("layer_0", shuffle=True, buffer_rows=100).batches(64)))
+    mixed = [
+        torch.cat(list(run.batches("layer_0", 64, buffer_rows=100))),
+        *run.dataset("layer_0", shuffle=True, buffer_rows=100),
+    ]
     last = run.dataset("layer_1", position="last", label="logprob")
     return [mixed, run.dataset("layer_1").__getitems__([450, 2, 225]), [last[number] for number in range(4)]]
 

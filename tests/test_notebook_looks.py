@@ -103,11 +103,12 @@ def test_a_run_shows_what_it_is(tmp_path: Path) -> None:
     assert "one file" in open_run(shard)._repr_html_()
 
 
-def test_both_notebooks_show_a_run_and_one_shows_a_sample() -> None:
+def test_both_notebooks_show_a_run_and_one_shows_samples_and_questions() -> None:
     cells = {}
     for name in ("run_and_probe", "steer"):
         notebook = json.loads((ROOT / "docs" / "notebooks" / f"{name}.ipynb").read_text("utf-8"))
         cells[name] = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert any(cell.endswith("\nrun") or cell == "run" for cell in cells["run_and_probe"])
-    assert "run[0]" in cells["run_and_probe"]
+    assert {"run[0]", "questions[0]"} <= set(cells["run_and_probe"])
+    assert "questions = run.questions()\nquestions" in cells["run_and_probe"]
     assert any(cell == "open_run(after.folder)" for cell in cells["steer"])

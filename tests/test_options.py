@@ -26,6 +26,7 @@ from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptio
 from AutomaticEval.models.loading import DEMO_FOLDER
 from AutomaticEval.options import Option, options_in
 from AutomaticEval.selection import Selection
+from AutomaticEval.store.disk.partial_folders import hidden_name
 from AutomaticEval.store.reader import open_run
 
 
@@ -114,7 +115,7 @@ def test_what_is_written_is_named_by_output_everywhere() -> None:
     writes = {name for name, each in commands().items() if "--output" in [o for p in each.params for o in p.opts]}
     assert writes >= {
         "benchmark", "generate", "extract", "merge", "prune", "export", "heads strength", "heads compare", "heads ablate",
-        "heads patch", "heads sweep", "heads screen", "heads plot",
+        "heads patch", "heads sweep", "heads screen", "heads plot", "steer",
     }  # fmt: skip
     for name in writes:
         (output,) = (each for each in commands()[name].params if "--output" in each.opts)
@@ -173,7 +174,7 @@ def test_a_run_goes_into_the_folder_that_is_named(tmp_path: Path, monkeypatch: p
     for name in (
         ".lock",
         "asked.json",
-        ".shard-00000.h5.0123.partial",
+        hidden_name("shard-00000.h5"),
     ):  # of a process that was killed before its first shard
         (tmp_path / "deep" / "killed").mkdir(exist_ok=True)
         (tmp_path / "deep" / "killed" / name).write_text("{}")

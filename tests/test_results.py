@@ -5,6 +5,7 @@ The files in data/results were written by the commands in COMMANDS, before there
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 from helpers.commands import within
 
 from AutomaticEval import ActivationComparator, ActivationExtractor
-from AutomaticEval.analysis.heads.screen import DirectEstimate, HeadScore, StrengthChange
+from AutomaticEval.analysis.heads.screen import AttentionEstimate, DirectEstimate, HeadScore, StrengthChange
+from AutomaticEval.analysis.made_with import AnalysisSettings, TextsRead, n_longer
 from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.capture.texts.sources import read_texts
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.store.disk.json_files import write_json
+from AutomaticEval.models.loading import load_model
+from AutomaticEval.store.disk.json_files import read_json, write_json
 
 OLD = Path(__file__).parent / "data" / "results"
 COMMANDS = {
@@ -48,6 +51,9 @@ OF_THE_LIBRARIES = {"versions", "config", "generation_config", "tokenizer", "ari
 MADE_OTHERWISE = {
     "interval",
     "rank_correlation",
+    "strength",
+    "attention",
+    "direct",
     ".summary.denoising.mean",
     ".summary.noising.mean",
 }
@@ -55,11 +61,11 @@ MADE_OTHERWISE = {
 
 
 def assert_same(now: Any, before: Any, where: str = "") -> None:
-    """The same names in the same order (there may be more now), texts, whole numbers and absent numbers; other numbers to 1e-3, which rounding
+    """The same names (there may be more now), texts, whole numbers and absent numbers; other numbers to 1e-3, which rounding
     on other machines needs. Numbers in MADE_OTHERWISE are not compared."""
     assert type(now) is type(before), where
     if isinstance(before, dict):
-        assert [name for name in now if name in before] == list(before), where
+        assert set(before) <= set(now), where
         for name, value in before.items():
             if name not in OF_THE_LIBRARIES and f"{where}.{name}" not in MADE_OTHERWISE and name not in MADE_OTHERWISE:
                 assert_same(now[name], value, f"{where}.{name}")
@@ -81,7 +87,25 @@ def test_commands_write_the_files_that_they_wrote_before(name: str, tmp_path: Pa
     folder = "--output_dir" if name in ("strength", "comparison") else "--output"
     done = within("heads", *command.split(), folder, "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert_same(*(json.loads(file.read_text()) for file in (tmp_path / "out" / written, OLD / f"{name}.json")))
+    now, before = (json.loads(file.read_text()) for file in (tmp_path / "out" / written, OLD / f"{name}.json"))
+    assert_same(now, before)
+    told = now["settings"]
+    for each in told.values() if name == "comparison" else [told]:
+        assert_tells_how_it_was_made(each)
+
+
+def assert_tells_how_it_was_made(settings: dict[str, Any]) -> None:
+    """Everything that decides the numbers of a result, and no path."""
+    assert {"torch", "transformers", "AutomaticEval"} <= settings["versions"].keys()
+    assert settings["model_hash"] == load_model("demo").fingerprint()
+    assert (settings["dtype"], settings["attention"], settings["seed"]) == ("torch.float32", "sdpa", 42)
+    assert {"batch_size", "num_trials"} <= settings.keys()
+    assert settings["texts"]
+    for each in settings["texts"].values():
+        assert each["n"] > 0
+        assert each["n_truncated"] == 0
+        assert len(each["hash"]) == 64
+        assert "/" not in each["source"]
 
 
 def test_what_is_computed_in_another_way_is_so_from_the_same_numbers(tmp_path: Path) -> None:
@@ -119,17 +143,20 @@ def test_an_old_strength_is_compared_with_a_new_one(demo: LoadedModel) -> None:
 
 def test_the_text_of_a_file(tmp_path: Path) -> None:
     """To the last character: the order of names, NaN as null, and an interval as a list."""
-    effect = DirectEstimate(2.0, (1.5, 2.5), 3, neutral=-1.0)
-    score = HeadScore(0, 1, "joy", StrengthChange(0.5, float("nan"), 1.0), Estimate(None, None, 0), effect)
+    effect = DirectEstimate(2.0, (1.5, 2.5), 3, own=1.0, neutral=-1.0, p=0.25)
+    attention = AttentionEstimate(None, None, 0, paid=None, beside_neutral=Estimate(None, None, 0))
+    score = HeadScore(0, 1, "joy", StrengthChange(0.5, float("nan"), 1.0), attention, effect)
     result = Result("screening", {"scores": [score]}, {"model": "demo", "sizes": (1, 2)})
     write_json(tmp_path / "scores.json", result.as_json())
     assert (tmp_path / "scores.json").read_text() == (
         '{\n "kind": "screening",\n "settings": {\n  "model": "demo",\n  "sizes": [\n   1,\n   2\n  ]\n },\n'
         ' "scores": [\n  {\n   "layer": 0,\n   "head": 1,\n   "category": "joy",\n'
         '   "strength": {\n    "change": 0.5,\n    "d": null,\n    "p": 1.0\n   },\n'
-        '   "attention": {\n    "mean": null,\n    "interval": null,\n    "n": 0,\n    "simultaneous": null,\n    "reason": null\n   },\n'
+        '   "attention": {\n    "mean": null,\n    "interval": null,\n    "n": 0,\n    "simultaneous": null,\n    "reason": null,\n'
+        '    "paid": null,\n    "beside_neutral": {\n     "mean": null,\n     "interval": null,\n     "n": 0,\n     "simultaneous": null,\n'
+        '     "reason": null\n    }\n   },\n'
         '   "direct": {\n    "mean": 2.0,\n    "interval": [\n     1.5,\n     2.5\n    ],\n    "n": 3,\n    "simultaneous": null,\n'
-        '    "reason": null,\n    "neutral": -1.0\n   }\n'
+        '    "reason": null,\n    "own": 1.0,\n    "neutral": -1.0,\n    "p": 0.25\n   }\n'
         "  }\n ]\n}\n"
     )
 
@@ -137,3 +164,38 @@ def test_the_text_of_a_file(tmp_path: Path) -> None:
 def test_a_result_without_settings_has_no_place_for_them() -> None:
     assert Result("strength", {"model": "m", "heads": []}).as_json() == {"kind": "strength", "model": "m", "heads": []}
     assert list(Result("ablation", {"units": {}}, {}).as_json()) == ["kind", "settings", "units"]
+
+
+def test_the_hash_of_texts_is_of_every_text_in_its_place(demo: LoadedModel) -> None:
+    texts = ["one", "two\nthree", "\ud800"]
+    lines = "".join(json.dumps(each) + "\n" for each in texts)
+    assert TextsRead.of(texts, "a/b.jsonl").hash == hashlib.sha256(lines.encode()).hexdigest()
+    hashes = {TextsRead.of(each, "b").hash for each in (texts, texts[::-1], texts[:2], ["one", "two", "three"], [])}
+    assert len(hashes) == 5
+    assert TextsRead.of(texts, "/home/me/b.jsonl").source == "b.jsonl"
+    assert n_longer(demo, ["a b", "red " * (demo.context or 0)]) == 1
+
+
+def test_an_extractor_says_what_it_is_told(demo: LoadedModel, tmp_path: Path) -> None:
+    """In code: the settings of a file are those that were given, and a comparison holds both."""
+    extractor = ActivationExtractor(demo)
+    extractor.extract_activations(["One text."])
+    assert "settings" not in extractor.results()
+    extractor.settings = AnalysisSettings.of(
+        demo, {"texts": TextsRead.of(["One text."], "own")}, batch_size=8
+    ).as_dict()
+    extractor.save_results(tmp_path / "a.json")
+    assert read_json(tmp_path / "a.json")["settings"]["texts"]["texts"]["n"] == 1
+    compared = ActivationComparator(extractor, tmp_path / "a.json").results()["settings"]
+    assert compared["pre_tuned"]["model_hash"] == demo.fingerprint()
+    assert compared["fine_tuned"] is None
+
+
+def test_a_reference_of_the_prompts_themselves_is_told(tmp_path: Path) -> None:
+    command = "heads ablate --head_spec 0:0 --mode mean --profile baseline --category neutral --num_trials 3 --max_new_tokens 2 -o out"
+    done = within(*command.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "The reference of --mode mean holds 3 of the 3 prompts themselves" in done.stderr
+    settings = read_json(tmp_path / "out" / "ablation.json")["settings"]
+    assert settings["prompts_in_reference"] == 3
+    assert settings["texts"]["reference"]["n"] == 70

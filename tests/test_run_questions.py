@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from AutomaticEval.errors import StoreError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store.questions.thinking import split_thinking
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 from AutomaticEval.store.writer import RunWriter
 
 OWN_PROMPTS = """
@@ -268,14 +270,42 @@ def test_the_row_of_a_question_knows_nothing_of_the_answers_text(scored: Run) ->
     assert len(scored.activations("embeddings", position="last").unique(dim=0)) > 9
 
 
-def test_a_notebook_shows_a_question_with_its_choices_and_verdict(scored: Run) -> None:
+def test_a_notebook_shows_a_question_with_its_choices_verdict_and_tokens(scored: Run) -> None:
+    def row(*cells: str) -> str:
+        return "".join(f"<td style='text-align:left'>{cell}</td>" for cell in cells)
+
     first, last = scored.questions()[0], scored.questions()[-1]
     shown = first._repr_html_()
     assert "<b>demo_facts document 0: wrong</b>" in shown
-    assert "<td>0.993</td><td> whale</td><td>taken</td><td></td>" in shown
-    assert "<td>0.004</td><td> fox</td><td></td><td>target</td>" in shown
-    assert "Response:  48<br>Target: 57" in last._repr_html_()
-    assert "<script>" not in replace(first, question="<script>", choices=["<script>"] * 4)._repr_html_()
+    assert row("0.993", " whale", "taken") in shown
+    assert row("0.004", " fox", "target") in shown
+    assert "1 tokens of the prompt have rows" in shown
+    for said in ("Response", " 48", "Target", "57"):
+        assert f">{said}<" in last._repr_html_()
+    evil = "<script>\x1b"
+    hostile = replace(first, question=evil, choices=[evil] * 4, tokens={0: evil})._repr_html_()
+    assert "<script>" not in hostile
+    assert "\x1b" not in hostile
+
+
+def test_the_tokens_of_a_question_are_those_of_its_prompt_that_have_rows(mixed: Run) -> None:
+    for question in mixed.questions():
+        samples = mixed.where(task=question.task, doc_id=question.doc_id, choice=lambda choice: not choice)
+        sample = samples[0]
+        rows = zip(sample["positions"].tolist(), sample["tokens"], strict=True)
+        expected = {position: token for position, token in rows if position < sample["n_prompt_tokens"]}
+        assert question.tokens == expected
+        assert type(copy.deepcopy(question).tokens) is dict
+        assert pickle.loads(pickle.dumps(question)).tokens == expected
+
+
+def test_a_notebook_shows_the_first_questions(scored: Run) -> None:
+    questions = scored.questions()
+    html = questions._repr_html_()
+    assert html.count("<tr>") == 11
+    assert f"and {len(questions) - 10} more" in html
+    assert "<td style='text-align:left'> fox</td><td style='text-align:left'>wrong</td>" in html
+    assert "more" not in questions[:3]._repr_html_()
 
 
 def test_other_tokens_of_the_prompt_and_of_an_answer(mixed: Run, scored: Run) -> None:
@@ -471,7 +501,7 @@ def test_a_site_is_read_in_each_of_its_spellings(scored: Run, spelling: str) -> 
         lambda key: scored.activations(key),
         lambda key: scored.rows(key)[:5],
         lambda key: torch.stack(list(scored[:9].dataset(key, position="first"))),
-        lambda key: next(scored.dataset(key, shuffle=True).batches(32)),
+        lambda key: next(iter(scored.batches(key, 32))),
         lambda key: scored.questions().activations(key),
         lambda key: torch.stack(list(scored.questions()[:9].dataset(key))),
     ):

@@ -53,6 +53,7 @@ def test_each_step_has_one_bar_with_its_name(
 
 def test_only_these_lines_are_kept_off_the_log(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("lm_eval.api.task")
+    caplog.set_level(logging.WARNING, "lm_eval")  # a command that ran before has set ERROR
     level = logger.level
     with hushed():
         logger.warning("t: Custom kwargs can be passed to `--metadata` in console")

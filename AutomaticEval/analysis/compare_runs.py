@@ -5,8 +5,7 @@ For base against fine-tuned, plain against edited, 16 against 8 bits. Questions 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,10 +17,10 @@ from AutomaticEval.analysis.numbers.estimate import mean_interval, methods
 from AutomaticEval.analysis.numbers.paired import PairedChange, corrected, paired_change
 from AutomaticEval.analysis.numbers.similarity import cosines, linear_cka
 from AutomaticEval.analysis.result import Estimate, Result
-from AutomaticEval.errors import StoreError
+from AutomaticEval.errors import StoreError, warn
 from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.questions import Questions
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 
 MOST_ROWS = 2000
 """The most questions over which activations are compared; of more, so many are drawn."""
@@ -69,9 +68,9 @@ def compare_runs(before: Run, after: Run, *, seed: int = 42) -> Result:
     that both runs have). Activations are compared where the prompts are the same text, a site at a time.
     Raises StoreError for runs that share no question, and for runs without questions.
     """
-    one, other, alone = _paired(before, after)
+    one, other, alone = paired_questions(before, after)
     pairs = list(zip(one, other, strict=True))
-    same = [first.question == second.question and first.choices == second.choices for first, second in pairs]
+    same = same_prompts(pairs)
     measured: dict[str, Any] = {
         "before": {"path": before.path.name, "model": before.model, **_told(before)},
         "after": {"path": after.path.name, "model": after.model, **_told(after)},
@@ -84,7 +83,12 @@ def compare_runs(before: Run, after: Run, *, seed: int = 42) -> Result:
         "flips": _flips(pairs),
         "sites": _sites(before, after, one.where(same), other.where(same), seed),
     }
-    settings = {"seed": seed, "most_rows": MOST_ROWS}
+    settings = {
+        "seed": seed,
+        "most_rows": MOST_ROWS,
+        "before": before.settings,
+        "after": after.settings,
+    }
     return Result("runs", measured, settings, methods(len(measured["tasks"]), p=paired.METHOD, is_together=False))
 
 
@@ -92,8 +96,8 @@ def _told(run: Run) -> dict[str, Any]:
     return {name: run.settings.get(name) for name in TOLD if run.settings.get(name) is not None}
 
 
-def _paired(before: Run, after: Run) -> tuple[Questions, Questions, tuple[int, int]]:
-    """The questions that both runs have, in one order, and how many each has alone."""
+def paired_questions(before: Run, after: Run) -> tuple[Questions, Questions, tuple[int, int]]:
+    """The questions that both runs have, in one order, and how many each has alone. Raises StoreError when they share none."""
     one, other = before.questions(), after.questions()
     there, place = _numbers(one), _numbers(other)
     shared = [key for key in there if key in place]
@@ -104,6 +108,11 @@ def _paired(before: Run, after: Run) -> tuple[Questions, Questions, tuple[int, i
         other.take([place[key] for key in shared]),
         (len(one) - len(shared), len(other) - len(shared)),
     )
+
+
+def same_prompts(pairs: Iterable[Pair]) -> list[bool]:
+    """Whether the two questions of each pair were asked in the same words, so that their activations may be compared."""
+    return [first.question == second.question and first.choices == second.choices for first, second in pairs]
 
 
 def _numbers(questions: Questions) -> dict[tuple[Any, ...], int]:
@@ -172,7 +181,7 @@ def _sites(before: Run, after: Run, one: Questions, other: Questions, seed: int)
         try:
             found.append(_likeness(key, _rows(one, key), _rows(other, key)))
         except StoreError as absent:
-            warnings.warn(f"{key} is not compared: {absent}", UserWarning, stacklevel=3)
+            warn(f"{key} is not compared: {absent}")
             break
     return found
 

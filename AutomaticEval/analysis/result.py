@@ -55,13 +55,13 @@ class Result:
     """
 
     kind: str
-    """strength, comparison, screening, ablation, patching, pairs, sweep or runs. The kind decides which figures are drawn."""
+    """strength, comparison, screening, ablation, patching, pairs, sweep, steering or runs. The kind decides which figures are drawn."""
 
     measured: Mapping[str, Any]
     """Name -> what was measured, in the order of the file: estimates, numbers and texts, and lists and mappings of these."""
 
     settings: Mapping[str, Any] | None = None
-    """What the result was made with. None for strength and comparison, whose files have no settings."""
+    """What the result was made with: commands give those of `made_with.AnalysisSettings`. None when it is not known."""
 
     methods: Mapping[str, Any] | None = None
     """How intervals and p values were made, and for how many comparisons they are corrected. None for a result without any."""

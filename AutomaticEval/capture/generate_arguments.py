@@ -165,10 +165,10 @@ def take_generate_arguments(given: dict[str, Any]) -> GenerateArguments:
         _refuse(name, own[name] if name in own else config[name])
     own, config = _without_nones(own), _without_nones(config)
     draws = _draws(own, config)
-    if draws is False or (draws is None and "temperature" not in own):
+    greedy = draws is False or (draws is None and "temperature" not in own)
+    if greedy:
         config = {name: value for name, value in config.items() if name not in (*DRAWN, *OF_SAMPLING)}
         own["temperature"] = 0.0
-        _refuse_unused(own)  # of the keywords: a generation config may say how it would sample
     chosen = {**config, **own}
     chosen.pop("do_sample", None)
     if isinstance(
@@ -178,7 +178,10 @@ def take_generate_arguments(given: dict[str, Any]) -> GenerateArguments:
     of_model = tuple(name for name in DRAWN if name not in chosen) if draws else ()
     placeholder: dict[str, Any] = {"temperature": 1.0} if "temperature" in of_model else {}
     sampling = {name: chosen.pop(name) for name in SamplingKeywords.__annotations__ if name in chosen}
-    return GenerateArguments(**placeholder, **sampling, more=chosen, of_model=of_model)
+    arguments = GenerateArguments(**placeholder, **sampling, more=chosen, of_model=of_model)
+    if greedy:
+        _refuse_unused(own)  # of the keywords: a generation config may say how it would sample
+    return arguments
 
 
 def _refuse(name: str, value: Any) -> None:

@@ -11,25 +11,35 @@ import typer
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.cli import options
 from AutomaticEval.cli.finish import finish, result_file
-from AutomaticEval.cli.interventions import HeadSpec, Prompts, Sentiment, answers_table, metrics_of, number, tell_of_few
+from AutomaticEval.cli.interventions import (
+    HeadSpec,
+    OwnTexts,
+    Prompts,
+    Sentiment,
+    answers_table,
+    asked_prompts,
+    metrics_of,
+    number,
+    tell_of_few,
+)
 from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import PromptError, SelectionError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.public_names import public_name
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.heads.ablate import Ablation
+    from AutomaticEval.analysis.made_with import TextsRead
     from AutomaticEval.analysis.numbers.paired import PairedChange
     from AutomaticEval.analysis.words.profiles import Profile
+    from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 
 Mode = Annotated[
     str,
     typer.Option("--mode", help="zero, mean or resample (over the profile's neutral prompts).", rich_help_panel=RUN),
-]
-Texts = Annotated[
-    Path | None, typer.Option("--texts", help="Prompts of your own, in place of --category.", rich_help_panel=RUN)
 ]
 
 
@@ -49,7 +59,7 @@ def ablate(
     head_spec: HeadSpec,
     mode: Mode = "zero",
     model: options.Model = "demo",
-    texts: Texts = None,
+    texts: OwnTexts = None,
     sentiment: Sentiment = "vader",
     batch_size: options.BatchSize = 8,
     output: options.Results = Path("results"),
@@ -62,6 +72,7 @@ def ablate(
         refuse_unused(context, "it is of prompts, and none are asked", *of_answers)
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.ablate import Ablation, parse_head_spec, reference_z
+    from AutomaticEval.analysis.made_with import AnalysisSettings
     from AutomaticEval.analysis.numbers import estimate, paired
     from AutomaticEval.analysis.parts.before_after import answers_with
     from AutomaticEval.analysis.result import Result
@@ -69,7 +80,7 @@ def ablate(
 
     file = result_file(output, "ablation.json", "ablation")
     profile = prompts.load_profile()
-    questions = prompts.drawn(_prompts(profile, prompts.category, texts))
+    questions = prompts.drawn(asked_prompts(profile, prompts.category, texts))
     _refuse(mode, profile, asked, n_questions=len(questions))
     tell_of_few(len(questions), "prompts")
     if asked is not None:
@@ -79,19 +90,22 @@ def ablate(
     neutral = [] if profile is None else profile.category(profile.neutral)
     reference = None if mode == "zero" else reference_z(loaded, list(heads), neutral, batch_size)
     ablation = Ablation(loaded, heads, mode, reference, prompts.seed)
-    settings: dict[str, Any] = {
-        "model": loaded.name,
+    told = {
         "heads": head_spec,
         "mode": mode,
-        "profile": prompts.profile,
+        "profile": prompts.profile and public_name(prompts.profile),
         "emotion": prompts.category,
-        "seed": prompts.seed,
+        "num_trials": prompts.num_trials,
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_new_tokens,
+        "sentiment": sentiment,
+        "draws": ablation.n_draws,
         "reference": f"{len(neutral)} neutral prompts",
+        "prompts_in_reference": _own_in_reference(mode, questions, neutral),
+        **({} if asked is None else {"benchmark": asked.as_dict()}),
     }
-    if asked is not None:
-        settings["benchmark"] = asked.as_dict()
+    read = _texts_read(loaded, questions, texts or f"{prompts.profile}, {prompts.category}", mode, profile)
+    about = AnalysisSettings.of(loaded, read, batch_size=batch_size, seed=prompts.seed, options=told)
     measured: dict[str, Any] = {}
     methods: dict[str, Any] = {}
     if questions:
@@ -103,7 +117,32 @@ def ablate(
     if asked is not None:
         measured["benchmark"] = _scores(ablation, asked)
         methods["benchmark"] = estimate.methods(len(measured["benchmark"]), p=paired.METHOD, is_together=False)
-    finish(file, Result("ablation", measured, settings, methods))
+    finish(file, Result("ablation", measured, about.as_dict(), methods))
+
+
+def _texts_read(
+    loaded: LoadedModel, questions: list[str], source: str | Path, mode: str, profile: Profile | None
+) -> dict[str, TextsRead]:
+    """What the file says of the prompts and of the reference."""
+    from AutomaticEval.analysis.made_with import TextsRead, n_longer
+
+    read = {"prompts": TextsRead.of(questions, source)} if questions else {}
+    if mode != "zero" and profile is not None:
+        neutral = profile.category(profile.neutral)
+        read["reference"] = TextsRead.of(neutral, f"{profile.name}, {profile.neutral}", n_longer(loaded, neutral))
+    return read
+
+
+def _own_in_reference(mode: str, questions: list[str], neutral: list[str]) -> int:
+    """How many of the prompts are among the reference's texts, which is said."""
+    n = 0 if mode == "zero" else sum(each in neutral for each in questions)
+    if n:
+        say(
+            f"The reference of --mode {mode} holds {n} of the {len(questions)} prompts themselves: values of their own stand in for the heads', so "
+            "the change is smaller than with other texts.",
+            err=True,
+        )
+    return n
 
 
 def _refuse(mode: str, profile: Profile | None, asked: Benchmark | None, *, n_questions: int) -> None:
@@ -116,20 +155,6 @@ def _refuse(mode: str, profile: Profile | None, asked: Benchmark | None, *, n_qu
         raise SelectionError(
             "--mode resample draws by position, which a benchmark's batches do not keep; use zero or mean."
         )
-
-
-def _prompts(profile: Profile | None, category: str | None, texts: Path | None) -> list[str]:
-    from AutomaticEval.capture.texts.sources import read_texts
-
-    if texts is not None:
-        if category is not None:
-            raise SelectionError("--category and --texts both name prompts; give one of them.")
-        return read_texts(texts)
-    if category is None:
-        return []
-    if profile is None:
-        raise SelectionError("--category names a category of a profile; add --profile.")
-    return profile.category(category)
 
 
 def _scores(ablation: Ablation, asked: Benchmark) -> list[dict[str, Any]]:

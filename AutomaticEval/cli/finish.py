@@ -21,6 +21,8 @@ class Table(NamedTuple):
     title: str
     columns: Sequence[str]
     rows: Iterable[Sequence[str]]
+    n_words: int = 1
+    """How many of the first columns are words."""
 
 
 def result_file(folder: Path, name: str, kind: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from AutomaticEval.options import Option
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.heads.strength import ActivationExtractor
+    from AutomaticEval.analysis.made_with import TextsRead
 
 app = typer.Typer(
     context_settings=SPELLINGS,
@@ -51,6 +52,19 @@ class Strength:
         extractor.extract_activations(inputs, batch_size=self.batch_size, progress=True)
         return extractor
 
+    def settings(
+        self, extractor: ActivationExtractor, drawing: Prompts, read: TextsRead, **more: Any
+    ) -> dict[str, Any]:
+        """What files say of how a strength was measured. more: further options."""
+        from AutomaticEval.analysis.made_with import AnalysisSettings
+
+        read = replace(read, n_truncated=extractor.n_truncated)
+        told = {"of": self.of, "layers": self.layers, "heads": self.heads, "num_trials": drawing.num_trials, **more}
+        of_model = AnalysisSettings.of(
+            extractor.loaded, {"texts": read}, batch_size=self.batch_size, seed=drawing.seed, options=told
+        )
+        return of_model.as_dict()
+
 
 @app.command()
 @command
@@ -65,10 +79,13 @@ def strength(
 ) -> None:
     """Measure how strong each head is over texts: head_strength.json and head_strength.png."""
     options.quiet_libraries()
+    from AutomaticEval.analysis.made_with import TextsRead
     from AutomaticEval.capture.texts.sources import read_texts
 
     file = result_file(output, "head_strength.json", "strength")
-    extractor = how.measured(model, load, drawing.drawn(read_texts(texts)))
+    asked = drawing.drawn(read_texts(texts))
+    extractor = how.measured(model, load, asked)
+    extractor.settings = how.settings(extractor, drawing, TextsRead.of(asked, texts))
     finish(file, extractor.result(), _strongest(extractor.get_all_stats()))
 
 
@@ -107,6 +124,7 @@ def compare(
         refuse_unused(context, "it is of --answers_of", "max_new_tokens")
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.compare import ActivationComparator, same_inputs
+    from AutomaticEval.analysis.made_with import TextsRead
     from AutomaticEval.capture.texts.sources import read_texts
     from AutomaticEval.store.disk.json_files import new_results
     from AutomaticEval.store.disk.whole_files import new_files
@@ -117,6 +135,9 @@ def compare(
     asked = drawing.drawn(read_texts(texts))
     inputs = same_inputs(models, asked, load, answers_of, max_new_tokens, how.batch_size)
     both = [how.measured(name, load, inputs) for name in models.values()]
+    for each in both:
+        answers = {"answers_of": answers_of, "max_new_tokens": None if answers_of is None else max_new_tokens}
+        each.settings = how.settings(each, drawing, TextsRead.of(asked, texts), **answers)
     comparator = ActivationComparator(*both)
     _say_changes(comparator.compare())
     with new_files(output, "comparison") as made:

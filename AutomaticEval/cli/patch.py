@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,6 +24,7 @@ from AutomaticEval.cli.interventions import (
 from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.errors import EditError, SelectionError
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.public_names import public_name
 
 Places = Annotated[
     str,
@@ -64,6 +65,7 @@ def patch(
         refuse_unused(context, "it is of a --profile: of --pairs nothing is answered", *of_answers)
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.patch import Patching, recovered
+    from AutomaticEval.analysis.made_with import AnalysisSettings, TextsRead
     from AutomaticEval.analysis.parts.before_after import answers_with
     from AutomaticEval.analysis.words.pairs import read_pairs
     from AutomaticEval.models.loading import load_model
@@ -78,22 +80,33 @@ def patch(
     tell_of_few(len(asked) or len(both), "pairs" if asked else "prompts")
     loaded = load_model(model, options=load)
     places = _places(head_spec, site, loaded.layout.n_layers, loaded.layout.n_heads)
-    settings: dict[str, Any] = {
-        "model": loaded.name,
-        "places": head_spec,
-        "site": site,
-        "positions": positions,
-        "profile": prompts.profile,
-        "emotion": prompts.category,
-        "temperature": sampling.temperature,
-        "seed": prompts.seed,
-    }
+    read = {"pairs": TextsRead.of([vars(pair) for pair in asked], str(pairs))}
+    if profile is not None:
+        sources, destinations = map(list, zip(*both, strict=True))
+        category = str(prompts.category)
+        read = TextsRead.of_profile({category: sources, profile.neutral: destinations}, str(prompts.profile))
+    settings = AnalysisSettings.of(
+        loaded,
+        read,
+        batch_size=None if profile is None else batch_size,
+        seed=prompts.seed,
+        options={
+            "places": head_spec,
+            "site": site,
+            "positions": positions,
+            "profile": prompts.profile and public_name(prompts.profile),
+            "emotion": prompts.category,
+            "num_trials": prompts.num_trials,
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_new_tokens,
+            "sentiment": sentiment,
+        },
+    ).as_dict()
     if profile is None:
         result = replace(recovered(loaded, asked, places, positions, site), settings=settings)
         rows = [(name, number(each)) for name, each in result.measured["summary"].items()]
         finish(file, result, Table("Logit difference recovered", ("", "Part (95 % interval)"), rows))
         return
-    sources, destinations = map(list, zip(*both, strict=True))
     patching = Patching(loaded, sources, destinations, places, positions, site)
     metrics = metrics_of(sentiment, profile.keywords.get(str(prompts.category)))
     result = answers_with(patching, destinations, metrics, sampling, batch_size=batch_size)

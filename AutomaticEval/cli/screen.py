@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from AutomaticEval.cli.options import OUTPUT, RUN, command, options_of, takes
 from AutomaticEval.cli.printing import say
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.public_names import public_name
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.heads.screen import HeadScore
@@ -64,6 +65,7 @@ def screen(
         raise SelectionError("a logit difference takes two tokens: give --target and --against.")
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.screen import screen
+    from AutomaticEval.analysis.made_with import AnalysisSettings, TextsRead
     from AutomaticEval.analysis.numbers.permutation import least_p
     from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.models.loading import load_model
@@ -84,18 +86,28 @@ def screen(
     result = screen(
         loaded, drawn_profile, targets, n_permutations=permutations, seed=prompts.seed, batch_size=batch_size
     )
-    settings: dict[str, Any] = {
-        "model": loaded.name,
-        **loaded.made_with().as_dict(),
-        "dtype": str(loaded.model.dtype),
-        "profile": prompts.profile,
-        "permutations": permutations,
-        "seed": prompts.seed,
-        "keywords": profile.keywords,
-        "prompts": {category: len(asked) for category, asked in texts.items()},
-        "targets": _tokens_of(loaded, targets),
-    }
-    finish(file, replace(result, settings=settings), _largest(result.measured["scores"]))
+    settings = AnalysisSettings.of(
+        loaded,
+        TextsRead.of_profile(texts, str(prompts.profile)),
+        batch_size=batch_size,
+        seed=prompts.seed,
+        options={
+            "profile": public_name(str(prompts.profile)),
+            "permutations": permutations,
+            "num_trials": prompts.num_trials,
+            "keywords": profile.keywords,
+            "prompts": {category: len(asked) for category, asked in texts.items()},
+            "targets": _tokens_of(loaded, targets),
+            "attention_while_measured": "eager",  # patterns exist with eager attention alone
+        },
+    )
+    finish(file, replace(result, settings=settings.as_dict()), _largest(result.measured["scores"]))
+    for category, length in result.measured["lengths"].items():
+        if length.p < 0.05:
+            say(
+                f"The prompts of {category} are of {length.mean:.3g} tokens, the neutral ones of {length.neutral:.3g} (p {length.p:.2g}). "
+                f"Strength is compared at the first {length.n_positions} positions, which both have; the direct effect is not."
+            )
 
 
 def _tokens_of(loaded: LoadedModel, targets: dict[str, Target]) -> dict[str, dict[str, list[str]]]:
@@ -126,10 +138,20 @@ def _largest(scores: list[HeadScore], most: int = 10) -> Table:
     known = [each for each in scores if not math.isnan(each.strength.d)]
     for each in sorted(known, key=lambda each: -abs(each.strength.d))[:most]:
         strength = each.strength
-        numbers = (f"{strength.d:.2f}", f"{strength.p:.3g}", number(each.attention), number(each.direct))
+        numbers = (
+            f"{strength.d:.2f}",
+            f"{strength.p:.3g}",
+            number(each.attention),
+            number(each.direct),
+            _p(each.direct.p),
+        )
         rows.append((f"{each.layer}:{each.head}", each.category, *numbers))
-    columns = ("Head", "Category", "Strength: d", "p", "Attention above uniform", "Direct effect, logits")
+    columns = ("Head", "Category", "Strength: d", "p", "Attention above placebo", "Direct effect, logits", "p")
     return Table(f"The largest changes of strength, of {len(scores)} scores", columns, rows)
+
+
+def _p(chance: float | None) -> str:
+    return "none" if chance is None else f"{chance:.3g}"
 
 
 @command
@@ -141,14 +163,20 @@ def plot(
             "--output", "-o", help="Folder for the figures. Default: beside each file.", rich_help_panel=OUTPUT
         ),
     ] = None,
-    overwrite: options.Overwrite = False,
+    overwrite: options.Overwrite = None,
 ) -> None:
     """Draw result files again: head_reaction_heatmap.png, top_heads.png, comparison_heatmap.png, …"""
     from AutomaticEval.report.figures import check_figures, draw
     from AutomaticEval.store.disk.json_files import read_json
+    from AutomaticEval.store.disk.overwriting import VERSION, parse_overwrite
 
+    replaces = parse_overwrite(overwrite)
+    if replaces == VERSION:
+        raise SelectionError(
+            "figures are replaced or not; write --overwrite alone, or name another folder with --output."
+        )
     results = [(read_json(file), output or file.parent) for file in files]
-    check_figures(results, overwrite=overwrite)  # all, before the first is drawn
+    check_figures(results, overwrite=replaces)  # all, before the first is drawn
     for result, folder in results:
-        for figure in draw(result, folder, overwrite=overwrite):
+        for figure in draw(result, folder, overwrite=replaces):
             say(f"Written:     {figure}")

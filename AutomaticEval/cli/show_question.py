@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
     from AutomaticEval.store.questions.question import Question
     from AutomaticEval.store.questions.questions import Questions
-    from AutomaticEval.store.reader import Run
+    from AutomaticEval.store.run import Run
 
 
 def show_question(run: Run, task: str | None, doc_id: int, *, has_lens: bool) -> None:
@@ -21,10 +21,12 @@ def show_question(run: Run, task: str | None, doc_id: int, *, has_lens: bool) ->
     """
     asked = _asked(run, task, doc_id)
     samples = run.where(task=asked[0].task, doc_id=doc_id)
-    _print_text(asked[0], samples)
+    _print_text(asked[0])
     for question in asked:
         _print_verdict(question)
-    _print_layers(asked[:1], samples, _model_of(run) if has_lens else None)
+    _print_layers(asked[:1], samples, _model_of(run) if has_lens and asked[0].choices else None)
+    if has_lens and not asked[0].choices:
+        say("No ranks: the question was answered with a text, and the lens ranks the first token of a right choice.")
 
 
 def _asked(run: Run, task: str | None, doc_id: int) -> Questions:
@@ -45,13 +47,11 @@ def _asked(run: Run, task: str | None, doc_id: int) -> Questions:
     return asked
 
 
-def _print_text(question: Question, samples: Run) -> None:
+def _print_text(question: Question) -> None:
     say(f"{question.task}, document {question.doc_id}")
     say(question.question)
-    first = samples[0]
-    kept = zip(first["positions"].tolist(), first["tokens"], strict=True)
-    of_prompt = [f"{position}:{token!r}" for position, token in kept if position < first["n_prompt_tokens"]]
-    say(f"Its tokens that have rows: {' '.join(of_prompt) or 'none'}")
+    tokens = [f"{position}:{token!r}" for position, token in question.tokens.items()]
+    say(f"Its tokens that have rows: {' '.join(tokens) or 'none'}")
 
 
 def _print_verdict(question: Question) -> None:

@@ -14,8 +14,10 @@ from AutomaticEval.cli.interventions import Pairs, Prompts, SiteOption, number, 
 from AutomaticEval.cli.options import RUN, command, takes
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.public_names import public_name
 
 if TYPE_CHECKING:
+    from AutomaticEval.analysis.made_with import TextsRead
     from AutomaticEval.analysis.result import Result
     from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
@@ -72,6 +74,7 @@ def _over_pairs(prompts: Prompts, model: str, load: LoadOptions, pairs: Path, si
     """How much of the logit difference comes back when one value of the clean run is put into the corrupted run."""
     from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
     from AutomaticEval.analysis.heads.sweep_results import sweep_pairs
+    from AutomaticEval.analysis.made_with import TextsRead
     from AutomaticEval.analysis.words.pairs import read_pairs
     from AutomaticEval.models.loading import load_model
 
@@ -79,7 +82,9 @@ def _over_pairs(prompts: Prompts, model: str, load: LoadOptions, pairs: Path, si
     tell_of_few(len(asked), "pairs")
     loaded = load_model(model, options=load)
     settings = _settings(loaded, site) | {"pairs": [vars(pair) for pair in asked]}
-    return sweep_pairs(loaded, asked, SweepFolder(folder, settings), site=site)
+    result = sweep_pairs(loaded, asked, SweepFolder(folder, settings), site=site)
+    read = {"pairs": TextsRead.of(settings["pairs"], pairs)}
+    return replace(result, settings=_told(loaded, read, prompts, settings))
 
 
 def _over_prompts(
@@ -88,6 +93,7 @@ def _over_prompts(
     """How the answers to a category's prompts change when one head is taken out."""
     from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
     from AutomaticEval.analysis.heads.sweep_results import sweep_prompts
+    from AutomaticEval.analysis.made_with import TextsRead, n_longer
     from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.models.loading import load_model
 
@@ -105,7 +111,24 @@ def _over_prompts(
         "prompts": asked,
     }
     place = SweepFolder(folder, settings)
-    return sweep_prompts(loaded, asked, place, site=site, neutral=neutral, max_new_tokens=max_new_tokens)
+    result = sweep_prompts(loaded, asked, place, site=site, neutral=neutral, max_new_tokens=max_new_tokens)
+    name = public_name(str(chosen.profile))
+    read = {"prompts": TextsRead.of(asked, f"{name}, {chosen.category}")}
+    if neutral is not None:
+        read["reference"] = TextsRead.of(neutral, f"{name}, {profile.neutral}", n_longer(loaded, neutral))
+    return replace(result, settings=_told(loaded, read, chosen, settings))
+
+
+def _told(
+    loaded: LoadedModel, read: dict[str, TextsRead], prompts: Prompts, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What the result file says: the settings that a sweep which goes on must share, and the others."""
+    from AutomaticEval.analysis.heads.sweep_results import SWEPT_TOGETHER
+    from AutomaticEval.analysis.made_with import AnalysisSettings
+
+    options = {**settings, "num_trials": prompts.num_trials}
+    made = AnalysisSettings.of(loaded, read, batch_size=SWEPT_TOGETHER, seed=prompts.seed, options=options)
+    return made.as_dict()
 
 
 def _settings(loaded: LoadedModel, site: str) -> dict[str, Any]:

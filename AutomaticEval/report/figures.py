@@ -8,6 +8,7 @@ from typing import Any
 
 from AutomaticEval.errors import StoreError
 from AutomaticEval.report.bars import SIGNIFICANT, before_and_after, top_heads
+from AutomaticEval.report.by_scale import by_scale
 from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps, robust_ends
 from AutomaticEval.report.two_runs import two_runs
 from AutomaticEval.store.disk.json_files import read_json, write_json
@@ -129,7 +130,7 @@ def _recovered(result: ResultJson, path: Path) -> None:
 def _screened(result: ResultJson, path: Path) -> None:
     """Heatmaps: a row for each score, on one scale of colours, and a column for each category."""
     panels = []
-    for score, (name, unit, _) in _SCORES.items():
+    for score, (name, unit, _) in _scores_of(result).items():
         ends = robust_ends(each[score][name] for each in result["scores"])
         for category, scores in _by_category(result).items():
             values = {place: each[score][name] for place, each in scores.items()}
@@ -139,10 +140,22 @@ def _screened(result: ResultJson, path: Path) -> None:
 
 _SCORES: dict[str, tuple[str, str, str]] = {
     "strength": ("d", "Cohen's d against neutral", "Change of strength"),
-    "attention": ("mean", "attention above uniform", "Attention to keywords"),
-    "direct": ("mean", "logits", "Direct effect"),
+    "attention": ("mean", "attention above placebo words", "Attention to keywords"),
+    "direct": ("mean", "logits, category - neutral", "Direct effect"),
 }
 """Score -> which of its numbers is drawn, that number's unit, and a title."""
+_FIRST_UNITS = {"attention": ("paid", "attention above uniform"), "direct": ("own", "logits")}
+"""Score -> a number that files of the first versions lack, and the unit of what they hold in place of the difference."""
+
+
+def _scores_of(result: ResultJson) -> dict[str, tuple[str, str, str]]:
+    """`_SCORES`, with the units of a file's own version."""
+    scores = dict(_SCORES)
+    for score, (later, first_unit) in _FIRST_UNITS.items():
+        name, _, title = scores[score]
+        if later not in result["scores"][0][score]:
+            scores[score] = (name, first_unit, title)
+    return scores
 
 
 def _by_category(result: ResultJson) -> dict[str, dict[tuple[int, int], Any]]:
@@ -155,15 +168,16 @@ def _by_category(result: ResultJson) -> dict[str, dict[tuple[int, int], Any]]:
 
 def _screened_top(result: ResultJson, path: Path) -> None:
     panels = []
-    for score, (name, unit, title) in _SCORES.items():
-        changes = {}
+    for score, (name, unit, title) in _scores_of(result).items():
+        changes, has_p = {}, False
         for scores in result["scores"]:
             numbers = scores[score]
+            has_p = has_p or numbers.get("p") is not None
             star = _star(numbers)
             if numbers[name] is not None:
                 head = f"{scores['layer']}:{scores['head']} {scores['category']}{star}"
-                changes[head] = {"mean": numbers[name], "interval": numbers.get("interval")}
-        note = f" (*: p < {SIGNIFICANT} in its category)" if score == "strength" else ""
+                changes[head] = {"interval": None, **numbers, "mean": numbers[name]}
+        note = f" (*: p < {SIGNIFICANT} in its category)" if has_p else ""
         panels.append((title + note, unit, changes))
     top_heads(panels, path)
 
@@ -219,6 +233,12 @@ def _two_runs(result: ResultJson, path: Path) -> None:
     two_runs(result["tasks"], result["sites"], " → ".join(names), path)
 
 
+def _steered(result: ResultJson, path: Path) -> None:
+    settings = result["settings"]
+    title = f"{Path(settings['model']).name}, {settings['file']} added at {', '.join(settings['directions'])}"
+    by_scale(result["benchmark"], result["texts"], result["units"], title, path)
+
+
 _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
     "strength": {"head_strength.png": _strength},
     "comparison": {"comparison_heatmap.png": _comparison},
@@ -227,6 +247,7 @@ _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
     "patching": {"patching_keyword_comparison.png": _answers},
     "pairs": {"patching_recovered.png": _recovered},
     "runs": {"runs_comparison.png": _two_runs},
+    "steering": {"steering.png": _steered},
     "sweep": {"sweep_heatmap.png": _swept, "sweep_top_heads.png": _swept_top},
 }
 """Kind -> file name of a figure -> the function that draws it."""

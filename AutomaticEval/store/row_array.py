@@ -106,6 +106,9 @@ class RowsDataset(Dataset[Any]):
         row = self.rows[index]
         return row if self.labels is None else (row, self.labels[index])
 
+    def __repr__(self) -> str:
+        return f"<Dataset of {self.rows!r}{'' if self.labels is None else ', each with a label'}>"
+
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """A whole batch, for which a DataLoader asks: the files are read once, in their own order."""
         rows = self.rows[indices]

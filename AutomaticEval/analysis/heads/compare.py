@@ -39,6 +39,8 @@ class ActivationComparator:
 
     def __init__(self, pre: Any, fine: Any) -> None:
         before, after = _strengths(pre), _strengths(fine)
+        made = {name: getattr(each, "settings", None) for name, each in (("pre_tuned", pre), ("fine_tuned", fine))}
+        self._settings = made if any(made.values()) else None
         self.pre, self.fine = before.per_head, after.per_head
         _check_same_inputs("of", before.of, after.of)
         _check_same_inputs("n, the number of tokens,", before.n_tokens, after.n_tokens)
@@ -97,7 +99,7 @@ class ActivationComparator:
             for name, numbers in compared.items()
         }
         methods = {"interval": ranks.METHOD, "level": LEVEL, "comparisons": 1}
-        return Result("comparison", {**per_head, "rank_correlation": correlation}, methods=methods).as_json()
+        return Result("comparison", {**per_head, "rank_correlation": correlation}, self._settings, methods).as_json()
 
 
 def same_inputs(

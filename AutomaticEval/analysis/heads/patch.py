@@ -65,6 +65,7 @@ class Patching:
     """
 
     kind: ClassVar[str] = "patching"
+    n_draws: ClassVar[int] = 1
 
     loaded: LoadedModel
     sources: Sequence[str]

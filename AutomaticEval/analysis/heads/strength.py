@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from AutomaticEval.analysis.numbers.text_groups import TextGroups, fingerprint_o
 from AutomaticEval.analysis.parts.input_batches import Batcher
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.capture.texts.forward import read
-from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
+from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel, warn
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.head_weights import HeadResultNorms, n_inputs
@@ -24,8 +24,8 @@ from AutomaticEval.models.loading import load_model
 from AutomaticEval.public_names import public_name
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
 from AutomaticEval.store.disk.json_files import Stats, write_json
-from AutomaticEval.store.reader import Run
 from AutomaticEval.store.reading.reduced_runs import refuse_reduced
+from AutomaticEval.store.run import Run
 
 CHUNK_ROWS = 65536
 """How many stored rows are read at once."""
@@ -46,10 +46,13 @@ class ActivationExtractor:
         if of not in ("result", "z"):
             raise SelectionError(f"of is {of!r}; write result or z.")
         loaded = _loaded(model, tokenizer)
+        self.loaded = loaded
         self.model: Any = loaded.model
         self.tokenizer = tokenizer or loaded.tokenizer
         self.model_name = model_name or loaded.name
         self.of = of
+        self.settings: Mapping[str, Any] | None = None
+        """What `save_results` says of how the statistics were made, such as `AnalysisSettings.as_dict()`; None says nothing."""
         self.n_truncated = 0
         """How many texts were longer than the model's context and were cut to it."""
         self._layout: Layout | None = None
@@ -154,7 +157,7 @@ class ActivationExtractor:
         if sum(each.n for each in self._moments.values()) == n_before:
             raise PromptError("there were no texts to extract from.")
         if self.n_truncated:
-            warnings.warn(f"{self.n_truncated} texts were longer than the context and were cut to it.", stacklevel=2)
+            warn(f"{self.n_truncated} texts were longer than the context and were cut to it.")
 
     def _norms(self, rows: Tensor) -> Tensor:
         """[n, n_heads]. rows: the norms themselves, or z [n, n_heads * d_head], as `of` says."""
@@ -186,7 +189,8 @@ class ActivationExtractor:
 
     def result(self) -> Result:
         """The statistics as a result."""
-        return strength_result(self.get_all_stats(), self.model_name, self.of, self.groups)
+        result = strength_result(self.get_all_stats(), self.model_name, self.of, self.groups)
+        return replace(result, settings=self.settings)
 
 
 def strength_result(stats: Stats, model: str, of: str, groups: TextGroups | None = None, **more: Any) -> Result:

@@ -21,7 +21,7 @@ def new_results(folder: Path, *names: str) -> list[Path]:
     """The paths of result files, checked before the work that will fill them. Raises PathExists, FolderNotWritable."""
     prepare_folder(folder)
     for name in names:
-        prepare_file(folder / name, offer="")
+        prepare_file(folder / name, offer=", or another folder (-o/--output)")
     return [folder / name for name in names]
 
 
@@ -30,14 +30,15 @@ def write_json(path: str | Path, data: Mapping[str, Any], *, overwrite: bool = F
     path = Path(path)
     prepare_file(path, overwrite=overwrite)
     with new_file(path, overwrite=overwrite) as partial:
-        partial.write_text(json.dumps(_finite(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(finite(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with None for each number in it that is infinite or NaN, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

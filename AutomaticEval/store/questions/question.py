@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from html import escape
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from AutomaticEval.safe_text import html_lines, html_table, html_text
 from AutomaticEval.store.questions.thinking import Said, split_thinking
 
 Samples = Sequence[Mapping[str, Any]]
@@ -63,17 +63,37 @@ class Question:
     answer: str | None
     """The response without its thinking. None when the thinking was not finished."""
 
+    tokens: Mapping[int, str] = field(default_factory=dict, repr=False, compare=False)
+    """Position in the prompt -> the token, for those tokens of the first choice's prompt that have rows."""
+
+    @property
+    def name(self) -> str:
+        """`mmlu_anatomy document 3`; of a question that was asked alone, how it begins."""
+        return f"{self.task} document {self.doc_id}" if self.task else f"the question {self.question[:40]!r}"
+
+    @property
+    def verdict(self) -> str:
+        """right, wrong, or no verdict."""
+        return {True: "right", False: "wrong", None: "no verdict"}[self.correct]
+
     def _repr_html_(self) -> str:
-        """For notebooks: the question, its choices with their probabilities, what the model took, and the verdict."""
-        verdict = {True: "right", False: "wrong", None: "no verdict"}[self.correct]
-        lines = [
-            f"<tr><td>{probability:.3f}</td><td>{escape(choice)}</td>"
-            f"<td>{'taken' if number == self.prediction else ''}</td><td>{'target' if number == self.target else ''}</td></tr>"
+        """For notebooks: the question, its choices with their probabilities, what the model took, the verdict, and the tokens that have rows."""
+        choices = [
+            (f"{probability:.3f}", choice, _taken_or_target(self, number))
             for number, (choice, probability) in enumerate(zip(self.choices, self.probabilities, strict=False))
         ]
-        said = "" if lines else f"<p>Response: {escape(str(self.response))}<br>Target: {escape(str(self.target))}</p>"
-        name = escape(f"{self.task} document {self.doc_id}" if self.task else "asked alone")
-        return f"<p><b>{name}: {verdict}</b></p><pre>{escape(self.question)}</pre><table>{''.join(lines)}</table>{said}"
+        answer = [("Response", str(self.response)), ("Target", str(self.target))]
+        tokens = " ".join(f"{position}:{token!r}" for position, token in self.tokens.items())
+        return (
+            f"<p><b>{html_text(self.name)}: {self.verdict}</b></p><pre style='white-space:pre-wrap'>{html_text(self.question)}</pre>"
+            f"{html_lines(('Probability', 'Choice', ''), choices) if choices else html_table('', answer)}"
+            f"<details><summary>{len(self.tokens)} tokens of the prompt have rows</summary><code>{html_text(tokens)}</code></details>"
+        )
+
+
+def _taken_or_target(question: Question, choice: int) -> str:
+    told = (("taken", question.prediction), ("target", question.target))
+    return ", ".join(name for name, which in told if which == choice)
 
 
 class Field(NamedTuple):
@@ -200,4 +220,4 @@ FIELDS = {
     "answer": Field(_ANSWERED, lambda samples: _stripped(_said(samples).answer)),
 }
 """Value of a Question -> how it is made."""
-assert list(FIELDS) == [field.name for field in fields(Question)]
+assert [*FIELDS, "tokens"] == [each.name for each in fields(Question)]

@@ -14,9 +14,11 @@ import pandas as pd
 from torch import Tensor
 
 from AutomaticEval.errors import StoreError
+from AutomaticEval.safe_text import html_lines, html_text
 from AutomaticEval.selection import Positions
 from AutomaticEval.store.contents.columns import Ordered
 from AutomaticEval.store.contents.file_contents import Contents
+from AutomaticEval.store.questions.prompt_tokens import PromptTokens
 from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.question_table import QuestionTable
 from AutomaticEval.store.questions.shared_prompts import SharedPrompts, shared_prompts
@@ -26,6 +28,8 @@ from AutomaticEval.store.reading.table_queries import column_of, pandas_table, s
 from AutomaticEval.store.row_array import RowArray, RowsDataset
 
 AT = "prompt[-1]"
+SHOWN = 10
+"""So many questions are shown in a notebook."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,22 @@ class Questions(Sequence[Question]):
             "questions",
             'a column is questions.column("correct"), the rows of a site questions.activations("layer_3")',
         )
-        return Question(**self._columns.record(number))
+        return self._question(number, self._columns.record(number))
 
     def __iter__(self) -> Iterator[Question]:
         """Every question. The columns are read once, as for `table`."""
-        for values in zip(*(self._columns.whole(name) for name in self._table.names), strict=True):
-            yield Question(*values)
+        names = self._table.names
+        for number, values in enumerate(zip(*(self._columns.whole(name) for name in names), strict=True)):
+            yield self._question(number, dict(zip(names, values, strict=True)))
+
+    def _question(self, number: int, record: dict[str, Any]) -> Question:
+        first_sample = int(self._table.first[self._order[number]])
+        return Question(**record, tokens=PromptTokens(self._source.contents, first_sample))
+
+    @property
+    def source(self) -> Source:
+        """The run that the questions are of, with its model and settings in `contents`."""
+        return self._source
 
     @property
     def _columns(self) -> Ordered:
@@ -155,9 +169,8 @@ class Questions(Sequence[Question]):
         for number, n_tokens in enumerate(self._prompts.n_tokens[self._order].tolist()):
             places = parsed.resolve(n_tokens, 1)
             if len(places) != 1:
-                record = self._columns.record(number)
                 raise StoreError(
-                    f"{parsed} are {len(places)} positions of {_name(record)}, whose prompt has {n_tokens} tokens that all choices share; ask "
+                    f"{parsed} are {len(places)} positions of {self[number].name}, whose prompt has {n_tokens} tokens that all choices share; ask "
                     f'for one that each question has: "{AT}".'
                 )
             wanted[number] = places[0]
@@ -167,17 +180,25 @@ class Questions(Sequence[Question]):
         several = np.flatnonzero(np.array([len(each) > 1 for each in self.column("logprobs")], dtype=bool))
         if len(several):
             raise StoreError(
-                f"{_name(self._columns.record(int(several[0])))} has choices, and {position!r} is another token in each, or inside its text. Ask "
+                f"{self[int(several[0])].name} has choices, and {position!r} is another token in each, or inside its text. Ask "
                 f'for a token of the prompt, such as "{AT}", or read the rows of each choice: run.activations(key, position={position!r}).'
             )
 
     def __repr__(self) -> str:
         return f"<Questions of {self._source.path}: {len(self)}>"
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the first questions, with what the model took and the verdict."""
+        shown = [
+            (each.name, each.question[-80:], str(each.response), _right_answer(each), each.verdict)
+            for each in (self[number] for number in range(min(len(self), SHOWN)))
+        ]
+        more = f"<p>… and {len(self) - SHOWN} more; table() has all.</p>" if len(self) > SHOWN else ""
+        title = f"<p><b>{len(self)} questions of {html_text(str(self._source.path))}</b></p>"
+        return title + html_lines(("", "Question (its end)", "Answer", "Right answer", ""), shown) + more
 
-def _name(record: dict[str, Any]) -> str:
-    return (
-        f"{record['task']} document {record['doc_id']}"
-        if record["task"]
-        else f"the question {record['question'][:40]!r}"
-    )
+
+def _right_answer(question: Question) -> str:
+    """The text of the target, where that is the number of a choice."""
+    is_choice = isinstance(question.target, int) and 0 <= question.target < len(question.choices)
+    return question.choices[question.target] if is_choice else str(question.target)

@@ -73,7 +73,7 @@ class BlockOrder:
 class ShuffledRows(IterableDataset[Tensor]):
     """Every row once, [width] each, in an order that is drawn anew for each pass, as `BlockOrder` says.
 
-    About two times buffer_rows rows are in memory. The order is decided by seed and by the number of passes begun before. With the workers
+    About two times buffer_rows rows are in memory. `Run.batches` reads whole batches, without workers, faster. The order is decided by seed and by the number of passes begun before. With the workers
     of a DataLoader, each worker gives other rows, and the order is also decided by torch's own seed.
     Raises StoreError for a buffer of less than one row.
     """
@@ -90,23 +90,6 @@ class ShuffledRows(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         for some in self._mixed():
             yield from some
-
-    def batches(self, n_rows: int) -> Iterator[Tensor]:
-        """The rows in batches [n_rows, width]; the last one may be smaller. Raises StoreError for n_rows below 1."""
-        if n_rows < 1:
-            raise StoreError(f"batches of {n_rows} rows were asked for; at least 1 is needed.")
-        left: list[Tensor] = []
-        n_left = 0
-        for some in self._mixed():
-            left.append(some)
-            n_left += len(some)
-            if n_left >= n_rows:
-                whole = torch.cat(left)
-                yield from (whole[start : start + n_rows] for start in range(0, n_left - n_rows + 1, n_rows))
-                left = [whole[n_left - n_left % n_rows :].clone()]
-                n_left %= n_rows
-        if n_left:
-            yield torch.cat(left)
 
     def _mixed(self) -> Iterator[Tensor]:
         """The rows, a group at a time [n, width]."""
