@@ -360,6 +360,34 @@ def test_comparison_of_a_model_with_itself_changed(tokenizer: Any, tmp_path: Pat
         comparator.visualize_comparison(tmp_path / "heat.png")
 
 
+def test_a_correlation_over_six_layers_is_for_other_layers_and_other_texts(tokenizer: Any, tmp_path: Path) -> None:
+    """From extractors and from their files; the interval is wider than that of the same strengths without texts."""
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers = 6
+    pre, fine = (LoadedModel(build(config), tokenizer, name) for name in ("pre", "fine"))
+    with torch.no_grad():
+        for layer in fine.model.model.layers:
+            layer.self_attn.o_proj.weight.add_(
+                0.02 * torch.randn(32, 32, generator=torch.Generator().manual_seed(layer.self_attn.layer_idx))
+            )
+    texts = [[number % 90 + 1, number % 7 + 1, number + 3, 5] for number in range(30)]
+    both = [ActivationExtractor(each) for each in (pre, fine)]
+    for extractor, name, batch_size in zip(both, ("pre", "fine"), (8, 3), strict=True):
+        extractor.extract_activations(texts, batch_size=batch_size)
+        extractor.save_results(tmp_path / f"{name}.json")
+    found = ActivationComparator(*both).compare()["rank_correlation"]
+    low, high = found["interval"]
+    assert -1 < low < found["rho"] < high < 1
+    assert (found["n_layers"], found["interval_over"], found["reason"]) == (6, "layers and texts", None)
+    assert 5 <= found["n_text_groups"] <= 20
+    of_files = ActivationComparator(tmp_path / "pre.json", tmp_path / "fine.json").compare()["rank_correlation"]
+    assert of_files == found
+    of_means = ActivationComparator(*(each.compute_R_h() for each in both)).compare()["rank_correlation"]
+    assert of_means["interval_over"] == "layers"
+    assert low < of_means["interval"][0]
+    assert high > of_means["interval"][1]
+
+
 def test_a_model_that_did_not_change_has_no_correlation(tiny_llama: LoadedModel, tmp_path: Path) -> None:
     same = strengths(tiny_llama)
     comparator = ActivationComparator(same, same)

@@ -185,7 +185,7 @@ def _scores(ablation: Ablation, asked: Benchmark) -> list[dict[str, Any]]:
 
 OF_CHANGE = ("difference", "n_gained", "n_lost", "p", "p_corrected")
 """What is told of a change that is paired by question. All are None for a score that is no mean over its questions."""
-COLUMNS = ("Task", "Metric", "Before", "After", "Change, 95 % interval", "Flipped", "p")
+COLUMNS = ("Task", "Metric", "Before", "After", "Change, 95 % interval", "Flipped", "p", "corrected")
 
 
 def _told(change: PairedChange) -> dict[str, Any]:
@@ -195,5 +195,5 @@ def _told(change: PairedChange) -> dict[str, Any]:
 def _row(line: dict[str, Any]) -> tuple[str, ...]:
     change = "" if line["difference"] is None else number(line["difference"])
     flipped = "" if line["n_gained"] is None else f"+{line['n_gained']} -{line['n_lost']}"
-    p = "" if line["p"] is None else f"{line['p']:.3g}"
-    return (line["task"], line["metric"], f"{line['before']:.4f}", f"{line['after']:.4f}", change, flipped, p)
+    p = ["" if line[name] is None else f"{line[name]:.3g}" for name in ("p", "p_corrected")]
+    return (line["task"], line["metric"], f"{line['before']:.4f}", f"{line['after']:.4f}", change, flipped, *p)

@@ -108,10 +108,9 @@ def _scores(tasks: list[TaskChange]) -> Table:
         interval = "" if known is None else "[{:+.4f}, {:+.4f}]".format(*known)
         change = f"{each.difference.mean:+.4f} {interval}"
         numbers = (str(each.n), f"{each.before:.4f}", f"{each.after:.4f}", change)
-        rows.append(
-            (each.task, *numbers, f"+{each.n_gained} -{each.n_lost}", "" if each.p is None else f"{each.p:.3g}")
-        )
-    columns = ("Task", "Questions", "Before", "After", "Change, 95 % interval", "Flipped", "p")
+        p = ["" if value is None else f"{value:.3g}" for value in (each.p, each.p_corrected)]
+        rows.append((each.task, *numbers, f"+{each.n_gained} -{each.n_lost}", *p))
+    columns = ("Task", "Questions", "Before", "After", "Change, 95 % interval", "Flipped", "p", "corrected")
     return Table("Answered rightly", columns, rows)
 
 

@@ -122,8 +122,11 @@ def answers_table(result: Result) -> Table:
 
 
 def number(estimate: Estimate) -> str:
-    """A mean with its interval, as text."""
+    """A mean with its interval, and of an effect p, as text."""
+    from AutomaticEval.analysis.result import Effect
+
     if estimate.mean is None:
         return "none"
-    interval = estimate.interval
-    return f"{estimate.mean:.4g}" + ("" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})")
+    interval = "" if estimate.interval is None else " ({:.3g} to {:.3g})".format(*estimate.interval)
+    p = f", p {estimate.p:.2g}" if isinstance(estimate, Effect) and estimate.p is not None else ""
+    return f"{estimate.mean:.4g}{interval}{p}"

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 
 from AutomaticEval.report.labels import label, save
 
+SIGNIFICANT = 0.05
+"""What has a smaller p value gets a star."""
 COLOURS = {"before": "#4c72b0", "after": "#dd8452", "change": "#55a868"}
 SIGNS = ("#c44e52", "#4c72b0")
 """The colours of numbers above and below zero, the same as in the heatmaps."""
@@ -33,9 +35,15 @@ def before_and_after(summary: Mapping[str, Any], units: Mapping[str, str], title
             else:
                 axes.errorbar(place, mean, [[mean - low], [high - mean]], color="0.2", capsize=4)
         axes.axhline(0, color="0.4", linewidth=0.8)
-        axes.set_xticks(range(len(each)), list(each))
+        axes.set_xticks(range(len(each)), [_tick(when, estimate) for when, estimate in each.items()])
         axes.set(title=label(name), ylabel=label(units.get(name, name)))
     save(figure, path, 150)
+
+
+def _tick(when: str, estimate: Mapping[str, Any]) -> str:
+    """The label of a bar, with the effect size and p of a change."""
+    d, p = estimate.get("d"), estimate.get("p")
+    return when if p is None else f"{when}\n" + ("" if d is None else f"d {d:.2g}, ") + f"p {p:.2g}"
 
 
 def top_heads(panels: Sequence[tuple[str, str, Mapping[str, Any]]], path: str | Path, most: int = 20) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.report.bars import before_and_after, top_heads
+from AutomaticEval.report.bars import SIGNIFICANT, before_and_after, top_heads
 from AutomaticEval.report.by_scale import by_scale
 from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps, robust_ends
 from AutomaticEval.report.two_runs import two_runs
@@ -16,8 +16,6 @@ from AutomaticEval.store.disk.whole_files import new_file, new_files, prepare_fi
 
 ResultJson = Mapping[str, Any]
 """A result as its file holds it: a kind, and what was measured."""
-SIGNIFICANT = 0.05
-"""Scores with a smaller p value get a star."""
 
 
 def draw(result: ResultJson, folder: Path, *, overwrite: bool = False) -> list[Path]:
@@ -99,6 +97,8 @@ def _by_head(named: Mapping[str, float]) -> PerHead:
 
 def _answers(result: ResultJson, path: Path) -> None:
     title = f"{Path(result['settings']['model']).name}, {len(result['samples'])} prompts"
+    if "methods" in result:
+        title += f"; p corrected for {result['methods']['comparisons']} metrics"
     before_and_after(result["summary"], result["units"], title, path)
 
 
@@ -110,7 +110,7 @@ def _ablated_benchmark(result: ResultJson, path: Path) -> None:
             "task": f"{each['task']} {each['metric']}",
             "n": each["n"],
             "difference": each.get("difference") or {"mean": each["after"] - each["before"], "interval": None},
-            "p": each.get("p_corrected"),
+            "p_corrected": each.get("p_corrected"),
         }
         for each in result["benchmark"]
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from AutomaticEval.report.bars import SIGNS, whisker
+from AutomaticEval.report.bars import SIGNIFICANT, SIGNS, whisker
 from AutomaticEval.report.labels import label, save
 from AutomaticEval.sites import kind_and_layer
 
@@ -36,9 +36,14 @@ def _scores(axes: Any, tasks: Sequence[Mapping[str, Any]]) -> None:
         whisker(axes, place, each["difference"])
         axes.plot(mean, place, "o", color="0.2", markersize=3)
     axes.axvline(0, color="0.4", linewidth=0.8)
-    names = [f"{each['task'] or 'questions'} (n = {each['n']})" for each in tasks]
+    significant = [(each.get("p_corrected") or 1.0) < SIGNIFICANT for each in tasks]
+    names = [
+        f"{each['task'] or 'questions'} (n = {each['n']}){'*' * is_so}"
+        for each, is_so in zip(tasks, significant, strict=True)
+    ]
     axes.set_yticks(range(len(tasks)), [label(name) for name in names])
-    axes.set(title="Change of the score", xlabel="score, after - before")
+    note = f"\n*: p < {SIGNIFICANT}, corrected for all lines" if any(significant) else ""
+    axes.set(title="Change of the score", xlabel=f"score, after - before{note}")
 
 
 def _likeness(axes: Any, sites: Sequence[Mapping[str, Any]]) -> None:
