@@ -16,6 +16,7 @@ import transformers as hf
 from helpers.commands import process, within
 from helpers.models import CONFIGS, build
 from helpers.raw_hooks import n_hooks
+from scipy.stats import binomtest
 
 from AutomaticEval import score_continuations
 from AutomaticEval.analysis.heads.ablate import Ablation, parse_head_spec, reference_z
@@ -276,8 +277,52 @@ def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
         without = {score.task: score.value for score in run_benchmark(demo, benchmark).scores}
     assert {each["task"]: each["before"] for each in found["benchmark"]} == plainly
     assert {each["task"]: each["after"] for each in found["benchmark"]} == without != plainly
+    assert (tmp_path / "out" / "ablation_benchmark.png").read_bytes().startswith(b"\x89PNG")
     again = command(*asked, "--output", "out", cwd=tmp_path)
     assert (again.returncode, again.stderr.startswith("PathExists")) == (2, True)
+
+
+def test_a_benchmark_alone_is_paired_by_question_and_drawn(demo: LoadedModel, tmp_path: Path) -> None:
+    """Held against lm-eval's own samples, and McNemar's test by its binomial tail."""
+    asked = ("--head-spec", "0:*,1:*", "--benchmark", "demo", "--limit", "15", "--num_fewshot", "0")
+    done = command(*asked, "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    settings = found["settings"]["benchmark"]
+    assert (settings["names"], settings["limit"], settings["num_fewshot"]) == (["demo"], 15, 0)
+    benchmark = Benchmark(("demo",), limit=15, num_fewshot=0)
+    before = run_benchmark(demo, benchmark)
+    with Ablation(demo, {0: [0, 1, 2, 3], 1: [0, 1, 2, 3]}).applied():
+        after = run_benchmark(demo, benchmark)
+    assert [each["task"] for each in found["benchmark"]] == [score.task for score in before.scores]
+    own = {task: [[e["doc_id"], *(e[m] for m in e["metrics"])] for e in each] for task, each in before.samples.items()}
+    changed = {
+        task: [[e["doc_id"], *(e[m] for m in e["metrics"])] for e in each] for task, each in after.samples.items()
+    }
+    for each, score in zip(found["benchmark"], before.scores, strict=True):
+        tasks = [each["task"]] if each["task"] in own else list(own)
+        pairs = [(one[1], other[1]) for task in tasks for one, other in zip(own[task], changed[task], strict=True)]
+        gained, lost = pairs.count((0, 1)), pairs.count((1, 0))
+        assert (each["n_gained"], each["n_lost"]) == (gained, lost)
+        difference = each["difference"]
+        assert difference["mean"] == pytest.approx((gained - lost) / len(pairs))
+        assert difference["mean"] == pytest.approx(each["after"] - each["before"])
+        assert difference["interval"][0] <= difference["mean"] <= difference["interval"][1]
+        assert each["p"] == pytest.approx(binomtest(gained, gained + lost).pvalue if gained + lost else 1.0)
+        assert each["before_stderr"] == score.stderr
+        assert each["p"] <= each["p_corrected"] <= 1
+    assert any(each["n_lost"] for each in found["benchmark"]), "the heads do nothing"
+    assert found["methods"]["benchmark"]["comparisons"] == 3
+    (tmp_path / "out" / "ablation_benchmark.png").unlink()
+    for file in ("ablation.json", "old.json"):
+        drawn = within(
+            "heads", "plot", f"out/{file}" if file == "ablation.json" else file, "-o", f"of_{file}", cwd=tmp_path
+        )
+        assert drawn.returncode == 0, drawn.stderr
+        assert [each.name for each in (tmp_path / f"of_{file}").iterdir()] == ["ablation_benchmark.png"]
+        kept = ("task", "metric", "before", "after", "n")  # what the first versions wrote
+        old = [{name: each[name] for name in kept} for each in found["benchmark"]]
+        (tmp_path / "old.json").write_text(json.dumps({**found, "benchmark": old}))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from AutomaticEval import (
     strength_of_run,
 )
 from AutomaticEval.analysis.heads.compare import same_inputs
+from AutomaticEval.analysis.heads.strength import inputs_of_run
 from AutomaticEval.analysis.words.pairs import read_pairs
 from AutomaticEval.analysis.words.profiles import load_profile
 from AutomaticEval.capture.texts.sources import drawn, read_texts
@@ -534,15 +535,19 @@ def test_head_strength_beside_a_benchmark(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "activations").iterdir()
     run = open_run(folder)
     assert run.keys == [f"layer_{layer}.head_result_norm" for layer in range(4)]
-    found = json.loads((folder / "head_strength.json").read_text())["heads"]
-    assert {(each["layer"], each["head"]): each["R_h"] for each in found} == {
+    written = json.loads((folder / "head_strength.json").read_text())
+    assert (written["scoring"], written["positions"]) == ("tree", "all")
+    assert written["inputs"] == {**inputs_of_run(run), "n_texts": len(run)} != inputs_of_run(run[1:])
+    ActivationComparator(folder / "head_strength.json", folder / "head_strength.json")
+    assert {(each["layer"], each["head"]): each["R_h"] for each in written["heads"]} == {
         key: each["R_h"] for key, each in strength_of_run(run).items()
     }
     both = command(
         *("--head_strength", "--capture_activations", "--benchmark", "demo_facts", "--limit", "2"),
-        *("--activation_save_dir", "both"),
+        *("--activation_save_dir", "both", "--scoring", "stock"),
         cwd=tmp_path,
     )
     assert both.returncode == 0, both.stderr
     (folder,) = (tmp_path / "both").iterdir()
     assert {"embeddings", "layer_0", "layer_0.head_result_norm"} <= set(open_run(folder).keys)
+    assert json.loads((folder / "head_strength.json").read_text())["scoring"] == "stock"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from AutomaticEval.analysis.numbers import paired, ratios, skewed_t
+from AutomaticEval.analysis.numbers import paired, permutation, ratios, skewed_t
 from AutomaticEval.analysis.numbers.estimate import effects, mean_interval, mean_intervals
 from AutomaticEval.analysis.numbers.paired import corrected, mcnemar, paired_change
 from AutomaticEval.analysis.numbers.ranks import ByGroup, rank_correlation, spearman
@@ -181,6 +181,15 @@ def test_the_least_p_is_reached_by_changes_of_one_sign() -> None:
     for n in range(1, 11):
         assert p_values(np.ones((n, 1)) + np.arange(n)[:, None])[0] == pytest.approx(least_p(n))
     assert least_p(5) > 0.05 > least_p(6)
+
+
+@pytest.mark.parametrize(("n_in", "n_out", "least"), [(3, 3, 0.1), (4, 4, 2 / 70), (3, 4, 1 / 35), (2, 5, 1 / 21)])
+def test_the_least_p_of_two_groups_is_that_of_groups_that_do_not_overlap(n_in: int, n_out: int, least: float) -> None:
+    assert permutation.least_p(n_in, n_out, 10_000) == pytest.approx(least)
+    values = np.concatenate([np.arange(n_in) * 0.1 + 10, np.arange(n_out) * 0.11])[:, None]
+    found = permutation.differences(values, np.arange(n_in + n_out) < n_in, 10_000)
+    assert found.p[0] == pytest.approx(least, abs=0.01)
+    assert permutation.least_p(20, 20, 10) == pytest.approx(1 / 11)
 
 
 def test_effect_sizes_are_cohens() -> None:

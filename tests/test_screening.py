@@ -470,10 +470,10 @@ def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     asked = ["--sample_num", "3", "--permutations", "5", "--target", "a", "--against", "b", "--output", "two"]
     done = command("screen", *asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "two" / "scores.json").read_text())["settings"]["targets"]["anger"] == {
-        "answer": ["a"],
-        "against": ["b"],
-    }
+    written = json.loads((tmp_path / "two" / "scores.json").read_text())
+    assert written["settings"]["targets"]["anger"] == {"answer": ["a"], "against": ["b"]}
+    assert (written["methods"]["comparisons"], "maxT" in written["methods"]["p"]) == (16, True)
+    assert "3 prompts of anger against 3: no p value can be below 0.17" in " ".join(done.stderr.split())
     alone = command("screen", "--target", "a", "--output", "three", cwd=tmp_path)
     assert (alone.returncode, "takes two tokens" in alone.stderr) == (2, True)
     assert not (tmp_path / "three").exists()

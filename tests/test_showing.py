@@ -136,7 +136,7 @@ def test_figures_hold_any_title(tmp_path: Path, kind: str, text: str) -> None:
             "site": text,
             "places": text,
             "file": text,
-            "directions": [{"site": text, "layer": 0}],
+            "directions": {text: {}},
         },
         "benchmark": [{"scale": 1.0, "task": text, "metric": text, "value": 0.5, "stderr": 0.1, "n": 3}],
         "texts": [{"scale": 1.0, "task": text, "metric": text, **mean}],

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.commands import environment, within
 from helpers.places import ROOT
+from helpers.raw_hooks import n_hooks
 
 from AutomaticEval import (
     Direction,
@@ -33,6 +34,7 @@ from AutomaticEval.analysis.words.wording import wording
 from AutomaticEval.demo.world import _ANIMALS, _DRINKS
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.edited_models import names_of
 from AutomaticEval.report.by_scale import by_scale
 from AutomaticEval.selection import Positions
 
@@ -71,11 +73,11 @@ def test_scores_at_a_scale_are_those_of_evaluate(
     """Also with examples before each question, although the tasks are loaded once for all scales; scale 0 is the plain model, to the last bit."""
     of_tasks = ("--benchmark", "demo", "--limit", "5", "--num_fewshot", "2")
     options = ("--direction", str(asked / "v.npy"), "--site", "resid_post", "--layer", "2", "--positions", positions)
-    result, shown = steer(tmp_path, *options, "--scale", "-4,0,2.5", *of_tasks)
+    result, shown = steer(tmp_path, *options, "--scale", "-4,0", *of_tasks)
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == [
-        *("scale_-4.0.json", "scale_0.0.json", "scale_2.5.json", "settings.json", "steer.json", "steering.png")
+        *("scale_-4.0.json", "scale_0.0.json", "settings.json", "steer.json", "steering.png")
     ]  # no activations
-    for scale in (-4.0, 0.0, 2.5):
+    for scale in (-4.0, 0.0):
         edits = [Edit.add("layer_2", scale * VECTOR, positions=positions)] if scale else []
         with editing(demo, edits):
             outcome = evaluate(demo.model, "demo", tokenizer=demo.tokenizer, limit=5, num_fewshot=2)
@@ -90,8 +92,17 @@ def test_scores_at_a_scale_are_those_of_evaluate(
         assert f"{scale:g} │ {rows[0]['value']:.4f} ± {rows[0]['stderr']:.4f}" in shown
     assert len({each["value"] for each in result["benchmark"] if each["task"] == "all questions"}) > 1
     assert result["settings"]["positions"] == positions
-    assert result["settings"]["directions"][0]["norm"] == pytest.approx(float(VECTOR.norm()))
+    assert result["settings"]["directions"]["layer_2"]["norm"] == pytest.approx(float(VECTOR.norm()))
     assert {"versions", "model_hash", "attention", "batch_size", "seed", "texts"} <= result["settings"].keys()
+
+
+def test_scale_0_makes_no_edit(demo: LoadedModel) -> None:
+    """Also at positions: adding zeros there would score requests in other batches than the plain model's."""
+    steering = Steering(demo, [Direction(VECTOR, "layer_1"), Direction(VECTOR, "layer_2")], Positions("response"))
+    for scale, n_edits in ((0.0, 0), (-0.0, 0), (1e-9, 2)):
+        with steering.at(scale):
+            assert len(names_of(demo.model)) == n_edits
+        assert not n_hooks(demo.model)
 
 
 def share(result: dict[str, Any], scale: float, about: str, words: list[str]) -> float:
@@ -121,7 +132,7 @@ def test_answers_by_scale_are_those_of_generate(asked: Path, tmp_path: Path, dem
     (tmp_path / "t.txt").write_text("What is red?\nQuestion: What is 20 + 29? Answer:\n")
     place = ("--direction", str(asked / "v.npy"), "--site", "resid_post", "--layer", "-2,1", "--texts", "t.txt")
     result, shown = steer(tmp_path, *place, "--scale", "0,3", "--max_new_tokens", "6")
-    assert {each["layer"] for each in result["settings"]["directions"]} == {1, 2}
+    assert result["settings"]["directions"].keys() == {"layer_1", "layer_2"}
     for sample in result["samples"]:
         for each in sample["answers"]:
             edit = Edit.add("resid_post", each["scale"] * VECTOR, layers=[1, 2])
@@ -181,12 +192,18 @@ def test_another_direction_or_question_is_another_sweep(asked: Path, tmp_path: P
     assert "steer.json exists" in done.stderr.replace("\n", " ")
     for file in ("steer.json", "steering.png"):
         (tmp_path / "results" / file).unlink()
-    for other in (("--layer", "2"), ("--positions", "last"), ("--max_new_tokens", "3"), ("--seed", "1"), ("--num_trials", "3")):  # fmt: skip
-        done = within("steer", *base, *place, "--scale", "1", *other, cwd=tmp_path)
+    told = {
+        "--layer 2": "directions.layer_1 was",
+        "--positions last": "positions was 'all' and is 'prompt[-1:]'",
+        "--max_new_tokens 3": "max_tokens was 15 and is 3",
+        "--num_trials 3": "and is '3, sha256",
+    }
+    for other, why in told.items():
+        done = within("steer", *base, *place, "--scale", "1", *other.split(), cwd=tmp_path)
         assert done.returncode == 2, other
-        assert done.stderr.splitlines()[-1].startswith("OtherSettings: results/steer was made with other settings"), (
-            other
-        )
+        message = done.stderr.splitlines()[-1]
+        assert message.startswith("OtherSettings: results/steer was made with other settings")
+        assert why in message
     (tmp_path / "results" / "steer" / "scale_1.0.json").write_text('{"part": {"scale": 1}}')
     done = within("steer", *base, *place, "--scale", "1", cwd=tmp_path)
     assert "scale_1.0.json is damaged" in done.stderr

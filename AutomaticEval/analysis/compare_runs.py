@@ -68,7 +68,7 @@ def compare_runs(before: Run, after: Run, *, seed: int = 42) -> Result:
     that both runs have). Activations are compared where the prompts are the same text, a site at a time.
     Raises StoreError for runs that share no question, and for runs without questions.
     """
-    one, other, alone = paired_questions(before, after)
+    one, other, alone = shared_questions(before, after)
     pairs = list(zip(one, other, strict=True))
     same = same_prompts(pairs)
     measured: dict[str, Any] = {
@@ -96,7 +96,7 @@ def _told(run: Run) -> dict[str, Any]:
     return {name: run.settings.get(name) for name in TOLD if run.settings.get(name) is not None}
 
 
-def paired_questions(before: Run, after: Run) -> tuple[Questions, Questions, tuple[int, int]]:
+def shared_questions(before: Run, after: Run) -> tuple[Questions, Questions, tuple[int, int]]:
     """The questions that both runs have, in one order, and how many each has alone. Raises StoreError when they share none."""
     one, other = before.questions(), after.questions()
     there, place = _numbers(one), _numbers(other)

@@ -20,6 +20,7 @@ from AutomaticEval.cli.interventions import (
     asked_prompts,
     metrics_of,
     number,
+    tell_of_few,
 )
 from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
@@ -81,6 +82,7 @@ def ablate(
     profile = prompts.load_profile()
     questions = prompts.drawn(asked_prompts(profile, prompts.category, texts))
     _refuse(mode, profile, asked, n_questions=len(questions))
+    tell_of_few(len(questions), "prompts")
     if asked is not None:
         options.tell_of_code(asked, partial(say, err=True))
     loaded = load_model(model, options=load)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,14 +35,9 @@ class Measuring:
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on, the scale aside."""
-        loaded = self.steering.loaded
-        directions = [
-            {"site": each.site, "layer": each.layer, "norm": each.norm, "digest": each.digest, "made_by": each.made_by}
-            | {"made_from": dict(each.made_from)}
-            for each in self.steering.directions
-        ]
+        loaded, texts = self.steering.loaded, json.dumps(self.prompts)
         of_prompts = {
-            "prompts": list(self.prompts),
+            "prompts": f"{len(self.prompts)}, sha256 {hashlib.sha256(texts.encode()).hexdigest()[:16]}",
             "max_tokens": self.sampling.max_new_tokens,
             "temperature": self.sampling.temperature,
             "sampling_seed": self.sampling.seed,
@@ -48,7 +45,7 @@ class Measuring:
         return {
             "model": loaded.name,
             **loaded.made_with().as_dict(),
-            "directions": directions,
+            "directions": {each.at.key: each.digest for each in self.steering.directions},
             "positions": str(self.steering.positions),
             "benchmark": None if self.asked is None else self.asked.as_dict(),
             **(of_prompts if self.prompts else {}),

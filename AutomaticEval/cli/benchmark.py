@@ -221,17 +221,18 @@ def _with_norms(selection: Selection, context: typer.Context, *, alone: bool) ->
 
 
 def _write_strength(folder: Path) -> None:
-    from AutomaticEval.analysis.heads.strength import strength_of_run, strength_result
+    from AutomaticEval.analysis.heads.strength import inputs_of_run, strength_of_run, strength_result
     from AutomaticEval.settings import MODEL
     from AutomaticEval.store.disk.json_files import write_json
     from AutomaticEval.store.reader import open_run
 
     file = folder / "head_strength.json"
     run = open_run(folder)
-    about = {
+    about: dict[str, Any] = {
         "positions": run.settings.get("positions"),
         "scoring": (run.settings.get("benchmark") or {}).get("scoring"),
         MODEL: run.settings.get(MODEL),
+        "inputs": inputs_of_run(run),
     }
     result = strength_result(strength_of_run(run), run.model, "result", **about)
     write_json(file, replace(result, settings=run.settings).as_json(), overwrite=True)

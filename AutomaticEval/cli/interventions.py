@@ -11,6 +11,7 @@ import typer
 
 from AutomaticEval.cli.finish import Table
 from AutomaticEval.cli.options import RUN
+from AutomaticEval.cli.printing import say
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.options import Option
 
@@ -68,6 +69,26 @@ class Prompts:
         from AutomaticEval.capture.texts.sources import drawn
 
         return drawn(items, self.num_trials, self.seed)
+
+
+SIGNIFICANT = 0.05
+
+
+def tell_of_few(n: int, what: str) -> None:
+    """Say it before the model loads when n prompts or pairs are too few for any change to be told from chance."""
+    from AutomaticEval.analysis.numbers.signs import least_p
+
+    if n:
+        tell_of_unreachable(f"{n} {what}", least_p(n))
+
+
+def tell_of_unreachable(asked: str, least: float) -> None:
+    """Say that no p value can be below 0.05, when so. least: the smallest p value that can be."""
+    if least >= SIGNIFICANT:
+        say(
+            f"{asked}: no p value can be below {least:.2g}, so that nothing can be told from chance at {SIGNIFICANT}. Ask more for that.",
+            err=True,
+        )
 
 
 def asked_prompts(profile: Profile | None, category: str | None, texts: Path | None) -> list[str]:

@@ -19,6 +19,7 @@ from AutomaticEval.cli.interventions import (
     answers_table,
     metrics_of,
     number,
+    tell_of_few,
 )
 from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.errors import EditError, SelectionError
@@ -74,9 +75,11 @@ def patch(
     asked = [] if pairs is None else prompts.drawn(read_pairs(pairs))
     profile = prompts.load_profile()
     sources = [] if profile is None else profile.category(str(prompts.category))
+    neutral = [] if profile is None else profile.category(profile.neutral)
+    both = prompts.drawn(list(zip(sources, neutral, strict=False)))
+    tell_of_few(len(asked) or len(both), "pairs" if asked else "prompts")
     loaded = load_model(model, options=load)
     places = _places(head_spec, site, loaded.layout.n_layers, loaded.layout.n_heads)
-    both = [] if profile is None else prompts.drawn(list(zip(sources, profile.category(profile.neutral), strict=False)))
     read = {"pairs": TextsRead.of([vars(pair) for pair in asked], str(pairs))}
     if profile is not None:
         sources, destinations = map(list, zip(*both, strict=True))

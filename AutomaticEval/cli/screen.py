@@ -11,7 +11,7 @@ import typer
 
 from AutomaticEval.cli import options
 from AutomaticEval.cli.finish import Table, finish, result_file
-from AutomaticEval.cli.interventions import Prompts, number
+from AutomaticEval.cli.interventions import Prompts, number, tell_of_unreachable
 from AutomaticEval.cli.options import OUTPUT, RUN, command, options_of, takes
 from AutomaticEval.cli.printing import say
 from AutomaticEval.errors import SelectionError
@@ -66,6 +66,7 @@ def screen(
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.screen import screen
     from AutomaticEval.analysis.made_with import AnalysisSettings, TextsRead
+    from AutomaticEval.analysis.numbers.permutation import least_p
     from AutomaticEval.analysis.words.profiles import load_profile
     from AutomaticEval.models.loading import load_model
 
@@ -73,6 +74,12 @@ def screen(
     result_file(file.parent, file.name, "screening")
     profile = load_profile(str(prompts.profile))
     texts = {category: prompts.drawn(asked) for category, asked in profile.prompts.items()}
+    for category, asked in texts.items():
+        if category != profile.neutral:
+            tell_of_unreachable(
+                f"{len(asked)} prompts of {category} against {len(texts[profile.neutral])}",
+                least_p(len(asked), len(texts[profile.neutral]), permutations),
+            )
     loaded = load_model(model, options=load)
     targets = _targets(loaded, texts, profile, target, against)
     drawn_profile = replace(profile, prompts=texts)

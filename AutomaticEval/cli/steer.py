@@ -124,7 +124,8 @@ def steer(
     parts = _measured(folder, scales, measuring)
     named = {"file": direction.name, "profile": prompts.profile, "emotion": prompts.category, "scales": scales}
     read = {"prompts": TextsRead.of(questions, texts or f"{prompts.profile}, {prompts.category}")} if questions else {}
-    told = {**folder.settings, **named, "num_trials": prompts.num_trials}
+    of_directions = {each.at.key: each.about() for each in directions}
+    told = {**folder.settings, **named, "directions": of_directions, "num_trials": prompts.num_trials}
     about = AnalysisSettings.of(steering.loaded, read, batch_size=batch_size, seed=prompts.seed, options=told)
     result = _result(parts, questions, metrics, about.as_dict())
     finish(file, result, *_tables(result))

@@ -10,7 +10,7 @@ import typer
 
 from AutomaticEval.cli import options
 from AutomaticEval.cli.finish import Table, finish, result_file
-from AutomaticEval.cli.interventions import Pairs, Prompts, SiteOption, number
+from AutomaticEval.cli.interventions import Pairs, Prompts, SiteOption, number, tell_of_few
 from AutomaticEval.cli.options import RUN, command, takes
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
@@ -79,6 +79,7 @@ def _over_pairs(prompts: Prompts, model: str, load: LoadOptions, pairs: Path, si
     from AutomaticEval.models.loading import load_model
 
     asked = prompts.drawn(read_pairs(pairs))
+    tell_of_few(len(asked), "pairs")
     loaded = load_model(model, options=load)
     settings = _settings(loaded, site) | {"pairs": [vars(pair) for pair in asked]}
     result = sweep_pairs(loaded, asked, SweepFolder(folder, settings), site=site)
@@ -99,6 +100,7 @@ def _over_prompts(
     chosen = replace(prompts, profile=prompts.profile or "baseline", num_trials=prompts.num_trials or N_PROMPTS)
     profile = load_profile(str(chosen.profile))
     asked = chosen.drawn(profile.category(str(chosen.category)))
+    tell_of_few(len(asked), "prompts")
     neutral = profile.category(profile.neutral) if mode == "mean" else None
     loaded = load_model(model, options=load)
     settings = _settings(loaded, site) | {

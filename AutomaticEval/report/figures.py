@@ -11,7 +11,6 @@ from AutomaticEval.report.bars import before_and_after, top_heads
 from AutomaticEval.report.by_scale import by_scale
 from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps, robust_ends
 from AutomaticEval.report.two_runs import two_runs
-from AutomaticEval.sites import Site
 from AutomaticEval.store.disk.json_files import read_json, write_json
 from AutomaticEval.store.disk.whole_files import new_file, new_files, prepare_file
 
@@ -236,8 +235,7 @@ def _two_runs(result: ResultJson, path: Path) -> None:
 
 def _steered(result: ResultJson, path: Path) -> None:
     settings = result["settings"]
-    places = ", ".join(Site(each["site"], each["layer"]).key for each in settings["directions"])
-    title = f"{Path(settings['model']).name}, {settings['file']} added at {places}"
+    title = f"{Path(settings['model']).name}, {settings['file']} added at {', '.join(settings['directions'])}"
     by_scale(result["benchmark"], result["texts"], result["units"], title, path)
 
 

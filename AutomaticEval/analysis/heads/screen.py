@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from AutomaticEval.analysis.numbers import permutation
 from AutomaticEval.analysis.numbers.estimate import mean_intervals, methods
 from AutomaticEval.analysis.numbers.permutation import Differences, differences
 from AutomaticEval.analysis.parts.head_measures import HeadMeasures, HeadMeter, Listener, Prompt, encoded
@@ -27,7 +28,6 @@ from AutomaticEval.errors import PromptError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-P_METHOD = "strength: labels of the prompts permuted, corrected by the largest |d| over all heads of a category (single-step maxT)"
 WELCH = "Welch's t, of the category's prompts and of the neutral ones"
 PLACEBO = "99 draws of other tokens of the prompts, corrected by the largest difference over all heads of a category (single-step maxT)"
 
@@ -135,7 +135,7 @@ def screen(
         for number, (strength, attention, direct) in enumerate(columns):
             layer, head = divmod(number, loaded.layout.n_heads)
             scores.append(HeadScore(layer, head, category, strength, attention, direct))
-    about = methods(asked.n_heads, p=P_METHOD, direct_interval=WELCH, direct_p=PLACEBO)
+    about = methods(asked.n_heads, p=f"of strength: {permutation.METHOD}", direct_interval=WELCH, direct_p=PLACEBO)
     return Result("screening", {"lengths": lengths, "scores": scores}, methods=about)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from AutomaticEval.analysis.numbers.moments import Moments
-from AutomaticEval.analysis.numbers.text_groups import TextGroups
+from AutomaticEval.analysis.numbers.text_groups import TextGroups, fingerprint_of
 from AutomaticEval.analysis.parts.input_batches import Batcher
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.capture.texts.forward import read
@@ -255,6 +255,14 @@ def strength_of_run(run: Run, model: Any = None) -> Stats:
             moments[int(layer or 0)] = each
     n_heads = next(iter(moments.values())).width if moments else 0
     return stats_of(moments, range(n_heads))
+
+
+def inputs_of_run(run: Run) -> dict[str, Any]:
+    """What a file of strengths says of a run's inputs: a fingerprint of all prompts with their responses, in any order, and how many there are."""
+    texts = [
+        f"{prompt}\0{response}" for prompt, response in zip(run.column("prompt"), run.column("response"), strict=True)
+    ]
+    return {"fingerprint": fingerprint_of(texts), "n_texts": len(texts)}
 
 
 def _loaded(model: Any, tokenizer: Any = None) -> LoadedModel:

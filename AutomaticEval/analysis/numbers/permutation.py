@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from math import comb
 from typing import Any, NamedTuple
 
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+METHOD = "labels of the prompts permuted, corrected by the largest |d| over all heads of a category (single-step maxT)"
 
 
 class Differences(NamedTuple):
@@ -46,10 +50,16 @@ def differences(
     largest = np.array(
         [np.abs(_cohen(compared, source.permutation(labels)[None])).max() for _ in range(n_permutations)]
     )
-    # a permutation can be the true labels: 1e-9 keeps rounding from making its |d| the smaller one
-    n_as_large = (largest[:, None] >= np.abs(d) - 1e-9).sum(0)
+    # a permutation can be the true labels, or their mirror image: 1e-9 keeps rounding from making its |d| the smaller one
+    n_as_large = (largest[:, None] >= np.abs(d) * (1 - 1e-9) - 1e-9).sum(0)
     change = table[labels].mean(0) - table[~labels].mean(0)
     return Differences(change, d, np.where(np.isnan(d), np.nan, (1 + n_as_large) / (1 + n_permutations)))
+
+
+def least_p(n_in: int, n_out: int, n_permutations: int) -> float:
+    """The smallest p value that two groups of these sizes can have; of equal groups, each division gives the same |d| as its mirror image."""
+    of_divisions = (1 + (n_in == n_out)) / comb(n_in + n_out, n_in)
+    return max(of_divisions, 1 / (1 + n_permutations))
 
 
 def _cohen(values: Array, labels: Any) -> Array:

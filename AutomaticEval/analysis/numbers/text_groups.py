@@ -5,7 +5,7 @@ Neither depends on the order of the texts, on batches or on padding. Memory does
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,13 @@ from numpy.typing import NDArray
 from AutomaticEval.analysis.numbers.skewed_t import Array
 
 N_GROUPS = 20
+SIZE = 2**64
+"""Fingerprints are sums of hashes below this."""
+
+
+def fingerprint_of(texts: Iterable[str]) -> str:
+    """The same for the same texts in any order, 16 hex digits."""
+    return f"{sum(xxhash.xxh3_64_intdigest(text.encode('utf-8', 'surrogatepass')) for text in texts) % SIZE:016x}"
 
 
 class TextGroups:
@@ -34,7 +41,7 @@ class TextGroups:
         groups = []
         for ids in texts:
             number = xxhash.xxh3_64_intdigest(np.asarray(ids, np.int64).tobytes())
-            self._hashes = (self._hashes + number) % 2**64
+            self._hashes = (self._hashes + number) % SIZE
             self.n_texts += 1
             groups += [number % N_GROUPS] * len(ids)
         of_tokens: NDArray[np.int64] = np.asarray(groups, np.int64)
@@ -48,7 +55,7 @@ class TextGroups:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same texts in any order, 16 hex digits."""
+        """The same for the same token ids in any order, 16 hex digits."""
         return f"{self._hashes:016x}"
 
     @property

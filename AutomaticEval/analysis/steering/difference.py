@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from AutomaticEval.analysis.compare_runs import paired_questions, same_prompts
+from AutomaticEval.analysis.compare_runs import same_prompts, shared_questions
 from AutomaticEval.analysis.steering.direction import Direction
 from AutomaticEval.errors import StoreError
 from AutomaticEval.settings import MODEL
@@ -54,7 +54,7 @@ def difference_of_runs(before: Run, after: Run, keys: Sequence[str], position: s
     keys, position: as in `difference_of_means`. Raises SelectionError for rows that were reduced; StoreError for runs without such questions, and for a
     site whose widths differ.
     """
-    both = paired_questions(before, after)[:2]
+    both = shared_questions(before, after)[:2]
     same = same_prompts(zip(*both, strict=True))
     one, other = (questions.where(same) for questions in both)
     for each in (one, other):

@@ -84,6 +84,11 @@ class Direction:
         beside = f" (rows that it was made of: {mean_norm:.4g} on average)" if isinstance(mean_norm, float) else ""
         return f"{self.at.key}, norm {self.norm:.4g}{beside}; {self.made_by}"
 
+    def about(self) -> dict[str, Any]:
+        """All that is known of it but the vector itself, as files hold it."""
+        known = {"site": self.site, "layer": self.layer, "norm": self.norm, "made_by": self.made_by}
+        return {**known, "made_from": dict(self.made_from)}
+
     def edit(self, scale: float = 1.0, positions: str | slice | Positions | None = None) -> Edit:
         """The edit that adds scale times the vector, as it is stored: it is not brought to length 1. positions: as in `Edit`."""
         return Edit.add(self.at, scale * self.vector, positions=positions)
@@ -96,17 +101,8 @@ class Direction:
 def save_directions(path: str | Path, directions: Sequence[Direction], *, overwrite: bool = False) -> None:
     """Write one direction, or one for each of several sites, into a file. Raises PathExists, StoreError."""
     names = [ALONE] if len(directions) == 1 else [each.at.key for each in directions]
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    stored = {}
-    for name, each in zip(names, directions, strict=True):
-        said = {
-            "site": each.site,
-            "layer": each.layer,
-            "norm": each.norm,
-            "made_by": each.made_by,
-            "made_from": dict(each.made_from),
-        }
-        stored[name] = Stored(each.vector, {**said, "created": created, "version": __version__})
+    now = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "version": __version__}
+    stored = {name: Stored(each.vector, each.about() | now) for name, each in zip(names, directions, strict=True)}
     write_vectors(Path(path).expanduser(), stored, overwrite=overwrite)
 
 

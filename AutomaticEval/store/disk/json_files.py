@@ -67,7 +67,7 @@ def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
 def read_strength(path: str | Path) -> tuple[Stats, str, dict[str, Any]]:
     """The head strengths in a result file, what they were measured of ("result" or "z"), and of which inputs. Raises StoreError for another file.
 
-    The inputs of files of the first versions, and of files that a run wrote, are an empty dict.
+    The inputs of files of the first versions are an empty dict.
     """
     content = read_json(Path(path))
     try:

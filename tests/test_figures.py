@@ -1,0 +1,60 @@
+"""Figures of numbers that are easily drawn wrong: intervals without length, extreme cells, and results that hold only a part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from AutomaticEval.analysis.numbers.estimate import effects, mean_interval
+from AutomaticEval.analysis.result import Result
+from AutomaticEval.report.bars import ends_of, whisker
+from AutomaticEval.report.figures import draw, save_with_figures
+from AutomaticEval.report.heatmap import robust_ends
+
+
+@pytest.mark.parametrize("n", [2, 7, 54])
+def test_a_metric_that_is_one_number_in_all_prompts_is_drawn(n: int, tmp_path: Path) -> None:
+    change = effects(np.zeros((n, 1)))[0]
+    summary = {"score": {"before": mean_interval([0.7] * n), "after": mean_interval([0.7] * n), "change": change}}
+    samples = [{"prompt": "p"}] * n
+    result = Result("ablation", {"units": {}, "samples": samples, "summary": summary}, {"model": "demo"})
+    written = save_with_figures(tmp_path / "ablation.json", result.as_json())
+    assert [file.name for file in written] == ["ablation.json", "ablation_sentiment_comparison.png"]
+
+
+def test_an_old_file_whose_interval_rounding_put_beside_its_mean_is_drawn(tmp_path: Path) -> None:
+    beside: dict[str, Any] = {"mean": 0.7, "interval": [0.7000000000000001, 0.7000000000000001], "n": 7}
+    summary = {"score": dict.fromkeys(("before", "after", "change"), beside)}
+    result = {"kind": "ablation", "settings": {"model": "demo"}, "samples": [], "units": {}, "summary": summary}
+    assert len(draw(result, tmp_path)) == 1
+    assert ends_of(beside) == (0.7, 0.7000000000000001)
+
+
+def test_an_interval_without_length_is_a_point_and_the_widest_is_drawn() -> None:
+    axes = Figure().add_subplot()
+    for place, estimate in enumerate(
+        (
+            {"mean": 1.0, "interval": [1.0, 1.0]},
+            {"mean": 1.0, "interval": None},
+            {"mean": 1.0, "interval": [0.5, 1.5]},
+            {"mean": 1.0, "interval": [0.5, 1.5], "simultaneous": [0.0, 3.0]},
+        )
+    ):
+        whisker(axes, place, estimate)
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1.0], [1.0], [0.5, 1.5], [0.0, 3.0]]
+
+
+def test_an_extreme_cell_does_not_set_the_colours() -> None:
+    usual = np.random.default_rng(0).normal(0, 0.3, 143)
+    low, high = robust_ends([*usual, -17.9, None, float("nan")])
+    assert -2 < low < usual.min()
+    assert high == usual.max()
+    assert robust_ends(usual) == (usual.min(), usual.max())
+    low, high = robust_ends([10.0, 10.5, 11.0, 10.2, 400.0], diverging=False)
+    assert (low, high) == (10.0, pytest.approx(10.5 + 3 * 0.5))
+    assert robust_ends([0.0] * 30 + [2.0]) == (0.0, 2.0)
+    assert robust_ends([None]) is None
