@@ -123,10 +123,10 @@ def steer(
     folder.check_settings()
     parts = _measured(folder, scales, measuring)
     named = {"file": direction.name, "profile": prompts.profile, "emotion": prompts.category, "scales": scales}
-    told = {each.at.key: each.about() for each in directions}
     read = {"prompts": TextsRead.of(questions, texts or f"{prompts.profile}, {prompts.category}")} if questions else {}
-    asked_for = {**folder.settings, **named, "directions": told, "num_trials": prompts.num_trials}
-    about = AnalysisSettings.of(steering.loaded, read, batch_size=batch_size, seed=prompts.seed, options=asked_for)
+    of_directions = {each.at.key: each.about() for each in directions}
+    told = {**folder.settings, **named, "directions": of_directions, "num_trials": prompts.num_trials}
+    about = AnalysisSettings.of(steering.loaded, read, batch_size=batch_size, seed=prompts.seed, options=told)
     result = _result(parts, questions, metrics, about.as_dict())
     finish(file, result, *_tables(result))
 
