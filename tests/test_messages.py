@@ -14,6 +14,7 @@ from helpers.commands import within
 from helpers.places import ROOT
 
 from AutomaticEval import (
+    Direction,
     Edit,
     FromHuggingFace,
     HFActivations,
@@ -26,7 +27,7 @@ from AutomaticEval import (
     open_run,
     score_continuations,
 )
-from AutomaticEval.errors import EditError, PromptError, StoreError, unknown_option, warn
+from AutomaticEval.errors import AutomaticEvalError, EditError, PromptError, StoreError, unknown_option, warn
 from AutomaticEval.store.run import Run
 
 
@@ -173,3 +174,49 @@ def test_warnings_are_shown_once_and_in_one_way() -> None:
         and path.name != "moved.py"  # a DeprecationWarning shows whose import it is
     ]
     assert not others
+
+
+def test_what_is_no_edit_and_no_run_is_refused_by_name(tmp_path: Path) -> None:
+    direction = Direction([1.0] * 128, "layer_2")
+    for wrong, says in (
+        (direction, r"direction\.edit\(4\)"),
+        ({"layer_3": 0}, "found str"),
+        ([None], "found NoneType"),
+        (4, "found int"),
+    ):
+        with pytest.raises(EditError, match=says), editing("demo", wrong):  # type: ignore[arg-type]
+            pass
+    for scaled in (lambda: 4 * direction, lambda: direction * 4):
+        with pytest.raises(EditError, match=r"direction\.edit\(4\), and its numbers are direction\.vector"):
+            scaled()
+    for given in (None, "", 3):
+        with pytest.raises(StoreError, match="open_run takes the path"):
+            open_run(given)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match="names no file"):
+        generate_inference_with_activations("Hello.", "demo", ".")
+    with pytest.raises(AutomaticEvalError, match="limit is 'ten'; it must be a number above 0"):
+        evaluate("demo", "demo_facts", limit="ten")  # type: ignore[arg-type]
+    (tmp_path / "asked.json").write_text("{}")
+    with pytest.raises(StoreError, match=r"was cut before any were written\. .*--resume"):
+        open_run(tmp_path)
+
+
+def test_a_wrong_mode_and_a_finished_sweep_say_what_to_do(tmp_path: Path) -> None:
+    done = within(
+        "heads",
+        "ablate",
+        "--mode",
+        "men",
+        "--profile",
+        "baseline",
+        "--category",
+        "apology",
+        "--head-spec",
+        "0:0",
+        cwd=tmp_path,
+    )
+    assert "write zero, mean, resample" in done.stderr
+    (tmp_path / "results" / "sweep").mkdir(parents=True)
+    (tmp_path / "results" / "sweep.json").write_text("{}")
+    done = within("heads", "sweep", "--profile", "baseline", "--category", "apology", cwd=tmp_path)
+    assert "move sweep.json, sweep_heatmap.png, sweep_top_heads.png away" in " ".join(done.stderr.split())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.errors import StoreError, warn
 from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.questions import Questions
+from AutomaticEval.store.reader import as_run
 from AutomaticEval.store.run import Run
 
 MOST_ROWS = 2000
@@ -61,13 +63,14 @@ class SiteLikeness:
     """Linear CKA, debiased: 1 for rows that differ by a rotation and a scale, about 0 for unrelated ones. None for fewer than four questions, and for rows that are all the same."""
 
 
-def compare_runs(before: Run, after: Run, *, seed: int = 42) -> Result:
-    """Compare two runs over the questions that both have. seed: draws the questions whose activations are compared.
+def compare_runs(before: Run | str | Path, after: Run | str | Path, *, seed: int = 42) -> Result:
+    """Compare two runs, or the runs at two paths, over the questions that both have. seed: draws the questions whose activations are compared.
 
     The result's `measured` has `tasks` (`TaskChange`; the last one is all of them), `agreement`, `flips` and `sites` (`SiteLikeness`, of the sites
     that both runs have). Activations are compared where the prompts are the same text, a site at a time.
     Raises StoreError for runs that share no question, and for runs without questions.
     """
+    before, after = as_run(before), as_run(after)
     one, other, alone = shared_questions(before, after)
     pairs = list(zip(one, other, strict=True))
     same = same_prompts(pairs)

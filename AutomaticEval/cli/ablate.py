@@ -24,7 +24,7 @@ from AutomaticEval.cli.interventions import (
 )
 from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
-from AutomaticEval.errors import PromptError, SelectionError
+from AutomaticEval.errors import PromptError, SelectionError, did_you_mean
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.public_names import public_name
@@ -149,6 +149,10 @@ def _refuse(mode: str, profile: Profile | None, asked: Benchmark | None, *, n_qu
     """Raises PromptError when nothing is asked, SelectionError for a mode that has nothing to take its values from."""
     if not n_questions and asked is None:
         raise PromptError("nothing is asked: give --profile with --category, --texts, or --benchmark.")
+    from AutomaticEval.analysis.heads.ablate import MODES
+
+    if mode not in MODES:
+        raise SelectionError(f"--mode {mode} is not one; write {', '.join(MODES)}.{did_you_mean(mode, MODES)}")
     if mode != "zero" and profile is None:
         raise SelectionError(f"--mode {mode} takes its values from the neutral prompts of a --profile; name one.")
     if mode == "resample" and asked is not None:

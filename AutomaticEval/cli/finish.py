@@ -25,12 +25,15 @@ class Table(NamedTuple):
     """How many of the first columns are words."""
 
 
-def result_file(folder: Path, name: str, kind: str) -> Path:
-    """The file that a result of this kind will be written to. Raises PathExists when it or one of its figures is there."""
+def result_file(folder: Path, name: str, kind: str, kept: Path | None = None) -> Path:
+    """The file that a result of this kind will be written to. Raises PathExists when it or one of its figures is there.
+
+    kept: where the command keeps its parts, for the message.
+    """
     from AutomaticEval.report.figures import names_of
     from AutomaticEval.store.disk.json_files import new_results
 
-    file, *_ = new_results(folder, name, *names_of(kind))
+    file, *_ = new_results(folder, name, *names_of(kind), kept=kept)
     return file
 
 

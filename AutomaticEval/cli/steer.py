@@ -104,7 +104,7 @@ def steer(
     from AutomaticEval.models.loading import load_model
 
     scales, places = parse_scales(scale), positions_of(positions)
-    file = result_file(output, "steer.json", "steering")
+    file = result_file(output, "steer.json", "steering", output / "steer")
     directions = _directions(direction, site, layer, model, load)
     profile = prompts.load_profile()
     questions = prompts.drawn(asked_prompts(profile, prompts.category, texts))

@@ -60,7 +60,7 @@ def sweep(
     if mode not in (None, "zero", "mean"):
         raise SelectionError(f"--mode is {mode!r}; write zero or mean.")
     options.quiet_libraries()
-    file = result_file(output, "sweep.json", "sweep")
+    file = result_file(output, "sweep.json", "sweep", output / "sweep")
     if pairs is not None:
         result = _over_pairs(prompts, model, load, pairs, site, output / "sweep")
     else:

@@ -105,8 +105,8 @@ class Benchmark:
             raise BenchmarkError("--num_trials and --limit were both given; choose one.")
         if self.num_trials is not None and self.num_trials < 1:
             raise BenchmarkError(f"--num_trials is {self.num_trials}; at least 1 is needed.")
-        if self.limit is not None and self.limit <= 0:
-            raise BenchmarkError(f"--limit is {self.limit}; it must be above 0.")
+        if self.limit is not None and not (isinstance(self.limit, int | float) and self.limit > 0):
+            raise BenchmarkError(f"limit is {self.limit!r}; it must be a number above 0.")
         for folder in self.include_path:
             if not Path(folder).is_dir():
                 raise BenchmarkError(

@@ -62,7 +62,7 @@ def _editing(model: Any, edits: Edit | Iterable[Edit], load: LoadKeywords) -> It
     find_layout(whole)  # refuses a model whose wrapper cannot be captured
     whole = inner(whole)
     layout = find_layout(whole)
-    given = [edits] if isinstance(edits, Edit) else list(edits)
+    given = _edits_of(edits)
     edits = [each for edit in given for each in edit.in_layers(layout.n_layers)]
     made = [_Made(whole, layout, edit) for edit in edits]
     forward = _Forward(whole, made)
@@ -79,6 +79,20 @@ def _editing(model: Any, edits: Edit | Iterable[Edit], load: LoadKeywords) -> It
         hooks.after(whole, forward.leaves, always_call=True)
         yield edited
         forward.settle()
+
+
+def _edits_of(edits: Any) -> list[Edit]:
+    """One edit, or several, as a list. Raises EditError for anything else."""
+    given = [edits] if isinstance(edits, Edit) or not isinstance(edits, Iterable) else list(edits)
+    for each in given:
+        if not isinstance(each, Edit):
+            instead = (
+                "a direction is added by direction.edit(4)"
+                if hasattr(each, "edit")
+                else "an edit is made by Edit.add, Edit.scale, …"
+            )
+            raise EditError(f"editing takes edits, and found {type(each).__name__}: {instead}.")
+    return given
 
 
 def _instance(model: Any) -> nn.Module:

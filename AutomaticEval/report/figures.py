@@ -220,9 +220,10 @@ def _swept_top(result: ResultJson, path: Path) -> None:
 
 
 def _star(estimate: Mapping[str, Any]) -> str:
-    """A star for an estimate whose p value is small."""
-    p = estimate.get("p")
-    return "*" if p is not None and p < SIGNIFICANT else ""
+    """A star for an estimate whose p value is small, and whose 95 % interval, where it has one, leaves out 0."""
+    p, interval = estimate.get("p"), estimate.get("interval")
+    holds_0 = interval is not None and interval[0] <= 0 <= interval[1]
+    return "*" if p is not None and p < SIGNIFICANT and not holds_0 else ""
 
 
 def _two_runs(result: ResultJson, path: Path) -> None:

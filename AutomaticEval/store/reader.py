@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,18 @@ def open_run(path: str | Path, *, check: bool = True) -> Run:
     Warns of a run that is not finished: its samples have no scores, and more of them may come.
     Raises UnreadableFile, StoreError. Every read may raise DamagedFile, with the shard, the dataset and the rows.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise StoreError(f"open_run takes the path of a run folder or of a file; found {path!r}.")
     given = Path(path).expanduser().absolute()
     run = Run(given.parent if given.name == INDEX and given.is_file() else given, check=check)
     if not run.finished and run.path.is_dir():
         warn_of_unfinished(run.path)
     return run
+
+
+def as_run(run: Run | str | Path) -> Run:
+    """An open run as it is; a path is opened, as by `open_run`."""
+    return run if isinstance(run, Run) else open_run(run)
 
 
 def _load_torch(path: Path) -> dict[str, Any]:

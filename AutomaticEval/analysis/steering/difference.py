@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,24 @@ from AutomaticEval.errors import StoreError
 from AutomaticEval.settings import MODEL
 from AutomaticEval.sites import site_of
 from AutomaticEval.store.questions.questions import AT, Questions
+from AutomaticEval.store.reader import as_run
 from AutomaticEval.store.reading.reduced_runs import refuse_reduced
 from AutomaticEval.store.run import Run
 
 
 def difference_of_means(
-    questions: Run | Questions, key: str, label: str | Iterable[bool | None] = "correct", position: str | int = AT
+    questions: Run | Questions | str | Path,
+    key: str,
+    label: str | Iterable[bool | None] = "correct",
+    position: str | int = AT,
 ) -> Direction:
     """The mean row of the questions whose label is true, minus that of those whose label is false.
 
-    questions: a run, or some of its questions. key: the site, in any spelling (resid_post.14, layer_14). label: a column, such as correct, or a truth
+    questions: a run, its path, or some of its questions. key: the site, in any spelling (resid_post.14, layer_14). label: a column, such as correct, or a truth
     value for each question; questions with None are left out. position: as in `Questions.activations`, by default the last token before any choice or
     answer. Means are computed in float64. Raises SelectionError for rows that were reduced; StoreError for labels that are no truth values, and when one side has no question.
     """
-    asked = questions.questions() if isinstance(questions, Run) else questions
+    asked = questions if isinstance(questions, Questions) else as_run(questions).questions()
     refuse_reduced(asked.source.contents.settings, "a direction")
     name, given = (label, asked.column(label)) if isinstance(label, str) else ("given labels", list(label))
     labels = _truths(asked, name, given)
@@ -41,7 +46,7 @@ def difference_of_means(
         )
     rows = known.activations(key, position).double()
     return Direction(
-        rows[sides].mean(0) - rows[~sides].mean(0),
+        _not_all_0(rows[sides].mean(0) - rows[~sides].mean(0), key, position),
         *site_of(asked.source.key(key)),
         f"difference of means of {name} over {asked.source.path.name}",
         {**_told([asked], rows, position), "label": name, "n_true": n_true, "n_false": n_false},
@@ -73,11 +78,21 @@ def _between(one: Questions, other: Questions, key: str, position: str | int) ->
             f"{key} has {rows[0].shape[1]} numbers in {one.source.path} and {rows[1].shape[1]} in {other.source.path}."
         )
     return Direction(
-        rows[1].mean(0) - rows[0].mean(0),
+        _not_all_0(rows[1].mean(0) - rows[0].mean(0), key, position),
         *site_of(one.source.key(key)),
         f"mean of {other.source.path.name} minus mean of {one.source.path.name}",
         {**_told([one, other], torch.cat(rows), position), "label": "run", "n_true": len(other), "n_false": len(one)},
     )
+
+
+def _not_all_0(difference: Tensor, key: str, position: str | int) -> Tensor:
+    """The difference. Raises StoreError when both sides have the same mean row."""
+    if not difference.any():
+        raise StoreError(
+            f"the rows of {key} at {position} have the same mean on both sides, so that there is no direction: at the embeddings, so it is where "
+            "every question ends in the same token. Choose another site, layer or position."
+        )
+    return difference
 
 
 def _truths(questions: Questions, name: str, given: Sequence[Any]) -> list[bool | None]:

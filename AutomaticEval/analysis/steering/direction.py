@@ -62,6 +62,14 @@ class Direction:
         object.__setattr__(self, "site", site.kind)
         object.__setattr__(self, "layer", None if layer is None else int(layer))
 
+    def __mul__(self, scale: Any) -> Any:
+        """Not a vector: raises EditError, which says what is meant."""
+        raise EditError(
+            f"a direction is no vector: it is added by direction.edit({scale}), and its numbers are direction.vector."
+        )
+
+    __rmul__ = __mul__
+
     @property
     def at(self) -> Site:
         """Where it is added."""

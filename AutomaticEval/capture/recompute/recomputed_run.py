@@ -19,7 +19,7 @@ from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.settings import MODEL, SAMPLED, RunSettings
 from AutomaticEval.store.local_paths import read_local_paths
-from AutomaticEval.store.reader import open_run
+from AutomaticEval.store.reader import as_run
 from AutomaticEval.store.run import Run
 
 FINGERPRINTS = (MODEL, SAMPLED)
@@ -91,7 +91,7 @@ def recompute(
     """
     if n < 1:
         raise SelectionError(f"{n} samples were asked for; recompute 1 at least.")
-    run = run if isinstance(run, Run) else open_run(run)
+    run = as_run(run)
     loaded = model_of(run, model, tokenizer=tokenizer, options=options)
     seed = secrets.randbits(31) if seed is None else seed
     numbers = sorted(random.Random(seed).sample(range(len(run)), min(n, len(run))))

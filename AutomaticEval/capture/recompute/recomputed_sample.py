@@ -89,7 +89,8 @@ class Compared:
     """What rounding does not explain, a line for each."""
 
     def __str__(self) -> str:
-        return f"sample {self.number}{self.name}: {self._verdict}"
+        question = f" ({self.name})" if self.name else ""
+        return f"sample {self.number}{question}: {self._verdict}"
 
     @property
     def _verdict(self) -> str:
@@ -364,12 +365,13 @@ def _generation_kwargs(folder: Path, task: str | None) -> Mapping[str, Any] | No
 
 
 def _name(sample: Mapping[str, Any]) -> str:
-    """The question of a sample, as ` (mmlu_anatomy document 3, choice 1)`; "" for a single prompt."""
+    """The question of a sample, as `mmlu_anatomy document 3, choice 1`; "" for a single prompt."""
     if not sample.get("task"):
         return ""
     document = f"{sample['task']} document {sample.get('doc_id')}"
-    more = [f"{name} {sample[name]}" for name in ("choice", "repeat", "window") if sample.get(name)]
-    return f" ({', '.join([document, *more])})"
+    more = [f"{name} {sample[name]}" for name in ("repeat", "window") if sample.get(name)]
+    choice = [] if sample.get("choice") is None else [f"choice {sample['choice']}"]
+    return ", ".join([document, *choice, *more])
 
 
 def _short(dtype: torch.dtype) -> str:

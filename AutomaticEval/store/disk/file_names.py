@@ -55,6 +55,8 @@ def hdf5_path(path: str | Path) -> Path:
     Raises StoreError for the name of another format.
     """
     given = Path(path).expanduser()
+    if not given.name:
+        raise StoreError(f"{str(path)!r} names no file; write the name of one, such as france.h5.")
     if given.suffix.lower() not in PICKLE_SUFFIXES:
         refuse_other_format(given)
         return given

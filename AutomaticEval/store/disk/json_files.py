@@ -17,11 +17,17 @@ Stats = dict[tuple[int, int], dict[str, float]]
 """(layer, head) -> a dict of R_h, std, min, max and n: how strong the head is."""
 
 
-def new_results(folder: Path, *names: str) -> list[Path]:
-    """The paths of result files, checked before the work that will fill them. Raises PathExists, FolderNotWritable."""
+def new_results(folder: Path, *names: str, kept: Path | None = None) -> list[Path]:
+    """The paths of result files, checked before the work that will fill them. Raises PathExists, FolderNotWritable.
+
+    kept: where the parts that results are made of stay, for the message.
+    """
     prepare_folder(folder)
+    offer = ", or another folder (-o/--output)"
+    if kept is not None and kept.exists():
+        offer += f". To add to them, move {', '.join(names)} away and give the command again: what it needs of {kept} is not computed again"
     for name in names:
-        prepare_file(folder / name, offer=", or another folder (-o/--output)")
+        prepare_file(folder / name, offer=offer)
     return [folder / name for name in names]
 
 

@@ -37,8 +37,10 @@ class RowBatches:
 
     def __post_init__(self) -> None:
         """Raises StoreError for a batch or a buffer of less than one row, a step below 0, and an unknown device."""
-        if self.batch_size < 1:
-            raise StoreError(f"batches of {self.batch_size} rows were asked for; at least 1 is needed.")
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise StoreError(
+                f"batches of {self.batch_size!r} rows were asked for; it must be a whole number, at least 1."
+            )
         if self.step < 0:
             raise StoreError(f"start is {self.step}; it is the number of batches that were given before, 0 or more.")
         BlockOrder(0, self.buffer_rows, None)

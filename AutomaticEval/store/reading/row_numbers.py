@@ -47,8 +47,9 @@ def _only(positions: Positions, number: int, n_prompt: int, n_response: int) -> 
     wanted = positions.resolve(n_prompt, n_response)
     if not wanted:
         raise StoreError(
-            f"sample {number} has no position {positions}: the last token of a response is never fed. Leave such "
-            'samples out with where, or ask for one that each has: "prompt[-1]".'
+            f"sample {number} has no position {positions}: its prompt has {n_prompt} tokens, and {n_response - 1 if n_response else 0} of its "
+            f"{n_response} response tokens were fed (the last one never is). Leave such samples out with where, or ask for a position that each "
+            'has: "prompt[-1]".'
         )
     if len(wanted) != 1:
         raise StoreError(f'{positions} are {len(wanted)} positions of sample {number}; ask for one: "prompt[-1]".')

@@ -22,8 +22,9 @@ from AutomaticEval.store.hdf5.extents import naming
 from AutomaticEval.store.hdf5.open import OneSite, OpenedFile
 from AutomaticEval.store.hdf5.read import FileColumns, Shard
 from AutomaticEval.store.hdf5.room import EXPANSION
+from AutomaticEval.store.local_paths import ASKED
 from AutomaticEval.store.reading.sharded_rows import ShardedRows
-from AutomaticEval.store.run_folder import INDEX, not_replaced, shard_names
+from AutomaticEval.store.run_folder import INDEX, not_replaced, shard_names, way_on
 from AutomaticEval.store.shard_columns import ShardColumns, order_of
 
 Open = Callable[..., Shard]
@@ -118,6 +119,10 @@ def _shards_there(folder: Path, index: Shard | None, opened: Open) -> tuple[Shar
         with index.reading() as file:
             names = decode_texts(file["shards/name"])
     if not names:
+        if (folder / ASKED).exists():
+            raise NotActivations(
+                f"{folder} is a run that has no samples yet, or was cut before any were written.{way_on(folder)}"
+            )
         raise NotActivations(f"{folder} is not a run: it holds neither {INDEX} nor shard-*.h5.")
     _check_there(folder, names)
     run_id = (index or opened(folder / names[0])).made_with.run_id
