@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from AutomaticEval.analysis.numbers.ranks import ByGroup, rank_correlation
 from AutomaticEval.analysis.numbers.skewed_t import LEVEL, Array
 from AutomaticEval.analysis.parts.before_after import greedy_answers
 from AutomaticEval.analysis.result import Result
-from AutomaticEval.errors import SelectionError
+from AutomaticEval.errors import SelectionError, warn
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.report.figures import comparison_panels
@@ -46,10 +45,8 @@ class ActivationComparator:
         _check_same_inputs("n, the number of tokens,", before.n_tokens, after.n_tokens)
         _check_same_inputs("the fingerprint of the texts", before.inputs, after.inputs)
         if before.n_tokens is not None and after.n_tokens is not None and None in (before.inputs, after.inputs):
-            warnings.warn(
-                "a file does not say of which texts it is: that both are of the same is not checked, but for the number of tokens.",
-                UserWarning,
-                stacklevel=2,
+            warn(
+                "a file does not say of which texts it is: that both are of the same is not checked, but for the number of tokens."
             )
         if self.pre.keys() != self.fine.keys():
             apart = sorted(self.pre.keys() ^ self.fine.keys())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 from AutomaticEval.analysis.numbers.estimate import mean_interval
 from AutomaticEval.analysis.steering.direction import Direction
 from AutomaticEval.analysis.words.metrics import TextMetric
-from AutomaticEval.errors import EditError, SelectionError
+from AutomaticEval.errors import EditError, SelectionError, warn
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.editing import editing
 from AutomaticEval.selection import Positions
@@ -79,11 +78,7 @@ class Steering:
                 if own
                 else ""
             )
-            warnings.warn(
-                f"the direction was made with {' and '.join(names)}, and is added to {self.loaded.name}{same}.",
-                UserWarning,
-                stacklevel=3,
-            )
+            warn(f"the direction was made with {' and '.join(names)}, and is added to {self.loaded.name}{same}.")
 
 
 def _models(direction: Direction) -> list[tuple[str, str | None]]:
