@@ -96,7 +96,9 @@ def _by_head(named: Mapping[str, float]) -> PerHead:
 
 
 def _answers(result: ResultJson, path: Path) -> None:
-    title = f"{Path(result['settings']['model']).name}, {len(result['samples'])} prompts"
+    settings = result["settings"]
+    what = [str(settings[name]) for name in ("mode", "site", "heads", "places") if settings.get(name)]
+    title = f"{Path(settings['model']).name}: {' '.join(what)}, {len(result['samples'])} prompts"
     if "methods" in result:
         title += f"; p corrected for {result['methods']['comparisons']} metrics"
     before_and_after(result["summary"], result["units"], title, path)
