@@ -21,6 +21,7 @@ from AutomaticEval.analysis.heads.patch import recovered
 from AutomaticEval.analysis.heads.sweep import sweep_of_answers
 from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
 from AutomaticEval.analysis.heads.sweep_results import sweep_pairs, sweep_prompts
+from AutomaticEval.analysis.numbers import signs
 from AutomaticEval.analysis.parts import later_blocks as rest
 from AutomaticEval.analysis.words.pairs import Pair, told_apart
 from AutomaticEval.analysis.words.profiles import load_profile
@@ -233,6 +234,20 @@ def test_from_the_command_line_and_cut_short(demo: LoadedModel, tmp_path: Path) 
     assert (other.returncode, other.stderr.splitlines()[-1].startswith("OtherSettings")) == (2, True)
     assert command("--emotion", "joy", "--output", "no", cwd=tmp_path).returncode == 2
     assert not (tmp_path / "no").exists()
+
+
+def test_the_seed_draws_the_signs_of_the_p_values(
+    tiny_llama: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signs, "N_DRAWN", 5)  # of 8 patterns
+
+    def p_values(seed: int) -> list[float]:
+        found = sweep_pairs(tiny_llama, OF_EQUAL_LENGTH, SweepFolder(tmp_path / "sweep", {}), seed=seed).as_json()
+        one = recovered(tiny_llama, OF_EQUAL_LENGTH, {0: [0]}, seed=seed).as_json()["summary"]
+        return [each["denoising"]["p"] for each in (*found["places"], one)]
+
+    assert p_values(1) == p_values(1)
+    assert len({tuple(p_values(seed)) for seed in range(6)}) > 1
 
 
 def test_what_is_refused_does_not_block_what_is_right(demo: LoadedModel, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def patch(
         },
     ).as_dict()
     if profile is None:
-        result = replace(recovered(loaded, asked, places, positions, site), settings=settings)
+        result = replace(recovered(loaded, asked, places, positions, site, seed=prompts.seed), settings=settings)
         rows = [(name, number(each)) for name, each in result.measured["summary"].items()]
         finish(file, result, Table("Logit difference recovered", ("", "Part (95 % interval)"), rows))
         return

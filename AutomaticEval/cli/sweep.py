@@ -82,7 +82,7 @@ def _over_pairs(prompts: Prompts, model: str, load: LoadOptions, pairs: Path, si
     tell_of_few(len(asked), "pairs")
     loaded = load_model(model, options=load)
     settings = _settings(loaded, site) | {"pairs": [vars(pair) for pair in asked]}
-    result = sweep_pairs(loaded, asked, SweepFolder(folder, settings), site=site)
+    result = sweep_pairs(loaded, asked, SweepFolder(folder, settings), site=site, seed=prompts.seed)
     read = {"pairs": TextsRead.of(settings["pairs"], pairs)}
     return replace(result, settings=_told(loaded, read, prompts, settings))
 
@@ -111,7 +111,13 @@ def _over_prompts(
         "prompts": asked,
     }
     place = SweepFolder(folder, settings)
-    result = sweep_prompts(loaded, asked, place, site=site, neutral=neutral, max_new_tokens=max_new_tokens)
+    asked_as: dict[str, Any] = {
+        "site": site,
+        "neutral": neutral,
+        "max_new_tokens": max_new_tokens,
+        "seed": prompts.seed,
+    }
+    result = sweep_prompts(loaded, asked, place, **asked_as)
     name = public_name(str(chosen.profile))
     read = {"prompts": TextsRead.of(asked, f"{name}, {chosen.category}")}
     if neutral is not None:

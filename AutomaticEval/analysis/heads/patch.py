@@ -130,9 +130,15 @@ class Patching:
 
 
 def recovered(
-    loaded: LoadedModel, pairs: Sequence[Pair], places: Places, positions: str = "all", site: str = "z"
+    loaded: LoadedModel,
+    pairs: Sequence[Pair],
+    places: Places,
+    positions: str = "all",
+    site: str = "z",
+    *,
+    seed: int = 42,
 ) -> Result:
-    """How much of the difference of logits (answer - wrong, after the prompt) comes with the patched values.
+    """How much of the difference of logits (answer - wrong, after the prompt) comes with the patched values. seed: of the p values.
 
     denoising puts clean values into the corrupted run: (patched - corrupted) / (clean - corrupted). noising puts corrupted values into the
     clean run: (clean - patched) / (clean - corrupted). 0 is none of the difference, 1 is all of it.
@@ -162,7 +168,7 @@ def recovered(
         samples.append({**vars(pair), **numbers, **parts})
     for sample, is_left_out in zip(samples, ratios.too_small(wholes).tolist(), strict=True):
         sample["left_out"] = is_left_out
-    summary = {name: ratios.part_of(each, wholes) for name, each in moved.items()}
+    summary = {name: ratios.part_of(each, wholes, seed=seed) for name, each in moved.items()}
     measured = {"samples": samples, "summary": summary}
     return Result("pairs", measured, methods=methods(p=ratios.P_METHOD, part=ratios.METHOD))
 

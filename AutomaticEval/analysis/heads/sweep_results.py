@@ -34,10 +34,11 @@ def sweep_prompts(
     site: str = "z",
     neutral: Sequence[str] | None = None,
     max_new_tokens: int = 15,
+    seed: int = 42,
 ) -> Result:
     """How much less likely a model's own greedy answers become without each head, or each position of another site.
 
-    neutral: texts over whose tokens the mean stands in for what is taken out. None puts zeros there.
+    neutral: texts over whose tokens the mean stands in for what is taken out. None puts zeros there. seed: of the p values.
     Measured are samples (prompt, answer, and the answer's log-likelihood with nothing taken out, in nats; prompts without an answer are left
     out), places (layer, head or position, and change: an Effect, of the log-likelihood without minus with) and units.
     Raises OtherSettings for a folder of another sweep, PromptError when no answer has a token.
@@ -60,14 +61,16 @@ def sweep_prompts(
     changes = _by_place(without - baseline)
     measured = {
         "samples": samples,
-        "places": _places({"change": effects(changes)}, without.shape[1], site),
+        "places": _places({"change": effects(changes, seed=seed)}, without.shape[1], site),
         "units": {"change": "change of log-likelihood, nats"},
     }
     return Result("sweep", measured, folder.settings, methods(changes.shape[1], p=signs.METHOD))
 
 
-def sweep_pairs(loaded: LoadedModel, pairs: Sequence[Pair], folder: SweepFolder, *, site: str = "z") -> Result:
-    """How much of the difference of logits of clean and corrupted prompts comes with each head, or each position of another site.
+def sweep_pairs(
+    loaded: LoadedModel, pairs: Sequence[Pair], folder: SweepFolder, *, site: str = "z", seed: int = 42
+) -> Result:
+    """How much of the difference of logits of clean and corrupted prompts comes with each head, or each position of another site. seed: of the p values.
 
     Measured are samples (each pair's prompts, its clean and corrupted difference, in logits, and whether it is left out), places (layer, head
     or position, and denoising and noising as `recovered` defines them, a Part each) and units. What each pair gave in each place stays in the
@@ -90,7 +93,7 @@ def sweep_pairs(loaded: LoadedModel, pairs: Sequence[Pair], folder: SweepFolder,
     clean, noised = patched("noising", into=0, source=1)
     whole = (clean - corrupted).numpy()
     moved = {name: _by_place(each) for name, each in (("denoising", denoised - corrupted), ("noising", clean - noised))}
-    parts = {name: ratios.parts_of(each, whole) for name, each in moved.items()}
+    parts = {name: ratios.parts_of(each, whole, seed=seed) for name, each in moved.items()}
     columns = zip(pairs, clean.tolist(), corrupted.tolist(), ratios.too_small(whole).tolist(), strict=True)
     samples = [
         {"prompts": vars(pair), "clean": of_clean, "corrupted": of_corrupted, "left_out": is_left_out}
