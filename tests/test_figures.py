@@ -34,7 +34,7 @@ def test_an_old_file_whose_interval_rounding_put_beside_its_mean_is_drawn(tmp_pa
     assert ends_of(beside) == (0.7, 0.7000000000000001)
 
 
-def test_an_interval_without_length_is_a_point_and_the_widest_is_drawn() -> None:
+def test_an_interval_without_length_is_a_point_none_is_nothing_and_the_widest_is_drawn() -> None:
     axes = Figure().add_subplot()
     for place, estimate in enumerate(
         (
@@ -45,7 +45,7 @@ def test_an_interval_without_length_is_a_point_and_the_widest_is_drawn() -> None
         )
     ):
         whisker(axes, place, estimate)
-    assert [list(line.get_xdata()) for line in axes.lines] == [[1.0], [1.0], [0.5, 1.5], [0.0, 3.0]]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1.0], [0.5, 1.5], [0.0, 3.0]]
 
 
 def test_an_extreme_cell_does_not_set_the_colours() -> None:

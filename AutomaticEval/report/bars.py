@@ -13,6 +13,8 @@ from AutomaticEval.report.labels import label, save
 SIGNIFICANT = 0.05
 """What has a smaller p value gets a star."""
 COLOURS = {"before": "#4c72b0", "after": "#dd8452", "change": "#55a868"}
+LEAST_LINES = 3
+"""A figure of fewer bars leaves room for so many, so that no bar fills it."""
 SIGNS = ("#c44e52", "#4c72b0")
 """The colours of numbers above and below zero, the same as in the heatmaps."""
 
@@ -29,11 +31,11 @@ def before_and_after(summary: Mapping[str, Any], units: Mapping[str, str], title
         for place, (when, estimate) in enumerate(each.items()):
             mean = estimate["mean"]
             axes.bar(place, mean, color=COLOURS[when], width=0.7)
-            low, high = ends_of(estimate)
-            if low == high:
+            ends = ends_of(estimate)
+            if ends is not None and ends[0] == ends[1]:
                 axes.plot(place, mean, "o", color="0.2", markersize=3)
-            else:
-                axes.errorbar(place, mean, [[mean - low], [high - mean]], color="0.2", capsize=4)
+            elif ends is not None:
+                axes.errorbar(place, mean, [[mean - ends[0]], [ends[1] - mean]], color="0.2", capsize=4)
         axes.axhline(0, color="0.4", linewidth=0.8)
         axes.set_xticks(range(len(each)), [_tick(when, estimate) for when, estimate in each.items()])
         axes.set(title=label(name), ylabel=label(units.get(name, name)))
@@ -62,26 +64,33 @@ def top_heads(panels: Sequence[tuple[str, str, Mapping[str, Any]]], path: str | 
             whisker(axes, place, estimate)
         axes.axvline(0, color="0.4", linewidth=0.8)
         axes.set_yticks(range(len(chosen)), [label(name) for name, _ in chosen])
-        is_together = any(estimate.get("simultaneous") for estimate in changes.values())
-        note = f"\nlines: 95 % for all {len(changes)} together" if is_together else ""
-        axes.set(title=label(title), xlabel=label(unit) + note)
+        axes.set_ylim(-0.8, max(n, LEAST_LINES) - 0.2)
+        axes.set(title=label(title), xlabel=label(unit) + _about_lines(changes))
     save(figure, path, 150)
 
 
+def _about_lines(changes: Mapping[str, Any]) -> str:
+    """A line that says what intervals are drawn, or that there are none."""
+    if any(estimate.get("simultaneous") for estimate in changes.values()):
+        return f"\nlines: 95 % for all {len(changes)} together"
+    if changes and all(estimate["interval"] is None and "reason" in estimate for estimate in changes.values()):
+        return "\nno lines: too few values for an interval"
+    return ""
+
+
 def whisker(axes: Any, place: float, estimate: Mapping[str, Any]) -> None:
-    """Draw an estimate's interval as a horizontal line, or as a point where it has no length."""
-    low, high = ends_of(estimate)
-    if low == high:
+    """Draw an estimate's interval as a horizontal line, or as a point where it has no length. Nothing where there is none."""
+    ends = ends_of(estimate)
+    if ends is not None and ends[0] == ends[1]:
         axes.plot(estimate["mean"], place, "o", color="0.2", markersize=3)
-    else:
-        axes.plot([low, high], [place, place], color="0.2", linewidth=1)
+    elif ends is not None:
+        axes.plot(ends, [place, place], color="0.2", linewidth=1)
 
 
-def ends_of(estimate: Mapping[str, Any]) -> tuple[float, float]:
-    """The interval that is drawn: the simultaneous one where there is one; the mean alone where there is none. It contains the mean.
+def ends_of(estimate: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The interval that is drawn: the simultaneous one where there is one; None where there is none. It contains the mean.
 
     Files of the first versions may hold an interval that rounding put beside its mean.
     """
-    mean = estimate["mean"]
-    low, high = estimate.get("simultaneous") or estimate["interval"] or (mean, mean)
-    return min(low, mean), max(high, mean)
+    mean, interval = estimate["mean"], estimate.get("simultaneous") or estimate["interval"]
+    return None if interval is None else (min(interval[0], mean), max(interval[1], mean))

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from AutomaticEval.report.bars import SIGNIFICANT, SIGNS, whisker
+from AutomaticEval.report.bars import LEAST_LINES, SIGNIFICANT, SIGNS, whisker
 from AutomaticEval.report.labels import label, save
 from AutomaticEval.sites import kind_and_layer
 
@@ -34,7 +34,6 @@ def _scores(axes: Any, tasks: Sequence[Mapping[str, Any]]) -> None:
         mean = each["difference"]["mean"]
         axes.barh(place, mean, color=SIGNS[mean < 0])
         whisker(axes, place, each["difference"])
-        axes.plot(mean, place, "o", color="0.2", markersize=3)
     axes.axvline(0, color="0.4", linewidth=0.8)
     significant = [(each.get("p_corrected") or 1.0) < SIGNIFICANT for each in tasks]
     names = [
@@ -42,6 +41,7 @@ def _scores(axes: Any, tasks: Sequence[Mapping[str, Any]]) -> None:
         for each, is_so in zip(tasks, significant, strict=True)
     ]
     axes.set_yticks(range(len(tasks)), [label(name) for name in names])
+    axes.set_ylim(-0.8, max(len(tasks), LEAST_LINES) - 0.2)
     note = f"\n*: p < {SIGNIFICANT}, corrected for all lines" if any(significant) else ""
     axes.set(title="Change of the score", xlabel=f"score, after - before{note}")
 
