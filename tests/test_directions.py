@@ -263,3 +263,42 @@ def test_what_cannot_be_a_direction_is_told() -> None:
     direction = Direction(given, "layer_2")
     given.zero_()
     assert direction.vector.any()
+
+
+def test_a_site_is_there_once_and_its_layer_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    one, other = Direction(VECTOR, "resid_post.1"), Direction(2 * VECTOR, "layer_1")
+    with pytest.raises(SelectionError, match="two directions at layer_1"):
+        save_directions(tmp_path / "two.safetensors", [one, other])
+    save_file({"layer_1": VECTOR, "resid_post.1": 2 * VECTOR}, tmp_path / "theirs.safetensors")
+    with pytest.raises(SelectionError, match="two directions at layer_1"):
+        load_directions(tmp_path / "theirs.safetensors")
+    one.save(tmp_path / "one.safetensors")
+    with pytest.raises(SelectionError, match="names its layer, and layer 2 was asked for"):
+        load_directions(tmp_path / "one.safetensors", site="resid_post.1", layers=[2])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"PK\x03\x04 no zip",
+        b"\x93NUMPY\x01\x00\x76\x00" + b"((((".ljust(117) + b"\n",
+        b"\x93NUMPY\x01\x00\x76\x00"
+        + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }".ljust(117)
+        + b"\n",
+    ],
+)
+def test_a_numpy_file_of_anyone_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "v.npy").write_bytes(content)
+    with pytest.raises(UnreadableFile, match="holds no array of numbers"):
+        load_direction(tmp_path / "v.npy", site="resid_post", layer=1)
+
+
+@pytest.mark.parametrize(
+    "values", [np.array(["1", "2"]), np.array(["2020-01-01"], "datetime64[D]"), np.array([1 + 2j])]
+)
+def test_a_vector_of_other_things_is_refused(tmp_path: Path, values: Any) -> None:
+    np.save(tmp_path / "v.npy", values)
+    with pytest.raises(UnreadableFile, match="a direction is a vector of real numbers"):
+        load_direction(tmp_path / "v.npy", site="resid_post", layer=1)
+    with pytest.raises(EditError):
+        Direction(torch.tensor([1 + 2j, 3]), "resid_post.1")

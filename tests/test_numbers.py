@@ -16,6 +16,7 @@ from AutomaticEval.analysis.numbers.ratios import part_of, parts_of, too_small
 from AutomaticEval.analysis.numbers.signs import least_p, p_values
 from AutomaticEval.analysis.numbers.text_groups import N_GROUPS, TextGroups
 from AutomaticEval.analysis.result import Estimate
+from AutomaticEval.analysis.words.placebos import p_beside_placebos
 
 Array = np.ndarray
 SIX_PAIRS = [0.60, 1.47, 0.48, 1.38, 1.03, 0.009]
@@ -361,3 +362,27 @@ def test_groups_of_texts_do_not_depend_on_order_or_batches() -> None:
 
 def test_ratios_name_their_rule() -> None:
     assert "0.1 of the median" in ratios.METHOD
+
+
+@pytest.mark.parametrize("noise", [0.1, 1e-4, 1e-8])
+@pytest.mark.parametrize(("n_in", "n_out"), [(3, 3), (4, 4), (3, 5)])
+def test_groups_that_hardly_vary_have_no_smaller_p_than_there_can_be(n_in: int, n_out: int, noise: float) -> None:
+    """Cohen's d is up to 1e8 here; the mirror image of the labels is as large as the labels themselves."""
+    group = np.arange(n_in + n_out) < n_in
+    least = permutation.least_p(n_in, n_out, 2000)
+    for seed in range(3):
+        values = group[:, None] + noise * np.random.default_rng(seed).normal(size=(n_in + n_out, 1))
+        found = permutation.differences(values, group, seed=seed, rounding=0.0)
+        assert found.p[0] > least - 3 * np.sqrt(least / 2000)
+        groups = [values[group, 0], values[~group, 0]]
+        pooled = sum(((each - each.mean()) ** 2).sum() for each in groups) / (n_in + n_out - 2)
+        assert found.d[0] == pytest.approx((groups[0].mean() - groups[1].mean()) / np.sqrt(pooled), rel=1e-5)
+
+
+def test_what_is_no_number_counts_nowhere() -> None:
+    others = np.random.default_rng(0).normal(size=(99, 4))
+    p = p_beside_placebos([np.nan, 0.01, 0.2, 9.0], others)
+    assert np.isnan(p[0])
+    np.testing.assert_array_equal(p[1:], p_beside_placebos([0.01, 0.2, 9.0], others[:, 1:]))
+    found = part_of([1, 1, 1, 1, 50, 1, 1], [1, 1, np.nan, 1, 0.001, 1, np.inf])
+    assert (found.mean, found.n, found.n_left_out) == (1.0, 4, 3)

@@ -88,6 +88,8 @@ def test_what_is_no_run_of_ours_is_never_replaced(tmp_path: Path) -> None:
         (run / name).write_text("mine")
         refused(run, rf"holds {Path(name).parts[0]}, which is no part of a run")
         (run / name).unlink()
+        if (run / name).parent != run:
+            (run / name).parent.rmdir()
     (tmp_path / "other").mkdir()
     with h5py.File(tmp_path / "other" / "run.h5", "w") as file:
         file["mine"] = 1.0
@@ -119,3 +121,44 @@ def test_runs_that_are_not_finished_and_damaged_ones(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no output is named"):
         evaluate_with_activations("no-such-model", "demo", overwrite=True)
     assert issubclass(PathExists, AutomaticEvalError)
+
+
+def read_then_broken() -> Any:
+    raise RuntimeError("the disk of the texts is gone")
+    yield
+
+
+@pytest.mark.parametrize("texts", [[], "no_such.jsonl", "no_field.jsonl", [3, 4], read_then_broken()])
+def test_a_run_is_not_deleted_for_texts_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no_field.jsonl").write_text('{"other": "x"}\n')
+    features(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises((AutomaticEvalError, RuntimeError)):
+        FromHuggingFace("demo", 1, texts, save_features=tmp_path / "run", overwrite=True).extract_features()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mine/results_of_my_probe.json",
+        "mine/samples_kept.jsonl",
+        "results_of_my_probe.json",
+        "summary.md",
+        "head_strength.json",
+        "empty/",
+    ],
+)
+def test_ones_own_files_in_a_run_folder_are_kept(tmp_path: Path, name: str) -> None:
+    evaluation(tmp_path / "run", n=1)
+    own = tmp_path / "run" / name
+    (own if name.endswith("/") else own.parent).mkdir(exist_ok=True)
+    if not name.endswith("/"):
+        own.write_text("{}")
+    with pytest.raises(PathExists, match="which is no part of a run"):
+        evaluation(tmp_path / "run", n=1, overwrite=True)
+    assert own.exists()
+    assert len(open_run(tmp_path / "run")) == 4

@@ -133,12 +133,25 @@ def test_figures_hold_any_title(tmp_path: Path, kind: str, text: str) -> None:
         "of": text,
         "settings": {
             "model": text,
+            "mode": text,
+            "heads": text,
             "site": text,
             "places": text,
             "file": text,
             "directions": {text: {}},
         },
-        "benchmark": [{"scale": 1.0, "task": text, "metric": text, "value": 0.5, "stderr": 0.1, "n": 3}],
+        "benchmark": [
+            {
+                "scale": 1.0,
+                "task": text,
+                "metric": text,
+                "value": 0.5,
+                "stderr": 0.1,
+                "n": 3,
+                "before": 0.4,
+                "after": 0.5,
+            }
+        ],
         "texts": [{"scale": 1.0, "task": text, "metric": text, **mean}],
         "heads": [{"layer": 0, "head": 0, "R_h": 1.0}],
         **{name: {"0:0": 1.0} for name in ("pre_tuned", "fine_tuned", "differences")},

@@ -310,3 +310,48 @@ def test_figures_hold_any_number_of_scales_and_tasks(tmp_path: Path, scales: lis
     width, height = (int.from_bytes(header[at : at + 4], "big") for at in (16, 20))
     assert width < 3000
     assert height < 2000
+
+
+def test_a_folder_of_other_keywords_or_of_another_task_is_refused(tmp_path: Path) -> None:
+    """What is there was measured with the keywords and the documents of then; both are in the settings that a folder is compared by."""
+    Direction(VECTOR, "layer_2").save(tmp_path / "d.safetensors")
+    (tmp_path / "p.jsonl").write_text(
+        '{"category": "anger", "text": "Go away."}\n{"category": "neutral", "text": "The bus."}\n'
+    )
+    (tmp_path / "docs.jsonl").write_text('{"q": "What is red?", "a": ["red", "blue"]}\n')
+    (tmp_path / "own.yaml").write_text(
+        f"task: own\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/docs.jsonl\ntest_split: test\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{q}}"\ndoc_to_target: 0\ndoc_to_choice: "{{a}}"\nmetric_list:\n  - metric: acc\n'
+    )
+
+    def asked(keyword: str, scale: str, *more: str) -> Any:
+        profile = (
+            'prompts = "p.jsonl"\nneutral = "neutral"\nmodels = ["demo"]\n[keywords]\nanger = ["' + keyword + '"]\n'
+        )
+        (tmp_path / "own.toml").write_text(profile)
+        (tmp_path / "results" / "steer.json").unlink(missing_ok=True)
+        (tmp_path / "results" / "steering.png").unlink(missing_ok=True)
+        given = (
+            "--direction",
+            "d.safetensors",
+            "--profile",
+            "own.toml",
+            "--category",
+            "anger",
+            "--max_new_tokens",
+            "2",
+        )
+        return within(
+            "steer", *given, "--benchmark", "own", "--include_path", ".", "--scale", scale, *more, cwd=tmp_path
+        )
+
+    done = asked("away", "0")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "results" / "steer.json").read_text())
+    assert written["settings"]["profile"] == "own.toml"
+    for change in (
+        lambda: "flag",
+        lambda: (tmp_path / "docs.jsonl").write_text('{"q": "What is blue?", "a": ["red", "blue"]}\n') and "away",
+    ):
+        refused = asked(change(), "0,1")
+        assert (refused.returncode, "OtherSettings" in refused.stderr) == (2, True), refused.stdout

@@ -105,7 +105,10 @@ class _ChosenByDraws:
         at = self.n_steps % BLOCK
         if at == 0:
             drawn = torch.from_numpy(np.stack([source.random(BLOCK) for source in self._sources]))
-            self._block = drawn.to(scores.device, exact)
+            below_1 = (
+                1 - torch.finfo(exact).eps / 2
+            )  # to which float32 could round a draw up, past the last token that has a probability
+            self._block = drawn.to(scores.device, exact).clamp(max=below_1)
         self.n_steps += 1
         cumulated = scores.to(exact).softmax(-1).cumsum(-1)
         whole = cumulated[:, -1:]

@@ -35,6 +35,8 @@ class Measuring:
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on, the scale aside."""
+        from AutomaticEval.evaluation.benchmark import fingerprint_of
+
         loaded, texts = self.steering.loaded, json.dumps(self.prompts)
         of_prompts = {
             "prompts": f"{len(self.prompts)}, sha256 {hashlib.sha256(texts.encode()).hexdigest()[:16]}",
@@ -48,6 +50,7 @@ class Measuring:
             "directions": {each.at.key: each.digest for each in self.steering.directions},
             "positions": str(self.steering.positions),
             "benchmark": None if self.asked is None else self.asked.as_dict(),
+            "questions": None if self.asked is None or self.tasks is None else fingerprint_of(self.tasks, self.asked),
             **(of_prompts if self.prompts else {}),
         }
 

@@ -20,6 +20,7 @@ from AutomaticEval.cli.printing import say
 from AutomaticEval.errors import PromptError, SelectionError
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.public_names import public_name
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
@@ -119,11 +120,12 @@ def steer(
     measuring = Measuring(steering, metrics, questions, sampling, batch_size, asked, tasks)
     for each in directions:
         say(f"Direction:   {each.told}")
-    folder = SweepFolder(output / "steer", measuring.settings() | {"sentiment": sentiment})
+    folder = SweepFolder(output / "steer", measuring.settings() | {"sentiment": sentiment, "keywords": words})
     folder.check_settings()
     parts = _measured(folder, scales, measuring)
-    named = {"file": direction.name, "profile": prompts.profile, "emotion": prompts.category, "scales": scales}
-    read = {"prompts": TextsRead.of(questions, texts or f"{prompts.profile}, {prompts.category}")} if questions else {}
+    profile_name = prompts.profile and public_name(prompts.profile)
+    named = {"file": direction.name, "profile": profile_name, "emotion": prompts.category, "scales": scales}
+    read = {"prompts": TextsRead.of(questions, texts or f"{profile_name}, {prompts.category}")} if questions else {}
     of_directions = {each.at.key: each.about() for each in directions}
     told = {**folder.settings, **named, "directions": of_directions, "num_trials": prompts.num_trials}
     about = AnalysisSettings.of(steering.loaded, read, batch_size=batch_size, seed=prompts.seed, options=told)

@@ -104,7 +104,7 @@ def _over_prompts(
     neutral = profile.category(profile.neutral) if mode == "mean" else None
     loaded = load_model(model, options=load)
     settings = _settings(loaded, site) | {
-        "profile": chosen.profile,
+        "profile": public_name(str(chosen.profile)),
         "emotion": chosen.category,
         "mode": mode,
         "max_tokens": max_new_tokens,

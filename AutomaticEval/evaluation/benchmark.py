@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,6 +241,17 @@ def _prune(item: Task | Group, drawn: Mapping[str, list[int]]) -> Task | Group |
         if _prune(child, drawn) is None:
             item.pop(child.name if isinstance(child, Group) else child.task_name)
     return item if len(item) else None
+
+
+def fingerprint_of(loaded: LoadedTasks, benchmark: Benchmark) -> str:
+    """A hash of how the tasks are made and of the documents that are asked, 16 hex digits: it changes when a task's YAML or its data do."""
+    told = hashlib.sha256()
+    for name, task in sorted(loaded.tasks.items()):
+        docs = task.eval_docs
+        asked = [docs[number] for number in asked_docs(len(docs), benchmark, loaded.drawn, name)]
+        text = json.dumps([name, task.dump_config(), asked], sort_keys=True, default=str)
+        told.update(re.sub(r" at 0x[0-9a-f]+", "", text).encode())  # where functions lie in this process's memory
+    return told.hexdigest()[:16]
 
 
 def asked_docs(n_docs: int, benchmark: Benchmark, drawn: Mapping[str, list[int]] | None, task: str) -> Sequence[int]:

@@ -43,15 +43,14 @@ def differences(
     # columns are scaled so that sums of squares are exact enough; a column that does not vary becomes 0
     scaled = np.where(varies, (table - table.mean(0)) / np.where(spread > 0, spread, 1.0), 0.0)
     is_number = np.isfinite(scaled).all(0)
-    d = np.where(is_number, _cohen(np.where(is_number, scaled, 0.0), labels[None])[0], np.nan)
+    d = np.where(is_number, _cohen(np.where(is_number, scaled, 0.0), labels), np.nan)
     source = np.random.default_rng(seed)
     # NaN would be the largest |d| of every permutation
     compared = scaled[:, is_number] if is_number.any() else np.zeros((len(table), 1))
-    largest = np.array(
-        [np.abs(_cohen(compared, source.permutation(labels)[None])).max() for _ in range(n_permutations)]
-    )
-    # a permutation can be the true labels, or their mirror image: 1e-9 keeps rounding from making its |d| the smaller one
-    n_as_large = (largest[:, None] >= np.abs(d) * (1 - 1e-9) - 1e-9).sum(0)
+    largest = np.array([_between(compared, source.permutation(labels)).max() for _ in range(n_permutations)])
+    own = _between(np.where(is_number, scaled, 0.0), labels)
+    # a permutation can be the true labels, or their mirror image: 1e-9 keeps rounding from making its share the smaller one
+    n_as_large = (largest[:, None] >= own * (1 - 1e-9) - 1e-12).sum(0)
     change = table[labels].mean(0) - table[~labels].mean(0)
     return Differences(change, d, np.where(np.isnan(d), np.nan, (1 + n_as_large) / (1 + n_permutations)))
 
@@ -62,18 +61,26 @@ def least_p(n_in: int, n_out: int, n_permutations: int) -> float:
     return max(of_divisions, 1 / (1 + n_permutations))
 
 
-def _cohen(values: Array, labels: Any) -> Array:
-    """Cohen's d for each labelling: [m, width].
+def _between(values: Array, labels: Any) -> Array:
+    """The share of each column's squares that the difference of the groups is: [width], 0 to 1. It grows with |d|, and nothing cancels in it.
 
-    values: [n, width], each column of mean 0. labels: [m, n], bool, with equally many True in every row.
+    values: [n, width], each column of mean 0. labels: [n], bool.
     """
-    is_in = labels.astype(np.float64)
-    n, n_in = len(values), int(labels[0].sum())
-    n_out = n - n_in
-    inside = is_in @ values  # [m, width]: sums over the group; those over the others are the negative, as all sum to 0
-    squares = (values**2).sum(0) - inside**2 / n_in - inside**2 / n_out
-    change = inside / n_in + inside / n_out
-    deviation = np.sqrt(np.maximum(squares, 0) / (n - 2))
+    n_in = int(labels.sum())
+    inside = (
+        labels.astype(np.float64) @ values
+    )  # sums over the group; those over the others are the negative, as all sum to 0
+    squares = (values**2).sum(0)
+    share: Array = inside**2 * (1 / n_in + 1 / (len(values) - n_in)) / np.where(squares > 0, squares, 1.0)
+    return share
+
+
+def _cohen(values: Array, labels: Any) -> Array:
+    """Cohen's d: [width]. values: [n, width]. labels: [n], bool."""
+    groups = [values[labels], values[~labels]]
+    change = groups[0].mean(0) - groups[1].mean(0)
+    squares = sum(((each - each.mean(0)) ** 2).sum(0) for each in groups)
+    deviation = np.sqrt(squares / (len(values) - 2))
     without_spread = np.where(np.abs(change) > 1e-9, np.copysign(np.inf, change), 0.0)
     d: Array = np.divide(change, deviation, out=without_spread, where=deviation > 1e-9)
     return d

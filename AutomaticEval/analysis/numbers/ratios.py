@@ -22,9 +22,10 @@ P_METHOD = f"of what was moved: {signs.METHOD}"
 
 
 def too_small(wholes: Any) -> Any:
-    """Whether each pair's difference is too small to carry meaning: 0, or below SMALL of the median size. wholes: [n]. Returns [n], bool."""
+    """Whether each pair's difference is too small to carry meaning, or no number: 0, or below SMALL of the median size. wholes: [n]. Returns [n], bool."""
     sizes = np.abs(np.asarray(wholes, np.float64))
-    return ~(sizes > 0) | (sizes < SMALL * (np.median(sizes) if len(sizes) else 0.0))
+    known = np.isfinite(sizes)
+    return ~known | ~(sizes > 0) | (sizes < SMALL * (np.median(sizes[known]) if known.any() else 0.0))
 
 
 def parts_of(moved: Any, wholes: Any, *, seed: int = 42) -> list[Part]:

@@ -108,6 +108,7 @@ class Direction:
 
 def save_directions(path: str | Path, directions: Sequence[Direction], *, overwrite: bool = False) -> None:
     """Write one direction, or one for each of several sites, into a file. Raises PathExists, StoreError."""
+    _refuse_twice(str(path), directions)
     names = [ALONE] if len(directions) == 1 else [each.at.key for each in directions]
     now = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "version": __version__}
     stored = {name: Stored(each.vector, each.about() | now) for name, each in zip(names, directions, strict=True)}
@@ -132,11 +133,16 @@ def load_directions(
 ) -> list[Direction]:
     """The directions in a file, or those of some layers; a vector of other code is taken in each of the layers. Raises as `load_direction`."""
     path = Path(path).expanduser()
+    if site is not None and layers and parse_site(site).layer not in (None, *layers):
+        raise SelectionError(
+            f"the site {site} names its layer, and layer {', '.join(map(str, layers))} was asked for, too; leave one of them out."
+        )
     stored = read_vectors(path)
     where = {name: _site_in_file(name, each) for name, each in stored.items()}
     if None in where.values():
         return _of_other_code(path, stored, site, layers)
     found = [_made(path, each, place, {}) for each, place in zip(stored.values(), where.values(), strict=True) if place]
+    _refuse_twice(str(path), found)
     if site is not None and {parse_site(site).kind} != {each.site for each in found}:
         raise SelectionError(
             f"{path} holds a direction of {_named(found)}, and the site {site} was asked for. Leave the site out, or save the vector for that site: "
@@ -150,6 +156,13 @@ def load_directions(
             "for that layer: dataclasses.replace(direction, layer=…).save(…)."
         )
     return [each for each in found if not wanted or each.layer in wanted]
+
+
+def _refuse_twice(path: str, directions: Sequence[Direction]) -> None:
+    """Raises SelectionError for two directions at one site: which of them is meant?"""
+    for number, each in enumerate(directions):
+        if each.at in [before.at for before in directions[:number]]:
+            raise SelectionError(f"{path}: there are two directions at {each.at.key}; a file holds one for each site.")
 
 
 def _site_in_file(name: str, stored: Stored) -> Site | None:
@@ -177,8 +190,6 @@ def _of_other_code(
     if place.layer is None and TABLE[place.kind].is_per_layer and not layers:
         raise SelectionError(f"{path} does not say in which layer its vector belongs; give its layer, such as 14.")
     places = [place] if not layers else [Site(place.kind, layer) for layer in layers]
-    if layers and place.layer is not None and list(layers) != [place.layer]:
-        raise SelectionError(f"the site {site} names its layer, and layers were given, too; leave one of them out.")
     return [_made(path, vector, each, {"file": path.name}) for each in places]
 
 
@@ -201,7 +212,10 @@ def _is_layer(layer: object) -> bool:
 def _checked(given: Any) -> Tensor:
     """[width], float32, a copy on the CPU. Raises EditError for what is no vector, for numbers that are not finite, and for zeros."""
     try:
-        vector = torch.as_tensor(given).detach().to("cpu", torch.float32).clone()
+        numbers_given = torch.as_tensor(given).detach()
+        if numbers_given.is_complex():
+            raise EditError("the numbers of the direction are complex; a model adds real ones.")
+        vector = numbers_given.to("cpu", torch.float32).clone()
     except (TypeError, ValueError, RuntimeError) as failure:
         raise EditError(f"a direction is a vector of numbers; found {type(given).__name__} ({failure}).") from None
     if vector.dim() != 1 or not len(vector):

@@ -73,10 +73,13 @@ def read_vectors(path: Path) -> dict[str, Stored]:
 
 def _of_numpy(path: Path) -> Tensor:
     try:
-        array = np.load(path, allow_pickle=False)
-        vector = torch.from_numpy(np.asarray(array, np.float32))
-    except (ValueError, TypeError, EOFError, OSError) as failure:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # which takes no memory for what a header claims
+        is_numbers = array.dtype.kind in "fiub"
+    except Exception as failure:  # numpy raises many kinds, of its parser and of zip files too
         raise UnreadableFile(f"{path} holds no array of numbers ({failure}).") from None
+    if not is_numbers:
+        raise UnreadableFile(f"{path} holds {array.dtype}; a direction is a vector of real numbers.")
+    vector = torch.from_numpy(np.array(array, np.float32))
     _refuse_other_shapes(path, {path.stem: list(vector.shape)})
     return vector.reshape(-1)
 

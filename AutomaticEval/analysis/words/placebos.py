@@ -38,7 +38,10 @@ def p_beside_placebos(values: Any, placebos: Sequence[Any] | NDArray[np.float64]
         return np.full(len(own), np.nan)
     spread = np.sqrt((np.vstack([own, others]) ** 2).mean(0))
     spread = np.where(spread > 0, spread, 1.0)
-    largest = (np.abs(others) / spread).max(1)
+    known = np.isfinite(own) & np.isfinite(others).all(0)
+    if not known.any():
+        return np.full(len(own), np.nan)
+    largest = (np.abs(others) / spread)[:, known].max(1)
     n_as_large = (largest[:, None] >= np.abs(own) / spread - 1e-9).sum(0)
-    p: NDArray[np.float64] = (1 + n_as_large) / (1 + len(others))
+    p: NDArray[np.float64] = np.where(known, (1 + n_as_large) / (1 + len(others)), np.nan)
     return p

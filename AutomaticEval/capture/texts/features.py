@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,23 @@ class FromHuggingFace:
         if self._is_used_up:
             raise PromptError("the texts were an iterator, which can be gone through once; give a list.")
         self._is_used_up = iter(self._texts) is self._texts
-        texts = islice(self._texts, self._most)
+        texts: Iterable[str | Text] = islice(self._texts, self._most)
         if self._folder is not None:
+            texts = self._begun(texts)
             goes_on = self._goes_on
             folder = self._folder if goes_on else new_run_folder(self._folder, self._overwrite)
             text_set = TextSet(self.name, texts)
             extract(self.loaded, text_set, self.selection, folder, self._feeding, Writing(resume=goes_on))
             return open_run(folder).rows(self.key, by_sample=True)
         return self._in_memory(texts)
+
+    def _begun(self, texts: Iterable[str | Text]) -> Iterable[str | Text]:
+        """The texts, the first of which was read: a run in the folder is not deleted for texts that are not there. Raises PromptError."""
+        rest = iter(texts)
+        first = [as_text(each) for each in islice(rest, 1)]
+        if not first:
+            raise PromptError(f"{self.name}: there were no texts.")
+        return chain(first, rest)
 
     def _in_memory(self, texts: Iterable[str | Text]) -> Tensor:
         forwards = PieceForwards(self.loaded, self.selection, self._feeding)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from AutomaticEval.errors import NotActivations, PathExists, StoreError, UnreadableFile
+from AutomaticEval.store.disk.json_files import read_json
 from AutomaticEval.store.disk.overwriting import VERSION, Overwrite, overwriting
 from AutomaticEval.store.disk.partial_folders import is_leftover
 from AutomaticEval.store.disk.whole_files import prepare_folder
@@ -21,10 +22,13 @@ from AutomaticEval.store.hdf5.open import OpenedFile
 from AutomaticEval.store.run_folder import DAMAGED, INDEX, LOCK, NO_PART, holds_nothing, is_finished, shard_names
 from AutomaticEval.store.writing.folder_lock import locked
 
-_BESIDE = {*NO_PART, INDEX, "head_strength.json", "extraction.json", "summary.md", "summary.html"}
+_BESIDE = {*NO_PART, INDEX}
 """Files of a run folder beside its shards."""
+_OF_EXTRACTION = {"extraction.json", "summary.md", "summary.html"}
+"""What an extraction writes beside its shards, all of it or nothing."""
 _NAMES = re.compile(rf"shard-[0-9]+\.h5({re.escape(DAMAGED)}(-[0-9]+)?)?|{re.escape(LOCK)}-[0-9]+")
-_OF_LM_EVAL = re.compile(r"results_.*\.json|samples_.*\.jsonl")
+_TIME = r"\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}\.\d+"
+_OF_LM_EVAL = re.compile(rf"results_{_TIME}\.json|samples_.*_{_TIME}\.jsonl")
 """lm-eval's own files, which are in a folder of the model's name, or beside the shards."""
 
 
@@ -88,10 +92,23 @@ def _others(folder: Path) -> Iterator[str]:
 
 def _is_of_run(path: Path) -> bool:
     if path.is_dir() and not path.is_symlink():
-        return is_leftover(path.name) or all(_OF_LM_EVAL.fullmatch(each.name) for each in path.iterdir())
+        names = [each.name for each in path.iterdir()]
+        return is_leftover(path.name) or (bool(names) and all(map(_OF_LM_EVAL.fullmatch, names)))
+    if path.name in _OF_EXTRACTION:
+        return all((path.parent / name).exists() for name in _OF_EXTRACTION)
+    if path.name == "head_strength.json":
+        return _is_strength(path)
     if not (path.name in _BESIDE or _NAMES.fullmatch(path.name) or _OF_LM_EVAL.fullmatch(path.name)):
         return False
     return _is_ours(path) if path.suffix == ".h5" else True
+
+
+def _is_strength(path: Path) -> bool:
+    """Whether a JSON file is what `heads strength` writes."""
+    try:
+        return read_json(path).get("kind") == "strength"
+    except StoreError:
+        return False
 
 
 def _is_ours(path: Path) -> bool:
