@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from AutomaticEval.analysis.probes.folds import folds
 from AutomaticEval.analysis.probes.linear import chosen_probe, difference_of_means, logistic
 from AutomaticEval.analysis.probes.measures import MEASURES, accuracy, auroc, brier, calibration_error, rejection_ratio
+from AutomaticEval.analysis.probes.out_of_fold import PERCENTILES, OutOfFold, best_of, measured, out_of_fold, resamples
 from AutomaticEval.errors import StoreError
 
 
@@ -124,3 +125,49 @@ def test_the_difference_of_means_is_that_difference() -> None:
     probabilities = 1 / (1 + np.exp(-probe.log_odds(rows)))
     assert probabilities.mean() == pytest.approx(labels.mean(), abs=0.01)
     assert logistic(rows, labels, 1e-2).log_odds(rows).shape == (600,)
+
+
+def of_one(rows: Any, labels: Any, groups: Any, n_folds: int = 5) -> tuple[OutOfFold, Any]:
+    repeats = list(folds(labels, groups, n_folds, 1, 0))
+    return out_of_fold(lambda _: rows, labels, repeats), repeats
+
+
+def test_shuffled_labels_are_at_chance_and_a_planted_direction_is_found() -> None:
+    rows, labels, groups = planted(n=400)
+    weights = resamples(groups, 0, 300)
+    found, repeats = of_one(rows, labels, groups)
+    value = measured(found, labels, repeats, weights)["auroc"]
+    low, high = np.nanpercentile(value[1:], PERCENTILES)
+    assert low < 0.78 < high  # of the planted column itself: two normals, one of which the label adds
+    shuffled = np.random.default_rng(0).permutation(labels)
+    found, repeats = of_one(rows, shuffled, groups)
+    low, high = np.nanpercentile(measured(found, shuffled, repeats, weights)["auroc"][1:], PERCENTILES)
+    assert low < 0.5 < high
+
+
+def test_no_question_chooses_the_place_that_it_is_judged_at() -> None:
+    """Among 40 places of noise the best one on all questions looks far better than chance."""
+    source = np.random.default_rng(3)
+    labels, groups = source.integers(0, 2, 120), np.arange(120)
+    repeats = list(folds(labels, groups, 5, 1, 0))
+    places = [
+        out_of_fold(lambda _, rows=source.normal(size=(120, 5)).astype(np.float32): rows, labels, repeats)
+        for _ in range(40)
+    ]  # type: ignore[misc]
+    weights = resamples(groups, 0, 300)
+    most = max(measured(each, labels, repeats, weights)["auroc"][0] for each in places)
+    best, numbers = best_of(places, repeats)
+    value = measured(best, labels, repeats, weights)["auroc"]
+    low, high = np.nanpercentile(value[1:], PERCENTILES)
+    assert most > 0.62
+    assert low < 0.5 < high
+    assert numbers.shape == (1, 5)
+
+
+def test_groups_are_drawn_whole() -> None:
+    groups = np.array([4, 4, 9, 9, 9, 1])
+    weights = resamples(groups, 1, 50)
+    assert (weights[0] == 1).all()
+    for group in (4, 9, 1):
+        assert (weights[:, groups == group] == weights[:, groups == group][:, :1]).all()
+    assert set((weights[1:, 0] + weights[1:, 2] + weights[1:, 5]).tolist()) == {3}
