@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from AutomaticEval.analysis.heads.compare import ActivationComparator as ActivationComparator
     from AutomaticEval.analysis.heads.strength import ActivationExtractor as ActivationExtractor
     from AutomaticEval.analysis.heads.strength import strength_of_run as strength_of_run
+    from AutomaticEval.analysis.steering.difference import difference_of_means as difference_of_means
+    from AutomaticEval.analysis.steering.direction import Direction as Direction
+    from AutomaticEval.analysis.steering.direction import load_direction as load_direction
     from AutomaticEval.capture.prompt import generate_inference as generate_inference
     from AutomaticEval.capture.prompt import generate_inference_with_activations as generate_inference_with_activations
     from AutomaticEval.capture.recompute.recomputed_run import recompute as recompute
@@ -44,6 +47,9 @@ _HOMES = {
     "ActivationComparator": "analysis.heads.compare",
     "ActivationExtractor": "analysis.heads.strength",
     "strength_of_run": "analysis.heads.strength",
+    "difference_of_means": "analysis.steering.difference",
+    "Direction": "analysis.steering.direction",
+    "load_direction": "analysis.steering.direction",
     "generate_inference": "capture.prompt",
     "generate_inference_with_activations": "capture.prompt",
     "evaluate": "evaluation.evaluating",

@@ -44,6 +44,7 @@ Messages name the thing, what was found, what was expected and what to do.
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 
@@ -208,15 +209,49 @@ class NotFinite(CaptureError):
     """The model computed infinite numbers or NaN, and strict was asked for. They are stored, like everything before them."""
 
 
+_registry: dict[str | tuple[str, type[Warning], int], int] = {}
+"""What Python remembers of the warnings that were shown, so that it shows a sentence once."""
+
+
+def warn(sentence: str) -> None:
+    """Warn in a sentence, as a UserWarning, without the line of our code that Python would show below it.
+
+    Python's filters decide whether it is shown, by default once a process.
+    """
+    warnings.warn_explicit(sentence, UserWarning, "<AutomaticEval>", 1, registry=_registry)
+
+
 def first_line(failure: BaseException) -> str:
     """The first line of another library's error, or its class's name when it has no text."""
     return next(iter(str(failure).splitlines()), type(failure).__name__)
 
 
+SAME_MEANING = (
+    ("layers_to_capture", "layers", "layer"),
+    ("positions", "position", "token_positions"),
+    ("sites", "site", "hooks", "hook_points"),
+    ("stop_strings", "stop", "stop_sequences", "until", "gen_kwargs"),
+    ("max_new_tokens", "max_tokens", "max_length", "max_gen_toks", "n_tokens", "gen_kwargs"),
+    ("limit", "num_trials", "num_samples", "n_samples", "max_samples", "n"),
+    ("num_fewshot", "fewshot", "n_shots", "shots"),
+    ("output", "save_path", "activation_save_dir", "output_dir", "save_dir", "output_path"),
+    ("dtype", "torch_dtype", "precision"),
+    ("store_dtype", "save_dtype"),
+    ("apply_chat_template", "chat_template", "use_chat_template"),
+    ("system_prompt", "system_instruction", "system"),
+    ("peft", "adapter", "lora"),
+    ("overwrite", "force", "exist_ok", "replace"),
+    ("batch_size", "bs", "inference_batch_size"),
+)
+"""Words that other functions, here and in other libraries, have for one thing. Those that are options here come first."""
+
+
 def unknown_option(name: str, known: Iterable[str]) -> TypeError:
-    """The TypeError for a keyword that a function does not have."""
+    """The TypeError for a keyword that a function does not have, with the one that means the same, or that is spelled alike."""
     known = list(known)
-    return TypeError(f"no option {name!r}.{did_you_mean(name, known)} Options: {', '.join(known)}.")
+    same = next((each for words in SAME_MEANING if name in words for each in words if each in known), None)
+    meant = did_you_mean(name, known) if same is None else f" Did you mean {same!r}?"
+    return TypeError(f"no option {name!r}.{meant} Options: {', '.join(known)}.")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -10,13 +10,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from AutomaticEval.errors import CaptureError, did_you_mean
 from AutomaticEval.safe_text import html_table, shown
+from AutomaticEval.sites import key_among
 
 COLUMNS = {
     "prompt": "text",
@@ -179,11 +180,45 @@ class Sample:
         return sample_data(model, settings, self.fields, self.input_ids, self.generated_ids, own)
 
 
-class ActivationData(dict[str, Any]):
-    """One sample as a dict: prompt, response, activations, …. It is a dict in all but its repr, which is short, and its look in a notebook.
-
-    It is pickled as an OrderedDict, so that `torch.load` reads a file of `torch.save` with weights_only=True, and without this package.
+class _PlainDict(dict[str, Any]):
+    """A dict whose copies are as it is. It is pickled as an OrderedDict, so that `torch.load` reads a file of `torch.save` with
+    weights_only=True, and without this package.
     """
+
+    def copy(self) -> Self:
+        return type(self)(self)
+
+    def __copy__(self) -> Self:
+        return type(self)(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)({name: copy.deepcopy(value, memo) for name, value in self.items()})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return OrderedDict, (), None, None, iter(self.items())
+
+
+class BySite(_PlainDict):
+    """Key -> value, where `[…]`, `in` and `get` also take the other spellings of a site: resid_post.2 for layer_2."""
+
+    def __missing__(self, given: str) -> Any:
+        key = key_among(self.keys(), given)
+        if key is None:
+            raise KeyError(f"{given!r}; there are {', '.join(self) or 'none'}")
+        return self[key]
+
+    def __contains__(self, given: object) -> bool:
+        return super().__contains__(given) or (isinstance(given, str) and key_among(self.keys(), given) is not None)
+
+    def get(self, given: str, default: Any = None) -> Any:
+        try:
+            return self[given]
+        except KeyError:
+            return default
+
+
+class ActivationData(_PlainDict):
+    """One sample as a dict: prompt, response, activations, …. It is a dict in all but its repr, which is short, and its look in a notebook."""
 
     def __repr__(self) -> str:
         wide = max((len(name) for name, _ in self._lines()), default=0)
@@ -196,18 +231,6 @@ class ActivationData(dict[str, Any]):
 
     def _lines(self) -> list[tuple[str, str]]:
         return [(shown(str(name)), each) for name, value in self.items() for each in _texts(value)]
-
-    def copy(self) -> ActivationData:
-        return ActivationData(self)
-
-    def __copy__(self) -> ActivationData:
-        return ActivationData(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ActivationData:
-        return ActivationData({name: copy.deepcopy(value, memo) for name, value in self.items()})
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return OrderedDict, (), None, None, iter(self.items())
 
 
 def sample_data(
@@ -224,7 +247,7 @@ def sample_data(
     """
     reduced = {}
     if isinstance(rows, Line):
-        reduced = {"reduced": {key: line[0] for key, line in rows.activations.items()}}
+        reduced = {"reduced": BySite({key: line[0] for key, line in rows.activations.items()})}
         rows = Rows([], [], [], {})
     hidden = ("batch_rows", "batch_columns", "shard", "index")
     batch_shape = [fields[name] for name in ("batch_rows", "batch_columns") if name in fields]
@@ -236,7 +259,7 @@ def sample_data(
         "token_ids": torch.tensor(list(rows.token_ids), dtype=torch.long),  # [n_positions]
         "positions": torch.tensor(list(rows.positions), dtype=torch.long),  # [n_positions]
         "tokens": list(rows.tokens),
-        "activations": dict(rows.activations),
+        "activations": BySite(rows.activations),
         **reduced,
         "settings": {**settings, "batch_shape": batch_shape} if batch_shape else dict(settings),
     }

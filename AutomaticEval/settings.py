@@ -6,11 +6,11 @@ a JSON object; here they are the fields of one dataclass. This module does not k
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from AutomaticEval.errors import warn
 from AutomaticEval.public_names import is_same
 
 MODEL = "model_hash"
@@ -225,7 +225,7 @@ def _warn_not_compared(where: str, unknown: Collection[str]) -> None:
     if MODEL in unknown:
         told = "by nothing but its name" if SAMPLED in unknown else f"by its {SAMPLED}, of 64 numbers of each weight"
         how = f" That the model is the same was told {told}."
-    warnings.warn(f"{where}: {', '.join(unknown)} were not written down then, and are not compared.{how}", stacklevel=4)
+    warn(f"{where}: {', '.join(unknown)} were not written down then, and are not compared.{how}")
 
 
 def _at(flat: Mapping[str, Any], name: str) -> list[str]:

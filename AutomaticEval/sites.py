@@ -217,6 +217,14 @@ def key_among(keys: Collection[str], given: str | Site) -> str | None:
     return key if key in keys else None
 
 
+def is_site(given: str) -> bool:
+    """Whether a text names a site that models may have: layer_2.mlp_out, resid_post.2."""
+    try:
+        return site_of(given).kind in TABLE
+    except UnknownSite:
+        return False
+
+
 def parse_sites(sites: str | Iterable[str | Site] | None) -> tuple[Site, ...]:
     """Sites to store, from "resid_post,layer_3.mlp_out" or a sequence of names, each once. None gives DEFAULT_KINDS.
 

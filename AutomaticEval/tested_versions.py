@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
+
+from AutomaticEval.errors import warn
 
 NEWEST = {
     "torch": "2.13.0",
@@ -39,8 +40,7 @@ def tell_newer() -> None:
     """Warn once a process, in one line, of libraries that are newer than what was tested."""
     libraries = newer()
     if libraries:
-        warnings.warn(
+        warn(
             f"Newer than what this version was tested with (in brackets): {', '.join(libraries)}. What is captured is checked all the same; "
-            "`verify RUN --recompute N` checks it once more.",
-            stacklevel=3,
+            "`verify RUN --recompute N` checks it once more."
         )

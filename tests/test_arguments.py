@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import AutomaticEval as package
 from AutomaticEval import (
+    Direction,
     HFActivations,
     answer_benchmark_question,
     answer_benchmark_question_with_activations,
@@ -419,6 +420,7 @@ COMMANDS = {
     "heads patch": ["heads", "patch", "--head-spec", "0:0", "--profile", "baseline", "--emotion", "gratitude"],
     "heads sweep": ["heads", "sweep", "--emotion", "gratitude"],
     "heads screen": ["heads", "screen"],
+    "steer": ["steer", "--direction", "d.safetensors", "--scale", "1", "--data_path", "t.jsonl"],
     "extract": ["extract", "--texts", "t.jsonl", "--model", "demo"],
 }
 
@@ -464,6 +466,7 @@ def test_every_door_hands_on_how_the_model_is_loaded(door: str, loads: list[Load
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_hands_on_how_the_model_is_loaded(command: str, loads: list[LoadOptions], tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "Hi"}\n')
+    Direction(torch.ones(128), "layer_1").save(tmp_path / "d.safetensors")
     root: Any = typer.main.get_command(app)
     for part in command.split() if command != "benchmark" else ():
         root = root.commands[part]
@@ -689,6 +692,7 @@ def test_every_option_of_a_benchmark_reaches_it(monkeypatch: pytest.MonkeyPatch,
         (COMMANDS["heads ablate"], ["--limit", "3"], "limit"),
         (["heads", "ablate", "--head-spec", "0:0", "--benchmark", "demo"], ["--max-tokens", "3"], "max_new_tokens"),
         (["heads", "patch", "--head-spec", "0:0", "--pairs", "t.jsonl"], ["--sentiment", "vader"], "sentiment"),
+        (COMMANDS["steer"], ["--gen_kwargs", "max_gen_toks=3"], "gen_kwargs"),
     ],
 )
 def test_options_of_another_way_to_use_a_command_are_refused(

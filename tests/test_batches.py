@@ -15,8 +15,8 @@ from torch import Tensor
 
 from AutomaticEval import open_run
 from AutomaticEval.errors import DamagedFile, StoreError
-from AutomaticEval.store.reader import Run
 from AutomaticEval.store.row_array import RowArray
+from AutomaticEval.store.run import Run
 from AutomaticEval.store.writer import RunWriter
 from AutomaticEval.store.writing import small_shards
 

@@ -15,6 +15,7 @@ from helpers.samples import SETTINGS, make_sample
 
 from AutomaticEval import Edit, editing, evaluate_with_activations, open_run
 from AutomaticEval.analysis.compare_runs import compare_runs
+from AutomaticEval.analysis.numbers.estimate import mean_interval
 from AutomaticEval.analysis.numbers.similarity import cosines, linear_cka
 from AutomaticEval.errors import StoreError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -96,7 +97,10 @@ def test_the_command_writes_prints_and_draws(runs: tuple[Path, Path], tmp_path: 
     assert f"6 questions that only {runs[1]} has" in " ".join(done.stdout.split())
     again = within("compare", *map(str, runs), "-o", "out", cwd=tmp_path)
     assert again.returncode == 2
-    assert "compare.json" in again.stderr
+    assert (
+        "out/compare.json exists and is not overwritten; choose another name, or another folder (-o/--output)."
+        in again.stderr
+    )
 
 
 def test_runs_that_share_nothing_are_refused(runs: tuple[Path, Path]) -> None:
@@ -176,12 +180,12 @@ def test_a_run_agrees_with_itself_also_without_predictions(tmp_path: Path) -> No
 
 
 def test_answers_to_one_document_are_one_unit(tmp_path: Path) -> None:
-    """The interval is that of two documents, and no test of independent flips is made."""
-    before = made_run(tmp_path / "a", [False] * 10, [1] * 10, repeats=5)
-    after = made_run(tmp_path / "b", [True] * 5 + [False] * 5, [0] * 5 + [1] * 5, repeats=5)
+    """The interval is that of six documents, and no test of independent flips is made."""
+    before = made_run(tmp_path / "a", [False] * 12, [1] * 12, repeats=2)
+    after = made_run(tmp_path / "b", [True] * 6 + [False] * 6, [0] * 6 + [1] * 6, repeats=2)
     (change,) = compare_runs(*map(open_run, (before, after))).measured["tasks"]
-    assert (change.n, change.difference.n, change.difference.mean, change.n_gained) == (10, 2, 0.5, 5)
-    assert change.difference.interval == (0, 1)
+    assert (change.n, change.difference.n, change.difference.mean, change.n_gained) == (12, 6, 0.5, 6)
+    assert change.difference == mean_interval([1.0, 1, 1, 0, 0, 0])
     assert change.p is None
     (line,) = open_run(after).tasks()
-    assert (line.n_questions, line.correct) == (10, 0.5)
+    assert (line.n_questions, line.correct) == (12, 0.5)

@@ -414,7 +414,7 @@ def test_features(tiny_llama: LoadedModel, tmp_path: Path) -> None:
     assert not torch.allclose(expected, gate.act_fn(expected))
     with pytest.raises(PromptError, match="an empty text"):
         alone.get_mlp_acts(" ")
-    with pytest.raises(StoreError, match="is finished, there is nothing to resume; read it with open_run"):
+    with pytest.raises(StoreError, match="holds a run, which open_run reads"):
         FromHuggingFace(tiny_llama, save_features=tmp_path / "kept", **how).extract_features()
     with pytest.raises(SelectionError, match="layer is '0,1'; name one"):
         FromHuggingFace(tiny_llama, **{**how, "layer": "0,1"})

@@ -17,10 +17,10 @@ from helpers.raw_hooks import n_hooks
 from helpers.tasks import loglikelihoods
 from torch import Tensor
 
-from AutomaticEval import Edit, editing, generate_inference, load_model, score_continuations
+from AutomaticEval import Edit, editing, evaluate, generate_inference, load_model, score_continuations
 from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
-from AutomaticEval.errors import EditError, SelectionError, UnknownLayer, UnknownPositions, UnknownSite
+from AutomaticEval.errors import EditError, ModelError, SelectionError, UnknownLayer, UnknownPositions, UnknownSite
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.selection import Selection
@@ -177,9 +177,8 @@ def test_editing_takes_a_name_and_gives_the_model() -> None:
     edit = Edit.add("layer_1", torch.full((128,), 2.0), positions="scored")
     plain = generate_inference(ASKED, "demo", max_new_tokens=8)
     with editing("demo", edit) as model:
-        assert generate_inference(ASKED, "demo", max_new_tokens=8) != plain
         edited = generate_inference(ASKED, model, max_new_tokens=8)
-        assert edited == generate_inference(ASKED, "demo", max_new_tokens=8)
+        assert edited != plain
     with editing(load_model("demo"), edit) as loaded:
         assert generate_inference(ASKED, loaded, max_new_tokens=8) == edited
     with editing("demo", edit, dtype="bfloat16") as half:
@@ -189,6 +188,27 @@ def test_editing_takes_a_name_and_gives_the_model() -> None:
         pass
     with pytest.raises(TypeError, match="no option 'dtpye'"), editing("demo", edit, dtpye="float32"):  # type: ignore[call-arg]
         pass
+
+
+def test_a_name_never_gives_a_model_that_is_being_edited() -> None:
+    edit = Edit.add("layer_1", torch.full((128,), 2.0))
+    ways = [
+        lambda: generate_inference(ASKED, "demo", max_new_tokens=8),
+        lambda: evaluate("demo", "demo_facts", limit=1),
+        lambda: load_model("demo"),
+        lambda: editing("demo", edit).__enter__(),
+    ]
+    with editing("demo", edit):
+        for ask in ways:
+            with pytest.raises(ModelError, match=r"'demo' names the plain model.* as model"):
+                ask()
+        assert load_model("demo", dtype="float64").model.dtype == torch.float64  # loaded by itself, and not edited
+    with editing(load_model("demo"), edit) as model:
+        with pytest.raises(ModelError, match="names the plain model"):
+            load_model("demo")
+        with editing(model, Edit.scale("layer_1", 1.0)) as same:
+            assert same is model
+    assert ways[0]()
 
 
 @pytest.mark.parametrize(

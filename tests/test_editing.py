@@ -297,7 +297,11 @@ def flat(values: Any) -> list[float]:
         (Edit.scale("layer_0.z", 0.0, heads=[]), EditError, "write a list of numbers"),
         (Edit.scale("layer_0.z", 0.0, heads=5), EditError, "write a list of numbers"),
         (Edit.scale("layer_0.z", 0.0, heads=[1.0]), EditError, "no head 1.0; write numbers"),
-        (Edit.add("layer_0", torch.ones(5)), EditError, r"failed on values of shape \[2, 7, 32\]"),
+        (Edit.add("layer_0", torch.ones(5)), EditError, r"of shape \[5\]; expected \[32\], the d_model of this model"),
+        (Edit.project_out("layer_0", torch.ones(1)), EditError, r"of shape \[1\]; expected \[32\]"),
+        (Edit.replace("layer_0.z", torch.ones(32), heads=[1]), EditError, r"expected \[8\] of 1 heads, the d_head"),
+        (Edit.replace("layer_0.z", torch.ones(3, 8), heads=[1, 2]), EditError, r"expected \[8\] of 2 heads"),
+        (Edit.add("layer_0", torch.ones(3, 2, 32)), EditError, r"failed on values of shape \[2, 7, 32\]"),
         (Edit("layer_0", lambda found: None), EditError, "gave values of NoneType"),
         (
             Edit.replace("layer_0", 0.0, where=lambda *_: Kept(torch.tensor([0]), torch.tensor([9]))),

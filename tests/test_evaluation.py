@@ -475,6 +475,36 @@ def test_local_files_are_read_again_when_they_change(tmp_path: Path) -> None:
         assert load_tasks(stock(("mmlu_astronomy",), local_files=str(tmp_path))).n_questions == n_test
 
 
+def test_files_that_a_task_names_are_found_in_the_folder_of_the_data_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    line = '{"q": "One?", "a": ["yes", "no"], "n": 0}\n'
+    (tmp_path / "data" / "mine.jsonl").write_text(line * 2)
+    (tmp_path / "data" / "deep" / "part-1.jsonl").write_text(line)
+    task = (
+        "dataset_path: json\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{a}}'\n"
+        "doc_to_target: n\nmetric_list: [{metric: acc}]\n"
+    )
+    for name, files in (("one", "mine.jsonl"), ("two", "[mine.jsonl, deep/part-*.jsonl]"), ("none", "absent.jsonl")):
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(
+            f"task: {name}\n{task}dataset_kwargs: {{data_files: {{test: {files}}}}}\n"
+        )
+    how: dict[str, Any] = {"include_path": (str(tmp_path / "tasks"),), "local_files": str(tmp_path / "data")}
+    assert load_tasks(stock(("one",), **how)).n_questions == 2
+    assert load_tasks(stock(("two",), **how)).n_questions == 3
+    (tmp_path / "here" / "mine.jsonl").write_text(line * 5)  # the current folder goes first, as without the option
+    assert load_tasks(stock(("one",), **how)).n_questions == 5
+    with pytest.raises(
+        BenchmarkUnavailable,
+        match=r"'none' names the file absent.jsonl, which is neither in the current folder .*/here\) nor in",
+    ):
+        load_tasks(stock(("none",), **how))
+
+
 @needs_real
 def test_whole_stock_mmlu_on_real_local_files(tmp_path: Path) -> None:
     """57 subjects and their groups' scores, drawn from 14,042 real questions, and the prompts of the task files beside them."""

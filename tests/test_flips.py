@@ -23,7 +23,7 @@ from AutomaticEval.errors import AutomaticEvalError, DamagedFile, StoreError
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.hdf5 import open as opened
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 from AutomaticEval.store.upkeep.merge import merge
 from AutomaticEval.store.upkeep.rebuild import rebuild_index
 from AutomaticEval.store.upkeep.verify import verify

@@ -32,7 +32,7 @@ from AutomaticEval.cli.show import _show_run, _show_sample
 from AutomaticEval.errors import AutomaticEvalError
 from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.hdf5.extents import naming
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 from AutomaticEval.store.upkeep.convert import convert
 from AutomaticEval.store.upkeep.merge import merge
 from AutomaticEval.store.upkeep.prune import prune

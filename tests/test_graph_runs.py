@@ -35,7 +35,7 @@ from AutomaticEval.errors import BenchmarkError, DeviceUnavailable, OtherSetting
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.for_simple_evaluate import HFActivations
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 
 BEGUN = GREEDY.replace("task: greedy", "task: begun") + (
     'description: "Answer each question in one word, as the one who asks would, and say no more than that. "\n'

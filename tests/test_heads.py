@@ -343,9 +343,8 @@ def test_comparison_of_a_model_with_itself_changed(tokenizer: Any, tmp_path: Pat
     correlation = found["rank_correlation"]
     expected = spearmanr(list(found["pre_tuned"].values()), list(found["differences"].values()))
     assert correlation["rho"] == pytest.approx(expected.statistic)
-    low, high = correlation["interval"]
-    assert -1 <= low <= high <= 1
-    assert comparator.compare()["rank_correlation"] == correlation  # the same draw
+    assert correlation["interval"] is None
+    assert correlation["reason"].startswith("3 layers")
     before.save_results(tmp_path / "pre.json")
     after.save_results(tmp_path / "fine.json")
     assert ActivationComparator(tmp_path / "pre.json", tmp_path / "fine.json").compare() == found
@@ -388,6 +387,19 @@ def test_other_inputs_are_not_compared(tiny_llama: LoadedModel, tmp_path: Path) 
         ActivationComparator(strengths(tiny_llama), tmp_path / "z.json")
     with pytest.raises(SelectionError, match="n, the number of tokens, is 22 and 7"):
         ActivationComparator(strengths(tiny_llama), fewer)
+    shuffled = ActivationExtractor(tiny_llama)
+    shuffled.extract_activations([each[::-1] for each in IDS])
+    for name, each in (("one", strengths(tiny_llama)), ("other", shuffled)):
+        each.save_results(tmp_path / f"{name}.json")
+    with pytest.raises(SelectionError, match="the fingerprint of the texts is"):
+        ActivationComparator(tmp_path / "one.json", tmp_path / "other.json")
+    old = json.loads((tmp_path / "other.json").read_text())
+    del old["inputs"]
+    for head in old["heads"]:
+        del head["by_group"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    with pytest.warns(UserWarning, match="does not say of which texts"):
+        ActivationComparator(tmp_path / "one.json", tmp_path / "old.json")
     with pytest.raises(SelectionError, match="longer than the 448 tokens that both models can read"):
         same_inputs({"a": "demo", "b": "demo"}, ["Hi", "What is red? " * 400], answers_of="a")
 

@@ -12,7 +12,13 @@ import torch
 from helpers.places import ROOT
 
 from AutomaticEval import Edit, editing, evaluate_with_activations, generate_inference_with_activations, open_run
+from AutomaticEval.evaluation.benchmark import load_tasks
+from AutomaticEval.evaluation.benchmark_options import Benchmark
+from AutomaticEval.evaluation.forecast import forecast
+from AutomaticEval.evaluation.run import run_benchmark
+from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.selection import Selection
 from AutomaticEval.store.upkeep.prune import prune
 from AutomaticEval.store.upkeep.verify import verify
 
@@ -82,3 +88,15 @@ def test_a_file_of_the_formats_first_day() -> None:
 def test_older_files_hold_no_vector(version: str) -> None:
     folder = next(path for path in sorted((ROOT / "tests" / "data" / f"format-{version}").iterdir()) if path.is_dir())
     assert open_run(folder).edits() == []
+
+
+def test_the_forecast_counts_the_vectors(demo: LoadedModel, tmp_path: Path) -> None:
+    asked = Benchmark(("demo_facts",), limit=1)
+    selection = Selection.parse("resid_post", -1, "scored")
+    many = [Edit.add("layer_3.mlp_post", torch.full((384,), 1e-3 * n)) for n in range(200)]
+    plain = forecast(demo, asked, load_tasks(asked), selection)
+    with editing(demo, many):
+        foreseen = forecast(demo, asked, load_tasks(asked), selection)
+        outcome = run_benchmark(demo, asked, selection, output=RunOutput(output=tmp_path / "run"))
+    assert plain.size_bytes < outcome.size_bytes <= foreseen.size_bytes
+    assert outcome.size_bytes > 200 * 384 * 8

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.commands import within
+from transformers.utils import logging as transformers_logging
 
-from AutomaticEval import evaluate_with_activations, load_model, open_run
+from AutomaticEval import Edit, editing, evaluate_with_activations, generate_inference, load_model, open_run
+from AutomaticEval.cli import generate as generate_command
+from AutomaticEval.errors import StoreError
+from AutomaticEval.models.checkpoint import model_weights
 from AutomaticEval.store.reading.overview import facts_of, tasks_of
 
 
@@ -111,3 +115,82 @@ def test_show_a_generated_answer_and_what_there_is_not(folder: Path, tmp_path: P
         done = within("show", str(folder), *arguments, cwd=tmp_path)
         assert done.returncode == 2, arguments
         assert says in " ".join(done.stderr.split())
+
+
+def test_show_a_sample_begins_with_what_was_asked_and_answered(folder: Path, tmp_path: Path) -> None:
+    said = within("show", str(folder), "--sample", "3", cwd=tmp_path).stdout
+    sample = open_run(folder)[3]
+    assert said.startswith(f"prompt: {sample['prompt']}\nresponse: {sample['response']}\n")
+    assert said.count("prompt: ") == said.count("response: ") == 1
+    assert said.index("layer_2") < said.index("settings: ")
+
+
+def test_the_lens_says_why_a_generated_answer_has_no_rank(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(run: object) -> None:
+        pytest.fail("a model was loaded for nothing")
+
+    monkeypatch.setattr("AutomaticEval.cli.show_question._model_of", never)
+    done = within("show", str(folder), "--task", "demo_arithmetic", "--doc", "0", "--lens", cwd=tmp_path)
+    assert "No ranks: the question was answered with a text" in done.stdout
+
+
+def test_an_extraction_is_shown_as_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("What is\nA longer text, which is cut here.\n")
+    asked = ("--model", "demo", "--texts", "a.txt", "--layers", "0", "--seq_length", "6", "-o", "ex")
+    assert within("extract", *asked, cwd=tmp_path).returncode == 0
+    run = open_run(tmp_path / "ex")
+    cells = [
+        [cell.strip() for cell in line.strip("│ ").split("│")]
+        for line in within("show", "ex", cwd=tmp_path).stdout.splitlines()
+    ]
+    tokens = sum(len(each["input_ids"][0]) for each in run)
+    assert ["a", "2", "2", str(tokens), "1"] in cells
+    assert not any("Questions" in cell or "unknown" in cell for line in cells for cell in line)
+    assert "2 samples of 2 texts" in run._repr_html_()
+
+
+def test_edits_are_short_and_taken_apart_as_before(tmp_path: Path) -> None:
+    vector = torch.linspace(0, 1, 128)
+    with editing("demo", [Edit.add("layer_1", vector), Edit.scale("layer_2", 0.5)]) as model:
+        evaluate_with_activations(model, "demo_facts", limit=1, layers_to_capture=0, output=tmp_path / "run")
+    edits = open_run(tmp_path / "run").edits()
+    (text, value), (other, none) = edits
+    assert torch.equal(value, vector.double()[None])
+    assert none is None
+    assert repr(edits) == f"[<edit: {text}, [1, 128] float64>, <edit: {other}>]"
+
+
+def test_an_unfinished_run_names_the_command_that_goes_on(folder: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "it is cut"
+    cut.mkdir()
+    (cut / "shard-00000.h5").write_bytes((folder / "shard-00000.h5").read_bytes())
+    with pytest.raises(StoreError, match=r"run\.table\(\), .* It goes on with the command that made it and --resume"):
+        open_run(cut).questions()
+    (cut / "asked.json").write_text("{}")
+    with pytest.raises(StoreError, match=rf"python main\.py --resume '{cut}'$"):
+        open_run(cut).questions()
+
+
+def test_ctrl_c_says_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: object, **how: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_command.Positions, "parse", stopped)
+    done = within("generate", "Hi", "--positions", "last", cwd=tmp_path)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "Stopped (Ctrl-C).\n", "")
+
+
+def test_loading_shows_a_named_bar_only_when_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    before = transformers_logging._tqdm_hook
+    load_model("demo", dtype="float16")
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(model_weights, "BAR_SECONDS", 0)
+    load_model("demo", dtype="float64")
+    assert "Loading demo: " in capfd.readouterr().err
+    assert transformers_logging._tqdm_hook is before
+    assert generate_inference("Hi", "demo", max_new_tokens=1)

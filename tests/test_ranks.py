@@ -19,7 +19,7 @@ from helpers.places import ROOT
 
 from AutomaticEval import open_run
 from AutomaticEval.processes import Ranks, join_ranks
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 
 
 def run(launcher: list[str], folder: Path, *options: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:

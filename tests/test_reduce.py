@@ -48,7 +48,7 @@ from AutomaticEval.samples import Line, Part, Rows, Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.hdf5.write import write_shard
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 from AutomaticEval.store.upkeep.convert import convert
 from AutomaticEval.store.upkeep.merge import merge
 from AutomaticEval.store.upkeep.prune import prune

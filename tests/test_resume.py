@@ -38,6 +38,7 @@ from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 from AutomaticEval.store import writer
 from AutomaticEval.store.local_paths import ASKED
+from AutomaticEval.store.upkeep.verify import verify
 from AutomaticEval.store.writer import RunWriter
 
 evaluate = partial(evaluate_with_activations, scoring="stock")
@@ -177,6 +178,28 @@ def test_changed_setting_is_refused_with_the_difference(
     with pytest.raises(OtherSettings, match=says):
         evaluate("demo", "demo", resume=folder, **how)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_another_compression_goes_on_and_the_scoring_line_says_which_part_it_counts(
+    tmp_path: Path, forwards: Callable[[float], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {"limit": 12, "layers_to_capture": [0], "scoring": "tree"}
+    monkeypatch.setitem(TOKENS_A_FORWARD, "cpu", 24)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 1)
+    whole = evaluate("demo", "demo_facts", output=tmp_path / "whole", **how)
+    forwards(7)
+    with pytest.raises(Stopped):
+        evaluate("demo", "demo_facts", output=tmp_path / "cut", **how)
+    forwards(float("inf"))
+    folder = tmp_path / "cut"
+    n_before = len(open_run(folder))
+    done = within("--resume", str(folder), "--compression", "gzip", "--strict", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"Scoring in this part ({n_before} samples were there already): " in " ".join(done.stdout.split())
+    assert (whole.n_before, n_before > 0) == (0, True)
+    one, other = open_run(folder), open_run(tmp_path / "whole")
+    assert torch.equal(one.activations("layer_0"), other.activations("layer_0"))
+    assert not verify(folder)
 
 
 def printed_command(said: str) -> list[str]:

@@ -27,7 +27,7 @@ from AutomaticEval.errors import StoreError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store.questions.thinking import split_thinking
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 from AutomaticEval.store.writer import RunWriter
 
 OWN_PROMPTS = """

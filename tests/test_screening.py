@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from transformers import DiffLlamaConfig, GPT2Config, GPTNeoConfig, PreTrainedTo
 from AutomaticEval.analysis.heads.screen import screen
 from AutomaticEval.analysis.numbers.permutation import differences
 from AutomaticEval.analysis.parts.direct_effect import DirectEffects, _unembedded
-from AutomaticEval.analysis.words.metrics import whole_words
+from AutomaticEval.analysis.words.keywords import Words
 from AutomaticEval.analysis.words.profiles import Profile, load_profile
 from AutomaticEval.analysis.words.targets import Target, first_tokens, targets_of, tokens_within
 from AutomaticEval.capture.texts.forward import padded
@@ -242,14 +241,17 @@ def test_heads_whose_answer_is_known(same_hooks_after: Any) -> None:
         (0, 1, "gratitude"),
     ]
     attending, uniform = scores
-    assert attending["attention"]["mean"] > 0.5
+    assert attending["attention"]["mean"] > 0.4
+    assert attending["attention"]["paid"] > 0.5
+    assert attending["attention"]["beside_neutral"]["mean"] > 0.4
     assert attending["strength"]["change"] > 0
     assert attending["strength"]["d"] > 2
     assert attending["strength"]["p"] < 0.05
-    assert attending["direct"]["mean"] > 3 * abs(attending["direct"]["neutral"]) > 0
+    assert attending["direct"]["own"] > 3 * abs(attending["direct"]["neutral"]) > 0
+    assert attending["direct"]["mean"] == attending["direct"]["own"] - attending["direct"]["neutral"]
     assert uniform["attention"]["mean"] == pytest.approx(0, abs=1e-6)
     assert uniform["strength"] == {"change": 0.0, "d": 0.0, "p": 1.0}
-    assert uniform["direct"]["mean"] == uniform["direct"]["neutral"] == 0.0
+    assert uniform["direct"]["mean"] == uniform["direct"]["own"] == uniform["direct"]["neutral"] == 0.0
     assert uniform["direct"]["n"] == uniform["attention"]["n"] == 4
 
 
@@ -266,6 +268,44 @@ def test_categories_without_keywords_and_what_is_neutral(tiny_llama: LoadedModel
     assert {each["direct"]["mean"] for each in without} == {None}
 
 
+def at_positions_of_both(norms: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """Each prompt's mean norm beside what is usual at its positions, position by position."""
+    n_positions = min(max(len(each) for each in group) for group in norms.values())
+    every = [each for group in norms.values() for each in group]
+    usual = [torch.stack([each[at] for each in every if len(each) > at]).mean(0) for at in range(n_positions)]
+    return {
+        name: [
+            torch.stack([each[at] - usual[at] for at in range(min(n_positions, len(each)))]).mean(0) for each in group
+        ]
+        for name, group in norms.items()
+    }
+
+
+def above_placebo(attention: list[tuple[list[bool], Any]]) -> tuple[Any, Any]:
+    """Attention paid to marked tokens, and that minus the mean of what other prompts pay where they have other words, pair by pair."""
+    paid, above = [], []
+    for marks, pattern in attention:
+        of_queries = []
+        for query in range(len(marks)):
+            n_marked = sum(marks[: query + 1])
+            sums = []
+            for key in range(query + 1):
+                placebo = [
+                    other[:, :, query, key]
+                    for its, other in attention
+                    if len(its) > query and not its[key] and any(its)
+                ]
+                if marks[key] and 0 < n_marked < query + 1 and placebo:
+                    sums.append((pattern[:, :, query, key], pattern[:, :, query, key] - np.mean(placebo, 0)))
+            if sums:
+                of_queries.append(np.sum(sums, 0))
+        if of_queries:
+            one, other = np.mean(of_queries, 0)
+            paid.append(one)
+            above.append(other)
+    return np.mean(paid, 0), np.mean(above, 0)
+
+
 def test_scores_are_those_of_each_prompt_by_itself(tiny: LoadedModel) -> None:
     """Strength from results, attention from the softmax of transformers' own output, prompt by prompt, whatever the batch."""
     target = {"gratitude": Target([11], [250])}
@@ -273,7 +313,7 @@ def test_scores_are_those_of_each_prompt_by_itself(tiny: LoadedModel) -> None:
     alone = screened(tiny, PROMPTS, KEYWORDS, target, n_permutations=10, batch_size=1)
     layout, tokenizer = tiny.layout, tiny.tokenizer
     taps = layout.pick(Site("z", layer) for layer in range(layout.n_layers))
-    strengths: dict[str, list[Tensor]] = {name: [] for name in PROMPTS}
+    norms: dict[str, list[Tensor]] = {name: [] for name in PROMPTS}
     attention = []
     eager = copy.deepcopy(tiny.model)  # transformers leaves hooks where it was asked for attentions
     eager.set_attn_implementation("eager")
@@ -284,28 +324,23 @@ def test_scores_are_those_of_each_prompt_by_itself(tiny: LoadedModel) -> None:
             per_layer = []
             for layer in range(layout.n_layers):
                 projection = tiny.model.get_submodule(layout.taps[Site("z", layer)].module)
-                results = head_results(rows[f"layer_{layer}.z"], projection, layout.n_heads)
-                per_layer.append(results.norm(dim=-1).mean(0))
-            strengths[name].append(torch.stack(per_layer))
+                per_layer.append(head_results(rows[f"layer_{layer}.z"], projection, layout.n_heads).norm(dim=-1))
+            norms[name].append(torch.stack(per_layer, 1))  # [pos, n_layers, n_heads]
             if name == "gratitude":
-                _, marks = tokens_within(tokenizer, text, whole_words(KEYWORDS["gratitude"]))
+                _, marks = tokens_within(tokenizer, text, Words(KEYWORDS["gratitude"]))
                 with torch.no_grad():
                     patterns = eager(torch.tensor([ids]), output_attentions=True).attentions
-                per_position = []
-                for q in range(len(ids)):
-                    marked = [k for k in range(q + 1) if marks[k]]
-                    if 0 < len(marked) < q + 1:
-                        paid = torch.stack([pattern[0, :, q, marked].sum(-1) for pattern in patterns])
-                        per_position.append(paid - len(marked) / (q + 1))
-                attention.append(torch.stack(per_position).mean(0))
+                attention.append((marks, torch.stack([pattern[0] for pattern in patterns]).double().numpy()))
+    strengths = at_positions_of_both(norms)
+    paid, above = above_placebo(attention)
     for score, other in zip(found, alone, strict=True):
         layer, head = score["layer"], score["head"]
         own, base = (np.array([float(each[layer, head]) for each in strengths[name]]) for name in PROMPTS)
         pooled = np.sqrt((own.var(ddof=1) * 3 + base.var(ddof=1) * 3) / 6)
         assert score["strength"]["change"] == pytest.approx(own.mean() - base.mean(), abs=1e-5)
         assert score["strength"]["d"] == pytest.approx((own.mean() - base.mean()) / pooled, rel=1e-3, abs=1e-4)
-        expected = float(torch.stack(attention)[:, layer, head].mean())
-        assert score["attention"]["mean"] == pytest.approx(expected, abs=1e-5)
+        assert score["attention"]["mean"] == pytest.approx(above[layer, head], abs=1e-5)
+        assert score["attention"]["paid"] == pytest.approx(paid[layer, head], abs=1e-5)
         for name in ("attention", "direct"):
             assert score[name]["mean"] == pytest.approx(other[name]["mean"], abs=1e-4)
     assert len({score["strength"]["d"] for score in found}) == len(found)  # no two heads tie
@@ -353,7 +388,7 @@ def test_p_is_corrected_over_heads() -> None:
 
 def test_tokens_of_words(tokenizer: Any) -> None:
     text = "Thanks a lot, but unthankful"
-    ids, marks = tokens_within(tokenizer, text, whole_words(["thanks", "thankful"]))
+    ids, marks = tokens_within(tokenizer, text, Words(["thanks", "thankful"]))
     pieces = [tokenizer.decode([token]) for token, marked in zip(ids, marks, strict=True) if marked]
     assert "".join(pieces).strip() == "Thanks"
     with pytest.raises(PromptError, match="no token tells the keywords of 'one'"):
@@ -363,7 +398,7 @@ def test_tokens_of_words(tokenizer: Any) -> None:
         is_fast = False
 
     with pytest.raises(PromptError, match="Slow does not tell"):
-        tokens_within(Slow(), text, re.compile("a"))
+        tokens_within(Slow(), text, Words(["a"]))
     told = tokenizer.convert_ids_to_tokens(first_tokens(tokenizer, ["thanks", "red"]))
     assert told == ["Ġth", "re"]  # " red" begins with a space alone, which tells nothing
 

@@ -81,7 +81,7 @@ def test_a_sweep_of_pairs_is_a_loop_of_patches(site: str, tiny: LoadedModel, tmp
     assert len(found["places"]) == layout.n_layers * max(lengths)
     answer, wrong = told_apart(tiny, pairs[0])
     for each in found["places"]:
-        numbers: dict[str, list[float]] = {"denoising": [], "noising": []}
+        numbers: dict[str, list[tuple[float, float]]] = {"denoising": [], "noising": []}
         for pair, length in zip(pairs, lengths, strict=True):
             column = length - 1 - each["position"]
             if column < 0:
@@ -98,10 +98,13 @@ def test_a_sweep_of_pairs_is_a_loop_of_patches(site: str, tiny: LoadedModel, tmp
                 with editing(tiny.model, put):
                     patched = seen(tiny, site, each["layer"], ids[into])[1]
                 moved = (patched[answer] - patched[wrong]) - (plain[into][answer] - plain[into][wrong])
-                numbers[name].append(float(sign * moved / whole))
+                numbers[name].append((float(sign * moved), float(whole)))
         for name, expected in numbers.items():
-            assert each[name]["n"] == len(expected)
-            assert each[name]["mean"] == pytest.approx(sum(expected) / len(expected), abs=1e-3)
+            assert each[name]["n"] == len(expected) - each[name]["n_left_out"] == len(expected)
+            part = sum(moved * whole / abs(whole) for moved, whole in expected) / sum(
+                abs(whole) for _, whole in expected
+            )
+            assert each[name]["mean"] == pytest.approx(part, abs=1e-3)
 
 
 def seen(loaded: LoadedModel, site: str, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,6 +218,8 @@ def test_from_the_command_line_and_cut_short(demo: LoadedModel, tmp_path: Path) 
     again = command(*asked, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     resumed = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    for each in (*resumed["places"], *found["places"]):
+        assert 0 < each["change"].pop("p") <= 1  # it is of all places together
     assert resumed["places"][4:] == found["places"][4:]
     assert resumed["places"][0] != found["places"][0]
     (tmp_path / "out" / "sweep.json").unlink()

@@ -43,9 +43,12 @@ def test_features_of_texts_in_every_form(demo: LoadedModel, tmp_path: Path) -> N
     kept = features(lazily(objects), text_field="review", save_features=tmp_path / "kept")
     assert torch.equal(kept, expected)
     assert open_run(tmp_path / "kept").column("prompt") == TEXTS
-    with pytest.raises(PromptError, match=r"none of the fields text, .* Found id, review, score\.$"):
+    with pytest.raises(PromptError, match=r"none of the fields text, .* Found id, review, score\. .* text_field"):
         features(FRAME)
-    with pytest.raises(PromptError, match=r"a\.tsv, line 2: none of the fields .* Found id, review, score\.$"):
+    with pytest.raises(
+        PromptError,
+        match=r"a\.tsv, line 2: none of the fields .* Found id, review, score\. .* name it with text_field \(extract --text_field",
+    ):
         features(tmp_path / "a.tsv")
 
 

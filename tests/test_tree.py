@@ -31,7 +31,7 @@ from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.selection import Selection
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 
 KEY = ("task", "doc_id", "choice", "repeat", "window")
 

@@ -5,22 +5,22 @@ For base against fine-tuned, plain against edited, 16 against 8 bits. Questions 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
-from AutomaticEval.analysis.numbers.estimate import mean_interval
+from AutomaticEval.analysis.numbers import paired
+from AutomaticEval.analysis.numbers.estimate import mean_interval, methods
+from AutomaticEval.analysis.numbers.paired import PairedChange, corrected, paired_change
 from AutomaticEval.analysis.numbers.similarity import cosines, linear_cka
 from AutomaticEval.analysis.result import Estimate, Result
-from AutomaticEval.errors import StoreError
+from AutomaticEval.errors import StoreError, warn
 from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.questions import Questions
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 
 MOST_ROWS = 2000
 """The most questions over which activations are compared; of more, so many are drawn."""
@@ -42,24 +42,10 @@ TOLD = (
 
 
 @dataclass(frozen=True)
-class TaskChange:
+class TaskChange(PairedChange):
     """What became of a task's score, over the questions that have a verdict in both runs."""
 
-    task: str
-    n: int
-    before: float
-    after: float
-    """The shares that were answered rightly."""
-
-    difference: Estimate
-    """after - before, with the paired interval: documents are drawn, each with its verdicts in both runs."""
-
-    n_gained: int
-    """Wrong before, right after."""
-
-    n_lost: int
-    p: float | None
-    """McNemar's exact test: how often chance alone would divide the flipped questions as unevenly. None where documents were answered several times."""
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,36 +62,37 @@ class SiteLikeness:
 
 
 def compare_runs(before: Run, after: Run, *, seed: int = 42) -> Result:
-    """Compare two runs over the questions that both have. seed: draws resamples, and the questions whose activations are compared.
+    """Compare two runs over the questions that both have. seed: draws the questions whose activations are compared.
 
     The result's `measured` has `tasks` (`TaskChange`; the last one is all of them), `agreement`, `flips` and `sites` (`SiteLikeness`, of the sites
     that both runs have). Activations are compared where the prompts are the same text, a site at a time.
     Raises StoreError for runs that share no question, and for runs without questions.
     """
-    one, other, alone = _paired(before, after)
+    one, other, alone = paired_questions(before, after)
     pairs = list(zip(one, other, strict=True))
-    same = [first.question == second.question and first.choices == second.choices for first, second in pairs]
-    measured = {
+    same = same_prompts(pairs)
+    measured: dict[str, Any] = {
         "before": {"path": before.path.name, "model": before.model, **_told(before)},
         "after": {"path": after.path.name, "model": after.model, **_told(after)},
         "n_questions": len(one),
         "n_only_before": alone[0],
         "n_only_after": alone[1],
         "n_other_prompts": same.count(False),
-        "tasks": _tasks(pairs, seed),
+        "tasks": _tasks(pairs),
         "agreement": _agreement(pairs),
         "flips": _flips(pairs),
         "sites": _sites(before, after, one.where(same), other.where(same), seed),
     }
-    return Result("runs", measured, {"seed": seed, "most_rows": MOST_ROWS})
+    settings = {"seed": seed, "most_rows": MOST_ROWS}
+    return Result("runs", measured, settings, methods(len(measured["tasks"]), p=paired.METHOD, is_together=False))
 
 
 def _told(run: Run) -> dict[str, Any]:
     return {name: run.settings.get(name) for name in TOLD if run.settings.get(name) is not None}
 
 
-def _paired(before: Run, after: Run) -> tuple[Questions, Questions, tuple[int, int]]:
-    """The questions that both runs have, in one order, and how many each has alone."""
+def paired_questions(before: Run, after: Run) -> tuple[Questions, Questions, tuple[int, int]]:
+    """The questions that both runs have, in one order, and how many each has alone. Raises StoreError when they share none."""
     one, other = before.questions(), after.questions()
     there, place = _numbers(one), _numbers(other)
     shared = [key for key in there if key in place]
@@ -118,6 +105,11 @@ def _paired(before: Run, after: Run) -> tuple[Questions, Questions, tuple[int, i
     )
 
 
+def same_prompts(pairs: Iterable[Pair]) -> list[bool]:
+    """Whether the two questions of each pair were asked in the same words, so that their activations may be compared."""
+    return [first.question == second.question and first.choices == second.choices for first, second in pairs]
+
+
 def _numbers(questions: Questions) -> dict[tuple[Any, ...], int]:
     """(task, document, repeat) -> the question's number; where there are no documents, the question's own text is in their place."""
     names = map(questions.column, ("task", "doc_id", "repeat", "question"))
@@ -127,48 +119,30 @@ def _numbers(questions: Questions) -> dict[tuple[Any, ...], int]:
     }
 
 
-def _tasks(pairs: Sequence[Pair], seed: int) -> list[TaskChange]:
+def _tasks(pairs: Sequence[Pair]) -> list[TaskChange]:
     """Each task by name, and then all of them when there are several."""
     by_task: dict[str, list[_Verdicts]] = {}
     for before, after in pairs:
         if before.correct is not None and after.correct is not None:
             document = (before.task, before.question if before.doc_id is None else before.doc_id)
             by_task.setdefault(before.task or "", []).append(
-                _Verdicts(document, int(before.correct), int(after.correct))
+                _Verdicts(int(before.correct), int(after.correct), document)
             )
-    changes = [_change(name, verdicts, seed) for name, verdicts in sorted(by_task.items())]
+    changes = [_change(name, verdicts) for name, verdicts in sorted(by_task.items())]
     every = [each for verdicts in by_task.values() for each in verdicts]
-    return [*changes, _change("all", every, seed)] if len(changes) > 1 else changes
+    return corrected([*changes, _change("all", every)] if len(changes) > 1 else changes)
 
 
 class _Verdicts(NamedTuple):
     """The two verdicts on a question, 0 or 1, and the document that it is about."""
 
-    document: Any
     before: int
     after: int
+    document: Any
 
 
-def _change(task: str, verdicts: Sequence[_Verdicts], seed: int) -> TaskChange:
-    one, other = np.array([each.before for each in verdicts]), np.array([each.after for each in verdicts])
-    gained, lost = int((other > one).sum()), int((other < one).sum())
-    # a document that was answered several times is one unit: its answers are not independent
-    of_document: dict[Any, list[int]] = {}
-    for each in verdicts:
-        of_document.setdefault(each.document, []).append(each.after - each.before)
-    difference = mean_interval([sum(changes) / len(changes) for changes in of_document.values()], seed)
-    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    is_one_each = len(of_document) == len(verdicts)
-    return TaskChange(
-        task,
-        len(verdicts),
-        float(one.mean()),
-        float(other.mean()),
-        difference,
-        gained,
-        lost,
-        p if is_one_each else None,
-    )
+def _change(task: str, verdicts: Sequence[_Verdicts]) -> TaskChange:
+    return TaskChange(**vars(paired_change(*zip(*verdicts, strict=True))), task=task)
 
 
 def _agreement(pairs: Sequence[Pair]) -> float | None:
@@ -200,9 +174,9 @@ def _sites(before: Run, after: Run, one: Questions, other: Questions, seed: int)
     found = []
     for key in (key for key in before.keys if key in after.keys):
         try:
-            found.append(_likeness(key, _rows(one, key), _rows(other, key), seed))
+            found.append(_likeness(key, _rows(one, key), _rows(other, key)))
         except StoreError as absent:
-            warnings.warn(f"{key} is not compared: {absent}", UserWarning, stacklevel=3)
+            warn(f"{key} is not compared: {absent}")
             break
     return found
 
@@ -212,7 +186,7 @@ def _rows(questions: Questions, key: str) -> NDArray[np.float64]:
     return rows
 
 
-def _likeness(site: str, one: NDArray[np.float64], other: NDArray[np.float64], seed: int) -> SiteLikeness:
+def _likeness(site: str, one: NDArray[np.float64], other: NDArray[np.float64]) -> SiteLikeness:
     has_directions = one.shape == other.shape and one.shape[1] > 1  # a norm has none
-    cosine = mean_interval(cosines(one, other).tolist(), seed) if has_directions else None
+    cosine = mean_interval(cosines(one, other).tolist()) if has_directions else None
     return SiteLikeness(site, len(one), cosine, linear_cka(one, other) if len(one) >= 4 else None)

@@ -15,10 +15,35 @@ class Estimate:
     """None when there are no values."""
 
     interval: tuple[float, float] | None
-    """The 95 % bootstrap interval of the mean, low and high. None for fewer than two values."""
+    """The 95 % interval of the mean, low and high. None for fewer than five values."""
 
     n: int
     """How many values the mean is taken over."""
+
+    simultaneous: tuple[float, float] | None = None
+    """The interval at the level of all estimates that were made together. None for one that was made alone."""
+
+    reason: str | None = None
+    """Why there is no interval, or no mean. None when both are there."""
+
+
+@dataclass(frozen=True)
+class Effect(Estimate):
+    """The mean of changes of the same prompts, how large it is beside their spread, and how often chance alone gives as much."""
+
+    d: float | None = None
+    """The mean in standard deviations of the changes (Cohen's d of pairs). None where all changes are one number."""
+
+    p: float | None = None
+    """The p value by signs, corrected for all effects that were measured together."""
+
+
+@dataclass(frozen=True)
+class Part(Effect):
+    """Which part of a difference comes with something: the sum of what was moved, divided by the sum of the differences. d and p are of what was moved."""
+
+    n_left_out: int = 0
+    """Pairs whose difference is too small to carry meaning."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +55,7 @@ class Result:
     """
 
     kind: str
-    """strength, comparison, screening, ablation, patching, pairs, sweep or runs. The kind decides which figures are drawn."""
+    """strength, comparison, screening, ablation, patching, pairs, sweep, steering or runs. The kind decides which figures are drawn."""
 
     measured: Mapping[str, Any]
     """Name -> what was measured, in the order of the file: estimates, numbers and texts, and lists and mappings of these."""
@@ -38,10 +63,14 @@ class Result:
     settings: Mapping[str, Any] | None = None
     """What the result was made with. None for strength and comparison, whose files have no settings."""
 
+    methods: Mapping[str, Any] | None = None
+    """How intervals and p values were made, and for how many comparisons they are corrected. None for a result without any."""
+
     def as_json(self) -> dict[str, Any]:
-        """kind, settings, and each name of `measured`, as dicts and lists. NaN and infinity stay; `write_json` makes them null."""
-        settings = {} if self.settings is None else {"settings": _plain(self.settings)}
-        return {"kind": self.kind, **settings, **_plain(self.measured)}
+        """kind, settings, methods, and each name of `measured`, as dicts and lists. NaN and infinity stay; `write_json` makes them null."""
+        about = {"settings": self.settings, "methods": self.methods}
+        given = {name: _plain(value) for name, value in about.items() if value is not None}
+        return {"kind": self.kind, **given, **_plain(self.measured)}
 
 
 def _plain(value: Any) -> Any:

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import Span, apart, company_of, is_fed_again, rope_limit
+from AutomaticEval.capture.draws import drawing, random_numbers, repeats_of
 from AutomaticEval.capture.graph.decoding import again_without_graphs, decoding
 from AutomaticEval.capture.graph.way import Way, way_of
 from AutomaticEval.capture.keeping import BatchRow, keep_of, parts_of, recording_of, sample_columns, sequence_rows
@@ -36,6 +38,22 @@ class Response(NamedTuple):
 
     generated_ids: list[int]
     """The tokens of the response, up to its own end."""
+
+
+class Asked(NamedTuple):
+    """Prompts that are answered together."""
+
+    prompts: Sequence[Sequence[int]]
+    texts: Sequence[str]
+    repeats: Sequence[int]
+    """How many equal prompts were asked before each."""
+
+    def draws(self, sampling: Sampling) -> list[np.random.Generator] | None:
+        """What each response is sampled by; None for greedy decoding, and for sampling from torch's own random state."""
+        if sampling.seed is None or not sampling.kwargs()["do_sample"]:
+            return None
+        pairs = zip(self.prompts, self.repeats, strict=True)
+        return [random_numbers(sampling.seed, "response", prompt, repeat) for prompt, repeat in pairs]
 
 
 def refuse_uncomputed_logits(model: Any, selection: Selection, n_prompt: int, n_new: int) -> None:
@@ -72,20 +90,24 @@ def respond(
     sampling: Sampling,
     selection: Selection | None = None,
     texts: Sequence[str] | None = None,
+    repeats: Sequence[int] | None = None,
 ) -> list[Response]:
     """The responses to token sequences. They are run together, padded on the left, where none changes the numbers of another.
 
-    selection: what to capture; None captures nothing. texts: the prompts as texts, for the column `prompt` of the samples.
-    Raises CaptureError when the model was fed other tokens than those that it answered; SelectionError.
+    Sampled with a seed, a response depends on the seed, its prompt and its repeat, and not on the batch.
+    selection: what to capture; None captures nothing. texts: the prompts as texts, for the column `prompt` of the samples. repeats: how many
+    equal prompts were asked before each, in other batches too; by default those of this batch are counted. Raises CaptureError when the model was fed other tokens than those that it answered; SelectionError.
     """
     responses: dict[int, Response] = {}
     refuse_logits_fed_again(loaded.model, selection, _spans(prompts, sampling))
     way = way_of(loaded.model, sampling.generation, sampling.kwargs())
+    repeats = repeats_of(prompts) if repeats is None else repeats
     with _seeded(sampling):
         for group in harmless_groups(loaded, prompts, sampling):
             own = [prompts[row] for row in group]
             own_texts = [texts[row] if texts else text_of(loaded.tokenizer, prompts[row]) for row in group]
-            together = partial(_respond_together, loaded, own, sampling, selection, own_texts, way)
+            asked = Asked(own, own_texts, [repeats[row] for row in group])
+            together = partial(_respond_together, loaded, asked, sampling, selection, way)
             responses |= zip(group, again_without_graphs(together, way), strict=True)
     return [responses[row] for row in range(len(prompts))]
 
@@ -106,15 +128,11 @@ def _spans(prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Span]:
 
 
 def _respond_together(
-    loaded: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    selection: Selection | None,
-    texts: Sequence[str],
-    way: Way,
+    loaded: LoadedModel, asked: Asked, sampling: Sampling, selection: Selection | None, way: Way
 ) -> list[Response]:
     """The responses to one batch."""
     model, tokenizer = loaded.model, loaded.tokenizer
+    prompts, texts = asked.prompts, asked.texts
     width = max(map(len, prompts))
     pads = [width - len(prompt) for prompt in prompts]
     given, own = sampling.kwargs(), model.generation_config
@@ -129,6 +147,7 @@ def _respond_together(
         torch.no_grad(),
         alone_with(model),
         recorder as recording,
+        drawing(model, asked.draws(sampling)),
         decoding(model, way, shape, recording) as extra,
     ):
         sequences: Tensor = model.generate(  # [batch, width + longest response]

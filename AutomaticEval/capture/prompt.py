@@ -23,10 +23,9 @@ from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.disk.file_names import hdf5_path, numbered
 from AutomaticEval.store.disk.json_text import as_json
-from AutomaticEval.store.disk.whole_files import OVERWRITING, ensure_space, prepare_file
+from AutomaticEval.store.disk.overwriting import VERSION, Overwrite, overwriting, parse_overwrite
+from AutomaticEval.store.disk.whole_files import ensure_space, prepare_file
 from AutomaticEval.store.hdf5.write import write_named, write_shard
-
-VERSION = "version"
 
 S = TypeVar("S", bound=Sampling)
 
@@ -49,7 +48,7 @@ class AskOptions(LoadKeywords, SamplingKeywords, GenerateKeywords, total=False):
     system_prompt: str | None
     apply_chat_template: bool
     """True (default): the model's own chat template, when it has one."""
-    overwrite: bool | Literal["version"]
+    overwrite: Overwrite
     """True: replace an existing file at save_path. "version": write beside it, france-2.h5."""
     strict: bool
     """Raise NotFinite for infinite numbers and NaN, when the file is written; without it, warn."""
@@ -66,7 +65,7 @@ class CheckedPrompt:
     tokenizer: Any = None
     system_prompt: str | None = None
     apply_chat_template: bool = True
-    overwrite: bool | Literal["version"] = False
+    overwrite: Overwrite = False
     strict: bool = False
 
     @classmethod
@@ -80,17 +79,16 @@ class CheckedPrompt:
             selection = replace(selection, positions=Positions.parse("scored"))
         if selection.store_dtype == "int8":
             raise SelectionError("store_dtype int8 needs the rows of many samples together; use float16 or bfloat16.")
-        if given.get("overwrite", False) not in (False, True, VERSION):
-            raise SelectionError(f'overwrite is {given["overwrite"]!r}; write True, False or "version".')
+        overwrite = parse_overwrite(given.pop("overwrite", False))
         check_prompt(prompt)
         load = LoadOptions(**take_fields(given, LoadOptions))
         sampling = take_generate_arguments(given)
         for name in given:
             if name not in AskOptions.__annotations__:
-                raise unknown_option(name, AskOptions.__annotations__)
+                raise unknown_option(name, [*AskOptions.__annotations__, "layers_to_capture"])
         if layers is not None or selection.single_sites:
             selection.sites(n_layers_of(model, load))  # refuses a wrong layer before the weights load
-        return cls(prompt, load, sampling, selection, **given)
+        return cls(prompt, load, sampling, selection, overwrite=overwrite, **given)
 
 
 def check_prompt(prompt: object) -> None:
@@ -128,8 +126,7 @@ def generate_inference_with_activations(
     file = None if save_path is None else hdf5_path(save_path)
     checked = CheckedPrompt.parse(prompt, model, layers_to_capture, options)
     if file is not None:
-        offer = f'{OVERWRITING.replace(" or", ",", 1)}, or overwrite="version", which writes {numbered(file, 2).name}'
-        prepare_file(file, overwrite=bool(checked.overwrite), offer=offer)
+        prepare_file(file, overwrite=bool(checked.overwrite), offer=overwriting(numbered(file, 2).name))
     loaded = load_model(model, tokenizer=checked.tokenizer, options=checked.load)
     response = ask(loaded, checked, capture=True, folder=None if file is None else file.parent)
     assert response.sample is not None

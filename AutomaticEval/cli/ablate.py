@@ -11,7 +11,16 @@ import typer
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.cli import options
 from AutomaticEval.cli.finish import finish, result_file
-from AutomaticEval.cli.interventions import HeadSpec, Prompts, Sentiment, answers_table, metrics_of
+from AutomaticEval.cli.interventions import (
+    HeadSpec,
+    OwnTexts,
+    Prompts,
+    Sentiment,
+    answers_table,
+    asked_prompts,
+    metrics_of,
+    number,
+)
 from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import PromptError, SelectionError
@@ -20,15 +29,13 @@ from AutomaticEval.models.checkpoint.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.heads.ablate import Ablation
+    from AutomaticEval.analysis.numbers.paired import PairedChange
     from AutomaticEval.analysis.words.profiles import Profile
 
 
 Mode = Annotated[
     str,
     typer.Option("--mode", help="zero, mean or resample (over the profile's neutral prompts).", rich_help_panel=RUN),
-]
-Texts = Annotated[
-    Path | None, typer.Option("--texts", help="Prompts of your own, in place of --category.", rich_help_panel=RUN)
 ]
 
 
@@ -48,7 +55,7 @@ def ablate(
     head_spec: HeadSpec,
     mode: Mode = "zero",
     model: options.Model = "demo",
-    texts: Texts = None,
+    texts: OwnTexts = None,
     sentiment: Sentiment = "vader",
     batch_size: options.BatchSize = 8,
     output: options.Results = Path("results"),
@@ -61,13 +68,14 @@ def ablate(
         refuse_unused(context, "it is of prompts, and none are asked", *of_answers)
     options.quiet_libraries()
     from AutomaticEval.analysis.heads.ablate import Ablation, parse_head_spec, reference_z
+    from AutomaticEval.analysis.numbers import estimate, paired
     from AutomaticEval.analysis.parts.before_after import answers_with
     from AutomaticEval.analysis.result import Result
     from AutomaticEval.models.loading import load_model
 
     file = result_file(output, "ablation.json", "ablation")
     profile = prompts.load_profile()
-    questions = prompts.drawn(_prompts(profile, prompts.category, texts))
+    questions = prompts.drawn(asked_prompts(profile, prompts.category, texts))
     _refuse(mode, profile, asked, n_questions=len(questions))
     if asked is not None:
         options.tell_of_code(asked, partial(say, err=True))
@@ -87,15 +95,20 @@ def ablate(
         "max_tokens": sampling.max_new_tokens,
         "reference": f"{len(neutral)} neutral prompts",
     }
+    if asked is not None:
+        settings["benchmark"] = asked.as_dict()
     measured: dict[str, Any] = {}
+    methods: dict[str, Any] = {}
     if questions:
         words = None if profile is None or prompts.category is None else profile.keywords.get(prompts.category)
         answers = answers_with(ablation, questions, metrics_of(sentiment, words), sampling, batch_size=batch_size)
         measured |= answers.measured
+        methods |= answers.methods or {}
         print_table(*answers_table(answers))  # before the benchmark, which takes long and may fail
     if asked is not None:
         measured["benchmark"] = _scores(ablation, asked)
-    finish(file, Result("ablation", measured, settings), draws=bool(questions))
+        methods["benchmark"] = estimate.methods(len(measured["benchmark"]), p=paired.METHOD, is_together=False)
+    finish(file, Result("ablation", measured, settings, methods))
 
 
 def _refuse(mode: str, profile: Profile | None, asked: Benchmark | None, *, n_questions: int) -> None:
@@ -110,31 +123,43 @@ def _refuse(mode: str, profile: Profile | None, asked: Benchmark | None, *, n_qu
         )
 
 
-def _prompts(profile: Profile | None, category: str | None, texts: Path | None) -> list[str]:
-    from AutomaticEval.capture.texts.sources import read_texts
-
-    if texts is not None:
-        if category is not None:
-            raise SelectionError("--category and --texts both name prompts; give one of them.")
-        return read_texts(texts)
-    if category is None:
-        return []
-    if profile is None:
-        raise SelectionError("--category names a category of a profile; add --profile.")
-    return profile.category(category)
-
-
 def _scores(ablation: Ablation, asked: Benchmark) -> list[dict[str, Any]]:
-    """The scores of each task, with the heads and without them."""
+    """The scores of each task with the heads and without them, paired by question."""
+    from AutomaticEval.analysis.numbers.paired import corrected, paired_change
+    from AutomaticEval.evaluation.results.question_scores import question_scores
     from AutomaticEval.evaluation.run import run_benchmark
 
     before = run_benchmark(ablation.loaded, asked)
     with ablation.applied():
         after = run_benchmark(ablation.loaded, asked)
-    pairs = list(zip(before.scores, after.scores, strict=True))
-    rows = [(one.task, one.metric, f"{one.value:.4f}", f"{other.value:.4f}") for one, other in pairs]
-    print_table("Benchmark without the heads", ("Task", "Metric", "Before", "After"), rows)
-    return [
-        {"task": one.task, "metric": one.metric, "before": one.value, "after": other.value, "n": one.answered}
-        for one, other in pairs
-    ]
+    of_questions = [question_scores(each.scores, each.results, each.samples) for each in (before, after)]
+    known = [line for line in of_questions[0] if line in of_questions[1]]
+    changes = []
+    for line in known:
+        whole, without = (each[line] for each in of_questions)
+        changes.append(paired_change(list(whole.values()), [without[question] for question in whole], list(whole)))
+    paired = dict(zip(known, corrected(changes), strict=True))
+    rows = []
+    for one, other in zip(before.scores, after.scores, strict=True):
+        about = {"task": one.task, "metric": one.metric, "before": one.value, "after": other.value, "n": one.answered}
+        errors = {"before_stderr": one.stderr, "after_stderr": other.stderr}
+        change = paired.get((one.task, one.metric))
+        rows.append({**about, **errors, **(dict.fromkeys(OF_CHANGE) if change is None else _told(change))})
+    print_table("Benchmark without the heads", COLUMNS, map(_row, rows))
+    return rows
+
+
+OF_CHANGE = ("difference", "n_gained", "n_lost", "p", "p_corrected")
+"""What is told of a change that is paired by question. All are None for a score that is no mean over its questions."""
+COLUMNS = ("Task", "Metric", "Before", "After", "Change, 95 % interval", "Flipped", "p")
+
+
+def _told(change: PairedChange) -> dict[str, Any]:
+    return {name: getattr(change, name) for name in OF_CHANGE}
+
+
+def _row(line: dict[str, Any]) -> tuple[str, ...]:
+    change = "" if line["difference"] is None else number(line["difference"])
+    flipped = "" if line["n_gained"] is None else f"+{line['n_gained']} -{line['n_lost']}"
+    p = "" if line["p"] is None else f"{line['p']:.3g}"
+    return (line["task"], line["metric"], f"{line['before']:.4f}", f"{line['after']:.4f}", change, flipped, p)

@@ -8,7 +8,7 @@ import warnings
 
 import typer
 
-from AutomaticEval.cli import benchmark, compare, export, extract, files, generate, heads, show, sites
+from AutomaticEval.cli import benchmark, compare, export, extract, files, generate, heads, show, sites, steer
 from AutomaticEval.cli.options import SPELLINGS
 from AutomaticEval.cli.printing import never_fail
 from AutomaticEval.cli.reading import Commands
@@ -26,6 +26,7 @@ app.callback(invoke_without_command=True)(benchmark.benchmark)
 app.command("generate")(generate.generate)
 app.command("extract")(extract.extract)
 app.command("show")(show.show)
+app.command("steer")(steer.steer)
 app.command("compare")(compare.compare)
 app.command("sites")(sites.sites)
 app.command("verify")(files.verify)
@@ -41,7 +42,7 @@ def main() -> None:
     never_fail(sys.stdout, sys.stderr)
     signal.signal(signal.SIGTERM, _stop)
     warnings.formatwarning = _one_line
-    app(args=_with_values(sys.argv[1:]))
+    app()
 
 
 def _one_line(
@@ -49,15 +50,6 @@ def _one_line(
 ) -> str:
     """A warning in one line for a person at a terminal, without its place in the code."""
     return shown(f"{category.__name__}: {message}\n")
-
-
-def _with_values(arguments: list[str]) -> list[str]:
-    """The arguments, with a value for an `--mlflow` that stands alone: the parser expects one."""
-    completed = list(arguments)
-    for at, each in enumerate(arguments):
-        if each == "--mlflow" and (at + 1 == len(arguments) or arguments[at + 1].startswith("-")):
-            completed[at] = "--mlflow=local"
-    return completed
 
 
 def _stop(*signal_and_frame: object) -> None:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from AutomaticEval.evaluation.results.join import Score
     from AutomaticEval.evaluation.run import Outcome
 
-OF_THIS_CALL = ("context", "resume", "output", "activation_save_dir", "version")
-"""What a run is not asked for: where it goes, and whether it goes on."""
+OF_THIS_CALL = ("context", "resume", "output", "overwrite", "activation_save_dir", "version")
+"""What a run is not asked for: where it goes, what is there, and whether it goes on."""
 OF_CAPTURE = (*options_in(Selection), *options_in(RunOutput))
 """Options that are refused when nothing is captured, but for --output, which then names the folder for lm-eval's results."""
 
@@ -228,7 +228,11 @@ def _write_strength(folder: Path) -> None:
 
     file = folder / "head_strength.json"
     run = open_run(folder)
-    about = {name: run.settings.get(name) for name in ("positions", "scoring", MODEL)}
+    about = {
+        "positions": run.settings.get("positions"),
+        "scoring": (run.settings.get("benchmark") or {}).get("scoring"),
+        MODEL: run.settings.get(MODEL),
+    }
     write_json(file, strength_result(strength_of_run(run), run.model, "result", **about).as_json(), overwrite=True)
     say(f"Heads:       {file}")
 
@@ -253,8 +257,9 @@ def _print(outcome: Outcome, title: str, *, scores: bool) -> None:
         _print_answers(outcome, title)
     if outcome.n_computed:
         times = outcome.n_tokens / outcome.n_computed
+        part = f" in this part ({outcome.n_before} samples were there already)" if outcome.n_before else ""
         say(
-            f"Scoring: {outcome.n_computed} tokens computed over the requests' prefix tree; one by one they have {outcome.n_tokens} "
+            f"Scoring{part}: {outcome.n_computed} tokens computed over the requests' prefix tree; one by one they have {outcome.n_tokens} "
             f"({times:.1f} times as many)"
         )
     if scores and outcome.without_verdict:

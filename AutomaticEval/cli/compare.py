@@ -10,19 +10,38 @@ import typer
 from AutomaticEval.cli.finish import Table, finish, result_file
 from AutomaticEval.cli.options import OUTPUT, command
 from AutomaticEval.cli.printing import say
+from AutomaticEval.errors import SelectionError
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.compare_runs import SiteLikeness, TaskChange
+    from AutomaticEval.store.run import Run
 
 SHOWN_FLIPS = 20
 """So many flipped questions are printed; the file has all."""
+
+SaveDirection = Annotated[
+    Path | None,
+    typer.Option(
+        "--save_direction",
+        help="Write the mean row of RUN_B minus that of RUN_A as a direction: a .safetensors file.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Layer = Annotated[
+    str | None,
+    typer.Option("--layer", help="The direction's layer or layers, such as 14 or 10-14.", rich_help_panel=OUTPUT),
+]
 
 
 @command
 def compare(
     before: Annotated[Path, typer.Argument(help="A run, such as the base model's.", metavar="RUN_A")],
     after: Annotated[Path, typer.Argument(help="Another run over the same questions.", metavar="RUN_B")],
-    seed: Annotated[int, typer.Option("--seed", help="Seed for the intervals.")] = 42,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed for drawing the questions whose activations are compared.")
+    ] = 42,
+    save_direction: SaveDirection = None,
+    layer: Layer = None,
     output: Annotated[
         Path,
         typer.Option(
@@ -34,12 +53,18 @@ def compare(
     ] = Path("results"),
 ) -> None:
     """Compare two runs over the same questions: the change of the score, the questions that flipped, and how alike the activations are."""
+    if (save_direction is None) != (layer is None):
+        raise SelectionError(
+            "--save_direction FILE and --layer N go together: the direction is of resid_post in these layers."
+        )
     from AutomaticEval.analysis.compare_runs import compare_runs
     from AutomaticEval.store.reader import open_run
 
     runs = open_run(before), open_run(after)
     file = output if output.suffix == ".json" else output / "compare.json"
     result_file(file.parent, file.name, "runs")
+    if save_direction is not None and layer is not None:
+        _save_direction(save_direction, layer, *runs)
     result = compare_runs(*runs, seed=seed)
     measured = result.measured
     for when in ("before", "after"):
@@ -57,6 +82,21 @@ def compare(
             say(f"Left out:     {measured[count]} questions that only {where} has")
     if measured["n_other_prompts"]:
         say(f"Other prompts: {measured['n_other_prompts']} questions, whose activations are not compared")
+
+
+def _save_direction(file: Path, layer: str, before: Run, after: Run) -> None:
+    """Write the direction from the first run to the second, one for each of the layers."""
+    from AutomaticEval.analysis.steering.difference import difference_of_runs
+    from AutomaticEval.analysis.steering.direction import save_directions
+    from AutomaticEval.sites import expand, kind_and_layer
+
+    kept = [site.layer for site in map(kind_and_layer, before.keys) if site.layer is not None]
+    n_layers = (before.settings.get("shape") or {}).get("n_layers") or max(kept, default=-1) + 1
+    directions = difference_of_runs(before, after, [site.key for site in expand(["resid_post"], layer, n_layers)])
+    save_directions(file, directions)
+    for each in directions:
+        say(f"Direction:   {each.told}")
+    say(f"Written:     {file} (python main.py steer --direction {file} …)")
 
 
 def _scores(tasks: list[TaskChange]) -> Table:

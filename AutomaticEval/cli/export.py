@@ -14,7 +14,7 @@ from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.store.export.table import FORMATS, check_format
 
 if TYPE_CHECKING:
-    from AutomaticEval.store.reader import Run
+    from AutomaticEval.store.run import Run
 
 HDF5 = "hdf5"
 MOST_SHOWN = 100

@@ -21,6 +21,8 @@ class Table(NamedTuple):
     title: str
     columns: Sequence[str]
     rows: Iterable[Sequence[str]]
+    n_words: int = 1
+    """How many of the first columns are words."""
 
 
 def result_file(folder: Path, name: str, kind: str) -> Path:
@@ -32,18 +34,13 @@ def result_file(folder: Path, name: str, kind: str) -> Path:
     return file
 
 
-def finish(file: Path, result: Result, *tables: Table, draws: bool = True) -> None:
-    """Print a result's tables, write it with its figures, and say where they are. draws: whether it has anything to draw."""
+def finish(file: Path, result: Result, *tables: Table) -> None:
+    """Print a result's tables, write it with its figures, and say where they are."""
     from AutomaticEval.report.figures import save_with_figures
-    from AutomaticEval.store.disk.json_files import write_json
 
     for table in tables:
         print_table(*table)
-    if draws:
-        say_written(*save_with_figures(file, result.as_json()))
-    else:
-        write_json(file, result.as_json())
-        say_written(file)
+    say_written(*save_with_figures(file, result.as_json()))
 
 
 def say_written(*files: Path) -> None:

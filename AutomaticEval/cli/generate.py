@@ -82,7 +82,7 @@ def generate(
     strict: Strict = False,
     output: Output = None,
     activation_save_dir: options.SaveDir = Path("activations"),
-    overwrite: options.Overwrite = False,
+    overwrite: options.Overwrite = None,
 ) -> None:
     """Answer one prompt; with --output or --capture_activations, keep its activations."""
     captures = capture_activations or output is not None

@@ -65,13 +65,11 @@ def strength(
 ) -> None:
     """Measure how strong each head is over texts: head_strength.json and head_strength.png."""
     options.quiet_libraries()
-    from AutomaticEval.analysis.heads.strength import strength_result
     from AutomaticEval.capture.texts.sources import read_texts
 
     file = result_file(output, "head_strength.json", "strength")
     extractor = how.measured(model, load, drawing.drawn(read_texts(texts)))
-    stats = extractor.get_all_stats()
-    finish(file, strength_result(stats, extractor.model_name, extractor.of), _strongest(stats))
+    finish(file, extractor.result(), _strongest(extractor.get_all_stats()))
 
 
 @app.command()
@@ -119,7 +117,7 @@ def compare(
     asked = drawing.drawn(read_texts(texts))
     inputs = same_inputs(models, asked, load, answers_of, max_new_tokens, how.batch_size)
     both = [how.measured(name, load, inputs) for name in models.values()]
-    comparator = ActivationComparator(*both, seed=drawing.seed)
+    comparator = ActivationComparator(*both)
     _say_changes(comparator.compare())
     with new_files(output, "comparison") as made:
         before, after, comparison, heatmap = (made / file.name for file in files)
@@ -144,11 +142,13 @@ def _say_changes(comparison: dict[str, Any], most: int = 10) -> None:
     columns = ("Layer", "Head", "Before", "After", "Change", "Ratio")
     print_table("The heads that changed most", columns, rows)
     correlation = comparison["rank_correlation"]
+    name = "Rank correlation of the strength before with the change"
     if correlation["rho"] is None:
-        say("Rank correlation of the strength before with the change: none, since one of them is all one number")
+        say(f"{name}: none, since one of them is all one number")
         return
-    low, high = correlation["interval"]
-    say(
-        f"Rank correlation of the strength before with the change: {correlation['rho']:.3f} (95 % interval over heads {low:.3f} to "
-        f"{high:.3f})"
-    )
+    how_sure = f"no interval: {correlation['reason']}"
+    if correlation["interval"] is not None:
+        low, high = correlation["interval"]
+        how_sure = f"95 % interval over {correlation['interval_over']} {low:.3f} to {high:.3f}"
+    within = correlation["within_layers"]["mean"]
+    say(f"{name}: {correlation['rho']:.3f} ({how_sure})" + ("" if within is None else f"; within layers {within:.3f}"))

@@ -11,6 +11,7 @@ import typer
 
 from AutomaticEval.cli.finish import Table
 from AutomaticEval.cli.options import RUN
+from AutomaticEval.errors import SelectionError
 from AutomaticEval.options import Option
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ T = TypeVar("T")
 HeadSpec = Annotated[
     str,
     typer.Option("--head_spec", help="layer:head, such as 0:0,3:5; 3:* for all heads of a layer.", rich_help_panel=RUN),
+]
+OwnTexts = Annotated[
+    Path | None, typer.Option("--texts", help="Prompts of your own, in place of --category.", rich_help_panel=RUN)
 ]
 Sentiment = Annotated[
     str,
@@ -64,6 +68,21 @@ class Prompts:
         from AutomaticEval.capture.texts.sources import drawn
 
         return drawn(items, self.num_trials, self.seed)
+
+
+def asked_prompts(profile: Profile | None, category: str | None, texts: Path | None) -> list[str]:
+    """The prompts of a category, or of a file; [] when neither is named. Raises SelectionError for both, and for a category of no profile."""
+    from AutomaticEval.capture.texts.sources import read_texts
+
+    if texts is not None:
+        if category is not None:
+            raise SelectionError("--category and --texts both name prompts; give one of them.")
+        return read_texts(texts)
+    if category is None:
+        return []
+    if profile is None:
+        raise SelectionError("--category names a category of a profile; add --profile.")
+    return profile.category(category)
 
 
 def metrics_of(sentiment: str, words: Sequence[str] | None) -> list[TextMetric]:

@@ -36,6 +36,8 @@ PANEL_OF: Mapping[type, str] = {
 }
 """The options of all other dataclasses say what to run."""
 
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C stopped."""
 SHORT = {"output": "-o"}
 """Options that also have a short form."""
 OLD_SPELLINGS = {
@@ -78,7 +80,15 @@ Results = Annotated[
 SaveDir = Annotated[
     Path, typer.Option("--activation_save_dir", help="Folder for the activations.", rich_help_panel=OUTPUT)
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[
+    str | None,
+    typer.Option(
+        "--overwrite",
+        help="Replace what is there; with `version`, write beside it: france-2.h5.",
+        metavar="[version]",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Mlflow = Annotated[
     str | None,
     typer.Option(
@@ -204,6 +214,10 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             end_bars()
             say(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:  # typer would end without a word
+            end_bars()
+            say("Stopped (Ctrl-C).", err=True)
+            raise typer.Exit(INTERRUPTED) from None
 
     return run
 

@@ -34,7 +34,7 @@ def never_fail(*streams: Any) -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, n_words: int = 1) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], n_words: int = 1) -> None:
     """Print a table. n_words: how many of the first columns are words; the others are numbers."""
     from rich.console import Console
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""How the command line is read before options are: flags with a value, and names that are no command."""
+"""How the command line is read before options are: flags with a value, options that may stand without one, and names that are no command."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typer.core import TyperGroup
 
 from AutomaticEval.cli.options import spelling
 from AutomaticEval.errors import did_you_mean
+from AutomaticEval.store.disk.overwriting import VERSION
 
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 """What people write behind a flag, which needs nothing behind it."""
 RAW = "AutomaticEval.arguments"
+ALONE = {"--mlflow": "local", "--overwrite": "true"}
+"""What an option stands for that has no value behind it: the parser expects one."""
 
 
 class Commands(TyperGroup):
     """The commands, and the benchmark that runs without one. `--flag true` is `--flag`, and `--flag false` is nothing."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.meta[RAW] = args = _plain(args, _flags(self))
+        ctx.meta[RAW] = args = _with_values(_plain(args, _flags(self)))
         parsed: list[str] = super().parse_args(ctx, list(args))
         return parsed
 
@@ -58,6 +61,17 @@ def _plain(args: list[str], flags: set[str]) -> list[str]:
             continue
         plain.append(name if value.lower() in YES else f"{name}{equals}{value}")
     return plain
+
+
+def _with_values(args: list[str]) -> list[str]:
+    """The arguments, with a value for the options in ALONE that have none. Behind --overwrite only what it means is a value, and never a prompt."""
+    completed = list(args)
+    for at, each in enumerate(args[: args.index("--")] if "--" in args else args):
+        behind = args[at + 1] if at + 1 < len(args) else "-"
+        is_value = behind in (VERSION, *YES[:3], *NO[:3]) if each == "--overwrite" else not behind.startswith("-")
+        if each in ALONE and not is_value:
+            completed[at] = f"{each}={ALONE[each]}"
+    return completed
 
 
 def _named(argument: str) -> str:

@@ -89,6 +89,12 @@ def screen(
         "targets": _tokens_of(loaded, targets),
     }
     finish(file, replace(result, settings=settings), _largest(result.measured["scores"]))
+    for category, length in result.measured["lengths"].items():
+        if length.p < 0.05:
+            say(
+                f"The prompts of {category} are of {length.mean:.3g} tokens, the neutral ones of {length.neutral:.3g} (p {length.p:.2g}). "
+                f"Strength is compared at the first {length.n_positions} positions, which both have; the direct effect is not."
+            )
 
 
 def _tokens_of(loaded: LoadedModel, targets: dict[str, Target]) -> dict[str, dict[str, list[str]]]:
@@ -119,10 +125,20 @@ def _largest(scores: list[HeadScore], most: int = 10) -> Table:
     known = [each for each in scores if not math.isnan(each.strength.d)]
     for each in sorted(known, key=lambda each: -abs(each.strength.d))[:most]:
         strength = each.strength
-        numbers = (f"{strength.d:.2f}", f"{strength.p:.3g}", number(each.attention), number(each.direct))
+        numbers = (
+            f"{strength.d:.2f}",
+            f"{strength.p:.3g}",
+            number(each.attention),
+            number(each.direct),
+            _p(each.direct.p),
+        )
         rows.append((f"{each.layer}:{each.head}", each.category, *numbers))
-    columns = ("Head", "Category", "Strength: d", "p", "Attention above uniform", "Direct effect, logits")
+    columns = ("Head", "Category", "Strength: d", "p", "Attention above placebo", "Direct effect, logits", "p")
     return Table(f"The largest changes of strength, of {len(scores)} scores", columns, rows)
+
+
+def _p(chance: float | None) -> str:
+    return "none" if chance is None else f"{chance:.3g}"
 
 
 @command
@@ -134,14 +150,20 @@ def plot(
             "--output", "-o", help="Folder for the figures. Default: beside each file.", rich_help_panel=OUTPUT
         ),
     ] = None,
-    overwrite: options.Overwrite = False,
+    overwrite: options.Overwrite = None,
 ) -> None:
     """Draw result files again: head_reaction_heatmap.png, top_heads.png, comparison_heatmap.png, …"""
     from AutomaticEval.report.figures import check_figures, draw
     from AutomaticEval.store.disk.json_files import read_json
+    from AutomaticEval.store.disk.overwriting import VERSION, parse_overwrite
 
+    replaces = parse_overwrite(overwrite)
+    if replaces == VERSION:
+        raise SelectionError(
+            "figures are replaced or not; write --overwrite alone, or name another folder with --output."
+        )
     results = [(read_json(file), output or file.parent) for file in files]
-    check_figures(results, overwrite=overwrite)  # all, before the first is drawn
+    check_figures(results, overwrite=replaces)  # all, before the first is drawn
     for result, folder in results:
-        for figure in draw(result, folder, overwrite=overwrite):
+        for figure in draw(result, folder, overwrite=replaces):
             say(f"Written:     {figure}")

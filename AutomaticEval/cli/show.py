@@ -15,8 +15,8 @@ from AutomaticEval.errors import StoreError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from AutomaticEval.store.reader import Run
     from AutomaticEval.store.reading.overview import TaskLine
+    from AutomaticEval.store.run import Run
 
 
 @command
@@ -66,7 +66,12 @@ def _show_run(run: Run) -> None:
 
     facts, tasks = facts_of(run), run.tasks()
     print_table("", ("Run", str(run.path)), facts.items(), n_words=2)
-    print_table("", ("Task", "Samples", "Questions", "Correct"), map(_task_row, tasks))
+    if run.made_with.corpus is not None:
+        print_table(
+            "", ("Set", "Texts", "Samples", "Tokens", "Texts that were cut"), [_set_row(run, each) for each in tasks]
+        )
+    else:
+        print_table("", ("Task", "Samples", "Questions", "Correct"), map(_task_row, tasks))
     means = [
         (each.task, name, f"{mean:.4f}" + ("" if error is None else f" ± {error:.4f}"))
         for each in tasks
@@ -83,13 +88,22 @@ def _show_run(run: Run) -> None:
     say(f"One sample: python main.py show {shlex.quote(str(run.path))} --sample 0")
 
 
+def _set_row(run: Run, line: TaskLine) -> tuple[str, ...]:
+    """What there is to say of a set of texts, of which nothing is right or wrong."""
+    some = run.where(task=line.task)
+    n_cut = sum((each or 0) > 0 for each in some.column("n_truncated"))
+    return line.task, str(line.n_questions), str(line.n_samples), str(sum(some.column("n_prompt_tokens"))), str(n_cut)
+
+
 def _task_row(line: TaskLine) -> tuple[str, ...]:
     correct = "unknown" if line.correct is None else f"{line.correct:.4f}"
     return line.task, str(line.n_samples), str(line.n_questions), correct
 
 
 def _show_sample(data: dict[str, Any]) -> None:
-    for name, value in data.items():
+    """The prompt and the response first, and last the settings, which are long."""
+    first = [name for name in ("prompt", "response") if name in data]
+    for name in dict.fromkeys([*first, *data]):
         if name not in (
             "activations",
             "reduced",
@@ -100,15 +114,15 @@ def _show_sample(data: dict[str, Any]) -> None:
             "token_ids",
             "positions",
         ):
-            say(f"{name}: {value}")
-    settings = data.get("settings", {})
-    say("settings: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
+            say(f"{name}: {data[name]}")
     rows = []
     lines = {key: line[None] for key, line in data.get("reduced", {}).items()}
     for key, tensor in {**data["activations"], **lines}.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         rows.append((key, "x".join(map(str, tensor.shape)), dtype, *statistics(tensor)))
     print_table("", ("Site", "Shape", "Dtype", "Mean", "Std", "Min", "Max", "Mean norm"), rows, n_words=8)
+    settings = data.get("settings", {})
+    say("settings: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
 
 
 def statistics(tensor: Tensor) -> list[str]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
     from AutomaticEval.store.questions.question import Question
     from AutomaticEval.store.questions.questions import Questions
-    from AutomaticEval.store.reader import Run
+    from AutomaticEval.store.run import Run
 
 
 def show_question(run: Run, task: str | None, doc_id: int, *, has_lens: bool) -> None:
@@ -24,7 +24,9 @@ def show_question(run: Run, task: str | None, doc_id: int, *, has_lens: bool) ->
     _print_text(asked[0])
     for question in asked:
         _print_verdict(question)
-    _print_layers(asked[:1], samples, _model_of(run) if has_lens else None)
+    _print_layers(asked[:1], samples, _model_of(run) if has_lens and asked[0].choices else None)
+    if has_lens and not asked[0].choices:
+        say("No ranks: the question was answered with a text, and the lens ranks the first token of a right choice.")
 
 
 def _asked(run: Run, task: str | None, doc_id: int) -> Questions:

@@ -19,10 +19,11 @@ from AutomaticEval.options import take_fields, take_options
 from AutomaticEval.processes import join_ranks, own_device
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
+from AutomaticEval.store.disk.overwriting import Overwrite
 
 OF_COMMAND = {"tasks": "benchmark", "layers_to_capture": "layers"}
 """Name of an option here -> its name as an option of the command."""
-PLACES = ("resume", "output", "activation_save_dir")
+PLACES = ("resume", "output", "activation_save_dir", "overwrite")
 
 
 class EvaluateOptions(LoadKeywords, BenchmarkKeywords, total=False):
@@ -55,8 +56,10 @@ class CaptureKeywords(EvaluateOptions, total=False):
     activation_save_dir: str | Path
     output: str | Path | None
     """The run's own folder, a new one, in place of one in activation_save_dir."""
+    overwrite: Overwrite
+    """True: replace the run in `output`. "version": write beside it, run-2."""
     resume: str | Path | None
-    """A run folder that was cut short. The other options, as far as they are given, must be those of that run."""
+    """A run folder that was cut short. The other options, as far as they are given, must be those of that run, but for compression and strict."""
     compression: str | None
     strict: bool
     """Stop once numbers are stored that are infinite or NaN; without it the run warns of them at its end."""

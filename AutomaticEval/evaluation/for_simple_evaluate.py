@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
@@ -22,7 +21,7 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from AutomaticEval.errors import BenchmarkError, DeviceUnavailable, StoreError, unknown_option
+from AutomaticEval.errors import BenchmarkError, DeviceUnavailable, StoreError, unknown_option, warn
 from AutomaticEval.evaluation.harness.call import Call, Request, Workload
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.results.captured_run import RunFolder, folder_name, made_with
@@ -137,10 +136,9 @@ def _tell_unjoined(run: RunFolder) -> None:
     """Warn, when the process ends, of a run that was captured and not joined to its scores."""
     if run.path is None or run.is_finished or not shard_names(run.path):
         return
-    warnings.warn(
+    warn(
         f"{run.path} holds what HFActivations captured, without the verdicts of lm-eval: they are joined by run = open_run(lm.finish(results)), with what "
-        "simple_evaluate returned. Call it before the process ends; its answers can be read as they are.",
-        stacklevel=2,
+        "simple_evaluate returned. Call it before the process ends; its answers can be read as they are."
     )
 
 

@@ -173,7 +173,8 @@ def _size(
     # Shards of less than an eighth of this size are merged with their neighbours.
     n_files = 16 * rows_bytes // shard_bytes + 1 + n_ranks
     strings = min(len(loaded.tokenizer) + 1, n_rows) * 128
-    files = n_files * (_FILE_BYTES + n_keys * _DATASET_BYTES + strings + selection.matrix_bytes)
+    edits = sum(int(each.nbytes) + _DATASET_BYTES for each in loaded.edit_values().values())
+    files = n_files * (_FILE_BYTES + n_keys * _DATASET_BYTES + strings + selection.matrix_bytes + edits)
     in_8_bits = selection.store_dtype == "int8"
     scales = (n_rows / BLOCK_ROWS + n_files) * 4 * bytes_per_row(loaded, selection) if in_8_bits else 0
     table = n_rows * (12 if in_8_bits else 8) + scales + 4 * total.ids + 16 * total.positions

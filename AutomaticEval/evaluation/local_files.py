@@ -47,8 +47,10 @@ def local_files(folder: str | None) -> Iterator[None]:
     stock = ConfigurableTask.download
 
     def download(task: ConfigurableTask, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if task.DATASET_PATH in OWN_FILES or callable(task.config.custom_dataset):
+        if callable(task.config.custom_dataset):
             stock(task, dataset_kwargs, **kwargs)
+        elif task.DATASET_PATH in OWN_FILES:
+            stock(task, _placed(dict(dataset_kwargs or {}), Path(folder), task.config.task), **kwargs)
         else:
             task.dataset = read_splits(Path(folder), task)
             for config in (task.config, task.fewshot_cfg):
@@ -60,6 +62,30 @@ def local_files(folder: str | None) -> Iterator[None]:
         yield
     finally:
         ConfigurableTask.download = stock
+
+
+def _placed(arguments: dict[str, Any], folder: Path, task: str) -> dict[str, Any]:
+    """The arguments of a data set of files: a relative path that is not in the current folder is one in `folder`."""
+    names = arguments.get("data_files")
+    if isinstance(names, Mapping):
+        placed: Any = {split: _each_placed(each, folder, task) for split, each in names.items()}
+    else:
+        placed = _each_placed(names, folder, task)
+    return {**arguments, "data_files": placed} if names else arguments
+
+
+def _each_placed(names: Any, folder: Path, task: str) -> Any:
+    """A path, or each of several. Raises BenchmarkUnavailable for one that is in neither folder."""
+    if isinstance(names, list | tuple):
+        return [_each_placed(each, folder, task) for each in names]
+    if not isinstance(names, str) or "://" in names or Path(names).is_absolute() or any(Path.cwd().glob(names)):
+        return names
+    if any(folder.glob(names)):
+        return str(folder.absolute() / names)
+    raise BenchmarkUnavailable(
+        f"the task {task!r} names the file {names}, which is neither in the current folder ({Path.cwd()}) nor in --benchmark_data {folder}; put it "
+        "into one of them, or write its whole path into the YAML file."
+    )
 
 
 def _once(process_docs: Callable[[Any], Any]) -> Callable[[Any], Any]:

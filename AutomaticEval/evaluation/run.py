@@ -5,7 +5,6 @@ Scores are lm-eval's. With a selection, every request's activations are in one f
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 
+from AutomaticEval.capture.draws import derived_seed
 from AutomaticEval.capture.graph.way import refuse_graphless, way_of
-from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError
+from AutomaticEval.errors import AutomaticEvalError, BenchmarkError, DiskFull, OtherSettings, StoreError, warn
 from AutomaticEval.evaluation.benchmark import BUNDLED_NAMES, LoadedTasks, asked_docs, load_tasks
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.forecast import forecast
@@ -67,10 +67,14 @@ class Outcome:
     """lm-eval's results file, when there is one; the answers are beside it, in samples_<task>_<time>.jsonl."""
 
     n_tokens: int = 0
-    """Tokens that the requests scored over a prefix tree would have fed one by one, equal requests counted once."""
+    """Tokens that the requests scored over a prefix tree would have fed one by one, equal requests counted once. Requests of this call alone: a
+    run that goes on does not count what was on the disk."""
 
     n_computed: int = 0
     """Tokens that were computed for these requests."""
+
+    n_before: int = 0
+    """Samples that were on the disk already, of a run that went on."""
 
 
 def run_benchmark(
@@ -146,7 +150,7 @@ class _Run:
                 self._tell_cut(failure, folder.path, folder.n_samples, asked=bool(output.asked))
             raise
         outcome.folder, outcome.n_samples, outcome.size_bytes = folder.path, folder.n_samples, folder.size_bytes
-        outcome.n_truncated = folder.n_truncated
+        outcome.n_truncated, outcome.n_before = folder.n_truncated, len(answered)
         return outcome
 
     def _tell_cut(self, failure: BaseException, folder: Path, n_samples: int, *, asked: bool) -> None:
@@ -212,8 +216,9 @@ class _Run:
         if benchmark.seed is not None:
             names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
             seeds = dict.fromkeys(names, benchmark.seed)
-        if not is_first:  # or all would sample the same answers
-            seeds["torch_random_seed"] = seeds.get("torch_random_seed", DEFAULT_OTHER_SEED) + self.ranks.rank
+        if not is_first and benchmark.scoring == "stock":  # or all would sample the same answers
+            own_seed = derived_seed(seeds.get("torch_random_seed", DEFAULT_OTHER_SEED), "process", self.ranks.rank)
+            seeds["torch_random_seed"] = own_seed
         totals = self.tasks.totals
         asked = (asked_docs(totals[name], benchmark, self.tasks.drawn, name) for name in self.tasks.tasks)
         with quick_templates(), whole_run(sum(map(len, asked)), shows=is_first):
@@ -250,10 +255,8 @@ def _warn_of_demo(loaded: LoadedModel, benchmark: Benchmark) -> None:
     """Warn of scores that say nothing: those of the bundled model on tasks that are not of its world."""
     others = [name for name in benchmark.names if name not in BUNDLED_NAMES]
     if loaded.name == DEMO and others and not benchmark.include_path:
-        warnings.warn(
-            f"the demo model knows only its own small world, and guesses on {', '.join(others)}; name another model (--model gpt2).",
-            UserWarning,
-            stacklevel=3,
+        warn(
+            f"the demo model knows only its own small world, and guesses on {', '.join(others)}; name another model (--model gpt2)."
         )
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from AutomaticEval.errors import PathExists, StoreError
+from AutomaticEval.errors import StoreError
 from AutomaticEval.options import Option
+from AutomaticEval.store.disk.overwriting import Overwrite, parse_overwrite
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,20 @@ class RunOutput:
             "The run's own folder, a new one, in place of one below --activation_save_dir. When nothing is captured: the folder for lm-eval's results."
         ),
     ] = None
+    overwrite: Annotated[
+        Overwrite,
+        Option(
+            "Replace the run in --output; with `version`, write beside it: run-2.",
+            reads=str | None,
+            default=None,
+            metavar="[version]",
+        ),
+    ] = False
     resume: Annotated[
         Path | None,
-        Option("Run folder that was cut short: go on in it. No other option is needed; one that differs is refused."),
+        Option(
+            "Run folder that was cut short: go on in it. No other option is needed; one that would change a number is refused."
+        ),
     ] = None
     compression: Annotated[
         str | None, Option("Compress the activations on the disk: zstd, lz4 or gzip. Default: none.")
@@ -44,16 +56,21 @@ class RunOutput:
         activation_save_dir: str | Path = "activations",
         output: str | Path | None = None,
         resume: str | Path | None = None,
+        overwrite: bool | str | None = False,
         **given: Any,
     ) -> RunOutput:
-        """An output from what people type. Raises StoreError for a folder that holds no run which was cut short."""
-        own = None if output is None else Path(output)
-        return cls(Path(activation_save_dir), own, None if resume is None else Path(resume), **given)
+        """An output from what people type. Raises StoreError for a folder that holds no run which was cut short, SelectionError."""
+        own, earlier = (None if path is None else Path(path) for path in (output, resume))
+        return cls(Path(activation_save_dir), own, parse_overwrite(overwrite), earlier, **given)
 
     def __post_init__(self) -> None:
         for name in ("activation_save_dir", "output", "resume"):
             path = getattr(self, name)
             object.__setattr__(self, name, None if path is None else path.expanduser())
+        if self.overwrite and self.output is None:
+            raise StoreError(
+                "overwrite was given, but no output is named that it could replace; add output, or leave it out."
+            )
         if self.resume is None:
             return
         if self.output is not None:
@@ -90,12 +107,8 @@ class RunOutput:
         return self.output is not None and folder.absolute().is_relative_to(self.output.absolute())
 
     def refuse_existing(self) -> None:
-        """Raises PathExists when the run's own folder is there already, with anything in it that a killed process does not leave behind."""
-        from AutomaticEval.store.run_folder import holds_nothing
+        """Raises PathExists when the run's own folder is taken, and is not to be overwritten."""
+        from AutomaticEval.store.writing.earlier_run import refuse_taken
 
-        if (
-            self.output is not None
-            and self.output.exists()
-            and not (self.output.is_dir() and holds_nothing(self.output))
-        ):
-            raise PathExists(f"{self.output} is there already; name a new folder, or go on in it with resume.")
+        if self.output is not None:
+            refuse_taken(self.output, self.overwrite)

@@ -37,6 +37,9 @@ from AutomaticEval.models.recording import Kept
 from AutomaticEval.selection import Positions
 from AutomaticEval.sites import TABLE, site_of
 
+WITH_VALUE = ("replace", "add", "project_out")
+"""The edits that are made with a value in the site's own units."""
+
 
 def editing(model: Any, edits: Edit | Iterable[Edit], **load: Unpack[LoadKeywords]) -> AbstractContextManager[Any]:
     """Make edits in every forward inside the with, and give the model that is edited, which every function takes.
@@ -213,6 +216,7 @@ class _Made:
         self.module = model.get_submodule(self.tap.module)
         self.n_heads = layout.heads_of(site.kind)
         self._check_heads(edit.heads)
+        self._check_width(layout.widths[site], TABLE[site.kind].width)
         self._heads: dict[torch.device, Tensor] = {}
         """The heads that are changed, as a tensor on each device."""
 
@@ -230,6 +234,23 @@ class _Made:
                 raise EditError(f"{self.key} has no heads; these have: {with_heads}.")
             if not 0 <= head < self.n_heads:
                 raise EditError(f"{self.key} has no head {head}: it has {self.n_heads}, 0 to {self.n_heads - 1}.")
+
+    def _check_width(self, width: int, sizes: Sequence[str]) -> None:
+        """Raises EditError for a value of another width than the site has. sizes: those whose product the width is, such as d_model."""
+        value, heads = self.edit.value, self.edit.heads
+        if self.edit.name not in WITH_VALUE or not isinstance(value, Tensor) or not value.dim():
+            return
+        expected, size = (width, " * ".join(sizes)) if heads is None else (width // self.n_heads, "d_head")
+        one = () if self.edit.name == "project_out" else (1,)  # which is broadcast
+        fits = value.shape[-1] in (expected, *one) and (
+            heads is None or value.dim() < 2 or value.shape[-2] in (len(heads), 1)
+        )
+        if not fits:
+            some = "" if heads is None else f" of {len(heads)} heads"
+            raise EditError(
+                f"Edit.{self.edit.name} at {self.key} was given a value of shape {list(value.shape)}; expected [{expected}]{some}, the {size} of "
+                "this model. Take a vector of this model, at this site."
+            )
 
     @property
     def described(self) -> str:

@@ -1,6 +1,6 @@
 """A model's name, path or instance -> model and tokenizer, ready to run. A few models stay loaded between calls.
 
-Two names never share a model that stays loaded, nor do two states of one folder.
+Two names never share a model that stays loaded, nor do two states of one folder. A name gives the plain model, and never one that is being edited.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER as DEMO_FO
 from AutomaticEval.models.checkpoint.model_sources import ModelSources, folder_states, sources_of
 from AutomaticEval.models.checkpoint.model_weights import config_of, load_weights
 from AutomaticEval.models.checkpoint.tokenizers import own_tokenizer, tokenizer_named
+from AutomaticEval.models.edited_models import active_edits
 from AutomaticEval.models.find_layout import refuse_untrue
 from AutomaticEval.public_names import absolute, public_name
 from AutomaticEval.tested_versions import tell_newer
@@ -51,8 +52,8 @@ def load_model(
     tokenizer: with a name, another tokenizer or the name of one. load: dtype="float32", device="cuda:1", and the other fields of
     `LoadOptions`; options: all of them in one object, in place of keywords. A name that holds nothing but an adapter of peft gives the adapter's
     base with the adapter. At most MAX_LOADED models stay in memory; the least recently used one goes first.
-    Raises ModelUnavailable, DeviceUnavailable, UnsupportedModel; ModelError for options that would be ignored; TypeError for an unknown
-    option.
+    Raises ModelUnavailable, DeviceUnavailable, UnsupportedModel; ModelError for options that would be ignored, and for a name whose loaded
+    model is being edited; TypeError for an unknown option.
     """
     options = _options_of(options, load)
     tell_newer()
@@ -67,6 +68,7 @@ def load_model(
     if isinstance(tokenizer, str | Path):
         tokenizer = tokenizer_named(str(tokenizer), sources, options)
     entry = _entry_of(sources, options, tokenizer)
+    _refuse_edited(entry.model, model)
     return LoadedModel(
         entry.model,
         entry.tokenizer if tokenizer is None else tokenizer,
@@ -125,6 +127,15 @@ def _refuse_ignored(options: LoadOptions, names: list[str], what: str) -> None:
     if ignored:
         raise ModelError(
             f"{', '.join(ignored)} were given with {what} that is loaded already; load it that way, or pass its name."
+        )
+
+
+def _refuse_edited(loaded: Any, name: str | Path) -> None:
+    """Raises ModelError for a name whose model, which stays loaded, is being edited: it would not give the plain model."""
+    if active_edits(loaded):
+        raise ModelError(
+            f"{str(name)!r} names the plain model, and `editing` is changing it just now. Pass on the model that editing gives (`with "
+            f"editing(…) as model`), or run the plain model before the with, or after it."
         )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from AutomaticEval.errors import StoreError
 from AutomaticEval.report.bars import before_and_after, top_heads
-from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps
+from AutomaticEval.report.by_scale import by_scale
+from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps, robust_ends
 from AutomaticEval.report.two_runs import two_runs
+from AutomaticEval.sites import Site
 from AutomaticEval.store.disk.json_files import read_json, write_json
 from AutomaticEval.store.disk.whole_files import new_file, new_files, prepare_file
 
@@ -22,7 +24,7 @@ SIGNIFICANT = 0.05
 def draw(result: ResultJson, folder: Path, *, overwrite: bool = False) -> list[Path]:
     """Draw a result into a folder. Returns the figures. Raises StoreError for a result that lacks something, PathExists."""
     check_figures([(result, folder)], overwrite=overwrite)
-    files = [folder / name for name in names_of(str(result.get("kind")))]
+    files = [folder / name for name in _drawn_of(result)]
     for file in files:
         with new_file(file, overwrite=overwrite) as partial:
             try:
@@ -47,7 +49,7 @@ def save_with_figures(file: Path, result: ResultJson) -> list[Path]:
 
 def check_figures(results: Sequence[tuple[ResultJson, Path]], *, overwrite: bool = False) -> None:
     """Raises StoreError for a kind without figures and for two results that would be drawn into the same file, PathExists for a file that exists."""
-    files = [folder / name for result, folder in results for name in names_of(str(result.get("kind")))]
+    files = [folder / name for result, folder in results for name in _drawn_of(result)]
     for number, file in enumerate(files):
         if file in files[:number]:
             raise StoreError(f"two of these results draw {file}; name a folder for each.")
@@ -62,11 +64,17 @@ def names_of(kind: str) -> list[str]:
     return list(_FIGURES[kind])
 
 
+def _drawn_of(result: ResultJson) -> list[str]:
+    """The file names of a result's figures, without those of what it does not hold. Raises StoreError for a kind without figures."""
+    names = names_of(str(result.get("kind")))
+    held = [name for name in names if _PARTS.get(name) is None or _PARTS[name] in result]
+    return held or names
+
+
 def comparison_panels(pre: PerHead, fine: PerHead, change: PerHead) -> list[Panel]:
     """Heatmaps of the strengths before and after, on one scale of colours, and of their change."""
     unit = "R_h: mean L2 norm over tokens"
-    known = [value for value in (*pre.values(), *fine.values()) if value is not None]
-    ends = (min(known), max(known))
+    ends = robust_ends((*pre.values(), *fine.values()), diverging=False)
     return [
         Panel("Before fine-tuning", pre, unit, ends=ends),
         Panel("After fine-tuning", fine, unit, ends=ends),
@@ -95,6 +103,21 @@ def _answers(result: ResultJson, path: Path) -> None:
     before_and_after(result["summary"], result["units"], title, path)
 
 
+def _ablated_benchmark(result: ResultJson, path: Path) -> None:
+    """The change of each score, with its interval over questions where the file has one."""
+    settings = result["settings"]
+    rows = [
+        {
+            "task": f"{each['task']} {each['metric']}",
+            "n": each["n"],
+            "difference": each.get("difference") or {"mean": each["after"] - each["before"], "interval": None},
+            "p": each.get("p_corrected"),
+        }
+        for each in result["benchmark"]
+    ]
+    two_runs(rows, [], f"{Path(settings['model']).name} without {settings['heads']} ({settings['mode']})", path)
+
+
 def _recovered(result: ResultJson, path: Path) -> None:
     """Draws, for patching with pairs, which part of the logit difference the patched values brought back."""
     settings = result["settings"]
@@ -108,8 +131,8 @@ def _recovered(result: ResultJson, path: Path) -> None:
 def _screened(result: ResultJson, path: Path) -> None:
     """Heatmaps: a row for each score, on one scale of colours, and a column for each category."""
     panels = []
-    for score, (name, unit, _) in _SCORES.items():
-        ends = _ends(each[score][name] for each in result["scores"])
+    for score, (name, unit, _) in _scores_of(result).items():
+        ends = robust_ends(each[score][name] for each in result["scores"])
         for category, scores in _by_category(result).items():
             values = {place: each[score][name] for place, each in scores.items()}
             panels.append(Panel(f"{category}: {score}", values, unit, diverging=True, ends=ends))
@@ -118,16 +141,22 @@ def _screened(result: ResultJson, path: Path) -> None:
 
 _SCORES: dict[str, tuple[str, str, str]] = {
     "strength": ("d", "Cohen's d against neutral", "Change of strength"),
-    "attention": ("mean", "attention above uniform", "Attention to keywords"),
-    "direct": ("mean", "logits", "Direct effect"),
+    "attention": ("mean", "attention above placebo words", "Attention to keywords"),
+    "direct": ("mean", "logits, category - neutral", "Direct effect"),
 }
 """Score -> which of its numbers is drawn, that number's unit, and a title."""
+_FIRST_UNITS = {"attention": ("paid", "attention above uniform"), "direct": ("own", "logits")}
+"""Score -> a number that files of the first versions lack, and the unit of what they hold in place of the difference."""
 
 
-def _ends(values: Iterable[float | None]) -> tuple[float, float] | None:
-    """The smallest and the largest number, for panels on one scale of colours; None when there is no number."""
-    known = [value for value in values if value is not None]
-    return (min(known), max(known)) if known else None
+def _scores_of(result: ResultJson) -> dict[str, tuple[str, str, str]]:
+    """`_SCORES`, with the units of a file's own version."""
+    scores = dict(_SCORES)
+    for score, (later, first_unit) in _FIRST_UNITS.items():
+        name, _, title = scores[score]
+        if later not in result["scores"][0][score]:
+            scores[score] = (name, first_unit, title)
+    return scores
 
 
 def _by_category(result: ResultJson) -> dict[str, dict[tuple[int, int], Any]]:
@@ -140,15 +169,16 @@ def _by_category(result: ResultJson) -> dict[str, dict[tuple[int, int], Any]]:
 
 def _screened_top(result: ResultJson, path: Path) -> None:
     panels = []
-    for score, (name, unit, title) in _SCORES.items():
-        changes = {}
+    for score, (name, unit, title) in _scores_of(result).items():
+        changes, has_p = {}, False
         for scores in result["scores"]:
             numbers = scores[score]
-            star = "*" if (numbers.get("p") or 1.0) < SIGNIFICANT else ""
+            has_p = has_p or numbers.get("p") is not None
+            star = _star(numbers)
             if numbers[name] is not None:
                 head = f"{scores['layer']}:{scores['head']} {scores['category']}{star}"
-                changes[head] = {"mean": numbers[name], "interval": numbers.get("interval")}
-        note = f" (*: p < {SIGNIFICANT} in its category)" if score == "strength" else ""
+                changes[head] = {"interval": None, **numbers, "mean": numbers[name]}
+        note = f" (*: p < {SIGNIFICANT} in its category)" if has_p else ""
         panels.append((title + note, unit, changes))
     top_heads(panels, path)
 
@@ -156,7 +186,7 @@ def _screened_top(result: ResultJson, path: Path) -> None:
 def _swept(result: ResultJson, path: Path) -> None:
     """Heatmaps of a sweep: one for each measure, on one scale of colours."""
     means = _means(result)
-    ends = _ends(value for _, _, values in means for value in values.values())
+    ends = robust_ends(value for _, _, values in means for value in values.values())
     panels = [Panel(title, values, unit, diverging=True, ends=ends) for title, unit, values in means]
     across = "Position, counted from the end" if "position" in result["places"][0] else "Head"
     heatmaps(panels, path, across=across)
@@ -184,8 +214,16 @@ def _swept_top(result: ResultJson, path: Path) -> None:
     panels = []
     for (title, unit, _), name in zip(_means(result), result["units"], strict=True):
         known = {_place(each): each[name] for each in result["places"] if each[name]["mean"] is not None}
-        panels.append((title, unit, {f"{layer}:{place}": estimate for (layer, place), estimate in known.items()}))
+        changes = {f"{layer}:{place}{_star(each)}": each for (layer, place), each in known.items()}
+        note = f" (*: p < {SIGNIFICANT}, corrected for {len(changes)})" if any(map(_star, known.values())) else ""
+        panels.append((title + note, unit, changes))
     top_heads(panels, path)
+
+
+def _star(estimate: Mapping[str, Any]) -> str:
+    """A star for an estimate whose p value is small."""
+    p = estimate.get("p")
+    return "*" if p is not None and p < SIGNIFICANT else ""
 
 
 def _two_runs(result: ResultJson, path: Path) -> None:
@@ -196,14 +234,24 @@ def _two_runs(result: ResultJson, path: Path) -> None:
     two_runs(result["tasks"], result["sites"], " → ".join(names), path)
 
 
+def _steered(result: ResultJson, path: Path) -> None:
+    settings = result["settings"]
+    places = ", ".join(Site(each["site"], each["layer"]).key for each in settings["directions"])
+    title = f"{Path(settings['model']).name}, {settings['file']} added at {places}"
+    by_scale(result["benchmark"], result["texts"], result["units"], title, path)
+
+
 _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
     "strength": {"head_strength.png": _strength},
     "comparison": {"comparison_heatmap.png": _comparison},
     "screening": {"head_reaction_heatmap.png": _screened, "top_heads.png": _screened_top},
-    "ablation": {"ablation_sentiment_comparison.png": _answers},
+    "ablation": {"ablation_sentiment_comparison.png": _answers, "ablation_benchmark.png": _ablated_benchmark},
     "patching": {"patching_keyword_comparison.png": _answers},
     "pairs": {"patching_recovered.png": _recovered},
     "runs": {"runs_comparison.png": _two_runs},
+    "steering": {"steering.png": _steered},
     "sweep": {"sweep_heatmap.png": _swept, "sweep_top_heads.png": _swept_top},
 }
 """Kind -> file name of a figure -> the function that draws it."""
+_PARTS = {"ablation_sentiment_comparison.png": "summary", "ablation_benchmark.png": "benchmark"}
+"""File name of a figure -> the name in the result without which it is not drawn."""

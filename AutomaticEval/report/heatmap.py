@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from AutomaticEval.report.labels import label, save
 
 PerHead = Mapping[tuple[int, int], float | None]
 """(layer, head) -> a number, or None where there is none."""
+MOST_REACH = 3.0
 MOST_PIXELS = 8000
 """The most pixels along one side of a figure."""
 MOST_LABELS = 16
@@ -30,7 +31,7 @@ class Panel(NamedTuple):
     diverging: bool = False
     """Whether numbers have a sign: then zero is white, and both ends of the scale are equally far from it."""
     ends: tuple[float, float] | None = None
-    """The values at both ends of the colour scale, so that panels can be compared. None: the panel's own smallest and largest."""
+    """The values at both ends of the colour scale, so that panels can be compared. None: those of the panel's own values, by `robust_ends`."""
 
 
 def heatmaps(panels: Sequence[Panel], path: str | Path, *, columns: int | None = None, across: str = "Head") -> None:
@@ -51,7 +52,8 @@ def heatmaps(panels: Sequence[Panel], path: str | Path, *, columns: int | None =
         axes.set(title="\n".join(wrap(label(panel.title), 36)), xlabel=across, ylabel="Layer")
         _label(axes.xaxis, heads)
         _label(axes.yaxis, layers)
-        figure.colorbar(shown, ax=axes, label="\n".join(wrap(label(panel.unit), 24)), shrink=0.8)
+        unit = "\n".join(wrap(label(panel.unit), 24))
+        figure.colorbar(shown, ax=axes, label=unit, shrink=0.8, extend=_extend(grid, *shown.get_clim()))
     save(figure, path, min(150.0, MOST_PIXELS / max(size)))
 
 
@@ -64,14 +66,37 @@ def _grid(values: PerHead) -> tuple[Any, list[int], list[int]]:
     return grid, layers, heads
 
 
+def robust_ends(values: Iterable[float | None], *, diverging: bool = True) -> tuple[float, float] | None:
+    """The ends of a colour scale, which a few extreme values do not set. None when there is no finite number.
+
+    No end is further than MOST_REACH times the 95th percentile of the distances from the middle, which is 0 for signed numbers and the median
+    for others; nor further than the values go.
+    """
+    known = np.array([value for value in values if value is not None and np.isfinite(value)])
+    if not len(known):
+        return None
+    middle = 0.0 if diverging else float(np.median(known))
+    reach = MOST_REACH * float(np.quantile(np.abs(known - middle), 0.95, method="lower"))
+    if reach == 0:  # most are one number: what differs is all there is to see
+        return float(known.min()), float(known.max())
+    return max(float(known.min()), middle - reach), min(float(known.max()), middle + reach)
+
+
 def _colours(grid: Any, panel: Panel) -> dict[str, Any]:
     """The colour map and its ends, as matplotlib's imshow takes them."""
+    ends = panel.ends or robust_ends(grid.flat, diverging=panel.diverging)
     if not panel.diverging:
-        low, high = panel.ends or (None, None)
+        low, high = ends or (None, None)
         return {"cmap": "viridis", "vmin": low, "vmax": high}
-    finite = np.asarray(panel.ends) if panel.ends else grid[np.isfinite(grid)]
-    end = float(np.abs(finite).max()) if len(finite) else 1.0
+    end = max(map(abs, ends)) if ends else 1.0
     return {"cmap": "RdBu_r", "vmin": -(end or 1.0), "vmax": end or 1.0}
+
+
+def _extend(grid: Any, low: float, high: float) -> str:
+    """At which ends the colour bar has an arrow: where cells are beyond it."""
+    known = grid[np.isfinite(grid)]
+    beyond = bool((known < low).any()), bool((known > high).any())
+    return {(True, True): "both", (True, False): "min", (False, True): "max"}.get(beyond, "neither")
 
 
 def _label(axis: Any, names: Sequence[int]) -> None:

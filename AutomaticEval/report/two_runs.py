@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from AutomaticEval.report.bars import SIGNS
+from AutomaticEval.report.bars import SIGNS, whisker
 from AutomaticEval.report.labels import label, save
 from AutomaticEval.sites import kind_and_layer
 
@@ -32,14 +32,13 @@ def two_runs(tasks: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, An
 def _scores(axes: Any, tasks: Sequence[Mapping[str, Any]]) -> None:
     for place, each in enumerate(tasks):
         mean = each["difference"]["mean"]
-        low, high = each["difference"]["interval"] or (mean, mean)
         axes.barh(place, mean, color=SIGNS[mean < 0])
-        axes.plot([low, high], [place, place], color="0.2", linewidth=1)
+        whisker(axes, place, each["difference"])
         axes.plot(mean, place, "o", color="0.2", markersize=3)
     axes.axvline(0, color="0.4", linewidth=0.8)
     names = [f"{each['task'] or 'questions'} (n = {each['n']})" for each in tasks]
     axes.set_yticks(range(len(tasks)), [label(name) for name in names])
-    axes.set(title="Change of the score", xlabel="share answered rightly, after - before")
+    axes.set(title="Change of the score", xlabel="score, after - before")
 
 
 def _likeness(axes: Any, sites: Sequence[Mapping[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from AutomaticEval.errors import NotFinite
+from AutomaticEval.errors import NotFinite, warn
 from AutomaticEval.safe_text import shown
 from AutomaticEval.store.hdf5.attributes import attribute_of
 
@@ -59,4 +58,4 @@ def report_non_finite(path: Path, counts: Mapping[str, int], *, strict: bool = F
         raise NotFinite(
             f"{message} They are stored as the model computed them. {which} Without strict the run goes on."
         )
-    warnings.warn(f"{message} {which}", UserWarning, stacklevel=3)
+    warn(f"{message} {which}")

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from AutomaticEval.errors import DamagedFile, StoreError
+from AutomaticEval.errors import DamagedFile, StoreError, warn
 from AutomaticEval.store.disk.partial_folders import clear_leftovers, is_leftover
 from AutomaticEval.store.hdf5.contract import RUN_FORMAT, shard_number
 from AutomaticEval.store.hdf5.open import OpenedFile
@@ -75,7 +74,7 @@ def delete_replaced(folder: Path) -> None:
                 (folder / name).unlink()
             except OSError as failure:
                 message = f"{folder / name} could not be deleted ({failure.strerror}). Another shard has its samples; `index` deletes it."
-                warnings.warn(message, UserWarning, stacklevel=3)
+                warn(message)
                 return
 
 
@@ -112,11 +111,9 @@ def warn_of_set_aside(folder: Path) -> None:
     names = set_aside_names(folder) if folder not in _warned_of else []
     if names:
         _warned_of.add(folder)
-        warnings.warn(
+        warn(
             f"{folder}: {', '.join(names)} {'was' if len(names) == 1 else 'were'} damaged and set aside by a resume, which "
-            "computed the samples again; no part of the run, and not read.",
-            UserWarning,
-            stacklevel=3,
+            "computed the samples again; no part of the run, and not read."
         )
 
 
@@ -124,13 +121,16 @@ def warn_of_unfinished(folder: Path) -> None:
     """Warn, once a process, of a run that was not evaluated to its end, or is still being written."""
     if folder not in _told_unfinished:
         _told_unfinished.add(folder)
-        on = (
-            f" Unless it is being written, it goes on with --resume {shlex.quote(str(folder))}."
-            if (folder / ASKED).exists()
-            else ""
+        warn(
+            f"{folder} is not finished: samples may be missing, and those of a benchmark have no scores.{way_on(folder)}"
         )
-        message = f"{folder} is not finished: samples may be missing, and those of a benchmark have no scores.{on}"
-        warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def way_on(folder: Path) -> str:
+    """A sentence with the command that goes on with an unfinished run, for messages."""
+    if (folder / ASKED).exists():
+        return f" Unless it is being written, it goes on with: python main.py --resume {shlex.quote(str(folder))}"
+    return " It goes on with the command that made it and --resume, or with the call and resume=; what HFActivations captured, with lm.finish(results)."
 
 
 def next_number(folder: Path) -> int:

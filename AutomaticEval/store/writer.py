@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
@@ -21,6 +20,7 @@ from uuid import uuid4
 from AutomaticEval.errors import (
     AutomaticEvalError,
     StoreError,
+    warn,
 )
 from AutomaticEval.samples import Sample
 from AutomaticEval.settings import RunSettings
@@ -158,7 +158,7 @@ class RunWriter:
             try:
                 self._take_first()
             except AutomaticEvalError as before:
-                warnings.warn(str(before), UserWarning, stacklevel=4)
+                warn(str(before))
 
     @property
     def run_id(self) -> str:

@@ -36,13 +36,17 @@ ACCELERATE = [
 """TORCHRUN and ACCELERATE start two processes."""
 
 
+def environment() -> dict[str, str]:
+    """The environment of a new process: this checkout, and no network."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
 def process(
     *arguments: str, cwd: Path, launcher: Sequence[str] = (sys.executable,)
 ) -> subprocess.CompletedProcess[str]:
     """Run `main.py` in a new process, as users do."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     whole = [*launcher, str(ROOT / "main.py"), *arguments]
-    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(whole, cwd=cwd, env=environment(), capture_output=True, text=True)
 
 
 def within(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

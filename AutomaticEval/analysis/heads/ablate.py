@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from AutomaticEval.analysis.parts.before_after import Continuations, logprobs, logprobs_one_by_one
 from AutomaticEval.analysis.parts.input_batches import Batcher
 from AutomaticEval.analysis.parts.replaced_values import Choose, replaced_values
+from AutomaticEval.capture.draws import random_numbers
 from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -22,6 +24,8 @@ from AutomaticEval.models.recording import Kept
 from AutomaticEval.sites import Site, parse_heads
 
 MODES = ("zero", "mean", "resample")
+RESAMPLE_DRAWS = 4
+"""How many times a prompt is answered with other draws."""
 Heads = Mapping[int, Sequence[int]]
 """Layer -> some of its heads."""
 
@@ -80,7 +84,7 @@ class Ablation:
 
     mode: str = "zero"
     """zero; mean, each head's mean z over the reference's tokens; or resample, the z of a token of the reference that is drawn for each
-    position. The draw depends on seed, layer and position only: every text gets the same one, in any batch."""
+    position of each prompt. The draw depends on seed, layer, number of the prompt and position only, not on the batch."""
 
     reference: Mapping[int, Tensor] | None = None
     """Layer -> [tokens, n_heads, d_head], as `reference_z` gives it. Needed for mean and resample."""
@@ -94,10 +98,17 @@ class Ablation:
         if self.mode != "zero" and self.reference is None:
             raise EditError(f"{self.mode} needs a reference: texts whose z stands in for the heads'.")
 
+    @property
+    def n_draws(self) -> int:
+        """How many times each prompt is answered, each time by draws of its own."""
+        return RESAMPLE_DRAWS if self.mode == "resample" else 1
+
     @contextmanager
     def applied(self, rows: Sequence[int] | None = None, pads: Sequence[int] | None = None) -> Iterator[None]:
-        """The model without the heads. pads: the padding on the left of each row of the batch, which only resample needs."""
-        with editing(self.loaded.model, [self._edit(layer, heads, pads) for layer, heads in self.heads.items()]):
+        """The model without the heads. rows: the number of the prompt in each row of the batch. pads: the padding on the left of each. Only
+        resample needs them."""
+        places = None if rows is None or pads is None else (rows, pads)
+        with editing(self.loaded.model, [self._edit(layer, heads, places) for layer, heads in self.heads.items()]):
             yield
 
     def logprobs(self, continuations: Continuations) -> list[float]:
@@ -107,43 +118,47 @@ class Ablation:
         with self.applied():
             return logprobs(self.loaded, continuations)
 
-    def _edit(self, layer: int, heads: Sequence[int], pads: Sequence[int] | None) -> Edit:
+    def _edit(self, layer: int, heads: Sequence[int], places: tuple[Sequence[int], Sequence[int]] | None) -> Edit:
+        """places: the number of the prompt, and the padding on the left, of each row of the batch."""
         site = Site("z", layer)
         if self.mode == "zero" or self.reference is None:
             return Edit.scale(site, 0.0, heads=heads)
         reference = self.reference[layer][:, list(heads)]  # [tokens, heads, d_head]
         if self.mode == "mean":
             return Edit.replace(site, mean_of(reference), heads=heads)
-        if pads is None:
+        if places is None:
             raise EditError(
-                "resample draws by position, which only forwards over left-padded prompts tell; use zero or mean here."
+                "resample draws by prompt and position, which only forwards over left-padded prompts tell; use zero or mean here."
             )
-        drawn = _TokensByPosition(len(reference), self.seed + layer)
+        rows, pads = places
+        drawn = [_TokensByPosition(len(reference), random_numbers(self.seed, "resample", layer, row)) for row in rows]
         return replaced_values(site, heads, _drawn_by_position(reference, drawn, pads))
 
 
 class _TokensByPosition:
-    """Which of the reference's tokens is drawn for each position."""
+    """Which of the reference's tokens is drawn for each position of a prompt."""
 
-    def __init__(self, n_tokens: int, seed: int) -> None:
-        self._n_tokens, self._seed = n_tokens, seed
-        self._drawn = torch.empty(0, dtype=torch.long)  # [positions]
+    def __init__(self, n_tokens: int, source: np.random.Generator) -> None:
+        self._n_tokens, self._source = n_tokens, source
+        self._drawn: list[int] = []
 
-    def at(self, positions: Tensor, n_positions: int) -> Tensor:
-        """positions: all below n_positions. The result has their shape."""
-        if len(self._drawn) < n_positions:  # the same seed draws the same beginning again
-            source = torch.Generator().manual_seed(self._seed)
-            self._drawn = torch.randint(self._n_tokens, (2 * n_positions,), generator=source)
-        return self._drawn[positions]
+    def at(self, position: int) -> int:
+        while len(self._drawn) <= position:
+            self._drawn += (self._source.random(64) * self._n_tokens).astype(int).tolist()
+        return self._drawn[position]
 
 
-def _drawn_by_position(reference: Tensor, drawn: _TokensByPosition, pads: Sequence[int]) -> Choose:
+def _drawn_by_position(reference: Tensor, drawn: Sequence[_TokensByPosition], pads: Sequence[int]) -> Choose:
     """Every position of every row gets the z that was drawn for it. pads: the padding on the left of each row."""
 
     def choose(first: int, n_columns: int) -> tuple[Kept, Tensor]:
         rows = torch.arange(len(pads)).repeat_interleave(n_columns)
         columns = torch.arange(first, first + n_columns).repeat(len(pads))
-        positions = (columns - torch.tensor(list(pads))[rows]).clamp(min=0)
-        return Kept(rows, columns), reference[drawn.at(positions, first + n_columns)]
+        tokens = [
+            of_row.at(max(0, column - pad))
+            for of_row, pad in zip(drawn, pads, strict=True)
+            for column in range(first, first + n_columns)
+        ]
+        return Kept(rows, columns), reference[tokens]
 
     return choose

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
 from AutomaticEval.analysis.heads.strength import ActivationExtractor
-from AutomaticEval.analysis.numbers.estimate import resampled
+from AutomaticEval.analysis.numbers import ranks
+from AutomaticEval.analysis.numbers.ranks import ByGroup, rank_correlation
+from AutomaticEval.analysis.numbers.skewed_t import LEVEL, Array
 from AutomaticEval.analysis.parts.before_after import greedy_answers
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.errors import SelectionError
@@ -30,37 +33,47 @@ class ActivationComparator:
     """Compares the strength of each head before and after fine-tuning.
 
     pre, fine: the model before and after, each as an ActivationExtractor, as {(layer, head): R_h}, or as a file of `save_results`.
-    seed: for the bootstrap interval. Raises SelectionError when the two have other heads or other inputs, StoreError for another file.
+    Raises SelectionError when the two have other heads or other inputs (as a fingerprint of the tokens says), StoreError for another file.
+    Warns when a file does not say of which inputs it is.
     """
 
-    def __init__(self, pre: Any, fine: Any, *, seed: int = 42) -> None:
+    def __init__(self, pre: Any, fine: Any) -> None:
         before, after = _strengths(pre), _strengths(fine)
-        self.pre, self.fine, self.seed = before.per_head, after.per_head, seed
+        self.pre, self.fine = before.per_head, after.per_head
         _check_same_inputs("of", before.of, after.of)
         _check_same_inputs("n, the number of tokens,", before.n_tokens, after.n_tokens)
+        _check_same_inputs("the fingerprint of the texts", before.inputs, after.inputs)
+        if before.n_tokens is not None and after.n_tokens is not None and None in (before.inputs, after.inputs):
+            warnings.warn(
+                "a file does not say of which texts it is: that both are of the same is not checked, but for the number of tokens.",
+                UserWarning,
+                stacklevel=2,
+            )
         if self.pre.keys() != self.fine.keys():
             apart = sorted(self.pre.keys() ^ self.fine.keys())
             raise SelectionError(
                 f"the two have not the same heads: {len(apart)} are in one alone, first (layer, head) {apart[0]}. Extract the same "
                 "layers and heads from both."
             )
+        self._by_group = _by_group(before, after)
 
     def compare(self) -> dict[str, Any]:
         """The strengths before and after, and how they differ.
 
         pre_tuned, fine_tuned, differences (fine - pre) and ratios (fine / pre; NaN where pre is 0): (layer, head) -> number each.
-        rank_correlation: a dict with Spearman's rho over heads of the strength before with the change, its 95 % bootstrap interval, the
-        number of heads and of resamples, and the seed.
+        rank_correlation: a dict of `RankCorrelation`: Spearman's rho over heads of the strength before with the change, its 95 % interval for
+        other layers and other texts, and the mean rho within a layer.
         """
         differences = {key: self.fine[key] - before for key, before in self.pre.items()}
         ratios = {key: self.fine[key] / before if before else math.nan for key, before in self.pre.items()}
         before, change = np.array(list(self.pre.values())), np.array(list(differences.values()))
+        layers = np.array([layer for layer, _ in self.pre])
         return {
             "pre_tuned": dict(self.pre),
             "fine_tuned": dict(self.fine),
             "differences": differences,
             "ratios": ratios,
-            "rank_correlation": _correlated(before, change, self.seed),
+            "rank_correlation": asdict(rank_correlation(before, change, layers, self._by_group)),
         }
 
     def visualize_comparison(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -83,7 +96,8 @@ class ActivationComparator:
             name: {f"{layer}:{head}": value for (layer, head), value in numbers.items()}
             for name, numbers in compared.items()
         }
-        return Result("comparison", {**per_head, "rank_correlation": correlation}).as_json()
+        methods = {"interval": ranks.METHOD, "level": LEVEL, "comparisons": 1}
+        return Result("comparison", {**per_head, "rank_correlation": correlation}, methods=methods).as_json()
 
 
 def same_inputs(
@@ -142,39 +156,51 @@ class _Strengths(NamedTuple):
     """How strong the heads of one model are."""
 
     per_head: PerHead
-    of: str | None
+    of: str | None = None
     """What was measured: "result" or "z"; None when only the numbers are given."""
-    n_tokens: int | None
+    n_tokens: int | None = None
     """How many tokens R_h is the mean over; None when only the numbers are given."""
+    inputs: str | None = None
+    """The fingerprint of the texts; None when it is not known."""
+    by_group: Array | None = None
+    """[n_groups, n_heads]: the strengths in each group of texts; None when they are not known."""
+    group_tokens: Sequence[int] = ()
+    """The tokens of each group."""
 
 
 def _strengths(given: Any) -> _Strengths:
     """given: an ActivationExtractor, {(layer, head): R_h}, or a file. Raises StoreError for a file without head strengths."""
     if isinstance(given, Mapping):
-        numbers = {(int(layer), int(head)): float(value) for (layer, head), value in given.items()}
-        return _Strengths(numbers, None, None)
-    stats, of = (given.get_all_stats(), given.of) if isinstance(given, ActivationExtractor) else read_strength(given)
+        return _Strengths({(int(layer), int(head)): float(value) for (layer, head), value in given.items()})
+    if isinstance(given, ActivationExtractor):
+        stats, of, groups = given.get_all_stats(), given.of, given.groups
+        assert groups is not None, "there are statistics"
+        columns = [groups.means(layer) for layer in dict.fromkeys(layer for layer, _ in stats)]
+        about: dict[str, Any] = {"fingerprint": groups.fingerprint, "group_tokens": groups.n_tokens}
+        by_group = np.concatenate(columns, 1)
+    else:
+        stats, of, about = read_strength(given)
+        by_group = np.array([numbers.get("by_group", []) for numbers in stats.values()], np.float64).T
+    per_head = {key: numbers["R_h"] for key, numbers in stats.items()}
     n_tokens = int(next(iter(stats.values()))["n"])
-    return _Strengths({key: numbers["R_h"] for key, numbers in stats.items()}, of, n_tokens)
+    return _Strengths(
+        per_head,
+        of,
+        n_tokens,
+        about.get("fingerprint"),
+        by_group if len(by_group) else None,
+        about.get("group_tokens", ()),
+    )
+
+
+def _by_group(before: _Strengths, after: _Strengths) -> ByGroup | None:
+    """The strength before, and the change, in each group of texts. None when they are not known of both."""
+    if before.by_group is None or after.by_group is None:
+        return None
+    return ByGroup(before.by_group, after.by_group - before.by_group, np.array(before.group_tokens, np.float64))
 
 
 def _check_same_inputs(name: str, before: Any, after: Any) -> None:
     """Raises SelectionError when both values are known and differ."""
     if before is not None and after is not None and before != after:
         raise SelectionError(f"the two are not of the same inputs: {name} is {before} and {after}.")
-
-
-def _correlated(first: Any, second: Any, seed: int) -> dict[str, Any]:
-    """Spearman's rho with its bootstrap interval over heads. Both are None when one side is the same number everywhere."""
-    rho = _spearman(first, second)
-    interval, n_resamples = None, 0
-    if rho is not None:
-        interval, n_resamples = resampled(lambda index: _spearman(first[index], second[index]), len(first), seed)
-    return {"rho": rho, "interval": interval, "n_heads": len(first), "n_resamples": n_resamples, "seed": seed}
-
-
-def _spearman(first: Any, second: Any) -> float | None:
-    one, other = rankdata(first), rankdata(second)
-    if len(first) < 2 or one.std() == 0 or other.std() == 0:
-        return None
-    return float(np.corrcoef(one, other)[0, 1])

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from AutomaticEval.analysis.numbers.estimate import mean_interval
+from AutomaticEval.analysis.numbers import ratios
+from AutomaticEval.analysis.numbers.estimate import methods
 from AutomaticEval.analysis.parts.before_after import Continuations, logprobs_one_by_one
 from AutomaticEval.analysis.parts.replaced_values import replaced_values
 from AutomaticEval.analysis.result import Result
@@ -64,6 +65,7 @@ class Patching:
     """
 
     kind: ClassVar[str] = "patching"
+    n_draws: ClassVar[int] = 1
 
     loaded: LoadedModel
     sources: Sequence[str]
@@ -134,13 +136,16 @@ def recovered(
 
     denoising puts clean values into the corrupted run: (patched - corrupted) / (clean - corrupted). noising puts corrupted values into the
     clean run: (clean - patched) / (clean - corrupted). 0 is none of the difference, 1 is all of it.
-    Measured are samples (each pair, its differences of logits, and both parts) and summary (denoising and noising, an Estimate each). A pair
-    whose clean and corrupted differences are equal has None for both parts, and does not count in the summary.
+    Measured are samples (each pair, its differences of logits, both parts, and whether it is left out) and summary (denoising and noising, a
+    Part each: the sum over pairs of what was moved, divided by the sum of the differences). Left out of the summary are pairs whose clean and
+    corrupted differences are nearly equal, as `ratios.too_small` says; where they are equal, both parts are None.
     """
     clean, corrupted = [pair.clean for pair in pairs], [pair.corrupted for pair in pairs]
     into_corrupted = Patching(loaded, clean, corrupted, places, positions, site)
     into_clean = Patching(loaded, corrupted, clean, places, positions, site)
-    samples = []
+    samples: list[dict[str, Any]] = []
+    wholes: list[float] = []
+    moved: dict[str, list[float]] = {"denoising": [], "noising": []}
     for row, pair in enumerate(pairs):
         tokens = told_apart(loaded, pair)
         of_clean, of_corrupted = (_difference(loaded, text, tokens) for text in (pair.clean, pair.corrupted))
@@ -150,14 +155,16 @@ def recovered(
             noised = _difference(loaded, pair.clean, tokens)
         whole = of_clean - of_corrupted
         numbers = {"clean": of_clean, "corrupted": of_corrupted, "denoised": denoised, "noised": noised}
-        moved = {"denoising": denoised - of_corrupted, "noising": of_clean - noised}
-        parts = {name: each / whole if whole else None for name, each in moved.items()}
+        wholes.append(whole)
+        moved["denoising"].append(denoised - of_corrupted)
+        moved["noising"].append(of_clean - noised)
+        parts = {name: each[-1] / whole if whole else None for name, each in moved.items()}
         samples.append({**vars(pair), **numbers, **parts})
-    summary = {
-        name: mean_interval([each[name] for each in samples if each[name] is not None])
-        for name in ("denoising", "noising")
-    }
-    return Result("pairs", {"samples": samples, "summary": summary})
+    for sample, is_left_out in zip(samples, ratios.too_small(wholes).tolist(), strict=True):
+        sample["left_out"] = is_left_out
+    summary = {name: ratios.part_of(each, wholes) for name, each in moved.items()}
+    measured = {"samples": samples, "summary": summary}
+    return Result("pairs", measured, methods=methods(p=ratios.P_METHOD, part=ratios.METHOD))
 
 
 def _difference(loaded: LoadedModel, text: str, tokens: tuple[int, int]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,10 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from AutomaticEval.analysis.numbers.moments import Moments
+from AutomaticEval.analysis.numbers.text_groups import TextGroups
 from AutomaticEval.analysis.parts.input_batches import Batcher
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.capture.texts.forward import read
-from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel
+from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel, warn
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.head_weights import HeadResultNorms, n_inputs
@@ -23,8 +23,8 @@ from AutomaticEval.models.loading import load_model
 from AutomaticEval.public_names import public_name
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
 from AutomaticEval.store.disk.json_files import Stats, write_json
-from AutomaticEval.store.reader import Run
 from AutomaticEval.store.reading.reduced_runs import refuse_reduced
+from AutomaticEval.store.run import Run
 
 CHUNK_ROWS = 65536
 """How many stored rows are read at once."""
@@ -55,6 +55,8 @@ class ActivationExtractor:
         self._heads: list[int] = []
         self._taps: dict[str, Tap] = {}
         self._moments: dict[int, Moments] = {}
+        self.groups: TextGroups | None = None
+        """Means over groups of the texts, and a fingerprint of all of them. None before heads are chosen."""
 
     def set_model_structure(
         self, output_projection: str, n_layers: int, n_heads: int, d_head: int, *, embedding: str | None = None
@@ -105,10 +107,11 @@ class ActivationExtractor:
         sites = expand([kind], layers, layout.n_layers)
         self._taps = layout.pick(sites)
         self._moments = {int(site.layer or 0): Moments(len(self._heads)) for site in sites}
+        self.groups = TextGroups(len(self._heads), list(self._moments))
 
     def remove_hooks(self) -> None:
         """Forget the chosen layers and heads, and all statistics."""
-        self._taps, self._moments, self.n_truncated = {}, {}, 0
+        self._taps, self._moments, self.groups, self.n_truncated = {}, {}, None, 0
 
     def __enter__(self) -> ActivationExtractor:
         return self
@@ -140,13 +143,17 @@ class ActivationExtractor:
         batches = batcher.batches(data, batch_size, max_batches)
         for batch in tqdm(batches, disable=not progress, desc="Extracting", unit="batch"):
             values = read(self.model, self.layout, self._taps, batch).values()
-            for moments, rows in zip(self._moments.values(), values, strict=True):
-                moments.add(self._norms(rows)[:, self._heads])
+            assert self.groups is not None, "heads are chosen"
+            of_tokens = self.groups.add_texts([ids[mask].tolist() for ids, mask in zip(*batch, strict=True)])
+            for (layer, moments), rows in zip(self._moments.items(), values, strict=True):
+                norms = self._norms(rows)[:, self._heads]
+                moments.add(norms)
+                self.groups.add(layer, of_tokens, norms)
         self.n_truncated += batcher.n_truncated
         if sum(each.n for each in self._moments.values()) == n_before:
             raise PromptError("there were no texts to extract from.")
         if self.n_truncated:
-            warnings.warn(f"{self.n_truncated} texts were longer than the context and were cut to it.", stacklevel=2)
+            warn(f"{self.n_truncated} texts were longer than the context and were cut to it.")
 
     def _norms(self, rows: Tensor) -> Tensor:
         """[n, n_heads]. rows: the norms themselves, or z [n, n_heads * d_head], as `of` says."""
@@ -174,12 +181,26 @@ class ActivationExtractor:
 
     def results(self) -> dict[str, Any]:
         """The statistics as a dict: what `save_results` writes."""
-        return strength_result(self.get_all_stats(), self.model_name, self.of).as_json()
+        return self.result().as_json()
+
+    def result(self) -> Result:
+        """The statistics as a result."""
+        return strength_result(self.get_all_stats(), self.model_name, self.of, self.groups)
 
 
-def strength_result(stats: Stats, model: str, of: str, **more: Any) -> Result:
-    """Statistics as a result. of: "result" or "z". more: what else the file says, such as which tokens were counted."""
-    heads = [{"layer": layer, "head": head, **numbers} for (layer, head), numbers in stats.items()]
+def strength_result(stats: Stats, model: str, of: str, groups: TextGroups | None = None, **more: Any) -> Result:
+    """Statistics as a result. of: "result" or "z". groups: of the texts. more: what else the file says, such as which tokens were counted."""
+    heads: list[dict[str, Any]] = [
+        {"layer": layer, "head": head, **numbers} for (layer, head), numbers in stats.items()
+    ]
+    if groups is not None:
+        more["inputs"] = {
+            "fingerprint": groups.fingerprint,
+            "n_texts": groups.n_texts,
+            "group_tokens": groups.n_tokens,
+        }
+        by_group = [column for layer in dict.fromkeys(layer for layer, _ in stats) for column in groups.means(layer).T]
+        heads = [{**head, "by_group": column.tolist()} for head, column in zip(heads, by_group, strict=True)]
     return Result("strength", {"model": model, "of": of, **more, "heads": heads})
 
 

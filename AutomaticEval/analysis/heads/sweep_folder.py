@@ -1,4 +1,4 @@
-"""The folder of a sweep: each layer is written when it is done, so a sweep that was cut short goes on where it stopped."""
+"""The folder of a sweep: each layer, or scale, is written when it is done, so a sweep that was cut short goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from AutomaticEval.errors import StoreError
 from AutomaticEval.settings import LATER, SAMPLED
-from AutomaticEval.store.disk.json_files import read_json, refuse_others, write_json
+from AutomaticEval.store.disk.json_files import finite, read_json, refuse_others, write_json
 
 CHECKSUM = "xxh3_64"
 """The name of the checksum in a layer's file."""
@@ -24,7 +24,7 @@ CHECKSUM = "xxh3_64"
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """Where a sweep keeps its settings and its layers. The folder is made when it is first used."""
+    """Where a sweep keeps its settings and its parts. The folder is made when it is first used."""
 
     path: Path
 
@@ -32,13 +32,14 @@ class SweepFolder:
     """What the sweep is of: model, prompts or pairs, and options."""
 
     def check_settings(self, **more: Any) -> None:
-        """Write the settings, or compare them with those of the layers that are there. more: settings that only the sweep knows.
+        """Write the settings, or compare them with those of the parts that are there. more: settings that only the sweep knows.
 
         Raises OtherSettings.
         """
         settings = {**self.settings, **more}
         file = self.path / "settings.json"
-        if not file.exists() or not any(self.path.glob("*_layer_*.json")):  # or left by a sweep that computed nothing
+        parts = [each for each in self.path.glob("*.json") if each != file]
+        if not file.exists() or not parts:  # or left by a sweep that computed nothing
             write_json(file, settings, overwrite=True)
             return
         before = read_json(file)
@@ -66,6 +67,22 @@ class SweepFolder:
                 )
         return torch.stack(layers)
 
+    def has(self, name: str) -> bool:
+        """Whether a part is there."""
+        return (self.path / f"{name}.json").exists()
+
+    def part(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """An object, read from its file, or computed and written. compute: gives values of JSON. Raises StoreError for a damaged file."""
+        file = self.path / f"{name}.json"
+        if not self.has(name):
+            computed = finite(compute())
+            write_json(file, {"part": computed, CHECKSUM: _checksum(computed)})
+        content = read_json(file)
+        part = content.get("part")
+        if not isinstance(part, dict) or content.get(CHECKSUM) != _checksum(part):
+            raise _damaged(file, "it is not what its checksum says")
+        return part
+
 
 def _read_layer(file: Path, name: str) -> Tensor:
     """The numbers of one layer's file: [n_places, n_sequences]. Files of the first versions have no checksum. Raises StoreError."""
@@ -88,4 +105,4 @@ def _checksum(values: Any) -> str:
 
 
 def _damaged(file: Path, why: str) -> StoreError:
-    return StoreError(f"{file} is damaged: {why}. Delete it, and the same command computes that layer again.")
+    return StoreError(f"{file} is damaged: {why}. Delete it, and the same command computes it again.")

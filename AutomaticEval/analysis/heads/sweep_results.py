@@ -11,9 +11,10 @@ from torch import Tensor
 from AutomaticEval.analysis.heads.ablate import mean_of, reference_values
 from AutomaticEval.analysis.heads.sweep import Sweep, sweep_of_answers, sweep_of_differences
 from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
-from AutomaticEval.analysis.numbers.estimate import mean_intervals
+from AutomaticEval.analysis.numbers import ratios, signs
+from AutomaticEval.analysis.numbers.estimate import effects, methods
 from AutomaticEval.analysis.parts.before_after import greedy_answers
-from AutomaticEval.analysis.result import Estimate, Result
+from AutomaticEval.analysis.result import Effect, Result
 from AutomaticEval.analysis.words.pairs import Pair, told_apart
 from AutomaticEval.errors import PromptError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -38,7 +39,7 @@ def sweep_prompts(
 
     neutral: texts over whose tokens the mean stands in for what is taken out. None puts zeros there.
     Measured are samples (prompt, answer, and the answer's log-likelihood with nothing taken out, in nats; prompts without an answer are left
-    out), places (layer, head or position, and change: an Estimate of the log-likelihood without minus with) and units.
+    out), places (layer, head or position, and change: an Effect, of the log-likelihood without minus with) and units.
     Raises OtherSettings for a folder of another sweep, PromptError when no answer has a token.
     """
     numbers, answered = _answers(loaded, prompts, max_new_tokens)
@@ -56,19 +57,21 @@ def sweep_prompts(
         {"prompt": prompts[number], "answer": loaded.tokenizer.decode(answer), "logprob": logprob}
         for number, (_, answer), logprob in sorted(zip(numbers, answered, baseline.tolist(), strict=True))
     ]
+    changes = _by_place(without - baseline)
     measured = {
         "samples": samples,
-        "places": _places({"change": without - baseline}, site),
+        "places": _places({"change": effects(changes)}, without.shape[1], site),
         "units": {"change": "change of log-likelihood, nats"},
     }
-    return Result("sweep", measured, folder.settings)
+    return Result("sweep", measured, folder.settings, methods(changes.shape[1], p=signs.METHOD))
 
 
 def sweep_pairs(loaded: LoadedModel, pairs: Sequence[Pair], folder: SweepFolder, *, site: str = "z") -> Result:
     """How much of the difference of logits of clean and corrupted prompts comes with each head, or each position of another site.
 
-    Measured are samples (each pair's prompts, and its clean and corrupted difference, in logits), places (layer, head or position, and
-    denoising and noising as `recovered` defines them, an Estimate each) and units.
+    Measured are samples (each pair's prompts, its clean and corrupted difference, in logits, and whether it is left out), places (layer, head
+    or position, and denoising and noising as `recovered` defines them, a Part each) and units. What each pair gave in each place stays in the
+    folder's files.
     Raises OtherSettings for a folder of another sweep, PromptError for prompts of different lengths and for words that are no single token.
     """
     encoded = [_encoded(loaded, pair) for pair in pairs]
@@ -85,14 +88,18 @@ def sweep_pairs(loaded: LoadedModel, pairs: Sequence[Pair], folder: SweepFolder,
 
     corrupted, denoised = patched("denoising", into=1, source=0)
     clean, noised = patched("noising", into=0, source=1)
-    whole = (clean - corrupted).where(clean != corrupted, torch.nan)
-    parts = {"denoising": (denoised - corrupted) / whole, "noising": (clean - noised) / whole}
+    whole = (clean - corrupted).numpy()
+    moved = {name: _by_place(each) for name, each in (("denoising", denoised - corrupted), ("noising", clean - noised))}
+    parts = {name: ratios.parts_of(each, whole) for name, each in moved.items()}
+    columns = zip(pairs, clean.tolist(), corrupted.tolist(), ratios.too_small(whole).tolist(), strict=True)
     samples = [
-        {"prompts": vars(pair), "clean": of_clean, "corrupted": of_corrupted}
-        for pair, of_clean, of_corrupted in zip(pairs, clean.tolist(), corrupted.tolist(), strict=True)
+        {"prompts": vars(pair), "clean": of_clean, "corrupted": of_corrupted, "left_out": is_left_out}
+        for pair, of_clean, of_corrupted, is_left_out in columns
     ]
     units = dict.fromkeys(parts, "part of the logit difference")
-    return Result("sweep", {"samples": samples, "places": _places(parts, site), "units": units}, folder.settings)
+    measured = {"samples": samples, "places": _places(parts, denoised.shape[1], site), "units": units}
+    n_places = moved["denoising"].shape[1]
+    return Result("sweep", measured, folder.settings, methods(n_places, p=ratios.P_METHOD, part=ratios.METHOD))
 
 
 def _encoded(loaded: LoadedModel, pair: Pair) -> tuple[list[int], list[int], tuple[int, int]]:
@@ -127,20 +134,18 @@ def _swept(sweeps: Sequence[Sweep], folder: SweepFolder, name: str, n_layers: in
     return folder.layers(name, n_layers, lambda layer: torch.cat([sweep.layer(layer) for sweep in sweeps], 1))
 
 
-def _places(numbers: Mapping[str, Tensor], site: str) -> list[dict[str, Any]]:
-    """For every place its layer, its head or position, and an Estimate of each number over sequences.
+def _by_place(numbers: Tensor) -> Any:
+    """[n_layers, n_places, n_sequences] -> [n_sequences, n_layers * n_places]"""
+    return numbers.flatten(0, 1).T.double().numpy()
 
-    numbers: name -> [n_layers, n_places, n_sequences], NaN where a sequence has no such place.
+
+def _places(estimates: Mapping[str, Sequence[Effect]], n_places: int, site: str) -> list[dict[str, Any]]:
+    """For every place its layer, its head or position, and its estimates.
+
+    estimates: name -> one for each place, layer after layer. n_places: of a layer.
     """
-    n_layers, n_places, _ = next(iter(numbers.values())).shape
     across = "head" if site == "z" else "position"
     return [
-        {"layer": layer, across: place, **{name: _estimate(each[layer, place]) for name, each in numbers.items()}}
-        for layer in range(n_layers)
-        for place in range(n_places)
+        {"layer": number // n_places, across: number % n_places, **dict(zip(estimates, of_place, strict=True))}
+        for number, of_place in enumerate(zip(*estimates.values(), strict=True))
     ]
-
-
-def _estimate(values: Tensor) -> Estimate:
-    """values: [n_sequences]. NaN does not count."""
-    return mean_intervals(values[~values.isnan()][:, None].numpy())[0]

@@ -1,50 +1,83 @@
-"""How sure a mean is: a bootstrap interval, from the means of resamples that are drawn with replacement."""
+"""How sure means are: estimates with their intervals, alone and together with others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from AutomaticEval.analysis.result import Estimate
+from AutomaticEval.analysis.numbers import signs, skewed_t
+from AutomaticEval.analysis.numbers.skewed_t import Array
+from AutomaticEval.analysis.result import Effect, Estimate
 
-N_RESAMPLES = 2000
-PERCENTILES = (2.5, 97.5)
-
-
-def mean_interval(values: Sequence[float], seed: int = 42) -> Estimate:
-    """The mean of some values with its 95 % bootstrap interval."""
-    return mean_intervals(np.asarray(values, np.float64)[:, None], seed)[0]
+TOGETHER = "Bonferroni: all intervals together hold at this level"
 
 
-def mean_intervals(values: Any, seed: int = 42) -> list[Estimate]:
-    """The mean of each column with its 95 % bootstrap interval. Every column uses the same resamples of rows.
+def mean_interval(values: Sequence[float]) -> Estimate:
+    """The mean of some values with its 95 % interval."""
+    return mean_intervals(np.asarray(values, np.float64)[:, None])[0]
 
-    values: [n, width]. Returns `width` estimates.
+
+def mean_intervals(values: Any, *, n_comparisons: int | None = None) -> list[Estimate]:
+    """The mean of each column with its 95 % interval, and the interval at the level of all columns together.
+
+    values: [n, width]; NaN does not count. n_comparisons: of how many estimates these are some; by default of themselves.
+    Returns `width` estimates.
     """
-    table = np.asarray(values, np.float64)
-    n = len(table)
-    if n < 2:
-        means = [float(mean) for mean in table[0]] if n else [None] * table.shape[1]
-        return [Estimate(mean, None, n) for mean in means]
-    draws = np.random.default_rng(seed).integers(0, n, (N_RESAMPLES, n))
-    weights = np.stack([np.bincount(draw, minlength=n) for draw in draws]) / n  # [N_RESAMPLES, n]
-    low, high = np.percentile(weights @ table, PERCENTILES, axis=0)
+    of = skewed_t.spread(values)
+    n_comparisons = n_comparisons or len(of.n)
+    alone, together = ends(of, skewed_t.LEVEL), ends(of, skewed_t.of_family(n_comparisons))
     return [
-        Estimate(float(mean), (float(one), float(other)), n)
-        for mean, one, other in zip(table.mean(0), low, high, strict=True)
+        Estimate(
+            float(mean) if n else None,
+            one,
+            int(n),
+            both if n_comparisons > 1 else None,
+            skewed_t.without_interval(int(n)),
+        )
+        for mean, n, one, both in zip(of.mean, of.n, alone, together, strict=True)
     ]
 
 
-def resampled(statistic: Callable[[Any], float | None], n: int, seed: int) -> tuple[list[float] | None, int]:
-    """The 95 % bootstrap interval [low, high] of any statistic of n things, and the number of resamples it is made of.
+def effects(values: Any, *, seed: int = 42) -> list[Effect]:
+    """The mean of each column of changes as `mean_intervals` gives it, with Cohen's d and a p value that is corrected for all columns.
 
-    statistic: takes an index array [n], and returns None for a resample in which it is not defined. Such resamples are left out; the
-    interval is None when all are.
+    values: [n, width], the change of each prompt in each place; NaN does not count. seed: draws signs when there are too many prompts for all.
     """
-    source = np.random.default_rng(seed)
-    values = (statistic(source.integers(0, n, n)) for _ in range(N_RESAMPLES))
-    defined = [value for value in values if value is not None]
-    interval = [float(value) for value in np.percentile(defined, PERCENTILES)] if defined else None
-    return interval, len(defined)
+    p = signs.p_values(values, seed)
+    sizes = effect_sizes(values)
+    return [
+        Effect(**vars(each), d=size, p=None if np.isnan(chance) else float(chance))
+        for each, size, chance in zip(mean_intervals(values), sizes, p, strict=True)
+    ]
+
+
+def effect_sizes(values: Any) -> list[float | None]:
+    """The mean of each column in its standard deviations; None where all values are one number, or there is one."""
+    of = skewed_t.spread(values)
+    return [float(mean / std) if std > 0 else None for mean, std in zip(of.mean, of.std, strict=True)]
+
+
+def ends(of: skewed_t.Spread, level: float) -> list[tuple[float, float] | None]:
+    """The interval of each column as a tuple."""
+    return pairs_of(*skewed_t.interval(of, level))
+
+
+def pairs_of(low: Array, high: Array) -> list[tuple[float, float] | None]:
+    """(low, high) of each column, None where there is no interval."""
+    return [
+        None if np.isnan(one) or np.isnan(other) else (float(one), float(other))
+        for one, other in zip(low, high, strict=True)
+    ]
+
+
+def methods(n_comparisons: int = 1, *, p: str | None = None, is_together: bool = True, **more: Any) -> dict[str, Any]:
+    """What a result file says of its intervals and p values.
+
+    p: how p values were made, and corrected for the comparisons. is_together: whether there are simultaneous intervals. more: what else it says.
+    """
+    together = {"simultaneous": TOGETHER} if n_comparisons > 1 and is_together else {}
+    with_p = {} if p is None else {"p": p}
+    about = {"interval": skewed_t.METHOD, "level": skewed_t.LEVEL, "comparisons": n_comparisons}
+    return {**about, **together, **with_p, **more}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 
-from AutomaticEval.analysis.numbers.estimate import mean_interval
+from AutomaticEval.analysis.numbers import signs
+from AutomaticEval.analysis.numbers.estimate import effects, mean_interval, methods
 from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.analysis.words.metrics import TextMetric
+from AutomaticEval.capture.draws import repeats_of
 from AutomaticEval.capture.generation import Response, harmless_groups, respond
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.tree.continuations import score_continuations
@@ -32,8 +36,14 @@ class Intervention(Protocol):
     @property
     def loaded(self) -> LoadedModel: ...
 
+    @property
+    def n_draws(self) -> int:
+        """How many times each prompt is answered with the intervention: more than once when it draws at random."""
+        ...
+
     def applied(self, rows: Sequence[int], pads: Sequence[int]) -> AbstractContextManager[None]:
-        """The model with the intervention. rows: which prompts the batch holds. pads: the padding on the left of each."""
+        """The model with the intervention. rows: which prompts the batch holds; those of the second draw have the numbers after all of the
+        first, and so on. pads: the padding on the left of each."""
         ...
 
     def logprobs(self, continuations: Continuations) -> list[float]:
@@ -52,49 +62,65 @@ def answers_with(
     """Answers to prompts without an intervention (before) and with it (after).
 
     Measured are units (metric -> unit); samples (prompt, and for before and after the text, each metric, and the log-likelihood of the
-    answer before, in nats); and summary (metric -> before, after and change, an Estimate each; the change is after - before, prompt by
-    prompt). Sampled answers are drawn with the same seed before and after. Raises PromptError without prompts.
+    answer before, in nats; after holds the first draw of an intervention that draws at random, and further_draws the others); and summary
+    (metric -> before and after, an Estimate each, and change, an Effect: after - before, prompt by prompt, over the mean of its draws).
+    Sampled answers are drawn with the same seed before and after, in any batch. Raises PromptError without prompts.
     """
     if not prompts:
         raise PromptError("there are no prompts to answer.")
     encoded = [intervention.loaded.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    before, after = _answered_twice(intervention, encoded, sampling, batch_size)
+    before = answered(intervention.loaded, encoded, sampling, batch_size)
+    after = answered(intervention.loaded, encoded, sampling, batch_size, intervention.applied, intervention.n_draws)
     continuations = [(prompt, response.generated_ids) for prompt, response in zip(encoded, before, strict=True)]
     texts = {"before": [each.text for each in before], "after": [each.text for each in after]}
     columns = {metric.name: {when: metric.of(each) for when, each in texts.items()} for metric in metrics}
     columns["logprob"] = {
         "before": logprobs(intervention.loaded, continuations),
-        "after": intervention.logprobs(continuations),
+        "after": intervention.logprobs(continuations * intervention.n_draws),
     }
-    samples = [
-        {"prompt": prompt, **{when: _numbers(texts, columns, when, n) for when in texts}}
-        for n, prompt in enumerate(prompts)
-    ]
+    samples = [_sample(prompts, texts, columns, n) for n in range(len(prompts))]
     units = {metric.name: metric.unit for metric in metrics} | {"logprob": "log-likelihood of the answer before, nats"}
-    summary = {name: _summary(column) for name, column in columns.items()}
-    return Result(intervention.kind, {"units": units, "samples": samples, "summary": summary})
+    means = {
+        name: {when: np.reshape(values, (-1, len(prompts))).mean(0).tolist() for when, values in column.items()}
+        for name, column in columns.items()
+    }
+    summary = _summary(means, 42 if sampling.seed is None else sampling.seed)
+    measured = {"units": units, "samples": samples, "summary": summary}
+    return Result(intervention.kind, measured, methods=methods(len(columns), p=signs.METHOD))
 
 
-def _answered_twice(
-    intervention: Intervention, prompts: Sequence[list[int]], sampling: Sampling, batch_size: int
-) -> tuple[list[Response], list[Response]]:
-    """Each prompt's response without the intervention, and with it."""
-    loaded = intervention.loaded
-    if sampling.generation == "auto":  # one way for both, also when only one of them could come from a graph
+def _plainly(rows: Sequence[int], pads: Sequence[int]) -> AbstractContextManager[None]:
+    """No intervention."""
+    return nullcontext()
+
+
+def answered(
+    loaded: LoadedModel,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    batch_size: int,
+    applied: Callable[[Sequence[int], Sequence[int]], AbstractContextManager[None]] = _plainly,
+    n_draws: int = 1,
+) -> list[Response]:
+    """Each prompt's response, sampled by the same draws under every intervention: all of the first draw of values, then all of the second, and so on.
+
+    prompts: token ids. applied, n_draws: as `Intervention.applied` and `Intervention.n_draws`.
+    """
+    if sampling.generation == "auto":  # one way for all, also when only one of them could come from a graph
         sampling = replace(sampling, generation="eager")
-    responses: dict[int, tuple[Response, Response]] = {}  # row -> without and with
+    responses: dict[int, Response] = {}
+    repeats = repeats_of(prompts)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         for group in harmless_groups(loaded, batch, sampling):
             rows, ids = [start + row for row in group], [batch[row] for row in group]
-            seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + rows[0])
+            answer = partial(respond, loaded, ids, sampling, repeats=[repeats[row] for row in rows])
             pads = [max(map(len, ids)) - len(each) for each in ids]
-            without = respond(loaded, ids, seeded)
-            with intervention.applied(rows, pads):
-                changed = respond(loaded, ids, seeded)
-            responses |= zip(rows, zip(without, changed, strict=True), strict=True)
-    both = [responses[row] for row in range(len(prompts))]
-    return [before for before, _ in both], [after for _, after in both]
+            for draw in range(n_draws):
+                of_draw = [draw * len(prompts) + row for row in rows]
+                with applied(of_draw, pads):
+                    responses |= zip(of_draw, answer(), strict=True)
+    return [responses[row] for row in sorted(responses)]
 
 
 def greedy_answers(
@@ -108,13 +134,25 @@ def greedy_answers(
     return answers
 
 
+def _sample(prompts: Sequence[str], texts: Mapping[str, Sequence[str]], columns: Mapping[str, Any], n: int) -> Any:
+    """What is told of one prompt: n is its number."""
+    further = [_numbers(texts, columns, "after", row) for row in range(n, len(texts["after"]), len(prompts))][1:]
+    sample = {"prompt": prompts[n], **{when: _numbers(texts, columns, when, n) for when in texts}}
+    return {**sample, "further_draws": further} if further else sample
+
+
 def _numbers(texts: Mapping[str, Sequence[str]], columns: Mapping[str, Any], when: str, n: int) -> dict[str, Any]:
     return {"text": texts[when][n], **{name: column[when][n] for name, column in columns.items()}}
 
 
-def _summary(column: Mapping[str, Sequence[float]]) -> dict[str, Estimate]:
-    changes = [after - before for before, after in zip(column["before"], column["after"], strict=True)]
-    return {**{when: mean_interval(values) for when, values in column.items()}, "change": mean_interval(changes)}
+def _summary(columns: Mapping[str, Mapping[str, Sequence[float]]], seed: int) -> dict[str, dict[str, Estimate]]:
+    """Metric -> before, after and change."""
+    table = [np.subtract(column["after"], column["before"]) for column in columns.values()]
+    changes = effects(np.stack(table, 1), seed=seed)
+    return {
+        name: {**{when: mean_interval(values) for when, values in column.items()}, "change": change}
+        for (name, column), change in zip(columns.items(), changes, strict=True)
+    }
 
 
 def logprobs(loaded: LoadedModel, continuations: Continuations) -> list[float]:

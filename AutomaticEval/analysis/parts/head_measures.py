@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from re import Pattern
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from AutomaticEval.analysis.parts.direct_effect import DirectEffects
-from AutomaticEval.analysis.words.metrics import whole_words
+from AutomaticEval.analysis.words.keywords import Words
 from AutomaticEval.analysis.words.targets import Target, tokens_within
 from AutomaticEval.capture.batch_independence import Span, apart
 from AutomaticEval.capture.texts.forward import Batch, padded, recorded
@@ -25,12 +24,22 @@ from AutomaticEval.sites import Site
 class HeadMeasures(NamedTuple):
     """What was measured of each head in some prompts."""
 
-    strength: Tensor
-    """[n_prompts, n_layers, n_heads]: the mean norm of the head's result over the prompt's tokens."""
-    attention: Tensor
-    """[n_prompts, n_layers, n_heads]: attention to keywords above uniform; NaN in prompts where it is not defined."""
+    norms: list[Tensor]
+    """For each prompt [pos, n_layers, n_heads]: the norm of the head's result at each token."""
     direct: Tensor
     """[n_prompts, n_targets, n_layers, n_heads], in logits, at the last token."""
+
+
+class Prompt(NamedTuple):
+    """A prompt's tokens."""
+
+    ids: list[int]
+    marks: list[bool]
+    """For each token whether it is part of a keyword."""
+
+
+Listener = Callable[[int, int, Any], None]
+"""Is told the pattern of each prompt and layer: (number of the prompt, layer, [n_heads, query_pos, key_pos] as an array)."""
 
 
 class HeadMeter:
@@ -44,76 +53,66 @@ class HeadMeter:
         check_patterns(loaded.model, self._layout)
         self._effects = DirectEffects(loaded, targets) if targets else None
         self._norms = self._layout.pick(Site("head_result_norm", layer) for layer in range(self._layout.n_layers))
-        limits = [window_of(loaded.model), most_columns(loaded.model), loaded.context]
-        self._longest = min((limit for limit in limits if limit is not None), default=None)
 
-    def measure(self, texts: Sequence[str], words: Sequence[str], progress: Any) -> HeadMeasures:
-        """What is measured in each text, in their order. Padding is on the right, where no token looks, so it changes nothing.
+    def measure(self, prompts: Sequence[Prompt], listeners: Sequence[Listener], progress: Any) -> HeadMeasures:
+        """What is measured in each prompt, in their order. Padding is on the right, where no token looks, so it changes nothing.
 
-        words: the keywords of the texts' category. progress: a bar of tqdm, over texts.
+        listeners: are told all patterns. progress: a bar of tqdm, over prompts.
         """
-        pattern = whole_words(words) if words else None
-        measured: list[HeadMeasures] = []
-        order: list[int] = []
-        for start in range(0, len(texts), self._batch_size):
-            batch = [self._encoded(text, pattern) for text in texts[start : start + self._batch_size]]
-            for group in apart(self._loaded.model, [Span(len(ids), len(ids)) for ids, _ in batch]):
-                marks = padded([list(map(int, batch[row][1])) for row in group]).ids.bool()
-                measured.append(self._batch(padded([batch[row][0] for row in group]), marks))
-                order += [start + row for row in group]
+        norms: dict[int, Tensor] = {}
+        direct: dict[int, Tensor] = {}
+        for start in range(0, len(prompts), self._batch_size):
+            batch = [each.ids for each in prompts[start : start + self._batch_size]]
+            for group in apart(self._loaded.model, [Span(len(ids), len(ids)) for ids in batch]):
+                rows = [start + row for row in group]
+                found = self._batch(padded([batch[row] for row in group]), rows, listeners)
+                norms |= zip(rows, found.norms, strict=True)
+                direct |= zip(rows, found.direct, strict=True)
             progress.update(len(batch))
-        place = torch.tensor(order).argsort()
-        return HeadMeasures(*(torch.cat(column)[place] for column in zip(*measured, strict=True)))
+        every = range(len(prompts))
+        return HeadMeasures([norms[row] for row in every], torch.stack([direct[row] for row in every]))
 
-    def _encoded(self, text: str, pattern: Pattern[str] | None) -> tuple[list[int], list[bool]]:
-        """A text's token ids, and for each whether it is part of a keyword."""
-        if pattern is None:
-            ids = self._loaded.tokenizer(text)["input_ids"]
-            marks = [False] * len(ids)
-        else:
-            ids, marks = tokens_within(self._loaded.tokenizer, text, pattern)
-        if not ids or (self._longest is not None and len(ids) > self._longest):
-            raise PromptError(
-                f"a prompt of {len(ids)} tokens cannot be screened: 1 to {self._longest} can, for all of it must be seen by its last "
-                f"token. It begins {text[:40]!r}."
-            )
-        return ids, marks
-
-    def _batch(self, batch: Batch, marks: Tensor) -> HeadMeasures:
-        """What is measured in one batch. marks: [batch, pos], the tokens of keywords."""
+    def _batch(self, batch: Batch, numbers: Sequence[int], listeners: Sequence[Listener]) -> HeadMeasures:
+        """What is measured in one batch. numbers: which of the prompts its rows are."""
         loaded, layout = self._loaded, self._layout
         keep = Kept(*batch.mask.nonzero(as_tuple=True))
         taps = {**self._norms, **(self._effects.taps if self._effects else {})}
+        lengths = batch.mask.sum(1)
         with reading_patterns(loaded.model, layout) as patterns:
             recording = recorded(loaded.model, layout, {**taps, "after": patterns.after}, batch, keep)
-            attention = torch.stack(
-                [_above_uniform(patterns.of(n, batch.mask), batch.mask, marks) for n in range(layout.n_layers)], 1
-            )
-        lengths = batch.mask.sum(1)
+            for layer in range(layout.n_layers):
+                of_layer = patterns.of(layer, batch.mask).float().cpu().numpy()
+                for row, (number, length) in enumerate(zip(numbers, lengths.tolist(), strict=True)):
+                    for listener in listeners:
+                        listener(number, layer, of_layer[row, :, :length, :length])
         last = lengths.cumsum(0) - 1
-        strength = torch.stack([_row_means(recording.rows[key], lengths) for key in self._norms], 1)
+        norms = torch.stack([recording.rows[key].float() for key in self._norms], 1)  # [real tokens, n_layers, n_heads]
         if self._effects is None:
-            direct = strength.new_zeros(len(strength), 1, *strength.shape[1:])
+            direct = norms.new_zeros(len(lengths), 1, *norms.shape[1:])
         else:
             direct = self._effects.of({key: rows[last] for key, rows in recording.rows.items()})
-        return HeadMeasures(strength, attention, direct)
+        return HeadMeasures(list(torch.split(norms, lengths.tolist())), direct)
 
 
-def _row_means(values: Tensor, lengths: Tensor) -> Tensor:
-    """The mean over each row's tokens: [batch, n_heads]. values: [real tokens, n_heads], row after row."""
-    return torch.stack([row.float().mean(0) for row in torch.split(values, lengths.tolist())])
+def encoded(loaded: LoadedModel, texts: Sequence[str], words: Sequence[str]) -> list[Prompt]:
+    """The tokens of each text. words: the keywords that are marked; may be none.
 
-
-def _above_uniform(pattern: Tensor, mask: Tensor, marks: Tensor) -> Tensor:
-    """Attention to marked tokens minus the part of the visible tokens that is marked: [batch, n_heads].
-
-    The mean is over positions that see both marked and other tokens; NaN in rows without such a position.
-    pattern: [batch, n_heads, query_pos, key_pos]. mask: [batch, pos], the real tokens. marks: [batch, pos].
+    Raises PromptError for a text that is empty, or longer than its last token sees.
     """
-    marked = marks.to(pattern.device).float()
-    paid = torch.einsum("bhqk,bk->bhq", pattern.float(), marked)
-    n_seen = torch.arange(1, marked.shape[1] + 1, device=pattern.device)
-    n_marked = marked.cumsum(1)  # [batch, query_pos]
-    sees_both = (n_marked > 0) & (n_marked < n_seen) & mask.to(pattern.device)
-    above = (paid - (n_marked / n_seen)[:, None]) * sees_both[:, None]
-    return (above.sum(-1) / sees_both.sum(-1)[:, None]).cpu()
+    limits = [window_of(loaded.model), most_columns(loaded.model), loaded.context]
+    longest = min((limit for limit in limits if limit is not None), default=None)
+    return [_encoded(loaded.tokenizer, text, Words(words) if words else None, longest) for text in texts]
+
+
+def _encoded(tokenizer: Any, text: str, words: Words | None, longest: int | None) -> Prompt:
+    if words is None:
+        ids = tokenizer(text)["input_ids"]
+        marks = [False] * len(ids)
+    else:
+        ids, marks = tokens_within(tokenizer, text, words)
+    if not ids or (longest is not None and len(ids) > longest):
+        raise PromptError(
+            f"a prompt of {len(ids)} tokens cannot be screened: 1 to {longest} can, for all of it must be seen by its last "
+            f"token. It begins {text[:40]!r}."
+        )
+    return Prompt(ids, marks)

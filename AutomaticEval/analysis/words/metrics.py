@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from AutomaticEval.analysis.words.keywords import Words
 from AutomaticEval.errors import ModelUnavailable, SelectionError, first_line
 
 
@@ -62,13 +62,8 @@ def classifier(name: str, label: str | None = None) -> TextMetric:
 
 
 def keywords(words: Sequence[str]) -> TextMetric:
-    """How many of a text's words are among these words, in upper or lower case."""
-    pattern = whole_words(words)
+    """How many of a text's words are among these words, in upper or lower case. Raises PromptError for a word that could never be found."""
+    known = Words(words)
     return TextMetric(
-        "keywords", "keywords a response", lambda texts: [float(len(pattern.findall(text))) for text in texts]
+        "keywords", "keywords a response", lambda texts: [float(len(known.found(text))) for text in texts]
     )
-
-
-def whole_words(words: Sequence[str]) -> re.Pattern[str]:
-    """A pattern that finds any of these words, whole and in upper or lower case."""
-    return re.compile(r"\b(?:" + "|".join(re.escape(word) for word in words) + r")\b", re.IGNORECASE)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from AutomaticEval.analysis.words.keywords import Words
 from AutomaticEval.capture.texts.item_files import objects_with
 from AutomaticEval.errors import PromptError, SelectionError, did_you_mean
 
@@ -73,6 +74,10 @@ def _keywords(table: object, file: Path) -> dict[str, list[str]]:
     for category, words in table.items():
         if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
             raise PromptError(f"{file}: the keywords of {category!r} are no list of words: {words!r}.")
+        try:
+            Words(words)
+        except PromptError as never_found:
+            raise PromptError(f"{file}, category {category!r}: {never_found}") from None
     return table
 
 

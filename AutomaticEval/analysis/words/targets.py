@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from AutomaticEval.analysis.words.keywords import Words, plain
 from AutomaticEval.errors import PromptError
 
 BEFORE = "I am"
@@ -35,7 +35,7 @@ def first_tokens(tokenizer: Any, words: Iterable[str]) -> list[int]:
     White space alone, and the token for unknown words, are passed over, because many words begin with them.
     """
     before = tokenizer(BEFORE, add_special_tokens=False)["input_ids"]
-    encoded = [tokenizer(f"{BEFORE} {word}", add_special_tokens=False)["input_ids"] for word in words]
+    encoded = [tokenizer(f"{BEFORE} {plain(word).strip()}", add_special_tokens=False)["input_ids"] for word in words]
     after = [ids[len(before) :] for ids in encoded if ids[: len(before)] == before]
     single = [ids for ids in after if len(ids) == 1 and _tells_a_word(tokenizer, ids[0])]
     telling = [[token for token in ids if _tells_a_word(tokenizer, token)] for ids in after]
@@ -74,8 +74,8 @@ def check_target(target: Target, n_tokens: int) -> None:
         raise PromptError(f"{target} names tokens that there are not; there are {n_tokens}.")
 
 
-def tokens_within(tokenizer: Any, text: str, pattern: re.Pattern[str]) -> tuple[list[int], list[bool]]:
-    """The token ids of a text, and for each token whether it overlaps with something that the pattern finds.
+def tokens_within(tokenizer: Any, text: str, words: Words) -> tuple[list[int], list[bool]]:
+    """The token ids of a text, and for each token whether it overlaps with one of the words.
 
     Raises PromptError for a tokenizer that does not know where its tokens are in the text.
     """
@@ -84,7 +84,7 @@ def tokens_within(tokenizer: Any, text: str, pattern: re.Pattern[str]) -> tuple[
             f"{type(tokenizer).__name__} does not tell which characters its tokens stand for; a fast tokenizer does."
         )
     encoded = tokenizer(text, return_offsets_mapping=True)
-    spans = [match.span() for match in pattern.finditer(text)]
+    spans = words.found(text)
     return encoded["input_ids"], [_overlaps(characters, spans) for characters in encoded["offset_mapping"]]
 
 

@@ -5,7 +5,6 @@ The same model in the same state goes the same way, captured or not. What decide
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Hashable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ from AutomaticEval.capture.graph import device_graph
 from AutomaticEval.capture.graph.self_check import why_unequal
 from AutomaticEval.capture.graph.step_key import state_of
 from AutomaticEval.capture.graph.unsuited import why_not
-from AutomaticEval.errors import DeviceUnavailable
+from AutomaticEval.errors import DeviceUnavailable, warn
 from AutomaticEval.models.architecture.forward_call import alone_with, input_device
 from AutomaticEval.models.architecture.inner_model import inner
 
@@ -99,4 +98,4 @@ def _say(model: Any, reason: str) -> None:
     if reason not in said:
         said.add(reason)
         name = type(inner(model)).__name__
-        warnings.warn(f"Generating step by step, as --generation eager does: {name}: {reason}", stacklevel=4)
+        warn(f"Generating step by step, as --generation eager does: {name}: {reason}")

@@ -19,7 +19,8 @@ from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.settings import MODEL, SAMPLED, RunSettings
 from AutomaticEval.store.local_paths import read_local_paths
-from AutomaticEval.store.reader import Run, open_run
+from AutomaticEval.store.reader import open_run
+from AutomaticEval.store.run import Run
 
 FINGERPRINTS = (MODEL, SAMPLED)
 """The settings that identify a model's weights, the strictest first. Of those that a run holds, the first one is compared."""

@@ -29,7 +29,7 @@ from AutomaticEval.samples import fed_of
 from AutomaticEval.selection import Positions
 from AutomaticEval.sites import Site, site_of
 from AutomaticEval.store.hdf5.contract import dtype_named
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 
 KEEPS_GREEDY = frozenset(
     [

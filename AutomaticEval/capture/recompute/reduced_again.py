@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.errors import OtherSettings
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 
 
 class ReducedAgain:

@@ -30,7 +30,8 @@ from AutomaticEval.store.disk.file_names import own_name, plain_name
 from AutomaticEval.store.disk.json_files import read_json, refuse_others, write_json
 from AutomaticEval.store.disk.json_text import as_json
 from AutomaticEval.store.disk.whole_files import prepare_folder, size_text
-from AutomaticEval.store.reader import Run, open_run
+from AutomaticEval.store.reader import open_run
+from AutomaticEval.store.run import Run
 from AutomaticEval.store.run_folder import LOCK, is_finished, leaving_nothing, shards_bytes
 
 NUMBERS = "extraction.json"

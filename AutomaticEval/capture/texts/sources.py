@@ -136,7 +136,10 @@ def field_of(names: Sequence[str], field: str | None, place: str) -> str:
     name = next((each for each in wanted if each in names), None)
     if name is None:
         near = "" if field is None else did_you_mean(field, names)
-        raise PromptError(f"{place}: none of the fields {', '.join(wanted)}.{near} Found {', '.join(names) or 'none'}.")
+        raise PromptError(
+            f"{place}: none of the fields {', '.join(wanted)}.{near} Found {', '.join(names) or 'none'}. Call the one with the text so, or "
+            "name it with text_field (extract --text_field, FromHuggingFace)."
+        )
     return name
 
 

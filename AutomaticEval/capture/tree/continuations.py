@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -13,7 +12,7 @@ from AutomaticEval.capture.keeping import BatchRow, keep_of, parts_of, recording
 from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.texts.sources import rows_of
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
-from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option
+from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option, warn
 from AutomaticEval.models.architecture.forward_call import alone_with, input_device
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -85,7 +84,7 @@ def score_continuations(
     """
     for name in options:
         if name not in ScoreKeywords.__annotations__:
-            raise unknown_option(name, ScoreKeywords.__annotations__)
+            raise unknown_option(name, [*ScoreKeywords.__annotations__, "layers_to_capture"])
     selection = None
     if capture_activations:
         positions, store_dtype = options.get("positions", "scored"), options.get("store_dtype")
@@ -142,7 +141,7 @@ def _scored(
         scoring = TreeScoring(loaded, cuts, options)
         scoring.check()
     except TreeUnsuitable as why:
-        warnings.warn(f"Computing request by request: {why}", stacklevel=3)
+        warn(f"Computing request by request: {why}")
         return _one_by_one(loaded, cuts, options), (1, 0)
     return scoring.results(), (1, scoring.tokens)
 

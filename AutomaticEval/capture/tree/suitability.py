@@ -46,7 +46,7 @@ def why_not_masked(model: Any, longest: int) -> str | None:
     layers = set(getattr(config, "layer_types", None) or ())
     takes = forward_takes(model)
     if depends_on_position(model):
-        return "it is edited by rows and columns, which are others there."
+        return "it is edited at some tokens only (positions or where), or by a function of several, so that requests cannot share tokens."
     if getattr(model.config, "is_encoder_decoder", False):
         return "an encoder-decoder has no prefix to share."
     tuned = virtual_tokens(model)

@@ -5,23 +5,24 @@ No scoring code is copied: the scores are lm-eval's. What is kept of a forward i
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from torch import Tensor
 
 from AutomaticEval.capture.batch_independence import Span, company_of
+from AutomaticEval.capture.draws import drawing, random_numbers
 from AutomaticEval.capture.generation import refuse_logits_fed_again
 from AutomaticEval.capture.graph.decoding import again_without_graphs, decoding
 from AutomaticEval.capture.graph.way import Way, way_of
 from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.tree.score import Cut
-from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable
+from AutomaticEval.errors import BenchmarkError, CaptureError, TreeUnsuitable, warn
 from AutomaticEval.evaluation.benchmark_options import WHY_NOT, check_generation, check_scoring
 from AutomaticEval.evaluation.harness.batch_capture import BatchCapture, PromptRows, ScoredRow, Sink, check_fed
 from AutomaticEval.evaluation.harness.batches import AnswerHook, recording
@@ -198,7 +199,7 @@ class CapturingHFLM(EncodingHFLM):
             with self._autocast():
                 self._tree.score(call, bar)
         except TreeUnsuitable as why:
-            warnings.warn(f"Scoring request by request, as --scoring stock does: {why}", stacklevel=2)
+            warn(f"Scoring request by request, as --scoring stock does: {why}")
             return False
         return True
 
@@ -268,7 +269,7 @@ class CapturingHFLM(EncodingHFLM):
             prompts = self._prompt_rows(own, context[group, -width:], mask[group, -width:], pads, requests[0])
             together = partial(self._generated, prompts, width + n_new, stop, kwargs, way)
             answers |= zip(group, again_without_graphs(together, way)[:, width:], strict=True)
-        if self._capture is not None and kwargs.get("do_sample"):
+        if self._capture is not None and kwargs.get("do_sample") and self._scoring == "stock":
             self._capture.note_random_state(self.device)
         longest = max(map(len, answers.values()))
         out = context.new_full((len(context), longest), self.tokenizer.pad_token_id)
@@ -297,6 +298,15 @@ class CapturingHFLM(EncodingHFLM):
         check_fed(whole[len(whole) - len(fed) :], fed)
         return len(whole) - len(fed)
 
+    def _draws(self, requests: Sequence[int], kwargs: Mapping[str, Any]) -> list[np.random.Generator] | None:
+        """What each request's answer is sampled by: draws of torch's seed, the request and its prompt. None for greedy decoding, and for
+        lm-eval's own sampling."""
+        if self._scoring == "stock" or not kwargs.get("do_sample"):
+            return None
+        asked = self._served().requests
+        seed = torch.initial_seed()  # which lm-eval set
+        return [random_numbers(seed, "response", *asked[index].key, asked[index].prompt) for index in requests]
+
     def way(self, kwargs: Mapping[str, Any] = {}) -> Way:
         """How answers are generated. kwargs: for transformers' generate. Raises DeviceUnavailable."""
         with self._autocast():
@@ -317,7 +327,8 @@ class CapturingHFLM(EncodingHFLM):
         longest = max(max_length, context.shape[1] + (kwargs.get("max_new_tokens") or 0))
 
         def generate(recording: Recording | None = None) -> Tensor:
-            with decoding(self.model, way, (len(context), longest), recording, prefix) as extra:
+            drawn = drawing(self.model, self._draws(prompts.requests, kwargs))
+            with drawn, decoding(self.model, way, (len(context), longest), recording, prefix) as extra:
                 out: Tensor = stock(**{**given, **extra})
             return out
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from AutomaticEval.capture.batch_independence import Company, Span, apart, rope_limit
+from AutomaticEval.errors import warn
 
 
 class RowGroups:
@@ -35,4 +35,4 @@ class RowGroups:
         """Warn, each line once."""
         if line not in self._warned:
             self._warned.add(line)
-            warnings.warn(line, stacklevel=3)
+            warn(line)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from AutomaticEval.capture.tree.shared_prompt import Prefill, Prefix
-from AutomaticEval.errors import TreeUnsuitable
+from AutomaticEval.errors import TreeUnsuitable, warn
 from AutomaticEval.evaluation.harness.batch_capture import PromptRows
 from AutomaticEval.evaluation.harness.tokens import shared_beginnings
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -55,7 +54,7 @@ class SharedPrefixes:
             with self._autocast():
                 return self._prefill.of(prompts.tokens, most)
         except TreeUnsuitable as why:
-            warnings.warn(f"Prompts that begin alike are computed one by one: {why}", stacklevel=2)
+            warn(f"Prompts that begin alike are computed one by one: {why}")
             self._is_suitable = False
             return None
 

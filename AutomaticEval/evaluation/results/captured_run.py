@@ -22,10 +22,11 @@ from AutomaticEval.selection import Selection
 from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.contents.columns import Columns, Listed, records_of
 from AutomaticEval.store.disk.file_names import own_name, plain_name
-from AutomaticEval.store.disk.whole_files import prepare_folder, stamped_folder
+from AutomaticEval.store.disk.whole_files import stamped_folder
 from AutomaticEval.store.run_folder import is_finished, leaving_nothing
 from AutomaticEval.store.shared import SharedRun
 from AutomaticEval.store.writer import RunWriter
+from AutomaticEval.store.writing.earlier_run import new_run_folder
 
 
 class Opened(NamedTuple):
@@ -140,12 +141,10 @@ def made_with(loaded: LoadedModel, selection: Selection) -> RunSettings:
 
 
 def _new_folder_of(output: RunOutput, name: str) -> Path:
-    """The folder that was named, or a new one in `activation_save_dir`. Raises PathExists for one that is there."""
+    """The folder that was named, or a new one in `activation_save_dir`. Raises PathExists for one that is taken."""
     if output.output is None:
         return stamped_folder(output.activation_save_dir, name)
-    output.refuse_existing()
-    prepare_folder(output.output)
-    return output.output
+    return new_run_folder(output.output, output.overwrite)
 
 
 def folder_name(benchmarks: Sequence[str], model: str) -> str:

@@ -200,7 +200,7 @@ def scores_of(
         for metric, value, stderr in _metrics(results["results"][task]):
             scores.append(Score(task, metric, value, stderr, _chance(metric, logged), answered[task], totals[task]))
     for group, values in results.get("groups", {}).items():
-        asked = sum(answered[task] for task in _leaves(group, results["group_subtasks"]))
+        asked = sum(answered[task] for task in leaves(group, results["group_subtasks"]))
         for metric, value, stderr in _metrics(values):
             scores.append(Score(group, metric, value, stderr, None, asked, totals[group]))
     if len(totals) > 1:
@@ -227,9 +227,9 @@ def _metrics(values: Mapping[str, Any]) -> list[tuple[str, float, float | None]]
     return metrics
 
 
-def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
+def leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
     """The tasks below a group, however deep."""
-    return [leaf for child in subtasks[name] for leaf in _leaves(child, subtasks)] if name in subtasks else [name]
+    return [leaf for child in subtasks[name] for leaf in leaves(child, subtasks)] if name in subtasks else [name]
 
 
 def _chance(metric: str, logged: Sequence[Mapping[str, Any]]) -> float | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from functools import cache
 from threading import Thread
+
+from AutomaticEval.errors import warn
 
 PATIENCE = 5.0
 """Seconds in which the hub must give any answer. Looking up its name alone may take longer without a network."""
@@ -23,10 +24,8 @@ def go_offline_without_hub() -> None:
     constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
-    warnings.warn(
-        f"the hub ({constants.ENDPOINT}) cannot be reached: what is in the local cache is used, and this process does not ask again.",
-        UserWarning,
-        stacklevel=2,
+    warn(
+        f"the hub ({constants.ENDPOINT}) cannot be reached: what is in the local cache is used, and this process does not ask again."
     )
 
 

@@ -6,16 +6,23 @@ Quantisation is set up here and nowhere else.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils.logging import set_tqdm_hook
 
 from AutomaticEval.errors import DeviceUnavailable, ModelUnavailable, UnsupportedModel
 from AutomaticEval.models.checkpoint.hub_failures import read_or_explain
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.checkpoint.model_sources import ModelSources, base_arguments
 from AutomaticEval.models.weights.adapters import add_delta, resize, with_adapter
+from AutomaticEval.public_names import public_name
+
+BAR_SECONDS = 2
+"""Loading shows a bar once it takes longer. Of a small model it would be no more than a line that stays on the screen."""
 
 
 def load_weights(sources: ModelSources, options: LoadOptions, tokenizer: Any) -> Any:
@@ -87,7 +94,8 @@ def _add_delta_of(source: str, model: Any, options: LoadOptions, placement: dict
 
 def _complete(name: str, source: str, arguments: dict[str, Any]) -> Any:
     """The model of a checkpoint. Raises ModelUnavailable when weights are missing, which transformers would fill with random numbers."""
-    model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
+    with _named_bar(f"Loading {public_name(name)}"):
+        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
         raise ModelUnavailable(
@@ -95,3 +103,17 @@ def _complete(name: str, source: str, arguments: dict[str, Any]) -> Any:
             "its weights do not belong together."
         )
     return model
+
+
+@contextmanager
+def _named_bar(name: str) -> Iterator[None]:
+    """Inside, a bar of transformers has this name, is shown after BAR_SECONDS, and is gone when it is full."""
+
+    def named(factory: Any, args: tuple[Any, ...], how: dict[str, Any]) -> Any:
+        return factory(*args, **{**how, "desc": name, "delay": BAR_SECONDS, "leave": False})
+
+    before = set_tqdm_hook(named)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import cached_file
 
-from AutomaticEval.errors import ModelError, ModelUnavailable, first_line
+from AutomaticEval.errors import ModelError, ModelUnavailable, first_line, warn
 
 CONFIG = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -128,7 +128,4 @@ def add_delta(model: Any, delta: Any, name: str) -> None:
             raise ModelUnavailable(f"the delta {name!r} does not fit the model: its {key} is {shapes}.")
         weight.data += added[key].to(weight.device)
         if seen.setdefault(weight.data_ptr(), key) != key and weight.numel():
-            warnings.warn(
-                f"{key} is tied to {seen[weight.data_ptr()]}: the delta {name!r} is added to it twice, as by lm-eval.",
-                stacklevel=2,
-            )
+            warn(f"{key} is tied to {seen[weight.data_ptr()]}: the delta {name!r} is added to it twice, as by lm-eval.")

@@ -3,23 +3,73 @@
 from __future__ import annotations
 
 import re
-import warnings
 from datetime import datetime
 from pathlib import Path
 
 import xxhash
 
+from AutomaticEval.errors import StoreError, warn
+
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt")
+OTHER_SUFFIXES = frozenset(
+    [
+        ".pth",
+        ".ckpt",
+        ".bin",
+        ".npy",
+        ".npz",
+        ".safetensors",
+        ".json",
+        ".jsonl",
+        ".csv",
+        ".tsv",
+        ".txt",
+        ".md",
+        ".parquet",
+        ".arrow",
+        ".feather",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".zip",
+        ".gz",
+        ".tar",
+        ".png",
+        ".pdf",
+        ".html",
+        ".mat",
+        ".nc",
+        ".zarr",
+        ".onnx",
+        ".gguf",
+        ".py",
+        ".log",
+    ]
+)
+"""Endings that tell of a format, and not of HDF5."""
 
 
 def hdf5_path(path: str | Path) -> Path:
-    """The path that is written for a save path: the path itself. For a pickle's name it is `.h5` beside it, with a warning that says so."""
+    """The path that is written for a save path: the path itself. For a pickle's name it is `.h5` beside it, with a warning that says so.
+
+    Raises StoreError for the name of another format.
+    """
     given = Path(path).expanduser()
     if given.suffix.lower() not in PICKLE_SUFFIXES:
+        refuse_other_format(given)
         return given
     written = given.with_suffix(".h5")
-    warnings.warn(f"files are HDF5: {given} is written as {written}", UserWarning, stacklevel=3)
+    warn(f"files are HDF5: {given} is written as {written}")
     return written
+
+
+def refuse_other_format(path: Path) -> None:
+    """Raises StoreError for a file that would be HDF5 under the name of another format."""
+    if path.suffix.lower() in OTHER_SUFFIXES:
+        raise StoreError(
+            f"{path} would be HDF5, and {path.suffix} is the ending of another format; name it {path.with_suffix('.h5').name}. `main.py export` "
+            "makes files of other formats."
+        )
 
 
 def numbered(path: Path, number: int) -> Path:

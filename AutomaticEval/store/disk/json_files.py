@@ -21,7 +21,7 @@ def new_results(folder: Path, *names: str) -> list[Path]:
     """The paths of result files, checked before the work that will fill them. Raises PathExists, FolderNotWritable."""
     prepare_folder(folder)
     for name in names:
-        prepare_file(folder / name, offer="")
+        prepare_file(folder / name, offer=", or another folder (-o/--output)")
     return [folder / name for name in names]
 
 
@@ -30,14 +30,15 @@ def write_json(path: str | Path, data: Mapping[str, Any], *, overwrite: bool = F
     path = Path(path)
     prepare_file(path, overwrite=overwrite)
     with new_file(path, overwrite=overwrite) as partial:
-        partial.write_text(json.dumps(_finite(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(finite(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with None for each number in it that is infinite or NaN, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -63,13 +64,16 @@ def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
         )
 
 
-def read_strength(path: str | Path) -> tuple[Stats, str]:
-    """The head strengths in a result file, and what they were measured of ("result" or "z"). Raises StoreError for another file."""
+def read_strength(path: str | Path) -> tuple[Stats, str, dict[str, Any]]:
+    """The head strengths in a result file, what they were measured of ("result" or "z"), and of which inputs. Raises StoreError for another file.
+
+    The inputs of files of the first versions, and of files that a run wrote, are an empty dict.
+    """
     content = read_json(Path(path))
     try:
         stats = {(each.pop("layer"), each.pop("head")): each for each in content["heads"]}
         if not all({"R_h", "n"} <= each.keys() for each in stats.values()) or not stats:
             raise KeyError("R_h")
-        return stats, str(content["of"])
+        return stats, str(content["of"]), dict(content.get("inputs") or {})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(f"{path} holds no head strengths; give a file that save_results wrote.") from None

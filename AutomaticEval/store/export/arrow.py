@@ -17,8 +17,8 @@ from AutomaticEval.errors import StoreError
 from AutomaticEval.samples import COLUMNS
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.export.outgoing import Advance, column_names, records, sample
-from AutomaticEval.store.reader import Run
 from AutomaticEval.store.reading.reduced_runs import how_reduced
+from AutomaticEval.store.run import Run
 
 _BATCH_BYTES = 64 * 2**20
 _BATCH_SAMPLES = 1000

@@ -12,7 +12,7 @@ import torch
 from AutomaticEval.store.bits import raw_bytes
 from AutomaticEval.store.export.outgoing import Advance
 from AutomaticEval.store.export.shard_files import OutgoingTensor, write_shards
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 
 _NUMPY = {torch.float64: "<f8", torch.float32: "<f4", torch.int32: "<i4", torch.float16: "<f2"}
 

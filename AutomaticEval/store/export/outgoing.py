@@ -10,7 +10,7 @@ import torch
 from AutomaticEval.public_names import without_folders
 from AutomaticEval.store.contents.changed import narrowed
 from AutomaticEval.store.contents.file_contents import Contents
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 
 Advance = Callable[[int], None]
 """Called again and again while work goes on, with the number of samples that were done since the last call."""

@@ -13,7 +13,7 @@ import torch
 from AutomaticEval.store.bits import raw_bytes
 from AutomaticEval.store.export.outgoing import Advance
 from AutomaticEval.store.export.shard_files import OutgoingTensor, write_shards
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 
 _SAFETENSORS = {
     torch.float64: "F64",

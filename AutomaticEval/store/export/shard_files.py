@@ -16,7 +16,7 @@ from AutomaticEval.store.contents.changed import converted
 from AutomaticEval.store.export.outgoing import Advance, records
 from AutomaticEval.store.hdf5.read import Shard
 from AutomaticEval.store.ragged import Array
-from AutomaticEval.store.reader import Run
+from AutomaticEval.store.run import Run
 
 
 class OutgoingTensor(NamedTuple):

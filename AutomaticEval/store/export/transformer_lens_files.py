@@ -14,8 +14,8 @@ from AutomaticEval.store.export.outgoing import Advance, records, sample
 from AutomaticEval.store.export.safetensors_files import save_safetensors
 from AutomaticEval.store.export.shard_files import OutgoingTensor
 from AutomaticEval.store.export.transformer_lens import as_activation_cache, places
-from AutomaticEval.store.reader import Run
 from AutomaticEval.store.reading.reduced_runs import refuse_reduced
+from AutomaticEval.store.run import Run
 
 
 def check(run: Run) -> None:

@@ -5,7 +5,6 @@ Knows nothing of samples.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import h5py
 import torch
 
-from AutomaticEval.errors import DamagedFile, NotActivations, StoreError, TruncatedFile
+from AutomaticEval.errors import DamagedFile, NotActivations, StoreError, TruncatedFile, warn
 from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.bits import bits_type
 from AutomaticEval.store.disk.system import UNREAD, code_of
@@ -102,7 +101,7 @@ class OpenedFile:
             return
         if (self.path.parent, what) not in _said:
             _said.add((self.path.parent, what))
-            warnings.warn(what, UserWarning, stacklevel=2)
+            warn(what)
 
     @contextmanager
     def reading(self) -> Iterator[h5py.File]:

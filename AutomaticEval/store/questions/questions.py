@@ -88,6 +88,11 @@ class Questions(Sequence[Question]):
         return Question(**record, tokens=PromptTokens(self._source.contents, first_sample))
 
     @property
+    def source(self) -> Source:
+        """The run that the questions are of, with its model and settings in `contents`."""
+        return self._source
+
+    @property
     def _columns(self) -> Ordered:
         return Ordered(self._table, self._order)
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from torch import Tensor
+
 from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.disk.whole_files import size_text
@@ -15,7 +17,7 @@ from AutomaticEval.store.run_folder import shard_names
 
 
 class AnyRun(Protocol):
-    """A run, as this module sees it: `store.reader.Run`."""
+    """A run, as this module sees it: `store.run.Run`."""
 
     path: Path
     finished: bool
@@ -36,6 +38,22 @@ class AnyRun(Protocol):
     def __len__(self) -> int: ...
 
 
+class KeptEdit(NamedTuple):
+    """One edit that a run was made with."""
+
+    text: str
+    """The edit in words."""
+
+    value: Tensor | None
+    """[n, width], float64: what it was made with. None when the file does not hold it."""
+
+    def __repr__(self) -> str:
+        kept = (
+            "" if self.value is None else f", {list(self.value.shape)} {str(self.value.dtype).removeprefix('torch.')}"
+        )
+        return f"<edit: {self.text}{kept}>"
+
+
 class TaskLine(NamedTuple):
     """One task of a run."""
 
@@ -51,12 +69,15 @@ class TaskLine(NamedTuple):
     means: Mapping[str, tuple[float, float | None]]
     """Metric -> its mean over the questions, and the standard error of that mean, which one question alone does not give."""
 
+    of: str = "questions"
+    """What n_questions counts; "texts" of an extraction."""
+
     @property
     def in_words(self) -> str:
         """In one line."""
         correct = "" if self.correct is None else f", {self.correct:.4f} correct"
         means = "".join(f", {name} {mean:.4f}" for name, (mean, _) in self.means.items())
-        return f"{self.n_samples} samples of {self.n_questions} questions{correct}{means}"
+        return f"{self.n_samples} samples of {self.n_questions} {self.of}{correct}{means}"
 
 
 def facts_of(run: AnyRun) -> dict[str, str]:
@@ -97,10 +118,11 @@ def tasks_of(run: AnyRun) -> list[TaskLine]:
         counted[task] = counted.get(task, 0) + 1
         # of each question, what its first sample says
         first.setdefault(task, {}).setdefault(number if doc_id is None else (doc_id, repeat), (correct, metrics))
-    return [_line(task, counted[task], list(docs.values())) for task, docs in sorted(first.items())]
+    of = "questions" if run.made_with.corpus is None else "texts"
+    return [_line(task, counted[task], list(docs.values()), of) for task, docs in sorted(first.items())]
 
 
-def _line(task: str, n_samples: int, docs: list[tuple[Any, Any]]) -> TaskLine:
+def _line(task: str, n_samples: int, docs: list[tuple[Any, Any]], of: str) -> TaskLine:
     known = [bool(correct) for correct, _ in docs if correct is not None]
     by_metric: dict[str, list[float]] = {}
     for _, metrics in docs:
@@ -113,7 +135,7 @@ def _line(task: str, n_samples: int, docs: list[tuple[Any, Any]]) -> TaskLine:
         name: (statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None)
         for name, values in by_metric.items()
     }
-    return TaskLine(task, n_samples, len(docs), sum(known) / len(known) if known else None, means)
+    return TaskLine(task, n_samples, len(docs), sum(known) / len(known) if known else None, means, of)
 
 
 def _model(name: str, made: RunSettings) -> str:

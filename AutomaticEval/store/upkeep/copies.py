@@ -12,6 +12,7 @@ from pathlib import Path
 from AutomaticEval.errors import StoreError
 from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.contents.file_contents import Activation, Contents
+from AutomaticEval.store.disk.file_names import refuse_other_format
 from AutomaticEval.store.disk.whole_files import ensure_space, prepare_file
 from AutomaticEval.store.hdf5.damage import Advance
 from AutomaticEval.store.hdf5.write import check_compression, write_file
@@ -34,6 +35,7 @@ def write_copy(destination: Path, contents: Contents, compression: str | None, a
     destination = destination.expanduser()
     if (destination.parent / INDEX).exists() or shard_names(destination.parent):
         raise StoreError(f"{destination} would be inside a run folder; choose another folder.")
+    refuse_other_format(destination)
     prepare_file(destination, offer="")
     row_bytes = sum(each.width * each.dtype.itemsize for each in contents.activations.values())
     ensure_space(destination.parent, 0 if compression else contents.n_rows * row_bytes)

@@ -11,7 +11,8 @@ from AutomaticEval.public_names import is_same
 from AutomaticEval.settings import IDENTITY, RunSettings
 from AutomaticEval.store.contents.joined import joined
 from AutomaticEval.store.hdf5.damage import Advance, ignore
-from AutomaticEval.store.reader import Run, open_run
+from AutomaticEval.store.reader import open_run
+from AutomaticEval.store.run import Run
 from AutomaticEval.store.upkeep.copies import without_shards, write_copy
 from AutomaticEval.store.upkeep.verify import check
 

@@ -15,8 +15,9 @@ from AutomaticEval.store.contents.changed import cut
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.hdf5.damage import Advance, ignore
 from AutomaticEval.store.ragged import Array, indices_of
-from AutomaticEval.store.reader import Run, open_run
+from AutomaticEval.store.reader import open_run
 from AutomaticEval.store.reading.reduced_runs import how_reduced
+from AutomaticEval.store.run import Run
 from AutomaticEval.store.upkeep.copies import without_shards, write_copy
 from AutomaticEval.store.upkeep.verify import check
 

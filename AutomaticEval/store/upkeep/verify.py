@@ -10,7 +10,8 @@ from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.contents.joined import joined
 from AutomaticEval.store.hdf5.contract import RUN_FORMAT, SHARD_FORMAT
 from AutomaticEval.store.hdf5.damage import Advance, ignore, verify_file
-from AutomaticEval.store.reader import Run, open_run
+from AutomaticEval.store.reader import open_run
+from AutomaticEval.store.run import Run
 from AutomaticEval.store.run_folder import INDEX, not_replaced, shard_names, warn_of_set_aside
 from AutomaticEval.store.shard_columns import order_of
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from AutomaticEval.errors import DamagedFile, NotActivations, OtherSettings, StoreError, TruncatedFile
+from AutomaticEval.errors import DamagedFile, NotActivations, OtherSettings, StoreError, TruncatedFile, warn
 from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.hdf5.damage import verify_file
 from AutomaticEval.store.hdf5.read import Shard
@@ -43,7 +42,7 @@ def _set_damaged_aside(folder: Path, names: Sequence[str], settings: Mapping[str
     _check_settings(folder, [shard for shard in opened.values() if shard is not None], settings)
     for name, problem in _damaged(folder, opened).items():
         message = f"{problem.removesuffix('.')}. It was set aside as {set_aside(folder / name)}; its samples are computed again."
-        warnings.warn(message, UserWarning, stacklevel=6)
+        warn(message)
 
 
 def _check_settings(folder: Path, shards: Sequence[Shard], settings: Mapping[str, Any]) -> None:
