@@ -11,6 +11,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from AutomaticEval.errors import StoreError
 
 Array = np.ndarray[Any, Any]
+LEAST_FOLDS = 3
+"""One to learn from, one to choose on, and one to judge on."""
 
 
 class Fold(NamedTuple):
@@ -32,28 +34,32 @@ class Fold(NamedTuple):
         return train
 
 
-def folds(labels: Array, groups: Array, n_folds: int, n_repeats: int, seed: int) -> Iterator[list[Fold]]:
+def folds(
+    labels: Array, groups: Array, n_folds: int, n_repeats: int, seed: int, unit: str = "different questions"
+) -> Iterator[list[Fold]]:
     """For each repeat, n_folds folds: each question is tested once a repeat, and a group is in one part of a fold only.
 
     labels, groups: [n_questions]; the parts have about the same share of each label. The part that is chosen on is the fold after the tested one.
-    Raises StoreError when a label has fewer groups than there are folds.
+    unit: what a group is, for messages. Raises StoreError when a label has fewer groups than there are folds, and for labels that no probe can
+    learn from in some fold.
     """
     for label in np.unique(labels):
         n = len(np.unique(groups[labels == label]))
         if n < n_folds:
             raise StoreError(
-                f"{n} different questions have the label {label}; {n_folds} folds need at least {n_folds} of each. Ask more questions, or use "
-                f"fewer folds (at least 3)."
+                f"{n} {unit} have the label {label}; {n_folds} folds need at least {n_folds} of each. Ask more questions, or use fewer folds "
+                f"(at least {LEAST_FOLDS})."
             )
     for repeat in range(n_repeats):
         state = int(np.random.SeedSequence([seed, repeat]).generate_state(1)[0])
-        parts = [
-            test
-            for _, test in StratifiedGroupKFold(n_folds, shuffle=True, random_state=state).split(
-                np.zeros(len(labels)), labels, groups
+        splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=state)
+        parts = [test for _, test in splitter.split(np.zeros(len(labels)), labels, groups)]
+        made = [_fold(parts, number) for number in range(n_folds)]
+        if any(len(np.unique(labels[fold.fit])) < 2 for fold in made):
+            raise StoreError(
+                f"with {n_folds} folds there is one where all {unit} to learn from have one label. Ask more questions, or use another --seed."
             )
-        ]
-        yield [_fold(parts, number) for number in range(n_folds)]
+        yield made
 
 
 def _fold(parts: list[Array], number: int) -> Fold:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from AutomaticEval.analysis.probes.folds import Fold
@@ -23,15 +22,17 @@ MOST_STEPS = 200
 class Linear:
     """A probe: the log-odds of the label are (row - shift) / scale @ weights + bias."""
 
-    shift: Array
-    scale: Array
+    shift: Any
+    scale: Any
+    """[width] each; 0 and 1 for sparse rows, which are not standardised."""
+
     weights: Array
     bias: float
     strength: float | None = None
 
-    def log_odds(self, rows: Array) -> Array:
+    def log_odds(self, rows: Any) -> Array:
         """[n] for rows [n, width]."""
-        odds: Array = ((rows - self.shift) / self.scale) @ self.weights + self.bias
+        odds: Array = _scaled(rows, self.shift, self.scale) @ self.weights + self.bias
         return odds
 
     @property
@@ -41,49 +42,50 @@ class Linear:
         return direction
 
 
-def standardised(rows: Array) -> tuple[Array, Array]:
-    """The mean and the standard deviation of each column; a column that is one number keeps its scale."""
+def standardised(rows: Any) -> tuple[Any, Any]:
+    """The mean and the standard deviation of each column; a column that is one number keeps its scale. 0 and 1 for sparse rows."""
+    if not isinstance(rows, np.ndarray):
+        return 0, 1
     scale = rows.std(0)
     return rows.mean(0), np.where(scale > 0, scale, 1).astype(rows.dtype)
 
 
-def chosen_probe(rows: Array, labels: Array, fold: Fold) -> tuple[Linear, float]:
-    """A logistic probe that learned from the fold's training part, and its AUROC where the strength was chosen.
+def _scaled(rows: Any, shift: Any, scale: Any) -> Any:
+    return (rows - shift) / scale if isinstance(rows, np.ndarray) else rows
 
-    rows: [n_questions, width], float32. labels: [n_questions], 0 or 1.
+
+def chosen_probe(rows: Any, labels: Array, fold: Fold, strengths: Sequence[float] = STRENGTHS) -> tuple[Linear, float]:
+    """A logistic probe that learned from the fold's training part, and its AUROC where the strength was chosen (0 where that has one label only).
+
+    rows: [n_questions, width], float32 or sparse. labels: [n_questions], 0 or 1. The strength is the one with the smallest log loss: one that is
+    chosen by AUROC may rank well and give all questions about the same probability.
     """
-    best, found, worse = STRENGTHS[0], -1.0, 0
+    best, found, least, worse = strengths[0], 0.0, np.inf, 0
     shift, scale = standardised(rows[fold.fit])
-    fit, choose = ((rows[part] - shift) / scale for part in (fold.fit, fold.choose))
-    model = _model(STRENGTHS[0])
-    for strength in STRENGTHS:
-        model.set_params(C=strength)
-        _learn(model, fit, labels[fold.fit])
-        scores = choose @ model.coef_[0]
-        value = float(auroc(scores, labels[fold.choose], np.ones((1, len(scores))))[0])
-        worse = 0 if value > found else worse + 1
-        if value > found:
-            best, found = strength, value
+    fit, choose = (_scaled(rows[part], shift, scale) for part in (fold.fit, fold.choose))
+    sides = 1 - 2 * labels[fold.choose]
+    model = _model(strengths[0])
+    for strength in strengths:
+        model.set_params(C=strength).fit(fit, labels[fold.fit])
+        scores = choose @ model.coef_[0] + model.intercept_[0]
+        loss = float(np.logaddexp(0, sides * scores).mean())
+        worse = 0 if loss < least else worse + 1
+        if loss < least:
+            best, least, found = strength, loss, auroc(scores, labels[fold.choose])
         if worse == 2:
             break
-    return logistic(rows[fold.train], labels[fold.train], best), found
+    return logistic(rows[fold.train], labels[fold.train], best), 0.0 if np.isnan(found) else found
 
 
-def logistic(rows: Array, labels: Array, strength: float) -> Linear:
+def logistic(rows: Any, labels: Array, strength: float) -> Linear:
     """scikit-learn's logistic regression of standardised rows."""
     shift, scale = standardised(rows)
-    model = _learn(_model(strength), (rows - shift) / scale, labels)
+    model = _model(strength).fit(_scaled(rows, shift, scale), labels)
     return Linear(shift, scale, model.coef_[0], float(model.intercept_[0]), strength)
 
 
 def _model(strength: float) -> LogisticRegression:
     return LogisticRegression(C=strength, max_iter=MOST_STEPS, tol=1e-3, warm_start=True)
-
-
-def _learn(model: LogisticRegression, rows: Array, labels: Array) -> LogisticRegression:
-    with warnings.catch_warnings():  # a probe that stops early is a probe that is regularised more
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return model.fit(rows, labels)
 
 
 def difference_of_means(rows: Array, labels: Array) -> Linear:

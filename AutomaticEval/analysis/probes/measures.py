@@ -1,11 +1,7 @@
-"""How good a score is at telling right from wrong, and by how much that could be chance: every measure takes weights, so that one call gives all resamples.
-
-Weights are [n_resamples, n]: how often each question is in each resample. A measure gives [n_resamples]; NaN where it is not defined.
-"""
+"""How good a score is at telling questions with a label from those without it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,74 +11,49 @@ N_BINS = 10
 """The expected calibration error is taken over so many bins of equal width."""
 
 
-def auroc(scores: Array, labels: Array, weights: Array) -> Array:
-    """The share of pairs (a question with the label, one without) in which the first has the higher score; ties count half. All [n]."""
-    order = np.argsort(scores, kind="stable")
-    ranked, is_true = scores[order], labels[order].astype(bool)
-    starts = np.flatnonzero(np.append(True, ranked[1:] != ranked[:-1]))  # of equal scores
-    of_true, of_false = (
-        np.add.reduceat(np.where(mask, weights[:, order], 0.0), starts, axis=1) for mask in (is_true, ~is_true)
-    )
-    below = np.cumsum(of_false, axis=1) - of_false / 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share: Array = (of_true * below).sum(1) / (of_true.sum(1) * of_false.sum(1))
-    return share
+def placements(scores: Array, labels: Array) -> Array:
+    """[n]: of a question with the label, the share of those without it that have a lower score; of one without it, the share of those with it
+    that have a higher one. Equal scores count half. NaN where there are no others.
+
+    scores, labels: [n]; labels are 0 or 1. The mean over either label is the AUROC. Source: DeLong, DeLong and Clarke-Pearson 1988.
+    """
+    is_true = labels.astype(bool)
+    ordered = {side: np.sort(scores[is_true == side]) for side in (True, False)}
+    below = {
+        side: (np.searchsorted(others, scores, "left") + np.searchsorted(others, scores, "right"))
+        / (2 * max(1, len(others)))
+        for side, others in ordered.items()
+    }
+    found: Array = np.where(is_true, below[False], 1 - below[True])
+    return found if len(ordered[True]) and len(ordered[False]) else np.full(len(scores), np.nan)
 
 
-def accuracy(probabilities: Array, labels: Array, weights: Array) -> Array:
-    """The share of questions on whose side of 1/2 the probability is."""
-    return _mean(((probabilities > 0.5) == labels.astype(bool)).astype(float), weights)
+def auroc(scores: Array, labels: Array) -> float:
+    """The share of pairs (a question with the label, one without) in which the first has the higher score; ties count half. NaN with one label only."""
+    placed = placements(scores, labels)[labels.astype(bool)]
+    return float(placed.mean()) if len(placed) else float("nan")
 
 
-def brier(probabilities: Array, labels: Array, weights: Array) -> Array:
-    """The mean square of probability - label: 0 is best, 0.25 is a probability of 1/2 for all."""
-    return _mean((probabilities - labels) ** 2, weights)
-
-
-def calibration_error(probabilities: Array, labels: Array, weights: Array) -> Array:
+def calibration_error(probabilities: Array, labels: Array) -> float:
     """The expected calibration error: by how much the mean probability of a bin differs from the share of its questions with the label."""
     bins = np.minimum((probabilities * N_BINS).astype(int), N_BINS - 1)
-    inside = np.eye(N_BINS)[bins]  # [n, N_BINS]
-    gap = np.abs((weights * (probabilities - labels)) @ inside).sum(1)
-    return _ratio(gap, weights.sum(1))
+    return float(np.abs(np.bincount(bins, probabilities - labels, N_BINS)).sum() / len(labels))
 
 
-def rejection_ratio(probabilities: Array, labels: Array, weights: Array) -> Array:
-    """The prediction rejection ratio: by how much leaving out the questions with the lowest probability raises the share with the label.
+def rejection_ratio(scores: Array, labels: Array) -> float:
+    """The prediction rejection ratio: by how much leaving out the questions with the lowest scores raises the share with the label.
 
-    1 is what the labels themselves would give, and 0 what leaving out questions at random gives.
+    1 is what the labels themselves would give, and 0 what leaving out questions at random gives. NaN with one label only.
     """
-    shares = [_area(each, labels, weights) for each in (probabilities, labels.astype(float))]
-    base = _ratio(weights @ labels.astype(float), weights.sum(1))
-    return _ratio(shares[0] - base, shares[1] - base)
+    base = float(labels.mean())
+    most = _area(labels, labels) - base
+    return (_area(scores, labels) - base) / most if most > 0 else float("nan")
 
 
-def _area(scores: Array, labels: Array, weights: Array) -> Array:
-    """The share of labels among the questions with the highest scores, averaged over how many are kept. Questions with equal scores are kept together."""
+def _area(scores: Array, labels: Array) -> float:
+    """The share of labels among the k questions with the highest scores, averaged over k. Questions with equal scores stand in any order: the mean of all."""
     order = np.argsort(-scores, kind="stable")
-    starts = np.flatnonzero(np.append(True, scores[order][1:] != scores[order][:-1]))
-    kept = np.add.reduceat(weights[:, order], starts, axis=1)
-    right = np.add.reduceat(weights[:, order] * labels[order], starts, axis=1)
-    n_kept, n_right = np.cumsum(kept, axis=1), np.cumsum(right, axis=1)
-    share = _ratio(n_right, n_kept)
-    return _ratio((kept * np.nan_to_num(share)).sum(1), kept.sum(1))
-
-
-def _mean(values: Array, weights: Array) -> Array:
-    return _ratio(weights @ values, weights.sum(1))
-
-
-def _ratio(above: Array, below: Array) -> Array:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio: Array = above / below
-    return ratio
-
-
-MEASURES: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "auroc": auroc,
-    "accuracy": accuracy,
-    "brier": brier,
-    "ece": calibration_error,
-    "prr": rejection_ratio,
-}
-"""Name in results -> the measure."""
+    ends = np.flatnonzero(np.append(scores[order][1:] != scores[order][:-1], True))
+    n_kept = np.arange(1, len(scores) + 1)
+    n_right = np.interp(n_kept, [0, *(ends + 1)], [0, *np.cumsum(labels[order])[ends]])
+    return float((n_right / n_kept).mean())
