@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 from helpers.probed import WORDS, run_of
 
 from AutomaticEval import probe
+from AutomaticEval.analysis.probes.audit import findings, is_above_chance, is_off_chance
+from AutomaticEval.analysis.probes.target import target_of
+from AutomaticEval.analysis.result import Estimate
 from AutomaticEval.errors import SelectionError, StoreError
 from AutomaticEval.store.run import Run
 
@@ -190,6 +194,26 @@ def test_classes_that_differ_only_by_task_are_at_chance_when_whole_tasks_are_lef
     assert by_task.measured["classes"]["n_groups"] == n_tasks
     with pytest.raises(StoreError, match=r"has 1 task\(s\); split='task' needs at least 3"):
         probe(run.where(task="task1"), split="task")
+
+
+def test_equal_scores_are_at_chance_whatever_their_rounding() -> None:
+    near = 0.5 + 3e-13
+    assert not is_above_chance(Estimate(near, (near, near), 1000))
+    assert not is_off_chance(Estimate(near, (near, near), 1000))
+    assert is_above_chance(Estimate(0.6, (0.55, 0.65), 1000))
+    assert not is_above_chance(Estimate(0.6, (0.55, 0.65), 1000, (0.49, 0.7)))
+    assert is_off_chance(Estimate(0.4, (0.35, 0.45), 1000))
+
+
+def test_shuffled_labels_off_chance_are_told_first_and_are_grave(planted: Run, result: Any) -> None:
+    """As if the shuffled labels had given what the true ones give."""
+    target = target_of(planted.questions())
+    (shuffled,) = (each for each in result.measured["baselines"] if each.name == "shuffled")
+    broken = dataclasses.replace(shuffled, judged=result.measured["best"]["judged"])
+    first, *others = findings(result.measured["best"]["judged"], [broken], target, "last")
+    assert (first.name, first.is_grave) == ("shuffled", True)
+    assert "believe no number here" in first.text
+    assert [each.name for each in others] == ["position_in_answer"]
 
 
 @pytest.mark.parametrize(

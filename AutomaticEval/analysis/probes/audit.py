@@ -16,6 +16,8 @@ from AutomaticEval.selection import Positions
 
 Array = np.ndarray[Any, Any]
 CHANCE = 0.5
+ROUNDING = 1e-9
+"""Scores that are all equal have an AUROC of 0.5, but for rounding."""
 TEXTS = ("question_length", "answer_length", "task", "question_words", "answer_words")
 """Baselines that read nothing but texts: where one of them is as good as the probe, the probe may read no more than that."""
 FOLLOWS = {
@@ -113,13 +115,13 @@ def _chance(auroc: Estimate, target: str) -> list[Finding]:
 def is_above_chance(auroc: Estimate) -> bool:
     """By the interval of all that are compared together. Without an interval nothing is."""
     interval = auroc.simultaneous or auroc.interval
-    return interval is not None and interval[0] > CHANCE
+    return interval is not None and interval[0] > CHANCE + ROUNDING
 
 
 def is_off_chance(auroc: Estimate) -> bool:
     """Above or below."""
     interval = auroc.simultaneous or auroc.interval
-    return interval is not None and not interval[0] <= CHANCE <= interval[1]
+    return interval is not None and not interval[0] - ROUNDING <= CHANCE <= interval[1] + ROUNDING
 
 
 def number(estimate: Estimate, sign: str = "") -> str:
