@@ -72,7 +72,10 @@ def test_choices_have_the_models_own_confidence_beside_the_probe(asked: Path) ->
         (("--position", "somewhere"), "UnknownPositions: no positions 'somewhere'"),
         (("--target", "prediction"), "SelectionError: prediction has"),
         (("--positive", "perhaps"), "SelectionError: no question has the correct perhaps; there are "),
-        (("--save_direction", "direction.npy"), "direction.npy"),
+        (
+            ("--target", "nothing", "--save_direction", "direction.npy"),
+            "direction.npy: a direction is written as .safetensors",
+        ),
     ],
 )
 def test_what_cannot_be_asked_is_told_in_one_line(

@@ -86,14 +86,12 @@ def probe(
     from AutomaticEval.store.upkeep.prune import kept_keys
 
     run = open_run(path)
-    keys = kept_keys(run, sites, layers)
+    keys = None if sites is None and layers is None else kept_keys(run, sites, layers)
     file = output if output.suffix == ".json" else output / "probe.json"
     result_file(file.parent, file.name, "probe")
     if save_direction is not None:
-        from AutomaticEval.store.disk.whole_files import prepare_file
-
-        prepare_file(save_direction.expanduser())
-    with progress("Probing", lambda: len(keys), of_bytes=False) as advance:
+        _check_direction(save_direction, run)
+    with progress("Probing", lambda: len(keys or run.keys), of_bytes=False) as advance:
         result = probed(
             run,
             target,
@@ -131,6 +129,15 @@ def _say_best(result: Result) -> None:
     )
     places = ", ".join(f"{key} in {n}" for key, n in best["places"].items())
     say(f"Best place:  AUROC {number(best['judged'].auroc)}; chosen inside the training folds: {places}")
+
+
+def _check_direction(file: Path, run: Run) -> None:
+    """What would refuse the direction is told before anything is probed."""
+    from AutomaticEval.analysis.steering.direction_file import prepare_direction_file
+    from AutomaticEval.store.reading.reduced_runs import refuse_reduced
+
+    prepare_direction_file(file.expanduser())
+    refuse_reduced(run.settings, "a direction")
 
 
 def _save_direction(file: Path, run: Run, result: Result) -> None:

@@ -26,8 +26,8 @@ from AutomaticEval.store.run import Run
 
 Array = np.ndarray[Any, Any]
 SPLITS = ("question", "task")
-NOT_PROBED = ("pattern",)
-"""Kinds whose rows are as long as their sequence."""
+NOT_PROBED = ("pattern", "logits")
+"""Kinds that are probed only when they are named: rows as long as their sequence, or as the vocabulary."""
 OF_EMBEDDING = "embed"
 STRICT = 50
 """Shuffled labels are off chance by an interval at the level of so many numbers: 99.9 %."""
@@ -75,7 +75,7 @@ def probe(
     >>> result.measured["best"]["judged"].auroc
 
     target: `correct`, `answer` (the right one), `task`, or a column of questions; positive: the value that is told from all others, needed where there
-    are more than two. keys: sites, in any spelling; by default all of the run. position: as in `Questions.activations`. split: `question` keeps equal
+    are more than two. keys: sites, in any spelling; by default all of the run but patterns and logits. position: as in `Questions.activations`. split: `question` keeps equal
     prompts in one fold, `task` whole tasks. advance: is told of each place that is done.
 
     The result's `measured` has `findings` (of the audit), `best` (the place is chosen inside each fold's training part), `places` (`JudgedPlace`) and
@@ -114,9 +114,10 @@ def _judge(of: Target, asked: Asked) -> Judge:
 
 def _sites(stored: Sequence[str], questions: Questions, keys: Iterable[str] | None) -> tuple[list[str], list[str]]:
     """The places to probe, and the embedding, which is a baseline, if the run has it."""
-    wanted = list(stored) if keys is None else [questions.source.key(key) for key in keys]
+    usual = [key for key in stored if kind_and_layer(key).kind not in NOT_PROBED]
+    wanted = usual if keys is None else [questions.source.key(key) for key in keys]
     embedding = [key for key in stored if site_of(key).kind == OF_EMBEDDING]
-    sites = [key for key in wanted if key not in embedding and kind_and_layer(key).kind not in NOT_PROBED]
+    sites = [key for key in wanted if key not in embedding]
     return list(dict.fromkeys(sites or wanted)), [key for key in embedding if sites]
 
 
