@@ -149,6 +149,24 @@ def test_one_value_is_told_from_all_others(tmp_path: Path) -> None:
         probe(run, "answer", positive=7)
 
 
+def test_the_audit_names_what_the_embedding_and_the_first_token_know(tmp_path: Path) -> None:
+    """In one run the label is in the token itself, in the other in a token that has seen no other."""
+    labels = labels_of()
+    columns = [{"correct": bool(each)} for each in labels]
+    told, plain = noise(11), noise(12)
+    told[:, 1] += 2 * labels
+    in_token = run_of(tmp_path / "token", {"embeddings": told, "layer_0": told + noise(13)}, columns)
+    assert "follows:embedding" in names(probe(in_token))
+    in_first = run_of(tmp_path / "first", {"layer_0": plain}, columns, first={"layer_0": told})
+    result = probe(in_first)
+    assert names(result) == ["follows:first_token", "at_chance"]
+    checks = {each.name: each for each in result.measured["checks"]}
+    assert checks["first_token"].judged.auroc.mean > 0.85
+    same = run_of(tmp_path / "same", {"layer_0": plain}, columns, first={"layer_0": np.ones((N, WIDTH))})
+    checks = {each.name: each.reason for each in probe(same).measured["checks"]}
+    assert checks["first_token"] == "all prompts begin with the same token"
+
+
 def test_the_audit_names_near_duplicates_and_words(tmp_path: Path) -> None:
     """Half of the prompts are another one with one word changed, and with the same label."""
     draw = np.random.default_rng(4)

@@ -117,6 +117,10 @@ def _sites(stored: Sequence[str], questions: Questions, keys: Iterable[str] | No
     usual = [key for key in stored if kind_and_layer(key).kind not in NOT_PROBED]
     wanted = usual if keys is None else [questions.source.key(key) for key in keys]
     embedding = [key for key in stored if site_of(key).kind == OF_EMBEDDING]
+    if not wanted:
+        raise StoreError(
+            f"{questions.source.path} holds nothing that is probed without being named; it holds {', '.join(stored)}. Name one of them (keys=, --sites)."
+        )
     sites = [key for key in wanted if key not in embedding]
     return list(dict.fromkeys(sites or wanted)), [key for key in embedding if sites]
 
@@ -154,7 +158,7 @@ def _result(
     listed = [judged(each) for each in given]
     listed += [
         JudgedBaseline("embedding", "the embedding layer", judge(each.found, n_compared, of_best)) for each in embedding
-    ] or [JudgedBaseline("embedding", "the embedding layer", None, "the run has no embeddings")]
+    ] or [JudgedBaseline("embedding", "the embedding layer", None, "the run has none, or it is the place itself")]
     listed.append(_with_shuffled_labels(of, asked, judge, top, shuffled))
     checked = [judged(each) for each in looked]
     measured = {
