@@ -200,6 +200,18 @@ def test_a_perfect_probe_is_not_sure() -> None:
     assert (few.interval, few.reason) == (None, "4 separate groups or tasks: an interval needs 5 at least.")
 
 
+def test_an_interval_contains_its_number_also_without_any_spread() -> None:
+    """Scores that are all equal, such as those of the more frequent class, have an AUROC of 0.5 but for rounding."""
+    for n in range(40, 400, 7):
+        labels = np.arange(n) % 3 % 2
+        repeats = balanced_folds(labels, np.arange(n), np.random.default_rng(n))
+        found = estimate(auroc_within_folds(np.zeros((1, n)), labels, repeats), np.arange(n), labels)
+        assert found.mean == pytest.approx(0.5)
+        low, high = found.interval
+        assert low <= found.mean <= high
+        assert high - low < 1e-9
+
+
 def test_paired_numbers_differ_by_less_than_each_alone() -> None:
     rows, labels, groups = planted(n=300)
     found, judge = of_one(rows, labels, groups)

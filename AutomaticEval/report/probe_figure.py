@@ -22,7 +22,7 @@ def probe_figure(result: Mapping[str, Any], path: Path) -> None:
     """Write a PNG. result: of `probe`, as JSON."""
     places, best = result["places"], result["best"]["judged"]["auroc"]
     baselines = [(each["told"], each["judged"]["auroc"]) for each in result["baselines"] if each["judged"]]
-    figure = Figure(figsize=(11.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(11.5, 5), layout="constrained")
     classes = result["classes"]
     n = f"{classes['n_positive']} {classes['positive']}, {classes['n_negative']} {classes['negative']}"
     figure.suptitle(label(f"{classes['target']} at {result['settings']['position']}: {result['run']['model']} ({n})"))
@@ -30,7 +30,7 @@ def probe_figure(result: Mapping[str, Any], path: Path) -> None:
     _layers(left, places)
     _lines(left, baselines)
     _beside(right, [("best place", best), *baselines])
-    left.legend(fontsize="small", loc="best", framealpha=0.95)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     save(figure, path, 150)
 
 
@@ -54,7 +54,7 @@ def _layers(axes: Any, places: Rows) -> None:
         else:
             axes.vlines(layers, low, high, color=colour)
         along = [each["difference_of_means"]["mean"] for _, each in of_kind]
-        axes.plot(layers, along, ":.", color=colour, label=label(f"{kind}: difference of means"))
+        axes.plot(layers, along, ":", color=colour, linewidth=1, label=label(f"{kind}: difference of means"))
     axes.set(xlabel="layer", ylabel="AUROC (0.5: chance)")
     axes.set_title(f"By layer, with 95 % intervals{' of all together' * (len(places) > 1)}", fontsize="medium")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -66,7 +66,7 @@ def _lines(axes: Any, baselines: Sequence[tuple[str, Mapping[str, Any]]]) -> Non
     told, auroc = max(
         (each for each in baselines if not each[0].startswith(SHUFFLED)), key=lambda each: each[1]["mean"]
     )
-    axes.axhline(auroc["mean"], color="0.3", linewidth=1, linestyle="--", label=label(told))
+    axes.axhline(auroc["mean"], color="0.3", linewidth=1, linestyle="--", label=label(f"best baseline: {told}"))
 
 
 def _beside(axes: Any, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:

@@ -77,7 +77,7 @@ def estimate(share: Share, units: Array, labels: Array, n_comparisons: int = 1) 
 
 
 def interval(share: Share, units: Array, least: int, level: float = LEVEL) -> tuple[float, float]:
-    """least: how many units have the rarer label."""
+    """Low and high; the number is between them. least: how many units have the rarer label."""
     sums = np.bincount(np.unique(units, return_inverse=True)[1], share.influence)
     error = WIDER * float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)))
     reach = float(stats.t.ppf((1 + level) / 2, len(sums) - 1))
@@ -89,4 +89,6 @@ def interval(share: Share, units: Array, least: int, level: float = LEVEL) -> tu
     spread = reach * error / (share.value * (1 - share.value))
     middle = np.log(share.value / (1 - share.value))
     low, high = 1 / (1 + np.exp(-np.clip([middle - spread, middle + spread], -500, 500)))
-    return float(low), float(high)
+    return min(float(low), share.value), max(
+        float(high), share.value
+    )  # rounding must not put the interval beside its number
