@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from AutomaticEval.analysis.heads.compare import ActivationComparator as ActivationComparator
     from AutomaticEval.analysis.heads.strength import ActivationExtractor as ActivationExtractor
     from AutomaticEval.analysis.heads.strength import strength_of_run as strength_of_run
+    from AutomaticEval.analysis.probes.probe import probe as probe
     from AutomaticEval.analysis.steering.difference import difference_of_means as difference_of_means
     from AutomaticEval.analysis.steering.direction import Direction as Direction
     from AutomaticEval.analysis.steering.direction import load_direction as load_direction
@@ -47,6 +48,7 @@ _HOMES = {
     "ActivationComparator": "analysis.heads.compare",
     "ActivationExtractor": "analysis.heads.strength",
     "strength_of_run": "analysis.heads.strength",
+    "probe": "analysis.probes.probe",
     "difference_of_means": "analysis.steering.difference",
     "Direction": "analysis.steering.direction",
     "load_direction": "analysis.steering.direction",

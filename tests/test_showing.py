@@ -137,6 +137,7 @@ def test_figures_hold_any_title(tmp_path: Path, kind: str, text: str) -> None:
             "heads": text,
             "site": text,
             "places": text,
+            "position": text,
             "file": text,
             "directions": {text: {}},
         },
@@ -162,11 +163,24 @@ def test_figures_hold_any_title(tmp_path: Path, kind: str, text: str) -> None:
         "scores": scores,
         "places": places,
         "units": {text: text},
+        **(of_probe(text, mean) if kind == "probe" else {}),
         "summary": {text: mean if kind == "pairs" else {"before": mean, "after": mean}},
     }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(save_with_figures(tmp_path / "r.json", result)) > 1
+
+
+def of_probe(text: str, mean: object) -> dict[str, object]:
+    """What only a result of probes has."""
+    judged = {"auroc": mean}
+    return {
+        "run": {"model": text, "path": text},
+        "classes": {"target": text, "positive": text, "negative": text, "n_positive": 1, "n_negative": 2},
+        "best": {"judged": judged, "places": {"layer_0": 5}},
+        "places": [{"site": f"layer_{layer}", "probe": judged, "difference_of_means": mean} for layer in range(2)],
+        "baselines": [{"name": text, "told": text, "judged": judged}, {"name": text, "told": text, "judged": None}],
+    }
 
 
 def test_a_summary_is_neither_html_nor_links(tmp_path: Path) -> None:

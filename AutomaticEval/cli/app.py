@@ -8,7 +8,7 @@ import warnings
 
 import typer
 
-from AutomaticEval.cli import benchmark, compare, export, extract, files, generate, heads, show, sites, steer
+from AutomaticEval.cli import benchmark, compare, export, extract, files, generate, heads, probe, show, sites, steer
 from AutomaticEval.cli.options import SPELLINGS
 from AutomaticEval.cli.printing import never_fail
 from AutomaticEval.cli.reading import Commands
@@ -26,6 +26,7 @@ app.callback(invoke_without_command=True)(benchmark.benchmark)
 app.command("generate")(generate.generate)
 app.command("extract")(extract.extract)
 app.command("show")(show.show)
+app.command("probe")(probe.probe)
 app.command("steer")(steer.steer)
 app.command("compare")(compare.compare)
 app.command("sites")(sites.sites)

@@ -13,9 +13,9 @@ from AutomaticEval.errors import AutomaticEvalError
 from AutomaticEval.safe_text import shown
 
 
-def say(text: object, *, err: bool = False) -> None:
-    """Print a line, or several, on standard output, or on the error stream."""
-    typer.echo(shown(str(text)), err=err)
+def say(text: object, *, err: bool = False, is_grave: bool = False) -> None:
+    """Print a line, or several, on standard output, or on the error stream; what is grave in red, at a terminal."""
+    typer.secho(shown(str(text)), err=err, fg="red" if is_grave else None)
 
 
 def end_bars() -> None:

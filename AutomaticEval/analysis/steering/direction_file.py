@@ -36,11 +36,16 @@ class Stored(NamedTuple):
     """What the file says of it; None in a file of other code."""
 
 
-def write_vectors(path: Path, stored: Mapping[str, Stored], *, overwrite: bool) -> None:
-    """Write a direction file, whole or not at all. Raises StoreError for another ending of the name, PathExists, FolderNotWritable."""
+def prepare_direction_file(path: Path, *, overwrite: bool = False) -> None:
+    """Whether a direction file can be written here. Raises StoreError for another ending of the name, PathExists, FolderNotWritable."""
     if path.suffix != SUFFIX:
         raise StoreError(f"{path}: a direction is written as {SUFFIX}; give the file that ending.")
     prepare_file(path, overwrite=overwrite)
+
+
+def write_vectors(path: Path, stored: Mapping[str, Stored], *, overwrite: bool) -> None:
+    """Write a direction file, whole or not at all. Raises as `prepare_direction_file`, and StoreError for what JSON cannot hold."""
+    prepare_direction_file(path, overwrite=overwrite)
     try:
         about = json.dumps({name: each.about for name, each in stored.items()}, allow_nan=False)
     except (TypeError, ValueError) as failure:

@@ -1,0 +1,132 @@
+"""The audit of leaks: reasons why a label can be told without the model knowing anything. Findings are told before any number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from AutomaticEval.analysis.probes.duplicates import ALIKE, near_duplicates
+from AutomaticEval.analysis.probes.judged import Judged, JudgedBaseline
+from AutomaticEval.analysis.probes.target import Target
+from AutomaticEval.analysis.result import Estimate
+from AutomaticEval.selection import Positions
+
+Array = np.ndarray[Any, Any]
+CHANCE = 0.5
+ROUNDING = 1e-9
+"""Scores that are all equal have an AUROC of 0.5, but for rounding."""
+TEXTS = ("question_length", "answer_length", "task", "question_words", "answer_words")
+"""Baselines that read nothing but texts: where one of them is as good as the probe, the probe may read no more than that."""
+FOLLOWS = {
+    "answer_length": "the length of the answer",
+    "question_length": "the length of the question",
+    "right_choice": "the place of the right choice",
+    "embedding": "the token itself, before any layer (embedding)",
+    "first_token": "the first token of the prompt",
+}
+"""Baseline -> what the label follows if it is above chance."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with the question that a probe is to answer."""
+
+    name: str
+    text: str
+    is_grave: bool = False
+    """Whether no number of the result can be believed."""
+
+
+def findings(best: Judged, baselines: Sequence[JudgedBaseline], target: Target, position: str) -> list[Finding]:
+    """What is found, the gravest first. baselines: those of the result, with right_choice and first_token."""
+    known = {each.name: each.judged for each in baselines if each.judged is not None}
+    told = {each.name: each.told for each in baselines}
+    return [
+        *_shuffled(known.pop("shuffled", None)),
+        *_position(position),
+        *_texts(best, known, told),
+        *_follows(known, target.name),
+        *_duplicates(target),
+        *_chance(best.auroc, target.name),
+    ]
+
+
+def _shuffled(judged: Judged | None) -> list[Finding]:
+    if judged is None or not is_off_chance(judged.auroc):
+        return []
+    text = f"with shuffled labels the probe is not at chance (AUROC {number(judged.auroc)}): believe no number here."
+    return [Finding("shuffled", text, True)]
+
+
+def _position(position: str) -> list[Finding]:
+    if Positions.parse(position).part == "prompt":
+        return []
+    text = f"the rows at {position} are inside the answer's text, or after it: the probe may read what was answered, not what was known before."
+    return [Finding("position_in_answer", text)]
+
+
+def _texts(best: Judged, known: dict[str, Judged], told: dict[str, str]) -> list[Finding]:
+    """Text baselines that are above chance, and not below the interval of the best probe."""
+    low = (best.auroc.interval or (best.auroc.mean or 0.0, 0.0))[0]
+    return [
+        Finding(
+            f"as_good_as_probe:{name}",
+            f"{told[name]} tells the classes apart about as well as the best probe: AUROC {number(judged.auroc)}, probe {number(best.auroc)}.",
+        )
+        for name, judged in known.items()
+        if name in TEXTS and is_above_chance(judged.auroc) and (judged.auroc.mean or 0.0) >= low
+    ]
+
+
+def _follows(known: dict[str, Judged], target: str) -> list[Finding]:
+    return [
+        Finding(
+            f"follows:{name}",
+            f"{target} follows {what}: AUROC {number(known[name].auroc)} from that alone.",
+        )
+        for name, what in FOLLOWS.items()
+        if name in known and is_above_chance(known[name].auroc)
+    ]
+
+
+def _duplicates(target: Target) -> list[Finding]:
+    questions = target.questions
+    pairs = near_duplicates(questions.column("question"), questions.column("task"), questions.groups)
+    if not pairs:
+        return []
+    several = sorted({number for pair in pairs for number in pair})
+    one, other = (questions[number].name for number in pairs[0])
+    text = (
+        f"{len(several)} of {len(questions)} questions are near duplicates of another (the same to {ALIKE:.0%} or more), and may be on both sides of a "
+        f"split, such as {one} and {other}."
+    )
+    return [Finding("near_duplicates", text)]
+
+
+def _chance(auroc: Estimate, target: str) -> list[Finding]:
+    if is_above_chance(auroc):
+        return []
+    return [Finding("at_chance", f"no probe tells {target} above chance: AUROC {number(auroc)} at the best place.")]
+
+
+def is_above_chance(auroc: Estimate) -> bool:
+    """By the interval of all that are compared together. Without an interval nothing is."""
+    interval = auroc.simultaneous or auroc.interval
+    return interval is not None and interval[0] > CHANCE + ROUNDING
+
+
+def is_off_chance(auroc: Estimate) -> bool:
+    """Above or below."""
+    interval = auroc.simultaneous or auroc.interval
+    return interval is not None and not interval[0] - ROUNDING <= CHANCE <= interval[1] + ROUNDING
+
+
+def number(estimate: Estimate, sign: str = "") -> str:
+    """`0.812 [0.771, 0.847]`; sign: `+` for differences."""
+    if estimate.mean is None:
+        return "none"
+    ends = "" if estimate.interval is None else " [{}, {}]".format(*(f"{end:{sign}.3f}" for end in estimate.interval))
+    return f"{estimate.mean:{sign}.3f}{ends}"

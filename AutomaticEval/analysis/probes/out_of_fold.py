@@ -1,0 +1,61 @@
+"""What a probe says of each question when it has not learned from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from AutomaticEval.analysis.probes.folds import Fold
+from AutomaticEval.analysis.probes.linear import STRENGTHS, chosen_probe
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """Of one place, or one baseline."""
+
+    log_odds: Array
+    """[n_repeats, n_questions]: of each question, by the probe that did not learn from it."""
+
+    chosen_on: Array
+    """[n_repeats, n_folds]: the AUROC where the strength was chosen, which is not where it is judged. 0 where that part has one label only."""
+
+    @property
+    def probabilities(self) -> Array:
+        """[n_repeats, n_questions]."""
+        probabilities: Array = 1 / (1 + np.exp(-np.clip(self.log_odds, -500, 500)))
+        return probabilities
+
+
+def out_of_fold(
+    rows: Callable[[Fold], Any],
+    labels: Array,
+    repeats: Sequence[Sequence[Fold]],
+    strengths: Sequence[float] = STRENGTHS,
+) -> OutOfFold:
+    """rows: gives [n_questions, width] for a fold: the activations, or features that are learned from the fold's training part; sparse ones, too."""
+    log_odds, chosen_on = np.empty((len(repeats), len(labels))), np.empty((len(repeats), len(repeats[0])))
+    for repeat, whole in enumerate(repeats):
+        for number, fold in enumerate(whole):
+            table = rows(fold)
+            probe, chosen_on[repeat, number] = chosen_probe(table, labels, fold, strengths)
+            log_odds[repeat, fold.test] = probe.log_odds(table[fold.test])
+    return OutOfFold(log_odds, chosen_on)
+
+
+def best_of(places: Sequence[OutOfFold], repeats: Sequence[Sequence[Fold]]) -> tuple[OutOfFold, Array]:
+    """What the place says that was best where strengths were chosen, fold by fold, and that place's number [n_repeats, n_folds].
+
+    No question that it is judged on has had a part in choosing the place.
+    """
+    chosen_on = np.stack([each.chosen_on for each in places])
+    best = chosen_on.argmax(0)
+    log_odds = np.empty_like(places[0].log_odds)
+    for repeat, whole in enumerate(repeats):
+        for number, fold in enumerate(whole):
+            log_odds[repeat, fold.test] = places[best[repeat, number]].log_odds[repeat, fold.test]
+    return OutOfFold(log_odds, chosen_on.max(0)), best

@@ -1,0 +1,108 @@
+"""Probes at each place of a run, a place at a time from the disk, as many places at once as there are processors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from AutomaticEval.analysis.probes.folds import Fold
+from AutomaticEval.analysis.probes.linear import standardised
+from AutomaticEval.analysis.probes.measures import auroc
+from AutomaticEval.analysis.probes.out_of_fold import OutOfFold, out_of_fold
+
+Array = np.ndarray[Any, Any]
+Repeats = Sequence[Sequence[Fold]]
+N_SHUFFLES = 200
+MOST_AT_ONCE = min(4, os.cpu_count() or 1)
+"""Places that are in memory together."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What probes at one place said of each question."""
+
+    key: str
+    found: OutOfFold
+    """Of the logistic probe."""
+
+    along_means: Array
+    """[n_repeats, n_questions]: how far each question lies along the difference of means of the questions that were learned from."""
+
+    shuffled: Array
+    """[n_shuffles]: the AUROC of the difference of means with each of the shuffled labels."""
+
+
+def probed(
+    keys: Sequence[str],
+    read: Callable[[str], Array],
+    labels: Array,
+    repeats: Repeats,
+    shuffles: Array,
+    advance: Callable[[int], None],
+) -> list[Place]:
+    """read: gives [n_questions, width], float32, of a key. shuffles: [n_shuffles, n_questions]: other labels. advance: is told of each place."""
+
+    def one(key: str) -> Place:
+        rows = read(key)
+        found = out_of_fold(lambda _: rows, labels, repeats)
+        place = Place(key, found, *along_means(rows, labels, repeats, shuffles))
+        advance(1)
+        return place
+
+    with (
+        threadpool_limits(1),
+        ThreadPoolExecutor(MOST_AT_ONCE) as pool,
+    ):  # the sums are in libraries that let go of Python's lock
+        return list(pool.map(one, keys))
+
+
+def along_means(rows: Array, labels: Array, repeats: Repeats, shuffles: Array) -> tuple[Array, Array]:
+    """How far each question lies along the difference of means of its fold's training part, and the AUROC of each of the shuffled labels.
+
+    All labels are taken together: the differences of means are one product of matrices.
+    """
+    sides = np.vstack([labels, shuffles]).astype(rows.dtype)  # [1 + n_shuffles, n_questions]
+    along, of_shuffles = np.empty((len(repeats), len(labels))), []
+    for repeat, whole in enumerate(repeats):
+        for fold in whole:
+            shift, scale = standardised(rows[fold.train])
+            learned = sides[:, fold.train]
+            n_true = learned.sum(1, keepdims=True)
+            weights = learned / np.maximum(1, n_true) - (1 - learned) / np.maximum(1, learned.shape[1] - n_true)
+            directions = (weights @ rows[fold.train]) / scale  # the shift is in both means
+            scores = ((rows[fold.test] - shift) / scale) @ directions.T
+            along[repeat, fold.test] = scores[:, 0]
+            of_shuffles.append(
+                [auroc(said, true[fold.test]) for said, true in zip(scores[:, 1:].T, shuffles, strict=True)]
+            )
+    with np.errstate(invalid="ignore"):
+        return along, np.nanmean(np.array(of_shuffles).reshape(-1, len(shuffles)), axis=0)
+
+
+def shuffled_labels(labels: Array, groups: Array, seed: int, n: int = N_SHUFFLES) -> Array:
+    """[n, n_questions]: labels that were given to other questions. Groups of one size exchange all their labels, so that answers to one prompt stay together."""
+    draw = np.random.default_rng([seed, 1])
+    order = np.argsort(groups, kind="stable")
+    _, sizes = np.unique(groups, return_counts=True)
+    starts = np.cumsum(sizes) - sizes
+    shuffled = np.tile(labels, (n, 1))
+    for size in np.unique(sizes):
+        members = order[starts[sizes == size][:, None] + np.arange(size)]  # [n_groups, size]
+        for each in shuffled:
+            each[members] = labels[members[draw.permutation(len(members))]]
+    return shuffled
+
+
+def p_values(along: Sequence[float], shuffled: Sequence[Array]) -> list[float]:
+    """For each place how often shuffled labels give as high an AUROC at any place: corrected for all of them.
+
+    Source: the single-step maxT procedure, Westfall and Young 1993.
+    """
+    highest = np.stack(shuffled).max(0)
+    return [float((1 + (highest >= value - 1e-12).sum()) / (1 + len(highest))) for value in along]

@@ -1,0 +1,176 @@
+"""`main.py probe RUN`: whether, and where, activations tell right answers from wrong ones, beside baselines and an audit of leaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from AutomaticEval.cli.finish import Table, finish, result_file
+from AutomaticEval.cli.options import OUTPUT, RUN, command
+from AutomaticEval.cli.printing import progress, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from AutomaticEval.analysis.probes.audit import Finding
+    from AutomaticEval.analysis.probes.judged import Judged
+    from AutomaticEval.analysis.result import Estimate, Result
+    from AutomaticEval.store.run import Run
+
+NUMBERS = ("AUROC, 95 % interval", "Best - this", "Accuracy", "Brier")
+
+TargetName = Annotated[
+    str,
+    typer.Option("--target", help="correct, answer, task or a column of questions.", rich_help_panel=RUN),
+]
+Positive = Annotated[
+    str | None,
+    typer.Option("--positive", help="The value that is told from all others.", rich_help_panel=RUN),
+]
+Sites = Annotated[
+    str | None,
+    typer.Option("--sites", help="Such as resid_post,mlp_out. Default: all of the run.", rich_help_panel=RUN),
+]
+Layers = Annotated[
+    str | None, typer.Option("--layers", help="Such as 10-14. Default: all of the run.", rich_help_panel=RUN)
+]
+Position = Annotated[
+    str, typer.Option("--position", help="One token: prompt[-1], prompt[-3], response[0], last.", rich_help_panel=RUN)
+]
+Split = Annotated[
+    str,
+    typer.Option("--split", help="question: equal prompts in one fold; task: whole tasks.", rich_help_panel=RUN),
+]
+Folds = Annotated[int, typer.Option("--folds", help="Each question is judged in one of them.", rich_help_panel=RUN)]
+Repeats = Annotated[int, typer.Option("--repeats", help="How often folds are drawn anew.", rich_help_panel=RUN)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed for folds and shuffled labels.", rich_help_panel=RUN)]
+SaveDirection = Annotated[
+    Path | None,
+    typer.Option(
+        "--save_direction",
+        help="Write the difference of means at the best place as a direction: a .safetensors file.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        help="A .json file, or a folder for probe.json; the figure goes beside it.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
+@command
+def probe(
+    path: Annotated[Path, typer.Argument(help="A run of questions.", metavar="RUN")],
+    target: TargetName = "correct",
+    positive: Positive = None,
+    sites: Sites = None,
+    layers: Layers = None,
+    position: Position = "prompt[-1]",
+    split: Split = "question",
+    folds: Folds = 5,
+    repeats: Repeats = 1,
+    seed: Seed = 42,
+    save_direction: SaveDirection = None,
+    output: Output = Path("results"),
+) -> None:
+    """Probe every layer of a run for a class of questions, with baselines and an audit of leaks."""
+    from AutomaticEval.analysis.probes.probe import probe as probed
+    from AutomaticEval.store.reader import open_run
+    from AutomaticEval.store.upkeep.prune import kept_keys
+
+    run = open_run(path)
+    keys = None if sites is None and layers is None else kept_keys(run, sites, layers)
+    file = output if output.suffix == ".json" else output / "probe.json"
+    result_file(file.parent, file.name, "probe")
+    if save_direction is not None:
+        _check_direction(save_direction, run)
+    with progress("Probing", lambda: len(keys or run.keys), of_bytes=False) as advance:
+        result = probed(
+            run,
+            target,
+            keys,
+            positive=positive,
+            position=position,
+            split=split,
+            n_folds=folds,
+            n_repeats=repeats,
+            seed=seed,
+            advance=advance,
+        )
+    _say_findings(result.measured["findings"])
+    _say_best(result)
+    if save_direction is not None:
+        _save_direction(save_direction, run, result)
+    finish(file, result, _places(result), _baselines(result))
+
+
+def _say_findings(findings: Sequence[Finding]) -> None:
+    """What is wrong, before any number."""
+    for each in findings:
+        say(f"Finding:     {each.text}", is_grave=each.is_grave)
+    if not findings:
+        say("Audit:       no leak was found.")
+
+
+def _say_best(result: Result) -> None:
+    from AutomaticEval.analysis.probes.audit import number
+
+    classes, best = result.measured["classes"], result.measured["best"]
+    left_out = f", {classes['n_left_out']} without a value left out" if classes["n_left_out"] else ""
+    say(
+        f"Classes:     {classes['target']}: {classes['n_positive']} {classes['positive']}, {classes['n_negative']} {classes['negative']}{left_out}"
+    )
+    places = ", ".join(f"{key} in {n}" for key, n in best["places"].items())
+    say(f"Best place:  AUROC {number(best['judged'].auroc)}; chosen inside the training folds: {places}")
+
+
+def _check_direction(file: Path, run: Run) -> None:
+    """What would refuse the direction is told before anything is probed."""
+    from AutomaticEval.analysis.steering.direction_file import prepare_direction_file
+    from AutomaticEval.store.reading.reduced_runs import refuse_reduced
+
+    prepare_direction_file(file.expanduser())
+    refuse_reduced(run.settings, "a direction")
+
+
+def _save_direction(file: Path, run: Run, result: Result) -> None:
+    from AutomaticEval.analysis.steering.of_probe import best_direction
+
+    direction = best_direction(run, result)
+    direction.save(file)
+    say(f"Direction:   {direction.told}")
+    say(f"Written:     {file} (python main.py steer --direction {file} …)")
+
+
+def _places(result: Result) -> Table:
+    rows = [
+        (each.site, *_numbers(each.probe), _number(each.difference_of_means), "" if each.p is None else f"{each.p:.3f}")
+        for each in result.measured["places"]
+    ]
+    return Table("Logistic probe", ("Place", *NUMBERS, "Difference of means", "p"), rows)
+
+
+def _baselines(result: Result) -> Table:
+    rows = [
+        (each.told, *(_numbers(each.judged) if each.judged else (each.reason or "", "", "", "")))
+        for each in result.measured["baselines"]
+    ]
+    return Table("Without activations", ("Baseline", *NUMBERS), rows)
+
+
+def _numbers(judged: Judged) -> tuple[str, ...]:
+    below = "" if judged.below_best is None else _number(judged.below_best, "+")
+    return _number(judged.auroc), below, f"{judged.accuracy.mean:.3f}", f"{judged.brier.mean:.3f}"
+
+
+def _number(estimate: Estimate, sign: str = "") -> str:
+    from AutomaticEval.analysis.probes.audit import number
+
+    return number(estimate, sign)

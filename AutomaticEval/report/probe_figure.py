@@ -1,0 +1,83 @@
+"""The figure of probes: how well each layer tells the classes apart, beside what tells them apart without activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from AutomaticEval.report.bars import ends_of
+from AutomaticEval.report.labels import label, save
+from AutomaticEval.report.two_runs import COLOURS
+from AutomaticEval.sites import kind_and_layer
+
+CHANCE = 0.5
+SHUFFLED = "shuffled labels"
+Rows = Sequence[Mapping[str, Any]]
+
+
+def probe_figure(result: Mapping[str, Any], path: Path) -> None:
+    """Write a PNG. result: of `probe`, as JSON."""
+    places, best = result["places"], result["best"]["judged"]["auroc"]
+    baselines = [(each["told"], each["judged"]["auroc"]) for each in result["baselines"] if each["judged"]]
+    figure = Figure(figsize=(11.5, 5), layout="constrained")
+    classes = result["classes"]
+    n = f"{classes['n_positive']} {classes['positive']}, {classes['n_negative']} {classes['negative']}"
+    figure.suptitle(label(f"{classes['target']} at {result['settings']['position']}: {result['run']['model']} ({n})"))
+    left, right = figure.subplots(1, 2)
+    _layers(left, places)
+    _lines(left, baselines)
+    _beside(right, [("best place", best), *baselines])
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    save(figure, path, 150)
+
+
+def _layers(axes: Any, places: Rows) -> None:
+    """A line for each kind of site with the intervals of all places together; dotted, the difference of means."""
+    kinds: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for each in places:
+        kind, layer = kind_and_layer(each["site"])
+        kinds.setdefault(kind, []).append((layer or 0, each))
+    for number, (kind, of_kind) in enumerate(kinds.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        of_kind.sort(key=lambda place: place[0])
+        layers = [layer for layer, _ in of_kind]
+        values = [each["probe"]["auroc"] for _, each in of_kind]
+        low, high = zip(*map(ends_of, values), strict=True)
+        axes.plot(
+            layers, [each["mean"] for each in values], "-o", color=colour, markersize=4, label=label(f"{kind}: probe")
+        )
+        if len(layers) > 1:
+            axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
+        else:
+            axes.vlines(layers, low, high, color=colour)
+        along = [each["difference_of_means"]["mean"] for _, each in of_kind]
+        axes.plot(layers, along, ":", color=colour, linewidth=1, label=label(f"{kind}: difference of means"))
+    axes.set(xlabel="layer", ylabel="AUROC (0.5: chance)")
+    axes.set_title(f"By layer, with 95 % intervals{' of all together' * (len(places) > 1)}", fontsize="medium")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _lines(axes: Any, baselines: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Chance, and the baseline that is the best one; shuffled labels are no baseline to beat."""
+    axes.axhline(CHANCE, color="0.5", linewidth=0.8)
+    told, auroc = max(
+        (each for each in baselines if not each[0].startswith(SHUFFLED)), key=lambda each: each[1]["mean"]
+    )
+    axes.axhline(auroc["mean"], color="0.3", linewidth=1, linestyle="--", label=label(f"best baseline: {told}"))
+
+
+def _beside(axes: Any, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """The best place, chosen inside the training folds, and each baseline, with their intervals."""
+    for number, (_, auroc) in enumerate(rows):
+        mean = auroc["mean"]
+        low, high = auroc["interval"] or (mean, mean)
+        colour = "0.35" if number else COLOURS[0]
+        axes.errorbar(mean, -number, xerr=[[mean - low], [high - mean]], fmt="o", markersize=5, color=colour, capsize=3)
+    axes.axvline(CHANCE, color="0.5", linewidth=0.8)
+    axes.axhline(-0.5, color="0.85", linewidth=0.8)
+    axes.set_yticks([-number for number in range(len(rows))], [label(told) for told, _ in rows], fontsize="small")
+    axes.set(xlabel="AUROC (0.5: chance), 95 % interval")
+    axes.set_title("The best place, and what needs no activations", fontsize="medium")
