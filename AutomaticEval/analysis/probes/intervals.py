@@ -16,7 +16,7 @@ from AutomaticEval.analysis.result import Estimate
 
 Array = np.ndarray[Any, Any]
 WIDER = 1.3
-"""Questions that are judged are also learned from, which a standard error with fixed probes does not see. Chosen by simulation (decision 0027)."""
+"""Questions that are judged are also learned from, which a standard error with fixed probes does not see. Chosen by simulation (decision 0026)."""
 METHOD = (
     f"DeLong's standard error over groups of equal prompts (over tasks with split='task'), {WIDER} times as wide because each question is also learned "
     "from; Student's t, of AUROC and accuracy on the logit scale (docs/probes.md)"
