@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from helpers.raw_hooks import raw_residuals
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
@@ -19,6 +21,7 @@ from AutomaticEval import (
     load_activations,
     load_model,
 )
+from AutomaticEval.capture.draws import random_numbers
 from AutomaticEval.capture.generate_arguments import REFUSED, GenerateKeywords, take_generate_arguments
 from AutomaticEval.capture.sampling import SamplingKeywords
 from AutomaticEval.errors import ModelError, PromptError
@@ -28,11 +31,15 @@ PROMPT = "What is the capital of France?"
 
 
 def theirs(loaded: LoadedModel, seed: int | None, **given: Any) -> list[int]:
-    """What transformers' own `generate` answers."""
+    """What transformers' own `generate` answers, when it samples from its own probabilities by the draws of our seed."""
     ids = loaded.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    with torch.random.fork_rng():
-        if seed is not None:
-            torch.manual_seed(seed)
+    draws = random_numbers(seed or 0, "response", ids[0].tolist(), 0)
+
+    def multinomial(probabilities: Tensor, num_samples: int) -> Tensor:
+        cumulated = probabilities.double().cumsum(-1)
+        return (cumulated <= draws.random() * cumulated[:, -1:]).sum(-1, keepdim=True)
+
+    with patch.object(torch, "multinomial", multinomial):
         out = loaded.model.generate(ids, max_new_tokens=24, tokenizer=loaded.tokenizer, **given)
     return [int(token) for token in out[0, ids.shape[1] :]]
 

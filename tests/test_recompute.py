@@ -102,8 +102,8 @@ def test_copies_of_honest_runs(tiny_llama: LoadedModel, tmp_path: Path) -> None:
     assert_honest(merged, tiny_llama)
     part = open_run(run).where(doc_id=[1, 5])
     assert [each.name for each in recompute(part, tiny_llama, 9).samples] == [
-        " (texts document 1)",
-        " (texts document 5)",
+        "texts document 1",
+        "texts document 5",
     ]
 
 

@@ -331,7 +331,7 @@ def test_other_tokens_of_the_prompt_and_of_an_answer(mixed: Run, scored: Run) ->
         ("layer_1", "prompt[0]", "position 0 (prompt[0]) of sample 0 was not stored: the run kept positions='scored'"),
         ("layer_1", "prompt[-99]", "0 positions of demo_facts document 0, whose prompt has 13 tokens"),
         ("layer_1", "prompt", "13 positions of demo_facts document 0"),
-        ("layer_9", "prompt[-1]", "holds no 'layer_9'. Did you mean 'layer_"),
+        ("layer_9", "prompt[-1]", "holds no 'layer_9'. It has embeddings, layer_0"),
         (1, "prompt[-1]", "1 is no site"),
     ],
 )
