@@ -27,7 +27,6 @@ from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import PromptError, SelectionError, did_you_mean
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
-from AutomaticEval.public_names import public_name
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.heads.ablate import Ablation
@@ -93,12 +92,7 @@ def ablate(
     told = {
         "heads": head_spec,
         "mode": mode,
-        "profile": prompts.profile and public_name(prompts.profile),
-        "emotion": prompts.category,
-        "num_trials": prompts.num_trials,
-        "temperature": sampling.temperature,
-        "max_tokens": sampling.max_new_tokens,
-        "sentiment": sentiment,
+        **prompts.asked_as(sampling, sentiment),
         "draws": ablation.n_draws,
         "reference": f"{len(neutral)} neutral prompts",
         "prompts_in_reference": _own_in_reference(mode, questions, neutral),
@@ -109,8 +103,8 @@ def ablate(
     measured: dict[str, Any] = {}
     methods: dict[str, Any] = {}
     if questions:
-        words = None if profile is None or prompts.category is None else profile.keywords.get(prompts.category)
-        answers = answers_with(ablation, questions, metrics_of(sentiment, words), sampling, batch_size=batch_size)
+        metrics = metrics_of(sentiment, prompts.keywords(profile))
+        answers = answers_with(ablation, questions, metrics, sampling, batch_size=batch_size)
         measured |= answers.measured
         methods |= answers.methods or {}
         print_table(*answers_table(answers))  # before the benchmark, which takes long and may fail

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -14,11 +14,13 @@ from AutomaticEval.cli.options import RUN
 from AutomaticEval.cli.printing import say
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.options import Option
+from AutomaticEval.public_names import public_name
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.result import Estimate, Result
     from AutomaticEval.analysis.words.metrics import TextMetric
     from AutomaticEval.analysis.words.profiles import Profile
+    from AutomaticEval.capture.sampling import Sampling
 
 T = TypeVar("T")
 
@@ -69,6 +71,21 @@ class Prompts:
         from AutomaticEval.capture.texts.sources import drawn
 
         return drawn(items, self.num_trials, self.seed)
+
+    def keywords(self, profile: Profile | None) -> Sequence[str] | None:
+        """The keywords of the category; None when there are none."""
+        return None if profile is None or self.category is None else profile.keywords.get(self.category)
+
+    def asked_as(self, sampling: Sampling, sentiment: str) -> dict[str, Any]:
+        """What a result file says of how prompts were chosen and answered."""
+        return {
+            "profile": self.profile and public_name(self.profile),
+            "emotion": self.category,
+            "num_trials": self.num_trials,
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_new_tokens,
+            "sentiment": sentiment,
+        }
 
 
 SIGNIFICANT = 0.05

@@ -24,7 +24,6 @@ from AutomaticEval.cli.interventions import (
 from AutomaticEval.cli.options import RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.errors import EditError, SelectionError
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
-from AutomaticEval.public_names import public_name
 
 Places = Annotated[
     str,
@@ -90,17 +89,7 @@ def patch(
         read,
         batch_size=None if profile is None else batch_size,
         seed=prompts.seed,
-        options={
-            "places": head_spec,
-            "site": site,
-            "positions": positions,
-            "profile": prompts.profile and public_name(prompts.profile),
-            "emotion": prompts.category,
-            "num_trials": prompts.num_trials,
-            "temperature": sampling.temperature,
-            "max_tokens": sampling.max_new_tokens,
-            "sentiment": sentiment,
-        },
+        options={"places": head_spec, "site": site, "positions": positions, **prompts.asked_as(sampling, sentiment)},
     ).as_dict()
     if profile is None:
         result = replace(recovered(loaded, asked, places, positions, site, seed=prompts.seed), settings=settings)
@@ -108,7 +97,7 @@ def patch(
         finish(file, result, Table("Logit difference recovered", ("", "Part (95 % interval)"), rows))
         return
     patching = Patching(loaded, sources, destinations, places, positions, site)
-    metrics = metrics_of(sentiment, profile.keywords.get(str(prompts.category)))
+    metrics = metrics_of(sentiment, prompts.keywords(profile))
     result = answers_with(patching, destinations, metrics, sampling, batch_size=batch_size)
     finish(file, replace(result, settings=settings), answers_table(result))
 

@@ -114,7 +114,7 @@ def steer(
     if asked is not None:
         options.tell_of_code(asked, partial(say, err=True))
         tasks = load_tasks(asked)  # what is wrong with a task is told before a large model loads
-    words = None if profile is None or prompts.category is None else profile.keywords.get(prompts.category)
+    words = prompts.keywords(profile)
     metrics = [*metrics_of(sentiment, words), *wording()]
     steering = Steering(load_model(model, options=load), directions, places)
     measuring = Measuring(steering, metrics, questions, sampling, batch_size, asked, tasks)
