@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import process
 
-from AutomaticEval.cli.app import _with_values
+from AutomaticEval.cli.reading import _with_values
 
 needs_mlflow = pytest.mark.skipif(find_spec("mlflow") is None, reason="pip install '.[mlflow]' to log into MLflow")
 
