@@ -223,7 +223,7 @@ def test_what_is_no_direction_is_told(tmp_path: Path) -> None:
         "absent.safetensors": (UnreadableFile, "there is no file"),
         "text.safetensors": (UnreadableFile, "is no safetensors file"),
         "text.npy": (UnreadableFile, "holds no array"),
-        "words.npy": (UnreadableFile, "holds no array"),
+        "words.npy": (UnreadableFile, "a vector of real numbers"),
         "objects.npy": (UnreadableFile, "holds no array"),
         "matrix.npy": (UnreadableFile, r"\[4, 128\]"),
         "model.safetensors": (UnreadableFile, r"w0 \[4, 4\]"),
