@@ -99,3 +99,17 @@ def test_repeats_judge_each_question_several_times(tmp_path: Path) -> None:
     assert (written["settings"]["n_repeats"], sum(written["best"]["places"].values())) == (3, 15)
     assert (tmp_path / "probe.png").exists()
     assert "Audit:       no leak was found." in done.stdout
+
+
+def test_few_tasks_are_drawn_without_intervals(tmp_path: Path) -> None:
+    """Of three tasks no interval is made; the figure has the numbers all the same."""
+    rows = np.random.default_rng(0).normal(size=(90, 4))
+    labels = np.arange(90) % 2
+    rows[:, 0] += 2 * labels
+    columns = [{"correct": bool(each), "task": f"task{number % 3}"} for number, each in enumerate(labels)]
+    run_of(tmp_path / "run", {"layer_0": rows, "layer_1": rows + 1}, columns)
+    done = within("probe", "run", "--split", "task", "--folds", "3", "-o", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert [each["probe"]["auroc"]["interval"] for each in written["places"]] == [None, None]
+    assert (tmp_path / "out" / "probe.png").stat().st_size > 20_000

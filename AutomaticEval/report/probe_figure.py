@@ -45,7 +45,7 @@ def _layers(axes: Any, places: Rows) -> None:
         of_kind.sort(key=lambda place: place[0])
         layers = [layer for layer, _ in of_kind]
         values = [each["probe"]["auroc"] for _, each in of_kind]
-        low, high = zip(*map(ends_of, values), strict=True)
+        low, high = zip(*(ends_of(each) or (each["mean"], each["mean"]) for each in values), strict=True)
         axes.plot(
             layers, [each["mean"] for each in values], "-o", color=colour, markersize=4, label=label(f"{kind}: probe")
         )
@@ -56,7 +56,9 @@ def _layers(axes: Any, places: Rows) -> None:
         along = [each["difference_of_means"]["mean"] for _, each in of_kind]
         axes.plot(layers, along, ":", color=colour, linewidth=1, label=label(f"{kind}: difference of means"))
     axes.set(xlabel="layer", ylabel="AUROC (0.5: chance)")
-    axes.set_title(f"By layer, with 95 % intervals{' of all together' * (len(places) > 1)}", fontsize="medium")
+    has_intervals = any(ends_of(each["probe"]["auroc"]) for each in places)
+    told = f", with 95 % intervals{' of all together' * (len(places) > 1)}" if has_intervals else ""
+    axes.set_title(f"By layer{told}", fontsize="medium")
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
@@ -79,5 +81,6 @@ def _beside(axes: Any, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     axes.axvline(CHANCE, color="0.5", linewidth=0.8)
     axes.axhline(-0.5, color="0.85", linewidth=0.8)
     axes.set_yticks([-number for number in range(len(rows))], [label(told) for told, _ in rows], fontsize="small")
-    axes.set(xlabel="AUROC (0.5: chance), 95 % interval")
+    has_intervals = any(auroc["interval"] for _, auroc in rows)
+    axes.set(xlabel=f"AUROC (0.5: chance){', 95 % interval' * has_intervals}")
     axes.set_title("The best place, and what needs no activations", fontsize="medium")
