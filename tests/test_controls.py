@@ -18,8 +18,8 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 from AutomaticEval.analysis.heads.screen import screen
 from AutomaticEval.analysis.numbers.estimate import mean_intervals
 from AutomaticEval.analysis.numbers.permutation import differences
+from AutomaticEval.analysis.numbers.two_groups import mean_differences
 from AutomaticEval.analysis.parts.same_positions import SamePositions, at_same_positions
-from AutomaticEval.analysis.parts.two_groups import mean_differences
 from AutomaticEval.analysis.words.keywords import Words, plain
 from AutomaticEval.analysis.words.metrics import keywords
 from AutomaticEval.analysis.words.placebos import p_beside_placebos, placebo_targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_values_that_are_absent_do_not_count() -> None:
     holes = values.copy()
     holes[3:, 1] = np.nan
     holes[:, 2] = np.nan
-    whole, some, none = mean_intervals(holes, n_comparisons=1)
+    whole, some, none = (replace(each, simultaneous=None) for each in mean_intervals(holes))
     assert whole == mean_interval(values[:, 0].tolist())
     assert some == mean_interval(values[:3, 1].tolist())
     assert none == Estimate(None, None, 0, reason=none.reason)

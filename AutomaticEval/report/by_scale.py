@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from AutomaticEval.report.labels import label, save
+from AutomaticEval.report.labels import LINES, label, save
 
-COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
 STYLES = ("-", "--", ":")
 """Of lines whose colour is taken by another one."""
 ACROSS = 3
@@ -56,7 +55,8 @@ def by_scale(scores: Rows, texts: Rows, units: Mapping[str, str], title: str, pa
     panels = _panels(scores, texts, units)
     tasks = list(dict.fromkeys(task for panel in panels for task in _largest(panel.lines)))
     looks: dict[str, dict[str, Any]] = {
-        task: {"color": COLOURS[n % 8], "linestyle": STYLES[n // 8 % 3]} for n, task in enumerate(tasks)
+        task: {"color": LINES[n % len(LINES)], "linestyle": STYLES[n // len(LINES) % len(STYLES)]}
+        for n, task in enumerate(tasks)
     }
     columns = max(1, min(ACROSS, len(panels)))
     rows = max(1, -(-len(panels) // columns))
@@ -114,7 +114,7 @@ def _draw(axes: Any, panel: _Panel, looks: Mapping[str, Mapping[str, Any]]) -> N
 
 def _largest(lines: dict[str, list[Point]]) -> dict[str, list[Point]]:
     """As many tasks as there are colours: those with the most questions."""
-    chosen = sorted(lines, key=lambda task: -lines[task][0].n)[: len(COLOURS)]
+    chosen = sorted(lines, key=lambda task: -lines[task][0].n)[: len(LINES)]
     return {task: lines[task] for task in lines if task in chosen}
 
 

@@ -1,4 +1,4 @@
-"""Text in figures, and figures as files."""
+"""What figures share: the colours of lines, text, and files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from AutomaticEval.safe_text import shown
+
+LINES = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
+"""The colours of several lines in one panel."""
 
 
 def label(text: str) -> str:

@@ -9,8 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from AutomaticEval.report.bars import ends_of
-from AutomaticEval.report.labels import label, save
-from AutomaticEval.report.two_runs import COLOURS
+from AutomaticEval.report.labels import LINES, label, save
 from AutomaticEval.sites import kind_and_layer
 
 CHANCE = 0.5
@@ -41,7 +40,7 @@ def _layers(axes: Any, places: Rows) -> None:
         kind, layer = kind_and_layer(each["site"])
         kinds.setdefault(kind, []).append((layer or 0, each))
     for number, (kind, of_kind) in enumerate(kinds.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = LINES[number % len(LINES)]
         of_kind.sort(key=lambda place: place[0])
         layers = [layer for layer, _ in of_kind]
         values = [each["probe"]["auroc"] for _, each in of_kind]
@@ -76,7 +75,7 @@ def _beside(axes: Any, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     for number, (_, auroc) in enumerate(rows):
         mean = auroc["mean"]
         low, high = auroc["interval"] or (mean, mean)
-        colour = "0.35" if number else COLOURS[0]
+        colour = "0.35" if number else LINES[0]
         axes.errorbar(mean, -number, xerr=[[mean - low], [high - mean]], fmt="o", markersize=5, color=colour, capsize=3)
     axes.axvline(CHANCE, color="0.5", linewidth=0.8)
     axes.axhline(-0.5, color="0.85", linewidth=0.8)

@@ -9,10 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from AutomaticEval.report.bars import LEAST_LINES, SIGNIFICANT, SIGNS, whisker
-from AutomaticEval.report.labels import label, save
+from AutomaticEval.report.labels import LINES, label, save
 from AutomaticEval.sites import kind_and_layer
 
-COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
 MOST_TASKS = 30
 """Of more tasks, those whose score changed most are drawn."""
 
@@ -54,7 +53,7 @@ def _likeness(axes: Any, sites: Sequence[Mapping[str, Any]]) -> None:
         assert layer is not None
         kinds.setdefault(kind, []).append((layer, each))
     for number, (kind, places) in enumerate(kinds.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = LINES[number % len(LINES)]
         places.sort(key=lambda place: place[0])
         for style, name, values in (
             ("-", "cosine", [(layer, (each["cosine"] or {}).get("mean")) for layer, each in places]),

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from AutomaticEval.analysis.numbers import permutation
 from AutomaticEval.analysis.numbers.estimate import mean_intervals, methods
 from AutomaticEval.analysis.numbers.permutation import Differences, differences
+from AutomaticEval.analysis.numbers.two_groups import mean_differences
 from AutomaticEval.analysis.parts.head_measures import HeadMeasures, HeadMeter, Listener, Prompt, encoded
 from AutomaticEval.analysis.parts.same_positions import SamePositions, at_same_positions
-from AutomaticEval.analysis.parts.two_groups import mean_differences
 from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.analysis.words.placebos import p_beside_placebos, placebo_targets
 from AutomaticEval.analysis.words.profiles import Profile

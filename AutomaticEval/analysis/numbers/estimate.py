@@ -19,21 +19,23 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     return mean_intervals(np.asarray(values, np.float64)[:, None])[0]
 
 
-def mean_intervals(values: Any, *, n_comparisons: int | None = None) -> list[Estimate]:
+def mean_intervals(values: Any) -> list[Estimate]:
     """The mean of each column with its 95 % interval, and the interval at the level of all columns together.
 
-    values: [n, width]; NaN does not count. n_comparisons: of how many estimates these are some; by default of themselves.
-    Returns `width` estimates.
+    values: [n, width]; NaN does not count. Returns `width` estimates.
     """
-    of = skewed_t.spread(values)
-    n_comparisons = n_comparisons or len(of.n)
-    alone, together = ends(of, skewed_t.LEVEL), ends(of, skewed_t.of_family(n_comparisons))
+    return estimates_of(skewed_t.spread(values))
+
+
+def estimates_of(of: skewed_t.Spread) -> list[Estimate]:
+    """An estimate for each column of a spread."""
+    alone, together = ends(of, skewed_t.LEVEL), ends(of, skewed_t.of_family(len(of.n)))
     return [
         Estimate(
             float(mean) if n else None,
             one,
             int(n),
-            both if n_comparisons > 1 else None,
+            both if len(of.n) > 1 else None,
             skewed_t.without_interval(int(n)),
         )
         for mean, n, one, both in zip(of.mean, of.n, alone, together, strict=True)

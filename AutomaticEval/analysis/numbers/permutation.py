@@ -64,14 +64,11 @@ def least_p(n_in: int, n_out: int, n_permutations: int) -> float:
 def _between(values: Array, labels: Any) -> Array:
     """The share of each column's squares that the difference of the groups is: [width], 0 to 1. It grows with |d|, and nothing cancels in it.
 
-    values: [n, width], each column of mean 0. labels: [n], bool.
+    values: [n, width], each column of mean 0 and standard deviation 1, or all 0. labels: [n], bool.
     """
-    n_in = int(labels.sum())
-    inside = (
-        labels.astype(np.float64) @ values
-    )  # sums over the group; those over the others are the negative, as all sum to 0
-    squares = (values**2).sum(0)
-    share: Array = inside**2 * (1 / n_in + 1 / (len(values) - n_in)) / np.where(squares > 0, squares, 1.0)
+    n, n_in = len(values), int(labels.sum())
+    inside = labels.astype(np.float64) @ values  # sums over the group; those over the others are the negative
+    share: Array = inside**2 * (1 / n_in + 1 / (n - n_in)) / n
     return share
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from AutomaticEval.analysis.numbers import signs, skewed_t
-from AutomaticEval.analysis.numbers.estimate import effect_sizes, ends
+from AutomaticEval.analysis.numbers.estimate import effect_sizes, estimates_of
 from AutomaticEval.analysis.numbers.skewed_t import Array
 from AutomaticEval.analysis.result import Part
 
@@ -37,22 +37,11 @@ def parts_of(moved: Any, wholes: Any, *, seed: int = 42) -> list[Part]:
     table, whole = np.asarray(moved, np.float64), np.asarray(wholes, np.float64)
     keeps = ~too_small(whole)
     table, whole = table[keeps] * np.sign(whole[keeps])[:, None], np.abs(whole[keeps])
-    part, of = _jackknifed(table, whole)
-    n_comparisons = len(part)
-    alone, together = ends(of, skewed_t.LEVEL), ends(of, skewed_t.of_family(n_comparisons))
-    rows = zip(part, of.n, alone, together, effect_sizes(table), signs.p_values(table, seed), strict=True)
+    estimates = estimates_of(_jackknifed(table, whole))
+    rows = zip(estimates, effect_sizes(table), signs.p_values(table, seed), strict=True)
     return [
-        Part(
-            float(mean) if n else None,
-            one,
-            int(n),
-            both if n_comparisons > 1 else None,
-            skewed_t.without_interval(int(n)),
-            d,
-            None if np.isnan(p) else float(p),
-            int((~keeps).sum()),
-        )
-        for mean, n, one, both, d, p in rows
+        Part(**vars(each), d=d, p=None if np.isnan(p) else float(p), n_left_out=int((~keeps).sum()))
+        for each, d, p in rows
     ]
 
 
@@ -61,7 +50,7 @@ def part_of(moved: Sequence[float], wholes: Sequence[float], *, seed: int = 42) 
     return parts_of(np.asarray(moved, np.float64)[:, None], wholes, seed=seed)[0]
 
 
-def _jackknifed(moved: Array, wholes: Array) -> tuple[Array, skewed_t.Spread]:
+def _jackknifed(moved: Array, wholes: Array) -> skewed_t.Spread:
     """The part of each column, and how much the pairs, each left out in turn, move it: [width] each.
 
     moved: [n, width]. wholes: [n], above 0. The spread is of (n - 1) times the part of all pairs minus the part without one pair.
@@ -74,4 +63,4 @@ def _jackknifed(moved: Array, wholes: Array) -> tuple[Array, skewed_t.Spread]:
         part = np.nansum(moved, 0) / total
         moves = (n - 1) * (moved - part * whole) / (total - whole)
     spread = skewed_t.spread(np.where(known & (n > 1), moves, np.nan))
-    return part, spread._replace(n=n.astype(np.float64), mean=part)
+    return spread._replace(n=n.astype(np.float64), mean=part)
