@@ -75,9 +75,7 @@ class Run(Sequence[dict[str, Any]]):
         number = self._number(index)
         contents = self._contents
         ranges = contents.segments.item(number)
-        token_ids, positions = (
-            [int(v) for a, b in ranges for v in ints[a:b]] for ints in (contents.token_ids, contents.positions)
-        )
+        token_ids, positions = contents.fed(number)
         prompt, response = contents.input_ids.item(number).tolist(), contents.generated_ids.item(number).tolist()
         columns = contents.columns.record(number)
         if contents.is_by_sample:

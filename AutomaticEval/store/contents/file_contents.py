@@ -77,6 +77,15 @@ class Contents:
     def n_samples(self) -> int:
         return len(self.segments.offset) - 1
 
+    def fed(self, sample: int) -> tuple[list[int], list[int]]:
+        """The token id and the position of each row of a sample."""
+        ranges = self.segments.item(sample)
+        token_ids, positions = (
+            [int(value) for start, stop in ranges for value in each[start:stop]]
+            for each in (self.token_ids, self.positions)
+        )
+        return token_ids, positions
+
     @property
     def n_rows(self) -> int:
         return len(self.token_ids)

@@ -21,12 +21,8 @@ class PromptTokens(Mapping[int, str]):
         if contents.is_by_sample:
             return {}
         strings, n_prompt = contents.strings(), len(contents.input_ids.item(self._sample))
-        pairs = [
-            (int(position), strings[int(token)])
-            for start, stop in contents.segments.item(self._sample)
-            for position, token in zip(contents.positions[start:stop], contents.token_ids[start:stop], strict=True)
-        ]
-        return {position: token for position, token in pairs if position < n_prompt}
+        rows = zip(*contents.fed(self._sample), strict=True)
+        return {position: strings[token] for token, position in rows if position < n_prompt}
 
     def __getitem__(self, position: int) -> str:
         return self._tokens[position]
