@@ -9,7 +9,7 @@ import torch
 from helpers.models import ALL, build
 from torch import nn
 
-from AutomaticEval.analysis.lens import LogitLens
+from AutomaticEval.analysis.lens.logit_lens import LogitLens
 from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 

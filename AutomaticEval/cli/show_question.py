@@ -108,7 +108,7 @@ def _token_of_the_answer(question: Question, samples: Run) -> int | None:
 
 def _ranks(loaded: LoadedModel, rows: dict[str, Any], token: int) -> dict[str, str]:
     """Residual site -> the rank of a token that the logit lens gives there."""
-    from AutomaticEval.analysis.lens import LogitLens
+    from AutomaticEval.analysis.lens.logit_lens import LogitLens
     from AutomaticEval.sites import site_of
 
     lens = LogitLens(loaded)
