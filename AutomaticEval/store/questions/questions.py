@@ -22,7 +22,7 @@ from AutomaticEval.store.questions.prompt_tokens import PromptTokens
 from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.question_table import QuestionTable
 from AutomaticEval.store.questions.shared_prompts import SharedPrompts, shared_prompts
-from AutomaticEval.store.ragged import Array
+from AutomaticEval.store.ragged import Array, Ragged
 from AutomaticEval.store.reading.row_numbers import row_numbers, rows_at
 from AutomaticEval.store.reading.table_queries import column_of, pandas_table, selected, whole_number
 from AutomaticEval.store.row_array import RowArray, RowsDataset
@@ -134,6 +134,17 @@ class Questions(Sequence[Question]):
         groups: Array = self._prompts.groups[self._order]
         return groups
 
+    @property
+    def samples(self) -> Ragged:
+        """[n_choices] for each question: the numbers of its samples in `source.contents`, in ascending order of choice and window."""
+        return self._table.samples.take(self._order)
+
+    @property
+    def n_prompt_tokens(self) -> Array:
+        """[n_questions]: with how many tokens all prompts of the question's choices begin."""
+        n_tokens: Array = self._prompts.n_tokens[self._order]
+        return n_tokens
+
     def activations(self, key: str, position: str | int = AT) -> Tensor:
         """One row of every question: [n_questions, width], in the order of the questions.
 
@@ -157,9 +168,13 @@ class Questions(Sequence[Question]):
 
     def _rows(self, key: str, position: str | int) -> RowArray:
         key = self._source.key(key)
-        return self._source.rows(key, self._row_numbers(position))
+        return self._source.rows(key, self.row_numbers(position))
 
-    def _row_numbers(self, position: str | int) -> Array:
+    def row_numbers(self, position: str | int = AT) -> Array:
+        """[n_questions]: the number of each question's row at a position, as `activations` reads it; `source.rows(key, numbers)` reads them.
+
+        Raises StoreError for a position that the run did not keep, and for one within a choice.
+        """
         source, first = self._source, self._table.first[self._order]
         parsed = Positions.parse(position) if isinstance(position, str) and position not in ("first", "last") else None
         if parsed is None or parsed.part != "prompt":

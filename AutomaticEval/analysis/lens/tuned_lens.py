@@ -1,0 +1,141 @@
+"""`TunedLens`: an affine map for each place, after which the final norm and the unembedding read a row; and its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from AutomaticEval.errors import (
+    DamagedFile,
+    NewerFormat,
+    OtherSettings,
+    SelectionError,
+    StoreError,
+    UnreadableFile,
+)
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.settings import MODEL
+from AutomaticEval.store.disk.json_text import parse_json
+from AutomaticEval.store.disk.whole_files import new_file, prepare_file
+
+FORMAT, VERSION = "automatic-eval/tuned-lens", "1.0"
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class TunedLens:
+    """An affine map for each place: a row x becomes weight @ x + bias, and the final norm and the unembedding read that.
+
+    Source: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens".
+    """
+
+    weights: Mapping[str, Tensor] = field(repr=False)
+    """Key of a place -> [d_model, d_model], float32, on the CPU. The place that gives the model's own distribution has none: nothing is to be learned there."""
+
+    biases: Mapping[str, Tensor] = field(repr=False)
+    """Key of a place -> [d_model]."""
+
+    places: Sequence[str]
+    """All places that it may read, also the one without a map."""
+
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What it was made from: model, model_hash, run, numbers of questions, steps, seed, and the held-out divergences. Values are those of JSON."""
+
+    learned: frozenset[str] = field(default_factory=frozenset, repr=False)
+    """Digests of the prompts that it learned from, or was chosen on (`prompt_digest`)."""
+
+    def translated(self, key: str, rows: Tensor) -> Tensor:
+        """[n, d_model], float32: what the final norm is to read. rows: [n, d_model], of a place."""
+        if key not in self.weights:
+            return rows
+        given = rows.float().cpu()
+        return torch.addmm(self.biases[key], given, self.weights[key].T)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the lens as a .safetensors file, whole or not at all. Raises StoreError for another ending, PathExists."""
+        file = Path(path).expanduser()
+        prepare_tuned_file(file, overwrite=overwrite)
+        tensors = {f"{key}.weight": each.contiguous() for key, each in self.weights.items()}
+        tensors |= {f"{key}.bias": each.contiguous() for key, each in self.biases.items()}
+        told = {"about": dict(self.about), "places": list(self.places), "learned": sorted(self.learned)}
+        metadata = {"format": FORMAT, "format_version": VERSION, "tuned_lens": json.dumps(told, allow_nan=False)}
+        with new_file(file, overwrite=overwrite) as partial:
+            save_file(tensors, partial, metadata)
+
+
+def prepare_tuned_file(path: Path, *, overwrite: bool = False) -> None:
+    """Whether a tuned lens can be written here. Raises StoreError for another ending of the name, PathExists, FolderNotWritable."""
+    if path.suffix != SUFFIX:
+        raise StoreError(f"{path}: a tuned lens is written as {SUFFIX}; give the file that ending.")
+    prepare_file(path, overwrite=overwrite)
+
+
+def load_tuned_lens(path: str | Path) -> TunedLens:
+    """The tuned lens in a file. Raises UnreadableFile for a file that is none, DamagedFile, NewerFormat."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UnreadableFile(f"there is no file {path}; a tuned lens is what `lens RUN --train_tuned FILE` wrote.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _refuse_others(path, metadata)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as failure:
+        raise UnreadableFile(f"{path} is no safetensors file ({failure}).") from None
+    weights = {name.removesuffix(".weight"): each for name, each in tensors.items() if name.endswith(".weight")}
+    biases = {name.removesuffix(".bias"): each for name, each in tensors.items() if name.endswith(".bias")}
+    try:
+        told = parse_json(metadata["tuned_lens"])
+        lens = TunedLens(weights, biases, [str(each) for each in told["places"]], dict(told["about"]), frozenset(told["learned"]))
+    except (KeyError, ValueError, TypeError):
+        raise DamagedFile(f"{path}: its metadata `tuned_lens` does not say what it was made from.") from None
+    _refuse_damaged(path, lens)
+    return lens
+
+
+def _refuse_others(path: Path, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise UnreadableFile(f"{path} is no tuned lens; give a file that `lens RUN --train_tuned FILE` wrote.")
+    version = metadata.get("format_version", "")
+    if version.partition(".")[0] != VERSION.partition(".")[0]:
+        raise NewerFormat(f"{path} has the format {version or 'none'}, and this version reads {VERSION}; update AutomaticEval.")
+
+
+def _refuse_damaged(path: Path, lens: TunedLens) -> None:
+    widths = {each.shape for each in lens.weights.values()}
+    is_sound = lens.weights.keys() == lens.biases.keys() and lens.weights.keys() <= set(lens.places) and len(widths) <= 1
+    for key, weight in lens.weights.items():
+        is_sound = is_sound and weight.dim() == 2 and tuple(weight.shape) == 2 * tuple(lens.biases[key].shape)
+        is_sound = is_sound and weight.dtype == torch.float32 and bool(weight.isfinite().all())
+    if not is_sound:
+        raise DamagedFile(f"{path}: its tensors are not one finite square matrix and one vector for each place.")
+
+
+def tuned_of(given: TunedLens | str | Path, loaded: LoadedModel, places: Sequence[str]) -> TunedLens:
+    """A tuned lens or that of a file, checked for a model and some places. Raises OtherSettings for another model, SelectionError for other places."""
+    lens = given if isinstance(given, TunedLens) else load_tuned_lens(given)
+    then, now = lens.about.get(MODEL), loaded.fingerprint()
+    if then != now:
+        raise OtherSettings(
+            f"the tuned lens was made for {lens.about.get('model')} ({MODEL} {then}), and {loaded.name} has {now}; train one for this model: --train_tuned FILE."
+        )
+    missing = [key for key in places if key not in lens.places]
+    if missing:
+        raise SelectionError(
+            f"the tuned lens has no map of {', '.join(missing)}; it has {', '.join(lens.places)}. Choose with --sites and --layers."
+        )
+    return lens
+
+
+def prompt_digest(text: str) -> str:
+    """What tells a prompt from others, 16 hex digits."""
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
