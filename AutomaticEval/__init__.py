@@ -12,9 +12,15 @@ from AutomaticEval import moved
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.compare_runs import compare_runs as compare_runs
+    from AutomaticEval.analysis.geometry.geometry import geometry as geometry
     from AutomaticEval.analysis.heads.compare import ActivationComparator as ActivationComparator
     from AutomaticEval.analysis.heads.strength import ActivationExtractor as ActivationExtractor
     from AutomaticEval.analysis.heads.strength import strength_of_run as strength_of_run
+    from AutomaticEval.analysis.lens.by_layer import logit_lens as logit_lens
+    from AutomaticEval.analysis.lens.one_question import lens_of_question as lens_of_question
+    from AutomaticEval.analysis.lens.question_file import read_lens_questions as read_lens_questions
+    from AutomaticEval.analysis.lens.train import train_tuned_lens as train_tuned_lens
+    from AutomaticEval.analysis.lens.tuned_lens import load_tuned_lens as load_tuned_lens
     from AutomaticEval.analysis.probes.probe import probe as probe
     from AutomaticEval.analysis.steering.difference import difference_of_means as difference_of_means
     from AutomaticEval.analysis.steering.direction import Direction as Direction
@@ -48,6 +54,12 @@ _HOMES = {
     "ActivationComparator": "analysis.heads.compare",
     "ActivationExtractor": "analysis.heads.strength",
     "strength_of_run": "analysis.heads.strength",
+    "geometry": "analysis.geometry.geometry",
+    "lens_of_question": "analysis.lens.one_question",
+    "load_tuned_lens": "analysis.lens.tuned_lens",
+    "logit_lens": "analysis.lens.by_layer",
+    "read_lens_questions": "analysis.lens.question_file",
+    "train_tuned_lens": "analysis.lens.train",
     "probe": "analysis.probes.probe",
     "difference_of_means": "analysis.steering.difference",
     "Direction": "analysis.steering.direction",

@@ -8,7 +8,21 @@ import warnings
 
 import typer
 
-from AutomaticEval.cli import benchmark, compare, export, extract, files, generate, heads, probe, show, sites, steer
+from AutomaticEval.cli import (
+    benchmark,
+    compare,
+    export,
+    extract,
+    files,
+    generate,
+    geometry,
+    heads,
+    lens,
+    probe,
+    show,
+    sites,
+    steer,
+)
 from AutomaticEval.cli.options import SPELLINGS
 from AutomaticEval.cli.printing import never_fail
 from AutomaticEval.cli.reading import Commands
@@ -27,6 +41,8 @@ app.command("generate")(generate.generate)
 app.command("extract")(extract.extract)
 app.command("show")(show.show)
 app.command("probe")(probe.probe)
+app.command("lens")(lens.lens)
+app.command("geometry")(geometry.geometry)
 app.command("steer")(steer.steer)
 app.command("compare")(compare.compare)
 app.command("sites")(sites.sites)

@@ -5,8 +5,9 @@ Where the result goes is checked before the model loads, so that hours of work a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from AutomaticEval.cli.printing import print_table, say
@@ -25,25 +26,27 @@ class Table(NamedTuple):
     """How many of the first columns are words."""
 
 
-def result_file(folder: Path, name: str, kind: str, kept: Path | None = None) -> Path:
+def result_file(folder: Path, name: str, kind: str, kept: Path | None = None, beside: Sequence[str] = ()) -> Path:
     """The file that a result of this kind will be written to. Raises PathExists when it or one of its figures is there.
 
-    kept: where the command keeps its parts, for the message.
+    kept: where the command keeps its parts, for the message. beside: other files that it writes there.
     """
     from AutomaticEval.report.figures import names_of
     from AutomaticEval.store.disk.json_files import new_results
 
-    file, *_ = new_results(folder, name, *names_of(kind), kept=kept)
+    file, *_ = new_results(folder, name, *names_of(kind), *beside, kept=kept)
     return file
 
 
-def finish(file: Path, result: Result, *tables: Table) -> None:
-    """Print a result's tables, write it with its figures, and say where they are."""
+def finish(
+    file: Path, result: Result, *tables: Table, beside: Mapping[str, Callable[[Path], None]] = MappingProxyType({})
+) -> None:
+    """Print a result's tables, write it with its figures, and say where they are. beside: name of another file -> what writes it to a path."""
     from AutomaticEval.report.figures import save_with_figures
 
     for table in tables:
         print_table(*table)
-    say_written(*save_with_figures(file, result.as_json()))
+    say_written(*save_with_figures(file, result.as_json(), beside))
 
 
 def say_written(*files: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from AutomaticEval.errors import StoreError
 from AutomaticEval.report.bars import SIGNIFICANT, before_and_after, top_heads
 from AutomaticEval.report.by_scale import by_scale
 from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps, robust_ends
+from AutomaticEval.report.layers.geometry_figures import between_figure, scatter_figure, shape_figure, two_runs_figure
+from AutomaticEval.report.layers.lens_figure import lens_figure, tuned_figure
+from AutomaticEval.report.layers.question_figure import question_figure
 from AutomaticEval.report.probe_figure import probe_figure
 from AutomaticEval.report.two_runs import two_runs
 from AutomaticEval.store.disk.json_files import read_json, write_json
@@ -34,14 +38,19 @@ def draw(result: ResultJson, folder: Path, *, overwrite: bool = False) -> list[P
     return files
 
 
-def save_with_figures(file: Path, result: ResultJson) -> list[Path]:
-    """Write a result as JSON and its figures beside it. Returns the files.
+def save_with_figures(
+    file: Path, result: ResultJson, beside: Mapping[str, Callable[[Path], None]] = MappingProxyType({})
+) -> list[Path]:
+    """Write a result as JSON and its figures beside it. Returns the files. beside: name of another file -> what writes it to a path.
 
     All of them are written or none, so that the same command can be given again. Raises StoreError, DiskFull.
     """
     with new_files(file.parent, file.name) as made:
         write_json(made / file.name, result)
         written = [made / file.name, *draw(read_json(made / file.name), made)]
+        for name, write in beside.items():
+            write(made / name)
+            written.append(made / name)
     return [file.parent / each.name for each in written]
 
 
@@ -253,8 +262,21 @@ _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
     "runs": {"runs_comparison.png": _two_runs},
     "steering": {"steering.png": _steered},
     "probe": {"probe.png": probe_figure},
+    "lens": {"lens.png": lens_figure},
+    "lens_question": {"lens_question.png": question_figure},
+    "tuned_lens": {"tuned_lens.png": tuned_figure},
+    "geometry": {
+        "geometry.png": shape_figure,
+        "geometry_between.png": between_figure,
+        "geometry_scatter.png": scatter_figure,
+        "geometry_two_runs.png": two_runs_figure,
+    },
     "sweep": {"sweep_heatmap.png": _swept, "sweep_top_heads.png": _swept_top},
 }
 """Kind -> file name of a figure -> the function that draws it."""
-_PARTS = {"ablation_sentiment_comparison.png": "summary", "ablation_benchmark.png": "benchmark"}
+_PARTS = {
+    "ablation_sentiment_comparison.png": "summary",
+    "ablation_benchmark.png": "benchmark",
+    "geometry_two_runs.png": "between_runs",
+}
 """File name of a figure -> the name in the result without which it is not drawn."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from AutomaticEval.safe_text import shown
+from AutomaticEval.sites import kind_and_layer
 
 LINES = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
 """The colours of several lines in one panel."""
@@ -17,6 +19,17 @@ LINES = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8
 def label(text: str) -> str:
     """The text as matplotlib must get it: harmless, and with `$` escaped, which would begin a formula."""
     return shown(text).replace("$", r"\$")
+
+
+def by_kind(places: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, Mapping[str, Any]]]]:
+    """Kind of site -> (layer, place) of its places, by layer. places: mappings with `site`. A site that a model has once stands at -1 or behind all layers."""
+    found: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    sites = [kind_and_layer(each["site"]) for each in places]
+    n_layers = 1 + max((site.layer for site in sites if site.layer is not None), default=-1)
+    for (kind, layer), each in zip(sites, places, strict=True):
+        once = -1 if kind == "embed" else n_layers
+        found.setdefault(kind, []).append((once if layer is None else layer, each))
+    return {kind: sorted(of, key=lambda pair: pair[0]) for kind, of in found.items()}
 
 
 def save(figure: Figure, path: str | Path | Any, dpi: float) -> None:

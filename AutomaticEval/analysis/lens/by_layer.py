@@ -163,7 +163,9 @@ def asked_questions(run: Run, limit: int | None, seed: int, tuned: TunedLens | N
     kept = list(range(len(questions)))
     if tuned is not None:
         kept = [
-            number for number, text in enumerate(questions.column("question")) if prompt_digest(text) not in tuned.learned
+            number
+            for number, text in enumerate(questions.column("question"))
+            if prompt_digest(text) not in tuned.learned
         ]
     n_learned = len(questions) - len(kept)
     if not kept:

@@ -71,9 +71,7 @@ def said_by_lens(
         with torch.no_grad():
             own = None
             if final is not None and len(asked):
-                own = lens.translated(
-                    arrays[final][start:stop][picked], is_normed=site_of(final).kind == "final_norm"
-                )
+                own = lens.translated(arrays[final][start:stop][picked], is_normed=site_of(final).kind == "final_norm")
             for place, key in enumerate(keys):
                 given = arrays[key][start:stop]
                 _refuse_other_numbers(source, key, given)

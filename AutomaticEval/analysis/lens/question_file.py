@@ -33,5 +33,7 @@ def read_lens_questions(
     for name, value in asked.items():
         table = table[table[name] == value]
     if asked and table.empty:
-        raise StoreError(f"{path} has no question with {', '.join(f'{name}={value}' for name, value in asked.items())}.")
+        raise StoreError(
+            f"{path} has no question with {', '.join(f'{name}={value}' for name, value in asked.items())}."
+        )
     return table.reset_index(drop=True)

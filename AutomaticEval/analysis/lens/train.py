@@ -203,14 +203,20 @@ def _split(run: Run, questions: Questions, training: Training) -> _Split:
     draw = np.random.default_rng(training.seed)
     order = draw.permutation(different)
     n_held, n_chosen = round(HELD_OUT * len(order)), max(1, round(CHOSEN * len(order)))
-    of_part = {"held_out": order[:n_held], "choose": order[n_held : n_held + n_chosen], "train": order[n_held + n_chosen :]}
+    of_part = {
+        "held_out": order[:n_held],
+        "choose": order[n_held : n_held + n_chosen],
+        "train": order[n_held + n_chosen :],
+    }
     rows, owner = _rows_of_one_prompt(questions, groups)
     most = {"train": training.n_rows, "choose": MOST_CHOSEN, "held_out": MOST_HELD_OUT}
     picked, prompts = {}, {}
     for part in PARTS:
         of = np.flatnonzero(np.isin(owner, of_part[part]))
         if not len(of):
-            raise StoreError(f"{run.path} has no rows that one prompt alone has in the part {part!r}; a tuned lens cannot be trained on it.")
+            raise StoreError(
+                f"{run.path} has no rows that one prompt alone has in the part {part!r}; a tuned lens cannot be trained on it."
+            )
         if len(of) > most[part]:
             of = np.sort(draw.choice(of, most[part], replace=False))
         picked[part], prompts[part] = rows[of], owner[of]
@@ -285,5 +291,7 @@ def _trained(
         "places": judged,
     }
     unit = "mean over held-out prompts of the mean over their rows"
-    result = Result("tuned_lens", measured, {**asdict(training), "run": run.settings}, methods(3, is_together=False, unit=unit))
+    result = Result(
+        "tuned_lens", measured, {**asdict(training), "run": run.settings}, methods(3, is_together=False, unit=unit)
+    )
     return Trained(TunedLens(weights, biases, places, made, split.learned), result)

@@ -95,7 +95,9 @@ def load_tuned_lens(path: str | Path) -> TunedLens:
     biases = {name.removesuffix(".bias"): each for name, each in tensors.items() if name.endswith(".bias")}
     try:
         told = parse_json(metadata["tuned_lens"])
-        lens = TunedLens(weights, biases, [str(each) for each in told["places"]], dict(told["about"]), frozenset(told["learned"]))
+        lens = TunedLens(
+            weights, biases, [str(each) for each in told["places"]], dict(told["about"]), frozenset(told["learned"])
+        )
     except (KeyError, ValueError, TypeError):
         raise DamagedFile(f"{path}: its metadata `tuned_lens` does not say what it was made from.") from None
     _refuse_damaged(path, lens)
@@ -107,12 +109,16 @@ def _refuse_others(path: Path, metadata: Mapping[str, str]) -> None:
         raise UnreadableFile(f"{path} is no tuned lens; give a file that `lens RUN --train_tuned FILE` wrote.")
     version = metadata.get("format_version", "")
     if version.partition(".")[0] != VERSION.partition(".")[0]:
-        raise NewerFormat(f"{path} has the format {version or 'none'}, and this version reads {VERSION}; update AutomaticEval.")
+        raise NewerFormat(
+            f"{path} has the format {version or 'none'}, and this version reads {VERSION}; update AutomaticEval."
+        )
 
 
 def _refuse_damaged(path: Path, lens: TunedLens) -> None:
     widths = {each.shape for each in lens.weights.values()}
-    is_sound = lens.weights.keys() == lens.biases.keys() and lens.weights.keys() <= set(lens.places) and len(widths) <= 1
+    is_sound = (
+        lens.weights.keys() == lens.biases.keys() and lens.weights.keys() <= set(lens.places) and len(widths) <= 1
+    )
     for key, weight in lens.weights.items():
         is_sound = is_sound and weight.dim() == 2 and tuple(weight.shape) == 2 * tuple(lens.biases[key].shape)
         is_sound = is_sound and weight.dtype == torch.float32 and bool(weight.isfinite().all())
