@@ -51,7 +51,7 @@ OWNERS = {
     "bitsandbytes": ("models.checkpoint",),
     "peft": ("models.weights.adapters",),
     "datasets": ("evaluation", "store.export.arrow", "capture.texts.sources"),
-    "pyarrow": ("store.export.arrow", "capture.texts.item_files"),
+    "pyarrow": ("store.export.arrow", "store.disk.parquet_files", "capture.texts.item_files"),
     "huggingface_hub": ("store.export.hub", "models.checkpoint"),
     "pandas": ("store",),
     "scipy": ("analysis",),
