@@ -164,11 +164,39 @@ def test_figures_hold_any_title(tmp_path: Path, kind: str, text: str) -> None:
         "places": places,
         "units": {text: text},
         **(of_probe(text, mean) if kind == "probe" else {}),
+        **(of_layers(kind, text, mean) if kind in ("lens", "lens_question", "tuned_lens", "geometry") else {}),
         "summary": {text: mean if kind == "pairs" else {"before": mean, "after": mean}},
     }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(save_with_figures(tmp_path / "r.json", result)) > 1
+
+
+def of_layers(kind: str, text: str, mean: object) -> dict[str, object]:
+    """What only results of the lens and of geometry have."""
+    names = "choice_accuracy top_agreement log_rank gold_probability taken_probability entropy kl plain tuned norm"
+    cells = {"top_token": [text], "rank": [1], "probability": [0.5]}
+    shape = {
+        "explained": [0.5],
+        "effective_rank": 2.0,
+        "participation_ratio": 2.0,
+        "random_effective_rank": 3.0,
+        "n": 3,
+    }
+    place = {**dict.fromkeys(names.split(), mean), **cells, **shape}
+    ends = {"positions": [], "means": [[], []], "n": []}
+    of_scatter = {"site": "layer_0", "points": [[0, 1], [1, 0]], "task": [text, "b"], "correct": [True, None]}
+    return {
+        "run": {"path": text, "model": text},
+        "places": [{"site": f"layer_{layer}", **place} for layer in range(2)],
+        **{"n_questions": 3, "n_compared": 3, "n_left_out": 0, "n_prompts": {"train": 3, "held_out": 3}},
+        **{"task": text, "doc_id": 0, "question": text, "tokens": [text], "next_tokens": [text]},
+        "norms_by_position": {"from_start": ends, "from_end": ends},
+        **{name: {"cka": [[1, 0.5], [0.5, 1]], "cosine": None} for name in ("between", "between_runs")},
+        "other": {"path": text, "model": text},
+        "other_places": [{"site": "layer_0", **place}],
+        "scatter": of_scatter,
+    }
 
 
 def of_probe(text: str, mean: object) -> dict[str, object]:

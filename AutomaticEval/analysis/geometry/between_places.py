@@ -63,4 +63,5 @@ def _units(arrays: Sequence[RowArray], start: int, stop: int) -> Array:
     """[n_places, n, width]: the rows of some questions, with length 1."""
     rows = np.stack([array[start:stop].float().numpy() for array in arrays])
     lengths = np.linalg.norm(rows, axis=2, keepdims=True)
-    return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+    units: Array = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+    return units

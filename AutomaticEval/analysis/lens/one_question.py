@@ -118,5 +118,5 @@ def _sample(questions: Questions) -> int:
     columns = questions.source.contents.columns
     choices = columns.whole("choice") if "choice" in columns.names else None
     if choices is not None and questions[0].logprobs and type(target) is int:
-        return next((sample for sample in own if (choices[sample] or 0) == target), own[0])
+        return int(next((sample for sample in own if (choices[sample] or 0) == target), own[0]))
     return int(own[0])

@@ -262,7 +262,8 @@ def _judged(
     columns = np.stack([plain, tuned, plain - tuned], axis=1)
     sums = np.zeros((group.max() + 1, 3))
     np.add.at(sums, group, columns)
-    return TunedPlace(key, *mean_intervals(sums / np.bincount(group)[:, None]), step)
+    of = mean_intervals(sums / np.bincount(group)[:, None])
+    return TunedPlace(key, of[0], of[1], of[2], step)
 
 
 def _trained(

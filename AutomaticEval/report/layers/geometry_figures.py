@@ -42,9 +42,8 @@ def two_runs_figure(result: Json, path: Path) -> None:
     """Write a PNG: CKA and cosine of each place of one run with each of the other."""
     names = [[each["site"] for each in result[of]] for of in ("places", "other_places")]
     told = [f"{result[of]['model']} ({result[of]['path']})" for of in ("run", "other")]
-    _matrices(
-        result["between_runs"], *names, (told[0], told[1]), f"Between two runs ({result['n_compared']} questions)", path
-    )
+    title = f"Between two runs ({result['n_compared']} questions)"
+    _matrices(result["between_runs"], names[0], names[1], (told[0], told[1]), title, path)
 
 
 def scatter_figure(result: Json, path: Path) -> None:
