@@ -10,7 +10,8 @@ from AutomaticEval.errors import StoreError
 from AutomaticEval.report.bars import SIGNIFICANT, before_and_after, top_heads
 from AutomaticEval.report.by_scale import by_scale
 from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps, robust_ends
-from AutomaticEval.report.probe_figure import probe_figure
+from AutomaticEval.report.probes.by_layer import probe_figure
+from AutomaticEval.report.probes.transfer import transfer_figure
 from AutomaticEval.report.two_runs import two_runs
 from AutomaticEval.store.disk.json_files import read_json, write_json
 from AutomaticEval.store.disk.whole_files import new_file, new_files, prepare_file
@@ -252,9 +253,13 @@ _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
     "pairs": {"patching_recovered.png": _recovered},
     "runs": {"runs_comparison.png": _two_runs},
     "steering": {"steering.png": _steered},
-    "probe": {"probe.png": probe_figure},
+    "probe": {"probe.png": probe_figure, "probe_transfer.png": transfer_figure},
     "sweep": {"sweep_heatmap.png": _swept, "sweep_top_heads.png": _swept_top},
 }
 """Kind -> file name of a figure -> the function that draws it."""
-_PARTS = {"ablation_sentiment_comparison.png": "summary", "ablation_benchmark.png": "benchmark"}
+_PARTS = {
+    "ablation_sentiment_comparison.png": "summary",
+    "ablation_benchmark.png": "benchmark",
+    "probe_transfer.png": "transfer",
+}
 """File name of a figure -> the name in the result without which it is not drawn."""
