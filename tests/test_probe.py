@@ -11,7 +11,7 @@ import pytest
 from helpers.probed import WORDS, run_of
 
 from AutomaticEval import probe
-from AutomaticEval.analysis.probes.audit import findings, is_above_chance, is_off_chance
+from AutomaticEval.analysis.probes.leaks.audit import findings, is_above_chance, is_off_chance
 from AutomaticEval.analysis.probes.target import target_of
 from AutomaticEval.analysis.result import Estimate
 from AutomaticEval.errors import SelectionError, StoreError

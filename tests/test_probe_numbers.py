@@ -11,10 +11,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, brier_score_loss, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from AutomaticEval.analysis.probes.duplicates import near_duplicates
 from AutomaticEval.analysis.probes.folds import Fold, folds
 from AutomaticEval.analysis.probes.intervals import auroc_within_folds, estimate, mean_over_questions
 from AutomaticEval.analysis.probes.judged import Judge
+from AutomaticEval.analysis.probes.leaks.duplicates import near_duplicates
 from AutomaticEval.analysis.probes.linear import chosen_probe
 from AutomaticEval.analysis.probes.measures import auroc, calibration_error, rejection_ratio
 from AutomaticEval.analysis.probes.out_of_fold import OutOfFold, best_of, out_of_fold

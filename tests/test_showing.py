@@ -215,6 +215,10 @@ def of_probe(text: str, mean: object) -> dict[str, object]:
         "best": {"judged": judged, "places": {"layer_0": 5}},
         "places": [{"site": f"layer_{layer}", "probe": judged, "difference_of_means": mean} for layer in range(2)],
         "baselines": [{"name": text, "told": text, "judged": judged}, {"name": text, "told": text, "judged": None}],
+        "transfer": {
+            "runs": [{"path": text}] * 2,
+            "cells": [{"train": n // 2, "test": n % 2, "auroc": mean} for n in range(4)],
+        },
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,10 +12,11 @@ from AutomaticEval.cli.options import OUTPUT, RUN, command
 from AutomaticEval.cli.printing import progress, say
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from AutomaticEval.analysis.probes.audit import Finding
+    from AutomaticEval.analysis.probes.across.transfer import Transfer
     from AutomaticEval.analysis.probes.judged import Judged
+    from AutomaticEval.analysis.probes.leaks.audit import Finding
     from AutomaticEval.analysis.result import Estimate, Result
     from AutomaticEval.store.run import Run
 
@@ -46,6 +47,15 @@ Split = Annotated[
 Folds = Annotated[int, typer.Option("--folds", help="Each question is judged in one of them.", rich_help_panel=RUN)]
 Repeats = Annotated[int, typer.Option("--repeats", help="How often folds are drawn anew.", rich_help_panel=RUN)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed for folds and shuffled labels.", rich_help_panel=RUN)]
+Further = Annotated[
+    str | None,
+    typer.Option(
+        "--transfer",
+        help="Further runs of the model, with commas: each run's probes are judged on each.",
+        metavar="RUN2,RUN3",
+        rich_help_panel=RUN,
+    ),
+]
 SaveDirection = Annotated[
     Path | None,
     typer.Option(
@@ -77,6 +87,7 @@ def probe(
     folds: Folds = 5,
     repeats: Repeats = 1,
     seed: Seed = 42,
+    transfer: Further = None,
     save_direction: SaveDirection = None,
     output: Output = Path("results"),
 ) -> None:
@@ -91,7 +102,8 @@ def probe(
     result_file(file.parent, file.name, "probe")
     if save_direction is not None:
         _check_direction(save_direction, run)
-    with progress("Probing", lambda: len(keys or run.keys), of_bytes=False) as advance:
+    others = [open_run(Path(each.strip()).expanduser()) for each in (transfer or "").split(",") if each.strip()]
+    with progress("Probing", lambda: len(keys or run.keys) * (1 + len(others)), of_bytes=False) as advance:
         result = probed(
             run,
             target,
@@ -102,13 +114,15 @@ def probe(
             n_folds=folds,
             n_repeats=repeats,
             seed=seed,
+            transfer=others,
             advance=advance,
         )
     _say_findings(result.measured["findings"])
     _say_best(result)
     if save_direction is not None:
         _save_direction(save_direction, run, result)
-    finish(file, result, _places(result), _baselines(result))
+    further = [_transfer(result.measured["transfer"])] if others else []
+    finish(file, result, _places(result), _baselines(result), *further)
 
 
 def _say_findings(findings: Sequence[Finding]) -> None:
@@ -120,7 +134,7 @@ def _say_findings(findings: Sequence[Finding]) -> None:
 
 
 def _say_best(result: Result) -> None:
-    from AutomaticEval.analysis.probes.audit import number
+    from AutomaticEval.analysis.probes.leaks.audit import number
 
     classes, best = result.measured["classes"], result.measured["best"]
     left_out = f", {classes['n_left_out']} without a value left out" if classes["n_left_out"] else ""
@@ -165,12 +179,28 @@ def _baselines(result: Result) -> Table:
     return Table("Without activations", ("Baseline", *NUMBERS), rows)
 
 
+def _transfer(told: Mapping[str, Any]) -> Table:
+    """A row for each run that was learned from, a column for each that is judged."""
+    runs, cells = told["runs"], told["cells"]
+    names = [f"{number}: {each['path']}" for number, each in enumerate(runs, 1)]
+    rows = [
+        (f"{name} ({next(iter(run['places']))})", *(_cell(each) for each in cells if each.train == number))
+        for number, (name, run) in enumerate(zip(names, runs, strict=True))
+    ]
+    return Table("AUROC of a run's probes (rows) on a run (columns)", ("Learned from", *names), rows)
+
+
+def _cell(each: Transfer) -> str:
+    shared = f"; {each.n_shared} in both" if each.n_shared else ""
+    return _number(each.auroc) + shared + (f", {each.n_left_out} left out" if each.n_left_out else "")
+
+
 def _numbers(judged: Judged) -> tuple[str, ...]:
     below = "" if judged.below_best is None else _number(judged.below_best, "+")
     return _number(judged.auroc), below, f"{judged.accuracy.mean:.3f}", f"{judged.brier.mean:.3f}"
 
 
 def _number(estimate: Estimate, sign: str = "") -> str:
-    from AutomaticEval.analysis.probes.audit import number
+    from AutomaticEval.analysis.probes.leaks.audit import number
 
     return number(estimate, sign)

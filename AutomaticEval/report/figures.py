@@ -14,7 +14,8 @@ from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps, robust_ends
 from AutomaticEval.report.layers.geometry_figures import between_figure, scatter_figure, shape_figure, two_runs_figure
 from AutomaticEval.report.layers.lens_figure import lens_figure, tuned_figure
 from AutomaticEval.report.layers.question_figure import question_figure
-from AutomaticEval.report.probe_figure import probe_figure
+from AutomaticEval.report.probes.by_layer import probe_figure
+from AutomaticEval.report.probes.transfer import transfer_figure
 from AutomaticEval.report.two_runs import two_runs
 from AutomaticEval.store.disk.json_files import read_json, write_json
 from AutomaticEval.store.disk.whole_files import new_file, new_files, prepare_file
@@ -261,7 +262,6 @@ _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
     "pairs": {"patching_recovered.png": _recovered},
     "runs": {"runs_comparison.png": _two_runs},
     "steering": {"steering.png": _steered},
-    "probe": {"probe.png": probe_figure},
     "lens": {"lens.png": lens_figure},
     "lens_question": {"lens_question.png": question_figure},
     "tuned_lens": {"tuned_lens.png": tuned_figure},
@@ -271,6 +271,7 @@ _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
         "geometry_scatter.png": scatter_figure,
         "geometry_two_runs.png": two_runs_figure,
     },
+    "probe": {"probe.png": probe_figure, "probe_transfer.png": transfer_figure},
     "sweep": {"sweep_heatmap.png": _swept, "sweep_top_heads.png": _swept_top},
 }
 """Kind -> file name of a figure -> the function that draws it."""
@@ -278,5 +279,6 @@ _PARTS = {
     "ablation_sentiment_comparison.png": "summary",
     "ablation_benchmark.png": "benchmark",
     "geometry_two_runs.png": "between_runs",
+    "probe_transfer.png": "transfer",
 }
 """File name of a figure -> the name in the result without which it is not drawn."""

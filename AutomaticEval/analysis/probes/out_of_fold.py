@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from AutomaticEval.analysis.probes.folds import Fold
-from AutomaticEval.analysis.probes.linear import STRENGTHS, chosen_probe
+from AutomaticEval.analysis.probes.linear import STRENGTHS, Linear, chosen_probe
 
 Array = np.ndarray[Any, Any]
 
@@ -23,6 +23,9 @@ class OutOfFold:
 
     chosen_on: Array
     """[n_repeats, n_folds]: the AUROC where the strength was chosen, which is not where it is judged. 0 where that part has one label only."""
+
+    probes: Sequence[Sequence[Linear]] = ()
+    """[n_repeats][n_folds]: the probe of each fold."""
 
     @property
     def probabilities(self) -> Array:
@@ -39,12 +42,15 @@ def out_of_fold(
 ) -> OutOfFold:
     """rows: gives [n_questions, width] for a fold: the activations, or features that are learned from the fold's training part; sparse ones, too."""
     log_odds, chosen_on = np.empty((len(repeats), len(labels))), np.empty((len(repeats), len(repeats[0])))
+    probes: list[list[Linear]] = []
     for repeat, whole in enumerate(repeats):
+        probes.append([])
         for number, fold in enumerate(whole):
             table = rows(fold)
             probe, chosen_on[repeat, number] = chosen_probe(table, labels, fold, strengths)
             log_odds[repeat, fold.test] = probe.log_odds(table[fold.test])
-    return OutOfFold(log_odds, chosen_on)
+            probes[-1].append(probe)
+    return OutOfFold(log_odds, chosen_on, probes)
 
 
 def best_of(places: Sequence[OutOfFold], repeats: Sequence[Sequence[Fold]]) -> tuple[OutOfFold, Array]:
@@ -58,4 +64,8 @@ def best_of(places: Sequence[OutOfFold], repeats: Sequence[Sequence[Fold]]) -> t
     for repeat, whole in enumerate(repeats):
         for number, fold in enumerate(whole):
             log_odds[repeat, fold.test] = places[best[repeat, number]].log_odds[repeat, fold.test]
-    return OutOfFold(log_odds, chosen_on.max(0)), best
+    probes = [
+        [places[place].probes[repeat][number] for number, place in enumerate(of_repeat)]
+        for repeat, of_repeat in enumerate(best.tolist())
+    ]
+    return OutOfFold(log_odds, chosen_on.max(0), probes), best

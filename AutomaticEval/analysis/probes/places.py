@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -18,6 +18,7 @@ from AutomaticEval.analysis.probes.out_of_fold import OutOfFold, out_of_fold
 
 Array = np.ndarray[Any, Any]
 Repeats = Sequence[Sequence[Fold]]
+Made = TypeVar("Made")
 N_SHUFFLES = 200
 MOST_AT_ONCE = min(4, os.cpu_count() or 1)
 """Places that are in memory together."""
@@ -55,6 +56,11 @@ def probed(
         advance(1)
         return place
 
+    return at_each(keys, one)
+
+
+def at_each(keys: Sequence[str], one: Callable[[str], Made]) -> list[Made]:
+    """What `one` makes of each place, as many places at once as there are processors."""
     with (
         threadpool_limits(1),
         ThreadPoolExecutor(MOST_AT_ONCE) as pool,

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from AutomaticEval.analysis.probes.duplicates import ALIKE, near_duplicates
 from AutomaticEval.analysis.probes.judged import Judged, JudgedBaseline
+from AutomaticEval.analysis.probes.leaks.duplicates import ALIKE, near_duplicates
 from AutomaticEval.analysis.probes.target import Target
 from AutomaticEval.analysis.result import Estimate
 from AutomaticEval.selection import Positions

@@ -1,0 +1,52 @@
+"""The figure of probes that are judged on other runs: a cell for each run that was learned from and each that is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from AutomaticEval.report.labels import label, save
+
+LOWEST = 0.5
+"""The darkest colour is chance; what is below it has the same one."""
+MIDDLE = 0.75
+"""Numbers in cells above this are black, and below it white."""
+
+
+def transfer_figure(result: Mapping[str, Any], path: Path) -> None:
+    """Write a heatmap of AUROCs with their intervals. result: of `probe`, as JSON."""
+    runs, cells = result["transfer"]["runs"], result["transfer"]["cells"]
+    names = [label(_name(number, each["path"])) for number, each in enumerate(runs)]
+    grid = [[float("nan")] * len(runs) for _ in runs]
+    size = 2.4 + 1.5 * len(runs)
+    figure = Figure(figsize=(size + 1.6, size), layout="constrained")
+    axes = figure.subplots()
+    for each in cells:
+        mean = each["auroc"]["mean"]
+        grid[each["train"]][each["test"]] = float("nan") if mean is None else mean
+        colour = "black" if mean is None or mean > MIDDLE else "white"
+        axes.text(each["test"], each["train"], _told(each["auroc"]), ha="center", va="center", color=colour)
+    axes.set_facecolor("0.9")
+    shown = axes.imshow(grid, cmap="viridis", vmin=LOWEST, vmax=1)
+    places = range(len(runs))
+    axes.set_xticks(places, names, rotation=20, ha="right")
+    axes.set_yticks(places, names)
+    axes.set(xlabel="judged on", ylabel="learned from, and place chosen in")
+    figure.suptitle(label(f"{result['classes']['target']} at {result['settings']['position']}: AUROC, 95 % interval"))
+    figure.colorbar(shown, ax=axes, label="AUROC (0.5: chance)", shrink=0.8, extend="min")
+    save(figure, path, 150)
+
+
+def _name(number: int, path: str) -> str:
+    """The run's number, and how its name begins: folders end with their time."""
+    return f"{number + 1}: {path if len(path) <= 28 else path[:27] + '…'}"
+
+
+def _told(auroc: Mapping[str, Any]) -> str:
+    if auroc["mean"] is None:
+        return "none"
+    interval = auroc["interval"]
+    return f"{auroc['mean']:.3f}" + ("" if interval is None else "\n[{:.3f}, {:.3f}]".format(*interval))
