@@ -93,6 +93,12 @@ class Questions(Sequence[Question]):
         return self._source
 
     @property
+    def first_samples(self) -> Array:
+        """[n_questions]: the number, in the whole run, of the sample with each question's first choice, or with its answer."""
+        first: Array = self._table.first[self._order]
+        return first
+
+    @property
     def _columns(self) -> Ordered:
         return Ordered(self._table, self._order)
 
@@ -160,7 +166,7 @@ class Questions(Sequence[Question]):
         return self._source.rows(key, self._row_numbers(position))
 
     def _row_numbers(self, position: str | int) -> Array:
-        source, first = self._source, self._table.first[self._order]
+        source, first = self._source, self.first_samples
         parsed = Positions.parse(position) if isinstance(position, str) and position not in ("first", "last") else None
         if parsed is None or parsed.part != "prompt":
             self._refuse_choices(position)
