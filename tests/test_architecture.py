@@ -35,6 +35,7 @@ FLOORS = (
     ("store",),
     ("capture", "report"),
     ("analysis", "evaluation"),
+    ("pages",),
     ("cli",),
 )
 """From the lowest to the highest: folders, and the files of the root. A folder within a folder is on its floor."""
@@ -52,6 +53,7 @@ OWNERS = {
     "peft": ("models.weights.adapters",),
     "datasets": ("evaluation", "store.export.arrow", "capture.texts.sources"),
     "pyarrow": ("store.export.arrow", "store.disk.parquet_files", "capture.texts.item_files"),
+    "vl_convert": ("report.page.charts",),
     "huggingface_hub": ("store.export.hub", "models.checkpoint"),
     "pandas": ("store",),
     "scipy": ("analysis",),

@@ -81,7 +81,7 @@ def compare_runs(before: Run | str | Path, after: Run | str | Path, *, seed: int
         "n_only_before": alone[0],
         "n_only_after": alone[1],
         "n_other_prompts": same.count(False),
-        "tasks": _tasks(pairs),
+        "tasks": task_changes(pairs),
         "agreement": _agreement(pairs),
         "flips": _flips(pairs),
         "sites": _sites(before, after, one.where(same), other.where(same), seed),
@@ -127,7 +127,7 @@ def _numbers(questions: Questions) -> dict[tuple[Any, ...], int]:
     }
 
 
-def _tasks(pairs: Sequence[Pair]) -> list[TaskChange]:
+def task_changes(pairs: Sequence[Pair]) -> list[TaskChange]:
     """Each task by name, and then all of them when there are several."""
     by_task: dict[str, list[_Verdicts]] = {}
     for before, after in pairs:

@@ -93,6 +93,12 @@ class Questions(Sequence[Question]):
         return self._source
 
     @property
+    def first_samples(self) -> Array:
+        """[n_questions]: the number, in the whole run, of the sample with each question's first choice, or with its answer."""
+        first: Array = self._table.first[self._order]
+        return first
+
+    @property
     def _columns(self) -> Ordered:
         return Ordered(self._table, self._order)
 
@@ -175,7 +181,7 @@ class Questions(Sequence[Question]):
 
         Raises StoreError for a position that the run did not keep, and for one within a choice.
         """
-        source, first = self._source, self._table.first[self._order]
+        source, first = self._source, self.first_samples
         parsed = Positions.parse(position) if isinstance(position, str) and position not in ("first", "last") else None
         if parsed is None or parsed.part != "prompt":
             self._refuse_choices(position)

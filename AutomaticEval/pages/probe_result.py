@@ -1,0 +1,89 @@
+"""A probe's result file as a page shows it: findings, curves over layers, the best place beside baselines, and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from AutomaticEval.report.page.charts import Chart, intervals_chart, lines_chart
+from AutomaticEval.sites import kind_and_layer
+
+CHANCE = 0.5
+
+
+def probe_section(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template needs of a probe. Raises KeyError, TypeError, ValueError for a result that lacks something."""
+    classes, best = result["classes"], result["best"]["judged"]["auroc"]
+    baselines = [(each["told"], each["judged"]["auroc"]) for each in result["baselines"] if each["judged"]]
+    return {
+        "target": f"{classes['target']}: {classes['n_positive']} {classes['positive']}, {classes['n_negative']} {classes['negative']}",
+        "position": result["settings"]["position"],
+        "split": result["settings"]["split"],
+        "findings": result["findings"],
+        "best": said(best),
+        "charts": [_by_layer(result, baselines), _beside(best, baselines)],
+        "places": [
+            (each["site"], said(each["probe"]["auroc"]), said(each["difference_of_means"]), _p(each.get("p")))
+            for each in result["places"]
+        ],
+        "without": [(each["told"], each["reason"]) for each in result["baselines"] if not each["judged"]],
+    }
+
+
+def said(estimate: Mapping[str, Any]) -> str:
+    """0.712 [0.650, 0.774]."""
+    ends = estimate.get("interval")
+    if estimate["mean"] is None:
+        return "unknown"
+    return f"{estimate['mean']:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _by_layer(result: Mapping[str, Any], baselines: list[tuple[str, Mapping[str, Any]]]) -> Chart:
+    rows = []
+    for each in result["places"]:
+        kind, layer = kind_and_layer(each["site"])
+        auroc = each["probe"]["auroc"]
+        low, high = auroc.get("simultaneous") or auroc["interval"] or (None, None)
+        at = layer if layer is not None else (-1 if kind == "embed" else 0)
+        rows.append(
+            {
+                "series": kind,
+                "layer": at,
+                "mean": auroc["mean"],
+                "low": low,
+                "high": high,
+                "said": f"{each['site']}: AUROC {said(auroc)}",
+            }
+        )
+    real = [each for each in baselines if not each[0].startswith("shuffled labels")]
+    marked, told = [(CHANCE, "chance")], "The solid line is chance, 0.5."
+    if real:
+        name, auroc = max(real, key=lambda each: each[1]["mean"])
+        marked = [(auroc["mean"], name), (CHANCE, "chance")]
+        told = f"The dashed line is the best baseline ({name}, {auroc['mean']:.3f}); the solid line is chance, 0.5."
+    band = "Bands: 95 % intervals of all places together." if any(row["low"] is not None for row in rows) else ""
+    return lines_chart("AUROC by layer", f"{told} {band}".strip(), rows, ("layer", "AUROC"), marked=marked)
+
+
+def _beside(best: Mapping[str, Any], baselines: list[tuple[str, Mapping[str, Any]]]) -> Chart:
+    rows = []
+    for number, (name, auroc) in enumerate([("best place", best), *baselines]):
+        low, high = auroc["interval"] or (None, None)
+        rows.append(
+            {
+                "name": name,
+                "mean": auroc["mean"],
+                "low": low,
+                "high": high,
+                "said": f"{name}: AUROC {said(auroc)}",
+                "series": 0 if number == 0 else 1,
+            }
+        )
+    told = "The place is chosen inside the training folds. Bars: 95 % intervals. The line is chance."
+    return intervals_chart(
+        "Best place, and what needs no activations", told, rows, "AUROC", line=CHANCE, is_offset=False
+    )
