@@ -76,6 +76,9 @@ def geometry(
         tables.append(_shapes(f"{measured['other']['model']}, the same questions", measured["other_places"]))
     finish(file, result, *tables)
     _say_few(measured["places"])
+    reason = measured.get("between_runs", measured["between"]).get("no_cosine")
+    if reason is not None:
+        say(f"No cosine:   {reason}; CKA compares these.")
     if measured.get("n_other_prompts"):
         say(f"Left out:    {measured['n_other_prompts']} questions that were asked in other words")
 

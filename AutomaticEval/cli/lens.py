@@ -174,8 +174,8 @@ def _train(run: Run, keys: list[str] | None, file: Path, steps: int, seed: int, 
     training = Training(n_steps=steps, seed=seed)
     with progress("Training", lambda: steps * len(lens_places(run, keys)), of_bytes=False) as advance:
         trained = train_tuned_lens(run, keys, training=training, advance=advance)
-    trained.lens.save(file)
-    finish(written, trained.result, _tuned(trained.result))
+    with trained.lens.saving(file):  # neither is there when the other cannot be written
+        finish(written, trained.result, _tuned(trained.result))
     _say_worse(trained.result.measured["places"])
     say(f"Tuned lens:  {file} (python main.py lens {run.path} --tuned {file} …)")
 

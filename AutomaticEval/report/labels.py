@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from AutomaticEval.safe_text import shown
 from AutomaticEval.sites import kind_and_layer
@@ -30,6 +31,21 @@ def by_kind(places: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, Ma
         once = -1 if kind == "embed" else n_layers
         found.setdefault(kind, []).append((once if layer is None else layer, each))
     return {kind: sorted(of, key=lambda pair: pair[0]) for kind, of in found.items()}
+
+
+def by_stream(places: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, Mapping[str, Any]]]]:
+    """As `by_kind`, with the embeddings as the first point of resid_post's line, where that begins at layer 0."""
+    found = by_kind(places)
+    if "embed" in found and found.get("resid_post", [(-1, {})])[0][0] == 0:
+        found["resid_post"] = found.pop("embed") + found["resid_post"]
+    return found
+
+
+def plain_log_ticks(axis: Any) -> None:
+    """Give a logarithmic axis ticks at 1, 2 and 5 times powers of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
 
 
 def save(figure: Figure, path: str | Path | Any, dpi: float) -> None:

@@ -90,6 +90,8 @@ def geometry(
     places = _places(run, keys)
     questions, others, n_other_prompts = _questions(run, other, limit, seed)
     at = questions.row_numbers(position)
+    own = [] if other is None else _places(other, keys)
+    other_at = at if others is None else others.row_numbers(position)
     shown = _scatter_place(questions, places, scatter)
     shapes, points = _shapes(questions, places, at, shown, advance)
     few = _few(len(questions), seed)
@@ -104,8 +106,6 @@ def geometry(
         "scatter": {"site": shown, **_points(questions, points, few)},
     }
     if other is not None and others is not None:
-        own = _places(other, keys)
-        other_at = others.row_numbers(position)
         measured["other"] = {"path": other.path.name, "model": other.model}
         measured["n_other_prompts"] = n_other_prompts
         measured["other_places"], _ = _shapes(others, own, other_at, None, advance)
@@ -218,7 +218,9 @@ def _norms_of(questions: Questions, places: Sequence[str], advance: Callable[[in
 
 def _between(one: Any, other: Any, advance: Callable[[int], None]) -> dict[str, Any]:
     of = alike(one, other, advance)
-    return {"cka": of.cka.tolist(), "cosine": None if of.cosine is None else of.cosine.tolist()}
+    if of.cosine is None:
+        return {"cka": of.cka.tolist(), "cosine": None, "no_cosine": "the places have different widths, or one number"}
+    return {"cka": of.cka.tolist(), "cosine": of.cosine.tolist()}
 
 
 def _points(questions: Questions, points: Array, few: Array) -> dict[str, Any]:

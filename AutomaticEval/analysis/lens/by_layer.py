@@ -12,7 +12,7 @@ import numpy as np
 from AutomaticEval.analysis.lens.answers import NONE, ChoiceRows, FirstTokens, choice_rows, first_tokens
 from AutomaticEval.analysis.lens.lens_rows import Said, said_by_lens
 from AutomaticEval.analysis.lens.logit_lens import LogitLens
-from AutomaticEval.analysis.lens.tuned_lens import TunedLens, prompt_digest, tuned_of
+from AutomaticEval.analysis.lens.tuned_lens import TunedLens, prompt_digest, refuse_other_model, tuned_for
 from AutomaticEval.analysis.numbers.estimate import mean_intervals, methods
 from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.capture.recompute.recomputed_run import model_of
@@ -95,11 +95,13 @@ def logit_lens(
     no lens or whose logits are scaled or capped in an unknown way; OtherSettings for another model than the run's.
     """
     places = lens_places(run, keys)
-    run.questions().row_numbers(position)  # refused before the model is loaded
-    loaded = model_of(run, model, tokenizer=tokenizer)
-    lens = LogitLens(loaded)
-    of_file = None if tuned is None else tuned_of(tuned, loaded, places)
+    of_file = tuned_for(tuned, places)
     questions, n_learned = asked_questions(run, limit, seed, of_file)
+    at = questions.row_numbers(position)
+    loaded = model_of(run, model, tokenizer=tokenizer)  # after all that can be refused without it
+    if of_file is not None:
+        refuse_other_model(of_file, loaded)
+    lens = LogitLens(loaded)
     first, choices = first_tokens(questions, loaded.tokenizer), choice_rows(questions)
     final = final_place(run, loaded.layout.n_layers)
     said = said_by_lens(
@@ -107,7 +109,7 @@ def logit_lens(
         lens,
         places,
         final,
-        questions.row_numbers(position),
+        at,
         first,
         choices,
         (lambda key, rows: rows) if of_file is None else of_file.translated,

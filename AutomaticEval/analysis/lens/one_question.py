@@ -12,7 +12,7 @@ import torch
 from AutomaticEval.analysis.lens.by_layer import lens_places
 from AutomaticEval.analysis.lens.lens_rows import rows_per_block
 from AutomaticEval.analysis.lens.logit_lens import LogitLens
-from AutomaticEval.analysis.lens.tuned_lens import TunedLens, tuned_of
+from AutomaticEval.analysis.lens.tuned_lens import TunedLens, refuse_other_model, tuned_for
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.capture.recompute.recomputed_run import model_of
 from AutomaticEval.capture.vocabulary import token_strings
@@ -44,9 +44,7 @@ def lens_of_question(
     places = lens_places(run, keys)
     questions = _question(run, task, doc_id)
     question, contents = questions[0], questions.source.contents
-    loaded = model_of(run, model, tokenizer=tokenizer)
-    lens = LogitLens(loaded)
-    of_file = None if tuned is None else tuned_of(tuned, loaded, places)
+    of_file = tuned_for(tuned, places)
     sample = _sample(questions)
     ids = np.concatenate([contents.input_ids.item(sample), contents.generated_ids.item(sample)])
     rows = indices_of(contents.segments.item(sample))
@@ -55,6 +53,10 @@ def lens_of_question(
     if not len(order):
         raise StoreError(f"{run.path} kept no row of {question.name}.")
     rows, positions = rows[order], positions[order]
+    loaded = model_of(run, model, tokenizer=tokenizer)  # after all that can be refused without it
+    if of_file is not None:
+        refuse_other_model(of_file, loaded)
+    lens = LogitLens(loaded)
     wanted = torch.from_numpy(ids[positions + 1])
     measured: dict[str, Any] = {
         "run": {"path": run.path.name, "model": loaded.name},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -62,6 +63,12 @@ class TunedLens:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the lens as a .safetensors file, whole or not at all. Raises StoreError for another ending, PathExists."""
+        with self.saving(path, overwrite=overwrite):
+            pass
+
+    @contextmanager
+    def saving(self, path: str | Path, *, overwrite: bool = False) -> Iterator[None]:
+        """As `save`; the file gets its name when the with ends, and there is none when the with fails."""
         file = Path(path).expanduser()
         prepare_tuned_file(file, overwrite=overwrite)
         tensors = {f"{key}.weight": each.contiguous() for key, each in self.weights.items()}
@@ -70,6 +77,7 @@ class TunedLens:
         metadata = {"format": FORMAT, "format_version": VERSION, "tuned_lens": json.dumps(told, allow_nan=False)}
         with new_file(file, overwrite=overwrite) as partial:
             save_file(tensors, partial, metadata)
+            yield
 
 
 def prepare_tuned_file(path: Path, *, overwrite: bool = False) -> None:
@@ -126,20 +134,26 @@ def _refuse_damaged(path: Path, lens: TunedLens) -> None:
         raise DamagedFile(f"{path}: its tensors are not one finite square matrix and one vector for each place.")
 
 
-def tuned_of(given: TunedLens | str | Path, loaded: LoadedModel, places: Sequence[str]) -> TunedLens:
-    """A tuned lens or that of a file, checked for a model and some places. Raises OtherSettings for another model, SelectionError for other places."""
+def tuned_for(given: TunedLens | str | Path | None, places: Sequence[str]) -> TunedLens | None:
+    """A tuned lens or that of a file, checked for some places, before a model is loaded. Raises SelectionError for other places; as `load_tuned_lens`."""
+    if given is None:
+        return None
     lens = given if isinstance(given, TunedLens) else load_tuned_lens(given)
-    then, now = lens.about.get(MODEL), loaded.fingerprint()
-    if then != now:
-        raise OtherSettings(
-            f"the tuned lens was made for {lens.about.get('model')} ({MODEL} {then}), and {loaded.name} has {now}; train one for this model: --train_tuned FILE."
-        )
     missing = [key for key in places if key not in lens.places]
     if missing:
         raise SelectionError(
             f"the tuned lens has no map of {', '.join(missing)}; it has {', '.join(lens.places)}. Choose with --sites and --layers."
         )
     return lens
+
+
+def refuse_other_model(lens: TunedLens, loaded: LoadedModel) -> None:
+    """Raises OtherSettings for a tuned lens of another model."""
+    then, now = lens.about.get(MODEL), loaded.fingerprint()
+    if then != now:
+        raise OtherSettings(
+            f"the tuned lens was made for {lens.about.get('model')} ({MODEL} {then}), and {loaded.name} has {now}; train one for this model: --train_tuned FILE."
+        )
 
 
 def prompt_digest(text: str) -> str:

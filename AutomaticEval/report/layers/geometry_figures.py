@@ -10,10 +10,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from AutomaticEval.report.bars import ends_of
-from AutomaticEval.report.labels import LINES, by_kind, label, save
+from AutomaticEval.report.labels import LINES, by_stream, label, plain_log_ticks, save
 from AutomaticEval.sites import kind_and_layer
 
 Json = Mapping[str, Any]
+OTHER = "0.3"
+"""The colour of another run's lines."""
 MOST_TICKS = 14
 MOST_TASKS = 7
 VERDICTS = {True: ("right", LINES[2]), False: ("wrong", LINES[3]), None: ("no verdict", LINES[7])}
@@ -24,7 +26,7 @@ def shape_figure(result: Json, path: Path) -> None:
     figure = Figure(figsize=(12, 8), layout="constrained")
     figure.suptitle(_title(result))
     (length, rank), (explained, position) = figure.subplots(2, 2)
-    _norms(length, result["places"])
+    _norms(length, result)
     _ranks(rank, result)
     _explained(explained, result["places"])
     _by_position(figure, position, result)
@@ -41,7 +43,7 @@ def between_figure(result: Json, path: Path) -> None:
 def two_runs_figure(result: Json, path: Path) -> None:
     """Write a PNG: CKA and cosine of each place of one run with each of the other."""
     names = [[each["site"] for each in result[of]] for of in ("places", "other_places")]
-    told = [f"{result[of]['model']} ({result[of]['path']})" for of in ("run", "other")]
+    told = [f" of {result[of]['model']} ({result[of]['path']})" for of in ("run", "other")]
     title = f"Between two runs ({result['n_compared']} questions)"
     _matrices(result["between_runs"], names[0], names[1], (told[0], told[1]), title, path)
 
@@ -89,67 +91,46 @@ def _classes(of: Json, way: str, tasks: Sequence[Any]) -> list[tuple[str, str, l
     return [*named, ("other tasks", LINES[7], rest)] if rest else named
 
 
-def _norms(axes: Any, places: Sequence[Json]) -> None:
-    for number, (kind, of_kind) in enumerate(by_kind(places).items()):
-        layers = [layer for layer, _ in of_kind]
+def _norms(axes: Any, result: Json) -> None:
+    for number, (kind, of_kind) in enumerate(by_stream(result["places"]).items()):
+        layers, colour = [layer for layer, _ in of_kind], LINES[number % len(LINES)]
         norms = [each["norm"] for _, each in of_kind]
         ends = np.array([ends_of(each) or (each["mean"],) * 2 for each in norms])
-        axes.plot(
-            layers,
-            [each["mean"] for each in norms],
-            "-o",
-            color=LINES[number % len(LINES)],
-            markersize=3.5,
-            label=label(kind),
-        )
-        axes.fill_between(layers, ends[:, 0], ends[:, 1], color=LINES[number % len(LINES)], alpha=0.15, linewidth=0)
-    axes.set(
-        title="Mean norm at the question's token", xlabel="layer (-1: the embeddings)", ylabel="L2 norm", yscale="log"
-    )
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize="small")
+        _line(axes, of_kind, [each["mean"] for each in norms], "-o", colour, kind)
+        axes.fill_between(layers, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, linewidth=0)
+    for kind, of_kind in by_stream(result.get("other_places", ())).items():
+        _line(axes, of_kind, [each["norm"]["mean"] for _, each in of_kind], "-s", OTHER, f"other run, {kind}")
+    _by_layer(axes, "Mean norm at the question's token", "L2 norm")
 
 
 def _ranks(axes: Any, result: Json) -> None:
     """Effective rank and participation ratio, and those of random rows of the same number and width."""
-    kinds = by_kind(result["places"])
-    for number, (kind, of_kind) in enumerate(kinds.items()):
-        colour = LINES[number % len(LINES)]
-        layers = [layer for layer, _ in of_kind]
-        for style, name, told in (
-            ("-o", "effective_rank", "effective rank"),
-            (":o", "participation_ratio", "participation ratio"),
-        ):
-            values = [np.nan if each[name] is None else each[name] for _, each in of_kind]
-            axes.plot(
-                layers, values, style, color=colour, markersize=3.5, linewidth=1.2, label=label(f"{kind}: {told}")
-            )
+    for number, (kind, of_kind) in enumerate(by_stream(result["places"]).items()):
+        for style, name in (("-o", "effective_rank"), (":o", "participation_ratio")):
+            told = f"{kind}: {name.replace('_', ' ')}"
+            _line(axes, of_kind, [each[name] for _, each in of_kind], style, LINES[number % len(LINES)], told)
     (place, *_) = result["places"]
-    random = place["random_effective_rank"]
-    axes.axhline(
-        random, color="0.5", linestyle="--", linewidth=1, label=f"random rows, n = {place['n']}: effective rank"
-    )
-    other = result.get("other_places")
-    if other:
-        for kind, of_kind in by_kind(other).items():
-            values = [np.nan if each["effective_rank"] is None else each["effective_rank"] for _, each in of_kind]
-            axes.plot(
-                [layer for layer, _ in of_kind],
-                values,
-                "-s",
-                color="0.3",
-                markersize=3,
-                linewidth=1,
-                label=label(f"other run, {kind}: effective rank"),
-            )
-    axes.set(
-        title="How many directions the rows fill",
-        xlabel="layer (-1: the embeddings)",
-        ylabel="directions",
-        yscale="log",
-    )
+    told = f"random rows, n = {place['n']}: effective rank"
+    axes.axhline(place["random_effective_rank"], color="0.5", linestyle="--", linewidth=1, label=told)
+    for kind, of_kind in by_stream(result.get("other_places", ())).items():
+        values = [each["effective_rank"] for _, each in of_kind]
+        _line(axes, of_kind, values, "-s", OTHER, f"other run, {kind}: effective rank")
+    _by_layer(axes, "How many directions the rows fill", "directions")
+
+
+def _line(
+    axes: Any, of_kind: Sequence[tuple[int, Json]], values: Sequence[Any], style: str, colour: str, told: str
+) -> None:
+    """The values that are known; nothing where none is."""
+    known = [(layer, value) for (layer, _), value in zip(of_kind, values, strict=True) if value is not None]
+    if known:
+        axes.plot(*zip(*known, strict=True), style, color=colour, markersize=3.5, linewidth=1.2, label=label(told))
+
+
+def _by_layer(axes: Any, title: str, unit: str) -> None:
+    axes.set(title=title, xlabel="layer (-1: the embeddings)", ylabel=unit, yscale="log")
+    plain_log_ticks(axes.yaxis)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend(fontsize="x-small")
 
 
@@ -176,7 +157,7 @@ def _explained(axes: Any, places: Sequence[Json]) -> None:
         ylim=(0, 1.03),
         xscale="log",
     )
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    plain_log_ticks(axes.xaxis)
     if drawn:
         axes.legend(fontsize="small")
 
@@ -216,6 +197,8 @@ def _matrices(
     if of["cosine"] is not None:
         low = float(np.nanmin(np.array(of["cosine"], dtype=float)))
         panels.append(("mean cosine", of["cosine"], "viridis" if low >= 0 else "RdBu_r", 0.0 if low >= 0 else -1.0))
+    elif of.get("no_cosine"):
+        title += f"\nno cosine: {of['no_cosine']}"
     figure = Figure(figsize=(5.4 * len(panels) + 0.4, 5), layout="constrained")
     figure.suptitle(label(title))
     for number, (told, values, colours, low) in enumerate(panels, 1):
@@ -225,7 +208,7 @@ def _matrices(
         axes.set_facecolor("0.8")
         _ticks(axes.yaxis, [_name(each) for each in rows])
         _ticks(axes.xaxis, [_name(each) for each in columns])
-        axes.set(title=told, xlabel=label(f"layer {axes_names[1]}"), ylabel=label(f"layer {axes_names[0]}"))
+        axes.set(title=told, xlabel=label(f"layer{axes_names[1]}"), ylabel=label(f"layer{axes_names[0]}"))
         figure.colorbar(
             shown,
             ax=axes,

@@ -10,9 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from AutomaticEval.report.bars import ends_of
-from AutomaticEval.report.labels import LINES, by_kind, label, save
+from AutomaticEval.report.labels import LINES, by_kind, by_stream, label, plain_log_ticks, save
 
 Places = Sequence[Mapping[str, Any]]
+FAR = 2.0
+"""Embeddings so many times further from the output than any layer do not set the scale."""
 TOGETHER = "bands: 95 % intervals, of all places together"
 
 
@@ -36,9 +38,10 @@ def lens_figure(result: Mapping[str, Any], path: Path) -> None:
     _whole_ranks(rank)
     _panel(chance, places, [("gold_probability", "right answer"), ("taken_probability", "answer that was given")])
     chance.set(title="Probability of the first token", ylabel="probability", ylim=(-0.03, 1.03))
-    _panel(spread, places, [("entropy", "entropy"), ("kl", "divergence from the model's own")])
+    nats = [("entropy", "entropy"), ("kl", "divergence from the model's own")]
+    _panel(spread, places, nats)
     spread.set(title="How sure, and how far from the output", ylabel="nats")
-    spread.set_ylim(bottom=min(0.0, spread.get_ylim()[0]))
+    _nats(spread, places, nats)
     figure.supxlabel(f"layer (-1: the embeddings); {TOGETHER}", fontsize="small")
     save(figure, path, 150)
 
@@ -48,7 +51,8 @@ def tuned_figure(result: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     n = result["n_prompts"]
-    _panel(axes, result["places"], [("plain", "plain lens"), ("tuned", "tuned lens")])
+    nats = [("plain", "plain lens"), ("tuned", "tuned lens")]
+    _panel(axes, result["places"], nats)
     axes.set(
         title=label(
             f"Tuned lens of {result['run']['model']}: {n['train']} prompts learned from, {n['held_out']} held out"
@@ -56,7 +60,7 @@ def tuned_figure(result: Mapping[str, Any], path: Path) -> None:
         xlabel=f"layer (-1: the embeddings); {TOGETHER}",
         ylabel="divergence from the model's own (nats)",
     )
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    _nats(axes, result["places"], nats)
     save(figure, path, 150)
 
 
@@ -64,7 +68,7 @@ def _panel(
     axes: Any, places: Places, measures: Sequence[tuple[str, str]], scale: Callable[[Any], Any] = lambda value: value
 ) -> None:
     """A line with its band for each measure and kind of site. scale: is put on the numbers."""
-    kinds = by_kind(places)
+    kinds = by_stream(places)
     lines = [(kind, *measure) for kind in kinds for measure in measures]
     for number, (kind, name, told) in enumerate(lines):
         known = [(layer, each[name]) for layer, each in kinds[kind] if each[name]["mean"] is not None]
@@ -74,13 +78,9 @@ def _panel(
         means = np.array([scale(each["mean"]) for _, each in known])
         ends = np.array([scale(np.array(ends_of(each) or (each["mean"],) * 2)) for _, each in known])
         colour = LINES[number % len(LINES)]
-        text = told if set(kinds) <= {"resid_post", "embed"} else f"{kind}: {told}"
-        shown = None if kind == "embed" and "resid_post" in kinds else label(text)
-        if shown is None:
-            colour = LINES[
-                [each[1] for each in lines if each[0] == "resid_post"].index(name) + _first(lines, "resid_post")
-            ]
-        axes.plot(layers, means, "-o", color=colour, markersize=3.5, label=shown)
+        axes.plot(
+            layers, means, "-o", color=colour, markersize=3.5, label=told if len(kinds) == 1 else f"{kind}: {told}"
+        )
         if len(layers) > 1:
             axes.fill_between(layers, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, linewidth=0)
         else:
@@ -92,14 +92,28 @@ def _panel(
         axes.text(0.5, 0.5, "no numbers", transform=axes.transAxes, ha="center", color="0.5")
 
 
-def _first(lines: Sequence[tuple[str, str, str]], kind: str) -> int:
-    """The number of a kind's first line, whose colours its embedding has."""
-    return next(number for number, each in enumerate(lines) if each[0] == kind)
+def _nats(axes: Any, places: Places, measures: Sequence[tuple[str, str]]) -> None:
+    """Begin at 0, and end above the layers: embeddings that are much further away are told in words."""
+    once = by_kind(places).get("embed", [])
+    others = [each[name] for each in places for name, _ in measures if not once or each is not once[0][1]]
+    tops = [max(each["mean"], *(ends_of(each) or ())) for each in others if each["mean"] is not None]
+    high = max(tops, default=0.0)
+    told = [
+        f"{text} {mean:.1f}" for _, each in once for name, text in measures if (mean := each[name]["mean"]) is not None
+    ]
+    outside = any((each[name]["mean"] or 0.0) > FAR * high for _, each in once for name, _ in measures)
+    if high > 0 and outside:
+        axes.set_ylim(-0.03 * high, 1.25 * high)
+        axes.text(
+            0.02, 0.97, label("embeddings: " + ", ".join(told)), transform=axes.transAxes, va="top", fontsize="small"
+        )
+        axes.legend(fontsize="small", loc="upper right", bbox_to_anchor=(1, 0.92))
+    else:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
 
 
 def _whole_ranks(axes: Any) -> None:
     """Ranks as whole numbers, with the best at the top."""
     low, high = axes.get_ylim()
     axes.set_ylim(max(high, 10.0), min(low, 0.9))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "")
-    axes.minorticks_off()
+    plain_log_ticks(axes.yaxis)
