@@ -103,11 +103,8 @@ def _nats(axes: Any, places: Places, measures: Sequence[tuple[str, str]]) -> Non
     ]
     outside = any((each[name]["mean"] or 0.0) > FAR * high for _, each in once for name, _ in measures)
     if high > 0 and outside:
-        axes.set_ylim(-0.03 * high, 1.25 * high)
-        axes.text(
-            0.02, 0.97, label("embeddings: " + ", ".join(told)), transform=axes.transAxes, va="top", fontsize="small"
-        )
-        axes.legend(fontsize="small", loc="upper right", bbox_to_anchor=(1, 0.92))
+        axes.set_ylim(-0.03 * high, 1.1 * high)
+        axes.set_title(f"{axes.get_title()}\nembeddings: {', '.join(told)}", fontsize="medium")
     else:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
 
