@@ -693,6 +693,12 @@ def test_every_option_of_a_benchmark_reaches_it(monkeypatch: pytest.MonkeyPatch,
         (["heads", "ablate", "--head-spec", "0:0", "--benchmark", "demo"], ["--max-tokens", "3"], "max_new_tokens"),
         (["heads", "patch", "--head-spec", "0:0", "--pairs", "t.jsonl"], ["--sentiment", "vader"], "sentiment"),
         (COMMANDS["steer"], ["--gen_kwargs", "max_gen_toks=3"], "gen_kwargs"),
+        (["lens", "RUN"], ["--steps", "3"], "steps"),
+        (["lens", "RUN"], ["--task", "demo_facts"], "task"),
+        (["lens", "RUN", "--doc_id", "3"], ["--limit", "3"], "limit"),
+        (["lens", "RUN", "--doc_id", "3"], ["--seed", "42"], "seed"),  # its default
+        (["lens", "RUN", "--train_tuned", "t.safetensors"], ["--position", "prompt[-1]"], "position"),
+        (["lens", "RUN", "--train_tuned", "t.safetensors"], ["--tuned", "x.safetensors"], "tuned"),
     ],
 )
 def test_options_of_another_way_to_use_a_command_are_refused(

@@ -159,20 +159,3 @@ def test_what_cannot_be_asked_is_told_in_one_line_before_a_model_loads(
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not [each for each in tmp_path.rglob("*") if each.is_file()]
-
-
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        (("--steps", "3"), "steps"),
-        (("--task", "demo_facts"), "task"),
-        (("--doc_id", "3", "--limit", "3"), "limit"),
-        (("--doc_id", "3", "--seed", "3"), "seed"),
-        (("--train_tuned", "own.safetensors", "--position", "prompt[-1]"), "position"),
-        (("--train_tuned", "own.safetensors", "--tuned", "x.safetensors"), "tuned"),
-    ],
-)
-def test_options_of_another_way_to_use_lens_are_refused(given: tuple[str, ...], name: str, tmp_path: Path) -> None:
-    done = within("lens", "no_run", *given, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"SelectionError: --{name} was given, but ")
