@@ -19,6 +19,7 @@ from AutomaticEval.cli import (
     heads,
     lens,
     probe,
+    report,
     show,
     sites,
     steer,
@@ -43,6 +44,7 @@ app.command("show")(show.show)
 app.command("probe")(probe.probe)
 app.command("lens")(lens.lens)
 app.command("geometry")(geometry.geometry)
+app.command("report")(report.report)
 app.command("steer")(steer.steer)
 app.command("compare")(compare.compare)
 app.command("sites")(sites.sites)

@@ -78,6 +78,6 @@ def choices_by_layer(file: Path, keys: Sequence[tuple[Any, Any, Any]]) -> dict[s
         of["places"].append(place)
         of["choices"].append(None if chances is None else [rounded(each) for each in chances])
         of["top"].append(None if token is None else shown(str(token)))
-        of["rank"].append(rank)
-        n_numbers += 3 + len(chances or ())
+        of["rank"].append(rounded(rank))
+        n_numbers += 3 + (0 if chances is None else len(chances))
     return {"places": places, "questions": found}

@@ -1,0 +1,196 @@
+"""`run_page`: a run, another one and their results as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from AutomaticEval.errors import StoreError
+from AutomaticEval.pages.lens_result import choices_by_layer, lens_lines, lens_places
+from AutomaticEval.pages.probe_result import probe_section, said
+from AutomaticEval.pages.prompt_rows import prompt_rows, ranks_by, sampled, shown_keys
+from AutomaticEval.pages.question_rows import question_rows
+from AutomaticEval.pages.result_files import Found, results_of
+from AutomaticEval.pages.scores import Second, keys_of, scores_of, second_of
+from AutomaticEval.report.page.charts import intervals_chart, lines_chart
+from AutomaticEval.report.page.document import document
+from AutomaticEval.safe_text import shown
+from AutomaticEval.store.questions.questions import Questions
+from AutomaticEval.store.reading.overview import facts_of
+from AutomaticEval.store.run import Run
+
+if TYPE_CHECKING:
+    from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+
+LENS_COLUMNS = (
+    "Place",
+    "Median rank",
+    "Right choice likeliest",
+    "Right token likeliest",
+    "p(right token)",
+    "p(answer's token)",
+    "Entropy, nats",
+    "KL, nats",
+)
+
+
+def run_page(
+    run: Run, second: Run | None = None, results: Sequence[Path] = (), loaded: LoadedModel | None = None
+) -> str:
+    """The HTML of a page about a run: scores, probe, lens, every question, and how it was made.
+
+    second: a run over the same questions, for what changed. results: files and folders with results of `probe` and `lens`; those of other runs are
+    left out, and the page says so. loaded: the run's model; with it, tokens are coloured by the rank that the logit lens gives the next one, and
+    otherwise by the norm of their rows. Raises StoreError for a run without questions, for runs that share none, and for a path that is not there.
+    """
+    questions = run.questions()
+    if not len(questions):
+        raise StoreError(f"{run.path} has no questions, so there is nothing to show.")
+    found = results_of(run, results)
+    other = None if second is None else second_of(run, second)
+    shown_rows = question_rows(questions, other)
+    tokens = _tokens(run, questions, loaded)
+    lens = choices_by_layer(found.files["lens"], keys_of(questions)) if "lens" in found.files else {}
+    view = {
+        "title": shown(run.path.name),
+        "about": shown(f"{run.model}, {run.created[:16].replace('T', ' ')}"),
+        "n_questions": f"{len(questions):,}",
+        "second": other and {"name": shown(second.path.name if second else ""), "told": _alone(other)},
+        "facts": [(name, shown(text)) for name, text in facts_of(run).items()],
+        "checked": "Every number of the run that this page shows was read against its checksum. `main.py verify RUN --recompute 20` computes rows anew.",
+        "version": version("AutomaticEval"),
+        "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %z}",
+        "questions_told": _told(len(questions), len(tokens["tokens"]), shown_rows),
+        **_scores(questions, other),
+        **_probe(run, found),
+        **_lens(run, found),
+    }
+    rows = shown_rows["rows"]
+    return document(
+        view,
+        {"rows": rows, "beginnings": shown_rows["beginnings"], "hasSecond": other is not None, "lens": lens, **tokens},
+    )
+
+
+def _tokens(run: Run, questions: Questions, loaded: LoadedModel | None) -> dict[str, Any]:
+    """Numbers for the tokens of some questions, and what they are."""
+    keys = shown_keys(run.keys, of_lens=loaded is not None)
+    numbers = sampled(questions, keys)
+    held = prompt_rows(questions, numbers, keys, None if loaded is None else ranks_by(loaded))
+    told = f"Tokens are shown for {len(held)} of {len(questions)} questions, evenly spread over the run; this is none of them."
+    return {
+        "keys": keys,
+        "tokens": {number: each for number, each in held.items() if each["tokens"]},
+        "tokensTold": told,
+        "measure": "norm" if loaded is None else "rank of the next token",
+        "isRank": loaded is not None,
+    }
+
+
+def _told(n: int, n_tokens: int, rows: Mapping[str, Any]) -> str:
+    cut = f" The texts of {rows['n_cut']} questions are cut to {rows['kept_characters']:,} characters." * bool(
+        rows["n_cut"]
+    )
+    return f"All {n:,} questions of the run. Tokens of the prompt are shown for {n_tokens} of them, evenly spread.{cut}"
+
+
+def _alone(second: Second) -> str:
+    return f"{second.n_only_first} questions are only in this run, {second.n_only_second} only in the other."
+
+
+def _scores(questions: Questions, second: Second | None) -> dict[str, Any]:
+    """A chart and a table: one line a task, or what changed."""
+    rows: list[tuple[str, ...]]
+    if second is None:
+        scores = scores_of(questions)
+        points = [
+            {
+                "name": each.task,
+                "mean": each.correct.mean,
+                **_ends(each.correct.interval),
+                "said": f"{each.task}: {_words(each.correct)}",
+            }
+            for each in scores
+            if each.correct.mean is not None
+        ]
+        rows = [(shown(each.task), str(each.n), str(each.n_without), _words(each.correct)) for each in scores]
+        columns = ["Task", "Questions", "Without verdict", "Right"]
+    else:
+        points = [
+            {
+                "name": each.task,
+                "mean": each.difference.mean,
+                **_ends(each.difference.interval),
+                "said": f"{each.task}: {_words(each.difference)}",
+            }
+            for each in second.changes
+            if each.difference.mean is not None
+        ]
+        rows = [
+            (
+                shown(each.task),
+                str(each.n),
+                f"{each.before:.3f}",
+                f"{each.after:.3f}",
+                _words(each.difference),
+                _count(each.n_gained),
+                _count(each.n_lost),
+            )
+            for each in second.changes
+        ]
+        columns = ["Task", "Questions", "This run", "Other run", "Change", "Now right", "Now wrong"]
+    title = "Share answered rightly" if second is None else "Change of the share answered rightly: other run - this run"
+    line = None if second is None else 0.0
+    charts = (
+        [intervals_chart(title, "Bars: 95 % intervals.", points, "share" if second is None else "change", line=line)]
+        if points
+        else []
+    )
+    return {"score_charts": charts, "score_columns": columns, "score_rows": rows}
+
+
+def _ends(interval: tuple[float, float] | None) -> dict[str, float | None]:
+    low, high = interval or (None, None)
+    return {"low": low, "high": high}
+
+
+def _words(estimate: Any) -> str:
+    return said({"mean": estimate.mean, "interval": estimate.interval})
+
+
+def _count(n: int | None) -> str:
+    return "" if n is None else str(n)
+
+
+def _probe(run: Run, found: Found) -> dict[str, Any]:
+    result = found.by_kind.get("probe")
+    try:
+        section = None if result is None else probe_section(result)
+    except (KeyError, TypeError, ValueError) as broken:
+        section = None
+        found.left_out.setdefault("probe", []).append(f"{found.files['probe']} is no whole result ({broken!r}).")
+    return {
+        "probe": section,
+        "probe_file": found.files["probe"].name if section else "",
+        "probe_command": shown(f"python main.py probe {run.path} --target correct"),
+        "probe_left_out": [shown(each) for each in found.left_out.get("probe", [])],
+    }
+
+
+def _lens(run: Run, found: Found) -> dict[str, Any]:
+    result = found.by_kind.get("lens")
+    lines = lens_lines(result) if result else []
+    told = "Bands: 95 % intervals. The embeddings stand at -1." if lines else ""
+    return {
+        "lens_chart": lines_chart("What each layer says", told, lines, ("layer", "share or probability"))
+        if lines
+        else None,
+        "lens_columns": list(LENS_COLUMNS),
+        "lens_rows": lens_places(result) if result else [],
+        "lens_file": found.files["lens"].name if lines else "",
+        "lens_command": shown(f"python main.py lens {run.path}"),
+        "lens_left_out": [shown(each) for each in found.left_out.get("lens", [])],
+    }
