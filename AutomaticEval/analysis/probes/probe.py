@@ -20,6 +20,7 @@ from AutomaticEval.analysis.probes.leaks.audit import findings
 from AutomaticEval.analysis.probes.out_of_fold import out_of_fold
 from AutomaticEval.analysis.probes.places import N_SHUFFLES, Place, p_values, probed, shuffled_labels
 from AutomaticEval.analysis.probes.saved.by_question import by_question
+from AutomaticEval.analysis.probes.saved.learned_on_all import usual_strength
 from AutomaticEval.analysis.probes.target import Target, target_of
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.errors import StoreError
@@ -87,6 +88,7 @@ def _result(own: Learned, asked: Asked, places: Sequence[Place], embedding: Sequ
     of, judge, found = own.of, own.judge, own.found
     best = judge(found)
     top, *_ = own.counted
+    strength = usual_strength(next(each.found.probes for each in places if each.key == top))
     given = baselines(of.questions, asked.target)
     looked = [place_of_right_choice(of.questions, asked.target), _first_token(of.questions, top, asked.position)]
     n_compared = sum(each.rows is not None for each in (*given, *looked)) + len(embedding)
@@ -116,7 +118,7 @@ def _result(own: Learned, asked: Asked, places: Sequence[Place], embedding: Sequ
             "n_left_out": of.n_left_out,
             "n_groups": len(np.unique(judge.units)),
         },
-        "best": {"judged": best, "places": own.counted},
+        "best": {"judged": best, "places": own.counted, "strength": strength},
         "places": _judged_places(judge, places, of_best, asked),
         "baselines": listed,
         "checks": checked,
