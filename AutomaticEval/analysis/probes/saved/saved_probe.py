@@ -91,7 +91,7 @@ class SavedProbe:
         file = Path(path).expanduser()
         prepare_probe_file(file, overwrite=overwrite)
         about = json.dumps({name: getattr(self, name) for name in _ABOUT}, allow_nan=False)
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        tensors = {name: getattr(self, name).clone().contiguous() for name in _TENSORS}  # which may share memory
         with new_file(file, overwrite=overwrite) as partial:
             save_file(tensors, partial, {"format": FORMAT, "format_version": VERSION, "probe": about})
 
