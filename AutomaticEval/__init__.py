@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from AutomaticEval.analysis.lens.train import train_tuned_lens as train_tuned_lens
     from AutomaticEval.analysis.lens.tuned_lens import load_tuned_lens as load_tuned_lens
     from AutomaticEval.analysis.probes.probe import probe as probe
+    from AutomaticEval.analysis.probes.saved.saved_probe import load_probe as load_probe
     from AutomaticEval.analysis.steering.difference import difference_of_means as difference_of_means
     from AutomaticEval.analysis.steering.direction import Direction as Direction
     from AutomaticEval.analysis.steering.direction import load_direction as load_direction
@@ -61,6 +62,7 @@ _HOMES = {
     "read_lens_questions": "analysis.lens.question_file",
     "train_tuned_lens": "analysis.lens.train",
     "probe": "analysis.probes.probe",
+    "load_probe": "analysis.probes.saved.saved_probe",
     "difference_of_means": "analysis.steering.difference",
     "Direction": "analysis.steering.direction",
     "load_direction": "analysis.steering.direction",

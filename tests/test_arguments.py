@@ -38,6 +38,7 @@ from AutomaticEval import (
     open_run,
     score_continuations,
 )
+from AutomaticEval.analysis.probes.saved.saved_probe import SavedProbe
 from AutomaticEval.capture.generate_arguments import GenerateKeywords
 from AutomaticEval.capture.prompt import AskOptions
 from AutomaticEval.cli.app import app
@@ -420,6 +421,7 @@ COMMANDS = {
     "heads patch": ["heads", "patch", "--head-spec", "0:0", "--profile", "baseline", "--emotion", "gratitude"],
     "heads sweep": ["heads", "sweep", "--emotion", "gratitude"],
     "heads screen": ["heads", "screen"],
+    "probe_score": ["probe_score", "p.safetensors", "Who?"],
     "steer": ["steer", "--direction", "d.safetensors", "--scale", "1", "--data_path", "t.jsonl"],
     "extract": ["extract", "--texts", "t.jsonl", "--model", "demo"],
 }
@@ -467,6 +469,9 @@ def test_every_door_hands_on_how_the_model_is_loaded(door: str, loads: list[Load
 def test_every_command_hands_on_how_the_model_is_loaded(command: str, loads: list[LoadOptions], tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "Hi"}\n')
     Direction(torch.ones(128), "layer_1").save(tmp_path / "d.safetensors")
+    vectors = [torch.ones(128)] * 3
+    about = ("embeddings", "prompt[-1]", "correct", "true", "false", 1.0, 9, "demo", None)
+    SavedProbe(*vectors, torch.zeros(1), torch.zeros(0, dtype=torch.int64), *about).save(tmp_path / "p.safetensors")
     root: Any = typer.main.get_command(app)
     for part in command.split() if command != "benchmark" else ():
         root = root.commands[part]

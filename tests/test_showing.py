@@ -215,6 +215,7 @@ def of_probe(text: str, mean: object) -> dict[str, object]:
         "best": {"judged": judged, "places": {"layer_0": 5}},
         "places": [{"site": f"layer_{layer}", "probe": judged, "difference_of_means": mean} for layer in range(2)],
         "baselines": [{"name": text, "told": text, "judged": judged}, {"name": text, "told": text, "judged": None}],
+        "questions": {"label": [0, 1], "probability": [0.2, 0.6], "confidence": [None, 0.5]},
         "transfer": {
             "runs": [{"path": text}] * 2,
             "cells": [{"train": n // 2, "test": n % 2, "auroc": mean} for n in range(4)],

@@ -19,6 +19,7 @@ from AutomaticEval.cli import (
     heads,
     lens,
     probe,
+    probe_score,
     report,
     show,
     sites,
@@ -42,6 +43,7 @@ app.command("generate")(generate.generate)
 app.command("extract")(extract.extract)
 app.command("show")(show.show)
 app.command("probe")(probe.probe)
+app.command("probe_score")(probe_score.probe_score)
 app.command("lens")(lens.lens)
 app.command("geometry")(geometry.geometry)
 app.command("report")(report.report)

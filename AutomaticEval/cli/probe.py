@@ -64,6 +64,14 @@ SaveDirection = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+SaveProbe = Annotated[
+    Path | None,
+    typer.Option(
+        "--save_probe",
+        help="Write a probe of all questions at the best place, for probe_score: a .safetensors file.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Output = Annotated[
     Path,
     typer.Option(
@@ -89,6 +97,7 @@ def probe(
     seed: Seed = 42,
     transfer: Further = None,
     save_direction: SaveDirection = None,
+    save_probe: SaveProbe = None,
     output: Output = Path("results"),
 ) -> None:
     """Probe every layer of a run for a class of questions, with baselines and an audit of leaks."""
@@ -102,6 +111,8 @@ def probe(
     result_file(file.parent, file.name, "probe")
     if save_direction is not None:
         _check_direction(save_direction, run)
+    if save_probe is not None:
+        _check_probe(save_probe, run)
     others = [open_run(Path(each.strip()).expanduser()) for each in (transfer or "").split(",") if each.strip()]
     with progress("Probing", lambda: len(keys or run.keys) * (1 + len(others)), of_bytes=False) as advance:
         result = probed(
@@ -121,6 +132,8 @@ def probe(
     _say_best(result)
     if save_direction is not None:
         _save_direction(save_direction, run, result)
+    if save_probe is not None:
+        _save_probe(save_probe, run, result)
     further = [_transfer(result.measured["transfer"])] if others else []
     finish(file, result, _places(result), _baselines(result), *further)
 
@@ -161,6 +174,24 @@ def _save_direction(file: Path, run: Run, result: Result) -> None:
     direction.save(file)
     say(f"Direction:   {direction.told}")
     say(f"Written:     {file} (python main.py steer --direction {file} …)")
+
+
+def _check_probe(file: Path, run: Run) -> None:
+    """What would refuse the probe is told before anything is probed."""
+    from AutomaticEval.analysis.probes.saved.saved_probe import prepare_probe_file
+    from AutomaticEval.store.reading.reduced_runs import refuse_reduced
+
+    prepare_probe_file(file.expanduser())
+    refuse_reduced(run.settings, "a saved probe")
+
+
+def _save_probe(file: Path, run: Run, result: Result) -> None:
+    from AutomaticEval.analysis.probes.saved.learned_on_all import learn_probe
+
+    made = learn_probe(run, result)
+    made.save(file)
+    say(f"Probe:       {made.site}, {made.n_questions} questions, C {made.strength:g}")
+    say(f"Written:     {file} (python main.py probe_score {file} …)")
 
 
 def _places(result: Result) -> Table:

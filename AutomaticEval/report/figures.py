@@ -15,6 +15,7 @@ from AutomaticEval.report.layers.geometry_figures import between_figure, scatter
 from AutomaticEval.report.layers.lens_figure import lens_figure, tuned_figure
 from AutomaticEval.report.layers.question_figure import question_figure
 from AutomaticEval.report.probes.by_layer import probe_figure
+from AutomaticEval.report.probes.by_question import reliability_figure, risk_coverage_figure
 from AutomaticEval.report.probes.transfer import transfer_figure
 from AutomaticEval.report.two_runs import two_runs
 from AutomaticEval.store.disk.json_files import read_json, write_json
@@ -271,7 +272,12 @@ _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
         "geometry_scatter.png": scatter_figure,
         "geometry_two_runs.png": two_runs_figure,
     },
-    "probe": {"probe.png": probe_figure, "probe_transfer.png": transfer_figure},
+    "probe": {
+        "probe.png": probe_figure,
+        "probe_transfer.png": transfer_figure,
+        "probe_reliability.png": reliability_figure,
+        "probe_risk_coverage.png": risk_coverage_figure,
+    },
     "sweep": {"sweep_heatmap.png": _swept, "sweep_top_heads.png": _swept_top},
 }
 """Kind -> file name of a figure -> the function that draws it."""
@@ -280,5 +286,7 @@ _PARTS = {
     "ablation_benchmark.png": "benchmark",
     "geometry_two_runs.png": "between_runs",
     "probe_transfer.png": "transfer",
+    "probe_reliability.png": "questions",
+    "probe_risk_coverage.png": "questions",
 }
 """File name of a figure -> the name in the result without which it is not drawn."""

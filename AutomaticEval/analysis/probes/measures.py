@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from AutomaticEval.report.probes.curves import N_BINS, kept_share
+
 Array = np.ndarray[Any, Any]
-N_BINS = 10
-"""The expected calibration error is taken over so many bins of equal width."""
 
 
 def placements(scores: Array, labels: Array) -> Array:
@@ -52,8 +52,4 @@ def rejection_ratio(scores: Array, labels: Array) -> float:
 
 def _area(scores: Array, labels: Array) -> float:
     """The share of labels among the k questions with the highest scores, averaged over k. Questions with equal scores stand in any order: the mean of all."""
-    order = np.argsort(-scores, kind="stable")
-    ends = np.flatnonzero(np.append(scores[order][1:] != scores[order][:-1], True))
-    n_kept = np.arange(1, len(scores) + 1)
-    n_right = np.interp(n_kept, [0, *(ends + 1)], [0, *np.cumsum(labels[order])[ends]])
-    return float((n_right / n_kept).mean())
+    return float(kept_share(scores, labels).mean())

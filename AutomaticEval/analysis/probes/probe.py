@@ -19,6 +19,8 @@ from AutomaticEval.analysis.probes.leaks import duplicates
 from AutomaticEval.analysis.probes.leaks.audit import findings
 from AutomaticEval.analysis.probes.out_of_fold import out_of_fold
 from AutomaticEval.analysis.probes.places import N_SHUFFLES, Place, p_values, probed, shuffled_labels
+from AutomaticEval.analysis.probes.saved.by_question import by_question
+from AutomaticEval.analysis.probes.saved.learned_on_all import usual_strength
 from AutomaticEval.analysis.probes.target import Target, target_of
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.errors import StoreError
@@ -56,7 +58,7 @@ def probe(
     advance: is told of each place that is done.
 
     The result's `measured` has `findings` (of the audit), `best` (the place is chosen inside each fold's training part), `places` (`JudgedPlace`),
-    `baselines` (`JudgedBaseline`) and, with further runs, `transfer`, whose `cells` are `Transfer`. Memory holds the rows of four places at once.
+    `baselines` (`JudgedBaseline`), `questions` (columns: what the best place says of each) and, with further runs, `transfer`, whose `cells` are `Transfer`. Memory holds the rows of four places at once.
     Raises SelectionError for what cannot be asked, StoreError for a run with too few questions, one class, or without the rows.
     """
     asked = Asked(target, position, split, n_folds, n_repeats, seed)
@@ -86,6 +88,7 @@ def _result(own: Learned, asked: Asked, places: Sequence[Place], embedding: Sequ
     of, judge, found = own.of, own.judge, own.found
     best = judge(found)
     top, *_ = own.counted
+    strength = usual_strength(next(each.found.probes for each in places if each.key == top))
     given = baselines(of.questions, asked.target)
     looked = [place_of_right_choice(of.questions, asked.target), _first_token(of.questions, top, asked.position)]
     n_compared = sum(each.rows is not None for each in (*given, *looked)) + len(embedding)
@@ -115,10 +118,11 @@ def _result(own: Learned, asked: Asked, places: Sequence[Place], embedding: Sequ
             "n_left_out": of.n_left_out,
             "n_groups": len(np.unique(judge.units)),
         },
-        "best": {"judged": best, "places": own.counted},
+        "best": {"judged": best, "places": own.counted, "strength": strength},
         "places": _judged_places(judge, places, of_best, asked),
         "baselines": listed,
         "checks": checked,
+        "questions": by_question(of, found),
     }
     return Result("probe", measured, _settings(asked, judge), _methods(asked, len(places)))
 

@@ -43,7 +43,7 @@ def target_of(questions: Questions, name: str = "correct", positive: Any = None)
     """
     values = questions.column(COLUMNS.get(name, name))
     known = [number for number, value in enumerate(values) if value is not None]
-    words = [_word(values[number]) for number in known]
+    words = [word_of(values[number]) for number in known]
     counted = Counter(words)
     if len(counted) < 2:
         only = f"all {len(words)} have {words[0]}" if words else "none has a value"
@@ -59,7 +59,7 @@ def target_of(questions: Questions, name: str = "correct", positive: Any = None)
             f"{name} has {len(counted)} values, and a probe tells two classes apart. Name one of them, which is told from all others "
             f"(positive=…, --positive): {shown}."
         )
-    wanted = max(counted) if positive is None else _word(positive)
+    wanted = max(counted) if positive is None else word_of(positive)
     if wanted not in counted:
         raise SelectionError(f"no question has the {name} {wanted}; there are {shown}.")
     others = sorted(set(counted) - {wanted})
@@ -74,6 +74,6 @@ def target_of(questions: Questions, name: str = "correct", positive: Any = None)
     )
 
 
-def _word(value: Any) -> str:
+def word_of(value: Any) -> str:
     """A value as it is written: true and false in small letters, as in JSON."""
     return str(bool(value)).lower() if isinstance(value, bool | np.bool_) else str(value)

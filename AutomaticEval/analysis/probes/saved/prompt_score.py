@@ -1,0 +1,38 @@
+"""What a saved probe says of one prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from AutomaticEval.analysis.probes.saved.saved_probe import SavedProbe
+from AutomaticEval.analysis.probes.saved.scores import check_model
+from AutomaticEval.capture.prompt import generate_inference_with_activations
+from AutomaticEval.errors import SelectionError
+from AutomaticEval.settings import MODEL
+from AutomaticEval.sites import site_of
+
+
+def prompt_score(probe: SavedProbe, prompt: str, model: Any, **load: Any) -> float:
+    """The probability that a prompt is of the probe's class, by its row in one forward.
+
+    model, load: as for `generate_inference_with_activations`. Raises SelectionError for a model whose rows have another width; as that function. Warns of another model.
+    """
+    site = site_of(probe.site)
+    _, kept = generate_inference_with_activations(
+        prompt,
+        model,
+        None,
+        site.layer,
+        sites=site.kind,
+        positions=probe.position,
+        max_new_tokens=1,
+        apply_chat_template=probe.chat_template,
+        **load,
+    )
+    (rows,) = kept["activations"].values()
+    if rows.shape[-1] != probe.width:
+        raise SelectionError(
+            f"{probe.site} of {model} has {rows.shape[-1]} numbers, and the probe learned from rows of {probe.width} ({probe.model}); name that model (--model)."
+        )
+    check_model(probe, str(model), kept["settings"].get(MODEL))
+    return float(probe.probabilities(rows)[0])
