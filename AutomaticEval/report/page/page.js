@@ -2,7 +2,7 @@
 // The table of questions and the chosen one. All text is set as text: nothing of the data is read as mark-up.
 const data = JSON.parse(document.getElementById("data").textContent);
 const rows = data.rows;
-const PAGE = 50;
+const PAGE = 25;
 const HEATS = 8;
 const at = (id) => document.getElementById(id);
 const state = { key: "number", isDown: false, page: 0, shown: [], chosen: -1, place: Math.max(0, data.keys.length - 1) };

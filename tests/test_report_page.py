@@ -1,0 +1,210 @@
+"""The page of a run, in a real browser without a network: what it shows, that it can be used by keyboard, and that prompts stay text."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.commands import within
+from helpers.probed import run_of
+
+from AutomaticEval import open_run, probe
+from AutomaticEval.pages.run_page import run_page
+from AutomaticEval.report.page.document import json_block
+
+CHROMIUM = shutil.which("chromium")
+N = 60
+HOSTILE = {
+    3: "<script>document.title='stolen'</script><img src=x onerror=\"document.title='stolen'\">",
+    4: "</script><script>document.title='stolen'</script><!--",
+    5: "\u202eright to left\u202c \x1b[31m \x00 \u05d0\u05d1 'quotes' \"quotes\" & &amp;",
+    6: "wide " * 200_000,
+}
+
+
+def a_run(folder: Path, *, flipped: int = 0) -> Any:
+    source = np.random.default_rng(1)
+    labels = source.integers(0, 2, N)
+    labels[:flipped] = 1 - labels[:flipped]
+    rows = {f"layer_{layer}": source.normal(size=(N, 8)).astype(np.float32) for layer in range(3)}
+    rows["layer_1"][:, 0] += 4 * labels
+    columns = [
+        {"correct": bool(each), "doc_id": n, "task": f"task_{n % 2}", "target": "yes", "prediction": "<b>no</b>"}
+        for n, each in enumerate(labels)
+    ]
+    words = [HOSTILE.get(n, f"what is the number {n} about") for n in range(N)]
+    return run_of(folder, rows, columns, words)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """report.html of a run with a probe and a second run, made by the command."""
+    folder = tmp_path_factory.mktemp("page")
+    run = a_run(folder / "one")
+    a_run(folder / "two", flipped=5)
+    (folder / "results").mkdir()
+    (folder / "results" / "probe.json").write_text(json.dumps(probe(run).as_json()))
+    done = within("report", "one", "two", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "60 questions" in done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(params=["light", "dark"])
+def page(made: Path, browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The page, opened from its file; at the end, nothing was said in the console, and nothing was asked of a network."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=request.param, offline=True)
+    opened, said = context.new_page(), []
+    opened.on("console", lambda message: said.append(message.text))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    opened.on("request", lambda asked: said.append(asked.url) if not asked.url.startswith("file:") else None)
+    opened.goto((made / "report.html").as_uri())
+    yield opened
+    assert said == []
+    context.close()
+
+
+def shown(page: Any) -> list[str]:
+    return [text.strip() for text in page.locator("#rows tr td:nth-child(2)").all_inner_texts()]
+
+
+def test_search_filter_and_sort(page: Any) -> None:
+    assert page.locator("#count").inner_text() == "60 questions"
+    page.fill("#search", "number 42")
+    assert shown(page) == ["what is the number 42 about"]
+    page.fill("#search", "")
+    page.select_option("#task", "task_1")
+    assert page.locator("#count").inner_text() == "30 of 60 questions"
+    page.select_option("#task", "")
+    page.select_option("#change", "gained")
+    n_gained = page.locator("#rows tr").count()
+    page.select_option("#change", "lost")
+    assert n_gained + page.locator("#rows tr").count() == 5
+    page.select_option("#change", "")
+    page.click("th[data-key=verdict] button")
+    assert page.locator("#rows tr td:nth-child(4)").first.inner_text() == "right"
+    page.click("th[data-key=verdict] button")
+    assert page.locator("#rows tr td:nth-child(4)").first.inner_text() == "wrong"
+    assert page.locator("th[data-key=verdict]").get_attribute("aria-sort") == "descending"
+    assert page.locator("th[aria-sort]").count() == 1
+
+
+def test_the_keyboard_alone_reaches_questions_and_layers(page: Any) -> None:
+    page.locator("#rows button").first.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    assert "document 2" in page.locator("#chosen h3").inner_text()
+    assert page.locator("#rows tr[aria-selected=true]").count() == 1
+    page.locator("#slider").focus()
+    page.keyboard.press("Home")
+    assert page.locator("#place").inner_text() == "layer_0"
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#slider").get_attribute("aria-valuetext") == "layer_1"
+
+
+def test_norms_are_those_of_the_stored_rows(page: Any, made: Path) -> None:
+    page.fill("#search", "number 42")
+    page.locator("#rows button").first.click()
+    for at, key in enumerate(("layer_0", "layer_1", "layer_2")):
+        page.locator("#slider").fill(str(at))
+        titles = [each.get_attribute("title") for each in page.locator(".tokens span").all()]
+        rows = open_run(made / "one").where(doc_id=42)[0]["activations"][key].double().norm(dim=1)
+        told = [float(re.search(r"norm (\S+)$", str(title))[1]) for title in titles]  # type: ignore[index]
+        np.testing.assert_allclose(told, rows[: len(told)], rtol=0.006)  # three digits
+
+
+def test_hostile_prompts_stay_text(page: Any) -> None:
+    page.fill("#search", "stolen")
+    for button in page.locator("#rows button").all():
+        button.click()
+        assert "stolen" in page.locator("#chosen pre").first.inner_text()
+    assert page.title() == "one"
+    assert page.locator("img, #chosen script, #rows script").count() == 0
+    page.fill("#search", "quotes")
+    page.locator("#rows button").first.click()
+    text = page.locator("#chosen pre").first.inner_text()
+    assert "\\u202e" in text
+    assert "\\x1b[31m" in text
+    assert "&amp;" in text
+
+
+def test_what_was_found_is_on_the_page(page: Any, made: Path) -> None:
+    result = json.loads((made / "results" / "probe.json").read_text())
+    text = page.locator("#probe").inner_text()
+    assert f"{result['best']['judged']['auroc']['mean']:.3f}" in text
+    for each in result["findings"]:
+        assert each["text"] in text
+    assert "python main.py lens" in page.locator("#lens").inner_text()
+    assert page.locator("#probe svg:visible").count() == 2
+
+
+def luminance(colour: str) -> float:
+    channels = [float(each) / 255 for each in re.findall(r"[\d.]+", colour)[:3]]
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_has_the_contrast_of_aa(page: Any) -> None:
+    pairs = page.evaluate(
+        """() => [...document.querySelectorAll('p, td, th, h1, h2, h3, h4, a, button, label, dt, dd, summary, code, pre, .tag')].map(element => {
+            let behind = element;
+            while (behind && getComputedStyle(behind).backgroundColor === 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
+            return [getComputedStyle(element).color, getComputedStyle(behind || document.body).backgroundColor, element.tagName];
+        })"""
+    )
+    for colour, behind, tag in {tuple(each) for each in pairs}:
+        one, other = sorted((luminance(colour), luminance(behind)))
+        assert (other + 0.05) / (one + 0.05) >= 4.5, (tag, colour, behind)
+
+
+def test_a_phone_needs_no_sideways_scrolling(made: Path, browser: Any) -> None:
+    opened = browser.new_page(viewport={"width": 390, "height": 844})
+    opened.goto((made / "report.html").as_uri())
+    for button in opened.locator("#rows button").all()[3:7]:
+        button.click()
+        assert opened.evaluate("document.documentElement.scrollWidth") <= 390
+    opened.close()
+
+
+def test_no_text_ends_the_block_of_data() -> None:
+    text = json_block({"text": "</script><!--&"})
+    assert not set("<>&") & set(text)
+    assert json.loads(text) == {"text": "</script><!--&"}
+
+
+def test_results_of_another_run_are_left_out_and_named(made: Path, tmp_path: Path) -> None:
+    file = tmp_path / "probe.json"
+    file.write_text(json.dumps({"kind": "probe", "run": {"path": "other", "model": "m"}}))
+    text = run_page(open_run(made / "one"), results=[file])
+    assert "is of the run other of m" in text
+    assert "python main.py probe" in text
+
+
+def test_what_cannot_be_written_is_refused_in_one_line(made: Path) -> None:
+    for options, said in (
+        (("-o", "page.pdf"), "is no .html file"),
+        (("-o", "report.html"), "exists and is not overwritten"),
+        (("--results", "nowhere", "-o", "n.html"), "no result file or folder nowhere"),
+    ):
+        done = within("report", "one", *options, cwd=made)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert said in done.stderr
+    assert not (made / "n.html").exists()
