@@ -24,6 +24,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from lm_eval.tasks import TaskManager
+from torch.utils import collect_env
 from transformers import AutoTokenizer
 
 from AutomaticEval import HFActivations, evaluate_with_activations, open_run
@@ -73,6 +74,7 @@ def assert_reproduced(loaded: LoadedModel, folder: Path | None, per_token: float
 
 @pytest.mark.parametrize("batch_size", [1, 8, "auto"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.usefixtures("small_probes")
 def test_scores_of_every_kind_of_task_are_plain_lm_evals(
     name: str, batch_size: Any, tokenizer: Any, own_tasks: str, tmp_path: Path
 ) -> None:
@@ -541,7 +543,9 @@ def test_stock_tasks_ask_what_local_task_files_ask(
 
 def test_kept_index_of_tasks_is_lm_evals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    full = TaskManager()._index
+    scanned, none = TaskManager(), TaskManager(include_defaults=False)  # a scan takes seconds
+    full = scanned._index
+    monkeypatch.setattr(harness, "TaskManager", lambda **how: none if how else scanned)
     harness.task_manager([], include_defaults=True)
     (file,) = (tmp_path / "automatic-eval").iterdir()
     monkeypatch.setattr(harness, "TaskManager", lambda **how: TaskManager(include_defaults=False))  # not scanned again
@@ -562,6 +566,21 @@ def test_templates_are_compiled_once_and_render_alike() -> None:
         assert utils.apply_template("{{a}} {{b|upper}}", {"a": 1, "b": "x"}) == before == "1 X"
         assert utils.env.from_string("{{a}}") is utils.env.from_string("{{a}}")
     assert utils.env.from_string == stock
+
+
+def test_the_environment_is_described_once_and_as_lm_eval_does_it(
+    demo: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, asked = collect_env.get_pretty_env_info(), []
+    known = collect_env.get_env_info()
+    monkeypatch.setattr(collect_env, "get_env_info", lambda: asked.append(1) or known)
+    harness._environment.cache_clear()
+    for _ in range(2):
+        outcome = run_benchmark(demo, stock(("demo_facts",), limit=1))
+        assert outcome.results["pretty_env_info"] == expected
+    assert asked == [1]
+    assert collect_env.get_pretty_env_info() == expected
+    assert asked == [1, 1]  # others' calls are as they were
 
 
 @pytest.mark.parametrize("folder", [DEMO_FOLDER, pytest.param(STORIES, marks=needs_real)], ids=["demo", "stories"])

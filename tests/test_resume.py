@@ -97,6 +97,7 @@ def test_a_resumed_run_takes_the_measured_tokens_of_the_run(
 
 
 @pytest.mark.parametrize(("scoring", "batch_size", "step"), [("stock", 2, 4), ("stock", "auto", 1), ("tree", 2, 16)])
+@pytest.mark.usefixtures("small_probes")
 def test_resumed_run_computes_the_rest_and_scores_the_same(
     scoring: str,
     batch_size: Any,
