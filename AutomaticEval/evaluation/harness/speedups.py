@@ -68,7 +68,7 @@ def environment_once() -> Iterator[None]:
 @cache
 def _environment() -> str:
     """What torch says of the system, the devices and the installed packages."""
-    return str(collect_env.pretty_str(collect_env.get_env_info()))
+    return str(collect_env.pretty_str(collect_env.get_env_info()))  # type: ignore[no-untyped-call]
 
 
 RandomStates = tuple[Any, Any, Any]
@@ -134,8 +134,8 @@ def _state_of_stock() -> str:
     state = hashlib.blake2b(lm_eval.__version__.encode(), digest_size=12)
     for folder, _, names in sorted(os.walk(STOCK)):
         for name in sorted(name for name in names if not name.endswith((".pyc", ".md"))):
-            file = Path(folder, name)
-            status = file.stat()
+            file = f"{folder}{os.sep}{name}"  # 14,000 times: a Path would take longer than the file system
+            status = os.stat(file)  # noqa: PTH116
             state.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
     return state.hexdigest()
 
