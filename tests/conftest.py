@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import cache, partialmethod
@@ -26,6 +27,12 @@ from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 
 # pytest then shows the values of a failed assertion in these files, as it does in test files
 pytest.register_assert_rewrite(*(f"helpers.{name}" for name in ("samples", "plain_lm_eval", "runs", "mutants")))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: no garbage collection need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

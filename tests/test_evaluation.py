@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.forked import Forked
 from helpers.models import CONFIGS, build
 from helpers.places import REAL, ROOT, STORIES, needs_real
 from helpers.plain_lm_eval import SCORED, as_json, assert_same, plain, recompute
@@ -245,13 +244,8 @@ if finishes:
     open_run(lm.finish(results)).where(correct=True)
 """
     for finishes in (False, True):
-        done = subprocess.run(
-            [sys.executable, "-c", f"finishes = {finishes}\n{code}"],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=ROOT,
-        )
+        done = Forked(["-c", f"finishes = {finishes}\n{code}"]).wait()
+        assert done.returncode == 0, done.stderr
         assert re.search(r"refused: .*no column 'correct'.*lm\.finish\(results\)", done.stdout)
         assert ("holds what HFActivations captured, without the verdicts" in done.stderr) is not finishes
 
