@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
+from functools import cache, partialmethod
 from typing import Any
 
 # set before torch is imported: test workers that each use every core wait for each other and take four times as long
@@ -16,6 +18,8 @@ from helpers.models import CONFIGS, build
 from helpers.raw_hooks import n_hooks
 from helpers.tape import use_tapes
 from helpers.tasks import write_tasks
+from lm_eval.models.huggingface import HFLM
+from torch.utils import collect_env
 from transformers import AutoTokenizer
 
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -23,6 +27,12 @@ from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 
 # pytest then shows the values of a failed assertion in these files, as it does in test files
 pytest.register_assert_rewrite(*(f"helpers.{name}" for name in ("samples", "plain_lm_eval", "runs", "mutants")))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: no garbage collection need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +68,20 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tasks")
     write_tasks(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment_is_described_once() -> Iterator[None]:
+    """lm-eval asks pip for the packages after every evaluation, which takes longer than most of ours."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(collect_env, "get_env_info", cache(collect_env.get_env_info))
+        yield
+
+
+@pytest.fixture
+def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """batch_size="auto" tries batches of 8 whole contexts, not of 64, in lm-eval's model and in ours."""
+    monkeypatch.setattr(HFLM, "__init__", partialmethod(HFLM.__init__, max_batch_size=8))
 
 
 @pytest.fixture(autouse=True)

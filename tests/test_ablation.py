@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from helpers.commands import process, within
+from helpers.commands import within
+from helpers.forked import forked
 from helpers.models import CONFIGS, build
 from helpers.raw_hooks import n_hooks
 from scipy.stats import binomtest
@@ -258,7 +259,7 @@ def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
         "--max-tokens",
         "6",
     ]
-    done = process("heads", "ablate", *asked, "--benchmark", "demo", "--limit", "20", "--output", "out", cwd=tmp_path)
+    done = forked("heads", "ablate", *asked, "--benchmark", "demo", "--limit", "20", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert (tmp_path / "out" / "ablation_sentiment_comparison.png").read_bytes().startswith(b"\x89PNG")

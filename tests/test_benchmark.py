@@ -87,6 +87,7 @@ def assert_rows_reproduce_scores(loaded: LoadedModel, folder: Path | None) -> No
 
 @pytest.mark.parametrize("batch_size", [1, 8, "auto"])
 @pytest.mark.parametrize("selection", [SCORED, ALL], ids=["scored", "all"])
+@pytest.mark.usefixtures("small_probes")
 def test_demo_scores_equal_plain_lm_eval_and_rows_reproduce_them(
     demo: LoadedModel, tmp_path: Path, batch_size: Any, selection: Selection, same_hooks_after: Callable[[Any], None]
 ) -> None:

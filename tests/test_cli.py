@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import h5py
 import pytest
 import typer
+from helpers.commands import process
+from helpers.forked import Forked, forked
 from helpers.places import ROOT
 from tqdm import tqdm
 
@@ -20,13 +23,7 @@ from AutomaticEval.cli.app import app
 from AutomaticEval.cli.options import command
 from AutomaticEval.errors import StoreError
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-
-
-def main(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **OFFLINE, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "main.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+main = partial(forked, HF_DATASETS_OFFLINE="1")
 
 
 @pytest.fixture
@@ -46,7 +43,8 @@ def main_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 def test_the_readmes_run(tmp_path: Path) -> None:
-    done = main("--capture_activations", cwd=tmp_path)
+    """From a new interpreter: what libraries say while they are imported would be seen, too."""
+    done = process("--capture_activations", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0.7444" in done.stdout
     assert "180 of 180" in done.stdout
@@ -130,12 +128,8 @@ main()
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_run_that_is_told_to_stop_keeps_what_it_captured(tmp_path: Path, name: str) -> None:
     how = ["--capture_activations", "--benchmark", "demo_facts", "--scoring", "stock"]
-    command = [sys.executable, "-c", STOPPED, *how, name]
     script = STOPPED.replace("from lm_eval", "stop = sys.argv.pop()\nsys.argv[0] = 'main.py'\nfrom lm_eval", 1)
-    command[2] = script.replace("sys.argv.pop()))", "stop))")
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    done = Forked(["-c", script.replace("sys.argv.pop()))", "stop))"), *how, name], tmp_path).wait()
     assert done.returncode in (130, 143), done.stderr
     assert "cut short" in done.stderr
     (folder,) = (tmp_path / "activations").iterdir()

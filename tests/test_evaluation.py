@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.forked import Forked
 from helpers.models import CONFIGS, build
 from helpers.places import REAL, ROOT, STORIES, needs_real
 from helpers.plain_lm_eval import SCORED, as_json, assert_same, plain, recompute
@@ -24,6 +23,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from lm_eval.tasks import TaskManager
+from torch.utils import collect_env
 from transformers import AutoTokenizer
 
 from AutomaticEval import HFActivations, evaluate_with_activations, open_run
@@ -73,6 +73,7 @@ def assert_reproduced(loaded: LoadedModel, folder: Path | None, per_token: float
 
 @pytest.mark.parametrize("batch_size", [1, 8, "auto"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.usefixtures("small_probes")
 def test_scores_of_every_kind_of_task_are_plain_lm_evals(
     name: str, batch_size: Any, tokenizer: Any, own_tasks: str, tmp_path: Path
 ) -> None:
@@ -243,13 +244,8 @@ if finishes:
     open_run(lm.finish(results)).where(correct=True)
 """
     for finishes in (False, True):
-        done = subprocess.run(
-            [sys.executable, "-c", f"finishes = {finishes}\n{code}"],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=ROOT,
-        )
+        done = Forked(["-c", f"finishes = {finishes}\n{code}"]).wait()
+        assert done.returncode == 0, done.stderr
         assert re.search(r"refused: .*no column 'correct'.*lm\.finish\(results\)", done.stdout)
         assert ("holds what HFActivations captured, without the verdicts" in done.stderr) is not finishes
 
@@ -541,7 +537,9 @@ def test_stock_tasks_ask_what_local_task_files_ask(
 
 def test_kept_index_of_tasks_is_lm_evals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    full = TaskManager()._index
+    scanned, none = TaskManager(), TaskManager(include_defaults=False)  # a scan takes seconds
+    full = scanned._index
+    monkeypatch.setattr(harness, "TaskManager", lambda **how: none if how else scanned)
     harness.task_manager([], include_defaults=True)
     (file,) = (tmp_path / "automatic-eval").iterdir()
     monkeypatch.setattr(harness, "TaskManager", lambda **how: TaskManager(include_defaults=False))  # not scanned again
@@ -562,6 +560,21 @@ def test_templates_are_compiled_once_and_render_alike() -> None:
         assert utils.apply_template("{{a}} {{b|upper}}", {"a": 1, "b": "x"}) == before == "1 X"
         assert utils.env.from_string("{{a}}") is utils.env.from_string("{{a}}")
     assert utils.env.from_string == stock
+
+
+def test_the_environment_is_described_once_and_as_lm_eval_does_it(
+    demo: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, asked = collect_env.get_pretty_env_info(), []
+    known = collect_env.get_env_info()
+    monkeypatch.setattr(collect_env, "get_env_info", lambda: asked.append(1) or known)
+    harness._environment.cache_clear()
+    for _ in range(2):
+        outcome = run_benchmark(demo, stock(("demo_facts",), limit=1))
+        assert outcome.results["pretty_env_info"] == expected
+    assert asked == [1]
+    assert collect_env.get_pretty_env_info() == expected
+    assert asked == [1, 1]  # others' calls are as they were
 
 
 @pytest.mark.parametrize("folder", [DEMO_FOLDER, pytest.param(STORIES, marks=needs_real)], ids=["demo", "stories"])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.forked import Forked
 from helpers.places import ROOT
 
 
@@ -34,6 +35,6 @@ EXPECTED = {
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_example_runs(example: Path, tmp_path: Path) -> None:
     assert len(example.read_text().splitlines()) < 40
-    done = subprocess.run([sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True)
+    done = Forked([str(example)], tmp_path).wait()
     assert done.returncode == 0, done.stderr
     assert EXPECTED[example.name] in done.stdout

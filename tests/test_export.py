@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from helpers.forked import Forked
 from helpers.places import ROOT
 from helpers.samples import SETTINGS, make_sample, same, write_run
 from safetensors import safe_open
@@ -285,10 +286,12 @@ from AutomaticEval.errors import DiskFull
 from AutomaticEval.store.export.formats import export
 import datasets, pyarrow
 limit = int(sys.argv[4])
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
 try:
     export(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
 except DiskFull as error:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))  # the output is a file, too
     print("DiskFull:", error)
 """
 
@@ -298,8 +301,7 @@ except DiskFull as error:
 def test_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path, to: str, limit: int) -> None:
     """A file-size limit stops the writing in the first file, and in the middle of the activations."""
     write_shard(tmp_path / "one.h5", [make_sample(n_prompt=100, width=512)], "m", SETTINGS)
-    command = [sys.executable, "-c", FILLS_THE_DISK, str(tmp_path / "one.h5"), str(tmp_path / "out"), to, str(limit)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
+    done = Forked(["-c", FILLS_THE_DISK, str(tmp_path / "one.h5"), str(tmp_path / "out"), to, str(limit)]).wait()
     assert done.returncode == 0, done.stderr
     assert "DiskFull: the disk is full" in done.stdout
     assert os.listdir(tmp_path) == ["one.h5"]

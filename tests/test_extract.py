@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import OrderedDict
 from functools import partial
@@ -18,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.commands import ACCELERATE, TORCHRUN, process, within
+from helpers.commands import process, within
+from helpers.forked import MAIN, Forked, ended_together, forked, two_ranks
 from helpers.models import CONFIGS, build
 from helpers.places import ROOT
 
@@ -73,7 +71,7 @@ def made(folder: Path, name: str) -> Path:
 
 def test_a_profile_over_three_families(three: list[str], tmp_path: Path, tokenizer: Any) -> None:
     asked = ["--profile", "baseline", "--num_samples", "6", "--model", ",".join([three[0], "/no/model", *three[1:]])]
-    done = process("extract", *asked, cwd=tmp_path)
+    done = forked("extract", *asked, cwd=tmp_path)
     assert done.returncode == 1, done.stderr  # one model is not there; the others are
     root = made(tmp_path, "baseline")
     profile = load_profile("baseline")
@@ -243,20 +241,17 @@ def test_a_killed_extraction_goes_on(tmp_path: Path) -> None:
     """SIGTERM in the middle; the printed command makes the rest, and the run is that of one that was never stopped."""
     (tmp_path / "texts.txt").write_text("\n".join(f"What is {number} + {number % 50}?" for number in range(6000)))
     asked = ["--texts", "texts.txt", "--model", "demo", "--layers", "0", "--sites", "embed", "--batch_size", "4"]
-    whole = [sys.executable, str(ROOT / "main.py"), "extract", *asked]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(whole, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    seen = ""
-    while "2048/6000" not in seen:
-        assert process.poll() is None, seen
-        seen += process.stderr.read(1)
+    process = Forked([MAIN, "extract", *asked], tmp_path)
+    while "2048/6000" not in process.said()[1]:
+        assert process.poll() is None, process.said()
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    printed = shlex.split(process.communicate()[1].partition("To go on:\n")[2].splitlines()[0])
+    printed = shlex.split(process.wait().stderr.partition("To go on:\n")[2].splitlines()[0])
     folder = made(tmp_path, "texts_demo")
     left = open_run(folder)
     assert 2048 <= len(left) < 6000
     assert not left.finished
+    time.sleep(1)  # timestamps have whole seconds
     started = time.time()
     assert printed[:2] == ["python", str(ROOT / "main.py")]
     done = within(*printed[2:], cwd=tmp_path)
@@ -274,14 +269,14 @@ def test_a_killed_extraction_goes_on(tmp_path: Path) -> None:
     assert not verify(folder)
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_share_the_texts(launcher: list[str], tmp_path: Path) -> None:
+def test_two_processes_share_the_texts(tmp_path: Path) -> None:
     texts = [f"What is {number} + {number % 5}? It is {number * 3}." for number in range(40)]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     asked = ["--texts", "texts.txt", "--model", "demo", "--layers", "1", "--sites", "resid_post,z"]
-    for how, output in ((partial(process, launcher=launcher), "two"), (within, "one")):
-        done = how("extract", *asked, "--output", output, cwd=tmp_path)
+    for done in ended_together(two_ranks(MAIN, "extract", *asked, "--output", "two", cwd=tmp_path)):
         assert done.returncode == 0, done.stderr
+    done = within("extract", *asked, "--output", "one", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     two, one = open_run(tmp_path / "two"), open_run(tmp_path / "one")
     assert two.column("prompt") == one.column("prompt") == texts
     for number in range(40):
@@ -298,9 +293,11 @@ def test_a_model_that_is_not_there_does_not_lose_the_others_of_two_processes(tmp
     lines = [json.dumps({"category": name, "text": f"{name} {number}"}) for name in "ab" for number in range(3)]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     asked = ["extract", "--profile", "mine.toml", "--layers", "0", "--sites", "embed"]
-    done = process(*asked, cwd=tmp_path, launcher=TORCHRUN)
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.count("/no/model, a: ModelUnavailable") == 1  # the first process says so
+    done = ended_together(two_ranks(MAIN, *asked, cwd=tmp_path))
+    assert 1 in [each.returncode for each in done], done
+    assert (
+        "".join(each.stderr for each in done).count("/no/model, a: ModelUnavailable") == 1
+    )  # the first process says so
     for name in "ab":
         prompts = open_run(made(tmp_path, "mine") / f"demo_{name}").column("prompt")
         assert prompts == [f"{name} {number}" for number in range(3)]

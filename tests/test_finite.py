@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers.commands import process
+from helpers.forked import forked
 from helpers.models import build
 from helpers.places import ROOT
 from helpers.samples import SETTINGS, make_sample
@@ -196,7 +196,7 @@ def test_a_benchmark_says_it_at_its_end_and_strict_stops_it(
 
 
 def test_the_command_line_has_strict(tmp_path: Path) -> None:
-    done = process("--strict", "--limit", "1", cwd=tmp_path)
+    done = forked("--strict", "--limit", "1", cwd=tmp_path)
     assert done.returncode != 0
     assert "--strict was given, but nothing is captured" in done.stderr
     assert shard_names(tmp_path) == []

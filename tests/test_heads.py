@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from helpers.commands import process, within
+from helpers.commands import within
+from helpers.forked import Forked, forked
 from helpers.models import CONFIGS, FAMILIES, build
 from helpers.raw_hooks import n_hooks
 from scipy.stats import spearmanr
@@ -239,9 +238,7 @@ def test_over_a_stored_run_and_beside_a_benchmark(demo: LoadedModel, tmp_path: P
     with pytest.raises(StoreError, match="other weights"):
         strength_of_run(open_run(only_z or ""), LoadedModel(build(CONFIGS["llama"]()), demo.tokenizer, "other"))
     script = f"import sys; from AutomaticEval import *; print(strength_of_run(open_run({str(only_z)!r}), 'demo')[0, 0]['R_h'])"
-    alone = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True
-    )  # nothing is known there
+    alone = Forked(["-c", script]).wait()  # nothing is known there
     assert float(alone.stdout) == pytest.approx(found[0, 0]["R_h"], rel=1e-5)
     with pytest.raises(StoreError, match="keep z and pass the model"):
         strength_of_run(open_run(only_z or ""))
@@ -518,7 +515,7 @@ def test_heads_compare_from_the_command_line(answers: list[str], two_models: tup
     (tmp_path / "data.json").write_text(json.dumps([{"input": f"What is {n} + 1?"} for n in range(12)]))
     asked = ["heads", "compare", "--pre_tuned_model", two_models[0], "--fine_tuned_model", two_models[1]]
     asked += ["--data_path", "data.json", "--sample_num", "5", "--output_dir", "results", *answers]
-    done = process(*asked, cwd=tmp_path)
+    done = forked(*asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     written = sorted(path.name for path in (tmp_path / "results").iterdir())
     assert written == [

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers.forked import MAIN, Forked
 from helpers.places import ROOT
 from helpers.samples import SETTINGS, make_sample, with_right_checksums, write_run
 
@@ -309,18 +310,11 @@ def test_verify_on_the_command_line_says_what_is_wrong_and_ends(tmp_path: Path) 
         damaged[at // 8] ^= 1 << at % 8
         (tmp_path / "bad.h5").write_bytes(damaged)
         for command in ("verify", "show"):
-            done = subprocess.run(
-                [sys.executable, str(ROOT / "main.py"), command, str(tmp_path / "bad.h5")],
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
+            done = Forked([MAIN, command, str(tmp_path / "bad.h5")]).wait(timeout=60)
             assert done.returncode == 1, done.stderr
             assert "bad.h5" in done.stderr
             assert "Traceback" not in done.stderr
-    whole_again = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), "verify", str(tmp_path / "one.h5")], timeout=60
-    )
+    whole_again = Forked([MAIN, "verify", str(tmp_path / "one.h5")]).wait(timeout=60)
     assert whole_again.returncode == 0
 
 

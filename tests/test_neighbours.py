@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.commands import TORCHRUN, process
+from helpers.forked import MAIN, ended_together, two_ranks
 from helpers.models import ALL, CONFIGS, FAMILIES, OTHERS, build
 from helpers.samples import assert_near, assert_same_rows
 from helpers.tasks import loglikelihoods
@@ -65,6 +65,19 @@ WORDS = [
 ]
 
 
+WHOLE = ("llama", "phi3-longrope", "rwkv")
+"""Every setting with a usual model, and with one of each reason for which rows are computed apart."""
+
+
+def paired(*settings: dict[str, Any]) -> pytest.MarkDecorator:
+    """Every model without settings and with one of them in turn, and the models of WHOLE with each."""
+    pairs = []
+    for number, name in enumerate(ALL):
+        chosen = settings if name in WHOLE else [settings[number % len(settings)]]
+        pairs += [(name, each) for each in ({}, *chosen)]
+    return pytest.mark.parametrize(("loaded", "settings"), pairs, indirect=["loaded"])
+
+
 @pytest.fixture(scope="module", params=list(ALL))
 def loaded(request: pytest.FixtureRequest, tokenizer: Any) -> LoadedModel:
     model = build(ALL[request.param]())
@@ -81,9 +94,7 @@ def texts(seed: int, lengths: Sequence[int], begins: str = "") -> list[str]:
     return [begins + " ".join(drawn.choices(WORDS, k=length)) for length in lengths]
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"no_repeat_ngram_size": 2}, {"repetition_penalty": 1.7}, {"sequence_bias": [[[9, 11], 4.0]]}]
-)
+@paired({"no_repeat_ngram_size": 2}, {"repetition_penalty": 1.7}, {"sequence_bias": [[[9, 11], 4.0]]})
 def test_answers_and_rows(loaded: LoadedModel, settings: dict[str, Any]) -> None:
     """Prompts on both sides of 24 tokens, where long ropes change, of which some cross it while they are answered."""
     drawn = random.Random(1)
@@ -135,14 +146,10 @@ def answered(loaded: LoadedModel, asked: Sequence[str], how: dict[str, Any], **l
     return {int(sample.fields["doc_id"]): sample for sample in found}
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"no_repeat_ngram_size": 2},
-        {"bad_words_ids": [[11, 12], [40]]},
-        {"repetition_penalty": 1.7, "min_length": 80},
-    ],
+@paired(
+    {"no_repeat_ngram_size": 2},
+    {"bad_words_ids": [[11, 12], [40]]},
+    {"repetition_penalty": 1.7, "min_length": 80},
 )
 def test_lm_evals_answers_and_rows(loaded: LoadedModel, settings: dict[str, Any]) -> None:
     """By lm-eval's batches, whose prompts share a beginning of more than one prefilled chunk, or nothing."""
@@ -282,8 +289,8 @@ def test_resumed_and_shared_runs(demo: LoadedModel, tmp_path: Path, monkeypatch:
 
     arguments = ["--capture_activations", "--benchmark", name, "--include_path", str(tmp_path), "--positions", "all"]
     arguments += ["--batch_size", "3", "--activation_save_dir", str(tmp_path / "shared")]
-    done = process(*arguments, cwd=tmp_path, launcher=TORCHRUN)
-    assert done.returncode == 0, done.stderr
+    for done in ended_together(two_ranks(MAIN, *arguments, cwd=tmp_path)):
+        assert done.returncode == 0, done.stderr
     (shared,) = (tmp_path / "shared").iterdir()
     assert_same_runs(shared, alone)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.commands import process, within
+from helpers.commands import within
+from helpers.forked import forked
 from helpers.models import CONFIGS, build
 from helpers.raw_hooks import n_hooks
 
@@ -166,7 +167,7 @@ def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(
         json.dumps({"clean": ONE, "corrupted": OTHER, "answer": " the", "wrong": " is"})
     )
-    done = process(
+    done = forked(
         "heads",
         "patch",
         "--head-spec",

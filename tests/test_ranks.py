@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.commands import ACCELERATE, TORCHRUN
+from helpers.commands import ACCELERATE, TORCHRUN, process
+from helpers.forked import MAIN, ended_together, forked, two_ranks
 from helpers.places import ROOT
 
 from AutomaticEval import open_run
@@ -22,12 +20,16 @@ from AutomaticEval.processes import Ranks, join_ranks
 from AutomaticEval.store.run import Run
 
 
-def run(launcher: list[str], folder: Path, *options: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
-    command = [*(launcher or [sys.executable]), "main.py", *options, "--activation_save_dir", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0 or not check, done.stderr.decode()[-8000:]
-    return done
+def shared(folder: Path, *options: str) -> list[subprocess.CompletedProcess[str]]:
+    """A run of two processes that no launcher started."""
+    return ended_together(two_ranks(MAIN, *options, "--activation_save_dir", str(folder)))
+
+
+def alone(folder: Path, *options: str) -> Path:
+    """The same run of one process. Returns `folder`."""
+    done = forked(*options, "--activation_save_dir", str(folder), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 def made_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Run]:
@@ -41,22 +43,31 @@ def made_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Run]:
     return json.loads(results.read_text())["results"], samples, open_run(made)
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_give_what_one_gives(launcher: list[str], own_tasks: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def asked(own_tasks: str) -> list[str]:
     """Random few-shot examples, windows, duplicates; a question fewer than processes in one task; a number that is odd."""
-    asked = ["--capture_activations", "--benchmark", "demo,pages,twice,greedy", "--include_path", own_tasks]
-    asked += ["--num_fewshot", "1", "--limit", "7", "--batch_size", "4", "--positions", "all"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    run([], one, *asked)
-    printed = run(launcher, two, *asked)
-    assert printed.stdout.count(b"Activations:") == 1  # the first process alone says so
-    assert printed.stderr.count(b"Run folder:") == 1
-    (results, samples, alone), (shared_results, shared_samples, shared) = made_in(one), made_in(two)
+    given = ["--capture_activations", "--benchmark", "demo,pages,twice,greedy", "--include_path", own_tasks]
+    return [*given, "--num_fewshot", "1", "--limit", "7", "--batch_size", "4", "--positions", "all"]
+
+
+@pytest.fixture(scope="module")
+def one(asked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return alone(tmp_path_factory.mktemp("one"), *asked)
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_give_what_one_gives(launcher: list[str], asked: list[str], one: Path, tmp_path: Path) -> None:
+    two = tmp_path / "two"
+    printed = process(*asked, "--activation_save_dir", str(two), cwd=ROOT, launcher=launcher)
+    assert printed.returncode == 0, printed.stderr[-8000:]
+    assert printed.stdout.count("Activations:") == 1  # the first process alone says so
+    assert printed.stderr.count("Run folder:") == 1
+    (results, samples, expected), (shared_results, shared_samples, made) = made_in(one), made_in(two)
     assert shared_results == results
     assert shared_samples == samples
-    assert shared.finished
-    assert len(shared) == len(alone)
-    for first, second in zip(alone, shared, strict=True):
+    assert made.finished
+    assert len(made) == len(expected)
+    for first, second in zip(expected, made, strict=True):
         for name in ("task", "doc_id", "choice", "repeat", "window", "response", "correct"):
             assert first[name] == second[name]
         for key, rows in first["activations"].items():
@@ -78,8 +89,8 @@ def test_both_processes_work_and_sample_differently(own_tasks: str, tmp_path: Pa
         "outcome = evaluate_with_activations('demo', 'often', repeats=4, gen_kwargs='temperature=3.0', **how)\n"
         "assert bool(outcome.scores) == (outcome.folder is not None and bool(outcome.samples))\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*TORCHRUN, str(script)], check=True, capture_output=True, cwd=ROOT, env=environment)
+    for done in ended_together(two_ranks(str(script))):
+        assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "out").iterdir()
     numbers = {int(path.stem[6:]) % 2 for path in folder.glob("shard-*.h5")}
     assert numbers == {0, 1}
@@ -89,36 +100,25 @@ def test_both_processes_work_and_sample_differently(own_tasks: str, tmp_path: Pa
     assert answers[0] != answers[1]  # the first of each rank: with the same random state they would be the same
 
 
-def kill_all(program: Path) -> None:
-    """SIGKILL to the launcher and its processes, which have sessions of their own."""
-    for line in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if str(program).encode() in line.read_bytes():
-                os.kill(int(line.parent.name), signal.SIGKILL)
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the processes in /proc, which Linux has")
 def test_shared_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     """Every process killed at once, as by a batch system; resumed by two, and the result is one process's."""
     asked = ["--capture_activations", "--benchmark", "demo", "--limit", "40", "--batch_size", "2", "--positions", "all"]
     script = "from AutomaticEval.store import writer; writer.SHARD_SECONDS = 0.05\nfrom AutomaticEval.cli.app import main; main()"
-    program = tmp_path / "program.py"
-    program.write_text(script)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, str(program), *asked, "--activation_save_dir", str(tmp_path / "two")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, env=environment)
-    while process.poll() is None and len(list((tmp_path / "two").glob("*/shard-*.h5"))) < 6:
-        time.sleep(0.02)
-    assert process.poll() is None
-    kill_all(program)
-    process.communicate()
+    processes = two_ranks("-c", script, *asked, "--activation_save_dir", str(tmp_path / "two"))
+    while len(list((tmp_path / "two").glob("*/shard-*.h5"))) < 6:
+        assert all(each.poll() is None for each in processes)
+        time.sleep(0.005)
+    for each in processes:
+        each.send_signal(signal.SIGKILL)
+    assert [done.returncode for done in ended_together(processes)] == [-signal.SIGKILL] * 2
     (folder,) = (tmp_path / "two").iterdir()
     assert not open_run(folder).finished
-    refused = run(TORCHRUN, tmp_path / "two", *asked, "--resume", str(folder), "--num_fewshot", "1", check=False)
-    assert refused.returncode != 0
-    assert b"benchmark.num_fewshot was None and is 1" in refused.stderr
-    run(TORCHRUN, tmp_path / "two", *asked, "--resume", str(folder))
-    run([], tmp_path / "one", *asked)
+    refused = shared(tmp_path / "two", *asked, "--resume", str(folder), "--num_fewshot", "1")
+    assert any(done.returncode for done in refused)
+    assert any("benchmark.num_fewshot was None and is 1" in done.stderr for done in refused)
+    for done in shared(tmp_path / "two", *asked, "--resume", str(folder)):
+        assert done.returncode == 0, done.stderr
+    alone(tmp_path / "one", *asked)
     assert made_in(tmp_path / "two")[0] == made_in(tmp_path / "one")[0]
     table = open_run(folder).table()
     assert len(table) == 200

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import chdir, suppress
@@ -21,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import within
+from helpers.forked import Forked
 from helpers.models import CONFIGS, build
-from helpers.places import ROOT
 from helpers.plain_lm_eval import as_json, plain
 from helpers.tasks import MIXED
 from lm_eval.models.huggingface import HFLM
@@ -97,6 +94,7 @@ def test_a_resumed_run_takes_the_measured_tokens_of_the_run(
 
 
 @pytest.mark.parametrize(("scoring", "batch_size", "step"), [("stock", 2, 4), ("stock", "auto", 1), ("tree", 2, 16)])
+@pytest.mark.usefixtures("small_probes")
 def test_resumed_run_computes_the_rest_and_scores_the_same(
     scoring: str,
     batch_size: Any,
@@ -360,7 +358,7 @@ main()
 def command(save_dir: Path, resume: Path | None = None, *options: str) -> list[str]:
     asked = ["--capture_activations", "--batch_size", "2", "--limit", "60", "--positions", "all"]
     more = [] if resume is None else ["--resume", str(resume)]
-    return [sys.executable, "-c", SCRIPT, *asked, "--activation_save_dir", str(save_dir), *more, *options]
+    return ["-c", SCRIPT, *asked, "--activation_save_dir", str(save_dir), *more, *options]
 
 
 def shards_of(folder: Path | None) -> set[tuple[str, int]]:
@@ -381,21 +379,20 @@ def test_killed_at_random_moments_the_command_goes_on(options: list[str], tmp_pa
     runs = tmp_path / "runs"
     folder: Path | None = None
     for _ in range(4):
-        process = subprocess.Popen(
-            command(runs, folder, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT
-        )
+        process = Forked(command(runs, folder, *options))
         before, wanted = shards_of(folder), rng.randint(0, 5)
         while process.poll() is None and len(shards_of(folder) - before) < wanted:
             folder = folder or next(iter(runs.glob("*")), None)
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.1))
-        assert process.poll() is None, (process.communicate()[1] or b"").decode()
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        assert process.poll() is None, process.said()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
         folder = folder or next(iter(runs.glob("*")))
     assert not open_run(folder).finished
-    subprocess.run(command(runs, folder, *options), check=True, capture_output=True, cwd=ROOT)
-    subprocess.run(command(tmp_path / "whole", None, *options), check=True, capture_output=True, cwd=ROOT)
+    for whole_command in (command(runs, folder, *options), command(tmp_path / "whole", None, *options)):
+        done = Forked(whole_command).wait()
+        assert done.returncode == 0, done.stderr
     (whole,) = (tmp_path / "whole").iterdir()
     written = [
         json.loads(next(iter(sorted(each.rglob("results_*.json"))[-1:])).read_text()) for each in (folder, whole)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.commands import process, within
+from helpers.commands import within
+from helpers.forked import forked
 from helpers.models import CONFIGS, FAMILIES, build
 from helpers.raw_hooks import n_hooks
 from scipy.stats import permutation_test
@@ -441,7 +442,7 @@ command = partial(within, "heads")
 
 
 def test_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
-    done = process(
+    done = forked(
         "heads", "screen", "--sample_num", "6", "--permutations", "50", "--output", "scores.json", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr

@@ -8,8 +8,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -26,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from helpers.places import ROOT
+from helpers.forked import Forked
 from helpers.samples import SETTINGS, make_sample, same, sample_of
 
 from AutomaticEval import open_run
@@ -405,27 +403,24 @@ with RunWriter(Path(sys.argv[1]), "m", {}, shard_bytes=2**24, resume=True) as ma
 def test_killed_while_two_shards_are_written_by_several_threads_the_rest_is_whole(tmp_path: Path) -> None:
     """SIGKILL comes as soon as a file that has no name yet has grown; each process goes on where the one before was killed."""
     folder, moments = tmp_path / "run", random.Random(0)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     n_killed = 0
     while n_killed < 4:
-        with subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(folder)], cwd=ROOT, env=environment, stdout=subprocess.PIPE
-        ) as writing:
-            assert writing.stdout is not None
-            assert writing.stdout.readline() == b"begun\n"
-            before = set(shard_names(folder))
-            least = moments.randrange(1, 2**24)
-            while writing.poll() is None and not any(size >= least for size in partial_sizes(folder)):
-                time.sleep(0.001)
-            writing.send_signal(signal.SIGKILL)
-        if writing.returncode != -signal.SIGKILL:  # it had finished
+        writing = Forked(["-c", KILLED, str(folder)])
+        while "begun" not in writing.said()[0]:
+            assert writing.poll() is None
+        before = set(shard_names(folder))
+        least = moments.randrange(1, 2**24)
+        while writing.poll() is None and not any(size >= least for size in partial_sizes(folder)):
+            time.sleep(0.001)
+        writing.send_signal(signal.SIGKILL)
+        if writing.wait().returncode != -signal.SIGKILL:  # it had finished
             break
         n_killed += 1
         assert before <= set(shard_names(folder))
         for name in shard_names(folder):
             assert verify(folder / name) == []
     if n_killed == 4:
-        subprocess.run([sys.executable, "-c", KILLED, str(folder)], cwd=ROOT, env=environment, check=True)
+        assert Forked(["-c", KILLED, str(folder)]).wait().returncode == 0
     assert n_killed >= 2
     assert not list(folder.glob(".*.partial"))
     run = open_run(folder)

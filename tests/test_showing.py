@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import shutil
-import sys
 import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import process, within
-from helpers.places import ROOT
+from helpers.commands import within
+from helpers.forked import MAIN, Forked, forked
 from helpers.samples import SETTINGS, make_sample
 
 from AutomaticEval.capture.texts.many_runs import Unit, folder_names
@@ -63,17 +63,13 @@ def test_tables_and_lines_hold_any_text(text: str, capsys: pytest.CaptureFixture
 
 def on_a_terminal(path: Path, *arguments: str) -> tuple[int, bytes]:
     """Exit code and what reached the terminal."""
-    child, screen = pty.fork()
-    if not child:
-        os.environ |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        os.execv(sys.executable, [sys.executable, str(ROOT / "main.py"), "show", str(path), *arguments])
-    out = b""
-    try:
-        while piece := os.read(screen, 2**16):
-            out += piece
-    except OSError:  # the terminal is closed
-        pass
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), out
+    screen, terminal = pty.openpty()
+    showing, out = Forked([MAIN, "show", str(path), *arguments], terminal=os.ttyname(terminal)), b""
+    while (ready := select.select([screen], [], [], 0.1)[0]) or showing.poll() is None:
+        out += os.read(screen, 2**16) if ready else b""
+    os.close(terminal)
+    os.close(screen)
+    return showing.wait().returncode, out
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -92,7 +88,7 @@ def test_show_sends_no_command_of_a_file_to_the_terminal(tmp_path: Path, n: int)
 
 
 def test_errors_and_warnings_are_text(tmp_path: Path) -> None:
-    done = process("show", "\x1b[31mabsent[/].h5", cwd=tmp_path)
+    done = forked("show", "\x1b[31mabsent[/].h5", cwd=tmp_path)
     assert done.returncode == 2
     assert r"\x1b[31mabsent[/].h5" in done.stderr
     assert "\x1b" not in done.stderr
@@ -102,17 +98,24 @@ def test_a_model_whose_name_is_markup_is_scored_and_drawn(tmp_path: Path) -> Non
     model = tmp_path / "a[" / "b]y$\\frac$\x1b[31m"
     shutil.copytree(DEMO_FOLDER, model)
     (tmp_path / "texts.json").write_text('["What is red?"]')
-    done = process("--capture_activations", "--limit", "1", "--model", str(model), cwd=tmp_path)
+    done = forked("--capture_activations", "--limit", "1", "--model", str(model), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "all questions" in done.stdout
-    done = process("heads", "strength", "--data_path", "texts.json", "--model", str(model), cwd=tmp_path)
+    done = forked("heads", "strength", "--data_path", "texts.json", "--model", str(model), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "results" / "head_strength.png").exists()
     assert "\x1b" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-@pytest.mark.parametrize("kind", list(_FIGURES))
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (kind, text)
+        for number, kind in enumerate(_FIGURES)
+        for at, text in enumerate(HOSTILE)
+        if text == r"$\frac$" or (at - number) % 4 == 0  # the worst one in each, every other one in a quarter
+    ],
+)
 def test_figures_hold_any_title(tmp_path: Path, kind: str, text: str) -> None:
     mean: dict[str, Any] = {"mean": 1.0, "interval": [0.5, 1.5], "n": 3}
     places = [{"layer": 0, "head": head, text: mean} for head in range(2)]

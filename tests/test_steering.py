@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.commands import environment, within
-from helpers.places import ROOT
+from helpers.commands import within
+from helpers.forked import MAIN, Forked
 from helpers.raw_hooks import n_hooks
 
 from AutomaticEval import (
@@ -162,19 +160,20 @@ def test_a_killed_steer_goes_on_and_computes_only_what_is_missing(
     asked: Path, tmp_path: Path, unbroken: dict[str, Any], sent: signal.Signals
 ) -> None:
     command = ["steer", *of_12_scales(asked)]
-    started = [sys.executable, str(ROOT / "main.py"), *command]
-    killed = subprocess.Popen(started, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    killed = Forked([MAIN, *command], tmp_path)
     folder = tmp_path / "results" / "steer"
     end = time.monotonic() + 120
     while len(list(folder.glob("scale_*.json"))) < 3 and time.monotonic() < end:
         time.sleep(0.01)
     killed.send_signal(sent)
-    _, shown = killed.communicate()
+    shown = killed.wait().stderr
     there = {path.name: path.stat().st_mtime_ns for path in folder.glob("scale_*.json")}
     assert 2 <= len(there) < 12  # a file that is interrupted while it gets its name is taken away again
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["steer"]
     if sent is signal.SIGTERM:
-        told = f"{len(there)} of 12 scales are in results/steer. To go on:\n  {shlex.join(['python', *started[1:]])}\n"
+        told = (
+            f"{len(there)} of 12 scales are in results/steer. To go on:\n  {shlex.join(['python', MAIN, *command])}\n"
+        )
         assert told in shown
     done = within(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

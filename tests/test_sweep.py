@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.commands import process, within
+from helpers.commands import within
+from helpers.forked import forked
 from helpers.models import FAMILIES, build
 from helpers.raw_hooks import n_hooks
 from torch import Tensor
@@ -172,7 +173,7 @@ command = partial(within, "heads", "sweep")
 def test_pairs_from_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     pairs = OF_EQUAL_LENGTH
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(vars(pair)) for pair in pairs))
-    done = process("heads", "sweep", "--pairs", "pairs.jsonl", "--site", "resid_post", "--output", "out", cwd=tmp_path)
+    done = forked("heads", "sweep", "--pairs", "pairs.jsonl", "--site", "resid_post", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "sweep.json").read_text())
     expected = sweep_pairs(demo, pairs, SweepFolder(tmp_path / "again", {}), site="resid_post").as_json()

@@ -111,6 +111,7 @@ def test_the_same_with_and_without_capture(demo: LoadedModel, tmp_path: Path) ->
     assert (bare.n_computed, bare.n_tokens) == (captured.n_computed, captured.n_tokens)
 
 
+@pytest.mark.usefixtures("small_probes")
 def test_measured_budget(demo: LoadedModel, tmp_path: Path) -> None:
     outcome = evaluate_with_activations(demo, "demo", limit=8, batch_size="auto", activation_save_dir=tmp_path)
     assert_near(outcome, plain(demo, ("demo",), str(tmp_path), limit=8))

@@ -23,7 +23,7 @@ from AutomaticEval.evaluation.harness.batch_capture import Sink
 from AutomaticEval.evaluation.harness.call import Workload
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.harness.refusals import refuse_tasks
-from AutomaticEval.evaluation.harness.speedups import LoadedBefore, quick_templates, stock_model
+from AutomaticEval.evaluation.harness.speedups import LoadedBefore, environment_once, quick_templates, stock_model
 from AutomaticEval.evaluation.results.captured_run import RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.results.earlier_answers import EarlierAnswer
 from AutomaticEval.evaluation.results.join import Score, scores_of, without_verdict
@@ -221,7 +221,7 @@ class _Run:
             seeds["torch_random_seed"] = own_seed
         totals = self.tasks.totals
         asked = (asked_docs(totals[name], benchmark, self.tasks.drawn, name) for name in self.tasks.tasks)
-        with quick_templates(), whole_run(sum(map(len, asked)), shows=is_first):
+        with quick_templates(), environment_once(), whole_run(sum(map(len, asked)), shows=is_first):
             results: dict[str, Any] | None = simple_evaluate(
                 model=lm,
                 model_args={"pretrained": short_name(self.loaded.name)},
