@@ -19,7 +19,7 @@ from AutomaticEval.capture.recompute.tolerance import IN_8_BITS, LIMITS, judged,
 from AutomaticEval.capture.tree.suitability import window_of
 from AutomaticEval.errors import first_line
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
-from AutomaticEval.models.checkpoint.loaded_model import quantization_of
+from AutomaticEval.models.checkpoint.loaded_model import computed_dtype, quantization_of
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.recording import Recording, capturing
 from AutomaticEval.sites import Site
@@ -107,7 +107,9 @@ def _compared(graphed: Recording, plain: Recording, columns: range) -> dict[str,
 
 def _first_difference(model: Any, compared: Mapping[str, tuple[Tensor, Tensor]]) -> str | None:
     """The first key whose rows differ by more than rounding explains, in words; None when there is none."""
-    limits = IN_8_BITS if quantization_of(model) == "8bit" else LIMITS.get(model.dtype, LIMITS[torch.bfloat16])
+    limits = (
+        IN_8_BITS if quantization_of(model) == "8bit" else LIMITS.get(computed_dtype(model), LIMITS[torch.bfloat16])
+    )
     for key, (rows, right) in compared.items():
         found = judged([measured(rows, right)], limits)
         if bool(found.wrong.any()):

@@ -24,7 +24,7 @@ from AutomaticEval.capture.recompute.tolerance import (
     narrowed_to,
     score_of,
 )
-from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel, computed_dtype
 from AutomaticEval.samples import fed_of
 from AutomaticEval.selection import Positions
 from AutomaticEval.sites import Site, site_of
@@ -111,7 +111,7 @@ class Comparison:
     def __init__(self, run: Run, loaded: LoadedModel) -> None:
         self.run, self.loaded = run, loaded
         self._made, self._reduced = run.made_with, ReducedAgain(run)
-        self.limits = IN_8_BITS if loaded.numbers().quantization == "8bit" else LIMITS[loaded.model.dtype]
+        self.limits = IN_8_BITS if loaded.numbers().quantization == "8bit" else LIMITS[computed_dtype(loaded.model)]
         self._generation: dict[str | None, Mapping[str, Any] | None] = {}
 
     def of(self, number: int) -> Compared:

@@ -99,3 +99,10 @@ def quantization_of(model: Any) -> str | None:
     if getattr(model, "is_loaded_in_4bit", False):
         return "4bit"
     return str(method)
+
+
+def computed_dtype(model: Any) -> torch.dtype:
+    """The dtype to which a model rounds: its own, or bfloat16 where bitsandbytes has packed weights of 4 bits for a CPU with AVX512-BF16."""
+    states = (getattr(getattr(each, "weight", None), "quant_state", None) for each in model.modules())
+    dtype: torch.dtype = model.dtype
+    return torch.bfloat16 if any(getattr(each, "packing_format_for_cpu", False) for each in states) else dtype
