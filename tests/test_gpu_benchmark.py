@@ -58,7 +58,7 @@ def test_every_section_gives_all_its_numbers(tmp_path: Path) -> None:
     for name, record in measured["sections"].items():
         assert "error" not in record, (name, record["error"])
         assert record["lines"]
-        assert record["took"] > 0
+        assert record["took"] >= 0  # rounded to tenths of a second
         failed = {side: error for side, error in errors(record).items() if not side.startswith("graph")}
         assert not failed, (name, failed)  # a graph needs a GPU
     owed = {name for name in TARGETS if "graph" not in name}
@@ -99,7 +99,9 @@ def test_a_section_that_fails_is_named_and_the_others_run(tmp_path: Path) -> Non
 
 
 def test_an_interrupt_ends_it_and_keeps_what_was_measured(tmp_path: Path) -> None:
-    process = started(tmp_path, "fingerprint", "generate")
+    process = started(
+        tmp_path, "fingerprint", "generate", "prompt", "score"
+    )  # the rest, so that it is not done before the signal comes
     until = time.monotonic() + 300
     while not (tmp_path / "gpu.json").exists() or "generate" not in found(tmp_path)["sections"]:
         assert process.poll() is None, process.stdout and process.stdout.read()
@@ -110,8 +112,10 @@ def test_an_interrupt_ends_it_and_keeps_what_was_measured(tmp_path: Path) -> Non
     assert process.returncode == 130, printed
     sections = found(tmp_path)["sections"]
     assert len(sections["fingerprint"]["lines"]) == 3
-    assert sections["generate"]["error"] == "interrupted"
-    assert "generate failed: interrupted" in printed
+    *before, last = sections
+    assert "fingerprint" in before
+    assert sections[last]["error"] == "interrupted"
+    assert f"{last} failed: interrupted" in printed
     assert os.listdir(tmp_path / "runs") == []
 
 
