@@ -15,6 +15,8 @@ from AutomaticEval.safe_text import shown
 WIDTHS = {"wide": 620, "narrow": 300}
 """The two widths in which each chart is drawn: for a desk, and for a phone."""
 N_COLOURS = 6
+ROOM = 24
+"""Beside the labels, for fonts that are wider than the one with which they were measured."""
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, sans-serif"
 Rows = Sequence[Mapping[str, Any]]
 
@@ -135,8 +137,14 @@ def _drawn(body: Mapping[str, Any], longest: int = 5) -> dict[str, str]:
 
     drawn = {}
     for name, width in WIDTHS.items():
-        beside = min(_LABEL_WIDTH[name], 8 * longest) + 30
-        spec = {**body, "width": width - beside, "autosize": {"type": "pad"}, "config": _config(_LABEL_WIDTH[name])}
+        beside = min(_LABEL_WIDTH[name], 8 * longest) + 30 + ROOM
+        spec = {
+            **body,
+            "width": width - beside,
+            "autosize": {"type": "pad"},
+            "padding": {"left": ROOM, "right": 5, "top": 5, "bottom": 5},
+            "config": _config(_LABEL_WIDTH[name]),
+        }
         drawn[name] = _harmless(vl_convert.vegalite_to_svg(spec))
     return drawn
 

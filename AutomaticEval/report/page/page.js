@@ -227,7 +227,7 @@ function paintTokens(row, key) {
     }
     texts.append(span);
   });
-  box.append(texts, made("p", data.isRank ? "Darker: the next token has a better rank." : "Darker: a larger norm, by its place among the tokens of this prompt.", "tag"));
+  box.append(texts, made("p", data.isRank ? "A stronger colour: the next token has a better rank." : "A stronger colour: a larger norm, by its place among the tokens of this prompt.", "tag"));
 }
 
 function move(event) {
