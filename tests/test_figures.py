@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 from AutomaticEval.analysis.numbers.estimate import effects, mean_interval
 from AutomaticEval.analysis.result import Result
+from AutomaticEval.errors import SelectionError
 from AutomaticEval.report.bars import ends_of, whisker
 from AutomaticEval.report.figures import draw, save_with_figures
 from AutomaticEval.report.heatmap import robust_ends
@@ -46,6 +49,23 @@ def test_an_interval_without_length_is_a_point_none_is_nothing_and_the_widest_is
     ):
         whisker(axes, place, estimate)
     assert [list(line.get_xdata()) for line in axes.lines] == [[1.0], [0.5, 1.5], [0.0, 3.0]]
+
+
+def test_the_same_result_gives_the_same_svg_with_the_figure_of_the_png(tmp_path: Path) -> None:
+    change = {"mean": 0.2, "interval": [0.1, 0.3], "n": 7}
+    summary = {"a & <b> $x": {"before": change, "after": change, "change": change}}
+    result = {"kind": "ablation", "settings": {"model": "demo"}, "samples": [], "units": {}, "summary": summary}
+    (first,), (second,) = (draw(result, tmp_path / name, "svg") for name in ("a", "b"))
+    assert first.name == "ablation_sentiment_comparison.svg"
+    assert first.read_bytes() == second.read_bytes()
+    root = ElementTree.fromstring(first.read_text())
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    (png,) = draw(result, tmp_path / "a")
+    with Image.open(png) as image:
+        width = float(root.attrib["width"].removesuffix("pt"))
+        assert image.width / 150 == pytest.approx(width / 72, rel=0.01)
+    with pytest.raises(SelectionError, match="png, svg"):
+        draw(result, tmp_path / "a", "pdf")
 
 
 def test_an_extreme_cell_does_not_set_the_colours() -> None:

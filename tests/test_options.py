@@ -115,7 +115,7 @@ def test_what_is_written_is_named_by_output_everywhere() -> None:
     writes = {name for name, each in commands().items() if "--output" in [o for p in each.params for o in p.opts]}
     assert writes >= {
         "benchmark", "generate", "extract", "merge", "prune", "export", "heads strength", "heads compare", "heads ablate",
-        "heads patch", "heads sweep", "heads screen", "heads plot", "steer",
+        "heads patch", "heads sweep", "heads screen", "heads plot", "plot", "steer",
     }  # fmt: skip
     for name in writes:
         (output,) = (each for each in commands()[name].params if "--output" in each.opts)

@@ -18,6 +18,7 @@ from AutomaticEval.cli import (
     geometry,
     heads,
     lens,
+    plot,
     probe,
     probe_score,
     report,
@@ -47,6 +48,7 @@ app.command("probe_score")(probe_score.probe_score)
 app.command("lens")(lens.lens)
 app.command("geometry")(geometry.geometry)
 app.command("report")(report.report)
+app.command("plot")(plot.plot)
 app.command("steer")(steer.steer)
 app.command("compare")(compare.compare)
 app.command("sites")(sites.sites)

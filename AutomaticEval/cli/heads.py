@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from AutomaticEval.cli import ablate, options, patch, screen, sweep
+from AutomaticEval.cli import ablate, options, patch, plot, screen, sweep
 from AutomaticEval.cli.finish import Table, finish, result_file, say_written
 from AutomaticEval.cli.interventions import Prompts
 from AutomaticEval.cli.options import MODEL, RUN, SPELLINGS, command, options_of, refuse_unused, takes
@@ -29,7 +29,7 @@ app.command("ablate")(ablate.ablate)
 app.command("patch")(patch.patch)
 app.command("screen")(screen.screen)
 app.command("sweep")(sweep.sweep)
-app.command("plot")(screen.plot)
+app.command("plot")(plot.plot)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`main.py heads screen`: which heads react to categories of prompts; `heads plot`: figures of result files."""
+"""`main.py heads screen`: which heads react to categories of prompts."""
 
 from __future__ import annotations
 
@@ -152,31 +152,3 @@ def _largest(scores: list[HeadScore], most: int = 10) -> Table:
 
 def _p(chance: float | None) -> str:
     return "none" if chance is None else f"{chance:.3g}"
-
-
-@command
-def plot(
-    files: Annotated[list[Path], typer.Argument(help="Result files: scores.json, sweep.json, ablation.json, …")],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder for the figures. Default: beside each file.", rich_help_panel=OUTPUT
-        ),
-    ] = None,
-    overwrite: options.Overwrite = None,
-) -> None:
-    """Draw result files again: head_reaction_heatmap.png, top_heads.png, comparison_heatmap.png, …"""
-    from AutomaticEval.report.figures import check_figures, draw
-    from AutomaticEval.store.disk.json_files import read_json
-    from AutomaticEval.store.disk.overwriting import VERSION, parse_overwrite
-
-    replaces = parse_overwrite(overwrite)
-    if replaces == VERSION:
-        raise SelectionError(
-            "figures are replaced or not; write --overwrite alone, or name another folder with --output."
-        )
-    results = [(read_json(file), output or file.parent) for file in files]
-    check_figures(results, overwrite=replaces)  # all, before the first is drawn
-    for result, folder in results:
-        for figure in draw(result, folder, overwrite=replaces):
-            say(f"Written:     {figure}")

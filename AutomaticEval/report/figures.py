@@ -1,4 +1,4 @@
-"""The figures of each kind of result, as PNG files in one folder."""
+"""The figures of each kind of result, as PNG or SVG files in one folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from AutomaticEval.errors import StoreError
+from AutomaticEval.errors import SelectionError, StoreError
 from AutomaticEval.report.bars import SIGNIFICANT, before_and_after, top_heads
 from AutomaticEval.report.by_scale import by_scale
 from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps, robust_ends
@@ -21,18 +21,23 @@ from AutomaticEval.report.two_runs import two_runs
 from AutomaticEval.store.disk.json_files import read_json, write_json
 from AutomaticEval.store.disk.whole_files import new_file, new_files, prepare_file
 
+FORMATS = ("png", "svg")
 ResultJson = Mapping[str, Any]
 """A result as its file holds it: a kind, and what was measured."""
 
 
-def draw(result: ResultJson, folder: Path, *, overwrite: bool = False) -> list[Path]:
-    """Draw a result into a folder. Returns the figures. Raises StoreError for a result that lacks something, PathExists."""
-    check_figures([(result, folder)], overwrite=overwrite)
-    files = [folder / name for name in _drawn_of(result)]
-    for file in files:
-        with new_file(file, overwrite=overwrite) as partial:
+def draw(result: ResultJson, folder: Path, file_format: str = "png", *, overwrite: bool = False) -> list[Path]:
+    """Draw a result into a folder. Returns the figures. file_format: png or svg.
+
+    Raises StoreError for a result that lacks something, PathExists, SelectionError for another format.
+    """
+    check_figures([(result, folder)], file_format, overwrite=overwrite)
+    files = []
+    for name in _drawn_of(result):
+        files.append((folder / name).with_suffix(f".{file_format}"))
+        with new_file(files[-1], overwrite=overwrite) as partial:
             try:
-                _FIGURES[result["kind"]][file.name](result, partial)
+                _FIGURES[result["kind"]][name](result, partial)
             except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as broken:
                 raise StoreError(
                     f"this is no whole result of the kind {result['kind']!r}: {type(broken).__name__} {broken}."
@@ -56,9 +61,14 @@ def save_with_figures(
     return [file.parent / each.name for each in written]
 
 
-def check_figures(results: Sequence[tuple[ResultJson, Path]], *, overwrite: bool = False) -> None:
-    """Raises StoreError for a kind without figures and for two results that would be drawn into the same file, PathExists for a file that exists."""
-    files = [folder / name for result, folder in results for name in _drawn_of(result)]
+def check_figures(
+    results: Sequence[tuple[ResultJson, Path]], file_format: str = "png", *, overwrite: bool = False
+) -> None:
+    """Raises StoreError for a kind without figures and for two results that would be drawn into the same file, PathExists for a file that exists,
+    SelectionError for a format that is not one of FORMATS."""
+    if file_format not in FORMATS:
+        raise SelectionError(f"no format {file_format!r} of figures; there are {', '.join(FORMATS)}.")
+    files = [(folder / name).with_suffix(f".{file_format}") for result, folder in results for name in _drawn_of(result)]
     for number, file in enumerate(files):
         if file in files[:number]:
             raise StoreError(f"two of these results draw {file}; name a folder for each.")
@@ -280,7 +290,7 @@ _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
     },
     "sweep": {"sweep_heatmap.png": _swept, "sweep_top_heads.png": _swept_top},
 }
-"""Kind -> file name of a figure -> the function that draws it."""
+"""Kind -> file name of a figure -> the function that draws it, as SVG where the path that it gets ends in .svg."""
 _PARTS = {
     "ablation_sentiment_comparison.png": "summary",
     "ablation_benchmark.png": "benchmark",

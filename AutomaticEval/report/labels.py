@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -49,7 +50,14 @@ def plain_log_ticks(axis: Any) -> None:
 
 
 def save(figure: Figure, path: str | Path | Any, dpi: float) -> None:
-    """Write a figure as a PNG. Matplotlib's warnings of characters that the font lacks are left out."""
-    with warnings.catch_warnings():
+    """Write a figure: as SVG to a path that ends in .svg, else as PNG. The same figure gives the same bytes.
+
+    Matplotlib's warnings of characters that the font lacks are left out.
+    """
+    is_svg = isinstance(path, str | Path) and Path(path).suffix == ".svg"
+    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "AutomaticEval"}):
         warnings.filterwarnings("ignore", "Glyph ")
-        figure.savefig(path, dpi=dpi, format="png")
+        if is_svg:
+            figure.savefig(path, dpi=dpi, format="svg", metadata={"Date": None})
+        else:
+            figure.savefig(path, dpi=dpi, format="png")
