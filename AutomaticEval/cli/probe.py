@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from AutomaticEval.cli.finish import Table, finish, result_file
-from AutomaticEval.cli.options import OUTPUT, RUN, command
+from AutomaticEval.cli.options import OUTPUT, RUN, command, refuse_unused
 from AutomaticEval.cli.printing import progress_of_work, say
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ Output = Annotated[
 
 @command
 def probe(
+    context: typer.Context,
     path: Annotated[Path, typer.Argument(help="A run of questions.", metavar="RUN")],
     target: TargetName = "correct",
     positive: Positive = None,
@@ -123,6 +124,8 @@ def probe(
     from AutomaticEval.store.reader import open_run
     from AutomaticEval.store.upkeep.prune import kept_keys
 
+    if grid:
+        refuse_unused(context, "--grid has positions of its own; several of --position are a grid, too", "position")
     run = open_run(path)
     keys = None if sites is None and layers is None else kept_keys(run, sites, layers)
     file = output if output.suffix == ".json" else output / "probe.json"

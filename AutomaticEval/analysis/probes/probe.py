@@ -195,7 +195,9 @@ def _with_shuffled_labels(of: Target, asked: Asked, judge: Judge, spot: Spot, la
     repeats = list(folds(labels, judge.units, n_folds, asked.n_repeats, asked.seed))
     rows = rows_of(of.questions, spot.site, spot.position)
     found = out_of_fold(lambda _: rows, labels, repeats)
-    return JudgedBaseline("shuffled", f"shuffled labels, {spot.name}", Judge(labels, judge.units, repeats)(found, STRICT))
+    return JudgedBaseline(
+        "shuffled", f"shuffled labels, {spot.name}", Judge(labels, judge.units, repeats)(found, STRICT)
+    )
 
 
 def _first_token(questions: Questions, spot: Spot) -> Baseline:

@@ -22,7 +22,9 @@ Array = np.ndarray[Any, Any]
 class RowsOnDisk:
     """Gives the rows of a key at one of the positions of each sequence."""
 
-    def __init__(self, folder: Path, formats: Mapping[str, tuple[torch.dtype, int]], line: Array, n_places: int) -> None:
+    def __init__(
+        self, folder: Path, formats: Mapping[str, tuple[torch.dtype, int]], line: Array, n_places: int
+    ) -> None:
         self._folder, self._formats = folder, formats
         self._line, self._n_places = line, n_places  # line: [n_sequences], equal sequences have one
 

@@ -216,7 +216,7 @@ class Questions(Sequence[Question]):
         return rows_at(source.path, source.contents, first, wanted, str(position))
 
     def positions(self, position: str) -> Array:
-        """[n_questions]: where in its sequence a question's token is, whether or not the run kept its row; -1 where it has no such token.
+        """[n_questions]: where in its sequence a question's token is, whether or not the run kept its row; -1 where it has no such token that was fed.
 
         position: of the prompt or the response, as in `activations`. Raises UnknownPositions.
         """
@@ -248,7 +248,7 @@ class Questions(Sequence[Question]):
         missing = np.flatnonzero(wanted == NONE)
         if len(missing):
             raise StoreError(
-                f"{self._source.path}: {len(missing)} of {len(self)} questions have no {position}, the first of them {self[int(missing[0])].name}. Take those "
+                f"{self._source.path}: {len(missing)} of {len(self)} questions have no {position} that was fed, the first of them {self[int(missing[0])].name}. Take those "
                 f"that have one: run.where(run.questions().has({position!r}))."
             )
 

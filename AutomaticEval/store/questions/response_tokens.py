@@ -54,7 +54,7 @@ def positions_in_response(
 ) -> Array:
     """[n_questions]: the position of the token in its sequence; NONE where the response has no such token, and for questions with choices.
 
-    samples: [n_questions]: their numbers in contents. columns: those of OF_RESPONSE. A position may be that of the very last token, which was never fed and has no row.
+    samples: [n_questions]: their numbers in contents. columns: those of OF_RESPONSE. The very last token was never fed, and counts as none.
     """
     strings, prompts = contents.strings(), contents.columns.whole("prompt")
     found = np.full(len(samples), NONE, dtype=np.int64)
@@ -65,7 +65,7 @@ def positions_in_response(
         part = _part(wanted.part, response, prompts[sample], prediction, choices)
         ids = contents.generated_ids.item(sample).tolist()
         token = None if part is None else _token(response, part, ids, strings, wanted.index)
-        if token is not None:
+        if token is not None and token < len(ids) - 1:
             found[number] = len(contents.input_ids.item(sample)) + token
     return found
 

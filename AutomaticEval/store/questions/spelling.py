@@ -21,7 +21,9 @@ def spelled(text: str, tokens: Sequence[str | None]) -> list[Span] | None:
     spell nothing, and neither do tokens after the text's end; blanks may lack at its beginning.
     """
     whole = text.encode("utf-8", "surrogatepass")
-    return next((found for each in (_of_bytes, _of_pieces) if (found := _aligned(whole, tokens, each)) is not None), None)
+    return next(
+        (found for each in (_of_bytes, _of_pieces) if (found := _aligned(whole, tokens, each)) is not None), None
+    )
 
 
 def in_bytes(text: str, span: Span) -> Span:
