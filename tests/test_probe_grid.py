@@ -15,13 +15,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from AutomaticEval import difference_of_means, load_direction, load_probe, probe
+from AutomaticEval import difference_of_means, evaluate_with_activations, load_direction, load_probe, open_run, probe
 from AutomaticEval.analysis.probes.asked import Asked, judge_of, rows_of
 from AutomaticEval.analysis.probes.grid.positions import grid_of
 from AutomaticEval.analysis.probes.saved.prompt_score import prompt_score
 from AutomaticEval.analysis.probes.target import target_of
 from AutomaticEval.analysis.steering.of_probe import best_direction
 from AutomaticEval.errors import SelectionError, StoreError
+from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.pages.probe_result import probe_section
 from AutomaticEval.store.run import Run
 
@@ -203,7 +204,7 @@ def test_a_run_with_one_position_has_no_grid(tmp_path: Path) -> None:
     run = generated(tmp_path / "run", at=1, positions="prompt[-1:]")
     with pytest.raises(
         StoreError,
-        match=r"two positions or more.*has prompt\[-1\] \(prompt\[-2\]: of 120 of 120 questions the row was not stored",
+        match=r"two positions or more.*has prompt\[-1\] \(prompt\[-2\]: the row of 120 of 120 questions was not stored",
     ) as told:
         probe(run, grid=True)
     assert "--positions all" in str(told.value)
@@ -258,3 +259,21 @@ def test_positions_that_cannot_be_asked_are_told_in_one_line(
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_choices_beside_generated_answers_have_the_prompt_alone(demo: LoadedModel, tmp_path: Path) -> None:
+    """Facts with four choices, and sums with a generated answer."""
+    evaluate_with_activations(demo, "demo", limit=6, output=tmp_path / "run", positions="all")
+    run = open_run(tmp_path / "run")
+    grid = grid_of([run.questions()])
+    assert grid.positions == tuple(f"prompt[-{n}]" for n in range(8, 0, -1))
+    assert {each.position: each.reason for each in grid.left_out}["response[0]"] == (
+        "6 of 12 questions have choices, or no such token that was fed"
+    )
+    assert "response[0]" not in [each.position for each in grid_of([run.where(task="demo_facts").questions()]).left_out]
+    of_sums = grid_of([run.where(task="demo_arithmetic").questions()])
+    assert of_sums.positions[8:] == ("response[0]", "exact_answer[0]", "exact_answer[-1]")
+    norms = tmp_path / "norms"
+    evaluate_with_activations(demo, "demo_arithmetic", limit=4, output=norms, positions="all", reduce="mean")
+    with pytest.raises(StoreError, match="two positions or more"):
+        grid_of([open_run(norms).questions()])

@@ -49,13 +49,13 @@ def drawn(family: str, dtype: torch.dtype = torch.float32, seed: int = SEED) -> 
     return AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype).eval()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_rows_are_those_of_transformers_own_model_with_the_seed(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("gpt2", "float32"), ("llama", "bfloat16")])
+def test_rows_are_those_of_transformers_own_model_with_the_seed(family: str, dtype: str, tmp_path: Path) -> None:
     CONFIGS[family]().save_pretrained(tmp_path)
     before = torch.random.get_rng_state()
-    made = random_model(str(tmp_path), LoadOptions(dtype="float32", device="cpu"), SEED)
+    made = random_model(str(tmp_path), LoadOptions(dtype=dtype, device="cpu"), SEED)
     assert torch.equal(torch.random.get_rng_state(), before)
-    source, model = np.random.default_rng(1), drawn(family)
+    source, model = np.random.default_rng(1), drawn(family, getattr(torch, dtype))
     sequences = [source.integers(1, 400, n) for n in (3, 9, 5)]
     sequences.append(sequences[1].copy())
     places = np.array([[0, 2], [8, 4], [4, 4], [8, 4]])

@@ -102,6 +102,7 @@ def test_a_row_that_was_not_kept_is_not_there(tmp_path: Path) -> None:
         True,
     ]
     assert questions.positions("prompt[-2]").tolist() == [2]
+    assert not run.where(run.questions().has("thinking[7]")).questions().has("prompt[-1]").any()
 
 
 def test_which_positions_are_before_the_answer() -> None:

@@ -73,8 +73,8 @@ def _by_layer(result: Mapping[str, Any], baselines: list[tuple[str, Mapping[str,
         marked = [(auroc["mean"], name), (CHANCE, "chance")]
         told = f"The dashed line is the best baseline ({name}, {auroc['mean']:.3f}); the solid line is chance, 0.5."
     band = "Bands: 95 % intervals of all places together." if any(row["low"] is not None for row in rows) else ""
-    at = f" at {position_of(result)}" if "grid" in result else ""
-    return lines_chart(f"AUROC by layer{at}", f"{told} {band}".strip(), rows, ("layer", "AUROC"), marked=marked)
+    where = f" at {position_of(result)}" if "grid" in result else ""
+    return lines_chart(f"AUROC by layer{where}", f"{told} {band}".strip(), rows, ("layer", "AUROC"), marked=marked)
 
 
 def _beside(best: Mapping[str, Any], baselines: list[tuple[str, Mapping[str, Any]]]) -> Chart:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -65,7 +65,7 @@ def heatmaps(
     for number, (panel, (grid, layers, heads)) in enumerate(zip(panels, grids, strict=True), 1):
         axes = figure.add_subplot(rows, columns, number)
         axes.set_facecolor("0.8")
-        aspect = "auto" if names else "equal"
+        aspect: Literal["auto", "equal"] = "auto" if names else "equal"
         shown = axes.imshow(np.ma.masked_invalid(grid), aspect=aspect, origin="lower", **_colours(grid, panel))
         axes.set(title="\n".join(wrap(label(panel.title), 36)), xlabel=across, ylabel="Layer")
         _label(axes.xaxis, heads)

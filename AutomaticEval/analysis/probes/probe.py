@@ -62,11 +62,12 @@ def probe(
     are more than two. keys: sites, in any spelling; by default all of the run but patterns and logits. position: as in `Questions.activations`; several (a
     sequence, or with commas) make each site at each position a place. grid: the usual positions, of those that every question has. split: `question` keeps equal
     prompts in one fold, `task` whole tasks. transfer: further runs of the same model, on which this run's probes are judged, and the other way round.
-    random_model: one more baseline, the same model with random weights. advance: is told of each place that is done, and of each question that the random model read; expect: of how
-    many there will be.
+    random_model: one more baseline, the same model with random weights. advance: is told of each place that is done, and of each question that the random
+    model read; expect: of how many there will be.
 
     The result's `measured` has `findings` (of the audit), `best` (the place is chosen inside each fold's training part), `places` (`JudgedPlace`),
-    `baselines` (`JudgedBaseline`), `questions` (columns: what the best place says of each), with several positions `grid` (`left_out`) and, with further runs, `transfer`, whose `cells` are `Transfer`. Memory holds the rows of four places at once.
+    `baselines` (`JudgedBaseline`), `questions` (columns: what the best place says of each), with several positions `grid` (`left_out`) and, with further
+    runs, `transfer`, whose `cells` are `Transfer`. Memory holds the rows of four places at once.
     Raises SelectionError for what cannot be asked, StoreError for a run with too few questions, one class, or without the rows.
     """
     asked = Asked(target, ",".join(positions_in(position)), split, n_folds, n_repeats, seed)

@@ -241,7 +241,8 @@ class Questions(Sequence[Question]):
 
         position: as in `positions`. Raises UnknownPositions.
         """
-        there: Array = stored_at(self._source.contents, self.first_samples, self.positions(position)) >= 0
+        wanted = self.positions(position)
+        there: Array = (stored_at(self._source.contents, self.first_samples, wanted) >= 0) & (wanted >= 0)
         return there
 
     def _refuse_without(self, wanted: Array, position: str | int) -> None:

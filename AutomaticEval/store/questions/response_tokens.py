@@ -26,7 +26,7 @@ class ResponseToken(NamedTuple):
     """A token of a part of a response, by its number in that part."""
 
     part: str
-    index: int
+    number: int
 
     @classmethod
     def parse(cls, position: str | int) -> ResponseToken | None:
@@ -64,7 +64,7 @@ def positions_in_response(
             continue
         part = _part(wanted.part, response, prompts[sample], prediction, choices)
         ids = contents.generated_ids.item(sample).tolist()
-        token = None if part is None else _token(response, part, ids, strings, wanted.index)
+        token = None if part is None else _token(response, part, ids, strings, wanted.number)
         if token is not None and token < len(ids) - 1:
             found[number] = len(contents.input_ids.item(sample)) + token
     return found

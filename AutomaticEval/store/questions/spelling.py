@@ -33,7 +33,7 @@ def in_bytes(text: str, span: Span) -> Span:
 
 
 def _aligned(text: bytes, tokens: Sequence[str | None], bytes_of: Callable[[str], bytes]) -> list[Span] | None:
-    at, parts = 0, []
+    at, parts = 0, list[Span]()
     for token in tokens:
         if token is None:
             return parts

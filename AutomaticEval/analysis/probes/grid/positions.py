@@ -92,5 +92,6 @@ def _reason(position: str, several: Sequence[Questions], there: Sequence[Array],
     n = sum(map(len, there))
     if n_no_token:
         dropped = f", and of {n_without - n_no_token} more the row was not stored" if n_without > n_no_token else ""
-        return f"{n_no_token} of {n} questions have no such token that was fed{dropped}"
-    return f"of {n_without} of {n} questions the row was not stored"
+        has_choices = any(any(each.column("logprobs")) for each in several) and not position.startswith("prompt")
+        return f"{n_no_token} of {n} questions have {'choices, or ' * has_choices}no such token that was fed{dropped}"
+    return f"the row of {n_without} of {n} questions was not stored"
