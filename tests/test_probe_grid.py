@@ -127,7 +127,7 @@ def test_the_embedding_is_judged_at_its_best_position(tmp_path: Path) -> None:
 
 
 def test_the_audit_says_when_folds_chose_a_token_of_the_response(tmp_path: Path) -> None:
-    measured = probe(generated(tmp_path / "run", at=7), keys=["layer_1"], grid=True).measured
+    measured = probe(generated(tmp_path / "run", at=7), keys=["layer_1"], grid=True, n_folds=3).measured
     assert list(measured["best"]["places"]) == ["layer_1 at exact_answer[-1]"]
     (finding,) = (each for each in measured["findings"] if each.name == "position_in_answer")
     assert finding.text.startswith("the rows at exact_answer[-1] are inside the answer's text")

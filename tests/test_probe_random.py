@@ -125,14 +125,14 @@ def test_a_label_that_is_a_token_of_the_prompt_is_named(folder: Path, tmp_path: 
     rows = source.normal(size=(N, 7, 8))
     rows[:, :, 2] += 2 * LABELS[:, None]
     run = asked(tmp_path / "run", folder, prompts, {"layer_1": rows, "layer_2": rows})
-    result = probe(run, random_model=True, position=["prompt[-2]", "prompt[-1]"], seed=SEED)
+    result = probe(run, random_model=True, position=["prompt[-2]", "prompt[-1]"], seed=SEED, n_folds=3)
     found = baseline(result)
     assert found.told == f"the same model with random weights (seed {SEED})"
     assert found.judged.auroc.interval[0] > 0.9
     assert found.judged.below_best is not None
     told = {each.name: each.text for each in result.measured["findings"]}
     assert told["as_good_as_probe:random_model"].startswith(f"{found.told} tells the classes apart about as well")
-    names = [each.name for each in probe(run, seed=SEED).measured["baselines"]]
+    names = [each.name for each in probe(run, keys=["layer_1"], n_folds=3).measured["baselines"]]
     assert "random_model" not in names
 
 
@@ -147,7 +147,7 @@ def test_a_label_that_only_trained_weights_know_is_not_named(folder: Path, tmp_p
     raw = [raw_residuals(trained, "llama", [*prompt, 1, 2]) for prompt in prompts]
     rows = {key: [each[key].numpy() for each in raw] for key in ("layer_0", "layer_1")}
     run = asked(tmp_path / "run", folder, prompts, rows)
-    result = probe(run, random_model=True, position="prompt[-2]", seed=SEED)
+    result = probe(run, random_model=True, position="prompt[-2]", seed=SEED, n_folds=3)
     assert result.measured["best"]["judged"].auroc.interval[0] > 0.9
     found = baseline(result).judged
     assert found.auroc.interval[0] < 0.5 < found.auroc.interval[1]
@@ -166,13 +166,13 @@ def test_the_place_is_chosen_inside_the_training_folds_on_the_probes_folds(folde
     expected: list[int] = []
     done: list[int] = []
     told = {"advance": done.append, "expect": expected.append}
-    result = probe(run, random_model=True, position=positions, seed=SEED, **told)
+    result = probe(run, random_model=True, position=positions, seed=SEED, n_folds=3, **told)
     assert expected == [sum(done)] == [N + 2 * 2 * len(positions)]
     best, found = result.measured["best"]["judged"], baseline(result).judged
     assert found.auroc.mean == pytest.approx(best.auroc.mean, abs=1e-4)
     assert found.brier.mean == pytest.approx(best.brier.mean, abs=1e-4)
     of = target_of(run.questions())
-    judge = judge_of(of, Asked("correct", "prompt[-1]", "question", 5, 1, SEED))
+    judge = judge_of(of, Asked("correct", "prompt[-1]", "question", 3, 1, SEED))
     own = with_random_weights(
         ready_random_model(run, ["layer_0"], SEED), of, judge, spots_of(["layer_0"], positions[:1]), lambda _: None
     )
@@ -185,7 +185,7 @@ def test_the_command_says_it_and_writes_it(folder: Path, tmp_path: Path) -> None
     source = np.random.default_rng(5)
     rows = source.normal(size=(40, 7, 8))
     asked(tmp_path / "run", folder, source.integers(20, 400, (40, 5)), {"layer_0": rows}, LABELS[:40])
-    done = within("probe", "run", "--random_model", "-o", "out", cwd=tmp_path)
+    done = within("probe", "run", "--random_model", "--folds", "3", "-o", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "the same model with random weights (seed 42)" in done.stdout
     written = json.loads((tmp_path / "out" / "probe.json").read_text())

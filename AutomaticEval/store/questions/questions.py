@@ -65,6 +65,7 @@ class Questions(Sequence[Question]):
         asked = owner[selected_samples]
         self._order: Array = np.array(list(dict.fromkeys(asked[asked >= 0].tolist())), dtype=np.int64)
         self._row_numbers: dict[str | int, Array] = {}
+        self._positions: dict[str, Array] = {}
 
     def __len__(self) -> int:
         return len(self._order)
@@ -111,7 +112,7 @@ class Questions(Sequence[Question]):
 
     def _some(self, order: Array) -> Questions:
         some = copy.copy(self)
-        some._order, some._row_numbers = order, {}
+        some._order, some._row_numbers, some._positions = order, {}, {}
         return some
 
     def take(self, numbers: Sequence[int]) -> Questions:
@@ -220,6 +221,11 @@ class Questions(Sequence[Question]):
 
         position: of the prompt or the response, as in `activations`. Raises UnknownPositions.
         """
+        if position not in self._positions:
+            self._positions[position] = self._found_positions(position)
+        return self._positions[position]
+
+    def _found_positions(self, position: str) -> Array:
         token, contents = ResponseToken.parse(position), self._source.contents
         if token is not None:
             columns = [self.column(name) for name in OF_RESPONSE]
