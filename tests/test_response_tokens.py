@@ -128,6 +128,7 @@ def test_which_positions_are_before_the_answer() -> None:
         ("A. I take (B), A friend says", "B", ("x", "y"), "B"),
         ("I would go with B because", "B", ("", ""), "B"),
         ("B", "B", ("x", "y"), "B"),
+        ("So (A). A friend agrees", "A", (), 4),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", (), r"\frac{1}{2}"),
         ("nothing", "[invalid]", (), None),
         ("nothing", None, (), None),

@@ -15,8 +15,8 @@ _NUMBER = re.compile(r"[-+]?\$?[\d,]*\.?\d+")
 def exact_answer(response: str, said: Span | None, prediction: Any, choices: Sequence[str] = ()) -> Span | None:
     """The last place in the answer where the prediction stands, as a whole word or number; None where it does not stand there.
 
-    said: where the answer is in the response, without its thinking. prediction: the text of the run. choices: of a question whose prediction is the letter of one: that letter
-    where it stands as one (`B.`, `(B)`, or at a line's end), else the choice's text, else the letter as a word.
+    said: where the answer is in the response, without its thinking. prediction: the text of the run. A capital letter is looked for where it stands as
+    one (`B.`, `(B)`, or at a line's end), then the text of that choice, where there are choices, then the letter as a word.
     """
     if said is None or not isinstance(prediction, str) or not prediction.strip():
         return None
@@ -30,9 +30,9 @@ def exact_answer(response: str, said: Span | None, prediction: Any, choices: Seq
 def _patterns(text: str, choices: Sequence[str]) -> Iterator[re.Pattern[str]]:
     """What is looked for, the surest first."""
     number = _LETTERS.find(text) if len(text) == 1 else -1
-    if 0 <= number < len(choices):
+    if number >= 0:
         yield re.compile(rf"(?<!\w){text}(?=[).:,\]}}*_]|\s*[-–—]\s|\s*$)", re.MULTILINE)
-        if choices[number].strip():
+        if number < len(choices) and choices[number].strip():
             yield _as_word(choices[number].strip(), re.IGNORECASE)
     if _NUMBER.fullmatch(text):
         digits = ",?".join(map(re.escape, text.replace(",", "")))  # 1000 may stand there as 1,000
