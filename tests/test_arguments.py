@@ -704,6 +704,7 @@ def test_every_option_of_a_benchmark_reaches_it(monkeypatch: pytest.MonkeyPatch,
         (["lens", "RUN", "--doc_id", "3"], ["--seed", "42"], "seed"),  # its default
         (["lens", "RUN", "--train_tuned", "t.safetensors"], ["--position", "prompt[-1]"], "position"),
         (["lens", "RUN", "--train_tuned", "t.safetensors"], ["--tuned", "x.safetensors"], "tuned"),
+        (["probe", "RUN", "--grid"], ["--position", "prompt[-1]"], "position"),  # its default
     ],
 )
 def test_options_of_another_way_to_use_a_command_are_refused(

@@ -228,7 +228,7 @@ def test_shuffled_labels_off_chance_are_told_first_and_are_grave(planted: Run, r
     target = target_of(planted.questions())
     (shuffled,) = (each for each in result.measured["baselines"] if each.name == "shuffled")
     broken = dataclasses.replace(shuffled, judged=result.measured["best"]["judged"])
-    first, *others = findings(result.measured["best"]["judged"], [broken], target, "last")
+    first, *others = findings(result.measured["best"]["judged"], [broken], target, ["last"])
     assert (first.name, first.is_grave) == ("shuffled", True)
     assert "believe no number here" in first.text
     assert [each.name for each in others] == ["position_in_answer"]

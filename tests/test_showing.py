@@ -141,6 +141,7 @@ def test_figures_hold_any_title(tmp_path: Path, kind: str, text: str) -> None:
             "site": text,
             "places": text,
             "position": text,
+            "positions": [text, "prompt[-1]"],
             "file": text,
             "directions": {text: {}},
         },
@@ -215,8 +216,13 @@ def of_probe(text: str, mean: object) -> dict[str, object]:
     return {
         "run": {"model": text, "path": text},
         "classes": {"target": text, "positive": text, "negative": text, "n_positive": 1, "n_negative": 2},
-        "best": {"judged": judged, "places": {"layer_0": 5}},
-        "places": [{"site": f"layer_{layer}", "probe": judged, "difference_of_means": mean} for layer in range(2)],
+        "best": {"judged": judged, "site": "layer_0", "position": text, "places": {f"layer_0 at {text}": 5}},
+        "places": [
+            {"site": f"layer_{layer}", "position": at, "probe": judged, "difference_of_means": mean}
+            for layer in range(2)
+            for at in (text, "prompt[-1]")
+        ],
+        "grid": {"left_out": []},
         "baselines": [{"name": text, "told": text, "judged": judged}, {"name": text, "told": text, "judged": None}],
         "questions": {"label": [0, 1], "probability": [0.2, 0.6], "confidence": [None, 0.5]},
         "transfer": {

@@ -53,6 +53,17 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 @contextmanager
 def progress(what: str, total: Callable[[], int], *, of_bytes: bool = True) -> Iterator[Callable[[int], None]]:
     """Show a progress bar on the error stream, over bytes or samples. Gives a function that is told how many more are done."""
+    with progress_of_work(what, of_bytes=of_bytes) as (advance, expect):
+        with suppress(AutomaticEvalError):  # the work itself says what is wrong
+            expect(total())
+        yield advance
+
+
+@contextmanager
+def progress_of_work(
+    what: str, *, of_bytes: bool = False
+) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """The same, for work that says itself how much there is: a function that is told how many more are done, and one that is told how many there will be."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -61,6 +72,4 @@ def progress(what: str, total: Callable[[], int], *, of_bytes: bool = True) -> I
     columns = (TextColumn(what), BarColumn(), done, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
-        with suppress(AutomaticEvalError):  # the work itself says what is wrong
-            bar.update(task, total=total())
-        yield lambda n: bar.advance(task, n)
+        yield lambda n: bar.advance(task, n), lambda n: bar.update(task, total=n)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from AutomaticEval.cli.finish import Table, finish, result_file
-from AutomaticEval.cli.options import OUTPUT, RUN, command
-from AutomaticEval.cli.printing import progress, say
+from AutomaticEval.cli.options import OUTPUT, RUN, command, refuse_unused
+from AutomaticEval.cli.printing import progress_of_work, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from AutomaticEval.analysis.probes.across.transfer import Transfer
+    from AutomaticEval.analysis.probes.grid.positions import LeftOut
     from AutomaticEval.analysis.probes.judged import Judged
     from AutomaticEval.analysis.probes.leaks.audit import Finding
     from AutomaticEval.analysis.result import Estimate, Result
@@ -38,7 +39,22 @@ Layers = Annotated[
     str | None, typer.Option("--layers", help="Such as 10-14. Default: all of the run.", rich_help_panel=RUN)
 ]
 Position = Annotated[
-    str, typer.Option("--position", help="One token: prompt[-1], prompt[-3], response[0], last.", rich_help_panel=RUN)
+    str,
+    typer.Option(
+        "--position", help="A token: prompt[-1], prompt[-3], exact_answer[-1]; or several.", rich_help_panel=RUN
+    ),
+]
+Grid = Annotated[
+    bool,
+    typer.Option("--grid", help="Every site at all usual positions of prompt and response.", rich_help_panel=RUN),
+]
+RandomModel = Annotated[
+    bool,
+    typer.Option(
+        "--random_model",
+        help="One more baseline: the same model with random weights.",
+        rich_help_panel=RUN,
+    ),
 ]
 Split = Annotated[
     str,
@@ -85,17 +101,20 @@ Output = Annotated[
 
 @command
 def probe(
+    context: typer.Context,
     path: Annotated[Path, typer.Argument(help="A run of questions.", metavar="RUN")],
     target: TargetName = "correct",
     positive: Positive = None,
     sites: Sites = None,
     layers: Layers = None,
     position: Position = "prompt[-1]",
+    grid: Grid = False,
     split: Split = "question",
     folds: Folds = 5,
     repeats: Repeats = 1,
     seed: Seed = 42,
     transfer: Further = None,
+    random_model: RandomModel = False,
     save_direction: SaveDirection = None,
     save_probe: SaveProbe = None,
     output: Output = Path("results"),
@@ -105,6 +124,8 @@ def probe(
     from AutomaticEval.store.reader import open_run
     from AutomaticEval.store.upkeep.prune import kept_keys
 
+    if grid:
+        refuse_unused(context, "--grid has positions of its own; several of --position are a grid, too", "position")
     run = open_run(path)
     keys = None if sites is None and layers is None else kept_keys(run, sites, layers)
     file = output if output.suffix == ".json" else output / "probe.json"
@@ -114,22 +135,26 @@ def probe(
     if save_probe is not None:
         _check_probe(save_probe, run)
     others = [open_run(Path(each.strip()).expanduser()) for each in (transfer or "").split(",") if each.strip()]
-    with progress("Probing", lambda: len(keys or run.keys) * (1 + len(others)), of_bytes=False) as advance:
+    with progress_of_work("Probing") as (advance, expect):
         result = probed(
             run,
             target,
             keys,
             positive=positive,
             position=position,
+            grid=grid,
             split=split,
             n_folds=folds,
             n_repeats=repeats,
             seed=seed,
             transfer=others,
+            random_model=random_model,
             advance=advance,
+            expect=expect,
         )
     _say_findings(result.measured["findings"])
     _say_best(result)
+    _say_left_out(result.measured.get("grid", {}).get("left_out", ()))
     if save_direction is not None:
         _save_direction(save_direction, run, result)
     if save_probe is not None:
@@ -156,6 +181,11 @@ def _say_best(result: Result) -> None:
     )
     places = ", ".join(f"{key} in {n}" for key, n in best["places"].items())
     say(f"Best place:  AUROC {number(best['judged'].auroc)}; chosen inside the training folds: {places}")
+
+
+def _say_left_out(left_out: Sequence[LeftOut]) -> None:
+    for each in left_out:
+        say(f"Left out:    {each.position}: {each.reason}")
 
 
 def _check_direction(file: Path, run: Run) -> None:
@@ -190,16 +220,21 @@ def _save_probe(file: Path, run: Run, result: Result) -> None:
 
     made = learn_probe(run, result)
     made.save(file)
-    say(f"Probe:       {made.site}, {made.n_questions} questions, C {made.strength:g}")
+    place = next(iter(result.measured["best"]["places"]))
+    say(f"Probe:       {place}, {made.n_questions} questions, C {made.strength:g}")
     say(f"Written:     {file} (python main.py probe_score {file} …)")
 
 
 def _places(result: Result) -> Table:
+    """Of a grid those at the position of the place that most folds chose; the file and a figure have all."""
+    position, places = result.measured["best"]["position"], result.measured["places"]
     rows = [
         (each.site, *_numbers(each.probe), _number(each.difference_of_means), "" if each.p is None else f"{each.p:.3f}")
-        for each in result.measured["places"]
+        for each in places
+        if each.position == position
     ]
-    return Table("Logistic probe", ("Place", *NUMBERS, "Difference of means", "p"), rows)
+    of_all = f" at {position} (probe_grid.png has all {len(places)} places)" if len(rows) < len(places) else ""
+    return Table(f"Logistic probe{of_all}", ("Place", *NUMBERS, "Difference of means", "p"), rows)
 
 
 def _baselines(result: Result) -> Table:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from AutomaticEval.report.page.charts import Chart, intervals_chart, lines_chart
+from AutomaticEval.report.probes.grid import at_one_position, position_of
 from AutomaticEval.sites import kind_and_layer
 
 CHANCE = 0.5
@@ -17,17 +18,23 @@ def probe_section(result: Mapping[str, Any]) -> dict[str, Any]:
     baselines = [(each["told"], each["judged"]["auroc"]) for each in result["baselines"] if each["judged"]]
     return {
         "target": f"{classes['target']}: {classes['n_positive']} {classes['positive']}, {classes['n_negative']} {classes['negative']}",
-        "position": result["settings"]["position"],
+        "position": _position(result),
         "split": result["settings"]["split"],
         "findings": result["findings"],
         "best": said(best),
         "charts": [_by_layer(result, baselines), _beside(best, baselines)],
         "places": [
             (each["site"], said(each["probe"]["auroc"]), said(each["difference_of_means"]), _p(each.get("p")))
-            for each in result["places"]
+            for each in at_one_position(result)
         ],
         "without": [(each["told"], each["reason"]) for each in result["baselines"] if not each["judged"]],
     }
+
+
+def _position(result: Mapping[str, Any]) -> str:
+    """Of a grid the position that is shown, and of how many."""
+    n = len(result["settings"].get("positions", [""]))
+    return position_of(result) + (f", the place that most folds chose among {n} positions" if n > 1 else "")
 
 
 def said(estimate: Mapping[str, Any]) -> str:
@@ -44,7 +51,7 @@ def _p(value: float | None) -> str:
 
 def _by_layer(result: Mapping[str, Any], baselines: list[tuple[str, Mapping[str, Any]]]) -> Chart:
     rows = []
-    for each in result["places"]:
+    for each in at_one_position(result):
         kind, layer = kind_and_layer(each["site"])
         auroc = each["probe"]["auroc"]
         low, high = auroc.get("simultaneous") or auroc["interval"] or (None, None)
@@ -66,7 +73,8 @@ def _by_layer(result: Mapping[str, Any], baselines: list[tuple[str, Mapping[str,
         marked = [(auroc["mean"], name), (CHANCE, "chance")]
         told = f"The dashed line is the best baseline ({name}, {auroc['mean']:.3f}); the solid line is chance, 0.5."
     band = "Bands: 95 % intervals of all places together." if any(row["low"] is not None for row in rows) else ""
-    return lines_chart("AUROC by layer", f"{told} {band}".strip(), rows, ("layer", "AUROC"), marked=marked)
+    where = f" at {position_of(result)}" if "grid" in result else ""
+    return lines_chart(f"AUROC by layer{where}", f"{told} {band}".strip(), rows, ("layer", "AUROC"), marked=marked)
 
 
 def _beside(best: Mapping[str, Any], baselines: list[tuple[str, Mapping[str, Any]]]) -> Chart:

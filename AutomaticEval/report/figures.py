@@ -16,6 +16,7 @@ from AutomaticEval.report.layers.lens_figure import lens_figure, tuned_figure
 from AutomaticEval.report.layers.question_figure import question_figure
 from AutomaticEval.report.probes.by_layer import probe_figure
 from AutomaticEval.report.probes.by_question import reliability_figure, risk_coverage_figure
+from AutomaticEval.report.probes.grid import grid_figure
 from AutomaticEval.report.probes.transfer import transfer_figure
 from AutomaticEval.report.two_runs import two_runs
 from AutomaticEval.store.disk.json_files import read_json, write_json
@@ -284,6 +285,7 @@ _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
     },
     "probe": {
         "probe.png": probe_figure,
+        "probe_grid.png": grid_figure,
         "probe_transfer.png": transfer_figure,
         "probe_reliability.png": reliability_figure,
         "probe_risk_coverage.png": risk_coverage_figure,
@@ -295,6 +297,7 @@ _PARTS = {
     "ablation_sentiment_comparison.png": "summary",
     "ablation_benchmark.png": "benchmark",
     "geometry_two_runs.png": "between_runs",
+    "probe_grid.png": "grid",
     "probe_transfer.png": "transfer",
     "probe_reliability.png": "questions",
     "probe_risk_coverage.png": "questions",

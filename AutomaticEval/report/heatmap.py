@@ -1,14 +1,15 @@
-"""Heatmaps with one cell for each head: layers upwards, heads across."""
+"""Heatmaps with one cell for each head or position: layers upwards, heads or positions across."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from AutomaticEval.report.labels import label, save
 
@@ -32,29 +33,62 @@ class Panel(NamedTuple):
     """Whether numbers have a sign: then zero is white, and both ends of the scale are equally far from it."""
     ends: tuple[float, float] | None = None
     """The values at both ends of the colour scale, so that panels can be compared. None: those of the panel's own values, by `robust_ends`."""
+    marked: tuple[int, int] | None = None
+    """The cell that has a frame."""
 
 
-def heatmaps(panels: Sequence[Panel], path: str | Path, *, columns: int | None = None, across: str = "Head") -> None:
+def heatmaps(
+    panels: Sequence[Panel],
+    path: str | Path,
+    *,
+    columns: int | None = None,
+    across: str = "Head",
+    names: Sequence[str] = (),
+    title: str = "",
+) -> None:
     """Write heatmaps as one PNG. Cells without a number stay grey.
 
-    columns: how many panels stand side by side; all by default. across: the label of the horizontal axis.
+    columns: how many panels stand side by side; all by default. across: the label of the horizontal axis. names: of the columns, which are then numbered from 0, are as wide as
+    a number, and have theirs in each cell. title: of the whole figure.
     """
     columns = columns or len(panels)
     rows = -(-len(panels) // columns)
     grids = [_grid(panel.values) for panel in panels]
     n_layers, n_across = (max(grid[0].shape[axis] for grid in grids) for axis in (0, 1))
-    size = (max(4.0, 0.28 * n_across + 2) * columns, max(3.0, 0.28 * n_layers + 1.0) * rows)
+    wide, below = (0.5, 0.085 * max(map(len, names))) if names else (0.28, 0.0)
+    size = (max(4.0, wide * n_across + 2) * columns, (max(3.0, 0.28 * n_layers + 1.0) + below) * rows)
     figure = Figure(figsize=size, layout="constrained")
+    if title:
+        figure.suptitle(
+            "\n".join("\n".join(wrap(label(line), int(size[0] * 12))) for line in title.splitlines()), fontsize="medium"
+        )
     for number, (panel, (grid, layers, heads)) in enumerate(zip(panels, grids, strict=True), 1):
         axes = figure.add_subplot(rows, columns, number)
         axes.set_facecolor("0.8")
-        shown = axes.imshow(np.ma.masked_invalid(grid), aspect="equal", origin="lower", **_colours(grid, panel))
+        aspect: Literal["auto", "equal"] = "auto" if names else "equal"
+        shown = axes.imshow(np.ma.masked_invalid(grid), aspect=aspect, origin="lower", **_colours(grid, panel))
         axes.set(title="\n".join(wrap(label(panel.title), 36)), xlabel=across, ylabel="Layer")
         _label(axes.xaxis, heads)
         _label(axes.yaxis, layers)
+        if names:
+            axes.set_xticks(range(len(heads)), [label(names[each]) for each in heads], rotation=90, fontsize="small")
+            _write_numbers(axes, grid, shown)
+        if panel.marked is not None:
+            layer, head = panel.marked
+            corner = (heads.index(head) - 0.5, layers.index(layer) - 0.5)
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2, zorder=3))
         unit = "\n".join(wrap(label(panel.unit), 24))
         figure.colorbar(shown, ax=axes, label=unit, shrink=0.8, extend=_extend(grid, *shown.get_clim()))
     save(figure, path, min(150.0, MOST_PIXELS / max(size)))
+
+
+def _write_numbers(axes: Any, grid: Any, shown: Any) -> None:
+    """Two digits in each cell, dark on light colours and light on dark ones."""
+    for (row, column), value in np.ndenumerate(grid):
+        if np.isfinite(value):
+            red, green, blue, _ = shown.to_rgba(value)
+            colour = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
 
 
 def _grid(values: PerHead) -> tuple[Any, list[int], list[int]]:

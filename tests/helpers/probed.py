@@ -11,6 +11,7 @@ import torch
 
 from AutomaticEval import open_run
 from AutomaticEval.samples import Part, Rows, Sample
+from AutomaticEval.selection import Positions
 from AutomaticEval.store.run import Run
 from AutomaticEval.store.writer import RunWriter
 from helpers.samples import SETTINGS
@@ -43,6 +44,35 @@ def run_of(
                 for number, (prompt, each) in enumerate(zip(asked, columns, strict=True))
             ]
         )
+        made.finish()
+    return open_run(folder)
+
+
+def run_of_tokens(
+    folder: Path,
+    tokens: Sequence[tuple[Sequence[str], Sequence[str]]],
+    sites: Mapping[str, Sequence[Any]],
+    columns: Sequence[Mapping[str, Any]],
+    positions: str = "all",
+    model: str = "m",
+    ids: Mapping[str, int] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Run:
+    """A run of generated answers whose tokens are given: of each question the strings of its prompt's and of its response's tokens.
+
+    sites: key -> for each question the rows [n_fed, width] of all tokens but the last of the response. positions: those that are kept. ids: of the strings.
+    """
+    words = dict.fromkeys(token for both in tokens for part in both for token in part)
+    known = ids or {word: 1 + number for number, word in enumerate(words)}
+    with RunWriter(folder, model, {**SETTINGS, "positions": positions, **(settings or {})}) as made:
+        for number, ((prompt, response), about) in enumerate(zip(tokens, columns, strict=True)):
+            fed = [*prompt, *response][:-1]
+            kept = list(Positions.parse(positions).resolve(len(prompt), len(response)))
+            rows = {key: torch.as_tensor(np.asarray(of[number], np.float32))[kept] for key, of in sites.items()}
+            own = Rows([known[fed[at]] for at in kept], [fed[at] for at in kept], kept, rows)
+            fields = {"prompt": " ".join(prompt), "response": "That.", "task": "t", "doc_id": number, "choice": 0}
+            all_ids = [[known[each] for each in part] for part in (prompt, response)]
+            made.add([Sample({**fields, "repeat": 0, **about}, *all_ids, [Part(own, range(len(kept)))])])
         made.finish()
     return open_run(folder)
 

@@ -43,6 +43,7 @@ class JudgedPlace:
     """A place, with both kinds of probe."""
 
     site: str
+    position: str
     probe: Judged
     """Of the logistic probe."""
 

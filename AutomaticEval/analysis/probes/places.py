@@ -12,6 +12,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from AutomaticEval.analysis.probes.folds import Fold
+from AutomaticEval.analysis.probes.grid.spots import Spot
 from AutomaticEval.analysis.probes.linear import standardised
 from AutomaticEval.analysis.probes.measures import auroc
 from AutomaticEval.analysis.probes.out_of_fold import OutOfFold, out_of_fold
@@ -28,7 +29,7 @@ MOST_AT_ONCE = min(4, os.cpu_count() or 1)
 class Place:
     """What probes at one place said of each question."""
 
-    key: str
+    spot: Spot
     found: OutOfFold
     """Of the logistic probe."""
 
@@ -40,32 +41,32 @@ class Place:
 
 
 def probed(
-    keys: Sequence[str],
-    read: Callable[[str], Array],
+    spots: Sequence[Spot],
+    read: Callable[[Spot], Array],
     labels: Array,
     repeats: Repeats,
     shuffles: Array,
     advance: Callable[[int], None],
 ) -> list[Place]:
-    """read: gives [n_questions, width], float32, of a key. shuffles: [n_shuffles, n_questions]: other labels. advance: is told of each place."""
+    """read: gives [n_questions, width], float32, of a spot. shuffles: [n_shuffles, n_questions]: other labels. advance: is told of each place."""
 
-    def one(key: str) -> Place:
-        rows = read(key)
+    def one(spot: Spot) -> Place:
+        rows = read(spot)
         found = out_of_fold(lambda _: rows, labels, repeats)
-        place = Place(key, found, *along_means(rows, labels, repeats, shuffles))
+        place = Place(spot, found, *along_means(rows, labels, repeats, shuffles))
         advance(1)
         return place
 
-    return at_each(keys, one)
+    return at_each(spots, one)
 
 
-def at_each(keys: Sequence[str], one: Callable[[str], Made]) -> list[Made]:
+def at_each(spots: Sequence[Spot], one: Callable[[Spot], Made]) -> list[Made]:
     """What `one` makes of each place, as many places at once as there are processors."""
     with (
         threadpool_limits(1),
         ThreadPoolExecutor(MOST_AT_ONCE) as pool,
     ):  # the sums are in libraries that let go of Python's lock
-        return list(pool.map(one, keys))
+        return list(pool.map(one, spots))
 
 
 def along_means(rows: Array, labels: Array, repeats: Repeats, shuffles: Array) -> tuple[Array, Array]:

@@ -14,16 +14,19 @@ from AutomaticEval.analysis.probes.across.transfer import Learned, learned, othe
 from AutomaticEval.analysis.probes.asked import Asked, judge_of, rows_of, sites_of
 from AutomaticEval.analysis.probes.baselines import Baseline, baselines, place_of_right_choice
 from AutomaticEval.analysis.probes.folds import folds
+from AutomaticEval.analysis.probes.grid.positions import Grid, grid_of
+from AutomaticEval.analysis.probes.grid.spots import Spot, positions_in, spots_of
 from AutomaticEval.analysis.probes.judged import Judge, JudgedBaseline, JudgedPlace
 from AutomaticEval.analysis.probes.leaks import duplicates
 from AutomaticEval.analysis.probes.leaks.audit import findings
-from AutomaticEval.analysis.probes.out_of_fold import out_of_fold
+from AutomaticEval.analysis.probes.leaks.random_weights import ready_random_model, with_random_weights
+from AutomaticEval.analysis.probes.out_of_fold import OutOfFold, best_of, out_of_fold
 from AutomaticEval.analysis.probes.places import N_SHUFFLES, Place, p_values, probed, shuffled_labels
 from AutomaticEval.analysis.probes.saved.by_question import by_question
 from AutomaticEval.analysis.probes.saved.learned_on_all import usual_strength
 from AutomaticEval.analysis.probes.target import Target, target_of
 from AutomaticEval.analysis.result import Result
-from AutomaticEval.errors import StoreError
+from AutomaticEval.errors import SelectionError, StoreError
 from AutomaticEval.store.questions.questions import AT, Questions
 from AutomaticEval.store.run import Run
 
@@ -39,13 +42,16 @@ def probe(
     keys: Iterable[str] | None = None,
     *,
     positive: Any = None,
-    position: str = AT,
+    position: str | Sequence[str] = AT,
+    grid: bool = False,
     split: str = "question",
     n_folds: int = 5,
     n_repeats: int = 1,
     seed: int = 42,
     transfer: Sequence[Run] = (),
+    random_model: bool = False,
     advance: Callable[[int], None] = lambda _: None,
+    expect: Callable[[int], None] = lambda _: None,
 ) -> Result:
     """Linear probes for a class of questions at every place of a run, with baselines and an audit of leaks.
 
@@ -53,45 +59,77 @@ def probe(
     >>> result.measured["best"]["judged"].auroc
 
     target: `correct`, `answer` (the right one), `task`, or a column of questions; positive: the value that is told from all others, needed where there
-    are more than two. keys: sites, in any spelling; by default all of the run but patterns and logits. position: as in `Questions.activations`. split: `question` keeps equal
+    are more than two. keys: sites, in any spelling; by default all of the run but patterns and logits. position: as in `Questions.activations`; several (a
+    sequence, or with commas) make each site at each position a place. grid: the usual positions, of those that every question has. split: `question` keeps equal
     prompts in one fold, `task` whole tasks. transfer: further runs of the same model, on which this run's probes are judged, and the other way round.
-    advance: is told of each place that is done.
+    random_model: one more baseline, the same model with random weights. advance: is told of each place that is done, and of each question that the random
+    model read; expect: of how many there will be.
 
     The result's `measured` has `findings` (of the audit), `best` (the place is chosen inside each fold's training part), `places` (`JudgedPlace`),
-    `baselines` (`JudgedBaseline`), `questions` (columns: what the best place says of each) and, with further runs, `transfer`, whose `cells` are `Transfer`. Memory holds the rows of four places at once.
+    `baselines` (`JudgedBaseline`), `questions` (columns: what the best place says of each), with several positions `grid` (`left_out`) and, with further
+    runs, `transfer`, whose `cells` are `Transfer`. Memory holds the rows of four places at once.
     Raises SelectionError for what cannot be asked, StoreError for a run with too few questions, one class, or without the rows.
     """
-    asked = Asked(target, position, split, n_folds, n_repeats, seed)
+    asked = Asked(target, ",".join(positions_in(position)), split, n_folds, n_repeats, seed)
     of = target_of(run.questions(), target, positive)
     judge = judge_of(of, asked)
     sites, embedding = sites_of(run.keys, of.questions, keys)
     others = others_of(of, asked, transfer, sites)
+    positions = _positions_of(asked, grid, [of.questions, *(other.questions for other, _ in others)])
+    asked = replace(asked, position=",".join(positions.positions))
+    spots, of_embedding = spots_of(sites, positions.positions), spots_of(embedding, positions.positions)
+    expect(len(of_embedding) + len(spots) * (1 + len(others) + random_model) + len(of.questions) * random_model)
+    drawn = None
+    if random_model:
+        drawn = with_random_weights(ready_random_model(run, sites, seed), of, judge, spots, advance)
     shuffles = shuffled_labels(of.labels, of.questions.groups, seed)
     places = probed(
-        [*sites, *embedding],
-        lambda key: rows_of(of.questions, key, position),
+        [*spots, *of_embedding],
+        lambda spot: rows_of(of.questions, spot.site, spot.position),
         of.labels,
         judge.repeats,
         shuffles,
         advance,
     )
-    own = Learned.at_best(of, judge, sites, [each.found for each in places[: len(sites)]])
-    result = _result(own, asked, places[: len(sites)], places[len(sites) :], shuffles[0])
-    if not others:
-        return result
-    every = [own, *(learned(*each, asked, sites, advance) for each in others)]
-    told = {"runs": [each.about() for each in every], "cells": transfers(every, asked)}
-    return replace(result, measured={**result.measured, "transfer": told})
+    own = Learned.at_best(of, judge, spots, [each.found for each in places[: len(spots)]])
+    result = _result(own, asked, places[: len(spots)], places[len(spots) :], drawn, shuffles[0])
+    more: dict[str, Any] = {"grid": {"left_out": positions.left_out}} if len(positions.positions) > 1 else {}
+    if others:
+        every = [own, *(learned(*each, spots, advance) for each in others)]
+        more["transfer"] = {"runs": [each.about() for each in every], "cells": transfers(every, asked)}
+    return replace(result, measured={**result.measured, **more})
 
 
-def _result(own: Learned, asked: Asked, places: Sequence[Place], embedding: Sequence[Place], shuffled: Array) -> Result:
+def _positions_of(asked: Asked, is_usual: bool, several: Sequence[Questions]) -> Grid:
+    """The usual positions, or those that are asked for, which every question of several runs has to have: told before anything is learned."""
+    if is_usual:
+        if asked.position != AT:
+            raise SelectionError(
+                f"a grid of the usual positions and position {asked.position!r} were both asked for; leave one out. Several positions are a grid, too."
+            )
+        return grid_of(several)
+    positions = positions_in(asked.position)
+    for each in positions:
+        for questions in several:
+            questions.row_numbers(each)
+    return Grid(positions)
+
+
+def _result(
+    own: Learned,
+    asked: Asked,
+    places: Sequence[Place],
+    embedding: Sequence[Place],
+    drawn: OutOfFold | None,
+    shuffled: Array,
+) -> Result:
     of, judge, found = own.of, own.judge, own.found
     best = judge(found)
     top, *_ = own.counted
-    strength = usual_strength(next(each.found.probes for each in places if each.key == top))
+    strength = usual_strength(next(each.found.probes for each in places if each.spot == top))
     given = baselines(of.questions, asked.target)
-    looked = [place_of_right_choice(of.questions, asked.target), _first_token(of.questions, top, asked.position)]
-    n_compared = sum(each.rows is not None for each in (*given, *looked)) + len(embedding)
+    looked = [place_of_right_choice(of.questions, asked.target), _first_token(of.questions, top)]
+    n_compared = sum(each.rows is not None for each in (*given, *looked)) + bool(embedding) + (drawn is not None)
     of_best = judge.auroc(found.log_odds)
 
     def judged(each: Baseline) -> JudgedBaseline:
@@ -101,13 +139,20 @@ def _result(own: Learned, asked: Asked, places: Sequence[Place], embedding: Sequ
         return JudgedBaseline(each.name, each.told, judge(said, n_compared, of_best))
 
     listed = [judged(each) for each in given]
-    listed += [
-        JudgedBaseline("embedding", "the embedding layer", judge(each.found, n_compared, of_best)) for each in embedding
-    ] or [JudgedBaseline("embedding", "the embedding layer", None, "the run has none, or it is the place itself")]
+    of_embedding = JudgedBaseline(
+        "embedding", "the embedding layer", None, "the run has none, or it is the place itself"
+    )
+    if embedding:
+        told, _ = best_of([each.found for each in embedding], judge.repeats)
+        of_embedding = replace(of_embedding, judged=judge(told, n_compared, of_best), reason=None)
+    listed.append(of_embedding)
+    if drawn is not None:
+        told_of = f"the same model with random weights (seed {asked.seed})"
+        listed.append(JudgedBaseline("random_model", told_of, judge(drawn, n_compared, of_best)))
     listed.append(_with_shuffled_labels(of, asked, judge, top, shuffled))
     checked = [judged(each) for each in looked]
     measured = {
-        "findings": findings(best, [*listed, *checked], of, asked.position),
+        "findings": findings(best, [*listed, *checked], of, [each.position for each in own.counted]),
         "run": {"path": of.questions.source.path.name, "model": of.questions.source.contents.model},
         "classes": {
             "target": of.name,
@@ -118,7 +163,13 @@ def _result(own: Learned, asked: Asked, places: Sequence[Place], embedding: Sequ
             "n_left_out": of.n_left_out,
             "n_groups": len(np.unique(judge.units)),
         },
-        "best": {"judged": best, "places": own.counted, "strength": strength},
+        "best": {
+            "judged": best,
+            "site": top.site,
+            "position": top.position,
+            "places": own.named,
+            "strength": strength,
+        },
         "places": _judged_places(judge, places, of_best, asked),
         "baselines": listed,
         "checks": checked,
@@ -134,27 +185,29 @@ def _judged_places(judge: Judge, places: Sequence[Place], best: intervals.Share,
         ps = p_values([each.value for each in along], [each.shuffled for each in places])
     n = len(places)
     return [
-        JudgedPlace(place.key, judge(place.found, n, best), judge.estimate(share, n), p)
+        JudgedPlace(place.spot.site, place.spot.position, judge(place.found, n, best), judge.estimate(share, n), p)
         for place, share, p in zip(places, along, ps, strict=True)
     ]
 
 
-def _with_shuffled_labels(of: Target, asked: Asked, judge: Judge, key: str, labels: Array) -> JudgedBaseline:
+def _with_shuffled_labels(of: Target, asked: Asked, judge: Judge, spot: Spot, labels: Array) -> JudgedBaseline:
     """The whole of it once more, with labels that were given to other questions: folds, strengths and probes."""
     n_folds = len(judge.repeats[0])
     repeats = list(folds(labels, judge.units, n_folds, asked.n_repeats, asked.seed))
-    rows = rows_of(of.questions, key, asked.position)
+    rows = rows_of(of.questions, spot.site, spot.position)
     found = out_of_fold(lambda _: rows, labels, repeats)
-    return JudgedBaseline("shuffled", f"shuffled labels, {key}", Judge(labels, judge.units, repeats)(found, STRICT))
+    return JudgedBaseline(
+        "shuffled", f"shuffled labels, {spot.name}", Judge(labels, judge.units, repeats)(found, STRICT)
+    )
 
 
-def _first_token(questions: Questions, key: str, position: str) -> Baseline:
+def _first_token(questions: Questions, spot: Spot) -> Baseline:
     """The row of the prompt's first token, which has seen no other."""
-    told = f"{key} at the first token of the prompt"
-    if position == "prompt[0]":
+    told = f"{spot.site} at the first token of the prompt"
+    if spot.position == "prompt[0]":
         return Baseline("first_token", told, None, "it is where the probe is")
     try:
-        rows = rows_of(questions, key, "prompt[0]")
+        rows = rows_of(questions, spot.site, "prompt[0]")
     except StoreError:
         return Baseline("first_token", told, None, "the run did not keep it")
     if not np.ptp(rows, axis=0).any():
@@ -163,7 +216,7 @@ def _first_token(questions: Questions, key: str, position: str) -> Baseline:
 
 
 def _settings(asked: Asked, judge: Judge) -> dict[str, Any]:
-    return {**asdict(asked), "n_folds": len(judge.repeats[0])}
+    return {**asdict(asked), "positions": list(positions_in(asked.position)), "n_folds": len(judge.repeats[0])}
 
 
 def _methods(asked: Asked, n_places: int) -> dict[str, Any]:

@@ -17,10 +17,9 @@ def best_direction(run: Run, result: Result) -> Direction:
     result: of `probe` over this run. It is the difference of means, and not the weights of the logistic probe: it is what moves activations from one
     class to the other. Raises SelectionError for rows that were reduced.
     """
-    classes, settings = result.measured["classes"], dict(result.settings or {})
-    key, *_ = result.measured["best"]["places"]
+    classes, best = result.measured["classes"], result.measured["best"]
     of = target_of(run.questions(), classes["target"], classes["positive"])
-    direction = difference_of_means(of.questions, key, of.labels.astype(bool).tolist(), settings["position"])
+    direction = difference_of_means(of.questions, best["site"], of.labels.astype(bool).tolist(), best["position"])
     told = f"{classes['target']}: {classes['positive']} against {classes['negative']}"
     return replace(
         direction,

@@ -109,13 +109,20 @@ def model_of(
     """The model with which a run was made, loaded as it was then. Raises what `recompute` raises for the model."""
     refuse_unknown_numbers(run)
     if model is None or isinstance(model, str | Path):
-        paths = read_local_paths(run.path)
-        model = paths.get("model", run.model) if model is None else model
-        options = _as_then(options, run.made_with, paths)
+        model, options = loaded_as(run, model, options)
     loaded = load_model(model, tokenizer=tokenizer, options=options)
     refuse_other_model(run, loaded)
     refuse_lacking(loaded, run.keys)
     return loaded
+
+
+def loaded_as(
+    run: Run, model: str | Path | None = None, options: LoadOptions = LoadOptions()
+) -> tuple[str | Path, LoadOptions]:
+    """The name or path of a run's model, and how it was loaded. model, options: what is given takes the place of what the run says."""
+    paths = read_local_paths(run.path)
+    name = paths.get("model", run.model) if model is None else model
+    return name, _as_then(options, run.made_with, paths)
 
 
 def refuse_unknown_numbers(run: Run) -> None:

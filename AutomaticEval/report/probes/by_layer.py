@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from AutomaticEval.report.bars import ends_of
 from AutomaticEval.report.labels import LINES, label, save
+from AutomaticEval.report.probes.grid import at_one_position, position_of
 from AutomaticEval.sites import kind_and_layer
 
 CHANCE = 0.5
@@ -19,21 +20,21 @@ Rows = Sequence[Mapping[str, Any]]
 
 def probe_figure(result: Mapping[str, Any], path: Path) -> None:
     """Write a PNG. result: of `probe`, as JSON."""
-    places, best = result["places"], result["best"]["judged"]["auroc"]
+    places, best = at_one_position(result), result["best"]["judged"]["auroc"]
     baselines = [(each["told"], each["judged"]["auroc"]) for each in result["baselines"] if each["judged"]]
     figure = Figure(figsize=(11.5, 5), layout="constrained")
     classes = result["classes"]
     n = f"{classes['n_positive']} {classes['positive']}, {classes['n_negative']} {classes['negative']}"
-    figure.suptitle(label(f"{classes['target']} at {result['settings']['position']}: {result['run']['model']} ({n})"))
+    figure.suptitle(label(f"{classes['target']} at {position_of(result)}: {result['run']['model']} ({n})"))
     left, right = figure.subplots(1, 2)
-    _layers(left, places)
+    _layers(left, places, len(result["places"]))
     _lines(left, baselines)
     _beside(right, [("best place", best), *baselines])
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     save(figure, path, 150)
 
 
-def _layers(axes: Any, places: Rows) -> None:
+def _layers(axes: Any, places: Rows, n_places: int) -> None:
     """A line for each kind of site with the intervals of all places together; dotted, the difference of means."""
     kinds: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for each in places:
@@ -56,7 +57,7 @@ def _layers(axes: Any, places: Rows) -> None:
         axes.plot(layers, along, ":", color=colour, linewidth=1, label=label(f"{kind}: difference of means"))
     axes.set(xlabel="layer", ylabel="AUROC (0.5: chance)")
     has_intervals = any(ends_of(each["probe"]["auroc"]) for each in places)
-    told = f", with 95 % intervals{' of all together' * (len(places) > 1)}" if has_intervals else ""
+    told = f", with 95 % intervals{' of all together' * (n_places > 1)}" if has_intervals else ""
     axes.set_title(f"By layer{told}", fontsize="medium")
     axes.xaxis.get_major_locator().set_params(integer=True)
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from AutomaticEval.report.labels import LINES, label, save
 from AutomaticEval.report.probes.curves import N_BINS, kept_share, reliability
+from AutomaticEval.report.probes.grid import position_of
 
 Array = np.ndarray[Any, Any]
 Said = dict[str, tuple[Array, Array]]
@@ -105,6 +106,7 @@ def _of_right(result: Mapping[str, Any], who: str, probabilities: Array, labels:
 
 def _title(result: Mapping[str, Any]) -> str:
     place = next(iter(result["best"]["places"]))
+    at = "" if "grid" in result else f" at {position_of(result)}"  # where the place says it
     return label(
-        f"{result['classes']['target']} at {result['settings']['position']}, best place ({place} in most folds):\n{result['run']['model']}, out of fold"
+        f"{result['classes']['target']}{at}, best place ({place} in most folds):\n{result['run']['model']}, out of fold"
     )

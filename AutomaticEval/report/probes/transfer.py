@@ -35,7 +35,9 @@ def transfer_figure(result: Mapping[str, Any], path: Path) -> None:
     axes.set_xticks(places, names, rotation=20, ha="right")
     axes.set_yticks(places, names)
     axes.set(xlabel="judged on", ylabel="learned from, and place chosen in")
-    figure.suptitle(label(f"{result['classes']['target']} at {result['settings']['position']}: AUROC, 95 % interval"))
+    n_positions = len(result["settings"].get("positions", [""]))
+    at = result["settings"]["position"] if n_positions == 1 else f"the best of {n_positions} positions"
+    figure.suptitle(label(f"{result['classes']['target']} at {at}: AUROC, 95 % interval"))
     figure.colorbar(shown, ax=axes, label="AUROC (0.5: chance)", shrink=0.8, extend="min")
     save(figure, path, 150)
 

@@ -21,9 +21,15 @@ from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.questions.prompt_tokens import PromptTokens
 from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.question_table import QuestionTable
+from AutomaticEval.store.questions.response_tokens import (
+    NONE,
+    OF_RESPONSE,
+    ResponseToken,
+    positions_in_response,
+)
 from AutomaticEval.store.questions.shared_prompts import SharedPrompts, shared_prompts
 from AutomaticEval.store.ragged import Array, Ragged
-from AutomaticEval.store.reading.row_numbers import row_numbers, rows_at
+from AutomaticEval.store.reading.row_numbers import row_numbers, rows_at, stored_at
 from AutomaticEval.store.reading.table_queries import column_of, pandas_table, selected, whole_number
 from AutomaticEval.store.row_array import RowArray, RowsDataset
 
@@ -58,6 +64,8 @@ class Questions(Sequence[Question]):
         owner[self._table.samples.values] = np.repeat(np.arange(len(self._table)), np.diff(self._table.samples.offset))
         asked = owner[selected_samples]
         self._order: Array = np.array(list(dict.fromkeys(asked[asked >= 0].tolist())), dtype=np.int64)
+        self._row_numbers: dict[str | int, Array] = {}
+        self._positions: dict[str, Array] = {}
 
     def __len__(self) -> int:
         return len(self._order)
@@ -104,7 +112,7 @@ class Questions(Sequence[Question]):
 
     def _some(self, order: Array) -> Questions:
         some = copy.copy(self)
-        some._order = order
+        some._order, some._row_numbers, some._positions = order, {}, {}
         return some
 
     def take(self, numbers: Sequence[int]) -> Questions:
@@ -159,7 +167,8 @@ class Questions(Sequence[Question]):
         nothing of their text. "prompt[-3]" and the like are other tokens of the prompt. If each choice has a prompt of its own (WinoGrande),
         the prompt is the tokens with which all of them begin, without the beginning of a word that differs.
         Runs with positions="scored", "all" or "prompt[-1:]" have this row; for choices with prompts of their own, "all" is needed.
-        "last", "response[0]" and numbers are as in `Run.activations`, where no question has several choices.
+        Where no question has several choices: "response[0]", "answer[0]", "exact_answer[-1]" and the like are tokens of the response (docs/runs.md
+        has all spellings); "last" and numbers are as in `Run.activations`.
         Raises StoreError for an unknown key, for a position that the run did not keep, and for one within a choice.
         """
         return self._rows(key, position)[:]
@@ -181,12 +190,22 @@ class Questions(Sequence[Question]):
 
         Raises StoreError for a position that the run did not keep, and for one within a choice.
         """
+        if position not in self._row_numbers:
+            self._row_numbers[position] = self._found_rows(position)
+        return self._row_numbers[position]
+
+    def _found_rows(self, position: str | int) -> Array:
         source, first = self._source, self.first_samples
-        parsed = Positions.parse(position) if isinstance(position, str) and position not in ("first", "last") else None
+        if ResponseToken.parse(position) is not None:
+            self._refuse_choices(position)
+            wanted = self.positions(str(position))
+            self._refuse_without(wanted, position)
+            return rows_at(source.path, source.contents, first, wanted, str(position))
+        parsed = _parsed(position)
         if parsed is None or parsed.part != "prompt":
             self._refuse_choices(position)
             return row_numbers(source.path, source.contents, first, position)
-        wanted = np.full(len(first), -1)
+        wanted = np.full(len(first), NONE)
         for number, n_tokens in enumerate(self._prompts.n_tokens[self._order].tolist()):
             places = parsed.resolve(n_tokens, 1)
             if len(places) != 1:
@@ -196,6 +215,49 @@ class Questions(Sequence[Question]):
                 )
             wanted[number] = places[0]
         return rows_at(source.path, source.contents, first, wanted, str(position))
+
+    def positions(self, position: str) -> Array:
+        """[n_questions]: where in its sequence a question's token is, whether or not the run kept its row; -1 where it has no such token that was fed.
+
+        position: of the prompt or the response, as in `activations`. Raises UnknownPositions.
+        """
+        if position not in self._positions:
+            self._positions[position] = self._found_positions(position)
+        return self._positions[position]
+
+    def _found_positions(self, position: str) -> Array:
+        token, contents = ResponseToken.parse(position), self._source.contents
+        if token is not None:
+            columns = [self.column(name) for name in OF_RESPONSE]
+            return positions_in_response(contents, self.first_samples, columns, token)
+        parsed = Positions.parse(position)
+        lengths = (np.diff(ids.offset)[self.first_samples] for ids in (contents.input_ids, contents.generated_ids))
+        n_prompt, n_response = (each.tolist() for each in lengths)
+        if parsed.part == "prompt":
+            n_prompt, n_response = self.n_prompt_tokens.tolist(), [1] * len(self)
+        else:
+            has_choices = [bool(each) for each in self.column("logprobs")]
+            n_response = [0 if has else n for has, n in zip(has_choices, n_response, strict=True)]
+            n_prompt = [0 if has else n for has, n in zip(has_choices, n_prompt, strict=True)]
+        places = map(parsed.resolve, n_prompt, n_response)
+        return np.array([each[0] if len(each) == 1 else NONE for each in places], dtype=np.int64)
+
+    def has(self, position: str) -> Array:
+        """[n_questions], bool: whether the run has a question's row at a position; `run.where(questions.has("exact_answer[-1]"))` are those of generated answers that have it.
+
+        position: as in `positions`. Raises UnknownPositions.
+        """
+        wanted = self.positions(position)
+        there: Array = (stored_at(self._source.contents, self.first_samples, wanted) >= 0) & (wanted >= 0)
+        return there
+
+    def _refuse_without(self, wanted: Array, position: str | int) -> None:
+        missing = np.flatnonzero(wanted == NONE)
+        if len(missing):
+            raise StoreError(
+                f"{self._source.path}: {len(missing)} of {len(self)} questions have no {position} that was fed, the first of them {self[int(missing[0])].name}. Take those "
+                f"that have one: run.where(run.questions().has({position!r}))."
+            )
 
     def _refuse_choices(self, position: str | int) -> None:
         several = np.flatnonzero(np.array([len(each) > 1 for each in self.column("logprobs")], dtype=bool))
@@ -217,6 +279,11 @@ class Questions(Sequence[Question]):
         more = f"<p>… and {len(self) - SHOWN} more; table() has all.</p>" if len(self) > SHOWN else ""
         title = f"<p><b>{len(self)} questions of {html_text(str(self._source.path))}</b></p>"
         return title + html_lines(("", "Question (its end)", "Answer", "Right answer", ""), shown) + more
+
+
+def _parsed(position: str | int) -> Positions | None:
+    """None for a row that is counted among the stored ones."""
+    return Positions.parse(position) if isinstance(position, str) and position not in ("first", "last") else None
 
 
 def _right_answer(question: Question) -> str:

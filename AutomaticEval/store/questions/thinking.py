@@ -28,3 +28,25 @@ def split_thinking(response: str, prompt: str = "") -> Said:
     if not closes:
         return Said(None, response)
     return Said(_OPENS.sub("", response[: closes[-1].start()], count=1), answer)
+
+
+Span = tuple[int, int]
+"""Half-open, in characters."""
+
+
+def spans(response: str, prompt: str = "") -> tuple[Span | None, Span | None]:
+    """Where the two parts of `split_thinking` are in a response, without tags and the blanks around them. None for a part that is not there, or is blank."""
+    said, opened = split_thinking(response, prompt), _OPENS.search(response)
+    closes = list(_CLOSES.finditer(response))
+    begins = opened.end() if opened and not response[: opened.start()].strip() else 0
+    if said.answer is None:
+        return _stripped(response, begins, len(response)), None
+    ends = closes[-1].end() if closes else 0
+    thought = None if said.thinking is None else _stripped(response, begins, closes[-1].start())
+    return thought, _stripped(response, ends, len(response))
+
+
+def _stripped(text: str, start: int, stop: int) -> Span | None:
+    part = text[start:stop]
+    start, n = start + len(part) - len(part.lstrip()), len(part.strip())
+    return (start, start + n) if n else None

@@ -57,9 +57,25 @@ def _only(positions: Positions, number: int, n_prompt: int, n_response: int) -> 
 
 
 def rows_at(path: Path, contents: Contents, samples: Array, wanted: Array, name: str) -> Array:
-    """[n_samples]: the number of each sample's row at a position of its sequence. The positions are read in one pass, some at a time.
+    """[n_samples]: the number of each sample's row at a position of its sequence.
 
     wanted: [n_samples], the positions. name: what they were called, for messages. Raises StoreError for a row that was not stored.
+    """
+    rows = stored_at(contents, samples, wanted)
+    missing = np.flatnonzero(rows < 0)
+    if len(missing):
+        first, kept = missing[0], contents.settings.get("positions")
+        raise StoreError(
+            f"{path}: position {wanted[first]} ({name}) of sample {samples[first]} was not stored"
+            f"{f': the run kept positions={kept!r}' if kept else ''}."
+        )
+    return rows
+
+
+def stored_at(contents: Contents, samples: Array, wanted: Array) -> Array:
+    """[n_samples]: the number of each sample's row at a position of its sequence, -1 where none was stored. The positions are read in one pass, some at a time.
+
+    wanted: [n_samples], the positions.
     """
     segments = contents.segments.take(samples)
     ranges = segments.values[:]
@@ -74,11 +90,4 @@ def rows_at(path: Path, contents: Contents, samples: Array, wanted: Array, name:
         found = contents.positions[distinct][inverse] == wanted[owners]
         rows[owners[found]] = numbers[found]
         start = stop
-    missing = np.flatnonzero(rows < 0)
-    if len(missing):
-        first, kept = missing[0], contents.settings.get("positions")
-        raise StoreError(
-            f"{path}: position {wanted[first]} ({name}) of sample {samples[first]} was not stored"
-            f"{f': the run kept positions={kept!r}' if kept else ''}."
-        )
     return rows

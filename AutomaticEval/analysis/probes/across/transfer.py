@@ -13,6 +13,7 @@ import numpy as np
 from AutomaticEval.analysis.probes.across.shared_questions import NOBODY, judges_of, names_of
 from AutomaticEval.analysis.probes.asked import Asked, judge_of, rows_of
 from AutomaticEval.analysis.probes.folds import Fold
+from AutomaticEval.analysis.probes.grid.spots import Spot
 from AutomaticEval.analysis.probes.intervals import Share, auroc_within_folds, estimate
 from AutomaticEval.analysis.probes.judged import Judge
 from AutomaticEval.analysis.probes.out_of_fold import OutOfFold, best_of, out_of_fold
@@ -58,19 +59,24 @@ class Learned:
     found: OutOfFold
     """At the place that was best, fold by fold."""
 
-    keys: Sequence[Sequence[str]]
+    spots: Sequence[Sequence[Spot]]
     """[n_repeats][n_folds]: that place."""
 
     @classmethod
-    def at_best(cls, of: Target, judge: Judge, keys: Sequence[str], places: Sequence[OutOfFold]) -> Learned:
+    def at_best(cls, of: Target, judge: Judge, spots: Sequence[Spot], places: Sequence[OutOfFold]) -> Learned:
         """The place is chosen inside each fold's training part."""
         found, chosen = best_of(places, judge.repeats)
-        return cls(of, judge, found, [[keys[number] for number in each] for each in chosen.tolist()])
+        return cls(of, judge, found, [[spots[number] for number in each] for each in chosen.tolist()])
 
     @property
-    def counted(self) -> dict[str, int]:
+    def counted(self) -> dict[Spot, int]:
         """Place -> in how many folds it was chosen, the most frequent first."""
-        return dict(Counter(key for each in self.keys for key in each).most_common())
+        return dict(Counter(spot for each in self.spots for spot in each).most_common())
+
+    @property
+    def named(self) -> dict[str, int]:
+        """The same by the places' names, for files."""
+        return {spot.name: n for spot, n in self.counted.items()}
 
     def about(self) -> dict[str, Any]:
         """What a result says of the run."""
@@ -79,7 +85,7 @@ class Learned:
         return told | {
             "n_positive": int(labels.sum()),
             "n_negative": int((1 - labels).sum()),
-            "places": self.counted,
+            "places": self.named,
         }
 
 
@@ -126,16 +132,16 @@ def _check(of: Target, other: Target, keys: Sequence[str]) -> None:
         )
 
 
-def learned(of: Target, judge: Judge, asked: Asked, keys: Sequence[str], advance: Callable[[int], None]) -> Learned:
+def learned(of: Target, judge: Judge, spots: Sequence[Spot], advance: Callable[[int], None]) -> Learned:
     """The probes of a further run, a place at a time."""
 
-    def one(key: str) -> OutOfFold:
-        rows = rows_of(of.questions, key, asked.position)
+    def one(spot: Spot) -> OutOfFold:
+        rows = rows_of(of.questions, spot.site, spot.position)
         found = out_of_fold(lambda _: rows, of.labels, judge.repeats)
         advance(1)
         return found
 
-    return Learned.at_best(of, judge, keys, at_each(keys, one))
+    return Learned.at_best(of, judge, spots, at_each(spots, one))
 
 
 def transfers(runs: Sequence[Learned], asked: Asked) -> list[Transfer]:
@@ -149,24 +155,24 @@ def transfers(runs: Sequence[Learned], asked: Asked) -> list[Transfer]:
             continue
         one, other = runs[train], runs[test]
         judges = judges_of(names[train], one.judge.repeats, names[test], other.of.labels, other.judge.units, asked.seed)
-        share = _share(one, other, judges.of_repeats, asked.position)
+        share = _share(one, other, judges.of_repeats)
         told = judges.n_shared, int((~_judged(judges.of_repeats)).sum())
         below = None if share is None else _estimate(own[test] - share, other, judges.of_repeats, n)
         made.append(Transfer(train, test, _estimate(share, other, judges.of_repeats, n), below, *told))
     return made
 
 
-def _share(one: Learned, other: Learned, judges: Sequence[Array], position: str) -> Share | None:
+def _share(one: Learned, other: Learned, judges: Sequence[Array]) -> Share | None:
     """The AUROC of a run's probes on another run, within folds. None where no fold judges both labels."""
     labels = other.of.labels
     log_odds, repeats = np.zeros((len(judges), len(labels))), []
     nobody = np.array([], int)
     for fold_of, whole in zip(judges, one.judge.repeats, strict=True):
         repeats.append([Fold(nobody, nobody, np.flatnonzero(fold_of == number)) for number in range(len(whole))])
-    for key in one.counted:
-        rows = rows_of(other.of.questions, key, position)
-        for repeat, keys in enumerate(one.keys):
-            for number in (number for number, each in enumerate(keys) if each == key):
+    for spot in one.counted:
+        rows = rows_of(other.of.questions, spot.site, spot.position)
+        for repeat, spots in enumerate(one.spots):
+            for number in (number for number, each in enumerate(spots) if each == spot):
                 test = repeats[repeat][number].test
                 log_odds[repeat, test] = one.found.probes[repeat][number].log_odds(rows[test])
     if not any(len(np.unique(labels[fold.test])) == 2 for whole in repeats for fold in whole):

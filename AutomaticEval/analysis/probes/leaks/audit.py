@@ -12,14 +12,14 @@ from AutomaticEval.analysis.probes.judged import Judged, JudgedBaseline
 from AutomaticEval.analysis.probes.leaks.duplicates import ALIKE, near_duplicates
 from AutomaticEval.analysis.probes.target import Target
 from AutomaticEval.analysis.result import Estimate
-from AutomaticEval.selection import Positions
+from AutomaticEval.store.questions.response_tokens import is_in_prompt
 
 Array = np.ndarray[Any, Any]
 CHANCE = 0.5
 ROUNDING = 1e-9
 """Scores that are all equal have an AUROC of 0.5, but for rounding."""
-TEXTS = ("question_length", "answer_length", "task", "question_words", "answer_words")
-"""Baselines that read nothing but texts: where one of them is as good as the probe, the probe may read no more than that."""
+TEXTS = ("question_length", "answer_length", "task", "question_words", "answer_words", "random_model")
+"""Baselines that know nothing but texts: where one of them is as good as the probe, the probe may read no more than that."""
 FOLLOWS = {
     "answer_length": "the length of the answer",
     "question_length": "the length of the question",
@@ -40,13 +40,15 @@ class Finding:
     """Whether no number of the result can be believed."""
 
 
-def findings(best: Judged, baselines: Sequence[JudgedBaseline], target: Target, position: str) -> list[Finding]:
-    """What is found, the gravest first. baselines: those of the result, with right_choice and first_token."""
+def findings(
+    best: Judged, baselines: Sequence[JudgedBaseline], target: Target, positions: Sequence[str]
+) -> list[Finding]:
+    """What is found, the gravest first. baselines: those of the result, with right_choice and first_token. positions: of the places that folds chose."""
     known = {each.name: each.judged for each in baselines if each.judged is not None}
     told = {each.name: each.told for each in baselines}
     return [
         *_shuffled(known.pop("shuffled", None)),
-        *_position(position),
+        *_position(positions),
         *_texts(best, known, told),
         *_follows(known, target.name),
         *_duplicates(target),
@@ -61,10 +63,11 @@ def _shuffled(judged: Judged | None) -> list[Finding]:
     return [Finding("shuffled", text, True)]
 
 
-def _position(position: str) -> list[Finding]:
-    if Positions.parse(position).part == "prompt":
+def _position(positions: Sequence[str]) -> list[Finding]:
+    told = ", ".join(dict.fromkeys(each for each in positions if not is_in_prompt(each)))
+    if not told:
         return []
-    text = f"the rows at {position} are inside the answer's text, or after it: the probe may read what was answered, not what was known before."
+    text = f"the rows at {told} are inside the answer's text, or after it: the probe may read what was answered, not what was known before."
     return [Finding("position_in_answer", text)]
 
 

@@ -34,8 +34,7 @@ def learn_probe(run: Run, result: Result) -> SavedProbe:
     refuse_reduced(run.settings, "a saved probe")
     classes, best, settings = result.measured["classes"], result.measured["best"], dict(result.settings or {})
     of = target_of(run.questions(), classes["target"], classes["positive"])
-    key, *_ = best["places"]
-    made = logistic(rows_of(of.questions, key, settings["position"]), of.labels, best["strength"])
+    made = logistic(rows_of(of.questions, best["site"], best["position"]), of.labels, best["strength"])
     weights, shift, scale = (torch.as_tensor(each).float() for each in (made.weights, made.shift, made.scale))
     return SavedProbe(
         weights,
@@ -43,8 +42,8 @@ def learn_probe(run: Run, result: Result) -> SavedProbe:
         scale,
         torch.tensor([made.bias]).float(),
         torch.tensor(sorted(set().union(*known_again(of.questions)))),
-        key,
-        settings["position"],
+        best["site"],
+        best["position"],
         of.name,
         of.positive,
         of.negative,

@@ -1,0 +1,50 @@
+"""The figure of probes at several positions, layer by position; and the places of a result that stand at one position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from AutomaticEval.report.heatmap import Panel, heatmaps
+from AutomaticEval.report.labels import by_kind
+
+CHANCE = 0.5
+MOST_COLUMNS = 32
+"""Positions side by side; figures with more of them have one panel a row."""
+
+
+def position_of(result: Mapping[str, Any]) -> str:
+    """The position of the place that most folds chose; files of the first version have one position."""
+    position: str = result["best"].get("position", result["settings"]["position"])
+    return position
+
+
+def at_one_position(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The places at that position: one for each site."""
+    best = position_of(result)
+    return [each for each in result["places"] if each.get("position", best) == best]
+
+
+def grid_figure(result: Mapping[str, Any], path: Path) -> None:
+    """Write a heatmap of AUROCs for each kind of site, on one scale of colours, with a frame around the place that most folds chose. result: of `probe`, as JSON."""
+    positions, best, classes = result["settings"]["positions"], result["best"], result["classes"]
+    panels = []
+    for kind, of_kind in by_kind(result["places"]).items():
+        cells = [(layer, positions.index(each["position"]), each) for layer, each in of_kind]
+        values = {(layer, at): each["probe"]["auroc"]["mean"] for layer, at, each in cells}
+        marked = next(
+            (
+                (layer, at)
+                for layer, at, each in cells
+                if (each["site"], each["position"]) == (best["site"], best["position"])
+            ),
+            None,
+        )
+        panels.append(Panel(kind, values, "AUROC (0.5: chance)", ends=(CHANCE, 1.0), marked=marked))
+    n = f"{classes['n_positive']} {classes['positive']}, {classes['n_negative']} {classes['negative']}"
+    n_chosen, *others = best["places"].values()
+    chosen = f"{best['site']} at {best['position']}, chosen in {n_chosen} of {n_chosen + sum(others)} folds"
+    title = f"{classes['target']}: {result['run']['model']} ({n})\nframe: {chosen}"
+    beside = max(1, MOST_COLUMNS // len(positions))
+    heatmaps(panels, path, columns=min(len(panels), beside), across="", names=positions, title=title)

@@ -1,0 +1,95 @@
+"""The tokens of a response by what they say: `thinking[-1]`, `answer[0]`, `exact_answer[-1]`; and whether a position is in the prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from AutomaticEval.selection import Positions
+from AutomaticEval.store.contents.file_contents import Contents
+from AutomaticEval.store.questions.exact_answer import exact_answer
+from AutomaticEval.store.questions.spelling import in_bytes, spelled
+from AutomaticEval.store.questions.thinking import Span, spans
+from AutomaticEval.store.ragged import Array
+
+OF_RESPONSE = ("response", "prediction", "choices", "logprobs")
+"""The columns of questions that tell which tokens these are."""
+NONE = -1
+"""In the place of a token's position: there is no such token."""
+_GRAMMAR = re.compile(r"(thinking|answer|exact_answer)\[(-?\d+)\]")
+
+
+class ResponseToken(NamedTuple):
+    """A token of a part of a response, by its number in that part."""
+
+    part: str
+    number: int
+
+    @classmethod
+    def parse(cls, position: str | int) -> ResponseToken | None:
+        """None for a position that is spelled in another way."""
+        match = _GRAMMAR.fullmatch(position.replace(" ", "")) if isinstance(position, str) else None
+        return match and cls(match[1], int(match[2]))
+
+
+def is_in_prompt(position: str | int) -> bool:
+    """Whether the position is one of the prompt, for every question. Raises UnknownPositions."""
+    if isinstance(position, int) or position == "first" or ResponseToken.parse(position) is not None:
+        return False
+    return Positions.parse(position).part == "prompt"
+
+
+def is_in_response(position: str | int) -> bool:
+    """Whether only a response has the position. Raises UnknownPositions."""
+    if isinstance(position, int) or position in ("first", "last"):
+        return False
+    return ResponseToken.parse(position) is not None or Positions.parse(position).part == "response"
+
+
+def positions_in_response(
+    contents: Contents, samples: Array, columns: Sequence[Sequence[Any]], wanted: ResponseToken
+) -> Array:
+    """[n_questions]: the position of the token in its sequence; NONE where the response has no such token, and for questions with choices.
+
+    samples: [n_questions]: their numbers in contents. columns: those of OF_RESPONSE. The very last token was never fed, and counts as none.
+    """
+    strings, prompts = contents.strings(), contents.columns.whole("prompt")
+    found = np.full(len(samples), NONE, dtype=np.int64)
+    rows = zip(samples.tolist(), *columns, strict=True)
+    for number, (sample, response, prediction, choices, logprobs) in enumerate(rows):
+        if response is None or logprobs:
+            continue
+        part = _part(wanted.part, response, prompts[sample], prediction, choices)
+        ids = contents.generated_ids.item(sample).tolist()
+        token = None if part is None else _token(response, part, ids, strings, wanted.number)
+        if token is not None and token < len(ids) - 1:
+            found[number] = len(contents.input_ids.item(sample)) + token
+    return found
+
+
+def _part(name: str, response: str, prompt: str, prediction: Any, choices: list[str]) -> Span | None:
+    thinking, answer = spans(response, prompt)
+    if name == "exact_answer":
+        return exact_answer(response, answer, prediction, choices)
+    return thinking if name == "thinking" else answer
+
+
+def _token(response: str, part: Span, ids: list[int], strings: Mapping[int, str], index: int) -> int | None:
+    """The number of a token of a part among the tokens of the response; None where it has no such token, or its tokens do not spell it."""
+    own = spelled(response, [strings.get(each) for each in ids])
+    if own is None:
+        return None
+    start, stop = in_bytes(response, part)
+    tokens = list(_within(own, start, stop))
+    is_whole = bool(own) and own[-1][1] >= stop  # else its last tokens are unknown: one that was not fed has no string
+    if not -len(tokens) <= index < len(tokens) or (index < 0 and not is_whole):
+        return None
+    return tokens[index]
+
+
+def _within(own: list[Span], start: int, stop: int) -> Iterator[int]:
+    """The tokens that spell something of a part."""
+    return (number for number, (first, last) in enumerate(own) if max(first, start) < min(last, stop))
