@@ -28,7 +28,11 @@ TargetName = Annotated[
 ]
 Positive = Annotated[
     str | None,
-    typer.Option("--positive", help="The value that is told from all others.", rich_help_panel=RUN),
+    typer.Option(
+        "--positive",
+        help="The value that is told from all others. Without it, up to 20 values are told apart.",
+        rich_help_panel=RUN,
+    ),
 ]
 Sites = Annotated[
     str | None,
@@ -102,6 +106,7 @@ def probe(
 ) -> None:
     """Probe every layer of a run for a class of questions, with baselines and an audit of leaks."""
     from AutomaticEval.analysis.probes.probe import probe as probed
+    from AutomaticEval.analysis.probes.target import refuse_several, target_of
     from AutomaticEval.store.reader import open_run
     from AutomaticEval.store.upkeep.prune import kept_keys
 
@@ -113,6 +118,9 @@ def probe(
         _check_direction(save_direction, run)
     if save_probe is not None:
         _check_probe(save_probe, run)
+    for name, given in (("--save_direction", save_direction), ("--save_probe", save_probe)):
+        if given is not None:
+            refuse_several(target_of(run.questions(), target, positive), name)
     others = [open_run(Path(each.strip()).expanduser()) for each in (transfer or "").split(",") if each.strip()]
     with progress("Probing", lambda: len(keys or run.keys) * (1 + len(others)), of_bytes=False) as advance:
         result = probed(
@@ -135,7 +143,7 @@ def probe(
     if save_probe is not None:
         _save_probe(save_probe, run, result)
     further = [_transfer(result.measured["transfer"])] if others else []
-    finish(file, result, _places(result), _baselines(result), *further)
+    finish(file, result, *_by_class(result), _places(result), _baselines(result), *further)
 
 
 def _say_findings(findings: Sequence[Finding]) -> None:
@@ -148,14 +156,15 @@ def _say_findings(findings: Sequence[Finding]) -> None:
 
 def _say_best(result: Result) -> None:
     from AutomaticEval.analysis.probes.leaks.audit import number
+    from AutomaticEval.report.probes.classes import classes_told, measure_told
 
     classes, best = result.measured["classes"], result.measured["best"]
     left_out = f", {classes['n_left_out']} without a value left out" if classes["n_left_out"] else ""
-    say(
-        f"Classes:     {classes['target']}: {classes['n_positive']} {classes['positive']}, {classes['n_negative']} {classes['negative']}{left_out}"
-    )
+    say(f"Classes:     {classes['target']}: {classes_told(classes)}{left_out}")
     places = ", ".join(f"{key} in {n}" for key, n in best["places"].items())
-    say(f"Best place:  AUROC {number(best['judged'].auroc)}; chosen inside the training folds: {places}")
+    say(
+        f"Best place:  {measure_told(classes)} {number(best['judged'].auroc)}; chosen inside the training folds: {places}"
+    )
 
 
 def _check_direction(file: Path, run: Run) -> None:
@@ -192,6 +201,15 @@ def _save_probe(file: Path, run: Run, result: Result) -> None:
     made.save(file)
     say(f"Probe:       {made.site}, {made.n_questions} questions, C {made.strength:g}")
     say(f"Written:     {file} (python main.py probe_score {file} …)")
+
+
+def _by_class(result: Result) -> list[Table]:
+    """Of several classes, how well each is told from the rest."""
+    counts = result.measured["classes"].get("counts")
+    if counts is None:
+        return []
+    rows = [(name, str(counts[name]), _number(each)) for name, each in result.measured["best"]["by_class"].items()]
+    return [Table("By class, at the best place", ("Class", "Questions", "AUROC against the rest"), rows)]
 
 
 def _places(result: Result) -> Table:

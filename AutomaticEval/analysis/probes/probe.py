@@ -21,8 +21,8 @@ from AutomaticEval.analysis.probes.out_of_fold import out_of_fold
 from AutomaticEval.analysis.probes.places import N_SHUFFLES, Place, p_values, probed, shuffled_labels
 from AutomaticEval.analysis.probes.saved.by_question import by_question
 from AutomaticEval.analysis.probes.saved.learned_on_all import usual_strength
-from AutomaticEval.analysis.probes.target import Target, target_of
-from AutomaticEval.analysis.result import Result
+from AutomaticEval.analysis.probes.target import Target, refuse_several, target_of
+from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.errors import StoreError
 from AutomaticEval.store.questions.questions import AT, Questions
 from AutomaticEval.store.run import Run
@@ -52,17 +52,20 @@ def probe(
     >>> result = probe(open_run("results/run"), "correct")
     >>> result.measured["best"]["judged"].auroc
 
-    target: `correct`, `answer` (the right one), `task`, or a column of questions; positive: the value that is told from all others, needed where there
-    are more than two. keys: sites, in any spelling; by default all of the run but patterns and logits. position: as in `Questions.activations`. split: `question` keeps equal
+    target: `correct`, `answer` (the right one), `task`, or a column of questions; positive: the value that is told from all others; without it,
+    a column of 3 to 20 values is told apart class by class. keys: sites, in any spelling; by default all of the run but patterns and logits. position: as in `Questions.activations`. split: `question` keeps equal
     prompts in one fold, `task` whole tasks. transfer: further runs of the same model, on which this run's probes are judged, and the other way round.
     advance: is told of each place that is done.
 
     The result's `measured` has `findings` (of the audit), `best` (the place is chosen inside each fold's training part), `places` (`JudgedPlace`),
     `baselines` (`JudgedBaseline`), `questions` (columns: what the best place says of each) and, with further runs, `transfer`, whose `cells` are `Transfer`. Memory holds the rows of four places at once.
+    Of several classes AUROCs are means over classes, each against the rest, and `best` has `by_class`.
     Raises SelectionError for what cannot be asked, StoreError for a run with too few questions, one class, or without the rows.
     """
     asked = Asked(target, position, split, n_folds, n_repeats, seed)
     of = target_of(run.questions(), target, positive)
+    if transfer:
+        refuse_several(of, "transfer")
     judge = judge_of(of, asked)
     sites, embedding = sites_of(run.keys, of.questions, keys)
     others = others_of(of, asked, transfer, sites)
@@ -109,22 +112,21 @@ def _result(own: Learned, asked: Asked, places: Sequence[Place], embedding: Sequ
     measured = {
         "findings": findings(best, [*listed, *checked], of, asked.position),
         "run": {"path": of.questions.source.path.name, "model": of.questions.source.contents.model},
-        "classes": {
-            "target": of.name,
-            "positive": of.positive,
-            "negative": of.negative,
-            "n_positive": int(of.labels.sum()),
-            "n_negative": int((1 - of.labels).sum()),
-            "n_left_out": of.n_left_out,
-            "n_groups": len(np.unique(judge.units)),
-        },
-        "best": {"judged": best, "places": own.counted, "strength": strength},
+        "classes": of.about(len(np.unique(judge.units))),
+        "best": {"judged": best, "places": own.counted, "strength": strength, **_by_class(own)},
         "places": _judged_places(judge, places, of_best, asked),
         "baselines": listed,
         "checks": checked,
         "questions": by_question(of, found),
     }
     return Result("probe", measured, _settings(asked, judge), _methods(asked, len(places)))
+
+
+def _by_class(own: Learned) -> dict[str, dict[str, Estimate]]:
+    """The AUROC of each of several classes, at the best place."""
+    if not own.of.is_several:
+        return {}
+    return {"by_class": dict(zip(own.of.classes, own.judge.by_class(own.found.log_odds), strict=True))}
 
 
 def _judged_places(judge: Judge, places: Sequence[Place], best: intervals.Share, asked: Asked) -> list[JudgedPlace]:
