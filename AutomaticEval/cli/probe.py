@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +14,7 @@ from AutomaticEval.cli.options import OUTPUT, RUN, command
 from AutomaticEval.cli.printing import progress, say
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from AutomaticEval.analysis.probes.across.transfer import Transfer
     from AutomaticEval.analysis.probes.judged import Judged
@@ -104,7 +106,11 @@ def probe(
     save_probe: SaveProbe = None,
     output: Output = Path("results"),
 ) -> None:
-    """Probe every layer of a run for a class of questions, with baselines and an audit of leaks."""
+    """Probe every layer of a run for a class of questions, with baselines and an audit of leaks.
+
+    The same command, given again, goes on where it was cut short.
+    """
+    from AutomaticEval.analysis.probes.parts.kept_places import remove_places
     from AutomaticEval.analysis.probes.probe import probe as probed
     from AutomaticEval.analysis.probes.target import refuse_several, target_of
     from AutomaticEval.store.reader import open_run
@@ -113,7 +119,8 @@ def probe(
     run = open_run(path)
     keys = None if sites is None and layers is None else kept_keys(run, sites, layers)
     file = output if output.suffix == ".json" else output / "probe.json"
-    result_file(file.parent, file.name, "probe")
+    parts = output.with_suffix(".parts") if output.suffix == ".json" else output / "probe"
+    result_file(file.parent, file.name, "probe", parts)
     if save_direction is not None:
         _check_direction(save_direction, run)
     if save_probe is not None:
@@ -122,7 +129,10 @@ def probe(
         if given is not None:
             refuse_several(target_of(run.questions(), target, positive), name)
     others = [open_run(Path(each.strip()).expanduser()) for each in (transfer or "").split(",") if each.strip()]
-    with progress("Probing", lambda: len(keys or run.keys) * (1 + len(others)), of_bytes=False) as advance:
+    with (
+        _going_on(parts),
+        progress("Probing", lambda: len(keys or run.keys) * (1 + len(others)), of_bytes=False) as advance,
+    ):
         result = probed(
             run,
             target,
@@ -134,6 +144,7 @@ def probe(
             n_repeats=repeats,
             seed=seed,
             transfer=others,
+            folder=parts,
             advance=advance,
         )
     _say_findings(result.measured["findings"])
@@ -144,6 +155,28 @@ def probe(
         _save_probe(save_probe, run, result)
     further = [_transfer(result.measured["transfer"])] if others else []
     finish(file, result, *_by_class(result), _places(result), _baselines(result), *further)
+    remove_places(parts)
+
+
+@contextmanager
+def _going_on(parts: Path) -> Iterator[None]:
+    """Say how many places are there already, and, when it is cut short, how to go on."""
+    from AutomaticEval.analysis.probes.parts.kept_places import n_kept, remove_places
+    from AutomaticEval.processes import command_line
+
+    is_there = parts.exists()
+    if n_kept(parts):
+        say(f"Places that are there already, in {parts}: {n_kept(parts)}", err=True)
+    try:
+        yield
+    except BaseException as failure:
+        n = n_kept(parts)
+        if not n and not is_there:
+            remove_places(parts)
+        if isinstance(failure, KeyboardInterrupt | SystemExit):
+            how = f"To go on:\n  {command_line(*sys.argv[1:])}"
+            say(f"\nCut short; places that are done, in {parts}: {n}. {how}", err=True)
+        raise
 
 
 def _say_findings(findings: Sequence[Finding]) -> None:

@@ -48,13 +48,20 @@ def probed(
     repeats: Repeats,
     shuffles: Array,
     advance: Callable[[int], None],
+    kept: Callable[[str, Callable[[], Place]], Place] = lambda _, compute: compute(),
 ) -> list[Place]:
-    """read: gives [n_questions, width], float32, of a key. shuffles: [n_shuffles, n_questions]: other labels. advance: is told of each place."""
+    """read: gives [n_questions, width], float32, of a key. shuffles: [n_shuffles, n_questions]: other labels. advance: is told of each place.
 
-    def one(key: str) -> Place:
+    kept: gives a place that is done already, or lets it be computed.
+    """
+
+    def computed(key: str) -> Place:
         rows = read(key)
         found = out_of_fold(lambda _: rows, labels, repeats)
-        place = Place(key, found, *along_means(rows, labels, repeats, shuffles))
+        return Place(key, found, *along_means(rows, labels, repeats, shuffles))
+
+    def one(key: str) -> Place:
+        place = kept(key, lambda: computed(key))
         advance(1)
         return place
 

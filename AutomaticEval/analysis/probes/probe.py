@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from AutomaticEval.analysis.probes.judged import Judge, JudgedBaseline, JudgedPl
 from AutomaticEval.analysis.probes.leaks import duplicates
 from AutomaticEval.analysis.probes.leaks.audit import findings
 from AutomaticEval.analysis.probes.out_of_fold import out_of_fold
+from AutomaticEval.analysis.probes.parts.kept_places import KeptPlaces
 from AutomaticEval.analysis.probes.places import N_SHUFFLES, Place, p_values, probed, shuffled_labels
 from AutomaticEval.analysis.probes.saved.by_question import by_question
 from AutomaticEval.analysis.probes.saved.learned_on_all import usual_strength
@@ -45,6 +48,7 @@ def probe(
     n_repeats: int = 1,
     seed: int = 42,
     transfer: Sequence[Run] = (),
+    folder: str | Path | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Result:
     """Linear probes for a class of questions at every place of a run, with baselines and an audit of leaks.
@@ -55,12 +59,12 @@ def probe(
     target: `correct`, `answer` (the right one), `task`, or a column of questions; positive: the value that is told from all others; without it,
     a column of 3 to 20 values is told apart class by class. keys: sites, in any spelling; by default all of the run but patterns and logits. position: as in `Questions.activations`. split: `question` keeps equal
     prompts in one fold, `task` whole tasks. transfer: further runs of the same model, on which this run's probes are judged, and the other way round.
-    advance: is told of each place that is done.
+    folder: where each place is kept when it is done, so that the same call goes on where it was cut short; delete it when the result is written. advance: is told of each place that is done.
 
     The result's `measured` has `findings` (of the audit), `best` (the place is chosen inside each fold's training part), `places` (`JudgedPlace`),
     `baselines` (`JudgedBaseline`), `questions` (columns: what the best place says of each) and, with further runs, `transfer`, whose `cells` are `Transfer`. Memory holds the rows of four places at once.
     Of several classes AUROCs are means over classes, each against the rest, and `best` has `by_class`.
-    Raises SelectionError for what cannot be asked, StoreError for a run with too few questions, one class, or without the rows.
+    Raises SelectionError for what cannot be asked, OtherSettings for a folder with places of another probe, StoreError for a run with too few questions, one class, or without the rows.
     """
     asked = Asked(target, position, split, n_folds, n_repeats, seed)
     of = target_of(run.questions(), target, positive)
@@ -69,6 +73,7 @@ def probe(
     judge = judge_of(of, asked)
     sites, embedding = sites_of(run.keys, of.questions, keys)
     others = others_of(of, asked, transfer, sites)
+    kept = KeptPlaces.of(folder, asked, [of, *(other for other, _ in others)], [*sites, *embedding])
     shuffles = shuffled_labels(of.labels, of.questions.groups, seed)
     places = probed(
         [*sites, *embedding],
@@ -77,12 +82,16 @@ def probe(
         judge.repeats,
         shuffles,
         advance,
+        kept.place,
     )
     own = Learned.at_best(of, judge, sites, [each.found for each in places[: len(sites)]])
     result = _result(own, asked, places[: len(sites)], places[len(sites) :], shuffles[0])
     if not others:
         return result
-    every = [own, *(learned(*each, asked, sites, advance) for each in others)]
+    further = [
+        learned(*each, asked, sites, advance, partial(kept.found, number)) for number, each in enumerate(others, 2)
+    ]
+    every = [own, *further]
     told = {"runs": [each.about() for each in every], "cells": transfers(every, asked)}
     return replace(result, measured={**result.measured, "transfer": told})
 

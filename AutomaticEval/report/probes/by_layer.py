@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from AutomaticEval.report.bars import ends_of
 from AutomaticEval.report.labels import LINES, label, save
-from AutomaticEval.report.probes.classes import classes_told, measure_told
+from AutomaticEval.report.probes.classes import measure_told, title_told
 from AutomaticEval.sites import kind_and_layer
 
 CHANCE = 0.5
@@ -24,7 +24,7 @@ def probe_figure(result: Mapping[str, Any], path: Path) -> None:
     baselines = [(each["told"], each["judged"]["auroc"]) for each in result["baselines"] if each["judged"]]
     figure = Figure(figsize=(11.5, 5), layout="constrained")
     classes = result["classes"]
-    n, measure = classes_told(classes), f"{measure_told(classes)} (0.5: chance)"
+    n, measure = title_told(classes), f"{measure_told(classes)} (0.5: chance)"
     figure.suptitle(label(f"{classes['target']} at {result['settings']['position']}: {result['run']['model']} ({n})"))
     left, right = figure.subplots(1, 2)
     _layers(left, places, measure)

@@ -17,6 +17,12 @@ def classes_told(classes: Mapping[str, Any]) -> str:
     return f"{len(counts)} classes: {shown}{' …' if len(counts) > SHOWN else ''}"
 
 
+def title_told(classes: Mapping[str, Any]) -> str:
+    """`31 true, 29 false`; of several classes, whose names may be long, `4 classes, 100 questions`."""
+    counts = classes.get("counts")
+    return classes_told(classes) if counts is None else f"{len(counts)} classes, {sum(counts.values())} questions"
+
+
 def measure_told(classes: Mapping[str, Any]) -> str:
     """`AUROC`; of several classes `Mean AUROC of 4 classes`."""
     counts = classes.get("counts")

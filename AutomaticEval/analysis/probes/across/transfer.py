@@ -126,12 +126,22 @@ def _check(of: Target, other: Target, keys: Sequence[str]) -> None:
         )
 
 
-def learned(of: Target, judge: Judge, asked: Asked, keys: Sequence[str], advance: Callable[[int], None]) -> Learned:
-    """The probes of a further run, a place at a time."""
+def learned(
+    of: Target,
+    judge: Judge,
+    asked: Asked,
+    keys: Sequence[str],
+    advance: Callable[[int], None],
+    kept: Callable[[str, Callable[[], OutOfFold]], OutOfFold] = lambda _, compute: compute(),
+) -> Learned:
+    """The probes of a further run, a place at a time. kept: as for `places.probed`."""
+
+    def computed(key: str) -> OutOfFold:
+        rows = rows_of(of.questions, key, asked.position)
+        return out_of_fold(lambda _: rows, of.labels, judge.repeats)
 
     def one(key: str) -> OutOfFold:
-        rows = rows_of(of.questions, key, asked.position)
-        found = out_of_fold(lambda _: rows, of.labels, judge.repeats)
+        found = kept(key, lambda: computed(key))
         advance(1)
         return found
 
