@@ -19,13 +19,14 @@ from sklearn.preprocessing import StandardScaler
 
 from AutomaticEval import open_run, probe
 from AutomaticEval.analysis.probes.folds import folds
-from AutomaticEval.analysis.probes.intervals import estimate
+from AutomaticEval.analysis.probes.intervals import auroc_within_folds, estimate, mean_over_questions
 from AutomaticEval.analysis.probes.judged import Judge
+from AutomaticEval.analysis.probes.linear import chosen_probe
+from AutomaticEval.analysis.probes.measures import calibration_error
 from AutomaticEval.analysis.probes.out_of_fold import out_of_fold
 from AutomaticEval.analysis.probes.places import along_means, shuffled_labels
 from AutomaticEval.analysis.probes.saved.learned_on_all import learn_probe
 from AutomaticEval.analysis.probes.several.one_vs_rest import normalised
-from AutomaticEval.analysis.probes.several.sides import sides_of
 from AutomaticEval.analysis.steering.of_probe import best_direction
 from AutomaticEval.errors import SelectionError, StoreError
 from AutomaticEval.pages.run_page import run_page
@@ -146,15 +147,29 @@ def test_probabilities_near_0_and_1_keep_their_order() -> None:
     np.testing.assert_allclose(logsumexp(-np.logaddexp(0, -found), axis=0), 0, atol=1e-12)
 
 
-def test_two_classes_are_one_side_and_their_numbers_stay() -> None:
-    """The probe of class 1 against the rest is that of two classes; the mean over one side is it."""
-    labels, groups, rows = (classes_of() > 1).astype(int), np.arange(N) // 2, planted_rows()
-    assert sides_of(labels).shape == (1, N)
-    shuffles = shuffled_labels(labels, groups, 0, 3)
-    repeats = list(folds(labels, groups, 5, 1, 0))
+def test_two_classes_have_the_numbers_of_one_side_to_the_last_bit() -> None:
+    """Each number by the definition that two classes have without any other."""
+    labels, groups, rows = (classes_of() > 1).astype(int), np.arange(N) // 2, planted_rows(0.7)
+    repeats, shuffles = list(folds(labels, groups, 5, 2, 0)), shuffled_labels(labels, groups, 0, 3)
     along, of_shuffles = along_means(rows, labels, repeats, shuffles)
-    assert (along.shape, of_shuffles.shape) == ((1, N), (3,))
-    assert out_of_fold(lambda _: rows, labels, repeats).log_odds.shape == (1, N)
+    found, judge = out_of_fold(lambda _: rows, labels, repeats), Judge(labels, groups, repeats)
+    odds = np.empty((2, N))
+    for repeat, whole in enumerate(repeats):
+        for number, fold in enumerate(whole):
+            one, on = chosen_probe(rows, labels, fold)
+            odds[repeat, fold.test] = one.log_odds(rows[fold.test])
+            assert found.chosen_on[repeat, number] == on
+    np.testing.assert_array_equal(found.log_odds, odds)
+    assert (along.shape, of_shuffles.shape) == ((2, N), (3,))
+    said, probabilities = judge(found), 1 / (1 + np.exp(-odds))
+    right, squares = (probabilities > 0.5) == labels, (probabilities - labels) ** 2
+    for measured, share in (
+        (said.auroc, auroc_within_folds(odds, labels, repeats)),
+        (said.accuracy, mean_over_questions(right.astype(float))),
+        (said.brier, mean_over_questions(squares)),
+    ):
+        assert measured == estimate(share, groups, labels)
+    assert said.ece == np.mean([calibration_error(each, labels) for each in probabilities])
 
 
 def test_the_difference_of_means_is_that_of_each_class_against_the_rest() -> None:
@@ -167,7 +182,7 @@ def test_the_difference_of_means_is_that_of_each_class_against_the_rest() -> Non
 
 
 @pytest.mark.parametrize(
-    ("n", "n_classes", "signal", "in_group"), [(120, 4, 0.0, 2), (120, 3, 1.0, 1), (300, 8, 1.5, 1)]
+    ("n", "n_classes", "signal", "in_group"), [(120, 4, 0.0, 2), (120, 3, 1.0, 1), (160, 6, 1.5, 1)]
 )
 def test_intervals_of_means_over_classes_hold_the_truth_in_90_to_100_of_100_runs(
     n: int, n_classes: int, signal: float, in_group: int

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from AutomaticEval.cli.finish import Table, finish, result_file
+from AutomaticEval.cli.going_on import going_on
 from AutomaticEval.cli.options import OUTPUT, RUN, command
 from AutomaticEval.cli.printing import progress, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from AutomaticEval.analysis.probes.across.transfer import Transfer
     from AutomaticEval.analysis.probes.judged import Judged
@@ -130,7 +129,7 @@ def probe(
             refuse_several(target_of(run.questions(), target, positive), name)
     others = [open_run(Path(each.strip()).expanduser()) for each in (transfer or "").split(",") if each.strip()]
     with (
-        _going_on(parts),
+        going_on(parts),
         progress("Probing", lambda: len(keys or run.keys) * (1 + len(others)), of_bytes=False) as advance,
     ):
         result = probed(
@@ -156,27 +155,6 @@ def probe(
     further = [_transfer(result.measured["transfer"])] if others else []
     finish(file, result, *_by_class(result), _places(result), _baselines(result), *further)
     remove_places(parts)
-
-
-@contextmanager
-def _going_on(parts: Path) -> Iterator[None]:
-    """Say how many places are there already, and, when it is cut short, how to go on."""
-    from AutomaticEval.analysis.probes.parts.kept_places import n_kept, remove_places
-    from AutomaticEval.processes import command_line
-
-    is_there = parts.exists()
-    if n_kept(parts):
-        say(f"Places that are there already, in {parts}: {n_kept(parts)}", err=True)
-    try:
-        yield
-    except BaseException as failure:
-        n = n_kept(parts)
-        if not n and not is_there:
-            remove_places(parts)
-        if isinstance(failure, KeyboardInterrupt | SystemExit):
-            how = f"To go on:\n  {command_line(*sys.argv[1:])}"
-            say(f"\nCut short; places that are done, in {parts}: {n}. {how}", err=True)
-        raise
 
 
 def _say_findings(findings: Sequence[Finding]) -> None:
