@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from AutomaticEval.cli.finish import Table, finish, result_file
+from AutomaticEval.cli.going_on import going_on
 from AutomaticEval.cli.options import OUTPUT, RUN, command, refuse_unused
 from AutomaticEval.cli.printing import progress_of_work, say
 
@@ -29,7 +30,11 @@ TargetName = Annotated[
 ]
 Positive = Annotated[
     str | None,
-    typer.Option("--positive", help="The value that is told from all others.", rich_help_panel=RUN),
+    typer.Option(
+        "--positive",
+        help="The value that is told from all others. Without it, up to 20 values are told apart.",
+        rich_help_panel=RUN,
+    ),
 ]
 Sites = Annotated[
     str | None,
@@ -119,8 +124,13 @@ def probe(
     save_probe: SaveProbe = None,
     output: Output = Path("results"),
 ) -> None:
-    """Probe every layer of a run for a class of questions, with baselines and an audit of leaks."""
+    """Probe every layer of a run for a class of questions, with baselines and an audit of leaks.
+
+    The same command, given again, goes on where it was cut short.
+    """
+    from AutomaticEval.analysis.probes.parts.kept_places import remove_places
     from AutomaticEval.analysis.probes.probe import probe as probed
+    from AutomaticEval.analysis.probes.target import refuse_several, target_of
     from AutomaticEval.store.reader import open_run
     from AutomaticEval.store.upkeep.prune import kept_keys
 
@@ -129,13 +139,17 @@ def probe(
     run = open_run(path)
     keys = None if sites is None and layers is None else kept_keys(run, sites, layers)
     file = output if output.suffix == ".json" else output / "probe.json"
-    result_file(file.parent, file.name, "probe")
+    parts = output.with_suffix(".parts") if output.suffix == ".json" else output / "probe"
+    result_file(file.parent, file.name, "probe", parts)
     if save_direction is not None:
         _check_direction(save_direction, run)
     if save_probe is not None:
         _check_probe(save_probe, run)
+    for name, given in (("--save_direction", save_direction), ("--save_probe", save_probe)):
+        if given is not None:
+            refuse_several(target_of(run.questions(), target, positive), name)
     others = [open_run(Path(each.strip()).expanduser()) for each in (transfer or "").split(",") if each.strip()]
-    with progress_of_work("Probing") as (advance, expect):
+    with going_on(parts), progress_of_work("Probing") as (advance, expect):
         result = probed(
             run,
             target,
@@ -149,6 +163,7 @@ def probe(
             seed=seed,
             transfer=others,
             random_model=random_model,
+            folder=parts,
             advance=advance,
             expect=expect,
         )
@@ -160,7 +175,8 @@ def probe(
     if save_probe is not None:
         _save_probe(save_probe, run, result)
     further = [_transfer(result.measured["transfer"])] if others else []
-    finish(file, result, _places(result), _baselines(result), *further)
+    finish(file, result, *_by_class(result), _places(result), _baselines(result), *further)
+    remove_places(parts)
 
 
 def _say_findings(findings: Sequence[Finding]) -> None:
@@ -173,14 +189,15 @@ def _say_findings(findings: Sequence[Finding]) -> None:
 
 def _say_best(result: Result) -> None:
     from AutomaticEval.analysis.probes.leaks.audit import number
+    from AutomaticEval.report.probes.classes import classes_told, measure_told
 
     classes, best = result.measured["classes"], result.measured["best"]
     left_out = f", {classes['n_left_out']} without a value left out" if classes["n_left_out"] else ""
-    say(
-        f"Classes:     {classes['target']}: {classes['n_positive']} {classes['positive']}, {classes['n_negative']} {classes['negative']}{left_out}"
-    )
+    say(f"Classes:     {classes['target']}: {classes_told(classes)}{left_out}")
     places = ", ".join(f"{key} in {n}" for key, n in best["places"].items())
-    say(f"Best place:  AUROC {number(best['judged'].auroc)}; chosen inside the training folds: {places}")
+    say(
+        f"Best place:  {measure_told(classes)} {number(best['judged'].auroc)}; chosen inside the training folds: {places}"
+    )
 
 
 def _say_left_out(left_out: Sequence[LeftOut]) -> None:
@@ -223,6 +240,15 @@ def _save_probe(file: Path, run: Run, result: Result) -> None:
     place = next(iter(result.measured["best"]["places"]))
     say(f"Probe:       {place}, {made.n_questions} questions, C {made.strength:g}")
     say(f"Written:     {file} (python main.py probe_score {file} …)")
+
+
+def _by_class(result: Result) -> list[Table]:
+    """Of several classes, how well each is told from the rest."""
+    counts = result.measured["classes"].get("counts")
+    if counts is None:
+        return []
+    rows = [(name, str(counts[name]), _number(each)) for name, each in result.measured["best"]["by_class"].items()]
+    return [Table("By class, at the best place", ("Class", "Questions", "AUROC against the rest"), rows)]
 
 
 def _places(result: Result) -> Table:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from AutomaticEval.report.page.charts import Chart, intervals_chart, lines_chart
+from AutomaticEval.report.probes.classes import classes_told, measure_told
 from AutomaticEval.report.probes.grid import at_one_position, position_of
 from AutomaticEval.sites import kind_and_layer
 
@@ -17,12 +18,17 @@ def probe_section(result: Mapping[str, Any]) -> dict[str, Any]:
     classes, best = result["classes"], result["best"]["judged"]["auroc"]
     baselines = [(each["told"], each["judged"]["auroc"]) for each in result["baselines"] if each["judged"]]
     return {
-        "target": f"{classes['target']}: {classes['n_positive']} {classes['positive']}, {classes['n_negative']} {classes['negative']}",
+        "target": f"{classes['target']}: {classes_told(classes)}",
         "position": _position(result),
         "split": result["settings"]["split"],
         "findings": result["findings"],
+        "measure": measure_told(classes),
         "best": said(best),
-        "charts": [_by_layer(result, baselines), _beside(best, baselines)],
+        "by_class": [
+            (name, str(classes["counts"][name]), said(each))
+            for name, each in result["best"].get("by_class", {}).items()
+        ],
+        "charts": [_by_layer(result, baselines), _beside(best, baselines, measure_told(classes))],
         "places": [
             (each["site"], said(each["probe"]["auroc"]), said(each["difference_of_means"]), _p(each.get("p")))
             for each in at_one_position(result)
@@ -73,11 +79,12 @@ def _by_layer(result: Mapping[str, Any], baselines: list[tuple[str, Mapping[str,
         marked = [(auroc["mean"], name), (CHANCE, "chance")]
         told = f"The dashed line is the best baseline ({name}, {auroc['mean']:.3f}); the solid line is chance, 0.5."
     band = "Bands: 95 % intervals of all places together." if any(row["low"] is not None for row in rows) else ""
-    where = f" at {position_of(result)}" if "grid" in result else ""
-    return lines_chart(f"AUROC by layer{where}", f"{told} {band}".strip(), rows, ("layer", "AUROC"), marked=marked)
+    where, measure = f" at {position_of(result)}" if "grid" in result else "", measure_told(result["classes"])
+    title = f"{measure}, by layer{where}"
+    return lines_chart(title, f"{told} {band}".strip(), rows, ("layer", measure), marked=marked)
 
 
-def _beside(best: Mapping[str, Any], baselines: list[tuple[str, Mapping[str, Any]]]) -> Chart:
+def _beside(best: Mapping[str, Any], baselines: list[tuple[str, Mapping[str, Any]]], measure: str) -> Chart:
     rows = []
     for number, (name, auroc) in enumerate([("best place", best), *baselines]):
         low, high = auroc["interval"] or (None, None)
@@ -93,5 +100,5 @@ def _beside(best: Mapping[str, Any], baselines: list[tuple[str, Mapping[str, Any
         )
     told = "The place is chosen inside the training folds. Bars: 95 % intervals. The line is chance."
     return intervals_chart(
-        "Best place, and what needs no activations", told, rows, "AUROC", line=CHANCE, is_offset=False
+        "Best place, and what needs no activations", told, rows, measure, line=CHANCE, is_offset=False
     )

@@ -1,14 +1,16 @@
-"""The folder of a sweep: each layer, or scale, is written when it is done, so a sweep that was cut short goes on where it stopped."""
+"""The folder of a sweep: each layer, scale or place is written when it is done, so a sweep that was cut short goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -16,10 +18,16 @@ from tqdm import tqdm
 
 from AutomaticEval.errors import StoreError
 from AutomaticEval.settings import LATER, SAMPLED
+from AutomaticEval.store.disk.array_files import read_arrays, write_arrays
 from AutomaticEval.store.disk.json_files import finite, read_json, refuse_others, write_json
+from AutomaticEval.store.disk.partial_folders import clear_leftovers
 
+Array = np.ndarray[Any, Any]
+ARRAYS = ".safetensors"
+"""The ending of parts that are arrays; all others are JSON."""
 CHECKSUM = "xxh3_64"
 """The name of the checksum in a layer's file."""
+AGAIN = "Delete it, and the same command computes it again."
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,8 @@ class SweepFolder:
         Raises OtherSettings.
         """
         settings = {**self.settings, **more}
-        file = self.path / "settings.json"
-        parts = [each for each in self.path.glob("*.json") if each != file]
+        file = self._settings_file
+        parts = [each for kind in (".json", ARRAYS) for each in self.path.glob(f"*{kind}") if each != file]
         if not file.exists() or not parts:  # or left by a sweep that computed nothing
             write_json(file, settings, overwrite=True)
             return
@@ -66,6 +74,34 @@ class SweepFolder:
                     file, f"it has {list(layers[-1].shape)} numbers, and other layers have {list(layers[0].shape)}"
                 )
         return torch.stack(layers)
+
+    @property
+    def _settings_file(self) -> Path:
+        return self.path / "settings.json"
+
+    def arrays(self, name: str, compute: Callable[[], Mapping[str, Array]]) -> dict[str, Array]:
+        """Arrays by name, read from their file, or computed and written. Raises StoreError for a damaged file."""
+        file = self.path / f"{name}{ARRAYS}"
+        if not file.exists():
+            computed = dict(compute())
+            write_arrays(file, computed)
+            return computed
+        try:
+            return read_arrays(file)
+        except StoreError as failure:
+            raise StoreError(f"{failure} {AGAIN}") from None
+
+    def arrays_there(self, prefix: str) -> list[Path]:
+        """The files of arrays whose names begin like this."""
+        return sorted(self.path.glob(f"{prefix}*{ARRAYS}"))
+
+    def remove(self, prefix: str) -> None:
+        """Take the settings away and all arrays whose names begin like this, and the folder, when nothing else is in it."""
+        for file in (*self.arrays_there(prefix), self._settings_file):
+            file.unlink(missing_ok=True)
+        clear_leftovers(self.path)
+        with suppress(OSError):
+            self.path.rmdir()
 
     def has(self, name: str) -> bool:
         """Whether a part is there."""
@@ -105,4 +141,4 @@ def _checksum(values: Any) -> str:
 
 
 def _damaged(file: Path, why: str) -> StoreError:
-    return StoreError(f"{file} is damaged: {why}. Delete it, and the same command computes it again.")
+    return StoreError(f"{file} is damaged: {why}. {AGAIN}")

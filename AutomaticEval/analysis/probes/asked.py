@@ -10,7 +10,7 @@ import numpy as np
 
 from AutomaticEval.analysis.probes.folds import LEAST_FOLDS, folds
 from AutomaticEval.analysis.probes.judged import Judge
-from AutomaticEval.analysis.probes.target import Target
+from AutomaticEval.analysis.probes.target import Target, refuse_rare
 from AutomaticEval.errors import SelectionError, StoreError
 from AutomaticEval.sites import kind_and_layer, site_of
 from AutomaticEval.store.questions.questions import Questions
@@ -55,6 +55,7 @@ def judge_of(of: Target, asked: Asked) -> Judge:
             raise StoreError(
                 f"{of.questions.source.path} has {len(tasks)} task(s); split='task' needs at least {LEAST_FOLDS}: to learn from, to choose on and to judge on."
             )
+    refuse_rare(of, units, unit, n_folds)
     repeats = list(folds(of.labels, units, n_folds, asked.n_repeats, asked.seed, unit))
     return Judge(of.labels, units, repeats)
 

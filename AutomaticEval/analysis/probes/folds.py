@@ -55,9 +55,11 @@ def folds(
         splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=state)
         parts = [test for _, test in splitter.split(np.zeros(len(labels)), labels, groups)]
         made = [_fold(parts, number) for number in range(n_folds)]
-        if any(len(np.unique(labels[fold.fit])) < 2 for fold in made):
+        n_labels = len(np.unique(labels))
+        if any(len(np.unique(labels[fold.fit])) < n_labels for fold in made):
+            what = "have one label" if n_labels == 2 else "lack one of the classes"
             raise StoreError(
-                f"with {n_folds} folds there is one where all {unit} to learn from have one label. Ask more questions, or use another --seed."
+                f"with {n_folds} folds there is one where all {unit} to learn from {what}. Ask more questions, or use another --seed."
             )
         yield made
 

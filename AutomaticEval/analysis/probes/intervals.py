@@ -55,6 +55,11 @@ def auroc_within_folds(scores: Array, labels: Array, repeats: Sequence[Sequence[
     return Share(value, (weights * (placed - value)).sum(0))
 
 
+def mean_of(shares: Sequence[Share]) -> Share:
+    """The mean of numbers of the same questions, such as the AUROCs of all classes: a question moves it by the mean of how it moves each."""
+    return Share(float(np.mean([each.value for each in shares])), np.mean([each.influence for each in shares], axis=0))
+
+
 def mean_over_questions(values: Array) -> Share:
     """values: [n_repeats, n_questions]."""
     of_questions = values.mean(0)
@@ -64,14 +69,14 @@ def mean_over_questions(values: Array) -> Share:
 def estimate(share: Share, units: Array, labels: Array, n_comparisons: int = 1) -> Estimate:
     """The number with its 95 % interval, and the one at the level of all numbers that are compared.
 
-    units: [n_questions]: questions with the same number are drawn together: equal prompts, or tasks. No interval for fewer than LEAST units.
+    units: [n_questions]: questions with the same number are drawn together: equal prompts, or tasks. labels: 0 or 1, or the numbers of classes. No interval for fewer than LEAST units.
     """
     n, n_units = len(units), len(np.unique(units))
     if n_units < LEAST:
         return Estimate(
             share.value, None, n, reason=f"{n_units} separate groups or tasks: an interval needs {LEAST} at least."
         )
-    least = min(len(np.unique(units[labels == label])) for label in (0, 1))
+    least = min(len(np.unique(units[labels == label])) for label in np.unique(labels))
     alone, together = (interval(share, units, least, level) for level in (LEVEL, of_family(n_comparisons)))
     return Estimate(share.value, alone, n, together if n_comparisons > 1 else None)
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from AutomaticEval.analysis.probes.folds import Fold
-from AutomaticEval.analysis.probes.intervals import Share, auroc_within_folds, estimate, mean_over_questions
+from AutomaticEval.analysis.probes.intervals import Share, auroc_within_folds, estimate, mean_of, mean_over_questions
 from AutomaticEval.analysis.probes.measures import calibration_error, rejection_ratio
 from AutomaticEval.analysis.probes.out_of_fold import OutOfFold
+from AutomaticEval.analysis.probes.several.sides import of_sides, outcomes, sides_of
 from AutomaticEval.analysis.result import Estimate
 
 Array = np.ndarray[Any, Any]
@@ -22,14 +23,14 @@ class Judged:
     """Of one probe, or one baseline, over the questions that it has not learned from."""
 
     auroc: Estimate
-    """The share of pairs (a question of the class, one of the other) that are ranked rightly; 0.5 is chance. The mean over folds."""
+    """The share of pairs (a question of the class, one of the other) that are ranked rightly; 0.5 is chance. The mean over folds, and over several classes."""
 
     accuracy: Estimate
     brier: Estimate
-    """The mean square of probability - label; 0 is best."""
+    """The mean square of probability - label; 0 is best. Of several classes the sum over them."""
 
     ece: float
-    """Expected calibration error. It has no interval: chance can only make it larger."""
+    """Expected calibration error, of several classes that of the likeliest one. It has no interval: chance can only make it larger."""
 
     prr: float | None
     """Prediction rejection ratio: 1 ranks as the labels themselves, 0 as chance. The mean over folds; None where a fold has one label only."""
@@ -69,14 +70,26 @@ class Judge:
     """The questions over which probes are judged."""
 
     labels: Array
+    """[n_questions], 0 or 1, or the numbers of several classes."""
+
     units: Array
     """[n_questions]: questions with the same number are in one fold, and are drawn together: equal prompts, or tasks."""
 
     repeats: Sequence[Sequence[Fold]]
 
     def auroc(self, log_odds: Array) -> Share:
-        """log_odds: [n_repeats, n_questions], out of fold."""
-        return auroc_within_folds(log_odds, self.labels, self.repeats)
+        """log_odds: [n_repeats, n_questions], out of fold; of several classes [n_classes, n_repeats, n_questions], and the mean over them."""
+        return mean_of([auroc_within_folds(*each, self.repeats) for each in self._sides(log_odds)])
+
+    def by_class(self, log_odds: Array) -> list[Estimate]:
+        """The AUROC of each of several classes against the rest. Together they are as many comparisons."""
+        each = [(auroc_within_folds(said, side, self.repeats), side) for said, side in self._sides(log_odds)]
+        return [estimate(share, self.units, side, len(each)) for share, side in each]
+
+    def _sides(self, log_odds: Array) -> list[tuple[Array, Array]]:
+        """What was said, [n_repeats, n_questions], and the labels, 0 or 1: of each class, or of class 1 alone."""
+        sides = sides_of(self.labels)
+        return list(zip(of_sides(log_odds, len(sides)), sides, strict=True))
 
     def estimate(self, share: Share, n_comparisons: int = 1) -> Estimate:
         """The number with its interval."""
@@ -84,19 +97,19 @@ class Judge:
 
     def __call__(self, found: OutOfFold, n_comparisons: int = 1, best: Share | None = None) -> Judged:
         """n_comparisons: how many are compared. best: the AUROC of the best probe."""
-        said, auroc = found.probabilities, self.auroc(found.log_odds)
-        right = (said > 0.5) == self.labels.astype(bool)
+        of, auroc = outcomes(found.probabilities, self.labels), self.auroc(found.log_odds)
         ratios = [
-            rejection_ratio(of_repeat[fold.test], self.labels[fold.test])
-            for of_repeat, whole in zip(found.log_odds, self.repeats, strict=True)
+            rejection_ratio(of_repeat[fold.test], side[fold.test])
+            for said, side in self._sides(found.log_odds)
+            for of_repeat, whole in zip(said, self.repeats, strict=True)
             for fold in whole
         ]
         ratio = float(np.mean(ratios))
         return Judged(
             self.estimate(auroc, n_comparisons),
-            self.estimate(mean_over_questions(right.astype(float)), n_comparisons),
-            self.estimate(mean_over_questions((said - self.labels) ** 2), n_comparisons),
-            float(np.mean([calibration_error(each, self.labels) for each in said])),
+            self.estimate(mean_over_questions(of.right.astype(float)), n_comparisons),
+            self.estimate(mean_over_questions(of.squares), n_comparisons),
+            float(np.mean([calibration_error(*each) for each in zip(of.said, of.true, strict=True)])),
             None if np.isnan(ratio) else ratio,
             None if best is None else self.estimate(best - auroc, n_comparisons),
         )

@@ -10,6 +10,8 @@ import numpy as np
 
 from AutomaticEval.analysis.probes.folds import Fold
 from AutomaticEval.analysis.probes.linear import STRENGTHS, Linear, chosen_probe
+from AutomaticEval.analysis.probes.several.one_vs_rest import OneVsRest
+from AutomaticEval.analysis.probes.several.sides import sides_of
 
 Array = np.ndarray[Any, Any]
 
@@ -19,17 +21,18 @@ class OutOfFold:
     """Of one place, or one baseline."""
 
     log_odds: Array
-    """[n_repeats, n_questions]: of each question, by the probe that did not learn from it."""
+    """[n_repeats, n_questions]: of each question, by the probe that did not learn from it. Of several classes [n_classes, n_repeats, n_questions]."""
 
     chosen_on: Array
-    """[n_repeats, n_folds]: the AUROC where the strength was chosen, which is not where it is judged. 0 where that part has one label only."""
+    """[n_repeats, n_folds]: the AUROC where the strength was chosen, which is not where it is judged. 0 where that part has one label only.
+    Of several classes the mean."""
 
-    probes: Sequence[Sequence[Linear]] = ()
-    """[n_repeats][n_folds]: the probe of each fold."""
+    probes: Sequence[Sequence[Linear | OneVsRest]] = ()
+    """[n_repeats][n_folds]: the probe of each fold, or those of several classes."""
 
     @property
     def probabilities(self) -> Array:
-        """[n_repeats, n_questions]."""
+        """In the shape of the log-odds."""
         probabilities: Array = 1 / (1 + np.exp(-np.clip(self.log_odds, -500, 500)))
         return probabilities
 
@@ -40,15 +43,21 @@ def out_of_fold(
     repeats: Sequence[Sequence[Fold]],
     strengths: Sequence[float] = STRENGTHS,
 ) -> OutOfFold:
-    """rows: gives [n_questions, width] for a fold: the activations, or features that are learned from the fold's training part; sparse ones, too."""
-    log_odds, chosen_on = np.empty((len(repeats), len(labels))), np.empty((len(repeats), len(repeats[0])))
-    probes: list[list[Linear]] = []
+    """rows: gives [n_questions, width] for a fold: the activations, or features that are learned from the fold's training part; sparse ones, too.
+
+    labels: [n_questions], 0 or 1, or the numbers of several classes, each of which is told from the rest.
+    """
+    sides = sides_of(labels)
+    shape = (len(repeats), len(labels)) if len(sides) == 1 else (len(sides), len(repeats), len(labels))
+    log_odds, chosen_on = np.empty(shape), np.empty((len(repeats), len(repeats[0])))
+    probes: list[list[Linear | OneVsRest]] = []
     for repeat, whole in enumerate(repeats):
         probes.append([])
         for number, fold in enumerate(whole):
             table = rows(fold)
-            probe, chosen_on[repeat, number] = chosen_probe(table, labels, fold, strengths)
-            log_odds[repeat, fold.test] = probe.log_odds(table[fold.test])
+            made, on = zip(*(chosen_probe(table, side, fold, strengths) for side in sides), strict=True)
+            probe, chosen_on[repeat, number] = made[0] if len(made) == 1 else OneVsRest.of(made), np.mean(on)
+            log_odds[..., repeat, fold.test] = probe.log_odds(table[fold.test])
             probes[-1].append(probe)
     return OutOfFold(log_odds, chosen_on, probes)
 
@@ -63,7 +72,7 @@ def best_of(places: Sequence[OutOfFold], repeats: Sequence[Sequence[Fold]]) -> t
     log_odds = np.empty_like(places[0].log_odds)
     for repeat, whole in enumerate(repeats):
         for number, fold in enumerate(whole):
-            log_odds[repeat, fold.test] = places[best[repeat, number]].log_odds[repeat, fold.test]
+            log_odds[..., repeat, fold.test] = places[best[repeat, number]].log_odds[..., repeat, fold.test]
     probes = [
         [places[place].probes[repeat][number] for number, place in enumerate(of_repeat)]
         for repeat, of_repeat in enumerate(best.tolist())

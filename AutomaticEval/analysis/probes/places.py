@@ -16,6 +16,7 @@ from AutomaticEval.analysis.probes.grid.spots import Spot
 from AutomaticEval.analysis.probes.linear import standardised
 from AutomaticEval.analysis.probes.measures import auroc
 from AutomaticEval.analysis.probes.out_of_fold import OutOfFold, out_of_fold
+from AutomaticEval.analysis.probes.several.sides import sides_of
 
 Array = np.ndarray[Any, Any]
 Repeats = Sequence[Sequence[Fold]]
@@ -34,7 +35,8 @@ class Place:
     """Of the logistic probe."""
 
     along_means: Array
-    """[n_repeats, n_questions]: how far each question lies along the difference of means of the questions that were learned from."""
+    """[n_repeats, n_questions]: how far each question lies along the difference of means of the questions that were learned from.
+    Of several classes [n_classes, n_repeats, n_questions], each against the rest."""
 
     shuffled: Array
     """[n_shuffles]: the AUROC of the difference of means with each of the shuffled labels."""
@@ -47,13 +49,20 @@ def probed(
     repeats: Repeats,
     shuffles: Array,
     advance: Callable[[int], None],
+    kept: Callable[[Spot, Callable[[], Place]], Place] = lambda _, compute: compute(),
 ) -> list[Place]:
-    """read: gives [n_questions, width], float32, of a spot. shuffles: [n_shuffles, n_questions]: other labels. advance: is told of each place."""
+    """read: gives [n_questions, width], float32, of a spot. shuffles: [n_shuffles, n_questions]: other labels. advance: is told of each place.
 
-    def one(spot: Spot) -> Place:
+    kept: gives a place that is done already, or lets it be computed.
+    """
+
+    def computed(spot: Spot) -> Place:
         rows = read(spot)
         found = out_of_fold(lambda _: rows, labels, repeats)
-        place = Place(spot, found, *along_means(rows, labels, repeats, shuffles))
+        return Place(spot, found, *along_means(rows, labels, repeats, shuffles))
+
+    def one(spot: Spot) -> Place:
+        place = kept(spot, lambda: computed(spot))
         advance(1)
         return place
 
@@ -72,8 +81,17 @@ def at_each(spots: Sequence[Spot], one: Callable[[Spot], Made]) -> list[Made]:
 def along_means(rows: Array, labels: Array, repeats: Repeats, shuffles: Array) -> tuple[Array, Array]:
     """How far each question lies along the difference of means of its fold's training part, and the AUROC of each of the shuffled labels.
 
-    All labels are taken together: the differences of means are one product of matrices.
+    Of several classes, each is told from the rest, and the AUROC of shuffled labels is the mean over classes.
     """
+    sides, others = sides_of(labels), sides_of(shuffles, int(labels.max()) + 1)
+    made = [_along_means(rows, side, repeats, other) for side, other in zip(sides, others, strict=True)]
+    if len(made) == 1:
+        return made[0]
+    return np.stack([along for along, _ in made]), np.mean([of_shuffles for _, of_shuffles in made], axis=0)
+
+
+def _along_means(rows: Array, labels: Array, repeats: Repeats, shuffles: Array) -> tuple[Array, Array]:
+    """Of two classes. All labels are taken together: the differences of means are one product of matrices."""
     sides = np.vstack([labels, shuffles]).astype(rows.dtype)  # [1 + n_shuffles, n_questions]
     along, of_shuffles = np.empty((len(repeats), len(labels))), []
     for repeat, whole in enumerate(repeats):
@@ -93,7 +111,7 @@ def along_means(rows: Array, labels: Array, repeats: Repeats, shuffles: Array) -
 
 
 def shuffled_labels(labels: Array, groups: Array, seed: int, n: int = N_SHUFFLES) -> Array:
-    """[n, n_questions]: labels that were given to other questions. Groups of one size exchange all their labels, so that answers to one prompt stay together."""
+    """[n, n_questions]: labels, or numbers of classes, that were given to other questions. Groups of one size exchange all their labels, so that answers to one prompt stay together."""
     draw = np.random.default_rng([seed, 1])
     order = np.argsort(groups, kind="stable")
     _, sizes = np.unique(groups, return_counts=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +23,12 @@ from AutomaticEval.analysis.probes.leaks import duplicates
 from AutomaticEval.analysis.probes.leaks.audit import findings
 from AutomaticEval.analysis.probes.leaks.random_weights import ready_random_model, with_random_weights
 from AutomaticEval.analysis.probes.out_of_fold import OutOfFold, best_of, out_of_fold
+from AutomaticEval.analysis.probes.parts.kept_places import KeptPlaces
 from AutomaticEval.analysis.probes.places import N_SHUFFLES, Place, p_values, probed, shuffled_labels
 from AutomaticEval.analysis.probes.saved.by_question import by_question
 from AutomaticEval.analysis.probes.saved.learned_on_all import usual_strength
-from AutomaticEval.analysis.probes.target import Target, target_of
-from AutomaticEval.analysis.result import Result
+from AutomaticEval.analysis.probes.target import Target, refuse_several, target_of
+from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.errors import SelectionError, StoreError
 from AutomaticEval.store.questions.questions import AT, Questions
 from AutomaticEval.store.run import Run
@@ -50,6 +53,7 @@ def probe(
     seed: int = 42,
     transfer: Sequence[Run] = (),
     random_model: bool = False,
+    folder: str | Path | None = None,
     advance: Callable[[int], None] = lambda _: None,
     expect: Callable[[int], None] = lambda _: None,
 ) -> Result:
@@ -58,26 +62,34 @@ def probe(
     >>> result = probe(open_run("results/run"), "correct")
     >>> result.measured["best"]["judged"].auroc
 
-    target: `correct`, `answer` (the right one), `task`, or a column of questions; positive: the value that is told from all others, needed where there
-    are more than two. keys: sites, in any spelling; by default all of the run but patterns and logits. position: as in `Questions.activations`; several (a
-    sequence, or with commas) make each site at each position a place. grid: the usual positions, of those that every question has. split: `question` keeps equal
-    prompts in one fold, `task` whole tasks. transfer: further runs of the same model, on which this run's probes are judged, and the other way round.
-    random_model: one more baseline, the same model with random weights. advance: is told of each place that is done, and of each question that the random
-    model read; expect: of how many there will be.
+    target: `correct`, `answer` (the right one), `task`, or a column of questions; positive: the value that is told from all others; without it,
+    a column of 3 to 20 values is told apart class by class. keys: sites, in any spelling; by default all of the run but patterns and logits. position: as in
+    `Questions.activations`; several (a sequence, or with commas) make each site at each position a place. grid: the usual positions, of those that every
+    question has. split: `question` keeps equal prompts in one fold, `task` whole tasks. transfer: further runs of the same model, on which this run's probes
+    are judged, and the other way round. random_model: one more baseline, the same model with random weights. folder: where each place is kept when it is done,
+    so that the same call goes on where it was cut short; delete it when the result is written. advance: is told of each place that is done, and of each question
+    that the random model read; expect: of how many there will be.
 
     The result's `measured` has `findings` (of the audit), `best` (the place is chosen inside each fold's training part), `places` (`JudgedPlace`),
     `baselines` (`JudgedBaseline`), `questions` (columns: what the best place says of each), with several positions `grid` (`left_out`) and, with further
-    runs, `transfer`, whose `cells` are `Transfer`. Memory holds the rows of four places at once.
-    Raises SelectionError for what cannot be asked, StoreError for a run with too few questions, one class, or without the rows.
+    runs, `transfer`, whose `cells` are `Transfer`. Of several classes AUROCs are means over classes, each against the rest, and `best` has `by_class`.
+    Memory holds the rows of four places at once.
+    Raises SelectionError for what cannot be asked, OtherSettings for a folder with places of another probe, StoreError for a run with too few questions, one
+    class, or without the rows.
     """
     asked = Asked(target, ",".join(positions_in(position)), split, n_folds, n_repeats, seed)
     of = target_of(run.questions(), target, positive)
+    if transfer:
+        refuse_several(of, "transfer")
     judge = judge_of(of, asked)
     sites, embedding = sites_of(run.keys, of.questions, keys)
     others = others_of(of, asked, transfer, sites)
     positions = _positions_of(asked, grid, [of.questions, *(other.questions for other, _ in others)])
     asked = replace(asked, position=",".join(positions.positions))
     spots, of_embedding = spots_of(sites, positions.positions), spots_of(embedding, positions.positions)
+    kept = KeptPlaces.of(
+        folder, asked, [of, *(other for other, _ in others)], [each.name for each in (*spots, *of_embedding)]
+    )
     expect(len(of_embedding) + len(spots) * (1 + len(others) + random_model) + len(of.questions) * random_model)
     drawn = None
     if random_model:
@@ -90,12 +102,14 @@ def probe(
         judge.repeats,
         shuffles,
         advance,
+        kept.place,
     )
     own = Learned.at_best(of, judge, spots, [each.found for each in places[: len(spots)]])
     result = _result(own, asked, places[: len(spots)], places[len(spots) :], drawn, shuffles[0])
     more: dict[str, Any] = {"grid": {"left_out": positions.left_out}} if len(positions.positions) > 1 else {}
     if others:
-        every = [own, *(learned(*each, spots, advance) for each in others)]
+        further = [learned(*each, spots, advance, partial(kept.found, number)) for number, each in enumerate(others, 2)]
+        every = [own, *further]
         more["transfer"] = {"runs": [each.about() for each in every], "cells": transfers(every, asked)}
     return replace(result, measured={**result.measured, **more})
 
@@ -154,21 +168,14 @@ def _result(
     measured = {
         "findings": findings(best, [*listed, *checked], of, [each.position for each in own.counted]),
         "run": {"path": of.questions.source.path.name, "model": of.questions.source.contents.model},
-        "classes": {
-            "target": of.name,
-            "positive": of.positive,
-            "negative": of.negative,
-            "n_positive": int(of.labels.sum()),
-            "n_negative": int((1 - of.labels).sum()),
-            "n_left_out": of.n_left_out,
-            "n_groups": len(np.unique(judge.units)),
-        },
+        "classes": of.about(len(np.unique(judge.units))),
         "best": {
             "judged": best,
             "site": top.site,
             "position": top.position,
             "places": own.named,
             "strength": strength,
+            **_by_class(own),
         },
         "places": _judged_places(judge, places, of_best, asked),
         "baselines": listed,
@@ -176,6 +183,13 @@ def _result(
         "questions": by_question(of, found),
     }
     return Result("probe", measured, _settings(asked, judge), _methods(asked, len(places)))
+
+
+def _by_class(own: Learned) -> dict[str, dict[str, Estimate]]:
+    """The AUROC of each of several classes, at the best place."""
+    if not own.of.is_several:
+        return {}
+    return {"by_class": dict(zip(own.of.classes, own.judge.by_class(own.found.log_odds), strict=True))}
 
 
 def _judged_places(judge: Judge, places: Sequence[Place], best: intervals.Share, asked: Asked) -> list[JudgedPlace]:

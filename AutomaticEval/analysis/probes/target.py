@@ -1,13 +1,15 @@
-"""What a probe is to tell: two classes of questions."""
+"""What a probe is to tell: two classes of questions, or several."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from AutomaticEval.analysis.probes.several.sides import MOST_CLASSES
 from AutomaticEval.errors import SelectionError, StoreError
 from AutomaticEval.store.questions.questions import Questions
 
@@ -15,31 +17,60 @@ Array = np.ndarray[Any, Any]
 COLUMNS = {"answer": "target"}
 """Names of targets that are not those of columns. `answer` is the right answer, also where the model took another."""
 SHOWN = 8
+NAME_ONE = "Name the value that is told from all others (positive=…, --positive)"
 
 
 @dataclass(frozen=True)
 class Target:
-    """The questions that have a value, and in which of two classes each of them is."""
+    """The questions that have a value, and in which class each of them is."""
 
     name: str
     questions: Questions
     labels: Array
-    """[n_questions], 0 or 1."""
+    """[n_questions]: the number of each question's class."""
 
-    positive: str
-    """What the questions with label 1 are: `true`, or a value of the column."""
+    classes: Sequence[str]
+    """What the questions of each class have: `true`, or a value of the column."""
 
-    negative: str
     n_left_out: int
     """Questions without a value."""
+
+    @property
+    def is_several(self) -> bool:
+        """Whether there are more than two classes, each of which is told from the rest."""
+        return len(self.classes) > 2
+
+    @property
+    def positive(self) -> str:
+        """Of two classes: what the questions with label 1 are."""
+        return self.classes[1]
+
+    @property
+    def negative(self) -> str:
+        """Of two classes: what the questions with label 0 are."""
+        return self.classes[0]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Class -> how many questions are of it."""
+        return dict(zip(self.classes, np.bincount(self.labels, minlength=len(self.classes)).tolist(), strict=True))
+
+    def about(self, n_groups: int) -> dict[str, Any]:
+        """What a result says of the classes. n_groups: of equal prompts, or tasks."""
+        names = ("positive", "negative", "n_positive", "n_negative")
+        (negative, n_negative), (positive, n_positive), *more = self.counts.items()
+        values = (positive, negative, n_positive, n_negative)
+        of_two = dict.fromkeys(names) if more else dict(zip(names, values, strict=True))
+        told = {"target": self.name, **of_two, "n_left_out": self.n_left_out, "n_groups": n_groups}
+        return {**told, **({"counts": self.counts} if more else {})}
 
 
 def target_of(questions: Questions, name: str = "correct", positive: Any = None) -> Target:
     """The classes of a target: `correct`, `answer`, `task` or a column of questions.
 
-    positive: the value that is told from all others. Needed for a column of more than two values; of two, it is true, or the last in order.
-    Raises StoreError for an unknown column, and for a target with one class; SelectionError for one with more than two, and for a value that
-    no question has.
+    positive: the value that is told from all others. Without it, a column of more than two values has a class for each; of two, the positive one is true, or the
+    last in order. Raises StoreError for an unknown column, and for a target with one class; SelectionError for one with more than MOST_CLASSES, and for a value
+    that no question has.
     """
     values = questions.column(COLUMNS.get(name, name))
     known = [number for number, value in enumerate(values) if value is not None]
@@ -51,27 +82,52 @@ def target_of(questions: Questions, name: str = "correct", positive: Any = None)
             f"{questions.source.path}: a probe for {name} needs questions of two classes, and {only}. Ask questions of both classes (at least 5 "
             f"of each for 5 folds), or take another target: correct, answer, task or a column of questions."
         )
-    shown = ", ".join(f"{word} ({n})" for word, n in counted.most_common(SHOWN)) + (
-        " …" if len(counted) > SHOWN else ""
-    )
-    if positive is None and len(counted) > 2:
+    if positive is None and len(counted) > MOST_CLASSES:
         raise SelectionError(
-            f"{name} has {len(counted)} values, and a probe tells two classes apart. Name one of them, which is told from all others "
-            f"(positive=…, --positive): {shown}."
+            f"{name} has {len(counted)} values, and a probe tells at most {MOST_CLASSES} classes apart. {NAME_ONE}: {told(counted)}."
         )
-    wanted = max(counted) if positive is None else word_of(positive)
+    classes = _in_order(counted) if positive is None else _two(counted, name, word_of(positive))
+    numbers = {word: number for number, word in enumerate(classes)}
+    labels = np.array([numbers.get(word, 0) for word in words])
+    return Target(name, questions.take(known), labels, classes, len(values) - len(known))
+
+
+def _in_order(counted: Mapping[str, int]) -> list[str]:
+    """Values in their order; whole numbers in that of numbers."""
+    return sorted(counted, key=int) if all(map(str.isdecimal, counted)) and len(counted) > 2 else sorted(counted)
+
+
+def _two(counted: Mapping[str, int], name: str, wanted: str) -> list[str]:
+    """A value after the other one, or after what stands for all others."""
     if wanted not in counted:
-        raise SelectionError(f"no question has the {name} {wanted}; there are {shown}.")
+        raise SelectionError(f"no question has the {name} {wanted}; there are {told(counted)}.")
     others = sorted(set(counted) - {wanted})
-    labels = np.array([int(word == wanted) for word in words])
-    return Target(
-        name,
-        questions.take(known),
-        labels,
-        wanted,
-        others[0] if len(others) == 1 else f"the other {len(others)}",
-        len(values) - len(known),
-    )
+    return [others[0] if len(others) == 1 else f"the other {len(others)}", wanted]
+
+
+def told(counted: Mapping[str, int]) -> str:
+    """`2 (31), 0 (25), …`: the most frequent first."""
+    frequent = Counter(counted).most_common(SHOWN)
+    return ", ".join(f"{word} ({n})" for word, n in frequent) + (" …" if len(counted) > SHOWN else "")
+
+
+def refuse_several(of: Target, what: str) -> None:
+    """Raises SelectionError for more than two classes. what: is of two, for the message."""
+    if of.is_several:
+        raise SelectionError(
+            f"{what} is of two classes, and {of.name} has {len(of.classes)}. {NAME_ONE}: {told(of.counts)}."
+        )
+
+
+def refuse_rare(of: Target, units: Array, unit: str, n_folds: int) -> None:
+    """Raises StoreError for several classes of which some are in fewer units than there are folds. units: [n_questions]; unit: what they are, for the message."""
+    n_units = {word: len(np.unique(units[of.labels == number])) for number, word in enumerate(of.classes)}
+    rare = {word: n for word, n in n_units.items() if n < n_folds}
+    if of.is_several and rare:
+        raise StoreError(
+            f"{of.name} has {len(of.classes)} values, and these are of fewer than {n_folds} {unit}, which {n_folds} folds need of each: {told(rare)}. Use fewer folds, "
+            f"leave these questions out (run.where({COLUMNS.get(of.name, of.name)}=[…])), or ask more. {NAME_ONE} for one of them alone."
+        )
 
 
 def word_of(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from AutomaticEval.analysis.probes.target import target_of
+from AutomaticEval.analysis.probes.target import refuse_several, target_of
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.analysis.steering.difference import difference_of_means
 from AutomaticEval.analysis.steering.direction import Direction
@@ -15,10 +15,11 @@ def best_direction(run: Run, result: Result) -> Direction:
     """The mean row of a class minus that of the other, over all questions, at the place that was best in most folds.
 
     result: of `probe` over this run. It is the difference of means, and not the weights of the logistic probe: it is what moves activations from one
-    class to the other. Raises SelectionError for rows that were reduced.
+    class to the other. Raises SelectionError for rows that were reduced, and for several classes.
     """
     classes, best = result.measured["classes"], result.measured["best"]
     of = target_of(run.questions(), classes["target"], classes["positive"])
+    refuse_several(of, "a direction")
     direction = difference_of_means(of.questions, best["site"], of.labels.astype(bool).tolist(), best["position"])
     told = f"{classes['target']}: {classes['positive']} against {classes['negative']}"
     return replace(

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from AutomaticEval.report.bars import ends_of
 from AutomaticEval.report.labels import LINES, label, save
+from AutomaticEval.report.probes.classes import measure_told, title_told
 from AutomaticEval.report.probes.grid import at_one_position, position_of
 from AutomaticEval.sites import kind_and_layer
 
@@ -24,17 +25,17 @@ def probe_figure(result: Mapping[str, Any], path: Path) -> None:
     baselines = [(each["told"], each["judged"]["auroc"]) for each in result["baselines"] if each["judged"]]
     figure = Figure(figsize=(11.5, 5), layout="constrained")
     classes = result["classes"]
-    n = f"{classes['n_positive']} {classes['positive']}, {classes['n_negative']} {classes['negative']}"
+    n, measure = title_told(classes), f"{measure_told(classes)} (0.5: chance)"
     figure.suptitle(label(f"{classes['target']} at {position_of(result)}: {result['run']['model']} ({n})"))
     left, right = figure.subplots(1, 2)
-    _layers(left, places, len(result["places"]))
+    _layers(left, places, len(result["places"]), measure)
     _lines(left, baselines)
-    _beside(right, [("best place", best), *baselines])
+    _beside(right, [("best place", best), *baselines], measure)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     save(figure, path, 150)
 
 
-def _layers(axes: Any, places: Rows, n_places: int) -> None:
+def _layers(axes: Any, places: Rows, n_places: int, measure: str) -> None:
     """A line for each kind of site with the intervals of all places together; dotted, the difference of means."""
     kinds: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for each in places:
@@ -55,7 +56,7 @@ def _layers(axes: Any, places: Rows, n_places: int) -> None:
             axes.vlines(layers, low, high, color=colour)
         along = [each["difference_of_means"]["mean"] for _, each in of_kind]
         axes.plot(layers, along, ":", color=colour, linewidth=1, label=label(f"{kind}: difference of means"))
-    axes.set(xlabel="layer", ylabel="AUROC (0.5: chance)")
+    axes.set(xlabel="layer", ylabel=measure)
     has_intervals = any(ends_of(each["probe"]["auroc"]) for each in places)
     told = f", with 95 % intervals{' of all together' * (n_places > 1)}" if has_intervals else ""
     axes.set_title(f"By layer{told}", fontsize="medium")
@@ -71,7 +72,7 @@ def _lines(axes: Any, baselines: Sequence[tuple[str, Mapping[str, Any]]]) -> Non
     axes.axhline(auroc["mean"], color="0.3", linewidth=1, linestyle="--", label=label(f"best baseline: {told}"))
 
 
-def _beside(axes: Any, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+def _beside(axes: Any, rows: Sequence[tuple[str, Mapping[str, Any]]], measure: str) -> None:
     """The best place, chosen inside the training folds, and each baseline, with their intervals."""
     for number, (_, auroc) in enumerate(rows):
         mean = auroc["mean"]
@@ -82,5 +83,5 @@ def _beside(axes: Any, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     axes.axhline(-0.5, color="0.85", linewidth=0.8)
     axes.set_yticks([-number for number in range(len(rows))], [label(told) for told, _ in rows], fontsize="small")
     has_intervals = any(auroc["interval"] for _, auroc in rows)
-    axes.set(xlabel=f"AUROC (0.5: chance){', 95 % interval' * has_intervals}")
+    axes.set(xlabel=f"{measure}{', 95 % interval' * has_intervals}")
     axes.set_title("The best place, and what needs no activations", fontsize="medium")

@@ -22,6 +22,7 @@ PROBE, MODEL = "probe", "the model's confidence"
 def reliability_figure(result: Mapping[str, Any], path: Path) -> None:
     """Write a reliability diagram with the number of questions in each bin. result: of `probe`, as JSON."""
     positive = result["classes"]["positive"]
+    true, event = ("right", "the likeliest class") if _is_several(result) else (positive, positive)
     said = _said(result)
     if positive != "true":
         said.pop(MODEL, None)  # which is of the answer that it gave, being right
@@ -38,9 +39,9 @@ def reliability_figure(result: Mapping[str, Any], path: Path) -> None:
         places = np.arange(N_BINS) / N_BINS + (number + 0.5) * width
         bars = below.bar(places, found.n, width * 0.9, color=colour)
         below.bar_label(bars, [str(n) if n else "" for n in found.n], fontsize=6, padding=1)
-    above.set(ylabel=label(f"share that is {positive}"), xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    above.set(ylabel=label(f"share that is {true}"), xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     above.legend(fontsize="small", loc="upper left")
-    below.set(xlabel=label(f"probability of {positive}, in ten bins"), ylabel="questions")
+    below.set(xlabel=label(f"probability of {event}, in ten bins"), ylabel="questions")
     below.margins(y=0.18)
     save(figure, path, 150)
 
@@ -49,7 +50,7 @@ def risk_coverage_figure(result: Mapping[str, Any], path: Path) -> None:
     """Write the accuracy of what is kept when the least sure questions are left out. result: of `probe`, as JSON.
 
     For the target `correct` it is the model's accuracy, and the questions that are probably answered right are kept; for another it is the probe's
-    accuracy, and those are kept whose probability is far from 1/2.
+    accuracy, and those are kept whose probability is far from 1/2; of several classes, those whose likeliest one is the most probable.
     """
     is_models = result["classes"]["target"] == "correct"
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -59,7 +60,7 @@ def risk_coverage_figure(result: Mapping[str, Any], path: Path) -> None:
         if is_models:
             sureness, right = _of_right(result, who, probabilities, labels)
         else:
-            sureness, right = np.abs(probabilities - 0.5), (probabilities > 0.5) == labels.astype(bool)
+            sureness, right = _of_probe(result, probabilities, labels)
         right = right.astype(float)
         coverage = np.arange(1, len(right) + 1) / len(right)
         told = f"sure by {who}" if is_models else "sure by the probability"
@@ -86,10 +87,15 @@ def risk_coverage_figure(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _said(result: Mapping[str, Any]) -> Said:
-    """The probe's probabilities and, for the target `correct`, the model's confidence, over the questions that have one."""
+    """The probe's probabilities and, for the target `correct`, the model's confidence, over the questions that have one.
+
+    Of several classes they are those of the likeliest one, and the labels say whether it is the right one.
+    """
     questions = result["questions"]
-    labels = np.array(questions["label"], float)
-    said = {PROBE: (np.array(questions["probability"], float), labels)}
+    labels, probabilities = (np.array(questions[name], float) for name in ("label", "probability"))
+    if _is_several(result):  # [n_questions, n_classes]
+        return {PROBE: (probabilities.max(1), (probabilities.argmax(1) == labels).astype(float))}
+    said = {PROBE: (probabilities, labels)}
     known = np.array([each is not None for each in questions["confidence"]], bool)
     if result["classes"]["target"] == "correct" and known.any():
         confidence = [each for each in questions["confidence"] if each is not None]
@@ -102,6 +108,17 @@ def _of_right(result: Mapping[str, Any], who: str, probabilities: Array, labels:
     if result["classes"]["positive"] == "true":
         return probabilities, labels
     return probabilities if who == MODEL else 1 - probabilities, 1 - labels
+
+
+def _of_probe(result: Mapping[str, Any], probabilities: Array, labels: Array) -> tuple[Array, Array]:
+    """How sure the probe is, and whether it is right."""
+    if _is_several(result):
+        return probabilities, labels
+    return np.abs(probabilities - 0.5), (probabilities > 0.5) == labels.astype(bool)
+
+
+def _is_several(result: Mapping[str, Any]) -> bool:
+    return "counts" in result["classes"]
 
 
 def _title(result: Mapping[str, Any]) -> str:

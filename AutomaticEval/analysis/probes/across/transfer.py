@@ -132,12 +132,21 @@ def _check(of: Target, other: Target, keys: Sequence[str]) -> None:
         )
 
 
-def learned(of: Target, judge: Judge, spots: Sequence[Spot], advance: Callable[[int], None]) -> Learned:
-    """The probes of a further run, a place at a time."""
+def learned(
+    of: Target,
+    judge: Judge,
+    spots: Sequence[Spot],
+    advance: Callable[[int], None],
+    kept: Callable[[str, Callable[[], OutOfFold]], OutOfFold] = lambda _, compute: compute(),
+) -> Learned:
+    """The probes of a further run, a place at a time. kept: as for `places.probed`, by the place's name."""
+
+    def computed(spot: Spot) -> OutOfFold:
+        rows = rows_of(of.questions, spot.site, spot.position)
+        return out_of_fold(lambda _: rows, of.labels, judge.repeats)
 
     def one(spot: Spot) -> OutOfFold:
-        rows = rows_of(of.questions, spot.site, spot.position)
-        found = out_of_fold(lambda _: rows, of.labels, judge.repeats)
+        found = kept(spot.name, lambda: computed(spot))
         advance(1)
         return found
 

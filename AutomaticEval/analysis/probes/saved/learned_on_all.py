@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,8 @@ from AutomaticEval.analysis.probes.across.shared_questions import names_of
 from AutomaticEval.analysis.probes.asked import rows_of
 from AutomaticEval.analysis.probes.linear import Linear, logistic
 from AutomaticEval.analysis.probes.saved.saved_probe import SavedProbe
-from AutomaticEval.analysis.probes.target import target_of
+from AutomaticEval.analysis.probes.several.one_vs_rest import OneVsRest, most_frequent
+from AutomaticEval.analysis.probes.target import refuse_several, target_of
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.settings import MODEL
 from AutomaticEval.store.questions.questions import Questions
@@ -20,20 +20,20 @@ from AutomaticEval.store.reading.reduced_runs import refuse_reduced
 from AutomaticEval.store.run import Run
 
 
-def usual_strength(probes: Sequence[Sequence[Linear]]) -> float:
+def usual_strength(probes: Sequence[Sequence[Linear | OneVsRest]]) -> float:
     """The strength that most folds chose; of several, the smallest number, which regularises most."""
-    counted = Counter(each.strength for whole in probes for each in whole if each.strength is not None)
-    return min(counted, key=lambda strength: (-counted[strength], strength))
+    return most_frequent([each.strength for whole in probes for each in whole if each.strength is not None])
 
 
 def learn_probe(run: Run, result: Result) -> SavedProbe:
     """The logistic probe of all questions, at the place that was best in most folds, with the strength chosen there most often.
 
-    result: of `probe` over this run. Raises SelectionError for rows that were reduced.
+    result: of `probe` over this run. Raises SelectionError for rows that were reduced, and for several classes.
     """
     refuse_reduced(run.settings, "a saved probe")
     classes, best, settings = result.measured["classes"], result.measured["best"], dict(result.settings or {})
     of = target_of(run.questions(), classes["target"], classes["positive"])
+    refuse_several(of, "a saved probe")
     made = logistic(rows_of(of.questions, best["site"], best["position"]), of.labels, best["strength"])
     weights, shift, scale = (torch.as_tensor(each).float() for each in (made.weights, made.shift, made.scale))
     return SavedProbe(
