@@ -19,9 +19,15 @@ _ASKED = "_get_logits_processor"
 
 @contextmanager
 def processing(model: Any, *, first: Processor | None = None, last: Processor | None = None) -> Iterator[None]:
-    """Inside, the model's `generate` calls `first` before its own processors, and `last` after all of them. It may be nested."""
+    """Inside, the model's `generate` calls `first` before its own processors, and `last` after all of them. It may be nested.
+
+    A model that is never asked for processors, because its `generate` is its own, calls neither.
+    """
     whole = inner(model)
-    own, before = getattr(whole, _ASKED), whole.__dict__.get(_ASKED)
+    own, before = getattr(whole, _ASKED, None), whole.__dict__.get(_ASKED)
+    if own is None:
+        yield
+        return
 
     def with_ours(*args: Any, **kwargs: Any) -> Any:
         every = own(*args, **kwargs)
@@ -33,6 +39,7 @@ def processing(model: Any, *, first: Processor | None = None, last: Processor | 
         whole.__dict__[_ASKED] = with_ours
         yield
     finally:
-        del whole.__dict__[_ASKED]
-        if before is not None:
+        if before is None:
+            whole.__dict__.pop(_ASKED, None)
+        else:
             whole.__dict__[_ASKED] = before
