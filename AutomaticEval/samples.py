@@ -38,6 +38,7 @@ COLUMNS = {
     "logprob": "float",
     "is_greedy": "bool",
     "scoring": "text",
+    "token_logprobs": "floats",
     "correct": "bool",
     "target": "json",
     "prediction": "json",
@@ -47,7 +48,10 @@ COLUMNS = {
     "shard": "int",
     "index": "int",
 }
-"""The columns that a sample may have, and the type of each. `docs/format.md` says what they hold. No other can be written."""
+"""The columns that a sample may have, and the type of each. `docs/format.md` says what they hold. No other can be written.
+
+floats: an `array.array` of the type "f", one number for each token of the response; it takes four bytes a number, and equals another by value.
+"""
 
 
 NO_TOKEN = NO_POSITION = -1
@@ -140,6 +144,7 @@ class Sample:
     def __post_init__(self) -> None:
         """Raises CaptureError for rows that are not this sample's tokens, and for columns that cannot be written."""
         check_columns(self.fields)
+        _check_each_token(self.fields, len(self.generated_ids))
         if not self.parts:
             raise CaptureError("a sample needs the rows it points into, of which it may keep none.")
         fed = fed_of(self.input_ids, self.generated_ids)
@@ -159,7 +164,8 @@ class Sample:
     def memory_bytes(self) -> int:
         """Approximate bytes that the sample needs in memory beside its rows: for Python's numbers and text."""
         n_ids = len(self.input_ids) + len(self.generated_ids)
-        return 36 * n_ids + sum(len(value) for value in self.fields.values() if isinstance(value, str)) + 2048
+        texts = sum(len(value) for value in self.fields.values() if isinstance(value, str))
+        return 36 * n_ids + texts + sum(4 * len(numbers) for numbers in _numbers(self.fields).values()) + 2048
 
     def activation_data(self, model: str, settings: Mapping[str, Any]) -> ActivationData:
         """The dict that the drop-in functions return and that `load_activations` gives back."""
@@ -253,6 +259,7 @@ def sample_data(
     batch_shape = [fields[name] for name in ("batch_rows", "batch_columns") if name in fields]
     data = {
         **{name: value for name, value in fields.items() if name not in hidden},
+        **{name: torch.tensor(numbers, dtype=torch.float32) for name, numbers in _numbers(fields).items()},  # [R]
         "model": model,
         "input_ids": torch.tensor(list(input_ids), dtype=torch.long)[None],  # [1, P]
         "generated_ids": torch.tensor(list(generated_ids), dtype=torch.long),  # [R]
@@ -264,6 +271,18 @@ def sample_data(
         "settings": {**settings, "batch_shape": batch_shape} if batch_shape else dict(settings),
     }
     return ActivationData(data)
+
+
+def _numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns with a number for each token of the response."""
+    return {name: value for name, value in fields.items() if value is not None and COLUMNS.get(name) == "floats"}
+
+
+def _check_each_token(fields: Mapping[str, Any], n_response: int) -> None:
+    """Raises CaptureError for a column with another number of numbers than the response has tokens."""
+    for name, numbers in _numbers(fields).items():
+        if len(numbers) != n_response:
+            raise CaptureError(f"{name} has {len(numbers)} numbers for a response of {n_response} tokens.")
 
 
 def check_columns(names: Iterable[str]) -> None:

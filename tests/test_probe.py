@@ -75,6 +75,7 @@ def test_every_baseline_is_there_or_says_why_not(result: Any) -> None:
         "confidence",
         "margin",
         "logprob",
+        "mean_logprob",
         "question_length",
         "answer_length",
         "task",

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.answers.processors import processing
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.models.architecture.inner_model import inner
 
 BLOCK = 64
 """For how many steps random numbers are brought to the device at once."""
@@ -69,20 +69,9 @@ def drawing(model: Any, sources: Sequence[np.random.Generator] | None) -> Iterat
     if sources is None:
         yield
         return
-    whole = inner(model)
-    processors = whole._get_logits_processor
     chosen = _ChosenByDraws(sources)
-
-    def with_draws(*args: Any, **kwargs: Any) -> Any:
-        every = processors(*args, **kwargs)
-        every.append(chosen)  # after temperature, top_p and all others
-        return every
-
-    try:
-        whole._get_logits_processor = with_draws
+    with processing(model, last=chosen):  # after temperature, top_p and all others
         yield
-    finally:
-        whole.__dict__.pop("_get_logits_processor", None)
     if not chosen.n_steps:
         raise CaptureError("transformers' generate did not ask for logits processors; this version of it is not known.")
 

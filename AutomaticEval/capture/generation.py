@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.answers.token_logprobs import answer_column, token_logprobs
 from AutomaticEval.capture.batch_independence import Span, apart, company_of, is_fed_again, rope_limit
 from AutomaticEval.capture.draws import drawing, random_numbers, repeats_of
 from AutomaticEval.capture.graph.decoding import again_without_graphs, decoding
@@ -147,6 +148,7 @@ def _respond_together(
         torch.no_grad(),
         alone_with(model),
         recorder as recording,
+        token_logprobs(model, is_wanted=selection is not None) as likely,
         drawing(model, asked.draws(sampling)),
         decoding(model, way, shape, recording) as extra,
     ):
@@ -164,6 +166,7 @@ def _respond_together(
         resolve = selection.positions.resolve
         kept = [resolve(len(prompt), len(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
         recording.will_give(sum(map(len, kept)))
+    found = likely.of(sequences, width)
     reduced = SampleReducer(selection)
     responses = []
     for row, (prompt, generated) in enumerate(zip(prompts, answers, strict=True)):
@@ -172,6 +175,7 @@ def _respond_together(
         if selection is not None:
             pieces = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept[row], tokenizer)
             columns = sample_columns(texts[row], text, len(prompt), (len(prompts), width))
+            columns |= answer_column(found, row, len(generated))
             whole = Sample(columns, list(prompt), generated, parts_of(pieces, kept[row]))
             (sample,) = reduced([whole])
         responses.append(Response(text, sample, generated))

@@ -119,7 +119,8 @@ def generate_inference_with_activations(
     options: see `AskOptions`.
     Returns (response, activation_data). activation_data["activations"] maps `embeddings`, `layer_0`, … to CPU
     tensors [n_positions, d_model] in the model's dtype; P prompt and R response tokens give P + R - 1 positions
-    (the last token is never fed). `token_ids`, `tokens` and `positions` are aligned with the rows. With reduce="mean" or "max" there
+    (the last token is never fed). `token_ids`, `tokens` and `positions` are aligned with the rows. `token_logprobs` [R]
+    are the log-probabilities of the response's tokens (nats), before temperature, top-p and penalties. With reduce="mean" or "max" there
     are no rows, and activation_data["reduced"] maps the same keys to [d_model], float32.
     Raises SelectionError, PromptError, ModelError, StoreError, CaptureError.
     """

@@ -113,8 +113,12 @@ def _show_sample(data: dict[str, Any]) -> None:
             "generated_ids",
             "token_ids",
             "positions",
+            "token_logprobs",
         ):
             say(f"{name}: {data[name]}")
+    if data.get("token_logprobs") is not None:
+        numbers = data["token_logprobs"].double()
+        say(f"Mean log-probability of the response's {len(numbers)} tokens: {numbers.mean():.4f} nats")
     rows = []
     lines = {key: line[None] for key, line in data.get("reduced", {}).items()}
     for key, tensor in {**data["activations"], **lines}.items():

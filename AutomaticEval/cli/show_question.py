@@ -76,6 +76,9 @@ def _print_verdict(question: Question) -> None:
         if question.thinking is not None:
             say(f"Answer, after thinking: {question.answer}")
         say(f"Target: {question.target}")
+        if question.mean_logprob is not None:
+            n_tokens = len(question.token_logprobs or ())
+            say(f"Mean log-probability of the answer's {n_tokens} tokens: {question.mean_logprob:.4f} nats")
     say(f"Correct: {question.correct}")
 
 

@@ -88,7 +88,7 @@ class _Document(NamedTuple):
     """Kept positions of all samples; a position that samples share counts for each of them."""
 
     n_ids: int
-    """Token ids of all samples, prompts and responses."""
+    """Token ids of all samples, prompts and responses, and the log-probabilities of generated tokens, which take as much."""
 
     text_bytes: int
     """The size of prompts and responses, as JSON."""
@@ -242,7 +242,8 @@ class _Reader:
                 positions = self._selection.positions.resolve(n_prompt, n_response)
                 kept.setdefault(fed, set()).update(positions)  # one row serves equal inputs
                 n_samples, n_positions = n_samples + 1, n_positions + len(positions)
-                n_ids, texts = n_ids + n_prompt + n_response, texts + text
+                n_logprobs = n_response if request.request_type == "generate_until" else 0
+                n_ids, texts = n_ids + n_prompt + n_response + n_logprobs, texts + text
             if request.request_type == "generate_until":
                 answers += self._answer_bytes(request)
         verdict = n_samples * self._verdict_bytes(task, doc, len(requests), answers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -84,6 +85,7 @@ def _row(question: Question, prompt: str, kept: int) -> dict[str, Any]:
         "correct": question.correct,
         "confidence": rounded(question.confidence),
         "margin": rounded(question.margin),
+        "tokenProbability": None if question.mean_logprob is None else rounded(math.exp(question.mean_logprob)),
         **{name: text for name, (text, _) in cuts.items()},
         "isCut": any(is_cut for _, is_cut in cuts.values()) or len(question.choices) > MOST_CHOICES,
         "choices": choices if question.logprobs else [],

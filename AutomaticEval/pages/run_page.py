@@ -52,6 +52,8 @@ def run_page(
     found = results_of(run, results)
     other = None if second is None else second_of(run, second)
     shown_rows = question_rows(questions, other)
+    rows = shown_rows["rows"]
+    has_tokens = any(row["tokenProbability"] is not None for row in rows)
     tokens = _tokens(run, questions, loaded)
     lens = choices_by_layer(found.files["lens"], keys_of(questions)) if "lens" in found.files else {}
     view = {
@@ -63,16 +65,14 @@ def run_page(
         "checked": "Every number of the run that this page shows was read against its checksum. `main.py verify RUN --recompute 20` computes rows anew.",
         "version": version("AutomaticEval"),
         "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %z}",
+        "has_token_probability": has_tokens,
         "questions_told": _told(len(questions), len(tokens["tokens"]), shown_rows),
         **_scores(questions, other),
         **_probe(run, found),
         **_lens(run, found),
     }
-    rows = shown_rows["rows"]
-    return document(
-        view,
-        {"rows": rows, "beginnings": shown_rows["beginnings"], "hasSecond": other is not None, "lens": lens, **tokens},
-    )
+    flags = {"hasSecond": other is not None, "hasTokenProbability": has_tokens}
+    return document(view, {"rows": rows, "beginnings": shown_rows["beginnings"], **flags, "lens": lens, **tokens})
 
 
 def _tokens(run: Run, questions: Questions, loaded: LoadedModel | None) -> dict[str, Any]:

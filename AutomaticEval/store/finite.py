@@ -12,6 +12,7 @@ import torch
 from AutomaticEval.errors import NotFinite, warn
 from AutomaticEval.safe_text import shown
 from AutomaticEval.store.hdf5.attributes import attribute_of
+from AutomaticEval.store.hdf5.contract import place_of_column
 
 NON_FINITE = "non_finite"
 """The attribute of a dataset that says how many of its numbers are infinite or NaN."""
@@ -39,7 +40,8 @@ def counts_in(file: Any, group: str, keys: Iterable[str], columns: Iterable[str]
 
     group: the group of the sites. keys: the sites to look at. columns: the columns. Raises ValueError for an attribute that is no whole number.
     """
-    datasets = {key: file[f"{group}/{key}"] for key in keys} | {name: file[f"samples/{name}"] for name in columns}
+    places = {key: f"{group}/{key}" for key in keys} | {name: place_of_column(name) for name in columns}
+    datasets = {name: file[place] for name, place in places.items() if place in file}
     return {name: int(attribute_of(each, NON_FINITE)) for name, each in datasets.items() if NON_FINITE in each.attrs}
 
 

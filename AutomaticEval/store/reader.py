@@ -21,7 +21,8 @@ def load_activations(path: str | Path, sample: int | None = None, *, check: bool
     path: a file, a run folder, or the old pickle name of a file written as `.h5`. sample: which one, from 0; needed
     where there are several. check: check the numbers against their checksums; False is for measuring what checking costs.
     Returns prompt, response, model, timestamp, input_ids [1, P], generated_ids [R], token_ids, positions and
-    tokens (aligned with the rows), n_prompt_tokens, settings, and activations: key -> [n_positions, width].
+    tokens (aligned with the rows), n_prompt_tokens, settings, and activations: key -> [n_positions, width]. Of a generated response also
+    token_logprobs [R], float32, in files since version 1.5 of the format.
     Raises UnreadableFile (NotActivations, TruncatedFile, DamagedFile, NewerFormat), RefusedPickle, ManySamples, StoreError.
     """
     given = Path(path).expanduser()

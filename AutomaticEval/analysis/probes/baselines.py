@@ -48,6 +48,7 @@ def baselines(questions: Questions, target: str) -> list[Baseline]:
         _numbers(
             "logprob", "log-probability of the answer, a character", _per_character(questions), "no answer has one"
         ),
+        _mean_logprob(questions),
         Baseline("question_length", "length of the question", _same(_lengths(texts["question"]))),
         _if_any("answer_length", "length of the answer", texts["response"], lambda each: _same(_lengths(each))),
         _classes(
@@ -119,6 +120,11 @@ def _per_character(questions: Questions) -> list[float | None]:
         is_known = isinstance(taken, int) and 0 <= taken < len(logprobs)
         found.append(logprobs[taken] / max(1, len(choices[taken])) if is_known else None)
     return found
+
+
+def _mean_logprob(questions: Questions) -> Baseline:
+    told, why = "mean log-probability of the answer's tokens", "no generated answer has one: older runs did not keep it"
+    return _numbers("mean_logprob", told, questions.column("mean_logprob"), why)
 
 
 def _words(texts: Sequence[str]) -> Callable[[Fold], Any]:

@@ -18,6 +18,7 @@ from AutomaticEval.capture.recompute.tolerance import (
     LIMITS,
     Judged,
     Limits,
+    RecomputedScore,
     head_elsewhere,
     judged,
     measured,
@@ -118,7 +119,9 @@ class Comparison:
         """The verdict on one sample, from one forward of its tokens alone."""
         sample = self.run[number]  # this checks that its rows belong to its tokens
         tokens = _SampleTokens.of(sample, self._wanted(sample))
-        n_scored = len(tokens.response) if sample.get("logprob") is not None or self._is_greedy(sample) else 0
+        is_greedy = sample.get("logprob") is None and self._is_greedy(sample)
+        is_scored = is_greedy or any(sample.get(name) is not None for name in ("logprob", "token_logprobs"))
+        n_scored = len(tokens.response) if is_scored else 0
         plain = plain_forward(self.loaded, tokens.fed, self.run.keys, tokens.around, n_scored)
         problems = _misplaced(tokens)
         rows, furthest, is_equal = _RightRows(tokens, plain, self._reduced), None, True
@@ -132,7 +135,10 @@ class Comparison:
             if len(parts) and float(parts.max()) > (furthest.part if furthest else 0):
                 furthest = RowDifference(float(parts.max()), key, rows.place(int(parts.argmax())))
         if n_scored:
-            problems += _score_problems(sample, plain.logits, tokens.response, self.limits)
+            score = score_of(plain.logits, tokens.response, self.limits)
+            problems += _score_problems(sample, score)
+            problems += _token_problems(sample, score)
+            problems += _greedy_problems(score, tokens.response) if is_greedy else []
         n_numbers = sum(stored.numel() for stored in held.values())
         n_rows = sum(map(len, held.values()))
         return Compared(number, _name(sample), n_rows, n_numbers, is_equal, furthest, tuple(problems))
@@ -334,13 +340,32 @@ def _row_problem(key: str, rows: _RightRows, verdict: Judged, limits: Limits) ->
     )
 
 
-def _score_problems(sample: Mapping[str, Any], logits: Tensor, tokens: Sequence[int], limits: Limits) -> list[str]:
-    """Lines on the stored score. logits: [n, d_vocab], each row that before one of the n tokens of the response."""
-    score = score_of(logits, tokens, limits)
+def _token_problems(sample: Mapping[str, Any], score: RecomputedScore) -> list[str]:
+    """A line on the stored log-probability of the first token of which it is wrong."""
+    stored = sample.get("token_logprobs")
+    if stored is None:
+        return []
+    wrong = ~((stored.double() - score.of_tokens).abs() <= score.slack_of_tokens)  # also where it is NaN
+    at = next(iter(wrong.nonzero()[:, 0].tolist()), None)
+    if at is None:
+        return []
+    return [
+        f"at token_logprobs, token {at} of the response: {float(stored[at]):.5f} is stored, {float(score.of_tokens[at]):.5f} "
+        f"recomputed (rounding explains {float(score.slack_of_tokens[at]):.1g}); {int(wrong.sum())} of {len(wrong)} tokens differ"
+    ]
+
+
+def _greedy_problems(score: RecomputedScore, tokens: Sequence[int]) -> list[str]:
+    """A line on the first token that greedy decoding would not have taken."""
+    at = next(iter(score.not_likeliest), None)
+    return [] if at is None else [f"at token {at} of the response: greedy decoding takes another than {tokens[at]}"]
+
+
+def _score_problems(sample: Mapping[str, Any], score: RecomputedScore) -> list[str]:
+    """Lines on the stored log-likelihood of a continuation."""
     stored = sample.get("logprob")
     if stored is None:
-        at = next(iter(score.not_likeliest), None)
-        return [] if at is None else [f"at token {at} of the response: greedy decoding takes another than {tokens[at]}"]
+        return []
     problems = []
     if not abs(stored - score.logprob) <= score.slack:  # also when it is NaN
         problems.append(

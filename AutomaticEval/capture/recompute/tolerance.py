@@ -197,6 +197,10 @@ class RecomputedScore(NamedTuple):
     """Whether each token is the likeliest by more than rounding explains."""
     not_likeliest: Sequence[int]
     """The numbers of the tokens that are behind the likeliest by more than rounding explains."""
+    of_tokens: Tensor
+    """[n], float64: the log-probability of each token; of_tokens.sum() is `logprob`."""
+    slack_of_tokens: Tensor
+    """[n], float64: how far each stored one may be from it."""
 
 
 def score_of(logits: Tensor, tokens: Sequence[int], limits: Limits) -> RecomputedScore:
@@ -210,6 +214,7 @@ def score_of(logits: Tensor, tokens: Sequence[int], limits: Limits) -> Recompute
     ).double()  # [n], how far each token is ahead of the likeliest other one; below 0: behind it
     logprobs = torch.log_softmax(logits.double(), -1)[at]
     behind = (ahead < -slack).nonzero()[:, 0].tolist()
+    slacks = slack + limits.score * logprobs.abs()
     return RecomputedScore(
-        float(logprobs.sum()), float((slack + limits.score * logprobs.abs()).sum()), bool((ahead > slack).all()), behind
+        float(logprobs.sum()), float(slacks.sum()), bool((ahead > slack).all()), behind, logprobs, slacks
     )

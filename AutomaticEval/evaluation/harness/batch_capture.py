@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.answers.token_logprobs import answer_column, token_logprobs
 from AutomaticEval.capture.keeping import (
     BatchRow,
     dtype_of,
@@ -174,8 +175,9 @@ class BatchCapture:
         n_past = 0 if prefix is None else prefix.n_tokens
         n_rows, n_columns = prompts.context.shape
         keep = keep_of(self._positions, prompts.tokens, prompts.pads, n_past)
-        with self._recording(keep, n_rows) as recording:
+        with self._recording(keep, n_rows) as recording, token_logprobs(self._model) as likely:
             out = generate(recording)
+        found = likely.of(out, n_columns)
         answers = [reader.own(each) for each in out[:, n_columns:].tolist()]
         each_kept = [self._positions.resolve(len(p), len(a)) for p, a in zip(prompts.tokens, answers, strict=True)]
         recording.will_give(sum(position >= n_past for kept in each_kept for position in kept))
@@ -187,7 +189,7 @@ class BatchCapture:
             at = BatchRow(number, pad, n_past)
             rows = sequence_rows(recording, at, [*prompt, *generated], own, self._tokenizer)
             fields = _fields(call.requests[index], len(prompt), (n_rows, n_columns), prompts.n_truncated[number])
-            fields["response"] = reader.text(generated)
+            fields |= {"response": reader.text(generated), **answer_column(found, number, len(generated))}
             self._held.append(_Held(index, fields, prompt, generated, rows, shared))
         return out
 

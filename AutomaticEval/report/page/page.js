@@ -74,6 +74,7 @@ function line(row) {
   const task = made("td", null, "wider");
   task.append(made("bdi", row.task));
   tr.append(cell, task, verdictCell(row.correct), made("td", number(row.confidence), "number wider"), made("td", number(row.margin), "number wider"));
+  if (data.hasTokenProbability) tr.append(made("td", number(row.tokenProbability), "number wider"));
   if (data.hasSecond) tr.append(row.other === undefined ? made("td", "not asked") : verdictCell(row.other));
   return tr;
 }

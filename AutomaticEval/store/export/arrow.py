@@ -17,6 +17,7 @@ from AutomaticEval.errors import StoreError
 from AutomaticEval.samples import COLUMNS
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.export.outgoing import Advance, column_names, records, sample
+from AutomaticEval.store.hdf5.contract import LISTS
 from AutomaticEval.store.reading.reduced_runs import how_reduced
 from AutomaticEval.store.run import Run
 
@@ -80,10 +81,11 @@ def _features(contents: Contents, dtypes: Mapping[str, torch.dtype]) -> Any:
     from datasets import Array2D, Features, Sequence, Value
 
     arrow_types = {"text": "string", "json": "string", "int": "int64", "float": "float64", "bool": "bool"}
-    ids = ("input_ids", "generated_ids", "token_ids", "positions")
+    ids, names = ("input_ids", "generated_ids", "token_ids", "positions"), column_names(contents)
     return Features(
         {
-            **{name: Value(arrow_types[COLUMNS.get(name, "json")]) for name in column_names(contents)},
+            **{name: Value(arrow_types[COLUMNS.get(name, "json")]) for name in names if name not in LISTS},
+            **{name: Sequence(Value("float32")) for name in names if name in LISTS},
             **{name: Sequence(Value("int32")) for name in ids},
             "tokens": Sequence(Value("string")),
             **{

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -29,10 +30,14 @@ def records(run: Run) -> Iterator[dict[str, Any]]:
     }  # read at once, so that `run[i]` opens no file for them
     for number in range(contents.n_samples):
         yield {
-            **{name: whole[name][number] for name in column_names(contents)},
+            **{name: _plain(whole[name][number]) for name in column_names(contents)},
             "input_ids": contents.input_ids.item(number).tolist(),
             "generated_ids": contents.generated_ids.item(number).tolist(),
         }
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, array) else value
 
 
 def absolute_paths(run: Run) -> list[str]:

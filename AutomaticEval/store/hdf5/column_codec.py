@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import h5py
@@ -12,6 +14,7 @@ import numpy as np
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.samples import COLUMNS
 from AutomaticEval.store.disk.json_text import as_json, parse_json
+from AutomaticEval.store.ragged import Ragged
 
 ENCODINGS = ("utf-8", "json", "int", "float", "bool")
 ENCODED: dict[str, tuple[str, ...]] = {
@@ -61,6 +64,22 @@ def n_non_finite_floats(numbers: np.ndarray[Any, Any]) -> int:
 def _is_none(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     is_none: np.ndarray[Any, Any] = np.isnan(numbers) & (np.ascontiguousarray(numbers).view(np.uint64) != _NAN)
     return is_none
+
+
+def encode_lists(name: str, values: Sequence[Any]) -> Ragged:
+    """A column of lists of numbers as they are written, float32; None becomes an empty list. Raises CaptureError for what is no `array` of float32."""
+    for value in values:
+        if value is not None and not (isinstance(value, array) and value.typecode == "f"):
+            raise CaptureError(f"the column {name} holds {str(value)[:60]}, which is no array of float32 numbers.")
+    offset = np.cumsum([0, *(0 if value is None else len(value) for value in values)], dtype=np.int64)
+    parts = [np.frombuffer(value, np.float32) for value in values if value is not None and len(value)]
+    return Ragged(offset, np.concatenate([np.empty(0, np.float32), *parts]))
+
+
+def decoded_lists(lists: Ragged) -> list[array[float] | None]:
+    """The lists as they were given, with None for an empty one."""
+    raw, ends = np.asarray(lists.values[:], np.float32).tobytes(), (4 * (lists.offset - lists.offset[0])).tolist()
+    return [array("f", raw[start:stop]) if stop > start else None for start, stop in pairwise(ends)]
 
 
 def encode_text(values: Sequence[str]) -> tuple[list[str], str]:

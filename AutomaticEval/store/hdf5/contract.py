@@ -14,10 +14,11 @@ import torch
 
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.reducing.table import is_by_sample
+from AutomaticEval.samples import COLUMNS
 
 SHARD_FORMAT = "automatic-eval/activations"
 RUN_FORMAT = "automatic-eval/run"
-VERSION = (1, 4)
+VERSION = (1, 5)
 TEXT = h5py.string_dtype()
 ROWS, LINES = "activations", "reduced"
 """The groups of the sites: with a row for each token's position, or with a line for each sample."""
@@ -25,6 +26,8 @@ PROJECTIONS = "projections"
 """The group of the matrices by which rows were multiplied."""
 EDITS = "edits"
 """The group of the values that the model was edited with."""
+LISTS = tuple(name for name, kind in COLUMNS.items() if kind == "floats")
+"""The columns with a number for each token of the response. Each is a group beside the sample table."""
 
 
 _DTYPES = {
@@ -54,6 +57,11 @@ def group_of(settings: Mapping[str, Any]) -> str:
 def place_of_matrix(name: str) -> tuple[str, str]:
     """The dataset of a matrix that stands beside the rows, and its type. Those of edits are named `edits/<digest>`; all others are of a projection."""
     return (name, "<f8") if name.startswith(f"{EDITS}/") else (f"{PROJECTIONS}/{name}", "<f4")
+
+
+def place_of_column(name: str) -> str:
+    """The dataset with the values of a column."""
+    return f"{name}/values" if name in LISTS else f"samples/{name}"
 
 
 def holds_sites(name: str) -> bool:

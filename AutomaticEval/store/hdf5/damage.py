@@ -96,7 +96,7 @@ def _wrong_checksums(shard: Shard, advance: Advance) -> Iterator[str]:
 
 
 def _texts(shard: Shard, file: h5py.File) -> list[str]:
-    names = [f"samples/{name}" for name in shard.column_names if name in COLUMNS]
+    names = [f"samples/{name}" for name in shard.column_names if name in COLUMNS and name not in contract.LISTS]
     names += ["vocabulary/token"]
     names += [
         f"shards/{name}" for name in ("name", checksums.OF_ATTRIBUTES) if shard.file_format == contract.RUN_FORMAT

@@ -21,12 +21,14 @@ from AutomaticEval.store.finite import counts_in
 from AutomaticEval.store.hdf5 import contract
 from AutomaticEval.store.hdf5.blocks import FileArray, damaged, read_ranges
 from AutomaticEval.store.hdf5.checksums import OF_ATTRIBUTES, ArrayHash
-from AutomaticEval.store.hdf5.column_codec import NUMPY, decode_column, decode_texts, decoded
+from AutomaticEval.store.hdf5.column_codec import NUMPY, decode_column, decode_texts, decoded, decoded_lists
 from AutomaticEval.store.hdf5.extents import Extent, check_column, dataset_of, names_of
 from AutomaticEval.store.hdf5.open import OpenedFile
 from AutomaticEval.store.ragged import Array, Ragged, ranges_of
 
 _SLAB_BYTES = 8 * 2**20
+_NARROW = {contract.place_of_column(name): "<f4" for name in contract.LISTS}
+"""The datasets of numbers that are no whole numbers."""
 _WIDE = ("offset", "start", "stop", "lines", "n_rows", "size_bytes")
 """Endings of the names of datasets whose numbers have 64 bits; the others have 32."""
 
@@ -38,10 +40,10 @@ class Shard(OpenedFile):
         self.columns: dict[str, tuple[str, Extent]] = {}
         """Columns of numbers: their encoding, and where they lie in the file."""
         known = list(COLUMNS)  # a newer minor version may have more
-        self.column_names = sorted(
-            names_of(file, "samples"), key=lambda name: known.index(name) if name in known else len(known)
-        )
+        self.column_names = names_of(file, "samples")
         groups = names_of(file, "/")
+        self.lists = [name for name in contract.LISTS if name in groups]
+        """Columns with a number for each token of the response."""
         self.group = contract.group_of(self.settings)
         self.is_by_sample = self.group == contract.LINES
         """Whether each sample has a line, in the place of rows."""
@@ -49,15 +51,19 @@ class Shard(OpenedFile):
         if self.has_rows:
             self._read_structure(file, groups)
         else:
+            self.lists = []
             self.n_samples = len(dataset_of(file, "samples/shard"))
             n_shards = len(dataset_of(file, "shards/name"))
             check_column(file, "shards/name", n_shards, self.size_bytes, self._room)
         self._check_columns(file)
+        self.column_names = sorted(
+            [*self.column_names, *self.lists], key=lambda name: known.index(name) if name in known else len(known)
+        )
 
     def _read_structure(self, file: h5py.File, groups: Sequence[str]) -> None:
         self.keys = sorted(names_of(file, self.group), key=key_order)
         self.numbers = {
-            name: self._extent(file, name, "<i8" if name.endswith(_WIDE) else "<i4")
+            name: self._extent(file, name, _NARROW.get(name, "<i8" if name.endswith(_WIDE) else "<i4"))
             for name in _number_names(file, groups)
         }
         self.scales = {
@@ -115,6 +121,7 @@ class Shard(OpenedFile):
         if len(stop) and (stop.max() > self.n_rows or start.min() < 0 or (start > stop).any()):
             raise ValueError(f"/segments point outside the {self.n_rows} rows")
         self._check_lengths(stop - start)
+        self._check_lists()
         if self.numbers["rows/position"].shape != self.numbers["rows/token_id"].shape:
             raise ValueError("/rows/position has not as many rows as /rows/token_id")
         for key, (n_rows, width) in ((key, extent.shape) for key, extent in self.extents.items()):
@@ -141,8 +148,19 @@ class Shard(OpenedFile):
         if len(wrong):
             raise ValueError(f"/segments give sample {wrong[0]} more rows than it has tokens")
 
+    def _check_lists(self) -> None:
+        """Refuse a sample with other numbers than one for each token of its response, or none."""
+        n_response = np.diff(self.offsets["generated_ids"])
+        for name in self.lists:
+            lengths = np.diff(self.offsets[name])
+            wrong = np.flatnonzero((lengths != 0) & (lengths != n_response))
+            if len(wrong):
+                raise ValueError(
+                    f"/{name} has {lengths[wrong[0]]} numbers for sample {wrong[0]}, of {n_response[wrong[0]]} tokens"
+                )
+
     def ints(self, name: str) -> FileArray:
-        """The dataset of numbers with this name, which is sliced like an array."""
+        """The dataset of whole numbers with this name, which is sliced like an array."""
         return FileArray(self.path, self.numbers[name])
 
     def read_into(self, key: str, ranges: Array, out: Array) -> None:
@@ -189,7 +207,7 @@ class Shard(OpenedFile):
         return {name: values[0] for name, values in self._values(names, slice(index, index + 1)).items()}
 
     def _values(self, names: Sequence[str], at: slice) -> dict[str, list[Any]]:
-        values = {}
+        values: dict[str, list[Any]] = {name: self._listed(name, at) for name in names if name in self.lists}
         for name in set(names) & self.columns.keys():
             encoding, extent = self.columns[name]
             values[name] = decoded(FileArray(self.path, extent)[at], encoding)
@@ -197,6 +215,13 @@ class Shard(OpenedFile):
             with self.reading() as file:
                 values |= {name: _decode(name)(file[f"samples/{name}"], at) for name in names if name not in values}
         return values
+
+    def _listed(self, name: str, at: slice) -> list[Any]:
+        """The values of a column of lists, some samples that follow one another."""
+        first, stop, _ = at.indices(self.n_samples)
+        offset = self.offsets[name][first : stop + 1]
+        numbers = FileArray(self.path, self.numbers[contract.place_of_column(name)])[int(offset[0]) : int(offset[-1])]
+        return decoded_lists(Ragged(offset, numbers))
 
     def read_strings(self) -> dict[int, str]:
         """Gives `strings`. It is a method and no lambda, so that a run can be pickled for the workers of a DataLoader."""
@@ -277,6 +302,7 @@ def _decode(name: str) -> Callable[[h5py.Dataset, slice], list[Any]]:
 def _number_names(file: h5py.File, groups: Sequence[str]) -> list[str]:
     names = [f"{group}/{name}" for group in ("input_ids", "generated_ids") for name in ("offset", "values")]
     names += ["segments/offset", "segments/start", "segments/stop", "rows/token_id", "rows/position"]
+    names += [f"{group}/{name}" for group in contract.LISTS if group in groups for name in ("offset", "values")]
     names += ["lines"] if "lines" in groups else []
     names += ["shards/n_lines"] if "shards" in groups and "n_lines" in names_of(file, "shards") else []
     names += ["rows/block"] if "block" in names_of(file, "rows") else []

@@ -183,6 +183,7 @@ def _table_bytes(contents: Contents) -> int:
     numbers = 12 * contents.n_rows + 8 * ids + 4 * scales * widths
     texts = 2 * text + 64 * len(names) * contents.n_samples + sum(64 + 4 * len(each) for each in strings.values())
     headers = 2**18 + 4096 * len(contents.activations) + len(as_json(contents.settings))
+    numbers += 4 * len(contents.generated_ids.values) * sum(name in contract.LISTS for name in names)
     numbers += 8 * sum(int(np.size(each[:])) for each in contents.matrices.values())
     return headers + numbers + numbers // _SUMMED_BYTES + texts
 

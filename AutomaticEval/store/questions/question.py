@@ -54,6 +54,13 @@ class Question:
     confidence: float | None
     """The largest of probabilities, of two choices or more."""
 
+    mean_logprob: float | None
+    """The mean of token_logprobs (nats a token)."""
+
+    token_logprobs: Sequence[float] | None
+    """[n_tokens]: the log-probability of each token of a generated answer (nats), under the model's own distribution. None for choices, and
+    in runs of versions that did not keep it."""
+
     response: str | None
     """The generated text, or the text of the choice that was predicted."""
 
@@ -83,6 +90,8 @@ class Question:
             for number, (choice, probability) in enumerate(zip(self.choices, self.probabilities, strict=False))
         ]
         answer = [("Response", str(self.response)), ("Target", str(self.target))]
+        if self.mean_logprob is not None:
+            answer.append(("Mean log-probability of a token", f"{self.mean_logprob:.4f} nats"))
         tokens = " ".join(f"{position}:{token!r}" for position, token in self.tokens.items())
         return (
             f"<p><b>{html_text(self.name)}: {self.verdict}</b></p><pre style='white-space:pre-wrap'>{html_text(self.question)}</pre>"
@@ -175,6 +184,11 @@ def _confidence(samples: Samples) -> float | None:
     return max(probabilities) if len(probabilities) > 1 and not any(map(math.isnan, probabilities)) else None
 
 
+def _mean_logprob(samples: Samples) -> float | None:
+    numbers = samples[0].get("token_logprobs")
+    return float(np.mean(numbers, dtype=np.float64)) if numbers else None
+
+
 def _prediction(samples: Samples) -> Any:
     first = samples[0]
     return first["prediction"] if "prediction" in first else first.get("extracted_answer")
@@ -215,6 +229,8 @@ FIELDS = {
     "probabilities": Field(_SCORED, _probabilities),
     "margin": Field(_SCORED, _margin),
     "confidence": Field(_SCORED, _confidence),
+    "mean_logprob": Field(("token_logprobs",), _mean_logprob),
+    "token_logprobs": _first("token_logprobs"),
     "response": Field(_ANSWERED, _response),
     "thinking": Field(_ANSWERED, lambda samples: _stripped(_said(samples).thinking)),
     "answer": Field(_ANSWERED, lambda samples: _stripped(_said(samples).answer)),

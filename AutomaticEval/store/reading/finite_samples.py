@@ -13,7 +13,7 @@ from AutomaticEval.store.reading.sharded_rows import ShardedRows
 
 
 def finite_samples(rows: ShardedRows, contents: Contents, counts: Mapping[str, int]) -> Array:
-    """[n_samples], bool: whether no row of a sample, and not its logprob, is infinite or NaN.
+    """[n_samples], bool: whether no row of a sample, and no log-probability of it, is infinite or NaN.
 
     counts: site or column -> how many such numbers it has in all. Only sites that have some, or that are not in counts, are read.
     """
@@ -29,4 +29,7 @@ def finite_samples(rows: ShardedRows, contents: Contents, counts: Mapping[str, i
     if counts.get("logprob", 1) and "logprob" in contents.columns.names:
         values = contents.columns.whole("logprob")
         finite &= np.array([value is None or math.isfinite(value) for value in values], dtype=bool)
+    if counts.get("token_logprobs", 1) and "token_logprobs" in contents.columns.names:
+        lists = contents.columns.whole("token_logprobs")
+        finite &= np.array([each is None or all(map(math.isfinite, each)) for each in lists], dtype=bool)
     return finite
