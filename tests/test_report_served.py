@@ -191,7 +191,8 @@ def test_a_served_rank_is_that_of_the_models_own_logits(demo: LoadedModel, tmp_p
     made = open_run(done.folder or "")
     with served_page(made, loaded=demo) as ranked:
         held = ranked.answer("rows/0")["tokens"]
-    ids = torch.tensor([[*made[0]["input_ids"], *made[0]["generated_ids"]]])
+    contents = made.contents
+    ids = torch.tensor([[*contents.input_ids.item(0).tolist(), *contents.generated_ids.item(0).tolist()]])
     with torch.no_grad():
         logits = demo.model(ids).logits[0]
     n = held["nPrompt"]
@@ -337,7 +338,6 @@ def test_a_notebook_shows_the_page_and_a_question_in_frames(run: Run, folder: Pa
     assert plain.locator("#place").inner_text() == "layer_0"
     assert page.title() == "notebook"
     assert page.evaluate("[...document.querySelectorAll('iframe')].every(each => each.contentDocument === null)")
-    page.screenshot(path=tmp_path / "notebook.png", full_page=True)
 
 
 def test_a_copied_question_is_shown_without_its_run(run: Run) -> None:
