@@ -329,6 +329,11 @@ def test_a_notebook_shows_the_page_and_a_question_in_frames(run: Run, folder: Pa
     page.set_content("<title>notebook</title>" + "".join(each._repr_html_() for each in looks))
     whole, hostile, plain = (page.frame_locator("iframe").nth(number) for number in range(3))
     assert whole.locator("#count").inner_text() == f"{N} questions"
+    whole.locator("nav a[href='#questions']").click()
+    whole.locator("#search").fill("number 5 about")
+    whole.locator("#search").press("Enter")
+    assert whole.locator("#count").inner_text() == f"1 of {N} questions"
+    assert whole.locator("#search").bounding_box()["y"] < 900  # type: ignore[index]
     assert hostile.locator("#chosen pre").first.inner_text() == WORDS[HOSTILE]
     assert plain.locator("#chosen h3").inner_text() == "t, document 5 right"
     titles = [each.get_attribute("title") for each in plain.locator(".tokens span").all()]

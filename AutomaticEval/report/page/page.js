@@ -255,6 +255,13 @@ function paintTokens(row, key) {
   box.append(texts, made("p", data.isRank ? "A stronger colour: the next token has a better rank." : "A stronger colour: a larger norm, by its place among the tokens of this prompt.", "tag"));
 }
 
+// In the frame of a notebook, "#probe" would be a place of the notebook, and a form may not be sent.
+function stay(event) {
+  const link = event.type === "click" && event.target.closest("a[href^='#']");
+  if (link) at(link.getAttribute("href").slice(1)).scrollIntoView();
+  if (link || (event.key === "Enter" && event.target.id === "search")) event.preventDefault();
+}
+
 function move(event) {
   if (event.key !== "ArrowDown" && event.key !== "ArrowUp") return;
   const buttons = [...document.querySelectorAll("#rows button")];
@@ -265,6 +272,7 @@ function move(event) {
   }
 }
 
+if (location.protocol === "about:") ["click", "keydown"].forEach((name) => document.addEventListener(name, stay));
 if (at("table")) {
   [...new Set(rows.map((row) => row.task))].sort().forEach((task) => {
     const option = made("option", task);
