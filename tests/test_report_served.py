@@ -28,7 +28,7 @@ from sklearn.decomposition import PCA
 
 from AutomaticEval import evaluate_with_activations, open_run, run_report, show
 from AutomaticEval.analysis.lens.question_file import NAME, write_lens_questions
-from AutomaticEval.errors import PathExists, SelectionError
+from AutomaticEval.errors import PathExists, SelectionError, StoreError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.pages.prompt_rows import sampled
 from AutomaticEval.pages.served_page import served_page
@@ -186,6 +186,17 @@ def test_a_hostile_prompt_is_text_in_what_is_served_and_a_long_one_whole(server:
     assert told(server, f"texts/{LONG}")["isCut"] is False
 
 
+def test_a_failure_of_the_store_is_told_as_text() -> None:
+    def fails(asked: str) -> None:
+        raise StoreError("\x1b<b>run.h5 is damaged</b>")
+
+    with LocalServer("page", fails) as failing:
+        Thread(target=failing.handle_request).start()
+        answer, text = asked(failing, f"/{failing.secret}/rows/0")
+    assert (answer.status, json.loads(text)) == (500, {"error": "\\x1b<b>run.h5 is damaged</b>"})
+    assert "<" not in text
+
+
 def test_a_served_rank_is_that_of_the_models_own_logits(demo: LoadedModel, tmp_path: Path) -> None:
     done = evaluate_with_activations(demo, "demo_facts", limit=1, positions="all", output=tmp_path / "run")
     made = open_run(done.folder or "")
@@ -332,7 +343,7 @@ def test_a_notebook_shows_the_page_and_a_question_in_frames(run: Run, folder: Pa
     whole.locator("nav a[href='#questions']").click()
     whole.locator("#search").fill("number 5 about")
     whole.locator("#search").press("Enter")
-    assert whole.locator("#count").inner_text() == f"1 of {N} questions"
+    assert whole.locator("#count").inner_text() == f"22 of {N} questions"  # words, not a phrase
     assert whole.locator("#search").bounding_box()["y"] < 900  # type: ignore[index]
     assert hostile.locator("#chosen pre").first.inner_text() == WORDS[HOSTILE]
     assert plain.locator("#chosen h3").inner_text() == "t, document 5 right"
@@ -408,3 +419,5 @@ def test_what_does_not_go_together_is_refused_in_one_line(folder: Path) -> None:
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert said in done.stderr
     assert not (folder / "atlas.parquet").exists()
+    done = within("export", "run", "-o", "out", "--to", "embedding-atlas", cwd=folder)
+    assert (done.returncode, "`main.py report RUN --to embedding-atlas` writes it" in done.stderr) == (2, True)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
     from AutomaticEval.store.run import Run
 
-FOLDER = Path("results")
 ATLAS = "embedding-atlas"
 
 Results = Annotated[
@@ -74,6 +73,7 @@ def report(
     output: Output = None,
 ) -> None:
     """Write a page about a run: scores, probe, lens and every question, in one file that opens without a network."""
+    from AutomaticEval.pages.result_files import usual_results
     from AutomaticEval.report.page.document import check_html
     from AutomaticEval.store.reader import open_run
 
@@ -88,7 +88,7 @@ def report(
         check_html(output := output or Path("report.html"))
     run, second = open_run(path), None if other is None else open_run(other)
     loaded = _model_of(run) if lens else None
-    given = results if results is not None else [FOLDER] if FOLDER.is_dir() else []
+    given = usual_results() if results is None else results
     if output is None:
         _serve(run, second, given, loaded)
     else:

@@ -11,6 +11,7 @@ import numpy as np
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.pages.prompt_rows import prompt_rows, shown_keys
 from AutomaticEval.pages.question_rows import LONGEST, prompts_of, row_of
+from AutomaticEval.pages.result_files import usual_results
 from AutomaticEval.pages.run_page import run_page
 from AutomaticEval.report.page.document import ONE_QUESTION, check_html, document, write_html
 from AutomaticEval.safe_text import shown
@@ -19,9 +20,6 @@ from AutomaticEval.store.questions.prompt_tokens import PromptTokens
 from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.questions import Questions
 from AutomaticEval.store.run import Run
-
-RESULTS = Path("results")
-"""Where `probe` and `lens` write."""
 
 
 class InlinePage:
@@ -55,7 +53,7 @@ def run_report(run: Run, second: Run | None = None, *, results: Sequence[str | P
     folder `results`, where there is one. `save("report.html")` writes the page. It is as large as the file, and so is then the notebook.
     Raises StoreError for a run without questions, for runs that share none, and for a path that is not there.
     """
-    given = [Path(each) for each in results] if results is not None else [RESULTS] if RESULTS.is_dir() else []
+    given = usual_results() if results is None else [Path(each) for each in results]
     return InlinePage(run_page(run, second, given), shown(run.path.name), 860)
 
 

@@ -9,7 +9,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from AutomaticEval.pages.lens_result import LensQuestions
-from AutomaticEval.pages.prompt_rows import Measure, prompt_rows, ranks_by, shown_keys
+from AutomaticEval.pages.prompt_rows import MOST_TOKENS, Measure, prompt_rows, ranks_by, shown_keys
 from AutomaticEval.pages.question_rows import row_of
 from AutomaticEval.pages.result_files import results_of
 from AutomaticEval.pages.run_page import run_page
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 MOST_NUMBERS = 1_000_000
 """So many numbers of one question are sent."""
-MOST_TOKENS = 20_000
-"""So many tokens of one prompt, its last, are sent."""
+MOST_NORMS = 20_000
+"""Of so many tokens of one prompt, its last, the norms are sent; ranks, which take the model, of as many as a file has."""
 MOST_CHARACTERS = 2_000_000
 """So long may one prompt be that is sent whole."""
 ASKED = re.compile(r"(rows|texts)/([0-9]{1,9})")
@@ -67,7 +67,7 @@ class ChosenQuestions:
         lens = None if self._lens is None else self._lens.of(number)
         if not self._keys:
             return {"tokens": None, "lens": lens}
-        most = max(1, min(MOST_TOKENS, MOST_NUMBERS // len(self._keys)))
+        most = MOST_TOKENS if self._measure else max(MOST_TOKENS, min(MOST_NORMS, MOST_NUMBERS // len(self._keys)))
         held = prompt_rows(self._questions, [number], self._keys, self._measure, most)[number]
         return {"tokens": held if held["tokens"] else None, "lens": lens}
 
