@@ -37,11 +37,17 @@ from AutomaticEval.store.run import Run
 
 CHROMIUM = shutil.which("chromium")
 N = 130
-HOSTILE, LONG = 3, 7
+HOSTILE, LONG, SHORT = 3, 7, 8
+BEGINNING = f"{'Two examples of how to answer. ' * 5}\n"
 WORDS = {
     HOSTILE: "<script>document.title='stolen'</script></script><!--<img src=x onerror=\"document.title='stolen'\">",
-    LONG: "begin " + "wide " * 20_000 + "end",
+    LONG: BEGINNING + "wide " * 20_000 + "end",
+    SHORT: BEGINNING + "short",
 }
+
+
+def task_of(number: int) -> str:
+    return "few" if number in (LONG, SHORT) else "t"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {f"layer_{layer}": draw.normal(size=(N, 8)).astype(np.float32) for layer in range(3)} for _ in range(2)
     )
     columns = [
-        {"correct": bool(n % 3), "doc_id": n, "target": 1, "prediction": 0, "logprob": -0.5, "task": "t"}
+        {"correct": bool(n % 3), "doc_id": n, "target": 1, "prediction": 0, "logprob": -0.5, "task": task_of(n)}
         for n in range(N)
     ]
     run_of(folder / "run", last, columns, [WORDS.get(n, f"what is the number {n} about") for n in range(N)], first)
@@ -62,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "results" / "lens.json").write_text(json.dumps(lens))
     lines = [(n, place, float(draw.random())) for n in range(N) for place in ("layer_0", "layer_2")]
     said = {
-        "task": ["t"] * len(lines),
+        "task": [task_of(n) for n, _, _ in lines],
         "doc_id": [n for n, _, _ in lines],
         "repeat": [0] * len(lines),
         "place": [place for _, place, _ in lines],
@@ -297,11 +303,11 @@ def test_a_served_page_shows_what_the_file_shows_and_more(
     beside = next(number for number in range(20, N) if number not in in_file)
     assert "Tokens of the prompt by norm at layer_2" in chosen(page, beside)
     assert "probability by the lens at layer_2" in chosen(page, beside)
-    chosen(page, LONG)
-    page.locator("#chosen pre:has-text('end')").wait_for()
+    assert "What all prompts of this task begin with" in chosen(page, SHORT)
+    assert "What all prompts" not in chosen(page, LONG)
     assert page.locator("#chosen pre").first.inner_text() == WORDS[LONG]
     assert all(url.startswith(server.address) for url in urls)
-    assert len(urls) == 1 + len({0, *both, beside, LONG}) + 1  # the page, rows, and one long text
+    assert len(urls) == 1 + len({0, *both, beside, SHORT, LONG}) + 1  # the page, rows, and one long text
 
 
 def test_a_page_says_that_its_server_has_ended(run: Run, browser: Any) -> None:
@@ -344,7 +350,6 @@ def test_a_notebook_shows_the_page_and_a_question_in_frames(run: Run, folder: Pa
     whole.locator("#search").fill("number 5 about")
     whole.locator("#search").press("Enter")
     assert whole.locator("#count").inner_text() == f"22 of {N} questions"  # words, not a phrase
-    assert whole.locator("#search").bounding_box()["y"] < 900  # type: ignore[index]
     assert hostile.locator("#chosen pre").first.inner_text() == WORDS[HOSTILE]
     assert plain.locator("#chosen h3").inner_text() == "t, document 5 right"
     titles = [each.get_attribute("title") for each in plain.locator(".tokens span").all()]
