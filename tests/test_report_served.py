@@ -219,6 +219,17 @@ def test_a_served_rank_is_that_of_the_models_own_logits(demo: LoadedModel, tmp_p
     np.testing.assert_allclose(held["values"][made.keys[-1]], ranks, rtol=0.006)
 
 
+def test_a_run_without_rows_of_prompts_is_shown(demo: LoadedModel, tmp_path: Path) -> None:
+    for how in ({"positions": "last"}, {"reduce": "mean"}):
+        name = next(iter(how))
+        done = evaluate_with_activations(demo, "demo_facts", limit=1, output=tmp_path / name, **how)  # type: ignore[arg-type]
+        made = open_run(done.folder or "")
+        assert '"tokens":{},' in run_report(made).html
+        assert '"tokens":{},' in show(made.questions()[0]).html
+        with served_page(made) as server:
+            assert server.answer("rows/0") == {"tokens": None, "lens": None}
+
+
 WAITS = """
 import signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell ignores

@@ -105,9 +105,9 @@ def prompt_rows(
 def _slabs(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Numbers of questions that are read together: of at most so many rows, or one question."""
     slabs: list[list[int]] = []
-    n_rows = most
+    n_rows = 0
     for at, length in enumerate(lengths):
-        if n_rows + length > most:
+        if not slabs or n_rows + length > most:
             slabs.append([])
             n_rows = 0
         slabs[-1].append(at)
