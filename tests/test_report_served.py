@@ -188,6 +188,8 @@ def test_a_hostile_prompt_is_text_in_what_is_served_and_a_long_one_whole(server:
     _, page = asked(server, f"/{server.secret}/")
     assert page.count("</script>") == 2
     assert "left out" in page  # the long one is cut in the page
+    assert "are cut to 30,000 characters until they are chosen." in page
+    assert '"tokensTold":"The rows are being read."' in page
     assert told(server, f"texts/{LONG}")["prompt"] == WORDS[LONG]
     assert told(server, f"texts/{LONG}")["isCut"] is False
 
@@ -332,6 +334,7 @@ def test_a_page_says_that_its_server_has_ended(run: Run, browser: Any) -> None:
     running.join()
     opened.locator("#rows button").nth(1).click()
     opened.locator("#tokens :text('does not answer')").wait_for()
+    assert "The rows were not read: " in opened.locator("#tokens").inner_text()
     assert opened.locator("#chosen pre").first.inner_text() == "what is the number 1 about"
     opened.close()
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ALONE = "This file holds all that it shows and asks the network for nothing."
 SERVED = "It asks only the program that serves it, on the same machine, for the chosen question."
+READING = "The rows are being read."
 LENS_COLUMNS = (
     "Place",
     "Median rank",
@@ -94,7 +95,7 @@ def _tokens(run: Run, questions: Questions, loaded: LoadedModel | None, *, is_se
     return {
         "keys": keys,
         "tokens": {number: each for number, each in held.items() if each["tokens"]},
-        "tokensTold": told,
+        "tokensTold": READING if is_served else told,
         "measure": "norm" if loaded is None else "rank of the next token",
         "isRank": loaded is not None,
         "isServed": is_served,

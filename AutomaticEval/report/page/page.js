@@ -105,16 +105,17 @@ function choose(which, isAsked) {
 
 // A served page asks for the rows of a question when it is chosen, and for texts that were cut. A file holds all that it shows.
 async function ask(row) {
-  if (!data.isServed || row.asked) return;
-  row.asked = "The rows are being read.";
+  if (!data.isServed || row.isAsked) return;
+  row.isAsked = true;
+  row.told = "";
   try {
     const [held, whole] = await Promise.all([answerTo(`rows/${row.number}`), row.isCut ? answerTo(`texts/${row.number}`) : {}]);
     if (held.tokens) data.tokens[row.number] = held.tokens;
     if (held.lens) data.lens[row.number] = held.lens;
-    Object.assign(row, whole, { isWhole: row.isCut, asked: "The run has no rows of the tokens of this prompt." });
+    Object.assign(row, whole, { isWhole: row.isCut, told: "The run has no rows of the tokens of this prompt." });
   } catch (failure) {
-    row.failure = `The rows were not read: ${failure.message}`;
-    row.asked = ""; // the next time it is chosen it is asked for again
+    row.told = `The rows were not read: ${failure.message}`;
+    row.isAsked = false; // it is asked for again when it is chosen again
   }
   if (state.chosen === row.number) show(row);
 }
@@ -228,7 +229,7 @@ function paintTokens(row, key) {
   const held = data.tokens[row.number];
   box.replaceChildren();
   if (!held) {
-    box.append(made("p", row.failure || row.asked || data.tokensTold, "tag"));
+    box.append(made("p", row.told || data.tokensTold, "tag"));
     return;
   }
   const values = held.values[key];
