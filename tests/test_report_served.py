@@ -30,6 +30,7 @@ from AutomaticEval import evaluate_with_activations, open_run, run_report, show
 from AutomaticEval.analysis.lens.question_file import NAME, write_lens_questions
 from AutomaticEval.errors import PathExists, SelectionError, StoreError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.pages import atlas
 from AutomaticEval.pages.prompt_rows import sampled
 from AutomaticEval.pages.served_page import served_page
 from AutomaticEval.report.page.local_server import LocalServer
@@ -407,6 +408,23 @@ def test_an_atlas_holds_the_rows_of_the_questions(
     points = np.stack([table["x"].to_numpy(), table["y"].to_numpy()], axis=1)
     np.testing.assert_allclose(np.abs(points), np.abs(theirs.transform(rows.astype(np.float64))), atol=1e-5)
     assert f"hold {theirs.explained_variance_ratio_.sum():.0%} of" in done.stdout
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 4), (3, 4), (9, 1), (9, 2), (9, 3)])
+def test_a_map_of_few_rows_or_directions(shape: tuple[int, int], tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for wide, rank in ((rows, 2), (np.outer(rows[:, 0], [1.0] * shape[1]), 1), (np.ones(shape), 0)):
+        given = wide.astype(np.float32)
+        points, share = atlas._coordinates(given, np.ones(len(given), bool))
+        exact = np.linalg.svd(given - given.mean(axis=0), compute_uv=False)
+        spread = np.sqrt((points**2).sum(axis=0))
+        kept = np.append(exact, [0, 0])[:2]
+        np.testing.assert_allclose(spread, np.where(np.arange(2) < rank, kept, 0), atol=1e-5)
+        assert (
+            share is None
+            if rank == 0 or len(given) == 1
+            else share == pytest.approx((kept**2).sum() / (exact**2).sum())
+        )
 
 
 def test_a_row_that_is_not_finite_has_no_place_on_the_map(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from AutomaticEval.analysis.geometry.spectrum import spectrum
 from AutomaticEval.errors import StoreError
 from AutomaticEval.pages.question_rows import prompts_of
 from AutomaticEval.safe_text import shown
@@ -16,6 +15,7 @@ from AutomaticEval.store.disk.parquet_files import write_parquet
 from AutomaticEval.store.questions.questions import AT
 from AutomaticEval.store.run import Run
 
+Array = np.ndarray[Any, Any]
 KIND = "atlas"
 TEXTS = ("task", "response")
 OTHERS = ("doc_id", "repeat", "correct", "confidence")
@@ -72,15 +72,22 @@ def _texts(values: list[Any]) -> list[str | None]:
     return [None if value is None else shown(str(value)) for value in values]
 
 
-def _coordinates(
-    rows: np.ndarray[Any, Any], is_finite: np.ndarray[Any, Any]
-) -> tuple[np.ndarray[Any, Any], float | None]:
-    """[n, 2], NaN for rows that are not finite; and the part of the variance that these hold."""
+def _coordinates(rows: Array, is_finite: Array) -> tuple[Array, float | None]:
+    """[n, 2], NaN for rows that are not finite; and the part of the variance that these hold. By Lanczos, for of all components two are wanted."""
+    from sklearn.decomposition import PCA
+
     points = np.full((len(rows), 2), np.nan)
-    if is_finite.sum() < 2:
-        points[is_finite] = 0
+    points[is_finite] = 0
+    finite = rows[is_finite]
+    if len(finite) < 2:
         return points, None
-    found = spectrum(rows[is_finite])
-    points[is_finite] = found.first_two
-    whole = float(found.variances.sum())
-    return points, float(found.variances[:2].sum()) / whole if whole > 0 else None
+    finite = finite - finite.mean(axis=0, dtype=np.float64).astype(
+        np.float32
+    )  # in float32, for speed, once their mean is off
+    largest = float(np.abs(finite).max())
+    if not largest > 0:
+        return points, None
+    n = min(2, *finite.shape)
+    components = PCA(n, svd_solver="arpack" if min(finite.shape) > n else "full", random_state=0)
+    points[is_finite, :n] = components.fit_transform(finite / np.float32(largest)) * largest
+    return points, float(components.explained_variance_ratio_.sum())
