@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from AutomaticEval.models.edit import Edit as Edit
     from AutomaticEval.models.editing import editing as editing
     from AutomaticEval.models.loading import load_model as load_model
+    from AutomaticEval.pages.inline import run_report as run_report
+    from AutomaticEval.pages.inline import show as show
     from AutomaticEval.store.reader import load_activations as load_activations
     from AutomaticEval.store.reader import open_run as open_run
 
@@ -79,6 +81,8 @@ _HOMES = {
     "Edit": "models.edit",
     "editing": "models.editing",
     "load_model": "models.loading",
+    "run_report": "pages.inline",
+    "show": "pages.inline",
     "load_activations": "store.reader",
     "open_run": "store.reader",
     "recompute": "capture.recompute.recomputed_run",

@@ -705,6 +705,12 @@ def test_every_option_of_a_benchmark_reaches_it(monkeypatch: pytest.MonkeyPatch,
         (["lens", "RUN", "--train_tuned", "t.safetensors"], ["--position", "prompt[-1]"], "position"),
         (["lens", "RUN", "--train_tuned", "t.safetensors"], ["--tuned", "x.safetensors"], "tuned"),
         (["probe", "RUN", "--grid"], ["--position", "prompt[-1]"], "position"),  # its default
+        (["report", "RUN"], ["--site", "layer_1"], "site"),
+        (["report", "RUN", "--serve"], ["--position", "prompt[-1]"], "position"),  # its default
+        (["report", "RUN", "--serve"], ["-o", "report.html"], "output"),  # its default
+        (["report", "RUN", "--to", "embedding-atlas"], ["--serve"], "serve"),
+        (["report", "RUN", "--to", "embedding-atlas"], ["--results", "results"], "results"),
+        (["report", "RUN", "--to", "embedding-atlas"], ["--lens"], "lens"),
     ],
 )
 def test_options_of_another_way_to_use_a_command_are_refused(

@@ -59,25 +59,54 @@ def _mean(estimate: Any) -> str:
     return "" if mean is None else f"{mean:.3f}"
 
 
-def choices_by_layer(file: Path, keys: Sequence[tuple[Any, Any, Any]]) -> dict[str, Any]:
-    """places, and number of a question -> [n_places][n_choices] probabilities and the likeliest token of each place. Empty without the file."""
-    path = file.parent / NAME
-    if not path.exists():
-        return {}
-    wanted = ["task", "doc_id", "repeat", "place", "choice_probabilities", "top_token", "gold_rank"]
-    table = read_lens_questions(path)[wanted]
-    number_of = {(task, doc, repeat or 0): number for number, (task, doc, repeat) in enumerate(keys)}
-    places = list(dict.fromkeys(table["place"]))
-    found: dict[int, dict[str, list[Any]]] = {}
+class LensQuestions:
+    """What the lens says of each question of a run: the file beside a result, read once."""
+
+    def __init__(self, file: Path, keys: Sequence[tuple[Any, Any, Any]]) -> None:
+        """file: the result. keys: `keys_of` the run's questions. Without the file beside it, no question is there."""
+        path = file.parent / NAME
+        self._lines: dict[int, list[int]] = {}
+        if not path.exists():
+            return
+        self._table = read_lens_questions(path)
+        number_of = {(task, doc, repeat or 0): number for number, (task, doc, repeat) in enumerate(keys)}
+        asked = zip(*(self._table[name] for name in ("task", "doc_id", "repeat")), strict=True)
+        for line, (task, doc, repeat) in enumerate(asked):
+            number = number_of.get((task, doc, repeat or 0))
+            if number is not None:
+                self._lines.setdefault(number, []).append(line)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the questions that are there, in the order of the file."""
+        return list(self._lines)
+
+    def of(self, number: int) -> dict[str, list[Any]] | None:
+        """places, and at each of them the probabilities of the choices, the likeliest token, and the rank of the right one. None without the question."""
+        if number not in self._lines:
+            return None
+        lines = self._table.iloc[self._lines[number]]
+        return {
+            "places": list(lines["place"]),
+            "choices": [
+                None if chances is None else [rounded(each) for each in chances]
+                for chances in lines["choice_probabilities"]
+            ],
+            "top": [None if token is None else shown(str(token)) for token in lines["top_token"]],
+            "rank": [rounded(rank) for rank in lines["gold_rank"]],
+        }
+
+
+def choices_by_layer(file: Path, keys: Sequence[tuple[Any, Any, Any]]) -> dict[int, Any]:
+    """Number of a question -> what `LensQuestions.of` gives, of the first ones, within MOST_NUMBERS. Empty without the file."""
+    lens = LensQuestions(file, keys)
+    found: dict[int, Any] = {}
     n_numbers = 0
-    for task, doc, repeat, place, chances, token, rank in table.itertuples(index=False):
-        number = number_of.get((task, doc, repeat or 0))
-        if number is None or n_numbers > MOST_NUMBERS:
-            continue
-        of = found.setdefault(number, {"places": [], "choices": [], "top": [], "rank": []})
-        of["places"].append(place)
-        of["choices"].append(None if chances is None else [rounded(each) for each in chances])
-        of["top"].append(None if token is None else shown(str(token)))
-        of["rank"].append(rounded(rank))
-        n_numbers += 3 + (0 if chances is None else len(chances))
-    return {"places": places, "questions": found}
+    for number in lens.numbers:
+        of = lens.of(number)
+        assert of is not None
+        n_numbers += sum(3 + len(chances or ()) for chances in of["choices"])
+        if n_numbers > MOST_NUMBERS and found:
+            break
+        found[number] = of
+    return found

@@ -54,11 +54,15 @@ def shown_keys(keys: Sequence[str], *, of_lens: bool = False) -> list[str]:
 
 
 def prompt_rows(
-    questions: Questions, numbers: Sequence[int], keys: Sequence[str], measure: Measure | None = None
+    questions: Questions,
+    numbers: Sequence[int],
+    keys: Sequence[str],
+    measure: Measure | None = None,
+    most: int = MOST_TOKENS,
 ) -> dict[int, dict[str, Any]]:
     """Number of a question -> its tokens, their positions, how many there are, and `values`: site -> a number for each token.
 
-    measure: by default the L2 norm of the row. Rows are read a site at a time, SLAB_BYTES of them at once.
+    measure: by default the L2 norm of the row. most: so many tokens of a prompt, its last. Rows are read a site at a time, SLAB_BYTES of them at once.
     """
     contents = questions.source.contents
     strings = contents.strings()
@@ -72,7 +76,7 @@ def prompt_rows(
         prompt = contents.input_ids.item(sample).tolist()
         whole = [*prompt, *contents.generated_ids.item(sample).tolist()]
         rows = indices_of(contents.segments.item(sample))
-        kept = [at for at, position in enumerate(positions) if position < len(prompt)][-MOST_TOKENS:]
+        kept = [at for at, position in enumerate(positions) if position < len(prompt)][-most:]
         places.append(np.asarray(rows, dtype=np.int64)[kept])
         after = [whole[positions[at] + 1] if positions[at] + 1 < len(whole) else -1 for at in kept]
         following.append(np.asarray(after, dtype=np.int64))
@@ -101,9 +105,9 @@ def prompt_rows(
 def _slabs(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Numbers of questions that are read together: of at most so many rows, or one question."""
     slabs: list[list[int]] = []
-    n_rows = most
+    n_rows = 0
     for at, length in enumerate(lengths):
-        if n_rows + length > most:
+        if not slabs or n_rows + length > most:
             slabs.append([])
             n_rows = 0
         slabs[-1].append(at)

@@ -30,7 +30,7 @@ def question_rows(questions: Questions, second: Second | None) -> dict[str, Any]
     rows, n_cut = [], 0
     for question, prompt, key in zip(questions, prompts, keys, strict=True):
         beginning = beginnings.get(str(question.task or ""), "")
-        row = _row(question, prompt[len(beginning) :], kept)
+        row = row_of(question, prompt[len(beginning) :], kept)
         if second is not None and key in second.answers:
             row["other"], row["otherPrediction"] = second.answers[key][0], _said(second.answers[key][1])
         n_cut += row["isCut"]
@@ -67,7 +67,8 @@ def _shared(first: str, last: str) -> str:
     return first[: next((at for at in range(n) if first[at] != last[at]), n)]
 
 
-def _row(question: Question, prompt: str, kept: int) -> dict[str, Any]:
+def row_of(question: Question, prompt: str, kept: int) -> dict[str, Any]:
+    """A question as a page holds it. kept: so many characters of its prompt, half as many of each other text."""
     texts = {"prompt": prompt, "response": None, "thinking": None, "answer": None}
     if not question.logprobs:
         texts |= {"response": question.response, "thinking": question.thinking, "answer": question.answer}

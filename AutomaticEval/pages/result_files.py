@@ -12,6 +12,8 @@ from AutomaticEval.errors import AutomaticEvalError, StoreError
 from AutomaticEval.store.disk.json_files import read_json
 from AutomaticEval.store.run import Run
 
+RESULTS = Path("results")
+"""The folder where `probe` and `lens` write, unless they are told another."""
 KINDS = ("probe", "lens")
 """The kinds of results that a page draws."""
 
@@ -48,6 +50,11 @@ def results_of(run: Run, paths: Sequence[Path]) -> Found:
             found.left_out.setdefault(kind, []).append(f"{found.files[kind]} is older than {file}.")
         found.by_kind[kind], found.files[kind] = result, file
     return found
+
+
+def usual_results() -> list[Path]:
+    """Where results are looked for that nobody named: RESULTS, if it is there."""
+    return [RESULTS] if RESULTS.is_dir() else []
 
 
 def _files(path: Path) -> list[Path]:

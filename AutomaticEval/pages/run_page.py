@@ -25,6 +25,9 @@ from AutomaticEval.store.run import Run
 if TYPE_CHECKING:
     from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
+ALONE = "This file holds all that it shows and asks the network for nothing."
+SERVED = "It asks only the program that serves it, on the same machine, for the chosen question."
+READING = "The rows are being read."
 LENS_COLUMNS = (
     "Place",
     "Median rank",
@@ -38,13 +41,18 @@ LENS_COLUMNS = (
 
 
 def run_page(
-    run: Run, second: Run | None = None, results: Sequence[Path] = (), loaded: LoadedModel | None = None
+    run: Run,
+    second: Run | None = None,
+    results: Sequence[Path] = (),
+    loaded: LoadedModel | None = None,
+    *,
+    is_served: bool = False,
 ) -> str:
     """The HTML of a page about a run: scores, probe, lens, every question, and how it was made.
 
     second: a run over the same questions, for what changed. results: files and folders with results of `probe` and `lens`; those of other runs are
     left out, and the page says so. loaded: the run's model; with it, tokens are coloured by the rank that the logit lens gives the next one, and
-    otherwise by the norm of their rows. Raises StoreError for a run without questions, for runs that share none, and for a path that is not there.
+    otherwise by the norm of their rows. is_served: the page holds no rows of tokens, and asks its server for those of the chosen question. Raises StoreError for a run without questions, for runs that share none, and for a path that is not there.
     """
     questions = run.questions()
     if not len(questions):
@@ -54,8 +62,9 @@ def run_page(
     shown_rows = question_rows(questions, other)
     rows = shown_rows["rows"]
     has_tokens = any(row["tokenProbability"] is not None for row in rows)
-    tokens = _tokens(run, questions, loaded)
-    lens = choices_by_layer(found.files["lens"], keys_of(questions)) if "lens" in found.files else {}
+    tokens = _tokens(run, questions, loaded, is_served=is_served)
+    has_lens = "lens" in found.files and not is_served
+    lens = choices_by_layer(found.files["lens"], keys_of(questions)) if has_lens else {}
     view = {
         "title": shown(run.path.name),
         "about": shown(f"{run.model}, {run.created[:16].replace('T', ' ')}"),
@@ -66,34 +75,41 @@ def run_page(
         "version": version("AutomaticEval"),
         "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %z}",
         "has_token_probability": has_tokens,
-        "questions_told": _told(len(questions), len(tokens["tokens"]), shown_rows),
+        "holds": SERVED if is_served else ALONE,
+        "questions_told": _told(len(questions), None if is_served else len(tokens["tokens"]), shown_rows),
         **_scores(questions, other),
         **_probe(run, found),
         **_lens(run, found),
     }
     flags = {"hasSecond": other is not None, "hasTokenProbability": has_tokens}
-    return document(view, {"rows": rows, "beginnings": shown_rows["beginnings"], **flags, "lens": lens, **tokens})
+    data = {"rows": rows, "beginnings": shown_rows["beginnings"], **flags, "lens": lens, **tokens}
+    return document(view, data, is_served=is_served)
 
 
-def _tokens(run: Run, questions: Questions, loaded: LoadedModel | None) -> dict[str, Any]:
+def _tokens(run: Run, questions: Questions, loaded: LoadedModel | None, *, is_served: bool) -> dict[str, Any]:
     """Numbers for the tokens of some questions, and what they are."""
     keys = shown_keys(run.keys, of_lens=loaded is not None)
-    numbers = sampled(questions, keys)
+    numbers = [] if is_served else sampled(questions, keys)
     held = prompt_rows(questions, numbers, keys, None if loaded is None else ranks_by(loaded))
     told = f"Tokens are shown for {len(held)} of {len(questions)} questions, evenly spread over the run; this is none of them."
     return {
         "keys": keys,
         "tokens": {number: each for number, each in held.items() if each["tokens"]},
-        "tokensTold": told,
+        "tokensTold": READING if is_served else told,
         "measure": "norm" if loaded is None else "rank of the next token",
         "isRank": loaded is not None,
+        "isServed": is_served,
     }
 
 
-def _told(n: int, n_tokens: int, rows: Mapping[str, Any]) -> str:
+def _told(n: int, n_tokens: int | None, rows: Mapping[str, Any]) -> str:
+    """n_tokens: of how many questions the page holds tokens; None for a served one."""
     cut = f" The texts of {rows['n_cut']} questions are cut to {rows['kept_characters']:,} characters." * bool(
         rows["n_cut"]
     )
+    if n_tokens is None:
+        whole = " until they are chosen." if cut else ""
+        return f"All {n:,} questions of the run. The tokens of a prompt are read when it is chosen.{cut[:-1] + whole}"
     return f"All {n:,} questions of the run. Tokens of the prompt are shown for {n_tokens} of them, evenly spread.{cut}"
 
 

@@ -25,7 +25,8 @@ from AutomaticEval.store.contents.columns import Ordered
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.hdf5.extents import naming
 from AutomaticEval.store.hdf5.read import Shard
-from AutomaticEval.store.questions.questions import Questions, Source
+from AutomaticEval.store.questions.questions import Questions
+from AutomaticEval.store.questions.source import Source
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reading.finite_samples import finite_samples
 from AutomaticEval.store.reading.layer_samples import LayerSamples
@@ -107,7 +108,7 @@ class Run(Sequence[dict[str, Any]]):
                 f"{self.path} is not finished: a question may lack choices that were not asked yet, and none has a verdict. Its "
                 f"samples can be read as they are: run.table(), run.activations(key).{way_on(self.path)}"
             )
-        return Questions(Source(self.path, self._contents, self._key, self._row_array), self._order)
+        return Questions(Source(self.path, self._contents, self.keys, self._key, self._row_array), self._order)
 
     def read(self, index: int, key: str) -> Tensor:
         """One site of one sample: [n_positions, width]. Reads no more than those bytes."""

@@ -13,7 +13,7 @@ from AutomaticEval.analysis.lens.answers import NONE, ChoiceRows, FirstTokens
 from AutomaticEval.analysis.lens.logit_lens import LogitLens
 from AutomaticEval.errors import StoreError
 from AutomaticEval.sites import site_of
-from AutomaticEval.store.questions.questions import Source
+from AutomaticEval.store.questions.source import Source
 
 Array = np.ndarray[Any, Any]
 MOST_NUMBERS = 2**24

@@ -100,7 +100,32 @@ function choose(which, isAsked) {
     tr.setAttribute("aria-selected", String(row && row.number === which));
   });
   show(rows[which]);
+  ask(rows[which]);
   if (isAsked && window.matchMedia("(max-width: 960px)").matches) at("chosen").focus();
+}
+
+// A served page asks for the rows of a question when it is chosen, and for texts that were cut. A file holds all that it shows.
+async function ask(row) {
+  if (!data.isServed || row.isAsked) return;
+  row.isAsked = true;
+  row.told = "";
+  try {
+    const [held, whole] = await Promise.all([answerTo(`rows/${row.number}`), row.isCut ? answerTo(`texts/${row.number}`) : {}]);
+    if (held.tokens) data.tokens[row.number] = held.tokens;
+    if (held.lens) data.lens[row.number] = held.lens;
+    Object.assign(row, whole, { isWhole: row.isCut, told: "The run has no rows of the tokens of this prompt." });
+  } catch (failure) {
+    row.told = `The rows were not read: ${failure.message}`;
+    row.isAsked = false; // it is asked for again when it is chosen again
+  }
+  if (state.chosen === row.number) show(row);
+}
+
+async function answerTo(path) {
+  const answer = await fetch(path).catch(() => { throw new Error("the program that serves this page does not answer."); });
+  const told = await answer.json();
+  if (!answer.ok) throw new Error(told.error);
+  return told;
 }
 
 function block(title, text, isOpen) {
@@ -126,7 +151,7 @@ function show(row) {
   const tokens = made("div");
   tokens.id = "tokens";
   parts.push(choices, tokens);
-  const beginning = data.beginnings[row.task];
+  const beginning = row.isWhole ? "" : data.beginnings[row.task];
   if (beginning) parts.push(block("What all prompts of this task begin with", beginning, false));
   parts.push(made("h4", beginning ? "Prompt, after that" : "Prompt"));
   const pre = made("pre", row.prompt);
@@ -145,13 +170,13 @@ function show(row) {
     target.append("Expected: ", made("bdi", String(row.target ?? "not known")), ". Read from the response: ", made("bdi", String(row.prediction ?? "nothing")), ".");
     parts.push(target);
   }
-  if (row.isCut) parts.push(made("p", "Long texts are cut in this file; the run has all of them.", "tag"));
+  if (row.isCut) parts.push(made("p", "Long texts are cut on this page; the run has all of them.", "tag"));
   at("chosen").replaceChildren(...parts);
   paint(row);
 }
 
 function lensOf(row) {
-  return data.lens.questions ? data.lens.questions[row.number] : undefined;
+  return data.lens[row.number];
 }
 
 function places(row) {
@@ -205,7 +230,7 @@ function paintTokens(row, key) {
   const held = data.tokens[row.number];
   box.replaceChildren();
   if (!held) {
-    box.append(made("p", data.tokensTold, "tag"));
+    box.append(made("p", row.told || data.tokensTold, "tag"));
     return;
   }
   const values = held.values[key];
@@ -216,19 +241,27 @@ function paintTokens(row, key) {
   const known = values.filter((value) => value !== null).sort((a, b) => a - b);
   box.append(made("h4", `Tokens of the prompt by ${data.measure} at ${key}: ${known.length ? `${known[0]} to ${known[known.length - 1]}` : "none known"}`));
   if (held.tokens.length < held.nPrompt) box.append(made("p", `${held.tokens.length} of ${held.nPrompt} tokens have rows here.`, "tag"));
-  const texts = made("div", null, "tokens");
+  const texts = made("div", null, "tokens"), nBelow = new Map();
+  known.forEach((value, index) => { if (!nBelow.has(value)) nBelow.set(value, index); });
   held.tokens.forEach((token, index) => {
     const value = values[index], span = made("span", token);
     span.dir = "auto";
     span.title = `position ${held.positions[index]}, ${data.measure} ${value === null ? "not known" : value}`;
     if (value !== null) {
-      const below = known.findIndex((each) => each >= value) / Math.max(1, known.length - 1);
+      const below = nBelow.get(value) / Math.max(1, known.length - 1);
       const share = Math.round((data.isRank ? 1 - below : below) * HEATS) / HEATS;
       span.style.backgroundColor = `rgb(var(--heat) / ${0.55 * share})`;
     }
     texts.append(span);
   });
   box.append(texts, made("p", data.isRank ? "A stronger colour: the next token has a better rank." : "A stronger colour: a larger norm, by its place among the tokens of this prompt.", "tag"));
+}
+
+// In the frame of a notebook, "#probe" would be a place of the notebook, and a form may not be sent.
+function stay(event) {
+  const link = event.type === "click" && event.target.closest("a[href^='#']");
+  if (link) at(link.getAttribute("href").slice(1)).scrollIntoView();
+  if (link || (event.key === "Enter" && event.target.id === "search")) event.preventDefault();
 }
 
 function move(event) {
@@ -241,21 +274,24 @@ function move(event) {
   }
 }
 
-[...new Set(rows.map((row) => row.task))].sort().forEach((task) => {
-  const option = made("option", task);
-  option.value = task;
-  at("task").append(option);
-});
-at("filters").addEventListener("input", select);
-at("filters").addEventListener("submit", (event) => event.preventDefault());
-at("rows").addEventListener("keydown", move);
-at("back").addEventListener("click", () => { state.page -= 1; list(); });
-at("next").addEventListener("click", () => { state.page += 1; list(); });
-document.querySelectorAll("#table th button").forEach((button) => button.addEventListener("click", () => {
-  const key = button.parentElement.dataset.key;
-  state.isDown = state.key === key ? !state.isDown : false;
-  state.key = key;
+if (location.protocol === "about:") ["click", "keydown"].forEach((name) => document.addEventListener(name, stay));
+if (at("table")) {
+  [...new Set(rows.map((row) => row.task))].sort().forEach((task) => {
+    const option = made("option", task);
+    option.value = task;
+    at("task").append(option);
+  });
+  at("filters").addEventListener("input", select);
+  at("filters").addEventListener("submit", (event) => event.preventDefault());
+  at("rows").addEventListener("keydown", move);
+  at("back").addEventListener("click", () => { state.page -= 1; list(); });
+  at("next").addEventListener("click", () => { state.page += 1; list(); });
+  document.querySelectorAll("#table th button").forEach((button) => button.addEventListener("click", () => {
+    const key = button.parentElement.dataset.key;
+    state.isDown = state.key === key ? !state.isDown : false;
+    state.key = key;
+    select();
+  }));
   select();
-}));
-select();
+}
 if (rows.length) choose(Math.max(0, rows.findIndex((row) => data.tokens[row.number])), false);

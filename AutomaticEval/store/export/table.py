@@ -64,11 +64,15 @@ _ROWS = (
     ),
 )
 FORMATS = {row.name: row for row in _ROWS}
+ELSEWHERE = {"embedding-atlas": "`main.py report RUN --to embedding-atlas` writes it: one row a question, at one place"}
+"""What is no copy of a run, and where it is written."""
 
 
 def check_format(to: str, dtype: str | None, others: Iterable[str] = ()) -> None:
     """Raises SelectionError for an unknown format or dtype, or when the two do not go together. others: formats besides FORMATS."""
     known = [*FORMATS, *others]
+    if to in ELSEWHERE:
+        raise SelectionError(f"{to} is no format of an export; {ELSEWHERE[to]}.")
     if to not in known:
         raise SelectionError(f"no format {to!r}.{did_you_mean(to, known)} Formats: {', '.join(known)}.")
     if dtype is not None and dtype not in DTYPES:

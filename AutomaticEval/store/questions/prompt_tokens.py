@@ -6,22 +6,23 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-from AutomaticEval.store.contents.file_contents import Contents
+from AutomaticEval.store.questions.source import Source
 
 
 class PromptTokens(Mapping[int, str]):
     """Position in the prompt -> the token's string, for each position that has a row. A copy of it is a plain dict."""
 
-    def __init__(self, contents: Contents, sample: int) -> None:
-        self._contents, self._sample = contents, sample
+    def __init__(self, source: Source, sample: int) -> None:
+        self.source, self.sample = source, sample
+        """The run, and the number of the sample whose prompt it is."""
 
     @cached_property
     def _tokens(self) -> dict[int, str]:
-        contents = self._contents
+        contents = self.source.contents
         if contents.is_by_sample:
             return {}
-        strings, n_prompt = contents.strings(), len(contents.input_ids.item(self._sample))
-        rows = zip(*contents.fed(self._sample), strict=True)
+        strings, n_prompt = contents.strings(), len(contents.input_ids.item(self.sample))
+        rows = zip(*contents.fed(self.sample), strict=True)
         return {position: strings[token] for token, position in rows if position < n_prompt}
 
     def __getitem__(self, position: int) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -17,7 +15,6 @@ from AutomaticEval.errors import StoreError
 from AutomaticEval.safe_text import html_lines, html_text
 from AutomaticEval.selection import Positions
 from AutomaticEval.store.contents.columns import Ordered
-from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.questions.prompt_tokens import PromptTokens
 from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.question_table import QuestionTable
@@ -28,6 +25,7 @@ from AutomaticEval.store.questions.response_tokens import (
     positions_in_response,
 )
 from AutomaticEval.store.questions.shared_prompts import SharedPrompts, shared_prompts
+from AutomaticEval.store.questions.source import Source
 from AutomaticEval.store.ragged import Array, Ragged
 from AutomaticEval.store.reading.row_numbers import row_numbers, rows_at, stored_at
 from AutomaticEval.store.reading.table_queries import column_of, pandas_table, selected, whole_number
@@ -36,21 +34,6 @@ from AutomaticEval.store.row_array import RowArray, RowsDataset
 AT = "prompt[-1]"
 SHOWN = 10
 """So many questions are shown in a notebook."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A run, as its questions see it."""
-
-    path: Path
-    contents: Contents
-    """Of all its samples."""
-
-    key: Callable[[str], str]
-    """The stored key that a spelling of a site names."""
-
-    rows: Callable[[str, Array], RowArray]
-    """Gives rows of a site by their numbers."""
 
 
 class Questions(Sequence[Question]):
@@ -93,7 +76,7 @@ class Questions(Sequence[Question]):
 
     def _question(self, number: int, record: dict[str, Any]) -> Question:
         first_sample = int(self._table.first[self._order[number]])
-        return Question(**record, tokens=PromptTokens(self._source.contents, first_sample))
+        return Question(**record, tokens=PromptTokens(self._source, first_sample))
 
     @property
     def source(self) -> Source:
