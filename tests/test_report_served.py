@@ -147,6 +147,12 @@ def test_who_does_not_know_the_address_is_refused(server: LocalServer) -> None:
             assert b"number" not in opened.makefile("rb").read()
 
 
+def test_an_address_without_its_last_slash_leads_to_the_page(server: LocalServer) -> None:
+    """What a page asks for would else be beside the secret, and be refused."""
+    answer, text = asked(server, f"/{server.secret}")
+    assert (answer.status, answer.headers["Location"], text) == (308, f"/{server.secret}/", "")
+
+
 def test_only_this_machine_is_answered_and_nothing_is_kept(server: LocalServer) -> None:
     assert server.socket.getsockname()[0] == "127.0.0.1"
     with pytest.raises(ConnectionRefusedError):

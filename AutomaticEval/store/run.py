@@ -198,7 +198,7 @@ class Run(Sequence[dict[str, Any]]):
         return {key: sum(each[key] for each in counts) for key in counts[0] if all(key in each for each in counts)}
 
     def finite(self) -> Array:
-        """[n_samples], bool: whether no row of a sample, and not its logprob, is infinite or NaN: `run.where(run.finite())`.
+        """[n_samples], bool: whether no row of a sample, and no log-probability of it, is infinite or NaN: `run.where(run.finite())`.
 
         Reads the sites that have such numbers; of older files, which do not say it, all sites.
         """

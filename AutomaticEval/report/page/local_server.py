@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from hmac import compare_digest
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from secrets import token_urlsafe
 from socket import SHUT_RDWR
 from socketserver import TCPServer
+from types import MappingProxyType
 from typing import Any
 
 from AutomaticEval.errors import AutomaticEvalError
@@ -110,7 +111,10 @@ class _Request(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Give the page, or what it asks for."""
-        asked = self.path.removeprefix(f"/{self.server.secret}").removeprefix("/")
+        whole = f"/{self.server.secret}/"
+        if f"{self.path}/" == whole:  # from there, what a page asks for would be beside the secret
+            return self._send(308, TEXT, b"", {"Location": whole})
+        asked = self.path.removeprefix(whole)
         if not asked:
             return self._send(200, HTML, self.server.page)
         try:
@@ -128,9 +132,9 @@ class _Request(BaseHTTPRequestHandler):
         """Refuse, in plain words."""
         self._send(code, TEXT, f"{code}: {message or explain or 'refused.'}\n".encode("utf-8", "backslashreplace"))
 
-    def _send(self, code: int, kind: str, body: bytes) -> None:
+    def _send(self, code: int, kind: str, body: bytes, more: Mapping[str, str] = MappingProxyType({})) -> None:
         self.send_response(code)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **HEADERS}.items():
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **HEADERS, **more}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
