@@ -20,7 +20,7 @@ from AutomaticEval import open_run, probe
 from AutomaticEval.analysis.probes import places
 from AutomaticEval.analysis.probes.baselines import baselines
 from AutomaticEval.analysis.probes.out_of_fold import out_of_fold
-from AutomaticEval.errors import OtherSettings, StoreError
+from AutomaticEval.errors import OtherSettings, SelectionError, StoreError
 from AutomaticEval.store.run import Run
 
 N, WIDTH = 100, 8
@@ -98,6 +98,23 @@ def cut(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return parts
 
 
+def test_probes_that_begin_together_in_one_folder_do_not_take_each_others_places(run: Run, tmp_path: Path) -> None:
+    """Each finds no place there, and may write its settings over those of the other."""
+    parts, others = tmp_path / "parts", list[Any]()
+    asked = {"keys": ["layer_0"]}
+    found = probe(run, **asked, folder=parts, expect=lambda _: others.append(probe(run, **asked, seed=7, folder=parts)))
+    assert found.as_json() == probe(run, **asked).as_json()
+    assert others[0].as_json() == probe(run, **asked, seed=7).as_json()
+
+
+def test_no_place_is_kept_within_a_run(run: Run) -> None:
+    """Who deletes the folder, to begin anew, would delete the run."""
+    before = sorted(each.name for each in run.path.iterdir())
+    with pytest.raises(SelectionError, match="is a run, and places are kept in no run; .*--output"):
+        probe(run, folder=run.path)
+    assert sorted(each.name for each in run.path.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("other", "why"),
     [
@@ -139,11 +156,11 @@ def test_parts_of_other_files_questions_or_versions_are_refused(
 
 def test_a_damaged_part_is_named(run: Run, tmp_path: Path) -> None:
     probe(run, keys=["layer_0", "layer_1"], folder=tmp_path)
-    file = tmp_path / "place_layer_1.safetensors"
+    (file,) = tmp_path.glob("place_*_layer_1.safetensors")
     whole = bytearray(file.read_bytes())
     whole[-3] ^= 1
     file.write_bytes(whole)
-    with pytest.raises(StoreError, match=r"place_layer_1\.safetensors is damaged: .* Delete it, and the same command"):
+    with pytest.raises(StoreError, match=r"place_\w+_layer_1\.safetensors is damaged: .* Delete it, and the same command"):
         probe(run, keys=["layer_0", "layer_1"], folder=tmp_path)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from AutomaticEval.errors import SelectionError
+
 
 class Spot(NamedTuple):
     """Where a probe reads."""
@@ -23,6 +25,8 @@ def spots_of(sites: Iterable[str], positions: Sequence[str]) -> list[Spot]:
 
 
 def positions_in(position: str | Sequence[str]) -> tuple[str, ...]:
-    """One position, or several: a sequence, or with commas. Each once."""
-    given = position.split(",") if isinstance(position, str) else map(str, position)
+    """One position, or several: a sequence, or with commas. Each once. Raises SelectionError for what is no text, such as the number of a stored row."""
+    given = position.split(",") if isinstance(position, str) else position
+    if not isinstance(given, Sequence) or not all(isinstance(each, str) for each in given):
+        raise SelectionError(f'position is {position!r}; write one, "prompt[-1]", or several, ["prompt[-1]", "last"].')
     return tuple(dict.fromkeys(each.strip() for each in given))

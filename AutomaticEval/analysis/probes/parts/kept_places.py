@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from AutomaticEval.analysis.probes.out_of_fold import OutOfFold
 from AutomaticEval.analysis.probes.parts.place_arrays import arrays_of, arrays_of_place, found_of, place_of
 from AutomaticEval.analysis.probes.places import Place
 from AutomaticEval.analysis.probes.target import Target
+from AutomaticEval.errors import SelectionError
 from AutomaticEval.file_states import file_states
 from AutomaticEval.store.disk.file_names import own_name
 
@@ -36,11 +38,19 @@ class KeptPlaces:
     folder: SweepFolder | None
     """None where nothing is kept."""
 
+    mark: str = ""
+    """In the names of parts: a hash of the settings. Two probes that begin together in one folder do not take each other's places."""
+
     @classmethod
     def of(cls, folder: str | Path | None, asked: Asked, runs: Sequence[Target], places: Sequence[str]) -> KeptPlaces:
-        """runs: the run, and those of a transfer. places: their names. Raises OtherSettings for a folder with parts of something else."""
+        """runs: the run, and those of a transfer. places: their names. Raises OtherSettings for a folder with parts of something else, SelectionError for a run."""
         if folder is None:
             return cls(None)
+        path = Path(folder).expanduser()
+        if any(path.glob("*.h5")):
+            raise SelectionError(
+                f"{path} is a run, and places are kept in no run; write the result elsewhere (-o/--output, folder=)."
+            )
         settings = {
             **asdict(asked),
             "classes": list(runs[0].classes),
@@ -48,25 +58,24 @@ class KeptPlaces:
             "runs": {str(number): _about(each) for number, each in enumerate(runs, 1)},
             "versions": {"AutomaticEval": __version__, **{name: each.__version__ for name, each in LIBRARIES.items()}},
         }
-        kept = SweepFolder(Path(folder).expanduser(), settings)
+        kept = SweepFolder(path, settings)
         kept.check_settings()
-        return cls(kept)
+        return cls(kept, xxhash.xxh3_64_hexdigest(json.dumps(settings).encode())[:8])
 
     def place(self, spot: Spot, compute: Callable[[], Place]) -> Place:
         """A place of the run, read from its file, or computed and written. Raises StoreError for a damaged file."""
         if self.folder is None:
             return compute()
-        return place_of(spot, self.folder.arrays(_name(spot.name), lambda: arrays_of_place(compute())))
+        return place_of(spot, self.folder.arrays(self._name(spot.name), lambda: arrays_of_place(compute())))
 
     def found(self, run: int, place: str, compute: Callable[[], OutOfFold]) -> OutOfFold:
         """What probes of a further run said at a place. run: its number, from 2. Raises as `place`."""
         if self.folder is None:
             return compute()
-        return found_of(self.folder.arrays(_name(f"{run}_{place}"), lambda: arrays_of(compute())))
+        return found_of(self.folder.arrays(self._name(f"{run}_{place}"), lambda: arrays_of(compute())))
 
-
-def _name(place: str) -> str:
-    return own_name(f"{PREFIX}{place}", LONGEST)
+    def _name(self, place: str) -> str:
+        return own_name(f"{PREFIX}{self.mark}_{place}", LONGEST)
 
 
 def _about(of: Target) -> dict[str, Any]:
