@@ -110,7 +110,7 @@ def test_probes_that_begin_together_in_one_folder_do_not_take_each_others_places
 def test_no_place_is_kept_within_a_run(run: Run) -> None:
     """Who deletes the folder, to begin anew, would delete the run."""
     before = sorted(each.name for each in run.path.iterdir())
-    with pytest.raises(SelectionError, match="is a run, and places are kept in no run; .*--output"):
+    with pytest.raises(SelectionError, match=r"is a run, and places are kept in no run; .*--output"):
         probe(run, folder=run.path)
     assert sorted(each.name for each in run.path.iterdir()) == before
 
@@ -160,7 +160,9 @@ def test_a_damaged_part_is_named(run: Run, tmp_path: Path) -> None:
     whole = bytearray(file.read_bytes())
     whole[-3] ^= 1
     file.write_bytes(whole)
-    with pytest.raises(StoreError, match=r"place_\w+_layer_1\.safetensors is damaged: .* Delete it, and the same command"):
+    with pytest.raises(
+        StoreError, match=r"place_\w+_layer_1\.safetensors is damaged: .* Delete it, and the same command"
+    ):
         probe(run, keys=["layer_0", "layer_1"], folder=tmp_path)
 
 
