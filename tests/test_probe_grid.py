@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,8 @@ def test_a_probe_of_the_response_scores_no_prompt(tmp_path: Path) -> None:
     assert saved.position == "exact_answer[-1]"
     with pytest.raises(SelectionError, match=r"the probe reads exact_answer\[-1\], a token of the response"):
         prompt_score(saved, "Who?", "demo")
+    with pytest.raises(SelectionError, match="the probe reads last, which may have been a token of the response"):
+        prompt_score(replace(saved, position="last"), "Who?", "demo")
     again = within("probe_score", "p.safetensors", str(run.path), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
 

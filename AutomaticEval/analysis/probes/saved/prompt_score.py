@@ -10,17 +10,22 @@ from AutomaticEval.capture.prompt import generate_inference_with_activations
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.settings import MODEL
 from AutomaticEval.sites import site_of
-from AutomaticEval.store.questions.response_tokens import is_in_response
+from AutomaticEval.store.questions.questions import AT
+from AutomaticEval.store.questions.response_tokens import is_in_prompt, is_in_response
 
 
 def prompt_score(probe: SavedProbe, prompt: str, model: Any, **load: Any) -> float:
     """The probability that a prompt is of the probe's class, by its row in one forward.
 
-    model, load: as for `generate_inference_with_activations`. Raises SelectionError for a probe of a token in the response, and for a model whose rows have another width; as that function. Warns of another model.
+    model, load: as for `generate_inference_with_activations`. Raises SelectionError for a probe of a token that is not, or not for sure, in the prompt, and for a model whose rows have another width; as that function. Warns of another model.
     """
     if is_in_response(probe.position):
         raise SelectionError(
             f"the probe reads {probe.position}, a token of the response, and a prompt has none; score a run of generated answers."
+        )
+    if not is_in_prompt(probe.position):
+        raise SelectionError(
+            f"the probe reads {probe.position}, which may have been a token of the response; keep a probe of a token of the prompt, such as {AT}, or score a run."
         )
     site = site_of(probe.site)
     _, kept = generate_inference_with_activations(
