@@ -16,6 +16,7 @@ from helpers.probed import run_of
 
 from AutomaticEval import open_run, probe
 from AutomaticEval.pages.run_page import run_page
+from AutomaticEval.report.page.charts import intervals_chart
 from AutomaticEval.report.page.document import json_block
 
 CHROMIUM = shutil.which("chromium")
@@ -188,6 +189,14 @@ def test_no_text_ends_the_block_of_data() -> None:
     text = json_block({"text": "</script><!--&"})
     assert not set("<>&") & set(text)
     assert json.loads(text) == {"text": "</script><!--&"}
+
+
+def test_a_chart_takes_names_with_any_separator() -> None:
+    """Vega sorts names in an expression, where U+2028 and U+2029 would end a string."""
+    marks = "\u2028\u2029\n\"'\\"
+    rows = [{"name": f"a{mark}b", "mean": 0.5, "low": None, "high": None, "said": ""} for mark in marks]
+    drawn = intervals_chart("", "", rows, "share").svg["wide"]
+    assert all(f"a{name}b" in drawn for name in (r"\u2028", r"\u2029"))
 
 
 def test_results_of_another_run_are_left_out_and_named(made: Path, tmp_path: Path) -> None:

@@ -125,10 +125,12 @@ def lines_chart(
 
 _QUIET = {"color": "var(--quiet)", "strokeWidth": 1, "aria": False}
 _LABEL_WIDTH = {"wide": 230, "narrow": 110}
+_SEPARATORS = {0x2028: "\\u2028", 0x2029: "\\u2029"}
+"""Of lines and paragraphs. They would end a string in an expression of Vega, where the names are sorted."""
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return shown(str(row["name"]))
+    return shown(str(row["name"])).translate(_SEPARATORS)
 
 
 def _drawn(body: Mapping[str, Any], longest: int = 5) -> dict[str, str]:
