@@ -15,6 +15,7 @@ from helpers.commands import within
 from helpers.probed import run_of
 
 from AutomaticEval import open_run, probe
+from AutomaticEval.pages.question_rows import question_rows
 from AutomaticEval.pages.run_page import run_page
 from AutomaticEval.report.page.document import json_block
 
@@ -208,3 +209,29 @@ def test_what_cannot_be_written_is_refused_in_one_line(made: Path) -> None:
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert said in done.stderr
     assert not (made / "n.html").exists()
+
+
+@pytest.mark.parametrize("numbers", [{}, {"confidence": 0.5, "margin": 12.125}])
+def test_no_column_runs_under_the_chosen_question(
+    numbers: dict[str, float], browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one column of numbers and with three, as a run of choices and of generated answers has. The question's column is the widest."""
+
+    def with_numbers(*given: Any) -> dict[str, Any]:
+        made = question_rows(*given)
+        return {**made, "rows": [{**each, **numbers} for each in made["rows"]]}
+
+    monkeypatch.setattr("AutomaticEval.pages.run_page.question_rows", with_numbers)
+    file = tmp_path / "page.html"
+    run = open_run(Path(__file__).parent / "data" / "format-1.5" / "run")
+    file.write_text(run_page(run, run))
+    opened = browser.new_page()
+    opened.goto(file.as_uri())
+    for width in (1600, 1440, 1280, 1101, 1000, 641, 390):
+        opened.set_viewport_size({"width": width, "height": 900})
+        boxes = opened.locator("#table th:visible").evaluate_all("all => all.map(each => each.offsetWidth)")
+        assert boxes[1] == max(boxes), (width, boxes)
+        table, chosen = opened.locator("#table").bounding_box(), opened.locator("#chosen").bounding_box()
+        assert table["x"] + table["width"] <= min(width, chosen["x"]) or table["y"] + table["height"] <= chosen["y"]
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    opened.close()

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 ALONE = "This file holds all that it shows and asks the network for nothing."
 SERVED = "It asks only the program that serves it, on the same machine, for the chosen question."
 READING = "The rows are being read."
+NUMBERS = ("confidence", "margin", "tokenProbability")
+"""Numbers of questions. Each has a column where a question has it."""
+MOST_BESIDE = 2
+"""With more columns, the chosen question stands below the table on screens of middle size."""
 LENS_COLUMNS = (
     "Place",
     "Median rank",
@@ -61,7 +65,7 @@ def run_page(
     other = None if second is None else second_of(run, second)
     shown_rows = question_rows(questions, other)
     rows = shown_rows["rows"]
-    has_tokens = any(row["tokenProbability"] is not None for row in rows)
+    columns = {name: any(row[name] is not None for row in rows) for name in NUMBERS}
     tokens = _tokens(run, questions, loaded, is_served=is_served)
     has_lens = "lens" in found.files and not is_served
     lens = choices_by_layer(found.files["lens"], keys_of(questions)) if has_lens else {}
@@ -74,14 +78,15 @@ def run_page(
         "checked": "Every number of the run that this page shows was read against its checksum. `main.py verify RUN --recompute 20` computes rows anew.",
         "version": version("AutomaticEval"),
         "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %z}",
-        "has_token_probability": has_tokens,
+        "has": columns,
+        "is_many": sum(columns.values()) + (other is not None) > MOST_BESIDE,
         "holds": SERVED if is_served else ALONE,
         "questions_told": _told(len(questions), None if is_served else len(tokens["tokens"]), shown_rows),
         **_scores(questions, other),
         **_probe(run, found),
         **_lens(run, found),
     }
-    flags = {"hasSecond": other is not None, "hasTokenProbability": has_tokens}
+    flags = {"hasSecond": other is not None, "columns": columns}
     data = {"rows": rows, "beginnings": shown_rows["beginnings"], **flags, "lens": lens, **tokens}
     return document(view, data, is_served=is_served)
 
