@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -235,3 +237,21 @@ def test_no_column_runs_under_the_chosen_question(
         assert table["x"] + table["width"] <= min(width, chosen["x"]) or table["y"] + table["height"] <= chosen["y"]
         assert opened.evaluate("document.documentElement.scrollWidth") <= width
     opened.close()
+
+
+def test_each_probe_is_shown_with_its_target_and_that_of_verdicts_first(made: Path, tmp_path: Path) -> None:
+    result = json.loads((made / "results" / "probe.json").read_text())
+    for number, target in enumerate(("correct", "task", "task")):
+        (tmp_path / str(number)).mkdir()
+        file = tmp_path / str(number) / "probe.json"
+        file.write_text(json.dumps({**result, "classes": {**result["classes"], "target": target}}))
+        os.utime(file, (time.time() + number,) * 2)
+    options = [part for number in range(3) for part in ("--results", str(tmp_path / str(number)))]
+    page = tmp_path / "page.html"
+    done = within("report", "one", *options, "-o", str(page), cwd=made)
+    assert done.returncode == 0, done.stderr
+    headings = re.findall(r'<h3 class="part">Target <bdi>(\w+)', page.read_text())
+    assert headings == ["correct", "task"]
+    left_out = "1/probe.json is older than 2/probe.json, and of the same target and position."
+    assert f"Left out:    {left_out}" in done.stdout
+    assert left_out in page.read_text()

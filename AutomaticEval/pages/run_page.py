@@ -47,28 +47,27 @@ LENS_COLUMNS = (
 def run_page(
     run: Run,
     second: Run | None = None,
-    results: Sequence[Path] = (),
+    results: Sequence[Path] | Found = (),
     loaded: LoadedModel | None = None,
     *,
     is_served: bool = False,
 ) -> str:
     """The HTML of a page about a run: scores, probe, lens, every question, and how it was made.
 
-    second: a run over the same questions, for what changed. results: files and folders with results of `probe` and `lens`; those of other runs are
-    left out, and the page says so. loaded: the run's model; with it, tokens are coloured by the rank that the logit lens gives the next one, and
+    second: a run over the same questions, for what changed. results: files and folders with results of `probe` and `lens`, or what was found in them; those of other
+    runs are left out, and the page says so. loaded: the run's model; with it, tokens are coloured by the rank that the logit lens gives the next one, and
     otherwise by the norm of their rows. is_served: the page holds no rows of tokens, and asks its server for those of the chosen question. Raises StoreError for a run without questions, for runs that share none, and for a path that is not there.
     """
     questions = run.questions()
     if not len(questions):
         raise StoreError(f"{run.path} has no questions, so there is nothing to show.")
-    found = results_of(run, results)
+    found = results if isinstance(results, Found) else results_of(run, results)
     other = None if second is None else second_of(run, second)
     shown_rows = question_rows(questions, other)
     rows = shown_rows["rows"]
     columns = {name: any(row[name] is not None for row in rows) for name in NUMBERS}
     tokens = _tokens(run, questions, loaded, is_served=is_served)
-    has_lens = "lens" in found.files and not is_served
-    lens = choices_by_layer(found.files["lens"], keys_of(questions)) if has_lens else {}
+    lens = choices_by_layer(found.lens.file, keys_of(questions)) if found.lens and not is_served else {}
     view = {
         "title": shown(run.path.name),
         "about": shown(f"{run.model}, {run.created[:16].replace('T', ' ')}"),
@@ -187,31 +186,31 @@ def _count(n: int | None) -> str:
 
 
 def _probe(run: Run, found: Found) -> dict[str, Any]:
-    result = found.by_kind.get("probe")
-    try:
-        section = None if result is None else probe_section(result)
-    except (KeyError, TypeError, ValueError) as broken:
-        section = None
-        found.left_out.setdefault("probe", []).append(f"{found.files['probe']} is no whole result ({broken!r}).")
+    """A section for each result. What is no whole result is left out."""
+    sections = []
+    for each in found.probes:
+        try:
+            sections.append({**probe_section(each.result), "file": shown(each.name)})
+        except (KeyError, TypeError, ValueError) as broken:
+            found.leave("probe", f"{each.name} is no whole result ({broken!r}).")
     return {
-        "probe": section,
-        "probe_file": found.files["probe"].name if section else "",
+        "probes": sections,
         "probe_command": shown(f"python main.py probe {run.path} --target correct"),
-        "probe_left_out": [shown(each) for each in found.left_out.get("probe", [])],
+        "probe_left_out": found.left_out.get("probe", []),
     }
 
 
 def _lens(run: Run, found: Found) -> dict[str, Any]:
-    result = found.by_kind.get("lens")
-    lines = lens_lines(result) if result else []
+    drawn = found.lens
+    lines = lens_lines(drawn.result) if drawn else []
     told = "Bands: 95 % intervals. The embeddings stand at -1." if lines else ""
     return {
         "lens_chart": lines_chart("What each layer says", told, lines, ("layer", "share or probability"))
         if lines
         else None,
         "lens_columns": list(LENS_COLUMNS),
-        "lens_rows": lens_places(result) if result else [],
-        "lens_file": found.files["lens"].name if lines else "",
+        "lens_rows": lens_places(drawn.result) if drawn else [],
+        "lens_file": shown(drawn.name) if drawn else "",
         "lens_command": shown(f"python main.py lens {run.path}"),
-        "lens_left_out": [shown(each) for each in found.left_out.get("lens", [])],
+        "lens_left_out": found.left_out.get("lens", []),
     }
