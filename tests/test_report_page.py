@@ -198,6 +198,13 @@ def test_results_of_another_run_are_left_out_and_named(made: Path, tmp_path: Pat
     file.write_text(json.dumps({"kind": "probe", "run": {"path": "other", "model": "m"}}))
     text = run_page(open_run(made / "one"), results=[file])
     assert "is of the run other of m" in text
+    assert "python main.py lens one<" in text
+    damaged = tmp_path / "lens.json"
+    damaged.write_text("{")
+    text = run_page(open_run(made / "one"), results=[tmp_path])
+    assert "lens.json cannot be read" in text
+    for folder in (made, tmp_path):  # no page tells of the machine that made it
+        assert str(folder) not in text
     assert "python main.py probe" in text
 
 

@@ -90,6 +90,11 @@ def run_page(
     return document(view, data, is_served=is_served)
 
 
+def _typed(path: Path) -> str:
+    """A run's path as a command on the page has it: its name alone, where the rest would tell of this machine."""
+    return path.name if path.is_absolute() or ".." in path.parts else str(path)
+
+
 def _tokens(run: Run, questions: Questions, loaded: LoadedModel | None, *, is_served: bool) -> dict[str, Any]:
     """Numbers for the tokens of some questions, and what they are."""
     keys = shown_keys(run.keys, of_lens=loaded is not None)
@@ -195,7 +200,7 @@ def _probe(run: Run, found: Found) -> dict[str, Any]:
             found.leave("probe", f"{each.name} is no whole result ({broken!r}).")
     return {
         "probes": sections,
-        "probe_command": shown(f"python main.py probe {run.path} --target correct"),
+        "probe_command": shown(f"python main.py probe {_typed(run.path)} --target correct"),
         "probe_left_out": found.left_out.get("probe", []),
     }
 
@@ -211,6 +216,6 @@ def _lens(run: Run, found: Found) -> dict[str, Any]:
         "lens_columns": list(LENS_COLUMNS),
         "lens_rows": lens_places(drawn.result) if drawn else [],
         "lens_file": shown(drawn.name) if drawn else "",
-        "lens_command": shown(f"python main.py lens {run.path}"),
+        "lens_command": shown(f"python main.py lens {_typed(run.path)}"),
         "lens_left_out": found.left_out.get("lens", []),
     }
