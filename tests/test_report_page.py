@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from helpers.probed import run_of
 from AutomaticEval import open_run, probe
 from AutomaticEval.pages.question_rows import question_rows
 from AutomaticEval.pages.run_page import run_page
+from AutomaticEval.report.page.charts import intervals_chart
 from AutomaticEval.report.page.document import json_block
 
 CHROMIUM = shutil.which("chromium")
@@ -262,3 +264,35 @@ def test_each_probe_is_shown_with_its_target_and_that_of_verdicts_first(made: Pa
     left_out = "1/probe.json is older than 2/probe.json, and of the same target and position."
     assert f"Left out:    {left_out}" in done.stdout
     assert left_out in page.read_text()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_label_of_a_chart_is_cut_or_meets_another(width: int, browser: Any, tmp_path: Path) -> None:
+    names = [
+        "mean log-probability of the answer's tokens",
+        "the same model with random weights",
+        "a_" * 40,
+        "W" * 70,
+        "W" * 150,
+        "W" * 151,
+    ]
+    rows = [{"name": name, "mean": 0.5, "low": 0.4, "high": 0.6, "said": name} for name in names]
+    drawn = intervals_chart("title", "told", rows, "share").svg["wide" if width > 640 else "narrow"]
+    opened = browser.new_page(viewport={"width": width, "height": 900})
+    style = resources.files("AutomaticEval.report.page").joinpath("page.css").read_text()
+    opened.set_content(f"<style>{style}</style><main><figure>{drawn}</figure></main>")
+    found = (
+        "all => all.map(each => each.getBoundingClientRect()).map(box => [box.left, box.right, box.top, box.bottom])"
+    )
+    boxes = opened.locator("svg text").evaluate_all(found)
+    assert len(boxes) > 6
+    assert min(box[0] for box in boxes) >= 0
+    assert max(box[1] for box in boxes) <= width
+    for number, one in enumerate(boxes):
+        for other in boxes[number + 1 :]:
+            assert one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] + 1 or other[3] <= one[2] + 1
+    text = " ".join(opened.locator("svg text").all_text_contents()).replace(" ", "")
+    assert names[0].replace(" ", "") in text
+    heights = opened.locator("svg [aria-roledescription=point]").evaluate_all(found)
+    assert len({box[2] for box in heights}) == len(names)
+    opened.close()

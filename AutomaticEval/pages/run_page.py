@@ -141,8 +141,8 @@ def _scores(questions: Questions, second: Second | None) -> dict[str, Any]:
             for each in scores
             if each.correct.mean is not None
         ]
-        rows = [(shown(each.task), str(each.n), str(each.n_without), _words(each.correct)) for each in scores]
-        columns = ["Task", "Questions", "Without verdict", "Right"]
+        rows = [(shown(each.task), _words(each.correct), str(each.n), str(each.n_without)) for each in scores]
+        columns = ["Task", "Right", "Questions", "Without verdict"]
     else:
         points = [
             {
