@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.commands import within
-from helpers.probed import run_of
+from helpers.probed import run_of, run_of_tokens
 
 from AutomaticEval import open_run, probe
+from AutomaticEval.pages.prompt_rows import prompt_rows
 from AutomaticEval.pages.question_rows import question_rows
 from AutomaticEval.pages.run_page import run_page
 from AutomaticEval.report.page.charts import intervals_chart
@@ -296,3 +297,10 @@ def test_no_label_of_a_chart_is_cut_or_meets_another(width: int, browser: Any, t
     heights = opened.locator("svg [aria-roledescription=point]").evaluate_all(found)
     assert len({box[2] for box in heights}) == len(names)
     opened.close()
+
+
+def test_tokens_have_signs_for_blanks_and_ends_of_lines(tmp_path: Path) -> None:
+    tokens = [(["ĠWhat", "Ċ", "▁is", "?"], ["Ġit", "."])]
+    run = run_of_tokens(tmp_path / "run", tokens, {"layer_0": [np.ones((5, 4))]}, [{"correct": True}])
+    held = prompt_rows(run.questions(), [0], ["layer_0"])[0]
+    assert held["tokens"] == ["␣What", "⏎", "␣is", "?"]
