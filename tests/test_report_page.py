@@ -304,3 +304,19 @@ def test_tokens_have_signs_for_blanks_and_ends_of_lines(tmp_path: Path) -> None:
     run = run_of_tokens(tmp_path / "run", tokens, {"layer_0": [np.ones((5, 4))]}, [{"correct": True}])
     held = prompt_rows(run.questions(), [0], ["layer_0"])[0]
     assert held["tokens"] == ["␣What", "⏎", "␣is", "?"]
+
+
+def test_tasks_that_the_other_run_lacks_stay_in_the_scores(made: Path, browser: Any, tmp_path: Path) -> None:
+    run, file = open_run(made / "one"), tmp_path / "page.html"
+    file.write_text(run_page(run, run.where(task="task_1")))
+    opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    opened.goto(file.as_uri())
+    lines = [each.split("\t") for each in opened.locator("#scores tbody tr").all_inner_texts()]
+    assert [line[0] for line in lines] == ["task_1", "task_0"]
+    verdicts = [each.correct for each in run.questions() if each.task == "task_0"]
+    assert lines[1][2].startswith(f"{np.mean(verdicts):.3f} [")
+    assert (lines[1][3], lines[1][6]) == ("", "30")
+    ticks = opened.locator("#scores .wide .role-axis-label text").all_text_contents()
+    numbers = [float(each.replace("−", "-")) for each in ticks if re.fullmatch(r"[−\d.]+", each)]
+    assert numbers == [-each for each in reversed(numbers)]
+    opened.close()

@@ -14,7 +14,7 @@ from AutomaticEval.pages.probe_result import probe_section, said
 from AutomaticEval.pages.prompt_rows import prompt_rows, ranks_by, sampled, shown_keys
 from AutomaticEval.pages.question_rows import question_rows
 from AutomaticEval.pages.result_files import Found, results_of
-from AutomaticEval.pages.scores import Second, keys_of, scores_of, second_of
+from AutomaticEval.pages.scores import EVERY, Second, keys_of, scores_of, second_of
 from AutomaticEval.report.page.charts import intervals_chart, lines_chart
 from AutomaticEval.report.page.document import document
 from AutomaticEval.safe_text import shown
@@ -157,24 +157,32 @@ def _scores(questions: Questions, second: Second | None) -> dict[str, Any]:
         rows = [
             (
                 shown(each.task),
-                str(each.n),
+                _words(each.difference),
                 f"{each.before:.3f}",
                 f"{each.after:.3f}",
-                _words(each.difference),
                 _count(each.n_gained),
                 _count(each.n_lost),
+                str(each.n),
             )
             for each in second.changes
         ]
-        columns = ["Task", "Questions", "This run", "Other run", "Change", "Now right", "Now wrong"]
+        rows += _only_here(questions, second)
+        columns = ["Task", "Change", "This run", "Other run", "Now right", "Now wrong", "Questions"]
     title = "Share answered rightly" if second is None else "Change of the share answered rightly: other run - this run"
-    line = None if second is None else 0.0
+    line, axis = (None, "share") if second is None else (0.0, "change")
     charts = (
-        [intervals_chart(title, "Bars: 95 % intervals.", points, "share" if second is None else "change", line=line)]
+        [intervals_chart(title, "Bars: 95 % intervals.", points, axis, line=line, is_change=second is not None)]
         if points
         else []
     )
     return {"score_charts": charts, "score_columns": columns, "score_rows": rows}
+
+
+def _only_here(questions: Questions, second: Second) -> list[tuple[str, ...]]:
+    """The tasks of which the runs share no question with a verdict: this run's score of each, and no number of the other run."""
+    shared = {each.task for each in second.changes}
+    alone = [each for each in scores_of(questions) if each.task not in shared and each.task != EVERY]
+    return [(shown(each.task), "", _words(each.correct), "", "", "", str(each.n)) for each in alone]
 
 
 def _ends(interval: tuple[float, float] | None) -> dict[str, float | None]:

@@ -46,21 +46,34 @@ def colour(number: int) -> str:
 
 
 def intervals_chart(
-    title: str, told: str, rows: Rows, axis: str, *, line: float | None = None, is_offset: bool = True
+    title: str,
+    told: str,
+    rows: Rows,
+    axis: str,
+    *,
+    line: float | None = None,
+    is_offset: bool = True,
+    is_change: bool = False,
 ) -> Chart:
     """A line of names, each with a point and its interval. rows: name, mean, low, high (both may be None), said, series.
 
     line: a value that is marked, such as chance. is_offset: the series of a name stand one below the other.
+    is_change: the axis is symmetric about 0, and as wide as the largest value.
     """
     return Chart(
         title,
         told,
-        {width: _drawn(*_intervals(rows, axis, line, LETTERS[width], is_offset=is_offset), width) for width in WIDTHS},
+        {
+            width: _drawn(
+                *_intervals(rows, axis, line, LETTERS[width], is_offset=is_offset, is_change=is_change), width
+            )
+            for width in WIDTHS
+        },
     )
 
 
 def _intervals(
-    rows: Rows, axis: str, line: float | None, letters: int, *, is_offset: bool
+    rows: Rows, axis: str, line: float | None, letters: int, *, is_offset: bool, is_change: bool
 ) -> tuple[dict[str, Any], int]:
     """What is drawn, and how many characters the longest line of its labels has. letters: at most so many."""
     label_of: dict[str, str] = {}
@@ -73,12 +86,15 @@ def _intervals(
     names = list(label_of.values())
     known = [number for each in values for number in (each["mean"], each["low"], each["high"]) if number is not None]
     domain = [min(0.0, *known), max(1.0, *known)] if known else [0, 1]
+    if is_change:
+        largest = max(map(abs, known), default=0) or 1
+        domain = [-largest, largest]
     n_series = 1 + max((each.get("series", 0) for each in values), default=0)
     several = {"labelExpr": "split(datum.label, '\\n')", "labelLineHeight": LINE_HEIGHT}
     y = {"field": "name", "type": "nominal", "sort": names, "title": None, "axis": several}
     offset = {"yOffset": {"field": "series", "type": "ordinal"}} if n_series > 1 and is_offset else {}
     ends = {
-        "x": {"field": "low", "type": "quantitative", "title": axis, "scale": {"domain": domain}},
+        "x": {"field": "low", "type": "quantitative", "title": axis, "scale": {"domain": domain, "nice": True}},
         "x2": {"field": "high"},
     }
     layers: list[dict[str, Any]] = []
