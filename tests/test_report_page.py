@@ -17,7 +17,8 @@ import pytest
 from helpers.commands import within
 from helpers.probed import run_of, run_of_tokens
 
-from AutomaticEval import open_run, probe
+from AutomaticEval import open_run, probe, run_report
+from AutomaticEval.errors import StoreError
 from AutomaticEval.pages.prompt_rows import prompt_rows
 from AutomaticEval.pages.question_rows import question_rows
 from AutomaticEval.pages.run_page import run_page
@@ -320,3 +321,12 @@ def test_tasks_that_the_other_run_lacks_stay_in_the_scores(made: Path, browser: 
     numbers = [float(each.replace("−", "-")) for each in ticks if re.fullmatch(r"[−\d.]+", each)]
     assert numbers == [-each for each in reversed(numbers)]
     opened.close()
+
+
+def test_a_path_is_a_run_and_one_result(made: Path) -> None:
+    by_path = run_report(str(made / "one"), made / "two", results=str(made / "results" / "probe.json")).html
+    opened = run_report(open_run(made / "one"), open_run(made / "two"), results=[made / "results"]).html
+    written = r"\d{4}-\d\d-\d\d \d\d:\d\d"
+    assert re.sub(written, "", by_path) == re.sub(written, "", opened)
+    with pytest.raises(StoreError, match="no result file or folder nowhere"):
+        run_report(made / "one", results="nowhere")
