@@ -18,6 +18,14 @@ def shown(text: str) -> str:
     return _UNSHOWN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+_SIGNS = str.maketrans({"Ġ": "␣", "▁": "␣", "Ċ": "⏎", "\n": "⏎", "ĉ": "⇥"})
+
+
+def with_signs(token: str) -> str:
+    """The string of a token, as tokenizers of bytes and SentencePiece name it, with a sign for each blank, end of a line and tab: `␣capital`."""
+    return token.translate(_SIGNS)
+
+
 def html_text(text: str) -> str:
     """Text that is no mark-up."""
     return escape(shown(text))

@@ -174,6 +174,11 @@ def test_the_file_has_the_keys_of_its_contract_and_the_page_shows_one_position(p
     assert [row[:2] for row in section["places"]] == [row[:2] for row in of_one["places"]]
     assert section["position"] == "prompt[-3], the place that most folds chose among 8 positions"
     assert of_one["position"] == "prompt[-3]"
+    ((_, columns, rows),) = section["matrices"]
+    assert of_one["matrices"] == []
+    told = {(row[0], name): cell for row in rows for name, cell in zip(columns[1:], row[1:], strict=True)}
+    measured = {(each["site"], each["position"]): each["probe"]["auroc"]["mean"] for each in written["places"]}
+    assert told == {place: f"{mean:.3f}" for place, mean in measured.items()}
 
 
 def test_positions_that_some_questions_lack_are_named_and_not_in_the_grid(tmp_path: Path) -> None:

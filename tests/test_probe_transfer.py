@@ -16,6 +16,7 @@ from AutomaticEval import open_run, probe
 from AutomaticEval.analysis.probes.across.shared_questions import NOBODY, judges_of
 from AutomaticEval.analysis.probes.folds import folds
 from AutomaticEval.errors import SelectionError, StoreError
+from AutomaticEval.pages.probe_result import probe_section
 
 N, WIDTH = 120, 6
 
@@ -150,6 +151,11 @@ def test_the_command_prints_writes_and_draws_the_matrix(runs: list[Any], tmp_pat
     assert written["transfer"] == json.loads(json.dumps(expected.as_json()["transfer"]))
     assert (tmp_path / "out" / "probe_transfer.png").stat().st_size > 20_000
     assert "1: a (layer_1)" in done.stdout
+    ((_, columns, rows),) = probe_section(written)["matrices"]
+    assert columns == ["Learned from", "on 1: a", "on 2: b", "on 3: c"]
+    cells = {(each["train"], each["test"]): each["auroc"]["mean"] for each in written["transfer"]["cells"]}
+    shown = {(train, test): float(rows[train][1 + test].split()[0]) for train, test in cells}
+    assert shown == pytest.approx(cells, abs=5e-4)
     wrong = within("probe", str(runs[0].path), "--transfer", "nowhere", "-o", "again", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "StoreError: no file or run folder" in wrong.stderr

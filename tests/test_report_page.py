@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.commands import within
-from helpers.probed import run_of
+from helpers.probed import run_of, run_of_tokens
 
-from AutomaticEval import open_run, probe
+from AutomaticEval import open_run, probe, run_report
+from AutomaticEval.errors import StoreError
+from AutomaticEval.pages.prompt_rows import prompt_rows
+from AutomaticEval.pages.question_rows import question_rows
 from AutomaticEval.pages.run_page import run_page
 from AutomaticEval.report.page.charts import intervals_chart
 from AutomaticEval.report.page.document import json_block
@@ -204,6 +210,13 @@ def test_results_of_another_run_are_left_out_and_named(made: Path, tmp_path: Pat
     file.write_text(json.dumps({"kind": "probe", "run": {"path": "other", "model": "m"}}))
     text = run_page(open_run(made / "one"), results=[file])
     assert "is of the run other of m" in text
+    assert "python main.py lens one<" in text
+    damaged = tmp_path / "lens.json"
+    damaged.write_text("{")
+    text = run_page(open_run(made / "one"), results=[tmp_path])
+    assert "lens.json cannot be read" in text
+    for folder in (made, tmp_path):  # no page tells of the machine that made it
+        assert str(folder) not in text
     assert "python main.py probe" in text
 
 
@@ -217,3 +230,111 @@ def test_what_cannot_be_written_is_refused_in_one_line(made: Path) -> None:
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert said in done.stderr
     assert not (made / "n.html").exists()
+
+
+@pytest.mark.parametrize("numbers", [{}, {"confidence": 0.5, "margin": 12.125}])
+def test_no_column_runs_under_the_chosen_question(
+    numbers: dict[str, float], browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one column of numbers and with three, as a run of choices and of generated answers has. The question's column is the widest."""
+
+    def with_numbers(*given: Any) -> dict[str, Any]:
+        made = question_rows(*given)
+        return {**made, "rows": [{**each, **numbers} for each in made["rows"]]}
+
+    monkeypatch.setattr("AutomaticEval.pages.run_page.question_rows", with_numbers)
+    file = tmp_path / "page.html"
+    run = open_run(Path(__file__).parent / "data" / "format-1.5" / "run")
+    file.write_text(run_page(run, run))
+    opened = browser.new_page()
+    opened.goto(file.as_uri())
+    for width in (1600, 1440, 1280, 1101, 1000, 641, 390):
+        opened.set_viewport_size({"width": width, "height": 900})
+        boxes = opened.locator("#table th:visible").evaluate_all("all => all.map(each => each.offsetWidth)")
+        assert boxes[1] == max(boxes), (width, boxes)
+        table, chosen = opened.locator("#table").bounding_box(), opened.locator("#chosen").bounding_box()
+        assert table["x"] + table["width"] <= min(width, chosen["x"]) or table["y"] + table["height"] <= chosen["y"]
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    opened.close()
+
+
+def test_each_probe_is_shown_with_its_target_and_that_of_verdicts_first(made: Path, tmp_path: Path) -> None:
+    result = json.loads((made / "results" / "probe.json").read_text())
+    for number, target in enumerate(("correct", "task", "task")):
+        (tmp_path / str(number)).mkdir()
+        file = tmp_path / str(number) / "probe.json"
+        file.write_text(json.dumps({**result, "classes": {**result["classes"], "target": target}}))
+        os.utime(file, (time.time() + number,) * 2)
+    options = [part for number in range(3) for part in ("--results", str(tmp_path / str(number)))]
+    page = tmp_path / "page.html"
+    done = within("report", "one", *options, "-o", str(page), cwd=made)
+    assert done.returncode == 0, done.stderr
+    headings = re.findall(r'<h3 class="part">Target <bdi>(\w+)', page.read_text())
+    assert headings == ["correct", "task"]
+    left_out = "1/probe.json is older than 2/probe.json, and of the same target and position."
+    assert f"Left out:    {left_out}" in done.stdout
+    assert left_out in page.read_text()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_label_of_a_chart_is_cut_or_meets_another(width: int, browser: Any, tmp_path: Path) -> None:
+    names = [
+        "mean log-probability of the answer's tokens",
+        "the same model with random weights",
+        "a_" * 40,
+        "W" * 70,
+        "W" * 150,
+        "W" * 151,
+    ]
+    rows = [{"name": name, "mean": 0.5, "low": 0.4, "high": 0.6, "said": name} for name in names]
+    drawn = intervals_chart("title", "told", rows, "share").svg["wide" if width > 640 else "narrow"]
+    opened = browser.new_page(viewport={"width": width, "height": 900})
+    style = resources.files("AutomaticEval.report.page").joinpath("page.css").read_text()
+    opened.set_content(f"<style>{style}</style><main><figure>{drawn}</figure></main>")
+    found = (
+        "all => all.map(each => each.getBoundingClientRect()).map(box => [box.left, box.right, box.top, box.bottom])"
+    )
+    boxes = opened.locator("svg text").evaluate_all(found)
+    assert len(boxes) > 6
+    assert min(box[0] for box in boxes) >= 0
+    assert max(box[1] for box in boxes) <= width
+    for number, one in enumerate(boxes):
+        for other in boxes[number + 1 :]:
+            assert one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] + 1 or other[3] <= one[2] + 1
+    text = " ".join(opened.locator("svg text").all_text_contents()).replace(" ", "")
+    assert names[0].replace(" ", "") in text
+    heights = opened.locator("svg [aria-roledescription=point]").evaluate_all(found)
+    assert len({box[2] for box in heights}) == len(names)
+    opened.close()
+
+
+def test_tokens_have_signs_for_blanks_and_ends_of_lines(tmp_path: Path) -> None:
+    tokens = [(["ĠWhat", "Ċ", "▁is", "?"], ["Ġit", "."])]
+    run = run_of_tokens(tmp_path / "run", tokens, {"layer_0": [np.ones((5, 4))]}, [{"correct": True}])
+    held = prompt_rows(run.questions(), [0], ["layer_0"])[0]
+    assert held["tokens"] == ["␣What", "⏎", "␣is", "?"]
+
+
+def test_tasks_that_the_other_run_lacks_stay_in_the_scores(made: Path, browser: Any, tmp_path: Path) -> None:
+    run, file = open_run(made / "one"), tmp_path / "page.html"
+    file.write_text(run_page(run, run.where(task="task_1")))
+    opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    opened.goto(file.as_uri())
+    lines = [each.split("\t") for each in opened.locator("#scores tbody tr").all_inner_texts()]
+    assert [line[0] for line in lines] == ["task_1", "task_0"]
+    verdicts = [each.correct for each in run.questions() if each.task == "task_0"]
+    assert lines[1][2].startswith(f"{np.mean(verdicts):.3f} [")
+    assert (lines[1][3], lines[1][6]) == ("", "30")
+    ticks = opened.locator("#scores .wide .role-axis-label text").all_text_contents()
+    numbers = [float(each.replace("−", "-")) for each in ticks if re.fullmatch(r"[−\d.]+", each)]
+    assert numbers == [-each for each in reversed(numbers)]
+    opened.close()
+
+
+def test_a_path_is_a_run_and_one_result(made: Path) -> None:
+    by_path = run_report(str(made / "one"), made / "two", results=str(made / "results" / "probe.json")).html
+    opened = run_report(open_run(made / "one"), open_run(made / "two"), results=[made / "results"]).html
+    written = r"\d{4}-\d\d-\d\d \d\d:\d\d"
+    assert re.sub(written, "", by_path) == re.sub(written, "", opened)
+    with pytest.raises(StoreError, match="no result file or folder nowhere"):
+        run_report(made / "one", results="nowhere")

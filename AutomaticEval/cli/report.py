@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +14,7 @@ from AutomaticEval.cli.printing import say
 
 if TYPE_CHECKING:
     from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+    from AutomaticEval.pages.result_files import Found
     from AutomaticEval.store.run import Run
 
 ATLAS = "embedding-atlas"
@@ -73,7 +73,7 @@ def report(
     output: Output = None,
 ) -> None:
     """Write a page about a run: scores, probe, lens and every question, in one file that opens without a network."""
-    from AutomaticEval.pages.result_files import usual_results
+    from AutomaticEval.pages.result_files import results_of, usual_results
     from AutomaticEval.report.page.document import check_html
     from AutomaticEval.store.reader import open_run
 
@@ -88,11 +88,11 @@ def report(
         check_html(output := output or Path("report.html"))
     run, second = open_run(path), None if other is None else open_run(other)
     loaded = _model_of(run) if lens else None
-    given = usual_results() if results is None else results
+    found = results_of(run, usual_results() if results is None else results)
     if output is None:
-        _serve(run, second, given, loaded)
+        _serve(run, second, found, loaded)
     else:
-        _write_page(output, run, second, given, loaded)
+        _write_page(output, run, second, found, loaded)
 
 
 def _model_of(run: Run) -> LoadedModel:
@@ -103,27 +103,33 @@ def _model_of(run: Run) -> LoadedModel:
     return model_of(run)
 
 
-def _write_page(
-    output: Path, run: Run, second: Run | None, results: Sequence[Path], loaded: LoadedModel | None
-) -> None:
+def _write_page(output: Path, run: Run, second: Run | None, found: Found, loaded: LoadedModel | None) -> None:
     from AutomaticEval.pages.run_page import run_page
     from AutomaticEval.report.page.document import write_html
     from AutomaticEval.store.disk.whole_files import size_text
 
-    write_html(output, run_page(run, second, results, loaded))
+    write_html(output, run_page(run, second, found, loaded))
+    _say_left_out(found)
     say(f"Page:        {len(run.questions())} questions, {size_text(output.stat().st_size)}; open it in a browser")
     say_written(output)
 
 
-def _serve(run: Run, second: Run | None, results: Sequence[Path], loaded: LoadedModel | None) -> None:
+def _serve(run: Run, second: Run | None, found: Found, loaded: LoadedModel | None) -> None:
     """Serve the page until Ctrl-C, which is how this ends."""
     from AutomaticEval.pages.served_page import served_page
 
-    server = served_page(run, second, results, loaded)
+    server = served_page(run, second, found, loaded)
+    _say_left_out(found)
     say(f"Page:        {server.address}")
     say("Whoever on this machine knows this address reads the run. Ctrl-C ends it.")
     server.run()
     say("Ended.")
+
+
+def _say_left_out(found: Found) -> None:
+    for reasons in found.left_out.values():
+        for reason in reasons:
+            say(f"Left out:    {reason}")
 
 
 def _check_atlas(context: typer.Context, to: str, other: Path | None) -> None:

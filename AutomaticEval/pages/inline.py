@@ -19,6 +19,7 @@ from AutomaticEval.store.disk.whole_files import size_text
 from AutomaticEval.store.questions.prompt_tokens import PromptTokens
 from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.questions import Questions
+from AutomaticEval.store.reader import as_run
 from AutomaticEval.store.run import Run
 
 
@@ -46,15 +47,22 @@ class InlinePage:
         return f'<Page of {self._about}: {size_text(len(self.html.encode()))}; save("report.html") writes it>'
 
 
-def run_report(run: Run, second: Run | None = None, *, results: Sequence[str | Path] | None = None) -> InlinePage:
+def run_report(
+    run: Run | str | Path,
+    second: Run | str | Path | None = None,
+    *,
+    results: str | Path | Sequence[str | Path] | None = None,
+) -> InlinePage:
     """The page that `main.py report RUN` writes, shown in a notebook: scores, probe, lens, every question, and how the run was made.
 
-    second: a run over the same questions, for what changed. results: files and folders with results of `probe` and `lens`; by default the
-    folder `results`, where there is one. `save("report.html")` writes the page. It is as large as the file, and so is then the notebook.
+    run: open, or its path. second: a run over the same questions, for what changed. results: a file or folder with results of `probe` and `lens`, or
+    several; by default the folder `results`, where there is one. `save("report.html")` writes the page. It is as large as the file, and so is then the notebook.
     Raises StoreError for a run without questions, for runs that share none, and for a path that is not there.
     """
-    given = usual_results() if results is None else [Path(each) for each in results]
-    return InlinePage(run_page(run, second, given), shown(run.path.name), 860)
+    opened, other = as_run(run), None if second is None else as_run(second)
+    several = [results] if isinstance(results, str | Path) else results
+    given = usual_results() if several is None else [Path(each).expanduser() for each in several]
+    return InlinePage(run_page(opened, other, given), shown(opened.path.name), 860)
 
 
 def show(question: Question) -> InlinePage:

@@ -33,6 +33,7 @@ def probe_section(result: Mapping[str, Any]) -> dict[str, Any]:
             (each["site"], said(each["probe"]["auroc"]), said(each["difference_of_means"]), _p(each.get("p")))
             for each in at_one_position(result)
         ],
+        "matrices": [*_grid(result), *_transfer(result)],
         "without": [(each["told"], each["reason"]) for each in result["baselines"] if not each["judged"]],
     }
 
@@ -41,6 +42,34 @@ def _position(result: Mapping[str, Any]) -> str:
     """Of a grid the position that is shown, and of how many."""
     n = len(result["settings"].get("positions", [""]))
     return position_of(result) + (f", the place that most folds chose among {n} positions" if n > 1 else "")
+
+
+Matrix = tuple[str, list[str], list[tuple[str, ...]]]
+"""What a table holds, its columns, and its rows."""
+
+
+def _grid(result: Mapping[str, Any]) -> list[Matrix]:
+    """The probes at several positions: a row for each site."""
+    positions = result["settings"].get("positions", [])
+    if len(positions) < 2:
+        return []
+    rows: dict[str, dict[str, str]] = {}
+    for each in result["places"]:
+        mean = each["probe"]["auroc"]["mean"]
+        rows.setdefault(each["site"], {})[each["position"]] = "unknown" if mean is None else f"{mean:.3f}"
+    cells = [(site, *(row.get(position, "") for position in positions)) for site, row in rows.items()]
+    return [(f"{measure_told(result['classes'])} at each site and position", ["Site", *positions], cells)]
+
+
+def _transfer(result: Mapping[str, Any]) -> list[Matrix]:
+    """The probes that are judged on other runs: a row for each run that was learned from."""
+    if "transfer" not in result:
+        return []
+    names = [f"{number}: {each['path']}" for number, each in enumerate(result["transfer"]["runs"], 1)]
+    cells = {(each["train"], each["test"]): said(each["auroc"]) for each in result["transfer"]["cells"]}
+    numbers = range(len(names))
+    rows = [(name, *(cells.get((train, test), "") for test in numbers)) for train, name in enumerate(names)]
+    return [("AUROC of each run's probe on each run", ["Learned from", *(f"on {name}" for name in names)], rows)]
 
 
 def said(estimate: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from AutomaticEval.safe_text import shown
+from AutomaticEval.safe_text import shown, with_signs
 from AutomaticEval.sites import kind_and_layer, site_of
 from AutomaticEval.store.questions.questions import Questions
 from AutomaticEval.store.ragged import indices_of
@@ -81,7 +81,7 @@ def prompt_rows(
         after = [whole[positions[at] + 1] if positions[at] + 1 < len(whole) else -1 for at in kept]
         following.append(np.asarray(after, dtype=np.int64))
         found[number] = {
-            "tokens": [shown(strings[token_ids[at]]) for at in kept],
+            "tokens": [shown(with_signs(strings[token_ids[at]])) for at in kept],
             "positions": [positions[at] for at in kept],
             "nPrompt": len(prompt),
             "values": {},

@@ -14,7 +14,7 @@ from AutomaticEval.pages.probe_result import probe_section, said
 from AutomaticEval.pages.prompt_rows import prompt_rows, ranks_by, sampled, shown_keys
 from AutomaticEval.pages.question_rows import question_rows
 from AutomaticEval.pages.result_files import Found, results_of
-from AutomaticEval.pages.scores import Second, keys_of, scores_of, second_of
+from AutomaticEval.pages.scores import EVERY, Second, keys_of, scores_of, second_of
 from AutomaticEval.report.page.charts import intervals_chart, lines_chart
 from AutomaticEval.report.page.document import document
 from AutomaticEval.safe_text import shown
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 ALONE = "This file holds all that it shows and asks the network for nothing."
 SERVED = "It asks only the program that serves it, on the same machine, for the chosen question."
 READING = "The rows are being read."
+NUMBERS = ("confidence", "margin", "tokenProbability")
+"""Numbers of questions. Each has a column where a question has it."""
+MOST_BESIDE = 2
+"""With more columns, the chosen question stands below the table on screens of middle size."""
 LENS_COLUMNS = (
     "Place",
     "Median rank",
@@ -43,28 +47,27 @@ LENS_COLUMNS = (
 def run_page(
     run: Run,
     second: Run | None = None,
-    results: Sequence[Path] = (),
+    results: Sequence[Path] | Found = (),
     loaded: LoadedModel | None = None,
     *,
     is_served: bool = False,
 ) -> str:
     """The HTML of a page about a run: scores, probe, lens, every question, and how it was made.
 
-    second: a run over the same questions, for what changed. results: files and folders with results of `probe` and `lens`; those of other runs are
-    left out, and the page says so. loaded: the run's model; with it, tokens are coloured by the rank that the logit lens gives the next one, and
+    second: a run over the same questions, for what changed. results: files and folders with results of `probe` and `lens`, or what was found in them; those of other
+    runs are left out, and the page says so. loaded: the run's model; with it, tokens are coloured by the rank that the logit lens gives the next one, and
     otherwise by the norm of their rows. is_served: the page holds no rows of tokens, and asks its server for those of the chosen question. Raises StoreError for a run without questions, for runs that share none, and for a path that is not there.
     """
     questions = run.questions()
     if not len(questions):
         raise StoreError(f"{run.path} has no questions, so there is nothing to show.")
-    found = results_of(run, results)
+    found = results if isinstance(results, Found) else results_of(run, results)
     other = None if second is None else second_of(run, second)
     shown_rows = question_rows(questions, other)
     rows = shown_rows["rows"]
-    has_tokens = any(row["tokenProbability"] is not None for row in rows)
+    columns = {name: any(row[name] is not None for row in rows) for name in NUMBERS}
     tokens = _tokens(run, questions, loaded, is_served=is_served)
-    has_lens = "lens" in found.files and not is_served
-    lens = choices_by_layer(found.files["lens"], keys_of(questions)) if has_lens else {}
+    lens = choices_by_layer(found.lens.file, keys_of(questions)) if found.lens and not is_served else {}
     view = {
         "title": shown(run.path.name),
         "about": shown(f"{run.model}, {run.created[:16].replace('T', ' ')}"),
@@ -74,16 +77,22 @@ def run_page(
         "checked": "Every number of the run that this page shows was read against its checksum. `main.py verify RUN --recompute 20` computes rows anew.",
         "version": version("AutomaticEval"),
         "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %z}",
-        "has_token_probability": has_tokens,
+        "has": columns,
+        "is_many": sum(columns.values()) + (other is not None) > MOST_BESIDE,
         "holds": SERVED if is_served else ALONE,
         "questions_told": _told(len(questions), None if is_served else len(tokens["tokens"]), shown_rows),
         **_scores(questions, other),
         **_probe(run, found),
         **_lens(run, found),
     }
-    flags = {"hasSecond": other is not None, "hasTokenProbability": has_tokens}
+    flags = {"hasSecond": other is not None, "columns": columns}
     data = {"rows": rows, "beginnings": shown_rows["beginnings"], **flags, "lens": lens, **tokens}
     return document(view, data, is_served=is_served)
+
+
+def _typed(path: Path) -> str:
+    """A run's path as a command on the page has it: its name alone, where the rest would tell of this machine."""
+    return path.name if path.is_absolute() or ".." in path.parts else str(path)
 
 
 def _tokens(run: Run, questions: Questions, loaded: LoadedModel | None, *, is_served: bool) -> dict[str, Any]:
@@ -132,8 +141,8 @@ def _scores(questions: Questions, second: Second | None) -> dict[str, Any]:
             for each in scores
             if each.correct.mean is not None
         ]
-        rows = [(shown(each.task), str(each.n), str(each.n_without), _words(each.correct)) for each in scores]
-        columns = ["Task", "Questions", "Without verdict", "Right"]
+        rows = [(shown(each.task), _words(each.correct), str(each.n), str(each.n_without)) for each in scores]
+        columns = ["Task", "Right", "Questions", "Without verdict"]
     else:
         points = [
             {
@@ -148,24 +157,32 @@ def _scores(questions: Questions, second: Second | None) -> dict[str, Any]:
         rows = [
             (
                 shown(each.task),
-                str(each.n),
+                _words(each.difference),
                 f"{each.before:.3f}",
                 f"{each.after:.3f}",
-                _words(each.difference),
                 _count(each.n_gained),
                 _count(each.n_lost),
+                str(each.n),
             )
             for each in second.changes
         ]
-        columns = ["Task", "Questions", "This run", "Other run", "Change", "Now right", "Now wrong"]
+        rows += _only_here(questions, second)
+        columns = ["Task", "Change", "This run", "Other run", "Now right", "Now wrong", "Questions"]
     title = "Share answered rightly" if second is None else "Change of the share answered rightly: other run - this run"
-    line = None if second is None else 0.0
+    line, axis = (None, "share") if second is None else (0.0, "change")
     charts = (
-        [intervals_chart(title, "Bars: 95 % intervals.", points, "share" if second is None else "change", line=line)]
+        [intervals_chart(title, "Bars: 95 % intervals.", points, axis, line=line, is_change=second is not None)]
         if points
         else []
     )
     return {"score_charts": charts, "score_columns": columns, "score_rows": rows}
+
+
+def _only_here(questions: Questions, second: Second) -> list[tuple[str, ...]]:
+    """The tasks of which the runs share no question with a verdict: this run's score of each, and no number of the other run."""
+    shared = {each.task for each in second.changes}
+    alone = [each for each in scores_of(questions) if each.task not in shared and each.task != EVERY]
+    return [(shown(each.task), "", _words(each.correct), "", "", "", str(each.n)) for each in alone]
 
 
 def _ends(interval: tuple[float, float] | None) -> dict[str, float | None]:
@@ -182,31 +199,31 @@ def _count(n: int | None) -> str:
 
 
 def _probe(run: Run, found: Found) -> dict[str, Any]:
-    result = found.by_kind.get("probe")
-    try:
-        section = None if result is None else probe_section(result)
-    except (KeyError, TypeError, ValueError) as broken:
-        section = None
-        found.left_out.setdefault("probe", []).append(f"{found.files['probe']} is no whole result ({broken!r}).")
+    """A section for each result. What is no whole result is left out."""
+    sections = []
+    for each in found.probes:
+        try:
+            sections.append({**probe_section(each.result), "file": shown(each.name)})
+        except (KeyError, TypeError, ValueError) as broken:
+            found.leave("probe", f"{each.name} is no whole result ({broken!r}).")
     return {
-        "probe": section,
-        "probe_file": found.files["probe"].name if section else "",
-        "probe_command": shown(f"python main.py probe {run.path} --target correct"),
-        "probe_left_out": [shown(each) for each in found.left_out.get("probe", [])],
+        "probes": sections,
+        "probe_command": shown(f"python main.py probe {_typed(run.path)} --target correct"),
+        "probe_left_out": found.left_out.get("probe", []),
     }
 
 
 def _lens(run: Run, found: Found) -> dict[str, Any]:
-    result = found.by_kind.get("lens")
-    lines = lens_lines(result) if result else []
+    drawn = found.lens
+    lines = lens_lines(drawn.result) if drawn else []
     told = "Bands: 95 % intervals. The embeddings stand at -1." if lines else ""
     return {
         "lens_chart": lines_chart("What each layer says", told, lines, ("layer", "share or probability"))
         if lines
         else None,
         "lens_columns": list(LENS_COLUMNS),
-        "lens_rows": lens_places(result) if result else [],
-        "lens_file": found.files["lens"].name if lines else "",
-        "lens_command": shown(f"python main.py lens {run.path}"),
-        "lens_left_out": [shown(each) for each in found.left_out.get("lens", [])],
+        "lens_rows": lens_places(drawn.result) if drawn else [],
+        "lens_file": shown(drawn.name) if drawn else "",
+        "lens_command": shown(f"python main.py lens {_typed(run.path)}"),
+        "lens_left_out": found.left_out.get("lens", []),
     }

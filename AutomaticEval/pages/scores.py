@@ -15,6 +15,10 @@ Key = tuple[Any, Any, Any]
 """Task, document (or the question's text) and repeat: what makes a question the same in two runs."""
 
 
+EVERY = "all"
+"""The name of the line of all tasks."""
+
+
 class TaskScore(NamedTuple):
     """The share of a task's questions that were answered rightly."""
 
@@ -47,7 +51,7 @@ def scores_of(questions: Questions) -> list[TaskScore]:
         by_task.setdefault(str(task or ""), []).append(((task, doc), correct))
     scores = [_score(task, said) for task, said in sorted(by_task.items())]
     if len(scores) > 1:
-        scores.append(_score("all", [each for said in by_task.values() for each in said]))
+        scores.append(_score(EVERY, [each for said in by_task.values() for each in said]))
     return scores
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from AutomaticEval.pages.lens_result import LensQuestions
 from AutomaticEval.pages.prompt_rows import MOST_TOKENS, Measure, prompt_rows, ranks_by, shown_keys
 from AutomaticEval.pages.question_rows import row_of
-from AutomaticEval.pages.result_files import results_of
+from AutomaticEval.pages.result_files import Found, results_of
 from AutomaticEval.pages.run_page import run_page
 from AutomaticEval.pages.scores import keys_of
 from AutomaticEval.report.page.local_server import LocalServer
@@ -31,16 +31,16 @@ ASKED = re.compile(r"(rows|texts)/([0-9]{1,9})")
 
 
 def served_page(
-    run: Run, second: Run | None = None, results: Sequence[Path] = (), loaded: LoadedModel | None = None
+    run: Run, second: Run | None = None, results: Sequence[Path] | Found = (), loaded: LoadedModel | None = None
 ) -> LocalServer:
     """A server with the page that `run_page` makes, for the same arguments. It has an address, and answers once it runs.
 
     The page holds no rows; those of the chosen question are read when it is chosen, of any question and at every token, and so are whole texts.
     """
-    page = run_page(run, second, results, loaded, is_served=True)
+    found = results if isinstance(results, Found) else results_of(run, results)
+    page = run_page(run, second, found, loaded, is_served=True)
     questions = run.questions()
-    file = results_of(run, results).files.get("lens")
-    lens = None if file is None else LensQuestions(file, keys_of(questions))
+    lens = None if found.lens is None else LensQuestions(found.lens.file, keys_of(questions))
     keys = shown_keys(run.keys, of_lens=loaded is not None)
     return LocalServer(page, ChosenQuestions(questions, keys, lens, None if loaded is None else ranks_by(loaded)))
 

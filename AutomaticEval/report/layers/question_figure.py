@@ -11,12 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from AutomaticEval.report.labels import label, save
+from AutomaticEval.safe_text import with_signs
 from AutomaticEval.sites import kind_and_layer
 
 MOST_SHOWN = 24
 """The last tokens are drawn; the file has all."""
 MOST_LETTERS = 9
-_SPACES = str.maketrans({"Ġ": "␣", "▁": "␣", "Ċ": "⏎", "\n": "⏎", "ĉ": "⇥"})
 
 
 def question_figure(result: Mapping[str, Any], path: Path) -> None:
@@ -53,7 +53,7 @@ def question_figure(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _short(token: str) -> str:
-    text = token.translate(_SPACES)
+    text = with_signs(token)
     return label(text if len(text) <= MOST_LETTERS else text[: MOST_LETTERS - 1] + "…")
 
 

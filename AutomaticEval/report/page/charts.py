@@ -12,11 +12,16 @@ from typing import Any, NamedTuple
 
 from AutomaticEval.safe_text import shown
 
-WIDTHS = {"wide": 620, "narrow": 300}
+WIDTHS = {"wide": 760, "narrow": 340}
 """The two widths in which each chart is drawn: for a desk, and for a phone."""
 N_COLOURS = 6
 ROOM = 24
 """Beside the labels, for fonts that are wider than the one with which they were measured."""
+LETTERS = {"wide": 31, "narrow": 17}
+"""So long may a line of a label be; longer names have several lines."""
+MOST_LINES = 4
+TICKS = {"wide": 6, "narrow": 3}
+LINE_HEIGHT = 15
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, sans-serif"
 Rows = Sequence[Mapping[str, Any]]
 
@@ -41,21 +46,55 @@ def colour(number: int) -> str:
 
 
 def intervals_chart(
-    title: str, told: str, rows: Rows, axis: str, *, line: float | None = None, is_offset: bool = True
+    title: str,
+    told: str,
+    rows: Rows,
+    axis: str,
+    *,
+    line: float | None = None,
+    is_offset: bool = True,
+    is_change: bool = False,
 ) -> Chart:
     """A line of names, each with a point and its interval. rows: name, mean, low, high (both may be None), said, series.
 
     line: a value that is marked, such as chance. is_offset: the series of a name stand one below the other.
+    is_change: the axis is symmetric about 0, and as wide as the largest value.
     """
-    names = list(dict.fromkeys(_name(each) for each in rows))
-    values = [{"series": 0, **each, "name": _name(each), "said": shown(str(each["said"]))} for each in rows]
+    return Chart(
+        title,
+        told,
+        {
+            width: _drawn(
+                *_intervals(rows, axis, line, LETTERS[width], is_offset=is_offset, is_change=is_change), width
+            )
+            for width in WIDTHS
+        },
+    )
+
+
+def _intervals(
+    rows: Rows, axis: str, line: float | None, letters: int, *, is_offset: bool, is_change: bool
+) -> tuple[dict[str, Any], int]:
+    """What is drawn, and how many characters the longest line of its labels has. letters: at most so many."""
+    label_of: dict[str, str] = {}
+    for name in dict.fromkeys(str(each["name"]) for each in rows):
+        label = _in_lines(name, letters)
+        label_of[name] = f"{label} ({len(label_of) + 1})" if label in label_of.values() else label
+    values = [
+        {"series": 0, **each, "name": label_of[str(each["name"])], "said": shown(str(each["said"]))} for each in rows
+    ]
+    names = list(label_of.values())
     known = [number for each in values for number in (each["mean"], each["low"], each["high"]) if number is not None]
     domain = [min(0.0, *known), max(1.0, *known)] if known else [0, 1]
+    if is_change:
+        largest = max(map(abs, known), default=0) or 1
+        domain = [-largest, largest]
     n_series = 1 + max((each.get("series", 0) for each in values), default=0)
-    y = {"field": "name", "type": "nominal", "sort": names, "title": None}
+    several = {"labelExpr": "split(datum.label, '\\n')", "labelLineHeight": LINE_HEIGHT}
+    y = {"field": "name", "type": "nominal", "sort": names, "title": None, "axis": several}
     offset = {"yOffset": {"field": "series", "type": "ordinal"}} if n_series > 1 and is_offset else {}
     ends = {
-        "x": {"field": "low", "type": "quantitative", "title": axis, "scale": {"domain": domain}},
+        "x": {"field": "low", "type": "quantitative", "title": axis, "scale": {"domain": domain, "nice": True}},
         "x2": {"field": "high"},
     }
     layers: list[dict[str, Any]] = []
@@ -74,9 +113,10 @@ def intervals_chart(
         point = {"x": {"field": "mean", "type": "quantitative"}, "description": {"field": "said"}}
         mark = {"type": "point", "filled": True, "color": colour(number), "size": 64, "opacity": 1}
         layers.append({**of, "mark": mark, "encoding": {"y": y, **offset, **point}})
-    step = 34 if offset else 26
+    n_lines = max((name.count("\n") + 1 for name in names), default=1)
+    step = max(34 if offset else 26, n_lines * LINE_HEIGHT + 10)
     body = {"height": len(names) * step, "data": {"values": values}, "layer": layers}
-    return Chart(title, told, _drawn(body, max((len(name) for name in names), default=0)))
+    return body, max((len(part) for name in names for part in name.split("\n")), default=0)
 
 
 def lines_chart(
@@ -120,38 +160,43 @@ def lines_chart(
         layers.append({"transform": [{"filter": only}], "mark": point, "encoding": {"x": x, "y": y, **said}})
     body = {"height": 260, "data": {"values": values}, "layer": layers}
     legend = [(f"series-{number % N_COLOURS}", name) for number, name in enumerate(series)]
-    return Chart(title, told, _drawn(body), legend)
+    return Chart(title, told, {width: _drawn(body, 5, width) for width in WIDTHS}, legend)
 
 
 _QUIET = {"color": "var(--quiet)", "strokeWidth": 1, "aria": False}
-_LABEL_WIDTH = {"wide": 230, "narrow": 110}
 _SEPARATORS = {0x2028: "\\u2028", 0x2029: "\\u2029"}
 """Of lines and paragraphs. They would end a string in an expression of Vega, where the names are sorted."""
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    return shown(str(row["name"])).translate(_SEPARATORS)
+def _in_lines(name: str, letters: int) -> str:
+    """The name in lines: broken at blanks and underscores where it can be."""
+    lines = [""]
+    for part in re.findall(r"[^\s_]*[\s_]*", shown(name).translate(_SEPARATORS)):
+        for piece in (part[at : at + letters] for at in range(0, len(part), letters)):
+            if len(lines[-1] + piece.rstrip()) > letters:
+                lines.append("")
+            lines[-1] += piece
+    kept = [each.strip() for each in lines if each.strip()][: MOST_LINES + 1] or [""]
+    return "\n".join(
+        kept if len(kept) <= MOST_LINES else [*kept[: MOST_LINES - 1], kept[MOST_LINES - 1][: letters - 1] + "…"]
+    )
 
 
-def _drawn(body: Mapping[str, Any], longest: int = 5) -> dict[str, str]:
-    """The SVG in each width. longest: how many characters the longest label of a line has."""
+def _drawn(body: Mapping[str, Any], longest: int, width: str) -> str:
+    """The SVG in a width. longest: how many characters the longest line of a label has."""
     import vl_convert
 
-    drawn = {}
-    for name, width in WIDTHS.items():
-        beside = min(_LABEL_WIDTH[name], 8 * longest) + 30 + ROOM
-        spec = {
-            **body,
-            "width": width - beside,
-            "autosize": {"type": "pad"},
-            "padding": {"left": ROOM, "right": 5, "top": 5, "bottom": 5},
-            "config": _config(_LABEL_WIDTH[name]),
-        }
-        drawn[name] = _harmless(vl_convert.vegalite_to_svg(spec))
-    return drawn
+    spec = {
+        **body,
+        "width": WIDTHS[width] - 7 * longest - 30 - ROOM,
+        "autosize": {"type": "pad"},
+        "padding": {"left": ROOM, "right": 10, "top": 5, "bottom": 5},
+        "config": _config(TICKS[width]),
+    }
+    return _harmless(vl_convert.vegalite_to_svg(spec))
 
 
-def _config(label_width: int) -> dict[str, Any]:
+def _config(n_ticks: int) -> dict[str, Any]:
     axis = {
         "labelColor": "var(--text-soft)",
         "titleColor": "var(--text-soft)",
@@ -162,14 +207,15 @@ def _config(label_width: int) -> dict[str, Any]:
         "titleFontSize": 12,
         "titleFontWeight": "normal",
         "titlePadding": 8,
-        "labelLimit": label_width,
-        "tickCount": 5,
+        "labelLimit": 0,
+        "labelOverlap": True,
     }
     return {
         "background": None,
         "font": FONT,
         "axis": axis,
-        "axisY": {"domain": False, "ticks": False, "labelPadding": 8},
+        "axisX": {"tickCount": n_ticks},
+        "axisY": {"domain": False, "ticks": False, "labelPadding": 8, "tickCount": 5},
         "view": {"stroke": None},
     }
 

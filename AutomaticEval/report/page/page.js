@@ -62,6 +62,13 @@ function verdictCell(correct) {
   return made("td", name, name === "no verdict" ? "" : name);
 }
 
+// A name such as high_school_physics breaks at its underscores, not within a word.
+function breakable(name) {
+  const all = made("bdi");
+  name.split(/(?<=_)/).forEach((part) => all.append(part, made("wbr")));
+  return all;
+}
+
 function line(row) {
   const tr = made("tr");
   tr.setAttribute("aria-selected", String(row.number === state.chosen));
@@ -72,9 +79,9 @@ function line(row) {
   button.addEventListener("click", () => choose(row.number, true));
   cell.append(button);
   const task = made("td", null, "wider");
-  task.append(made("bdi", row.task));
-  tr.append(cell, task, verdictCell(row.correct), made("td", number(row.confidence), "number wider"), made("td", number(row.margin), "number wider"));
-  if (data.hasTokenProbability) tr.append(made("td", number(row.tokenProbability), "number wider"));
+  task.append(breakable(row.task));
+  tr.append(cell, task, verdictCell(row.correct));
+  Object.keys(data.columns).filter((key) => data.columns[key]).forEach((key) => tr.append(made("td", number(row[key]), "number wider")));
   if (data.hasSecond) tr.append(row.other === undefined ? made("td", "not asked") : verdictCell(row.other));
   return tr;
 }
@@ -101,7 +108,12 @@ function choose(which, isAsked) {
   });
   show(rows[which]);
   ask(rows[which]);
-  if (isAsked && window.matchMedia("(max-width: 960px)").matches) at("chosen").focus();
+  if (isAsked && isBelow()) at("chosen").focus();
+}
+
+// Whether the chosen question stands below the table, and not beside it.
+function isBelow() {
+  return getComputedStyle(document.querySelector(".split")).gridTemplateColumns.split(" ").length === 1;
 }
 
 // A served page asks for the rows of a question when it is chosen, and for texts that were cut. A file holds all that it shows.
