@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,9 @@ Positive = Annotated[
         help="The value that is told from all others. Without it, up to 20 values are told apart.",
         rich_help_panel=RUN,
     ),
+]
+TaskName = Annotated[
+    str | None, typer.Option("--task", help="The questions of one task of the run.", rich_help_panel=RUN)
 ]
 Sites = Annotated[
     str | None,
@@ -110,6 +114,7 @@ def probe(
     path: Annotated[Path, typer.Argument(help="A run of questions.", metavar="RUN")],
     target: TargetName = "correct",
     positive: Positive = None,
+    task: TaskName = None,
     sites: Sites = None,
     layers: Layers = None,
     position: Position = "prompt[-1]",
@@ -136,7 +141,7 @@ def probe(
 
     if grid:
         refuse_unused(context, "--grid has positions of its own; several of --position are a grid, too", "position")
-    run = open_run(path)
+    run = open_run(path) if task is None else open_run(path).where(task=task)
     keys = None if sites is None and layers is None else kept_keys(run, sites, layers)
     file = output if output.suffix == ".json" else output / "probe.json"
     parts = output.with_suffix(".parts") if output.suffix == ".json" else output / "probe"
@@ -167,6 +172,8 @@ def probe(
             advance=advance,
             expect=expect,
         )
+    if task is not None:
+        result = replace(result, settings={**(result.settings or {}), "task": task})
     _say_findings(result.measured["findings"])
     _say_best(result)
     _say_left_out(result.measured.get("grid", {}).get("left_out", ()))

@@ -150,7 +150,7 @@ def _result(
         if each.rows is None:
             return JudgedBaseline(each.name, each.told, None, each.reason)
         said = out_of_fold(each.rows, of.labels, judge.repeats, each.strengths)
-        return JudgedBaseline(each.name, each.told, judge(said, n_compared, of_best))
+        return JudgedBaseline(each.name, each.told, judge(said, n_compared, of_best), n_known=each.n_known)
 
     listed = [judged(each) for each in given]
     of_embedding = JudgedBaseline(

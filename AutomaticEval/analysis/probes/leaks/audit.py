@@ -28,6 +28,13 @@ FOLLOWS = {
     "first_token": "the first token of the prompt",
 }
 """Baseline -> what the label follows if it is above chance."""
+OWN = {
+    "confidence": "the model's own confidence",
+    "margin": "the model's own margin",
+    "logprob": "the log-probability of the model's own answer",
+    "mean_logprob": "the mean log-probability of the model's own answer",
+}
+"""Baselines that are how sure the model is of its answer."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ def findings(
         *_shuffled(known.pop("shuffled", None)),
         *_position(positions),
         *_texts(best, known, told),
+        *_partly_known(baselines, target),
         *_follows(known, target.name),
         *_duplicates(target),
         *_chance(best.auroc, target.name),
@@ -82,6 +90,26 @@ def _texts(best: Judged, known: dict[str, Judged], told: dict[str, str]) -> list
         for name, judged in known.items()
         if name in TEXTS and is_above_chance(judged.auroc) and (judged.auroc.mean or 0.0) >= low
     ]
+
+
+def _partly_known(baselines: Sequence[JudgedBaseline], target: Target) -> list[Finding]:
+    """The best baseline of the model's own confidence, where only some questions have it."""
+    best = _best_own(baselines)
+    n = len(target.questions)
+    if best is None or best.n_known in (None, n):
+        return []
+    several = len(set(target.questions.column("task"))) > 1
+    remedy = (
+        "compare one task at a time: run.where(task=…), --task" if several else "compare the questions that have it"
+    )
+    text = f"{OWN[best.name]} is known for {best.n_known} of {n} questions, and is a fair baseline for these alone: {remedy}."
+    return [Finding(f"partly_known:{best.name}", text)]
+
+
+def _best_own(baselines: Sequence[JudgedBaseline]) -> JudgedBaseline | None:
+    """Of the model's own confidence, the baseline with the highest AUROC."""
+    own = [(each.judged.auroc.mean or 0.0, each) for each in baselines if each.name in OWN and each.judged is not None]
+    return max(own, key=lambda each: each[0], default=(0.0, None))[1]
 
 
 def _follows(known: dict[str, Judged], target: str) -> list[Finding]:
