@@ -114,7 +114,7 @@ def test_the_audit_names_a_label_that_follows_the_length_of_the_answer(tmp_path:
     told = {each.name: each.text for each in measured["findings"]}
     assert "correct follows the length of the answer: AUROC 1.000" in told["follows:answer_length"]
     assert (
-        "length of the answer tells the classes apart about as well as the best probe"
+        "length of the answer tells the classes apart better than the best probe"
         in told["as_good_as_probe:answer_length"]
     )
 

@@ -24,7 +24,7 @@ def made(folder: Path, share: float, strength: float = 0.0) -> Run:
     draw = np.random.default_rng(0)
     rows = draw.normal(size=(N, 4))
     rows[:, 0] += strength * LABELS
-    logprobs = 2 * LABELS + draw.normal(size=N) - 5
+    logprobs = 1.2 * LABELS + draw.normal(size=N) - 5
     has = np.arange(N) < share * N
     columns = [
         {
@@ -69,3 +69,27 @@ def test_a_baseline_that_only_some_questions_have_says_so(half: Run, tmp_path: P
     wrong = within("probe", str(half.path), "--task", "three", "-o", "none", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "three" in wrong.stderr
+
+
+def test_a_model_that_knows_it_itself_is_a_finding_also_where_the_probe_is_at_chance(tmp_path: Path) -> None:
+    measured = probe(made(tmp_path / "run", 1.0)).measured
+    told = texts(measured)
+    auroc = own(measured).judged.auroc.mean
+    assert told["own_confidence:mean_logprob"].startswith(
+        f"the mean log-probability of the model's own answer tells right from wrong: AUROC {auroc:.3f} ["
+    )
+    assert told["own_confidence:mean_logprob"].endswith("is worse.")
+    assert "at_chance" in told
+    assert "partly_known:mean_logprob" not in told
+    beaten = probe(made(tmp_path / "strong", 1.0, 6.0)).measured
+    assert own(beaten).judged.below_best.interval[0] > 0
+    assert "own_confidence:mean_logprob" not in texts(beaten)
+    alike = texts(probe(made(tmp_path / "alike", 1.0, 1.2)).measured)
+    assert alike["own_confidence:mean_logprob"].endswith("does not beat it.")
+
+
+def test_words_that_are_better_than_the_probe_are_said_to_be(tmp_path: Path) -> None:
+    rows = np.random.default_rng(1).normal(size=(N, 4))
+    columns = [{"correct": bool(each), "response": "word " * (2 + 3 * each)} for each in LABELS]
+    told = texts(probe(run_of(tmp_path / "run", {"layer_0": rows}, columns)).measured)
+    assert "tells the classes apart better than the best probe" in told["as_good_as_probe:answer_length"]
