@@ -66,6 +66,7 @@ def test_what_is_saved_says_what_its_place_tells_alone_and_warns_when_few_folds_
     assert saved.made_from == {
         "run": "run",
         "auroc_out_of_fold": best["judged"].auroc.mean,
+        "interval_out_of_fold": list(best["judged"].auroc.interval),
         "auroc_of_place": place.probe.auroc.mean,
         "interval_of_place": list(place.probe.auroc.interval),
         "split": "question",

@@ -65,6 +65,7 @@ def _aurocs(whole: Estimate, place: ChosenPlace) -> dict[str, Any]:
     alone = place.judged.probe.auroc
     return {
         "auroc_out_of_fold": whole.mean,
+        "interval_out_of_fold": None if whole.interval is None else list(whole.interval),
         "auroc_of_place": alone.mean,
         "interval_of_place": None if alone.interval is None else list(alone.interval),
         **place.about(),

@@ -66,7 +66,7 @@ class SavedProbe:
     """Whether the prompts were in the model's chat template."""
 
     made_from: Mapping[str, Any] = field(default_factory=dict)
-    """The run's name, and how it was split. Out of fold, auroc_out_of_fold is the AUROC of the whole procedure, which chooses a place in each fold; auroc_of_place and
+    """The run's name, and how it was split. Out of fold, auroc_out_of_fold (with interval_out_of_fold) is the AUROC of the whole procedure, which chooses a place in each fold; auroc_of_place and
     interval_of_place are those of this place alone, which was chosen in chosen_in of n_folds folds."""
 
     @property
