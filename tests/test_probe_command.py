@@ -59,6 +59,7 @@ def test_choices_have_the_models_own_confidence_beside_the_probe(asked: Path) ->
         assert baselines[name].judged is not None
         assert baselines[name].judged.below_best.n == 30
     assert baselines["task"].reason == "there is one task"
+    assert baselines["mean_logprob"].reason == "no answer was generated"
 
 
 @pytest.mark.parametrize(

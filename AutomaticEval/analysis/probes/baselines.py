@@ -128,8 +128,11 @@ def _per_character(questions: Questions) -> list[float | None]:
 
 
 def _mean_logprob(questions: Questions) -> Baseline:
-    told, why = "mean log-probability of the answer's tokens", "no generated answer has one: older runs did not keep it"
-    return _numbers("mean_logprob", told, questions.column("mean_logprob"), why)
+    has_generated = not all(questions.column("logprobs"))
+    why = "older runs did not keep it" if has_generated else "no answer was generated"
+    return _numbers(
+        "mean_logprob", "mean log-probability of the answer's tokens", questions.column("mean_logprob"), why
+    )
 
 
 def _words(texts: Sequence[str]) -> Callable[[Fold], Any]:
