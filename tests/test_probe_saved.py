@@ -165,7 +165,12 @@ def test_what_does_not_fit_is_refused(saved: Any, tmp_path: Path) -> None:
     with pytest.raises(DamagedFile, match=r"weights, shift and scale of a probe are"):
         load_probe(tmp_path / "broken.safetensors")
     again = within("probe", str(saved[1].path), "--save_probe", str(file), "-o", "out", cwd=tmp_path)
-    assert "exists and is not overwritten" in again.stderr
+    assert again.stderr.rstrip().endswith("exists and is not overwritten; choose another name.")
+    (tmp_path / "d.safetensors").touch()
+    direction = within("probe", str(saved[1].path), "--save_direction", "d.safetensors", "-o", "out", cwd=tmp_path)
+    assert direction.stderr.rstrip().endswith("d.safetensors exists and is not overwritten; choose another name.")
+    tuned = within("lens", str(saved[1].path), "--train_tuned", "d.safetensors", "-o", "out", cwd=tmp_path)
+    assert tuned.stderr.rstrip().endswith("d.safetensors exists and is not overwritten; choose another name.")
     assert not (tmp_path / "out").exists()
 
 

@@ -222,7 +222,7 @@ def _check_direction(file: Path, run: Run) -> None:
     from AutomaticEval.analysis.steering.direction_file import prepare_direction_file
     from AutomaticEval.store.reading.reduced_runs import refuse_reduced
 
-    prepare_direction_file(file.expanduser())
+    prepare_direction_file(file.expanduser(), offer="")
     refuse_reduced(run.settings, "a direction")
 
 
@@ -250,7 +250,7 @@ def _check_probe(file: Path, run: Run) -> None:
     from AutomaticEval.analysis.probes.saved.saved_probe import prepare_probe_file
     from AutomaticEval.store.reading.reduced_runs import refuse_reduced
 
-    prepare_probe_file(file.expanduser())
+    prepare_probe_file(file.expanduser(), offer="")
     refuse_reduced(run.settings, "a saved probe")
 
 
