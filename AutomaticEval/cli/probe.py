@@ -160,7 +160,7 @@ def probe(
             target,
             keys,
             positive=positive,
-            position=position,
+            position=None if grid else position,
             grid=grid,
             split=split,
             n_folds=folds,
