@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,7 @@ def test_the_audit_names_a_label_that_follows_the_length_of_the_answer(tmp_path:
     told = {each.name: each.text for each in measured["findings"]}
     assert "correct follows the length of the answer: AUROC 1.000" in told["follows:answer_length"]
     assert (
-        "length of the answer tells the classes apart about as well as the best probe"
+        "length of the answer tells the classes apart better than the best probe"
         in told["as_good_as_probe:answer_length"]
     )
 
@@ -242,11 +244,27 @@ def test_shuffled_labels_off_chance_are_told_first_and_are_grave(planted: Run, r
         ({"n_repeats": 0}, "0 repeats were asked for"),
         ({"keys": ["layer_9"]}, "layer_9"),
         ({"position": "prompt[-2]"}, "was not stored"),
+        ({"position": 7}, 'position is 7; write a text, or a list of texts, such as "prompt[-1]"'),
+        ({"position": [7]}, "write a text"),
+        ({"position": "banana"}, "write a position of one token: prompt[-1], prompt[-3], response[0]"),
+        ({"grid": True, "position": "prompt[-1]"}, "leave one out"),
+        ({"transfer": "other"}, "transfer is a list of runs; write transfer=[…]"),
+        ({"transfer": [7]}, "int is no run; give open_run(path), or the path"),
+        ({"target": "question"}, "question is a text with 200 values in 200 questions, and no class"),
     ],
 )
 def test_what_cannot_be_asked_is_told(planted: Run, wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises((SelectionError, StoreError), match=message.replace("[", r"\[")):
+    with pytest.raises((SelectionError, StoreError), match=re.escape(message)):
         probe(planted, **wrong)
+
+
+def test_a_path_is_opened_and_numbers_are_no_classes(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="nowhere"):
+        probe("nowhere")
+    columns = [{"token_logprobs": array("f", [-value])} for value in (1.5, 2.5, 3.5) for _ in range(5)]
+    run_of(tmp_path / "run", {"layer_0": noise(1, 15)}, columns)
+    with pytest.raises(SelectionError, match="mean_logprob is a number with 3 values in 15 questions, and no class"):
+        probe(tmp_path / "run", "mean_logprob")
 
 
 def test_too_few_questions_are_told_with_the_number_that_is_needed(tmp_path: Path, planted: Run) -> None:

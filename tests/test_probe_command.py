@@ -59,6 +59,7 @@ def test_choices_have_the_models_own_confidence_beside_the_probe(asked: Path) ->
         assert baselines[name].judged is not None
         assert baselines[name].judged.below_best.n == 30
     assert baselines["task"].reason == "there is one task"
+    assert baselines["mean_logprob"].reason == "no answer was generated"
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,7 @@ def test_choices_have_the_models_own_confidence_beside_the_probe(asked: Path) ->
         (("--repeats", "0"), "SelectionError: 0 repeats were asked for; give 1 or more."),
         (("--position", "somewhere"), "UnknownPositions: no positions 'somewhere'"),
         (("--target", "prediction"), "SelectionError: prediction has"),
+        (("--target", "prediction"), "or take one task (run.where(task=…), --task)"),
         (("--positive", "perhaps"), "SelectionError: no question has the correct perhaps; there are "),
         (
             ("--target", "nothing", "--save_direction", "direction.npy"),

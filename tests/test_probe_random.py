@@ -131,7 +131,7 @@ def test_a_label_that_is_a_token_of_the_prompt_is_named(folder: Path, tmp_path: 
     assert found.judged.auroc.interval[0] > 0.9
     assert found.judged.below_best is not None
     told = {each.name: each.text for each in result.measured["findings"]}
-    assert told["as_good_as_probe:random_model"].startswith(f"{found.told} tells the classes apart about as well")
+    assert told["as_good_as_probe:random_model"].startswith(f"{found.told} tells the classes apart better than")
     names = [each.name for each in probe(run, keys=["layer_1"], n_folds=3).measured["baselines"]]
     assert "random_model" not in names
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,16 @@ def test_a_prompt_has_the_probability_of_the_same_question_in_the_run(demo: Load
     done = within("probe_score", "p.safetensors", question, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"Probability: {scores_of(one, run).columns['probability'][4]:.3f} of answer: 0" in done.stdout
+    *_, last = run.questions()[4].tokens.values()
+    assert f"Read:        the token {last!r}, prompt[-1], at {one.site}" in done.stdout
+    assert f"Probe:       AUROC {result.measured['best']['judged'].auroc.mean:.3f} [" in done.stdout
+    far = dataclasses.replace(one, position="prompt[-5]", made_from={"auroc_out_of_fold": 0.5})
+    far.save(tmp_path / "far.safetensors")
+    short = within("probe_score", "far.safetensors", "Hi", cwd=tmp_path)
+    assert short.returncode == 2
+    assert re.search(r"^SelectionError: the prompt has [1-4] tokens, and the probe reads prompt\[-5\];", short.stderr)
+    with pytest.warns(UserWarning, match="the probe was at chance where it was made"):
+        assert within("probe_score", "far.safetensors", question, cwd=tmp_path).returncode == 0
     wrong = within("probe_score", "p.safetensors", "run", "--model", "demo", cwd=tmp_path)
     assert "--model was given, but a run is scored" in wrong.stderr
 
@@ -153,7 +165,12 @@ def test_what_does_not_fit_is_refused(saved: Any, tmp_path: Path) -> None:
     with pytest.raises(DamagedFile, match=r"weights, shift and scale of a probe are"):
         load_probe(tmp_path / "broken.safetensors")
     again = within("probe", str(saved[1].path), "--save_probe", str(file), "-o", "out", cwd=tmp_path)
-    assert "exists and is not overwritten" in again.stderr
+    assert again.stderr.rstrip().endswith("exists and is not overwritten; choose another name.")
+    (tmp_path / "d.safetensors").touch()
+    direction = within("probe", str(saved[1].path), "--save_direction", "d.safetensors", "-o", "out", cwd=tmp_path)
+    assert direction.stderr.rstrip().endswith("d.safetensors exists and is not overwritten; choose another name.")
+    tuned = within("lens", str(saved[1].path), "--train_tuned", "d.safetensors", "-o", "out", cwd=tmp_path)
+    assert tuned.stderr.rstrip().endswith("d.safetensors exists and is not overwritten; choose another name.")
     assert not (tmp_path / "out").exists()
 
 

@@ -168,7 +168,7 @@ def _train(run: Run, keys: list[str] | None, file: Path, steps: int, seed: int, 
     from AutomaticEval.analysis.lens.train import Training, train_tuned_lens
     from AutomaticEval.analysis.lens.tuned_lens import prepare_tuned_file
 
-    prepare_tuned_file(file)
+    prepare_tuned_file(file, offer="")
     written = output if output.suffix == ".json" else output / "tuned_lens.json"
     result_file(written.parent, written.name, "tuned_lens")
     training = Training(n_steps=steps, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,9 @@ Positive = Annotated[
         help="The value that is told from all others. Without it, up to 20 values are told apart.",
         rich_help_panel=RUN,
     ),
+]
+TaskName = Annotated[
+    str | None, typer.Option("--task", help="The questions of one task of the run.", rich_help_panel=RUN)
 ]
 Sites = Annotated[
     str | None,
@@ -110,6 +114,7 @@ def probe(
     path: Annotated[Path, typer.Argument(help="A run of questions.", metavar="RUN")],
     target: TargetName = "correct",
     positive: Positive = None,
+    task: TaskName = None,
     sites: Sites = None,
     layers: Layers = None,
     position: Position = "prompt[-1]",
@@ -136,7 +141,7 @@ def probe(
 
     if grid:
         refuse_unused(context, "--grid has positions of its own; several of --position are a grid, too", "position")
-    run = open_run(path)
+    run = open_run(path) if task is None else open_run(path).where(task=task)
     keys = None if sites is None and layers is None else kept_keys(run, sites, layers)
     file = output if output.suffix == ".json" else output / "probe.json"
     parts = output.with_suffix(".parts") if output.suffix == ".json" else output / "probe"
@@ -155,7 +160,7 @@ def probe(
             target,
             keys,
             positive=positive,
-            position=position,
+            position=None if grid else position,
             grid=grid,
             split=split,
             n_folds=folds,
@@ -167,6 +172,8 @@ def probe(
             advance=advance,
             expect=expect,
         )
+    if task is not None:
+        result = replace(result, settings={**(result.settings or {}), "task": task})
     _say_findings(result.measured["findings"])
     _say_best(result)
     _say_left_out(result.measured.get("grid", {}).get("left_out", ()))
@@ -195,9 +202,14 @@ def _say_best(result: Result) -> None:
     left_out = f", {classes['n_left_out']} without a value left out" if classes["n_left_out"] else ""
     say(f"Classes:     {classes['target']}: {classes_told(classes)}{left_out}")
     places = ", ".join(f"{key} in {n}" for key, n in best["places"].items())
+    of_folds = f" of {sum(best['places'].values())}"
     say(
-        f"Best place:  {measure_told(classes)} {number(best['judged'].auroc)}; chosen inside the training folds: {places}"
+        f"Best place:  {measure_told(classes)} {number(best['judged'].auroc)}; chosen inside the training folds: {places}{of_folds}"
     )
+    if len(result.measured["places"]) > 1:
+        say(
+            "             (This AUROC is of choosing a place in each fold. A line of the table is one place in all folds.)"
+        )
 
 
 def _say_left_out(left_out: Sequence[LeftOut]) -> None:
@@ -210,7 +222,7 @@ def _check_direction(file: Path, run: Run) -> None:
     from AutomaticEval.analysis.steering.direction_file import prepare_direction_file
     from AutomaticEval.store.reading.reduced_runs import refuse_reduced
 
-    prepare_direction_file(file.expanduser())
+    prepare_direction_file(file.expanduser(), offer="")
     refuse_reduced(run.settings, "a direction")
 
 
@@ -220,7 +232,17 @@ def _save_direction(file: Path, run: Run, result: Result) -> None:
     direction = best_direction(run, result)
     direction.save(file)
     say(f"Direction:   {direction.told}")
+    _say_direction(direction.made_from["auroc"], direction.made_from["p"])
     say(f"Written:     {file} (python main.py steer --direction {file} …)")
+
+
+def _say_direction(auroc: float | None, p: float | None) -> None:
+    """How well the difference of means tells the classes apart at its place."""
+    if auroc is None:
+        return
+    told = "" if p is None else f", p {p:.3f}"
+    chance = ": p is above 0.05, so that chance alone may give it" if p is not None and p > 0.05 else ""
+    say(f"             AUROC along it, out of fold: {auroc:.3f}{told}{chance}")
 
 
 def _check_probe(file: Path, run: Run) -> None:
@@ -228,17 +250,19 @@ def _check_probe(file: Path, run: Run) -> None:
     from AutomaticEval.analysis.probes.saved.saved_probe import prepare_probe_file
     from AutomaticEval.store.reading.reduced_runs import refuse_reduced
 
-    prepare_probe_file(file.expanduser())
+    prepare_probe_file(file.expanduser(), offer="")
     refuse_reduced(run.settings, "a saved probe")
 
 
 def _save_probe(file: Path, run: Run, result: Result) -> None:
+    from AutomaticEval.analysis.probes.saved.chosen_place import chosen_place
     from AutomaticEval.analysis.probes.saved.learned_on_all import learn_probe
 
     made = learn_probe(run, result)
     made.save(file)
-    place = next(iter(result.measured["best"]["places"]))
-    say(f"Probe:       {place}, {made.n_questions} questions, C {made.strength:g}")
+    place = chosen_place(result)
+    say(f"Probe:       {place.name}, {made.n_questions} questions, C {made.strength:g}")
+    say(f"             {place.told}; this place alone has AUROC {_number(place.judged.probe.auroc)}, out of fold")
     say(f"Written:     {file} (python main.py probe_score {file} …)")
 
 
@@ -252,7 +276,7 @@ def _by_class(result: Result) -> list[Table]:
 
 
 def _places(result: Result) -> Table:
-    """Of a grid those at the position of the place that most folds chose; the file and a figure have all."""
+    """Of a grid those at the position of the place that folds chose most often; the file and a figure have all."""
     position, places = result.measured["best"]["position"], result.measured["places"]
     rows = [
         (each.site, *_numbers(each.probe), _number(each.difference_of_means), "" if each.p is None else f"{each.p:.3f}")

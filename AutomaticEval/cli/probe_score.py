@@ -10,13 +10,14 @@ import typer
 
 from AutomaticEval.cli.options import OUTPUT, RUN, command, is_given, quiet_libraries, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
-from AutomaticEval.errors import SelectionError
+from AutomaticEval.errors import SelectionError, warn
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.selection import Positions
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.probes.saved.saved_probe import SavedProbe
 
+CHANCE = 0.5
 SHOWN = 20
 """So many questions are printed; the file has all."""
 OF_LOADING = tuple(LoadOptions.__dataclass_fields__)
@@ -64,6 +65,7 @@ def _of_run(probe: SavedProbe, path: Path, output: Path | None) -> None:
             raise SelectionError(f"--output {output}: scores are written as JSON; give the file the ending .json.")
         prepare_file(output)
     scores = scores_of(probe, run)
+    _say_probe(probe)
     columns = scores.columns
     rows = list(zip(*(columns[name] for name in ("task", "doc_id", "probability", "label", "is_learned")), strict=True))
     print_table(
@@ -98,4 +100,19 @@ def _of_prompt(probe: SavedProbe, prompt: str, model: str, load: LoadOptions) ->
     from AutomaticEval.analysis.probes.saved.prompt_score import prompt_score
 
     said = prompt_score(probe, prompt, model, **vars(load))
-    say(f"Probability: {said:.3f} of {probe.target}: {probe.positive} (at {probe.site}, {probe.position})")
+    _say_probe(probe)
+    say(f"Read:        the token {said.token!r}, {probe.position}, at {probe.site}")
+    say(f"Probability: {said.probability:.3f} of {probe.target}: {probe.positive} (at {probe.site}, {probe.position})")
+
+
+def _say_probe(probe: SavedProbe) -> None:
+    """How good the probe was where it was made. Warns of one at chance. Files of earlier versions have one AUROC and no interval."""
+    auroc, ends = probe.made_from.get("auroc_out_of_fold"), probe.made_from.get("interval_out_of_fold")
+    if auroc is None:
+        return
+    alone = probe.made_from.get("auroc_of_place")
+    of_place = "" if alone is None else f"; its place alone {alone:.3f}"
+    within = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
+    say(f"Probe:       AUROC {auroc:.3f}{within} out of fold, over {probe.n_questions} questions{of_place}")
+    if (ends[0] if ends else auroc) <= CHANCE:
+        warn("the probe was at chance where it was made, out of fold: its probabilities may mean nothing.")

@@ -26,7 +26,7 @@ from AutomaticEval.errors import (
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.settings import MODEL
 from AutomaticEval.store.disk.json_text import parse_json
-from AutomaticEval.store.disk.whole_files import new_file, prepare_file
+from AutomaticEval.store.disk.whole_files import OVERWRITING, new_file, prepare_file
 
 FORMAT, VERSION = "automatic-eval/tuned-lens", "1.0"
 SUFFIX = ".safetensors"
@@ -80,11 +80,11 @@ class TunedLens:
             yield
 
 
-def prepare_tuned_file(path: Path, *, overwrite: bool = False) -> None:
-    """Whether a tuned lens can be written here. Raises StoreError for another ending of the name, PathExists, FolderNotWritable."""
+def prepare_tuned_file(path: Path, *, overwrite: bool = False, offer: str = OVERWRITING) -> None:
+    """Whether a tuned lens can be written here. offer: as in `prepare_file`. Raises StoreError for another ending of the name, PathExists, FolderNotWritable."""
     if path.suffix != SUFFIX:
         raise StoreError(f"{path}: a tuned lens is written as {SUFFIX}; give the file that ending.")
-    prepare_file(path, overwrite=overwrite)
+    prepare_file(path, overwrite=overwrite, offer=offer)
 
 
 def load_tuned_lens(path: str | Path) -> TunedLens:

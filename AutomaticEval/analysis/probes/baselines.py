@@ -33,6 +33,8 @@ class Baseline:
     """Why there are none."""
 
     strengths: Sequence[float] = STRENGTHS
+    n_known: int | None = None
+    """Of a column of numbers: the questions that have one."""
 
 
 def baselines(questions: Questions, target: str) -> list[Baseline]:
@@ -98,7 +100,10 @@ def _numbers(name: str, told: str, values: Sequence[float | None], why_none: str
         return Baseline(name, told, None, why_none)
     filled = np.where(known, np.array([value if value is not None else 0.0 for value in values], np.float64), 0.0)
     filled[~known] = filled[known].mean()
-    return Baseline(name, told, _same(np.stack([filled, known][: 2 - int(known.all())], 1).astype(np.float32)))
+    rows = _same(np.stack([filled, known][: 2 - int(known.all())], 1).astype(np.float32))
+    n_known = int(known.sum())
+    some = "" if known.all() else f", known for {n_known} of {len(known)}"
+    return Baseline(name, told + some, rows, n_known=n_known)
 
 
 def _classes(name: str, told: str, values: Sequence[Any], why_none: str) -> Baseline:
@@ -123,8 +128,11 @@ def _per_character(questions: Questions) -> list[float | None]:
 
 
 def _mean_logprob(questions: Questions) -> Baseline:
-    told, why = "mean log-probability of the answer's tokens", "no generated answer has one: older runs did not keep it"
-    return _numbers("mean_logprob", told, questions.column("mean_logprob"), why)
+    has_generated = not all(questions.column("logprobs"))
+    why = "older runs did not keep it" if has_generated else "no answer was generated"
+    return _numbers(
+        "mean_logprob", "mean log-probability of the answer's tokens", questions.column("mean_logprob"), why
+    )
 
 
 def _words(texts: Sequence[str]) -> Callable[[Fold], Any]:

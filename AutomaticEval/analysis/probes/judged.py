@@ -63,6 +63,8 @@ class JudgedBaseline:
     told: str
     judged: Judged | None
     reason: str | None = None
+    n_known: int | None = None
+    """Of a column of numbers: the questions that have one. The others have the mean of these, and a second column says that they have none."""
 
 
 @dataclass(frozen=True)

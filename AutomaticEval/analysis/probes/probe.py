@@ -31,6 +31,7 @@ from AutomaticEval.analysis.probes.target import Target, refuse_several, target_
 from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.errors import SelectionError, StoreError
 from AutomaticEval.store.questions.questions import AT, Questions
+from AutomaticEval.store.reader import as_run
 from AutomaticEval.store.run import Run
 
 Array = np.ndarray[Any, Any]
@@ -40,18 +41,18 @@ P_METHOD = f"{N_SHUFFLES} shuffles of the labels, for the difference of means, c
 
 
 def probe(
-    run: Run,
+    run: Run | str | Path,
     target: str = "correct",
     keys: Iterable[str] | None = None,
     *,
     positive: Any = None,
-    position: str | Sequence[str] = AT,
+    position: str | Sequence[str] | None = None,
     grid: bool = False,
     split: str = "question",
     n_folds: int = 5,
     n_repeats: int = 1,
     seed: int = 42,
-    transfer: Sequence[Run] = (),
+    transfer: Sequence[Run | str | Path] = (),
     random_model: bool = False,
     folder: str | Path | None = None,
     advance: Callable[[int], None] = lambda _: None,
@@ -62,9 +63,9 @@ def probe(
     >>> result = probe(open_run("results/run"), "correct")
     >>> result.measured["best"]["judged"].auroc
 
-    target: `correct`, `answer` (the right one), `task`, or a column of questions; positive: the value that is told from all others; without it,
-    a column of 3 to 20 values is told apart class by class. keys: sites, in any spelling; by default all of the run but patterns and logits. position: as in
-    `Questions.activations`; several (a sequence, or with commas) make each site at each position a place. grid: the usual positions, of those that every
+    run: an open run, or its path. target: `correct`, `answer` (the right one), `task`, or a column of questions; positive: the value that is told from all others; without it,
+    a column of 3 to 20 values is told apart class by class. keys: sites, in any spelling; by default all of the run but patterns and logits. position: a text as in
+    `Questions.activations`, by default prompt[-1]; several (a sequence, or with commas) make each site at each position a place. grid: the usual positions, of those that every
     question has. split: `question` keeps equal prompts in one fold, `task` whole tasks. transfer: further runs of the same model, on which this run's probes
     are judged, and the other way round. random_model: one more baseline, the same model with random weights. folder: where each place is kept when it is done,
     so that the same call goes on where it was cut short; delete it when the result is written. advance: is told of each place that is done, and of each question
@@ -77,7 +78,12 @@ def probe(
     Raises SelectionError for what cannot be asked, OtherSettings for a folder with places of another probe, StoreError for a run with too few questions, one
     class, or without the rows.
     """
-    asked = Asked(target, ",".join(positions_in(position)), split, n_folds, n_repeats, seed)
+    run, transfer = _runs_of(run, transfer)
+    if grid and position is not None:
+        raise SelectionError(
+            f"a grid of the usual positions and position {position!r} were both asked for; leave one out. Several positions are a grid, too."
+        )
+    asked = Asked(target, ",".join(positions_in(AT if position is None else position)), split, n_folds, n_repeats, seed)
     of = target_of(run.questions(), target, positive)
     if transfer:
         refuse_several(of, "transfer")
@@ -114,13 +120,19 @@ def probe(
     return replace(result, measured={**result.measured, **more})
 
 
+def _runs_of(run: Any, transfer: Any) -> tuple[Run, list[Run]]:
+    """The open runs. Raises SelectionError for what is no run and no path, and for further runs that are no list."""
+    if isinstance(transfer, str | Path | Run):
+        raise SelectionError("transfer is a list of runs; write transfer=[…].")
+    for each in (run, *transfer):
+        if not isinstance(each, str | Path | Run):
+            raise SelectionError(f"{type(each).__name__} is no run; give open_run(path), or the path.")
+    return as_run(run), [as_run(each) for each in transfer]
+
+
 def _positions_of(asked: Asked, is_usual: bool, several: Sequence[Questions]) -> Grid:
     """The usual positions, or those that are asked for, which every question of several runs has to have: told before anything is learned."""
     if is_usual:
-        if asked.position != AT:
-            raise SelectionError(
-                f"a grid of the usual positions and position {asked.position!r} were both asked for; leave one out. Several positions are a grid, too."
-            )
         return grid_of(several)
     positions = positions_in(asked.position)
     for each in positions:
@@ -150,7 +162,7 @@ def _result(
         if each.rows is None:
             return JudgedBaseline(each.name, each.told, None, each.reason)
         said = out_of_fold(each.rows, of.labels, judge.repeats, each.strengths)
-        return JudgedBaseline(each.name, each.told, judge(said, n_compared, of_best))
+        return JudgedBaseline(each.name, each.told, judge(said, n_compared, of_best), n_known=each.n_known)
 
     listed = [judged(each) for each in given]
     of_embedding = JudgedBaseline(
@@ -239,6 +251,6 @@ def _methods(asked: Asked, n_places: int) -> dict[str, Any]:
         **told,
         "interval": intervals.METHOD,
         "probe": "logistic regression, L2, standardised rows; the strength has the smallest log loss on the fold after the tested one",
-        "best": "the place with the highest AUROC where strengths were chosen, fold by fold",
+        "best": "the place with the highest AUROC where strengths were chosen, fold by fold; of places that as many folds chose, the one with the highest mean of that AUROC is named first",
         "near_duplicates": duplicates.METHOD,
     }

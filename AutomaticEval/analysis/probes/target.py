@@ -69,8 +69,8 @@ def target_of(questions: Questions, name: str = "correct", positive: Any = None)
     """The classes of a target: `correct`, `answer`, `task` or a column of questions.
 
     positive: the value that is told from all others. Without it, a column of more than two values has a class for each; of two, the positive one is true, or the
-    last in order. Raises StoreError for an unknown column, and for a target with one class; SelectionError for one with more than MOST_CLASSES, and for a value
-    that no question has.
+    last in order. Raises StoreError for an unknown column, and for a target with one class; SelectionError for one with more than MOST_CLASSES, for numbers and
+    texts that are no classes, and for a value that no question has.
     """
     values = questions.column(COLUMNS.get(name, name))
     known = [number for number, value in enumerate(values) if value is not None]
@@ -82,14 +82,29 @@ def target_of(questions: Questions, name: str = "correct", positive: Any = None)
             f"{questions.source.path}: a probe for {name} needs questions of two classes, and {only}. Ask questions of both classes (at least 5 "
             f"of each for 5 folds), or take another target: correct, answer, task or a column of questions."
         )
+    if positive is None:
+        _refuse_no_class(name, [values[number] for number in known], len(counted))
     if positive is None and len(counted) > MOST_CLASSES:
+        several = len(set(questions.column("task"))) > 1 and name != "task"
+        one_task = ", or take one task (run.where(task=…), --task)" if several else ""
         raise SelectionError(
-            f"{name} has {len(counted)} values, and a probe tells at most {MOST_CLASSES} classes apart. {NAME_ONE}: {told(counted)}."
+            f"{name} has {len(counted)} values, and a probe tells at most {MOST_CLASSES} classes apart. {NAME_ONE}{one_task}: {told(counted)}."
         )
     classes = _in_order(counted) if positive is None else _two(counted, name, word_of(positive))
     numbers = {word: number for number, word in enumerate(classes)}
     labels = np.array([numbers.get(word, 0) for word in words])
     return Target(name, questions.take(known), labels, classes, len(values) - len(known))
+
+
+def _refuse_no_class(name: str, values: Sequence[Any], n_different: int) -> None:
+    """Raises SelectionError for numbers that are no whole ones, and for texts of which few are equal."""
+    is_number = any(isinstance(each, float) for each in values) and n_different > 2
+    is_text = all(isinstance(each, str) for each in values) and n_different > max(MOST_CLASSES, len(values) / 2)
+    if is_number or is_text:
+        raise SelectionError(
+            f"{name} is a {'number' if is_number else 'text'} with {n_different} values in {len(values)} questions, and no class. Take a target with few values: correct, "
+            "answer, task or a column of questions."
+        )
 
 
 def _in_order(counted: Mapping[str, int]) -> list[str]:

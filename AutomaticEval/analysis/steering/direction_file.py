@@ -18,7 +18,7 @@ from torch import Tensor
 
 from AutomaticEval.errors import DamagedFile, NewerFormat, StoreError, UnreadableFile
 from AutomaticEval.store.disk.json_text import parse_json
-from AutomaticEval.store.disk.whole_files import new_file, prepare_file
+from AutomaticEval.store.disk.whole_files import OVERWRITING, new_file, prepare_file
 
 FORMAT, VERSION = "automatic-eval/direction", "1.0"
 ALONE = "direction"
@@ -36,11 +36,11 @@ class Stored(NamedTuple):
     """What the file says of it; None in a file of other code."""
 
 
-def prepare_direction_file(path: Path, *, overwrite: bool = False) -> None:
-    """Whether a direction file can be written here. Raises StoreError for another ending of the name, PathExists, FolderNotWritable."""
+def prepare_direction_file(path: Path, *, overwrite: bool = False, offer: str = OVERWRITING) -> None:
+    """Whether a direction file can be written here. offer: as in `prepare_file`. Raises StoreError for another ending of the name, PathExists, FolderNotWritable."""
     if path.suffix != SUFFIX:
         raise StoreError(f"{path}: a direction is written as {SUFFIX}; give the file that ending.")
-    prepare_file(path, overwrite=overwrite)
+    prepare_file(path, overwrite=overwrite, offer=offer)
 
 
 def write_vectors(path: Path, stored: Mapping[str, Stored], *, overwrite: bool) -> None:

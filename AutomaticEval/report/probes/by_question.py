@@ -122,8 +122,7 @@ def _is_several(result: Mapping[str, Any]) -> bool:
 
 
 def _title(result: Mapping[str, Any]) -> str:
-    place = next(iter(result["best"]["places"]))
+    place, n_chosen = next(iter(result["best"]["places"].items()))
+    chosen = f"{place}, chosen in {n_chosen} of {sum(result['best']['places'].values())} folds"
     at = "" if "grid" in result else f" at {position_of(result)}"  # where the place says it
-    return label(
-        f"{result['classes']['target']}{at}, best place ({place} in most folds):\n{result['run']['model']}, out of fold"
-    )
+    return label(f"{result['classes']['target']}{at}, best place ({chosen}):\n{result['run']['model']}, out of fold")

@@ -16,7 +16,7 @@ MOST_COLUMNS = 32
 
 
 def position_of(result: Mapping[str, Any]) -> str:
-    """The position of the place that most folds chose; files of the first version have one position."""
+    """The position of the place that folds chose most often; files of the first version have one position."""
     position: str = result["best"].get("position", result["settings"]["position"])
     return position
 
@@ -28,7 +28,7 @@ def at_one_position(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def grid_figure(result: Mapping[str, Any], path: Path) -> None:
-    """Write a heatmap of AUROCs for each kind of site, on one scale of colours, with a frame around the place that most folds chose. result: of `probe`, as JSON."""
+    """Write a heatmap of AUROCs for each kind of site, on one scale of colours, with a frame around the place that folds chose most often. result: of `probe`, as JSON."""
     positions, best, classes = result["settings"]["positions"], result["best"], result["classes"]
     panels = []
     for kind, of_kind in by_kind(result["places"]).items():

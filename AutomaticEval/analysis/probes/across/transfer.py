@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -62,16 +62,21 @@ class Learned:
     spots: Sequence[Sequence[Spot]]
     """[n_repeats][n_folds]: that place."""
 
+    chosen_on: Mapping[Spot, float]
+    """Place -> its mean AUROC where strengths were chosen, inside training parts: what breaks a tie of places that as many folds chose."""
+
     @classmethod
     def at_best(cls, of: Target, judge: Judge, spots: Sequence[Spot], places: Sequence[OutOfFold]) -> Learned:
         """The place is chosen inside each fold's training part."""
         found, chosen = best_of(places, judge.repeats)
-        return cls(of, judge, found, [[spots[number] for number in each] for each in chosen.tolist()])
+        chosen_on = {spot: float(each.chosen_on.mean()) for spot, each in zip(spots, places, strict=True)}
+        return cls(of, judge, found, [[spots[number] for number in each] for each in chosen.tolist()], chosen_on)
 
     @property
     def counted(self) -> dict[Spot, int]:
-        """Place -> in how many folds it was chosen, the most frequent first."""
-        return dict(Counter(spot for each in self.spots for spot in each).most_common())
+        """Place -> in how many folds it was chosen, the most frequent first; of as frequent ones, the one with the higher `chosen_on`."""
+        counted = Counter(spot for each in self.spots for spot in each)
+        return dict(sorted(counted.items(), key=lambda each: (-each[1], -self.chosen_on[each[0]])))
 
     @property
     def named(self) -> dict[str, int]:

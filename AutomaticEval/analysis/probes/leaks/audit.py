@@ -28,6 +28,13 @@ FOLLOWS = {
     "first_token": "the first token of the prompt",
 }
 """Baseline -> what the label follows if it is above chance."""
+OWN = {
+    "confidence": "the model's own confidence",
+    "margin": "the model's own margin",
+    "logprob": "the log-probability of the model's own answer",
+    "mean_logprob": "the mean log-probability of the model's own answer",
+}
+"""Baselines that are how sure the model is of its answer."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ def findings(
         *_shuffled(known.pop("shuffled", None)),
         *_position(positions),
         *_texts(best, known, told),
+        *_own(best, baselines, target.name),
+        *_partly_known(baselines, target),
         *_follows(known, target.name),
         *_duplicates(target),
         *_chance(best.auroc, target.name),
@@ -77,11 +86,52 @@ def _texts(best: Judged, known: dict[str, Judged], told: dict[str, str]) -> list
     return [
         Finding(
             f"as_good_as_probe:{name}",
-            f"{told[name]} tells the classes apart about as well as the best probe: AUROC {number(judged.auroc)}, probe {number(best.auroc)}.",
+            f"{told[name]} tells the classes apart {_beside(judged)} the best probe: AUROC {number(judged.auroc)}, probe {number(best.auroc)}.",
         )
         for name, judged in known.items()
         if name in TEXTS and is_above_chance(judged.auroc) and (judged.auroc.mean or 0.0) >= low
     ]
+
+
+def _beside(judged: Judged) -> str:
+    """By the interval of the paired difference."""
+    below = judged.below_best
+    is_better = below is not None and below.interval is not None and below.interval[1] < 0
+    return "better than" if is_better else "about as well as"
+
+
+def _own(best: Judged, baselines: Sequence[JudgedBaseline], target: str) -> list[Finding]:
+    """The best baseline of the model's own confidence, above chance, where the paired difference does not show that the probe is better."""
+    found = _best_own(baselines)
+    if found is None or found.judged is None or not is_above_chance(found.judged.auroc):
+        return []
+    judged, below = found.judged, found.judged.below_best
+    if below is None or (below.interval is not None and below.interval[0] > 0):
+        return []
+    what = "right from wrong" if target == "correct" else f"{target} apart"
+    end = "is worse" if _beside(judged) == "better than" else "does not beat it"
+    text = f"{OWN[found.name]} tells {what}: AUROC {number(judged.auroc)}; the best probe, {number(best.auroc)}, {end}."
+    return [Finding(f"own_confidence:{found.name}", text)]
+
+
+def _partly_known(baselines: Sequence[JudgedBaseline], target: Target) -> list[Finding]:
+    """The best baseline of the model's own confidence, where only some questions have it."""
+    best = _best_own(baselines)
+    n = len(target.questions)
+    if best is None or best.n_known in (None, n):
+        return []
+    several = len(set(target.questions.column("task"))) > 1
+    remedy = (
+        "compare one task at a time: run.where(task=…), --task" if several else "compare the questions that have it"
+    )
+    text = f"{OWN[best.name]} is known for {best.n_known} of {n} questions, and is a fair baseline for these alone: {remedy}."
+    return [Finding(f"partly_known:{best.name}", text)]
+
+
+def _best_own(baselines: Sequence[JudgedBaseline]) -> JudgedBaseline | None:
+    """Of the model's own confidence, the baseline with the highest AUROC."""
+    own = [(each.judged.auroc.mean or 0.0, each) for each in baselines if each.name in OWN and each.judged is not None]
+    return max(own, key=lambda each: each[0], default=(0.0, None))[1]
 
 
 def _follows(known: dict[str, Judged], target: str) -> list[Finding]:

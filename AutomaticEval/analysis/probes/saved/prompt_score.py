@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from AutomaticEval.analysis.probes.saved.saved_probe import SavedProbe
 from AutomaticEval.analysis.probes.saved.scores import check_model
@@ -14,10 +14,19 @@ from AutomaticEval.store.questions.questions import AT
 from AutomaticEval.store.questions.response_tokens import is_in_prompt, is_in_response
 
 
-def prompt_score(probe: SavedProbe, prompt: str, model: Any, **load: Any) -> float:
+class PromptScore(NamedTuple):
+    """What a probe says of a prompt."""
+
+    probability: float
+    token: str
+    """The token whose row was read."""
+
+
+def prompt_score(probe: SavedProbe, prompt: str, model: Any, **load: Any) -> PromptScore:
     """The probability that a prompt is of the probe's class, by its row in one forward.
 
-    model, load: as for `generate_inference_with_activations`. Raises SelectionError for a probe of a token that is not, or not for sure, in the prompt, and for a model whose rows have another width; as that function. Warns of another model.
+    model, load: as for `generate_inference_with_activations`. Raises SelectionError for a probe of a token that is not, or not for sure, in the prompt, for a prompt
+    that is too short to have the token, and for a model whose rows have another width; as that function. Warns of another model.
     """
     if is_in_response(probe.position):
         raise SelectionError(
@@ -40,9 +49,13 @@ def prompt_score(probe: SavedProbe, prompt: str, model: Any, **load: Any) -> flo
         **load,
     )
     (rows,) = kept["activations"].values()
+    if len(rows) != 1:
+        raise SelectionError(
+            f"the prompt has {kept['input_ids'].shape[-1]} tokens, and the probe reads {probe.position}; write the prompt as the probe's run has it."
+        )
     if rows.shape[-1] != probe.width:
         raise SelectionError(
             f"{probe.site} of {model} has {rows.shape[-1]} numbers, and the probe learned from rows of {probe.width} ({probe.model}); name that model (--model)."
         )
     check_model(probe, str(model), kept["settings"].get(MODEL))
-    return float(probe.probabilities(rows)[0])
+    return PromptScore(float(probe.probabilities(rows)[0]), kept["tokens"][0])

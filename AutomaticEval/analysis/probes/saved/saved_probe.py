@@ -16,7 +16,7 @@ from torch import Tensor
 
 from AutomaticEval.errors import DamagedFile, NewerFormat, SelectionError, StoreError, UnreadableFile
 from AutomaticEval.store.disk.json_text import parse_json
-from AutomaticEval.store.disk.whole_files import new_file, prepare_file
+from AutomaticEval.store.disk.whole_files import OVERWRITING, new_file, prepare_file
 
 Array = np.ndarray[Any, Any]
 FORMAT, VERSION = "automatic-eval/probe", "1.0"
@@ -66,7 +66,8 @@ class SavedProbe:
     """Whether the prompts were in the model's chat template."""
 
     made_from: Mapping[str, Any] = field(default_factory=dict)
-    """The run's name, how places were split, and the AUROC of the best place out of fold."""
+    """The run's name, and how it was split. Out of fold, auroc_out_of_fold (with interval_out_of_fold) is the AUROC of the whole procedure, which chooses a place in each fold; auroc_of_place and
+    interval_of_place are those of this place alone, which was chosen in chosen_in of n_folds folds."""
 
     @property
     def width(self) -> int:
@@ -100,11 +101,11 @@ _TENSORS = (*VECTORS, "bias", "learned_from")
 _ABOUT = tuple(each.name for each in fields(SavedProbe) if each.name not in _TENSORS)
 
 
-def prepare_probe_file(path: Path, *, overwrite: bool = False) -> None:
-    """Whether a probe file can be written here. Raises StoreError for another ending of the name, PathExists, FolderNotWritable."""
+def prepare_probe_file(path: Path, *, overwrite: bool = False, offer: str = OVERWRITING) -> None:
+    """Whether a probe file can be written here. offer: as in `prepare_file`. Raises StoreError for another ending of the name, PathExists, FolderNotWritable."""
     if path.suffix != SUFFIX:
         raise StoreError(f"{path}: a probe is written as {SUFFIX}; give the file that ending.")
-    prepare_file(path, overwrite=overwrite)
+    prepare_file(path, overwrite=overwrite, offer=offer)
 
 
 def load_probe(path: str | Path) -> SavedProbe:
