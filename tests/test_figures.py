@@ -13,10 +13,11 @@ from PIL import Image
 
 from AutomaticEval.analysis.numbers.estimate import effects, mean_interval
 from AutomaticEval.analysis.result import Result
-from AutomaticEval.errors import SelectionError
+from AutomaticEval.errors import SelectionError, StoreError
 from AutomaticEval.report.bars import ends_of, whisker
 from AutomaticEval.report.figures import draw, save_with_figures
 from AutomaticEval.report.heatmap import robust_ends
+from AutomaticEval.store.disk.json_files import read_json
 
 
 @pytest.mark.parametrize("n", [2, 7, 54])
@@ -78,3 +79,8 @@ def test_an_extreme_cell_does_not_set_the_colours() -> None:
     assert (low, high) == (10.0, pytest.approx(10.5 + 3 * 0.5))
     assert robust_ends([0.0] * 30 + [2.0]) == (0.0, 2.0)
     assert robust_ends([None]) is None
+
+
+def test_a_folder_in_the_place_of_a_result_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is a folder; give a result file"):
+        read_json(tmp_path)
