@@ -140,6 +140,7 @@ def test_geometry_prints_writes_and_draws_what_the_function_gives(asked: Path, t
     assert written == json.loads(json.dumps(result.as_json()))
     for name in ("cka", "cosine"):
         np.testing.assert_allclose(written["between_runs"][name], written["between"][name], atol=1e-6)
+    assert "All alike" not in done.stdout
     for name in ("", "_between", "_scatter", "_two_runs"):
         assert (tmp_path / "out" / f"geometry{name}.png").stat().st_size > 10_000
     assert "40 rows of 128 numbers have a rank of 39 at most" in done.stdout
