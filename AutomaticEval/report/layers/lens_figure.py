@@ -23,9 +23,11 @@ def lens_figure(result: Mapping[str, Any], path: Path) -> None:
     places, settings = result["places"], result["settings"]
     figure = Figure(figsize=(11.5, 7.5), layout="constrained")
     tuned = ", tuned" if settings.get("tuned") else ""
+    n_after = result.get("n_after_space", 0)
+    after = f", {n_after} of them read after the white space of their answer" if n_after else ""
     figure.suptitle(
         label(
-            f"Logit lens{tuned} at {settings['position']}: {result['run']['model']} ({result['n_questions']} questions)"
+            f"Logit lens{tuned} at {settings['position']}: {result['run']['model']} ({result['n_questions']} questions{after})"
         )
     )
     (choice, rank), (chance, spread) = figure.subplots(2, 2)
