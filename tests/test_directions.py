@@ -23,6 +23,7 @@ from AutomaticEval import (
     load_direction,
     open_run,
 )
+from AutomaticEval.analysis.probes.saved.saved_probe import FORMAT
 from AutomaticEval.analysis.steering.direction import load_directions, save_directions
 from AutomaticEval.errors import AutomaticEvalError, EditError, PathExists, SelectionError, StoreError, UnreadableFile
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -302,3 +303,10 @@ def test_a_vector_of_other_things_is_refused(tmp_path: Path, values: Any) -> Non
         load_direction(tmp_path / "v.npy", site="resid_post", layer=1)
     with pytest.raises(EditError):
         Direction(torch.tensor([1 + 2j, 3]), "resid_post.1")
+
+
+def test_a_probe_is_told_from_a_direction(tmp_path: Path) -> None:
+    tensors = {"weight": torch.ones(4), "bias": torch.ones(1)}
+    save_file(tensors, tmp_path / "probe.safetensors", {"format": FORMAT})
+    with pytest.raises(UnreadableFile, match=r"is a probe, and no direction; .*--save_direction FILE"):
+        load_direction(tmp_path / "probe.safetensors")

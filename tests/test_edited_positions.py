@@ -99,6 +99,27 @@ def test_answers_and_rows_of_a_padded_batch_are_those_of_one_row_with_raw_hooks(
         torch.testing.assert_close(kept, rows, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("positions", ["prompt", "response", "prompt[-5:]"])
+def test_prompts_of_one_length_are_edited_as_each_by_itself(positions: str, demo: LoadedModel) -> None:
+    """transformers drops the mask of a batch without padding. The sums of the demo benchmark are of few lengths, so that batches have none."""
+    vector = 5 * torch.randn(128, generator=torch.Generator().manual_seed(3))
+    with editing(demo, Edit.add("layer_1", vector, positions=positions)):
+        one, together = (
+            [
+                entry["resps"]
+                for entry in evaluate(demo, "demo_arithmetic", limit=16, batch_size=size).samples["demo_arithmetic"]
+            ]
+            for size in (1, 8)
+        )
+        prompts = [[5, 9, 33, 7], [77, 3, 250, 8], [31, 6, 90, 14]]
+        batch = respond(demo, prompts, Sampling(max_new_tokens=N_NEW))
+        alone = [respond(demo, [prompt], Sampling(max_new_tokens=N_NEW))[0] for prompt in prompts]
+    assert one == together
+    assert [each.generated_ids for each in batch] == [each.generated_ids for each in alone]
+    plain = evaluate(demo, "demo_arithmetic", limit=16, batch_size=8).samples["demo_arithmetic"]
+    assert one != [entry["resps"] for entry in plain]  # or the edit would not be seen
+
+
 def blocks(model: Any) -> Any:
     return model.model.layers if hasattr(model, "model") else model.transformer.h
 

@@ -12,6 +12,8 @@ from transformers import CohereConfig, Gemma2Config, GraniteConfig
 
 from AutomaticEval import evaluate_with_activations, load_tuned_lens, logit_lens, open_run, train_tuned_lens
 from AutomaticEval.analysis.geometry.spectrum import effective_rank, participation_ratio, spectrum
+from AutomaticEval.analysis.lens.answers import NONE, FirstTokens
+from AutomaticEval.analysis.lens.by_layer import _only_gold
 from AutomaticEval.analysis.lens.logit_lens import LogitLens
 from AutomaticEval.analysis.lens.train import Training
 from AutomaticEval.analysis.numbers.similarity import cka_between, kernels_of, linear_cka
@@ -75,6 +77,37 @@ def test_a_tuned_lens_is_nearer_on_held_out_prompts_and_survives_its_file(
     assert torch.equal(again.weights["layer_1"], lens.weights["layer_1"])
     read = logit_lens(open_run(run), ["layer_1"], model=demo, tuned=again).measured
     assert read["n_learned_from"] + read["n_questions"] == 60
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt"])
+def test_white_space_before_an_answer_is_no_gold(positions: str, demo: LoadedModel, tmp_path: Path) -> None:
+    """The demo's tokenizer makes a token of the space before a number. The last layer gives the model's own greedy answer to the token after it."""
+    evaluate_with_activations(demo, "demo_arithmetic", limit=20, positions=positions, output=tmp_path / "run")
+    opened = open_run(tmp_path / "run")
+    result = logit_lens(opened, ["layer_3"], model=demo)
+    gold, taken, rank = (result.questions[name] for name in ("gold_token", "taken_token", "gold_rank"))
+    if positions == "prompt":  # without the row after the space
+        assert result.measured["without_gold"] == {"the right answer begins with a token that is only white space": 20}
+        assert (set(gold), set(taken), result.measured["n_after_space"]) == ({None}, {None}, 0)
+        return
+    targets, said = (opened.questions().column(name) for name in ("target", "response"))
+    assert gold == [each.strip()[0] for each in targets]
+    assert taken == [each.strip()[0] for each in said]
+    assert [each == 1 for each in rank] == [
+        one.strip()[0] == other.strip()[0] for one, other in zip(targets, said, strict=True)
+    ]
+    assert (result.measured["n_after_space"], result.measured["only_gold"]) == (20, None)
+    assert result.measured["places"][0].kl.mean == pytest.approx(0, abs=1e-6)
+    elsewhere = logit_lens(opened, ["layer_3"], model=demo, position="prompt[-2]")
+    assert elsewhere.measured["without_gold"] == {"the right answer begins with a token that is only white space": 20}
+
+
+def test_a_gold_token_that_all_questions_share_is_named(demo: LoadedModel) -> None:
+    def only(*gold: int) -> str | None:
+        tokens = np.array(gold)
+        return _only_gold(FirstTokens(tokens, tokens, tokens, {}), demo)
+
+    assert (only(20, 20, NONE), only(20, 21), only(20, NONE), only(NONE)) == ("4", None, None, None)
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40)])

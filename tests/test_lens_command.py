@@ -11,6 +11,7 @@ from helpers.commands import within
 
 from AutomaticEval import (
     evaluate_with_activations,
+    generate_inference_with_activations,
     geometry,
     load_tuned_lens,
     logit_lens,
@@ -40,12 +41,23 @@ def test_lens_prints_writes_and_draws_what_the_function_gives(asked: Path, tmp_p
     assert written == json.loads(json.dumps(result.as_json()))
     assert (tmp_path / "out" / "lens.png").stat().st_size > 20_000
     table = read_lens_questions(tmp_path / "out")
-    assert table["gold_rank"].tolist() == result.questions["gold_rank"]
+    np.testing.assert_array_equal(table["gold_rank"], np.array(result.questions["gold_rank"], float))
     assert len(table) == 3 * 30
     assert f"{written['places'][-1]['choice_accuracy']['mean']:.3f}" in done.stdout
     again = within("lens", str(asked), "-o", "out", cwd=tmp_path)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert "out/lens.json exists and is not overwritten" in again.stderr
+
+
+def test_a_prompt_without_a_right_answer_is_read_too(demo: LoadedModel, tmp_path: Path) -> None:
+    """One question has no interval, and gold has no number."""
+    generate_inference_with_activations("What is 3 plus 4?", demo, save_path=tmp_path / "gen.h5", max_new_tokens=3)
+    done = within("lens", "gen.h5", "-o", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "lens.png").exists()
+    assert "Logit lens over 1 questions, 1 different prompts" in done.stdout
+    told = [" ".join(line.replace("│", " ").split()) for line in done.stdout.splitlines() if "prompts  " in line]
+    assert "prompts 0 0 0 0" in told[-1]
 
 
 def test_one_question_is_read_token_by_token(asked: Path, tmp_path: Path) -> None:
@@ -128,6 +140,7 @@ def test_geometry_prints_writes_and_draws_what_the_function_gives(asked: Path, t
     assert written == json.loads(json.dumps(result.as_json()))
     for name in ("cka", "cosine"):
         np.testing.assert_allclose(written["between_runs"][name], written["between"][name], atol=1e-6)
+    assert "All alike" not in done.stdout
     for name in ("", "_between", "_scatter", "_two_runs"):
         assert (tmp_path / "out" / f"geometry{name}.png").stat().st_size > 10_000
     assert "40 rows of 128 numbers have a rank of 39 at most" in done.stdout
@@ -139,10 +152,10 @@ def test_geometry_prints_writes_and_draws_what_the_function_gives(asked: Path, t
         ("lens", ("--layers", "9"), "UnknownLayer: no layer 9"),
         ("lens", ("--sites", "mlp_out"), "SelectionError: "),
         ("lens", ("--position", "somewhere"), "UnknownPositions: no positions 'somewhere'"),
-        ("lens", ("--doc_id", "3"), "has several tasks; say which: demo_arithmetic, demo_facts."),
         ("lens", ("--doc_id", "999", "--task", "demo_facts"), "has no document 999 of demo_facts"),
         ("lens", ("--doc_id", "3", "--task", "demo_fact"), "Did you mean 'demo_facts'?"),
         ("lens", ("--tuned", "none.safetensors"), "UnreadableFile: there is no file none.safetensors"),
+        ("lens", ("--doc_id", "3"), "has several tasks; say which with --task (task=): demo_arithmetic, demo_facts."),
         ("lens", ("--train_tuned", "own.npy"), "own.npy: a tuned lens is written as .safetensors"),
         ("geometry", ("--layers", "9"), "UnknownLayer: no layer 9"),
         ("geometry", ("--position", "somewhere"), "UnknownPositions: no positions 'somewhere'"),

@@ -21,7 +21,7 @@ from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.store.writer import RunWriter
 
-TARGETS = ("otter", "Paris", "12", "a whale")
+TARGETS = ("otter", "Paris", "the fox", "is it")
 N = 40
 
 

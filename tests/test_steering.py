@@ -33,7 +33,7 @@ from AutomaticEval.demo.world import _ANIMALS, _DRINKS
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.edited_models import names_of
-from AutomaticEval.report.by_scale import by_scale
+from AutomaticEval.report.by_scale import _panels, by_scale
 from AutomaticEval.selection import Positions
 
 VECTOR = torch.randn(128, generator=torch.Generator().manual_seed(4))
@@ -282,6 +282,27 @@ def test_wording_is_what_counting_by_hand_gives() -> None:
     assert found["words"] == [4, 4, 0, 4]
     np.testing.assert_equal(found["different words"], [0.5, 0.25, np.nan, 1])
     np.testing.assert_equal(found["repetition"], [0, 0.5, np.nan, 0])
+
+
+def test_a_line_breaks_where_a_metric_has_no_number_and_shares_end_at_0_and_1(tmp_path: Path) -> None:
+    texts = [
+        {"scale": scale, "task": "a", "metric": metric, "mean": mean, "interval": interval, "n": 3}
+        for metric in ("repetition", "words")
+        for scale, mean, interval in ((0.0, 0.9, [0.7, 1.1]), (1.0, None, None), (2.0, 0.1, [-0.1, 0.3]))
+    ]
+    scores = [
+        {"scale": 0.0, "task": "a", "metric": metric, "value": 0.9, "stderr": 0.2, "n": 3, "is_share": metric == "acc"}
+        for metric in ("acc", "perplexity")
+    ]
+    empty = [{"scale": 0.0, "task": "a", "metric": "none", "mean": None, "interval": None, "n": 0}]
+    units = {"repetition": "share of phrases", "words": "words an answer", "none": "nothing"}
+    panels = {panel.title: panel.lines["a"] for panel in _panels(scores, texts + empty, units)}
+    assert list(panels) == ["acc", "perplexity", "repetition", "words"]
+    assert [each.value for each in panels["repetition"]] == [0.9, pytest.approx(np.nan, nan_ok=True), 0.1]
+    ends = {title: (points[0].high, points[-1].low) for title, points in panels.items()}
+    assert (ends["repetition"], ends["words"]) == ((1.0, 0.0), (1.1, -0.1))
+    assert (ends["acc"][0], ends["perplexity"][0]) == (1.0, pytest.approx(0.9 + 1.96 * 0.2))
+    by_scale(scores, texts + empty, units, "demo", tmp_path / "f.png")
 
 
 @pytest.mark.parametrize("scales", [[0.0], [4.0, 8.0], [n / 7 for n in range(-15, 15)]])

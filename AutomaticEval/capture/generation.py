@@ -26,6 +26,7 @@ from AutomaticEval.capture.vocabulary import text_of
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.edited_positions import given_mask
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
 
@@ -140,7 +141,7 @@ def _respond_together(
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     filler = given.pop("pad_token_id", filler)
     ids = [[filler] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
-    mask = [[0] * pad + [1] * (width - pad) for pad in pads]
+    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=input_device(model))
     keep = None if selection is None else keep_of(selection.positions, prompts, pads)
     shape = (len(prompts), width + sampling.max_new_tokens - 1)
     recorder = recording_of(loaded, selection, keep, len(prompts), n_columns=shape[1])
@@ -150,11 +151,12 @@ def _respond_together(
         recorder as recording,
         token_logprobs(model, is_wanted=selection is not None) as likely,
         drawing(model, asked.draws(sampling)),
+        given_mask(model, mask),
         decoding(model, way, shape, recording) as extra,
     ):
         sequences: Tensor = model.generate(  # [batch, width + longest response]
             input_ids=torch.tensor(ids, device=input_device(model)),
-            attention_mask=torch.tensor(mask, device=input_device(model)),
+            attention_mask=mask,
             pad_token_id=filler,
             tokenizer=tokenizer if given.get("stop_strings", own.stop_strings) else None,
             **{**given, **extra},

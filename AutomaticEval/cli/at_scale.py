@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from AutomaticEval.analysis.words.metrics import TextMetric
     from AutomaticEval.evaluation.benchmark import LoadedTasks
 
+SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match", "correct")
+"""Metrics that are the share of questions answered right."""
 PROMPTS = "prompts"
 """What stands in the place of a task for the answers to prompts."""
 
@@ -75,6 +77,7 @@ class Measuring:
                     "value": each.value,
                     "stderr": each.stderr,
                     "n": each.answered,
+                    "is_share": each.metric in SHARES and 0 <= (each.value or 0) <= 1,
                 }
                 for each in outcome.scores
             ]

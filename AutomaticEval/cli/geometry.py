@@ -76,6 +76,11 @@ def geometry(
         tables.append(_shapes(f"{measured['other']['model']}, the same questions", measured["other_places"]))
     finish(file, result, *tables)
     _say_few(measured["places"])
+    same = [each.site for each in measured["places"] if not each.explained]
+    if same:
+        say(
+            f"All alike:   {', '.join(same)}: every question has the same row there, so that there are no components and no rank."
+        )
     reason = measured.get("between_runs", measured["between"]).get("no_cosine")
     if reason is not None:
         say(f"No cosine:   {reason}; CKA compares these.")

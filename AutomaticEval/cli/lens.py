@@ -117,13 +117,21 @@ def _over_questions(
     finish(
         file,
         result,
-        _places(measured["places"]),
+        _places(result),
         beside={NAME: lambda made: write_lens_questions(made, result.questions)},
     )
     if measured["n_learned_from"]:
         say(f"Left out:    {measured['n_learned_from']} questions that the tuned lens learned from")
+    if measured["n_after_space"]:
+        say(
+            f"After space: {measured['n_after_space']} questions are read one or more tokens later: their answer begins with white space"
+        )
+    if measured["only_gold"] is not None:
+        say(
+            f"One gold:    all right answers begin with {measured['only_gold']!r}: gold says how likely this token is, and not what the model knows"
+        )
     for reason, n in measured["without_gold"].items():
-        say(f"No gold:     {n} questions: {reason}")
+        say(f"No gold:     {n} of {measured['n_questions']} questions: {reason}")
     if measured["final"] is None:
         say("No last layer: the run has neither it nor final_norm, so nothing is compared with the model's own output.")
 
@@ -189,7 +197,9 @@ def _say_worse(places: list[TunedPlace]) -> None:
         )
 
 
-def _places(places: list[LensPlace]) -> Table:
+def _places(result: Result) -> Table:
+    """A line for each place; the last line says over how many different prompts each column is."""
+    places: list[LensPlace] = result.measured["places"]
     rows = [
         (
             each.site,
@@ -201,8 +211,23 @@ def _places(places: list[LensPlace]) -> Table:
         )
         for each in places
     ]
-    columns = ("Place", "Choice right", "Gold: rank", "first", "probability", "Taken", "Entropy", "KL", "Top as last")
-    return Table("Logit lens (KL and entropy in nats)", columns, rows)
+    of = places[0]
+    gold = of.gold_first.n
+    counts = (of.choice_accuracy.n, gold, gold, gold, of.taken_probability.n, of.entropy.n, of.kl.n, of.top_agreement.n)
+    rows.append(("prompts", *map(str, counts)))
+    columns = (
+        "Place",
+        "Choice right",
+        "Gold: median rank",
+        "first",
+        "probability",
+        "Taken",
+        "Entropy",
+        "KL",
+        "Top as last",
+    )
+    asked = f"{result.measured['n_questions']} questions, {result.measured['n_prompts']} different prompts"
+    return Table(f"Logit lens over {asked} (KL and entropy in nats)", columns, rows)
 
 
 def _tuned(result: Result) -> Table:

@@ -34,6 +34,8 @@ class BatchSequence(NamedTuple):
 
 
 _told: weakref.WeakKeyDictionary[nn.Module, Sequence[BatchSequence]] = weakref.WeakKeyDictionary()
+_without_padding: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+"""The models whose `generate` was given a mask of ones."""
 
 
 @contextmanager
@@ -44,6 +46,17 @@ def told(model: nn.Module, rows: Sequence[BatchSequence]) -> Iterator[None]:
         yield
     finally:
         _told.pop(inner(model), None)
+
+
+@contextmanager
+def given_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Inside, `generate` of a model is given this mask. transformers drops one without padding, so that forwards have none: then all is tokens."""
+    if bool(mask.ne(0).all()):
+        _without_padding[inner(model)] = True
+    try:
+        yield
+    finally:
+        _without_padding.pop(inner(model), None)
 
 
 def positions_of(given: str | slice | Positions) -> Positions:
@@ -89,7 +102,7 @@ class Sequences:
         self._begun, self._n_fed = ids, ids.shape[1]
         if rows is not None and len(rows) != shape[0]:
             raise EditError(f"a forward has {shape[0]} rows, and {len(rows)} sequences were told; nothing was edited.")
-        self._rows = _masked(shape, mask) if rows is None else rows
+        self._rows = _masked(shape, mask, self._model in _without_padding) if rows is None else rows
         self._n_columns = shape[1]
 
     def go_on(self, n_columns: int) -> None:
@@ -135,15 +148,16 @@ def _is_at(positions: Positions, number: int) -> bool:
     return number + before in range(_MOST)[positions.start : positions.stop : positions.step]
 
 
-def _masked(shape: tuple[int, int], mask: Any) -> list[BatchSequence]:
+def _masked(shape: tuple[int, int], mask: Any, is_without_padding: bool) -> list[BatchSequence]:
     """The sequences of a forward that feeds prompts alone, by its attention mask."""
     n_rows, n_columns = shape
     if mask is None:
-        if n_rows > 1:
+        if n_rows > 1 and not is_without_padding:
             raise EditError(
-                f"a forward has {n_rows} rows and no attention mask, so that an edit at positions would take padding for tokens; pass attention_mask."
+                f"a forward has {n_rows} rows and no attention mask, so that an edit at positions would take padding for tokens; pass attention_mask. "
+                "(transformers' generate drops a mask without padding: generate one row at a time there, or with generate_inference.)"
             )
-        return [BatchSequence(0, n_columns)]
+        return [BatchSequence(0, n_columns)] * n_rows
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise EditError(

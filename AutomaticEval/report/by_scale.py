@@ -21,6 +21,8 @@ MOST_CHARACTERS = 44
 MOST_BANDS = 3
 """Where more lines are drawn, their intervals are thin lines alone."""
 MOST_TICKS = 9
+SHARE = "share of "
+"""How the unit of a text metric begins that is between 0 and 1."""
 
 
 class Point(NamedTuple):
@@ -40,6 +42,7 @@ class _Panel(NamedTuple):
     title: str
     unit: str
     lines: dict[str, list[Point]]
+    """A scale at which a metric has no number is a point of NaN, which breaks the line."""
 
 
 Rows = Sequence[Mapping[str, Any]]
@@ -72,7 +75,7 @@ def by_scale(scores: Rows, texts: Rows, units: Mapping[str, str], title: str, pa
 
 
 def _panels(scores: Rows, texts: Rows, units: Mapping[str, str]) -> list[_Panel]:
-    """A panel for each metric. Numbers that are none are left out."""
+    """A panel for each metric that has a number. Intervals of what the result says to be a share end at 0 and 1."""
     panels: dict[tuple[str, str], _Panel] = {}
 
     def put(row: Mapping[str, Any], unit: str, value: float, ends: tuple[float, float]) -> None:
@@ -80,13 +83,21 @@ def _panels(scores: Rows, texts: Rows, units: Mapping[str, str]) -> list[_Panel]
         panel.lines.setdefault(row["task"], []).append(Point(row["scale"], value, *ends, row["n"]))
 
     for each in scores:
-        if each["value"] is not None:
-            half = 1.96 * (each["stderr"] or 0.0)
-            put(each, "score", each["value"], (each["value"] - half, each["value"] + half))
+        value, half = _number(each["value"]), 1.96 * (each["stderr"] or 0.0)
+        ends = (value - half, value + half)
+        put(each, "score", value, (max(0.0, ends[0]), min(1.0, ends[1])) if each.get("is_share") else ends)
     for each in texts:
-        if each["mean"] is not None:
-            put(each, units[each["metric"]], each["mean"], each["interval"] or (each["mean"], each["mean"]))
-    return list(panels.values())
+        mean, unit = _number(each["mean"]), units[each["metric"]]
+        low, high = each["interval"] or (mean, mean)
+        put(each, unit, mean, (max(0.0, low), min(1.0, high)) if unit.startswith(SHARE) else (low, high))
+    for panel in panels.values():
+        for task in [task for task, points in panel.lines.items() if all(np.isnan(each.value) for each in points)]:
+            del panel.lines[task]
+    return [panel for panel in panels.values() if panel.lines]
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value
 
 
 def _draw(axes: Any, panel: _Panel, looks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -114,7 +125,7 @@ def _draw(axes: Any, panel: _Panel, looks: Mapping[str, Mapping[str, Any]]) -> N
 
 def _largest(lines: dict[str, list[Point]]) -> dict[str, list[Point]]:
     """As many tasks as there are colours: those with the most questions."""
-    chosen = sorted(lines, key=lambda task: -lines[task][0].n)[: len(LINES)]
+    chosen = sorted(lines, key=lambda task: -max(each.n for each in lines[task]))[: len(LINES)]
     return {task: lines[task] for task in lines if task in chosen}
 
 

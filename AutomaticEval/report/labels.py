@@ -52,10 +52,10 @@ def plain_log_ticks(axis: Any) -> None:
 def save(figure: Figure, path: str | Path | Any, dpi: float) -> None:
     """Write a figure: as SVG to a path that ends in .svg, else as PNG. The same figure gives the same bytes.
 
-    Matplotlib's warnings of characters that the font lacks are left out.
+    The text of an SVG is text, which can be searched and edited, in a font of the viewer. Matplotlib's warnings of characters that the font lacks are left out.
     """
     is_svg = isinstance(path, str | Path) and Path(path).suffix == ".svg"
-    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "AutomaticEval"}):
+    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "AutomaticEval", "svg.fonttype": "none"}):
         warnings.filterwarnings("ignore", "Glyph ")
         if is_svg:
             figure.savefig(path, dpi=dpi, format="svg", metadata={"Date": None})

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from AutomaticEval.capture.vocabulary import text_of
 from AutomaticEval.store.questions.questions import Questions
 from AutomaticEval.store.ragged import Array, indices_of
 
@@ -21,7 +22,10 @@ class FirstTokens(NamedTuple):
     """[n_questions]: the first token of the right choice, or of the target of a generated answer; NONE where it is not known."""
 
     taken: Array
-    """[n_questions]: the first token of what the model answered: of the choice that it took, or of its text."""
+    """[n_questions]: the first token of what the model answered: of the choice that it took, or of its text. NONE where it is only white space."""
+
+    n_white: Array
+    """[n_questions]: so many tokens of only white space come before them in the target and in the model's own text, so that a row of the response predicts them."""
 
     without_gold: dict[str, int]
     """Why a question has no gold token -> how many have none for this reason."""
@@ -46,12 +50,16 @@ class ChoiceRows(NamedTuple):
     """[n_questions]: whether the question has several choices, and the run kept the rows of all their tokens."""
 
 
-def first_tokens(questions: Questions, tokenizer: Any) -> FirstTokens:
-    """The first tokens of the right answers and of the model's. tokenizer: encodes the targets of generated answers."""
+def first_tokens(questions: Questions, tokenizer: Any, *, may_skip: bool = True) -> FirstTokens:
+    """The first tokens of the right answers and of the model's. A token that is only white space says nothing, and is none of them.
+
+    tokenizer: encodes the targets of generated answers. may_skip: whether the token after white space is taken where the model wrote the same white space.
+    """
     contents = questions.source.contents
     samples, n_shared = questions.samples, questions.n_prompt_tokens
     choices = contents.columns.whole("choice") if "choice" in contents.columns.names else [None] * contents.n_samples
     gold, taken = np.full((2, len(questions)), NONE, dtype=np.int64)
+    n_white, white = np.zeros(len(questions), dtype=np.int64), _White(tokenizer)
     prompts = contents.columns.whole("prompt") if "prompt" in contents.columns.names else [""] * contents.n_samples
     missing: Counter[str] = Counter()
     for number, question in enumerate(questions):
@@ -64,13 +72,34 @@ def first_tokens(questions: Questions, tokenizer: Any) -> FirstTokens:
             taken[number] = NONE if said is None else _token_after(contents, said, int(n_shared[number]), own)
             reason = "the target is not the number of one choice"
         else:
-            ids, prompt = contents.generated_ids.item(own[0]), contents.input_ids.item(own[0])
-            taken[number] = ids[0] if len(ids) else NONE
-            gold[number] = _encoded(tokenizer, prompts[own[0]], question.target, prompt)
+            ids, prompt = contents.generated_ids.item(own[0]).tolist(), contents.input_ids.item(own[0])
+            target = _encoded(tokenizer, prompts[own[0]], question.target, prompt)
+            n = next((n for n, token in enumerate(target) if token not in white), 0)
+            if may_skip and ids[:n] == target[:n] and len(ids) > n:
+                n_white[number] = n
+            taken[number] = ids[n_white[number]] if ids else NONE
+            gold[number] = target[n_white[number]] if target else NONE
             reason = "the target is no text whose first token after the prompt is known"
+        if gold[number] in white:
+            gold[number], reason = NONE, "the right answer begins with a token that is only white space"
+        if taken[number] in white:
+            taken[number] = NONE
         if gold[number] == NONE:
             missing[reason] += 1
-    return FirstTokens(gold, taken, dict(missing))
+    return FirstTokens(gold, taken, n_white, dict(missing))
+
+
+class _White:
+    """The tokens that are only white space."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._known = tokenizer, {NONE: False}
+
+    def __contains__(self, token: int) -> bool:
+        token = int(token)
+        if token not in self._known:
+            self._known[token] = not text_of(self._tokenizer, [token]).strip()
+        return self._known[token]
 
 
 def _token_after(contents: Any, sample: int, n_shared: int, own: list[int]) -> int:
@@ -81,10 +110,10 @@ def _token_after(contents: Any, sample: int, n_shared: int, own: list[int]) -> i
     return int(after[0]) if len(after) else NONE
 
 
-def _encoded(tokenizer: Any, prompt: str, target: Any, ids: Array) -> int:
-    """The first token of a target after a prompt, with a space between them unless the prompt ends with one; NONE where the tokens of the two do not part there."""
+def _encoded(tokenizer: Any, prompt: str, target: Any, ids: Array) -> list[int]:
+    """The tokens of a target after a prompt, with a space between them unless the prompt ends with one; none where the tokens of the two do not part there."""
     if not isinstance(target, str) or not target.strip():
-        return NONE
+        return []
     between = "" if prompt[-1:].isspace() else " "
     before, whole = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + between + target.strip())
@@ -92,7 +121,7 @@ def _encoded(tokenizer: Any, prompt: str, target: Any, ids: Array) -> int:
     n = min(len(before), len(ids))
     parts_there = len(whole) > len(before) and whole[: len(before)] == before
     is_the_prompt = n > 0 and before[len(before) - n :] == ids[len(ids) - n :].tolist()
-    return int(whole[len(before)]) if parts_there and is_the_prompt else NONE
+    return list(whole[len(before) :]) if parts_there and is_the_prompt else []
 
 
 def choice_rows(questions: Questions) -> ChoiceRows:

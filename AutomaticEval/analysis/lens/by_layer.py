@@ -102,7 +102,8 @@ def logit_lens(
     if of_file is not None:
         refuse_other_model(of_file, loaded)
     lens = LogitLens(loaded)
-    first, choices = first_tokens(questions, loaded.tokenizer), choice_rows(questions)
+    first, at = _first_and_rows(questions, loaded.tokenizer, position, at)
+    choices = choice_rows(questions)
     final = final_place(run, loaded.layout.n_layers)
     said = said_by_lens(
         questions.source,
@@ -121,7 +122,9 @@ def logit_lens(
         "n_questions": len(questions),
         "n_prompts": len(np.unique(questions.groups)),
         "n_learned_from": n_learned,
+        "n_after_space": int((first.n_white > 0).sum()),
         "without_gold": first.without_gold,
+        "only_gold": _only_gold(first, loaded),
         "n_with_choices": int(choices.is_whole.sum()),
         "final": final,
         "places": _places(questions, places, said, scores),
@@ -135,6 +138,32 @@ def logit_lens(
     }
     columns = _columns(questions, loaded, places, said, first, scores)
     return LensResult("lens", measured, settings, methods(len(places), unit=UNIT), columns)
+
+
+def _first_and_rows(questions: Questions, tokenizer: Any, position: str, at: Array) -> tuple[FirstTokens, Array]:
+    """The answers' first tokens, and the rows that predict them: those at the position or, where white space comes first, those of the response after it.
+
+    Such a question has no right token where another position is asked for, or where the run did not keep these rows.
+    """
+    first = first_tokens(questions, tokenizer, may_skip=position == AT)
+    rows = at.copy()
+    try:
+        for n in np.unique(first.n_white[first.n_white > 0]).tolist():
+            later = np.flatnonzero(first.n_white == n)
+            rows[later] = questions.take(later.tolist()).row_numbers(f"response[{n - 1}]")
+    except StoreError:
+        return first_tokens(questions, tokenizer, may_skip=False), at
+    return first, rows
+
+
+def _only_gold(first: FirstTokens, loaded: LoadedModel) -> str | None:
+    """The right answers' first token where two or more questions all have the same; None where they differ."""
+    known = first.gold[first.gold != NONE]
+    return (
+        str(token_strings(loaded.tokenizer, known[:1].tolist())[0])
+        if len(known) > 1 and len(set(known.tolist())) == 1
+        else None
+    )
 
 
 def lens_places(run: Run, keys: Iterable[str] | None) -> list[str]:

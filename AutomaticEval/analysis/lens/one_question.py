@@ -103,7 +103,7 @@ def _question(run: Run, task: str | None, doc_id: int) -> Questions:
     questions = run.questions()
     tasks = sorted({str(each) for each in questions.column("task") if each is not None})
     if task is None and len(tasks) > 1:
-        raise StoreError(f"{run.path} has several tasks; say which: {', '.join(tasks)}.")
+        raise StoreError(f"{run.path} has several tasks; say which with --task (task=): {', '.join(tasks)}.")
     if task is not None and task not in tasks:
         raise StoreError(f"{run.path} has no task {task!r}.{did_you_mean(task, tasks)} It has {', '.join(tasks)}.")
     asked = questions.where(doc_id=doc_id, **({} if task is None else {"task": task}))

@@ -21,6 +21,8 @@ from AutomaticEval.store.disk.json_text import parse_json
 from AutomaticEval.store.disk.whole_files import OVERWRITING, new_file, prepare_file
 
 FORMAT, VERSION = "automatic-eval/direction", "1.0"
+PROBE = "automatic-eval/probe"
+"""The format of a probe's file, which holds vectors, too."""
 ALONE = "direction"
 """The name of the tensor of a file with one direction."""
 SUFFIX = ".safetensors"
@@ -67,8 +69,13 @@ def read_vectors(path: Path) -> dict[str, Stored]:
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+            metadata = file.metadata() or {}
+            if metadata.get("format") == PROBE:
+                raise UnreadableFile(
+                    f"{path} is a probe, and no direction; main.py probe RUN --save_direction FILE writes the direction between its classes."
+                )
             _refuse_other_shapes(path, shapes)
-            about = _about(path, file.metadata() or {}, shapes)
+            about = _about(path, metadata, shapes)
             return {name: Stored(file.get_tensor(name).reshape(-1), about.get(name)) for name in shapes}
     except SafetensorError as failure:
         raise UnreadableFile(

@@ -37,7 +37,7 @@ from AutomaticEval.evaluation.harness.tree_scores import TreeScorer
 from AutomaticEval.evaluation.screen import SCORING, one_call
 from AutomaticEval.models.architecture.forward_call import cache_name
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.edited_positions import BatchSequence, told
+from AutomaticEval.models.edited_positions import BatchSequence, given_mask, told
 from AutomaticEval.models.find_layout import refuse_untrue
 from AutomaticEval.models.recording import Recording
 from AutomaticEval.selection import Selection
@@ -328,7 +328,8 @@ class CapturingHFLM(EncodingHFLM):
 
         def generate(recording: Recording | None = None) -> Tensor:
             drawn = drawing(self.model, self._draws(prompts.requests, kwargs))
-            with drawn, decoding(self.model, way, (len(context), longest), recording, prefix) as extra:
+            masked = given_mask(self.model, given["attention_mask"])
+            with drawn, masked, decoding(self.model, way, (len(context), longest), recording, prefix) as extra:
                 out: Tensor = stock(**{**given, **extra})
             return out
 

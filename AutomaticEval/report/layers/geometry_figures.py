@@ -18,6 +18,8 @@ OTHER = "0.3"
 """The colour of another run's lines."""
 MOST_TICKS = 14
 MOST_TASKS = 7
+MOST_NAMED = 8
+"""Of more places, the legend names the first, the middle and the last one."""
 VERDICTS = {True: ("right", LINES[2]), False: ("wrong", LINES[3]), None: ("no verdict", LINES[7])}
 
 
@@ -140,8 +142,9 @@ def _explained(axes: Any, places: Sequence[Json]) -> None:
 
     drawn = [each for each in places if each["explained"]]
     colours = colormaps["viridis"](np.linspace(0, 0.9, max(1, len(drawn))))
+    named = range(len(drawn)) if len(drawn) <= MOST_NAMED else {0, len(drawn) // 2, len(drawn) - 1}
     for number, (each, colour) in enumerate(zip(drawn, colours, strict=False)):
-        is_named = number in {0, len(drawn) // 2, len(drawn) - 1}
+        is_named = number in named
         cumulative = np.cumsum(each["explained"])
         axes.plot(
             range(1, len(cumulative) + 1),
@@ -159,7 +162,8 @@ def _explained(axes: Any, places: Sequence[Json]) -> None:
     )
     plain_log_ticks(axes.xaxis)
     if drawn:
-        axes.legend(fontsize="small")
+        told = f"3 of {len(drawn)} places, in order" if len(drawn) > MOST_NAMED else None
+        axes.legend(fontsize="small", title=told, title_fontsize="small")
 
 
 def _by_position(figure: Any, axes: Any, result: Json) -> None:
@@ -171,6 +175,9 @@ def _by_position(figure: Any, axes: Any, result: Json) -> None:
     parts = [each for each in (start, ends["from_end"]) if each is not None and each["positions"]]
     if not parts:
         axes.text(0.5, 0.5, "no row of a prompt was kept", transform=axes.transAxes, ha="center", color="0.5")
+        return
+    if len(parts) == 1 and len(parts[0]["positions"]) == 1:
+        _at_one_position(axes, result, parts[0])
         return
     tables = [np.array(each["means"], dtype=float) for each in parts]
     gap = np.full((len(tables[0]), 1), np.nan)
@@ -187,6 +194,15 @@ def _by_position(figure: Any, axes: Any, result: Json) -> None:
         title="Mean norm by position (negative: from the prompt's end)", xlabel="position in the prompt", ylabel="layer"
     )
     figure.colorbar(shown, ax=axes, label="log10 of the mean L2 norm")
+
+
+def _at_one_position(axes: Any, result: Json, of: Json) -> None:
+    """Lines by layer: a heatmap of one position would be a block of stripes."""
+    (position,) = of["positions"]
+    held = [{"site": each["site"], "at": mean} for each, (mean,) in zip(result["places"], of["means"], strict=True)]
+    for number, (kind, of_kind) in enumerate(by_stream(held).items()):
+        _line(axes, of_kind, [each["at"] for _, each in of_kind], "-o", LINES[number % len(LINES)], kind)
+    _by_layer(axes, f"Mean norm at position {position}, the only one that the run kept", "L2 norm")
 
 
 def _matrices(

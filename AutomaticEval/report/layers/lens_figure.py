@@ -23,9 +23,11 @@ def lens_figure(result: Mapping[str, Any], path: Path) -> None:
     places, settings = result["places"], result["settings"]
     figure = Figure(figsize=(11.5, 7.5), layout="constrained")
     tuned = ", tuned" if settings.get("tuned") else ""
+    n_after = result.get("n_after_space", 0)
+    after = f", {n_after} of them read after the white space of their answer" if n_after else ""
     figure.suptitle(
         label(
-            f"Logit lens{tuned} at {settings['position']}: {result['run']['model']} ({result['n_questions']} questions)"
+            f"Logit lens{tuned} at {settings['position']}: {result['run']['model']} ({result['n_questions']} questions{after})"
         )
     )
     (choice, rank), (chance, spread) = figure.subplots(2, 2)
@@ -78,9 +80,8 @@ def _panel(
         means = np.array([scale(each["mean"]) for _, each in known])
         ends = np.array([scale(np.array(ends_of(each) or (each["mean"],) * 2)) for _, each in known])
         colour = LINES[number % len(LINES)]
-        axes.plot(
-            layers, means, "-o", color=colour, markersize=3.5, label=told if len(kinds) == 1 else f"{kind}: {told}"
-        )
+        told = (told if len(kinds) == 1 else f"{kind}: {told}") + f" ({known[0][1]['n']} prompts)"
+        axes.plot(layers, means, "-o", color=colour, markersize=3.5, label=told)
         if len(layers) > 1:
             axes.fill_between(layers, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, linewidth=0)
         else:
@@ -96,7 +97,7 @@ def _nats(axes: Any, places: Places, measures: Sequence[tuple[str, str]]) -> Non
     """Begin at 0, and end above the layers: embeddings that are much further away are told in words."""
     once = by_kind(places).get("embed", [])
     others = [each[name] for each in places for name, _ in measures if not once or each is not once[0][1]]
-    tops = [max(each["mean"], *(ends_of(each) or ())) for each in others if each["mean"] is not None]
+    tops = [max([each["mean"], *(ends_of(each) or ())]) for each in others if each["mean"] is not None]
     high = max(tops, default=0.0)
     told = [
         f"{text} {mean:.1f}" for _, each in once for name, text in measures if (mean := each[name]["mean"]) is not None

@@ -16,6 +16,8 @@ from AutomaticEval.report.probes.grid import position_of
 Array = np.ndarray[Any, Any]
 Said = dict[str, tuple[Array, Array]]
 """Who says it -> probabilities and labels, [n] each."""
+LEAST = 5
+"""Bins of fewer questions are marks that no line joins."""
 PROBE, MODEL = "probe", "the model's confidence"
 
 
@@ -33,17 +35,24 @@ def reliability_figure(result: Mapping[str, Any], path: Path) -> None:
     width = 1 / N_BINS / len(said)
     for number, (who, (probabilities, labels)) in enumerate(said.items()):
         found, colour = reliability(probabilities, labels), LINES[number]
-        above.plot(found.said, found.true, "o", color=colour, markersize=5)
-        held = found.n > 0
+        above.scatter(found.said, found.true, s=_areas(found.n), color=colour, alpha=0.8, linewidths=0, zorder=3)
+        held = found.n >= LEAST
         above.plot(found.said[held], found.true[held], color=colour, label=f"{who} ({len(labels)} questions)")
         places = np.arange(N_BINS) / N_BINS + (number + 0.5) * width
         bars = below.bar(places, found.n, width * 0.9, color=colour)
         below.bar_label(bars, [str(n) if n else "" for n in found.n], fontsize=6, padding=1)
     above.set(ylabel=label(f"share that is {true}"), xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    above.legend(fontsize="small", loc="upper left")
+    told = f"lines join bins of {LEAST} questions or more; marks' area: questions"
+    above.legend(fontsize="small", loc="upper left", title=told, title_fontsize="x-small")
     below.set(xlabel=label(f"probability of {event}, in ten bins"), ylabel="questions")
     below.margins(y=0.18)
     save(figure, path, 150)
+
+
+def _areas(n: Array) -> Array:
+    """The area of each bin's mark, in points squared: it grows with the number of questions, and a single one can be seen."""
+    areas: Array = 8 + 80 * n / max(1, n.max())
+    return areas
 
 
 def risk_coverage_figure(result: Mapping[str, Any], path: Path) -> None:

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 from AutomaticEval.report.labels import label, save
 
-LOWEST = 0.5
-"""The darkest colour is chance; what is below it has the same one."""
-MIDDLE = 0.75
-"""Numbers in cells above this are black, and below it white."""
+CHANCE = 0.5
+"""White; what is below it is blue, and above it red."""
+DARK = 0.32
+"""Numbers in cells that are further from chance are white, and others black."""
 
 
 def transfer_figure(result: Mapping[str, Any], path: Path) -> None:
@@ -27,10 +27,10 @@ def transfer_figure(result: Mapping[str, Any], path: Path) -> None:
     for each in cells:
         mean = each["auroc"]["mean"]
         grid[each["train"]][each["test"]] = float("nan") if mean is None else mean
-        colour = "black" if mean is None or mean > MIDDLE else "white"
+        colour = "black" if mean is None or abs(mean - CHANCE) < DARK else "white"
         axes.text(each["test"], each["train"], _told(each["auroc"]), ha="center", va="center", color=colour)
     axes.set_facecolor("0.9")
-    shown = axes.imshow(grid, cmap="viridis", vmin=LOWEST, vmax=1)
+    shown = axes.imshow(grid, cmap="RdBu_r", vmin=0, vmax=1)
     places = range(len(runs))
     axes.set_xticks(places, names, rotation=20, ha="right")
     axes.set_yticks(places, names)
@@ -38,7 +38,7 @@ def transfer_figure(result: Mapping[str, Any], path: Path) -> None:
     n_positions = len(result["settings"].get("positions", [""]))
     at = result["settings"]["position"] if n_positions == 1 else f"the best of {n_positions} positions"
     figure.suptitle(label(f"{result['classes']['target']} at {at}: AUROC, 95 % interval"))
-    figure.colorbar(shown, ax=axes, label="AUROC (0.5: chance)", shrink=0.8, extend="min")
+    figure.colorbar(shown, ax=axes, label="AUROC (0.5: chance)", shrink=0.8)
     save(figure, path, 150)
 
 

@@ -50,6 +50,8 @@ def finite(value: Any) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises StoreError for a file that is absent, or no JSON, or holds something else."""
+    if path.is_dir():
+        raise StoreError(f"{path} is a folder; give a result file in it, such as lens.json or probe.json.")
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
