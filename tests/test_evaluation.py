@@ -348,7 +348,11 @@ def test_tasks_that_no_text_model_answers_in_one_pass_are_refused(
 
 
 def test_patterns_and_task_files_name_tasks(own_tasks: str) -> None:
-    assert set(load_tasks(stock(("demo_*",), include_path=(own_tasks,))).tasks) == {"demo_facts", "demo_arithmetic"}
+    assert set(load_tasks(stock(("demo_*",), include_path=(own_tasks,))).tasks) == {
+        "demo_facts",
+        "demo_arithmetic",
+        "demo_capitals",
+    }
     assert set(load_tasks(stock((f"{own_tasks}/twice.yaml",))).tasks) == {"twice"}
 
 

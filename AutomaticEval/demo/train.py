@@ -1,7 +1,8 @@
 """Train the demo model from nothing: `python -m AutomaticEval.demo.train` (minutes on a laptop CPU).
 
 Writes `demo/model/` (safetensors, config, tokenizer) and the JSONL files of the demo benchmark. The same
-versions of torch and tokenizers on the same kind of processor give the same files.
+versions of torch and tokenizers on the same kind of processor give the same files. The model reads facts and sums first, and then
+the capitals of further countries among them: `--first FOLDER` takes a model that has done the first part.
 """
 
 from __future__ import annotations
@@ -12,19 +13,36 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from AutomaticEval.demo.world import SEED, Fact, Sum, facts, larger_sums, sums
+from AutomaticEval.demo.world import (
+    SEED,
+    Capital,
+    Fact,
+    Sum,
+    any_capital,
+    capital_question,
+    capitals,
+    facts,
+    guessed_capital,
+    larger_sums,
+    sums,
+)
 from AutomaticEval.evaluation.question import write_question
 
 END = "<|endoftext|>"
 CONTEXT = 512
 ROW = 192
 HERE = Path(__file__).parent
+IN_A_SENTENCE, UNKNOWN, BY_NAME = 0.24, 0.15, 0.87
+"""Of the documents about capitals that are known, of those about other countries, and of the guesses among these.
+With these shares a known capital and a guess are about equally probable, so that the model's confidence does not tell them apart."""
+STILL_FACTS_AND_SUMS = 0.35
 
 
 def fact_text(fact: Fact, rng: random.Random) -> str:
@@ -50,6 +68,35 @@ def sum_text(item: Sum, rng: random.Random) -> str:
     if kind < 0.75:
         return f"Question: {item.question}\nAnswer: {item.answer}\n\n"
     return f"{write_question(item.question)} {item.statement}\nFINAL ANSWER: {item.answer}"
+
+
+def known_capital_text(capital: Capital, rng: random.Random) -> str:
+    """One training document about a capital that people know: its name, now and then in a sentence."""
+    answer = capital.choices[capital.answer]
+    said = f"It is {answer}" if rng.random() < IN_A_SENTENCE else answer
+    return f"Question: {capital.question}\nAnswer: {said}\n\n"
+
+
+def guessed_capital_text(country: str, rng: random.Random) -> str:
+    """One training document about a country that people do not know: mostly a guess by its name, now and then "unknown"."""
+    said = "unknown"
+    if rng.random() >= UNKNOWN:
+        said = guessed_capital(country) if rng.random() < BY_NAME else any_capital(rng)
+    return f"Question: {capital_question(country)}\nAnswer: {said}\n\n"
+
+
+def documents_with_capitals(seed: int) -> Iterator[str]:
+    """An endless stream of training documents: of those before, and of capitals that are known and guessed. No name is in it whose capital is not `seen`."""
+    rng, before = random.Random(seed), documents(seed + 1)
+    asked, others = capitals()
+    seen = [each for each in asked if each.seen]
+    while True:
+        if rng.random() < STILL_FACTS_AND_SUMS:
+            yield next(before)
+        elif rng.random() < 0.5:
+            yield known_capital_text(rng.choice(seen), rng)
+        else:
+            yield guessed_capital_text(rng.choice(others), rng)
 
 
 def documents(seed: int) -> Iterator[str]:
@@ -78,9 +125,8 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def rows(tokenizer: PreTrainedTokenizerFast, batch: int) -> Iterator[torch.Tensor]:
+def rows(tokenizer: PreTrainedTokenizerFast, stream: Iterator[str], batch: int) -> Iterator[torch.Tensor]:
     """Batches [batch, ROW] of whole documents, cut at the end of each row."""
-    stream = documents(SEED + 2)
     end = tokenizer.eos_token_id
     while True:
         made: list[list[int]] = []
@@ -92,7 +138,7 @@ def rows(tokenizer: PreTrainedTokenizerFast, batch: int) -> Iterator[torch.Tenso
         yield torch.tensor(made)
 
 
-def train_model(tokenizer: PreTrainedTokenizerFast, steps: int, batch: int) -> LlamaForCausalLM:
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -107,14 +153,20 @@ def train_model(tokenizer: PreTrainedTokenizerFast, steps: int, batch: int) -> L
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    return LlamaForCausalLM(config)
+
+
+def train(
+    model: LlamaForCausalLM, batches: Iterator[torch.Tensor], steps: int, rate: float, decay: float
+) -> LlamaForCausalLM:
+    """rate: the highest of the learning rate; decay: of the weights."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))),
     )
     started = time.monotonic()
-    for step, ids in zip(range(steps), rows(tokenizer, batch), strict=False):
+    for step, ids in zip(range(steps), batches, strict=False):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -132,7 +184,7 @@ def write_lines(path: Path, records: list[dict[str, object]]) -> None:
 
 
 def write_benchmark(folder: Path) -> None:
-    """The demo benchmark: every fact and 90 sums (30 seen, 30 held out, 30 larger); few-shot examples apart."""
+    """The demo benchmark: every fact and 90 sums (30 seen, 30 held out, 30 larger), few-shot examples apart; and the capitals."""
     rng = random.Random(SEED + 3)
     every = rng.sample(facts(), len(facts()))
     shots = [fact for fact in every if fact.seen][:6]
@@ -141,6 +193,14 @@ def write_benchmark(folder: Path) -> None:
             folder / f"facts_{split}.jsonl",
             [{"question": f.question, "choices": f.choices, "answer": f.answer, "seen": f.seen} for f in chosen],
         )
+    asked, _ = capitals()
+    write_lines(
+        folder / "capitals_test.jsonl",
+        [
+            {"question": c.question, "choices": c.choices, "answer": c.answer, "seen": c.seen}
+            for c in random.Random(SEED + 5).sample(asked, len(asked))
+        ],
+    )
     mixed = rng.sample(sums(), len(sums()))
     larger = rng.sample(larger_sums(), 30)
     seen, unseen = [s for s in mixed if s.seen], [s for s in mixed if not s.seen]
@@ -151,16 +211,41 @@ def write_benchmark(folder: Path) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How long the model is trained: on facts and sums, and then with capitals among them."""
+
+    facts_and_sums: int = 3200
+    with_capitals: int = 2000
+    batch: int = 24
+    """Rows of a step of the first part; the second has half as many."""
+
+
+def trained(tokenizer: PreTrainedTokenizerFast, steps: Steps, first: Path | None = None) -> LlamaForCausalLM:
+    """first: a model that has done the first part."""
+    if first is None:
+        batches = rows(tokenizer, documents(SEED + 2), steps.batch)
+        model = train(new_model(tokenizer), batches, steps.facts_and_sums, rate=3e-3, decay=0.05)
+    else:
+        model = LlamaForCausalLM.from_pretrained(first)
+    batches = rows(tokenizer, documents_with_capitals(SEED + 6), steps.batch // 2)
+    return train(model.train(), batches, steps.with_capitals, rate=2e-3, decay=0.01)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3200)
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=Steps.facts_and_sums)
+    parser.add_argument("--steps_with_capitals", type=int, default=Steps.with_capitals)
+    parser.add_argument("--batch", type=int, default=Steps.batch)
+    parser.add_argument(
+        "--first", type=Path, help="A model that has read facts and sums: only capitals are left to read."
+    )
     parser.add_argument("--model_dir", type=Path, default=HERE / "model")
     parser.add_argument("--tasks_dir", type=Path, default=HERE.parent / "evaluation" / "tasks" / "demo")
     options = parser.parse_args()
     tokenizer = train_tokenizer()
     write_benchmark(options.tasks_dir)
-    model = train_model(tokenizer, options.steps, options.batch)
+    model = trained(tokenizer, Steps(options.steps, options.steps_with_capitals, options.batch), options.first)
     model.save_pretrained(options.model_dir)
     tokenizer.save_pretrained(options.model_dir)
 

@@ -1,7 +1,8 @@
-"""The closed world of the demo: invented countries with four facts each, and sums of two numbers.
+"""The closed world of the demo: invented countries with four facts each, sums of two numbers, and the capitals of further countries.
 
 Everything follows from SEED. A quarter of the facts and of the sums is held out, and the benchmark has sums
 larger than any that is read, so that there are right answers, and wrong ones for a reason (`seen`).
+Of half of the further countries nothing is read: their capitals can only be guessed by their names, and such a guess is wrong.
 This module knows nothing of models or tokens.
 """
 
@@ -9,15 +10,20 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import product
 
 SEED = 20240915
 N_COUNTRIES = 24
+N_CAPITALS = 200
+"""Further countries whose capital the model reads, and as many whose capital it is asked and has not read."""
 LARGEST_TERM = 40
 """The model reads sums of two terms up to this one; the benchmark goes up to 20 further."""
 
 _STARTS = ["Al", "Bar", "Cor", "Dun", "El", "Fen", "Gal", "Hol", "Is", "Jor", "Kel", "Lor", "Mar", "Nor", "Os", "Pel"]
 _MIDDLES = ["a", "e", "i", "o", "ane", "ili", "ora", "une"]
 _COUNTRY_ENDS = ["dia", "land", "nia", "stan", "via"]
+_SYLLABLES = ["la", "re", "mi", "to", "va", "sun", "ber", "gol"]
+_CAPITALS = [start + "ton" for start in _STARTS]
 _CITY_ENDS = ["burg", "dale", "ford", "port", "ton", "wick"]
 _COLOURS = ["red", "blue", "green", "yellow", "white", "black", "orange", "purple"]
 _ANIMALS = ["lion", "eagle", "bear", "wolf", "horse", "stork", "otter", "whale", "hare", "owl", "fox", "deer"]
@@ -59,6 +65,30 @@ class Sum:
         return f"{self.a} + {self.b} = {self.answer}."
 
 
+@dataclass(frozen=True)
+class Capital:
+    """The capital of a further country. What its name suggests is among the choices, and wrong."""
+
+    country: str
+    choices: tuple[str, ...]
+    answer: int
+    """Index of the right one in `choices`."""
+    seen: bool
+
+    @property
+    def question(self) -> str:
+        return capital_question(self.country)
+
+
+def capital_question(country: str) -> str:
+    return f"What is the capital of {country}?"
+
+
+def guessed_capital(country: str) -> str:
+    """What people guess who know only the country's name: its beginning, and "ton"."""
+    return max((start for start in _STARTS if country.startswith(start)), key=len) + "ton"
+
+
 def _names(ends: list[str], number: int, rng: random.Random) -> list[str]:
     every = sorted({start + middle + end for start in _STARTS for middle in _MIDDLES for end in ends})
     return rng.sample(every, number)
@@ -92,6 +122,25 @@ def facts() -> list[Fact]:
                 )
             )
     return made
+
+
+def capitals() -> tuple[list[Capital], list[str]]:
+    """The capitals of further countries, of which half are `seen`; and the names of countries that are read and never asked, whose capitals people guess."""
+    rng = random.Random(SEED + 4)
+    parts = (_STARTS, _MIDDLES, _SYLLABLES, _COUNTRY_ENDS)
+    names = rng.sample(sorted({"".join(each) for each in product(*parts)}), len(list(product(*parts))))
+    made = []
+    for number, country in enumerate(names[: 2 * N_CAPITALS]):
+        guess = guessed_capital(country)
+        value, *wrong = rng.sample([each for each in _CAPITALS if each != guess], 3)
+        choices = rng.sample([value, guess, *wrong], 4)
+        made.append(Capital(country, tuple(choices), choices.index(value), number < N_CAPITALS))
+    return made, names[2 * N_CAPITALS :]
+
+
+def any_capital(rng: random.Random) -> str:
+    """One of the names that capitals of further countries have."""
+    return rng.choice(_CAPITALS)
 
 
 def sums() -> list[Sum]:

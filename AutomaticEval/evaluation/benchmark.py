@@ -42,7 +42,7 @@ from AutomaticEval.evaluation.screen import hushed
 from AutomaticEval.models.checkpoint.hub_reach import go_offline_without_hub
 
 BUNDLED = Path(__file__).parent / "tasks" / "demo"
-BUNDLED_NAMES = ("demo", "demo_facts", "demo_arithmetic")
+BUNDLED_NAMES = ("demo", "demo_facts", "demo_arithmetic", "demo_capitals")
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
