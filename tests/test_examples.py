@@ -25,8 +25,8 @@ EXPECTED = {
     "02_benchmark_loop.py": "accuracy: 9 of 12",
     "03_read_a_run.py": "layer_1: the kind is found for 45 of 45",
     "04_in_your_own_evaluation.py": "correct=True: 29 questions",
-    "05_score_continuations.py": "' green': -6.77 nats over 4 tokens",
-    "06_heads.py": "right: 6 of 6; without\n  head 0 of layer 2 1",
+    "05_score_continuations.py": "' blue': -14.30 nats over 4 tokens",
+    "06_heads.py": "right: 6 of 6; without\n  head 0 of layer 1 4",
     "07_sparse_autoencoder.py": "loss went down: True",
     "08_lens.py": "layer_2 0.68, layer_3 0.77",
 }

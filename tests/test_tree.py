@@ -249,7 +249,8 @@ def test_answers_that_grow_out_of_a_window_are_lm_evals(config: Any, tokenizer: 
 @pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"cache_implementation": "static"}, {"repetition_penalty": 1.3}])
 def test_other_ways_to_generate_are_lm_evals(kwargs: dict[str, Any], demo: LoadedModel) -> None:
     prompts = [SHARED + "A?", SHARED + "What is red?"]
-    assert generated(demo, prompts, "tree", **kwargs) == generated(demo, prompts, "stock", **kwargs)
+    alone = [generated(demo, [each], "stock", **kwargs)[0] for each in prompts]
+    assert generated(demo, prompts, "tree", **kwargs) == alone  # with beams, lm-eval's own stop depends on the batch
 
 
 def test_a_model_that_changed_between_calls_is_prefilled_anew() -> None:
