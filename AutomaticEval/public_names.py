@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+BUNDLED_MODELS = {"demo": "model", "demo_capitals": "capitals"}
+"""Name of a model that comes with the package -> its folder in `demo`."""
+
 
 def public_name(given: str | Path) -> str:
     """The name for files: a hub name as it is; the last name of a folder or path, which tells neither home nor user."""

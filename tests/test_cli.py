@@ -46,7 +46,7 @@ def test_the_readmes_run(tmp_path: Path) -> None:
     """From a new interpreter: what libraries say while they are imported would be seen, too."""
     done = process("--capture_activations", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "0.7667" in done.stdout
+    assert "0.7444" in done.stdout
     assert "180 of 180" in done.stdout
     (folder,) = (tmp_path / "activations").iterdir()
     assert f"open_run('activations/{folder.name}')" in done.stdout
@@ -56,7 +56,7 @@ def test_the_readmes_run(tmp_path: Path) -> None:
     assert "request/s" in done.stderr
     shown = main("show", str(folder), cwd=tmp_path)
     assert "demo_facts" in shown.stdout
-    assert "0.7667" in shown.stdout
+    assert "0.7444" in shown.stdout
     one = main("show", str(folder), "--sample", "0", cwd=tmp_path)
     assert "layer_3" in one.stdout
     assert main("show", str(folder), "--sample", "450", cwd=tmp_path).returncode == 2

@@ -79,7 +79,7 @@ def test_lm_evals_files_that_do_not_fit_fail_the_command_by_name(tmp_path: Path,
     last = done.stderr.splitlines()[-1]
     assert last.startswith("DiskFull: the disk is full: lm-eval could not write out/demo/")
     assert "samples_demo_facts" in last
-    assert "demo_facts, acc: 0.7667" in done.stderr  # what was computed is told
+    assert "demo_facts, acc: 0.7444" in done.stderr  # what was computed is told
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
 
 

@@ -214,7 +214,7 @@ def test_where_keeps_rows_and_questions_together(scored: Run) -> None:
     whole = questions.activations("layer_2")
     wrong = questions.where(correct=False, task="demo_facts")
     picked = [n for n, each in enumerate(questions) if each.correct is False and each.task == "demo_facts"]
-    assert len(wrong) == len(picked) == 21
+    assert len(wrong) == len(picked) == 23
     assert same(wrong.activations("layer_2"), whole[picked])
     assert same(wrong[3:5].activations("resid_post.2", position="prompt[-1]"), whole[picked[3:5]])
     assert wrong[-1] == questions[picked[-1]] == list(questions)[picked[-1]]
@@ -277,10 +277,10 @@ def test_a_notebook_shows_a_question_with_its_choices_verdict_and_tokens(scored:
     first, last = scored.questions()[0], scored.questions()[-1]
     shown = first._repr_html_()
     assert "<b>demo_facts document 0: wrong</b>" in shown
-    assert row("0.935", " whale", "taken") in shown
-    assert row("0.013", " fox", "target") in shown
+    assert row("0.993", " whale", "taken") in shown
+    assert row("0.004", " fox", "target") in shown
     assert "1 tokens of the prompt have rows" in shown
-    for said in ("Response", " 8", "Target", "57"):
+    for said in ("Response", " 48", "Target", "57"):
         assert f">{said}<" in last._repr_html_()
     evil = "<script>\x1b"
     hostile = replace(first, question=evil, choices=[evil] * 4, tokens={0: evil})._repr_html_()
@@ -344,7 +344,7 @@ def test_only_what_is_asked_for_is_read(scored: Run) -> None:
     run = open_run(scored.path)
     questions = run.questions().where(correct=True)
     questions.activations("layer_1")
-    assert len(questions.groups) == len(questions) == 138
+    assert len(questions.groups) == len(questions) == 133
     columns: Any = run.contents.columns
     assert not {"prompt", "response", "metrics"} & set(columns._whole)
 

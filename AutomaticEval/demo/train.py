@@ -1,8 +1,8 @@
-"""Train the demo model from nothing: `python -m AutomaticEval.demo.train` (minutes on a laptop CPU).
+"""Train the demo models from nothing: `python -m AutomaticEval.demo.train` (minutes on a laptop CPU).
 
-Writes `demo/model/` (safetensors, config, tokenizer) and the JSONL files of the demo benchmark. The same
-versions of torch and tokenizers on the same kind of processor give the same files. The model reads facts and sums first, and then
-the capitals of further countries among them: `--first FOLDER` takes a model that has done the first part.
+Writes `demo/model/` and `demo/capitals/` (safetensors, config, tokenizer) and the JSONL files of the demo benchmark. The same
+versions of torch and tokenizers on the same kind of processor give the same files. `demo` reads facts and sums; `demo_capitals` is
+`demo`, trained on with the capitals of further countries among them.
 """
 
 from __future__ import annotations
@@ -221,15 +221,21 @@ class Steps:
     """Rows of a step of the first part; the second has half as many."""
 
 
-def trained(tokenizer: PreTrainedTokenizerFast, steps: Steps, first: Path | None = None) -> LlamaForCausalLM:
-    """first: a model that has done the first part."""
-    if first is None:
-        batches = rows(tokenizer, documents(SEED + 2), steps.batch)
-        model = train(new_model(tokenizer), batches, steps.facts_and_sums, rate=3e-3, decay=0.05)
-    else:
-        model = LlamaForCausalLM.from_pretrained(first)
+def read_facts_and_sums(tokenizer: PreTrainedTokenizerFast, steps: Steps) -> LlamaForCausalLM:
+    """The first model, `demo`."""
+    batches = rows(tokenizer, documents(SEED + 2), steps.batch)
+    return train(new_model(tokenizer), batches, steps.facts_and_sums, rate=3e-3, decay=0.05)
+
+
+def read_capitals(first: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: Steps) -> LlamaForCausalLM:
+    """The second model, `demo_capitals`: the first, trained on."""
     batches = rows(tokenizer, documents_with_capitals(SEED + 6), steps.batch // 2)
-    return train(model.train(), batches, steps.with_capitals, rate=2e-3, decay=0.01)
+    return train(first.train(), batches, steps.with_capitals, rate=2e-3, decay=0.01)
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def main() -> None:
@@ -237,17 +243,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Steps.facts_and_sums)
     parser.add_argument("--steps_with_capitals", type=int, default=Steps.with_capitals)
     parser.add_argument("--batch", type=int, default=Steps.batch)
-    parser.add_argument(
-        "--first", type=Path, help="A model that has read facts and sums: only capitals are left to read."
-    )
     parser.add_argument("--model_dir", type=Path, default=HERE / "model")
+    parser.add_argument("--capitals_dir", type=Path, default=HERE / "capitals")
     parser.add_argument("--tasks_dir", type=Path, default=HERE.parent / "evaluation" / "tasks" / "demo")
     options = parser.parse_args()
-    tokenizer = train_tokenizer()
+    steps, tokenizer = Steps(options.steps, options.steps_with_capitals, options.batch), train_tokenizer()
     write_benchmark(options.tasks_dir)
-    model = trained(tokenizer, Steps(options.steps, options.steps_with_capitals, options.batch), options.first)
-    model.save_pretrained(options.model_dir)
-    tokenizer.save_pretrained(options.model_dir)
+    model = read_facts_and_sums(tokenizer, steps)
+    save(model, tokenizer, options.model_dir)
+    save(read_capitals(model, tokenizer, steps), tokenizer, options.capitals_dir)
 
 
 if __name__ == "__main__":

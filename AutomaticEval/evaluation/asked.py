@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from AutomaticEval.errors import StoreError
-from AutomaticEval.public_names import absolute
+from AutomaticEval.public_names import BUNDLED_MODELS, absolute
 
 MAY_BE_PATHS = ("model", "peft", "delta", "offload_folder", "project", "include_path", "tokenizer")
 """Options whose text may be a path; where there is such a path, it is kept as one that holds in every current folder."""
@@ -37,7 +37,7 @@ def _anywhere(name: str, value: Any) -> Any:
         return [_anywhere(name, each) for each in value]
     if name == "benchmark" and isinstance(value, str):
         return ",".join(_file(each.strip()) for each in value.split(","))
-    if name in MAY_BE_PATHS and isinstance(value, str) and value != "demo":
+    if name in MAY_BE_PATHS and isinstance(value, str) and value not in BUNDLED_MODELS:
         with suppress(OSError):  # a name that is too long for a path
             return str(absolute(value)) if Path(value).expanduser().exists() else value
     return value

@@ -33,8 +33,8 @@ from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.evaluation.screen import whole_run
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.checkpoint.model_sources import DEMO
 from AutomaticEval.processes import Ranks, command_line, join_ranks
+from AutomaticEval.public_names import BUNDLED_MODELS
 from AutomaticEval.selection import Selection
 from AutomaticEval.store.disk.whole_files import ensure_space, prepare_folder, size_text
 from AutomaticEval.store.run_folder import shards_bytes
@@ -254,9 +254,9 @@ class _Run:
 def _warn_of_demo(loaded: LoadedModel, benchmark: Benchmark) -> None:
     """Warn of scores that say nothing: those of the bundled model on tasks that are not of its world."""
     others = [name for name in benchmark.names if name not in BUNDLED_NAMES]
-    if loaded.name == DEMO and others and not benchmark.include_path:
+    if loaded.name in BUNDLED_MODELS and others and not benchmark.include_path:
         warn(
-            f"the demo model knows only its own small world, and guesses on {', '.join(others)}; name another model (--model gpt2)."
+            f"the model {loaded.name} knows only its own small world, and guesses on {', '.join(others)}; name another model (--model gpt2)."
         )
 
 

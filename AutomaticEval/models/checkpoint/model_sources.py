@@ -10,8 +10,8 @@ from AutomaticEval.file_states import file_states
 from AutomaticEval.models.checkpoint.hub_reach import go_offline_without_hub
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.weights.adapters import Alone, adapter_alone
+from AutomaticEval.public_names import BUNDLED_MODELS
 
-DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[2] / "demo" / "model"
 
 
@@ -51,8 +51,8 @@ def sources_of(name: str, options: LoadOptions, *, ask_hub: bool = True) -> Mode
 
 def source_of(name: str) -> str:
     """What `from_pretrained` takes for a name: the absolute path of a folder, or the hub name itself."""
-    if name == DEMO:
-        return str(DEMO_FOLDER)
+    if name in BUNDLED_MODELS:
+        return str(DEMO_FOLDER.with_name(BUNDLED_MODELS[name]))
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(folder.resolve())
