@@ -26,6 +26,7 @@ import gc
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import tempfile
@@ -167,7 +168,10 @@ def main() -> int:
     quiet_libraries()
     given.folder.mkdir(parents=True, exist_ok=True)
     is_tiny = given.size == "tiny"
-    setting = Setting(given.device, given.tokenizer, given.folder, given.mmlu, is_tiny)
+    folder = Path(
+        tempfile.mkdtemp(dir=given.folder)
+    )  # removed at the end: an interrupt may hit the removing of a section's own
+    setting = Setting(given.device, given.tokenizer, folder, given.mmlu, is_tiny)
     console = Console(width=200)
     found: dict[str, Any] = {**where(given.device), "is_tiny": is_tiny, "tokenizer": given.tokenizer}
     console.print(", ".join(f"{key} {value}" for key, value in found.items()), markup=False)
@@ -194,7 +198,9 @@ def main() -> int:
         if is_ended:
             break
         if is_lost():
+            shutil.rmtree(folder, ignore_errors=True)
             go_on(given, names[number + 1 :], found)
+    shutil.rmtree(folder, ignore_errors=True)
     show_targets(console, list(judged(sections)))
     return 130 if is_ended else int(any(map(has_failed, sections.values())))
 

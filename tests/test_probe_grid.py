@@ -216,7 +216,7 @@ def test_a_run_with_one_position_has_no_grid(tmp_path: Path) -> None:
     assert "--positions all" in str(told.value)
     with pytest.raises(SelectionError, match="leave one out"):
         probe(run, grid=True, position="prompt[-2]")
-    for wrong in (-1, None, ["last", 0]):  # 0 is the first stored row, and "0" the first token
+    for wrong in (-1, 7, ["last", 0]):  # 0 is the first stored row, and "0" the first token
         with pytest.raises(SelectionError, match=r"position is .*; write a text"):
             probe(run, position=wrong)
 
