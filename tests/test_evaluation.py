@@ -376,7 +376,7 @@ def test_hendrycks_folders_feed_the_stock_task(demo: LoadedModel, tmp_path: Path
     docs = hendrycks(tmp_path / "data", "astronomy")
     how = {"benchmark_data": tmp_path / "data", "num_fewshot": 2, "activation_save_dir": tmp_path / "out"}
     with pytest.warns(
-        UserWarning, match="the demo model knows only its own small world, and guesses on mmlu_astronomy"
+        UserWarning, match="the model demo knows only its own small world, and guesses on mmlu_astronomy"
     ):
         outcome = evaluate(demo, "mmlu_astronomy", **how)
     logged = outcome.samples["mmlu_astronomy"]
