@@ -23,8 +23,8 @@ from AutomaticEval import (
     load_direction,
     open_run,
 )
-from AutomaticEval.analysis.probes.saved.saved_probe import FORMAT
 from AutomaticEval.analysis.steering.direction import load_directions, save_directions
+from AutomaticEval.analysis.tensor_file import PROBE
 from AutomaticEval.errors import AutomaticEvalError, EditError, PathExists, SelectionError, StoreError, UnreadableFile
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
@@ -307,6 +307,6 @@ def test_a_vector_of_other_things_is_refused(tmp_path: Path, values: Any) -> Non
 
 def test_a_probe_is_told_from_a_direction(tmp_path: Path) -> None:
     tensors = {"weight": torch.ones(4), "bias": torch.ones(1)}
-    save_file(tensors, tmp_path / "probe.safetensors", {"format": FORMAT})
+    save_file(tensors, tmp_path / "probe.safetensors", {"format": PROBE.name})
     with pytest.raises(UnreadableFile, match=r"is a probe, and no direction; .*--save_direction FILE"):
         load_direction(tmp_path / "probe.safetensors")

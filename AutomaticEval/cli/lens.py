@@ -174,9 +174,9 @@ def _one_question(
 def _train(run: Run, keys: list[str] | None, file: Path, steps: int, seed: int, output: Path) -> None:
     from AutomaticEval.analysis.lens.by_layer import lens_places
     from AutomaticEval.analysis.lens.train import Training, train_tuned_lens
-    from AutomaticEval.analysis.lens.tuned_lens import prepare_tuned_file
+    from AutomaticEval.analysis.tensor_file import TUNED_LENS
 
-    prepare_tuned_file(file, offer="")
+    TUNED_LENS.prepare(file, offer="")
     written = output if output.suffix == ".json" else output / "tuned_lens.json"
     result_file(written.parent, written.name, "tuned_lens")
     training = Training(n_steps=steps, seed=seed)

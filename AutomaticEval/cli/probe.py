@@ -135,7 +135,6 @@ def probe(
     """
     from AutomaticEval.analysis.probes.parts.kept_places import remove_places
     from AutomaticEval.analysis.probes.probe import probe as probed
-    from AutomaticEval.analysis.probes.target import refuse_several, target_of
     from AutomaticEval.store.reader import open_run
     from AutomaticEval.store.upkeep.prune import kept_keys
 
@@ -146,13 +145,7 @@ def probe(
     file = output if output.suffix == ".json" else output / "probe.json"
     parts = output.with_suffix(".parts") if output.suffix == ".json" else output / "probe"
     result_file(file.parent, file.name, "probe", parts)
-    if save_direction is not None:
-        _check_direction(save_direction, run)
-    if save_probe is not None:
-        _check_probe(save_probe, run)
-    for name, given in (("--save_direction", save_direction), ("--save_probe", save_probe)):
-        if given is not None:
-            refuse_several(target_of(run.questions(), target, positive), name)
+    _check_saved(run, target, positive, save_direction, save_probe)
     others = [open_run(Path(each.strip()).expanduser()) for each in (transfer or "").split(",") if each.strip()]
     with going_on(parts), progress_of_work("Probing") as (advance, expect):
         result = probed(
@@ -217,13 +210,18 @@ def _say_left_out(left_out: Sequence[LeftOut]) -> None:
         say(f"Left out:    {each.position}: {each.reason}")
 
 
-def _check_direction(file: Path, run: Run) -> None:
-    """What would refuse the direction is told before anything is probed."""
-    from AutomaticEval.analysis.steering.direction_file import prepare_direction_file
+def _check_saved(run: Run, target: str, positive: str | None, direction: Path | None, probe: Path | None) -> None:
+    """What would refuse a file that is to be saved is told before anything is probed."""
+    from AutomaticEval.analysis.probes.target import refuse_several, target_of
+    from AutomaticEval.analysis.tensor_file import DIRECTION, PROBE
     from AutomaticEval.store.reading.reduced_runs import refuse_reduced
 
-    prepare_direction_file(file.expanduser(), offer="")
-    refuse_reduced(run.settings, "a direction")
+    files = ((direction, DIRECTION, "a direction", "--save_direction"), (probe, PROBE, "a saved probe", "--save_probe"))
+    for file, kind, what, option in files:
+        if file is not None:
+            kind.prepare(file.expanduser(), offer="")
+            refuse_reduced(run.settings, what)
+            refuse_several(target_of(run.questions(), target, positive), option)
 
 
 def _save_direction(file: Path, run: Run, result: Result) -> None:
@@ -243,15 +241,6 @@ def _say_direction(auroc: float | None, p: float | None) -> None:
     told = "" if p is None else f", p {p:.3f}"
     chance = ": p is above 0.05, so that chance alone may give it" if p is not None and p > 0.05 else ""
     say(f"             AUROC along it, out of fold: {auroc:.3f}{told}{chance}")
-
-
-def _check_probe(file: Path, run: Run) -> None:
-    """What would refuse the probe is told before anything is probed."""
-    from AutomaticEval.analysis.probes.saved.saved_probe import prepare_probe_file
-    from AutomaticEval.store.reading.reduced_runs import refuse_reduced
-
-    prepare_probe_file(file.expanduser(), offer="")
-    refuse_reduced(run.settings, "a saved probe")
 
 
 def _save_probe(file: Path, run: Run, result: Result) -> None:

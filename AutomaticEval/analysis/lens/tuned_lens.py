@@ -11,25 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from AutomaticEval.errors import (
-    DamagedFile,
-    NewerFormat,
-    OtherSettings,
-    SelectionError,
-    StoreError,
-    UnreadableFile,
-)
+from AutomaticEval.analysis.tensor_file import TUNED_LENS
+from AutomaticEval.errors import DamagedFile, OtherSettings, SelectionError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.settings import MODEL
 from AutomaticEval.store.disk.json_text import parse_json
-from AutomaticEval.store.disk.whole_files import OVERWRITING, new_file, prepare_file
-
-FORMAT, VERSION = "automatic-eval/tuned-lens", "1.0"
-SUFFIX = ".safetensors"
+from AutomaticEval.store.disk.whole_files import new_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,35 +60,20 @@ class TunedLens:
     def saving(self, path: str | Path, *, overwrite: bool = False) -> Iterator[None]:
         """As `save`; the file gets its name when the with ends, and there is none when the with fails."""
         file = Path(path).expanduser()
-        prepare_tuned_file(file, overwrite=overwrite)
+        TUNED_LENS.prepare(file, overwrite=overwrite)
         tensors = {f"{key}.weight": each.contiguous() for key, each in self.weights.items()}
         tensors |= {f"{key}.bias": each.contiguous() for key, each in self.biases.items()}
         told = {"about": dict(self.about), "places": list(self.places), "learned": sorted(self.learned)}
-        metadata = {"format": FORMAT, "format_version": VERSION, "tuned_lens": json.dumps(told, allow_nan=False)}
+        metadata = {**TUNED_LENS.metadata, "tuned_lens": json.dumps(told, allow_nan=False)}
         with new_file(file, overwrite=overwrite) as partial:
             save_file(tensors, partial, metadata)
             yield
 
 
-def prepare_tuned_file(path: Path, *, overwrite: bool = False, offer: str = OVERWRITING) -> None:
-    """Whether a tuned lens can be written here. offer: as in `prepare_file`. Raises StoreError for another ending of the name, PathExists, FolderNotWritable."""
-    if path.suffix != SUFFIX:
-        raise StoreError(f"{path}: a tuned lens is written as {SUFFIX}; give the file that ending.")
-    prepare_file(path, overwrite=overwrite, offer=offer)
-
-
 def load_tuned_lens(path: str | Path) -> TunedLens:
     """The tuned lens in a file. Raises UnreadableFile for a file that is none, DamagedFile, NewerFormat."""
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise UnreadableFile(f"there is no file {path}; a tuned lens is what `lens RUN --train_tuned FILE` wrote.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _refuse_others(path, metadata)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as failure:
-        raise UnreadableFile(f"{path} is no safetensors file ({failure}).") from None
+    metadata, tensors = TUNED_LENS.read(path)
     weights = {name.removesuffix(".weight"): each for name, each in tensors.items() if name.endswith(".weight")}
     biases = {name.removesuffix(".bias"): each for name, each in tensors.items() if name.endswith(".bias")}
     try:
@@ -110,16 +85,6 @@ def load_tuned_lens(path: str | Path) -> TunedLens:
         raise DamagedFile(f"{path}: its metadata `tuned_lens` does not say what it was made from.") from None
     _refuse_damaged(path, lens)
     return lens
-
-
-def _refuse_others(path: Path, metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise UnreadableFile(f"{path} is no tuned lens; give a file that `lens RUN --train_tuned FILE` wrote.")
-    version = metadata.get("format_version", "")
-    if version.partition(".")[0] != VERSION.partition(".")[0]:
-        raise NewerFormat(
-            f"{path} has the format {version or 'none'}, and this version reads {VERSION}; update AutomaticEval."
-        )
 
 
 def _refuse_damaged(path: Path, lens: TunedLens) -> None:

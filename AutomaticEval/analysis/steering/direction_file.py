@@ -16,16 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from AutomaticEval.errors import DamagedFile, NewerFormat, StoreError, UnreadableFile
+from AutomaticEval.analysis.tensor_file import DIRECTION, PROBE
+from AutomaticEval.errors import DamagedFile, StoreError, UnreadableFile
 from AutomaticEval.store.disk.json_text import parse_json
-from AutomaticEval.store.disk.whole_files import OVERWRITING, new_file, prepare_file
+from AutomaticEval.store.disk.whole_files import new_file
 
-FORMAT, VERSION = "automatic-eval/direction", "1.0"
-PROBE = "automatic-eval/probe"
-"""The format of a probe's file, which holds vectors, too."""
 ALONE = "direction"
 """The name of the tensor of a file with one direction."""
-SUFFIX = ".safetensors"
 
 
 class Stored(NamedTuple):
@@ -38,21 +35,14 @@ class Stored(NamedTuple):
     """What the file says of it; None in a file of other code."""
 
 
-def prepare_direction_file(path: Path, *, overwrite: bool = False, offer: str = OVERWRITING) -> None:
-    """Whether a direction file can be written here. offer: as in `prepare_file`. Raises StoreError for another ending of the name, PathExists, FolderNotWritable."""
-    if path.suffix != SUFFIX:
-        raise StoreError(f"{path}: a direction is written as {SUFFIX}; give the file that ending.")
-    prepare_file(path, overwrite=overwrite, offer=offer)
-
-
 def write_vectors(path: Path, stored: Mapping[str, Stored], *, overwrite: bool) -> None:
-    """Write a direction file, whole or not at all. Raises as `prepare_direction_file`, and StoreError for what JSON cannot hold."""
-    prepare_direction_file(path, overwrite=overwrite)
+    """Write a direction file, whole or not at all. Raises as `TensorFile.prepare`, and StoreError for what JSON cannot hold."""
+    DIRECTION.prepare(path, overwrite=overwrite)
     try:
         about = json.dumps({name: each.about for name, each in stored.items()}, allow_nan=False)
     except (TypeError, ValueError) as failure:
         raise StoreError(f"{path}: made_from holds what JSON cannot hold ({failure}).") from None
-    metadata = {"format": FORMAT, "format_version": VERSION, "directions": about}
+    metadata = {**DIRECTION.metadata, "directions": about}
     with new_file(path, overwrite=overwrite) as partial:
         save_file({name: each.vector.contiguous() for name, each in stored.items()}, partial, metadata)
 
@@ -70,7 +60,7 @@ def read_vectors(path: Path) -> dict[str, Stored]:
         with safe_open(path, framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
             metadata = file.metadata() or {}
-            if metadata.get("format") == PROBE:
+            if metadata.get("format") == PROBE.name:  # which holds vectors, too
                 raise UnreadableFile(
                     f"{path} is a probe, and no direction; main.py probe RUN --save_direction FILE writes the direction between its classes."
                 )
@@ -110,13 +100,9 @@ def _refuse_other_shapes(path: Path, shapes: Mapping[str, list[int]]) -> None:
 
 def _about(path: Path, metadata: Mapping[str, str], shapes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Name of a vector -> what the file says of it; {} for a file of other code."""
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != DIRECTION.name:
         return {}
-    version = metadata.get("format_version", "")
-    if version.partition(".")[0] != VERSION.partition(".")[0]:
-        raise NewerFormat(
-            f"{path} has the format {version or 'none'}, and this version reads {VERSION}; update AutomaticEval."
-        )
+    DIRECTION.refuse_newer(path, metadata)
     try:
         about = parse_json(metadata["directions"])
         sound = about.keys() == shapes.keys() and all(_is_sound(each) for each in about.values())

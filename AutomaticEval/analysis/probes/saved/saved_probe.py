@@ -10,17 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from AutomaticEval.errors import DamagedFile, NewerFormat, SelectionError, StoreError, UnreadableFile
+from AutomaticEval.analysis.tensor_file import PROBE
+from AutomaticEval.errors import DamagedFile, SelectionError
 from AutomaticEval.store.disk.json_text import parse_json
-from AutomaticEval.store.disk.whole_files import OVERWRITING, new_file, prepare_file
+from AutomaticEval.store.disk.whole_files import new_file
 
 Array = np.ndarray[Any, Any]
-FORMAT, VERSION = "automatic-eval/probe", "1.0"
-SUFFIX = ".safetensors"
 VECTORS = ("weights", "shift", "scale")
 
 
@@ -90,22 +88,15 @@ class SavedProbe:
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write a probe file, ending in .safetensors, whole or not at all. Raises PathExists, StoreError."""
         file = Path(path).expanduser()
-        prepare_probe_file(file, overwrite=overwrite)
+        PROBE.prepare(file, overwrite=overwrite)
         about = json.dumps({name: getattr(self, name) for name in _ABOUT}, allow_nan=False)
         tensors = {name: getattr(self, name).clone().contiguous() for name in _TENSORS}  # which may share memory
         with new_file(file, overwrite=overwrite) as partial:
-            save_file(tensors, partial, {"format": FORMAT, "format_version": VERSION, "probe": about})
+            save_file(tensors, partial, {**PROBE.metadata, "probe": about})
 
 
 _TENSORS = (*VECTORS, "bias", "learned_from")
 _ABOUT = tuple(each.name for each in fields(SavedProbe) if each.name not in _TENSORS)
-
-
-def prepare_probe_file(path: Path, *, overwrite: bool = False, offer: str = OVERWRITING) -> None:
-    """Whether a probe file can be written here. offer: as in `prepare_file`. Raises StoreError for another ending of the name, PathExists, FolderNotWritable."""
-    if path.suffix != SUFFIX:
-        raise StoreError(f"{path}: a probe is written as {SUFFIX}; give the file that ending.")
-    prepare_file(path, overwrite=overwrite, offer=offer)
 
 
 def load_probe(path: str | Path) -> SavedProbe:
@@ -114,33 +105,13 @@ def load_probe(path: str | Path) -> SavedProbe:
     Raises UnreadableFile for a file that holds no probe; NewerFormat; DamagedFile for one whose parts do not fit each other.
     """
     file = Path(path).expanduser()
-    if not file.is_file():
-        raise UnreadableFile(f"there is no file {file}; a probe is a {SUFFIX} file of `probe --save_probe`.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            _refuse_others(file, metadata)
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as failure:
-        raise UnreadableFile(
-            f"{file} is no safetensors file ({failure}); a probe is a file of `probe --save_probe`."
-        ) from None
+    metadata, tensors = PROBE.read(file)
     try:
         found = SavedProbe(**tensors, **parse_json(metadata["probe"]))
     except (KeyError, TypeError, ValueError):
         raise DamagedFile(f"{file}: its parts are not those of a probe ({', '.join(_TENSORS)}).") from None
     _refuse_unsound(file, found)
     return found
-
-
-def _refuse_others(file: Path, metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise UnreadableFile(f"{file} holds {metadata.get('format', 'other tensors')}, and no probe ({FORMAT}).")
-    version = metadata.get("format_version", "")
-    if version.partition(".")[0] != VERSION.partition(".")[0]:
-        raise NewerFormat(
-            f"{file} has the format {version or 'none'}, and this version reads {VERSION}; update AutomaticEval."
-        )
 
 
 def _refuse_unsound(file: Path, found: SavedProbe) -> None:
