@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from AutomaticEval.cli.finish import Table, finish, result_file
-from AutomaticEval.cli.options import OUTPUT, RUN, command
+from AutomaticEval.cli.options import OUTPUT, RUN, OfLayers, OfToken, command
 from AutomaticEval.cli.printing import progress, say
 
 if TYPE_CHECKING:
@@ -17,12 +17,6 @@ if TYPE_CHECKING:
 Sites = Annotated[
     str | None,
     typer.Option("--sites", help="Such as resid_post,mlp_out. Default: the residual stream.", rich_help_panel=RUN),
-]
-Layers = Annotated[
-    str | None, typer.Option("--layers", help="Such as 10-14. Default: all of the run.", rich_help_panel=RUN)
-]
-Position = Annotated[
-    str, typer.Option("--position", help="One token of each question: prompt[-1], prompt[-3].", rich_help_panel=RUN)
 ]
 Limit = Annotated[
     int | None,
@@ -49,8 +43,8 @@ def geometry(
     path: Annotated[Path, typer.Argument(help="A run of questions.", metavar="RUN")],
     other: Annotated[Path | None, typer.Argument(help="Another run over the same questions.", metavar="[RUN2]")] = None,
     sites: Sites = None,
-    layers: Layers = None,
-    position: Position = "prompt[-1]",
+    layers: OfLayers = None,
+    position: OfToken = "prompt[-1]",
     limit: Limit = None,
     scatter: Scatter = None,
     seed: Seed = 42,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from AutomaticEval.cli.finish import Table, finish, result_file
-from AutomaticEval.cli.options import OUTPUT, RUN, command, is_given, quiet_libraries, refuse_unused
+from AutomaticEval.cli.options import OUTPUT, RUN, OfLayers, OfToken, command, is_given, quiet_libraries, refuse_unused
 from AutomaticEval.cli.printing import progress, say
 
 if TYPE_CHECKING:
@@ -22,12 +22,6 @@ Sites = Annotated[
     typer.Option(
         "--sites", help="embed, resid_pre, resid_mid, resid_post. Default: all of the run.", rich_help_panel=RUN
     ),
-]
-Layers = Annotated[
-    str | None, typer.Option("--layers", help="Such as 10-14. Default: all of the run.", rich_help_panel=RUN)
-]
-Position = Annotated[
-    str, typer.Option("--position", help="One token of each question: prompt[-1], prompt[-3].", rich_help_panel=RUN)
 ]
 Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="So many questions, drawn with --seed.", rich_help_panel=RUN)
@@ -64,8 +58,8 @@ def lens(
     context: typer.Context,
     path: Annotated[Path, typer.Argument(help="A run of questions.", metavar="RUN")],
     sites: Sites = None,
-    layers: Layers = None,
-    position: Position = "prompt[-1]",
+    layers: OfLayers = None,
+    position: OfToken = "prompt[-1]",
     limit: Limit = None,
     seed: Seed = 42,
     doc_id: DocId = None,

@@ -70,6 +70,12 @@ Texts = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+OfLayers = Annotated[
+    str | None, typer.Option("--layers", help="Such as 10-14. Default: all of the run.", rich_help_panel=RUN)
+]
+OfToken = Annotated[
+    str, typer.Option("--position", help="One token of each question: prompt[-1], prompt[-3].", rich_help_panel=RUN)
+]
 BatchSize = Annotated[
     int, typer.Option("--batch_size", min=1, help="Prompts or texts in a forward.", rich_help_panel=RUN)
 ]

@@ -10,7 +10,7 @@ import typer
 
 from AutomaticEval.cli.finish import Table, finish, result_file
 from AutomaticEval.cli.going_on import going_on
-from AutomaticEval.cli.options import OUTPUT, RUN, command, refuse_unused
+from AutomaticEval.cli.options import OUTPUT, RUN, OfLayers, command, refuse_unused
 from AutomaticEval.cli.printing import progress_of_work, say
 
 if TYPE_CHECKING:
@@ -43,9 +43,6 @@ TaskName = Annotated[
 Sites = Annotated[
     str | None,
     typer.Option("--sites", help="Such as resid_post,mlp_out. Default: all of the run.", rich_help_panel=RUN),
-]
-Layers = Annotated[
-    str | None, typer.Option("--layers", help="Such as 10-14. Default: all of the run.", rich_help_panel=RUN)
 ]
 Position = Annotated[
     str,
@@ -116,7 +113,7 @@ def probe(
     positive: Positive = None,
     task: TaskName = None,
     sites: Sites = None,
-    layers: Layers = None,
+    layers: OfLayers = None,
     position: Position = "prompt[-1]",
     grid: Grid = False,
     split: Split = "question",
