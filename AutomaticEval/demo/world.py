@@ -128,7 +128,8 @@ def capitals() -> tuple[list[Capital], list[str]]:
     """The capitals of further countries, of which half are `seen`; and the names of countries that are read and never asked, whose capitals people guess."""
     rng = random.Random(SEED + 4)
     parts = (_STARTS, _MIDDLES, _SYLLABLES, _COUNTRY_ENDS)
-    names = rng.sample(sorted({"".join(each) for each in product(*parts)}), len(list(product(*parts))))
+    names = sorted({"".join(each) for each in product(*parts)})
+    names = rng.sample(names, len(names))
     made = []
     for number, country in enumerate(names[: 2 * N_CAPITALS]):
         guess = guessed_capital(country)
