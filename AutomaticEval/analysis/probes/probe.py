@@ -153,30 +153,9 @@ def _result(
     best = judge(found)
     top, *_ = own.counted
     strength = usual_strength(next(each.found.probes for each in places if each.spot == top))
-    given = baselines(of.questions, asked.target)
-    looked = [place_of_right_choice(of.questions, asked.target), _first_token(of.questions, top)]
-    n_compared = sum(each.rows is not None for each in (*given, *looked)) + bool(embedding) + (drawn is not None)
     of_best = judge.auroc(found.log_odds)
-
-    def judged(each: Baseline) -> JudgedBaseline:
-        if each.rows is None:
-            return JudgedBaseline(each.name, each.told, None, each.reason)
-        said = out_of_fold(each.rows, of.labels, judge.repeats, each.strengths)
-        return JudgedBaseline(each.name, each.told, judge(said, n_compared, of_best), n_known=each.n_known)
-
-    listed = [judged(each) for each in given]
-    of_embedding = JudgedBaseline(
-        "embedding", "the embedding layer", None, "the run has none, or it is the place itself"
-    )
-    if embedding:
-        told, _ = best_of([each.found for each in embedding], judge.repeats)
-        of_embedding = replace(of_embedding, judged=judge(told, n_compared, of_best), reason=None)
-    listed.append(of_embedding)
-    if drawn is not None:
-        told_of = f"the same model with random weights (seed {asked.seed})"
-        listed.append(JudgedBaseline("random_model", told_of, judge(drawn, n_compared, of_best)))
+    listed, checked = _compared(own, asked, of_best, embedding, drawn)
     listed.append(_with_shuffled_labels(of, asked, judge, top, shuffled))
-    checked = [judged(each) for each in looked]
     measured = {
         "findings": findings(best, [*listed, *checked], of, [each.position for each in own.counted]),
         "run": {"path": of.questions.source.path.name, "model": of.questions.source.contents.model},
@@ -195,6 +174,35 @@ def _result(
         "questions": by_question(of, found),
     }
     return Result("probe", measured, _settings(asked, judge), _methods(asked, len(places)))
+
+
+def _compared(
+    own: Learned, asked: Asked, of_best: intervals.Share, embedding: Sequence[Place], drawn: OutOfFold | None
+) -> tuple[list[JudgedBaseline], list[JudgedBaseline]]:
+    """The baselines of the report, and the checks of the audit alone, in the folds of the probe. of_best: the AUROC of the best place."""
+    of, judge, (top, *_) = own.of, own.judge, own.counted
+    given = baselines(of.questions, asked.target)
+    looked = [place_of_right_choice(of.questions, asked.target), _first_token(of.questions, top)]
+    n_compared = sum(each.rows is not None for each in (*given, *looked)) + bool(embedding) + (drawn is not None)
+
+    def judged(each: Baseline) -> JudgedBaseline:
+        if each.rows is None:
+            return JudgedBaseline(each.name, each.told, None, each.reason)
+        said = out_of_fold(each.rows, of.labels, judge.repeats, each.strengths)
+        return JudgedBaseline(each.name, each.told, judge(said, n_compared, of_best), n_known=each.n_known)
+
+    listed = [judged(each) for each in given]
+    of_embedding = JudgedBaseline(
+        "embedding", "the embedding layer", None, "the run has none, or it is the place itself"
+    )
+    if embedding:
+        told, _ = best_of([each.found for each in embedding], judge.repeats)
+        of_embedding = replace(of_embedding, judged=judge(told, n_compared, of_best), reason=None)
+    listed.append(of_embedding)
+    if drawn is not None:
+        told_of = f"the same model with random weights (seed {asked.seed})"
+        listed.append(JudgedBaseline("random_model", told_of, judge(drawn, n_compared, of_best)))
+    return listed, [judged(each) for each in looked]
 
 
 def _by_class(own: Learned) -> dict[str, dict[str, Estimate]]:
