@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from AutomaticEval.pages.probe_result import probe_section, said
 from AutomaticEval.pages.prompt_rows import prompt_rows, ranks_by, sampled, shown_keys
 from AutomaticEval.pages.question_rows import question_rows
 from AutomaticEval.pages.result_files import Found, results_of
-from AutomaticEval.pages.scores import EVERY, Second, keys_of, scores_of, second_of
+from AutomaticEval.pages.scores import EVERY, Second, TaskScore, keys_of, scores_of, second_of
 from AutomaticEval.report.page.charts import intervals_chart, lines_chart
 from AutomaticEval.report.page.document import document
 from AutomaticEval.safe_text import shown
@@ -128,54 +128,54 @@ def _alone(second: Second) -> str:
 
 def _scores(questions: Questions, second: Second | None) -> dict[str, Any]:
     """A chart and a table: one line a task, or what changed."""
-    rows: list[tuple[str, ...]]
     if second is None:
-        scores = scores_of(questions)
-        points = [
-            {
-                "name": each.task,
-                "mean": each.correct.mean,
-                **_ends(each.correct.interval),
-                "said": f"{each.task}: {_words(each.correct)}",
-            }
-            for each in scores
-            if each.correct.mean is not None
-        ]
-        rows = [(shown(each.task), _words(each.correct), str(each.n), str(each.n_without)) for each in scores]
-        columns = ["Task", "Right", "Questions", "Without verdict"]
+        title, axis, line = "Share answered rightly", "share", None
+        points, columns, rows = _of_one_run(scores_of(questions))
     else:
-        points = [
-            {
-                "name": each.task,
-                "mean": each.difference.mean,
-                **_ends(each.difference.interval),
-                "said": f"{each.task}: {_words(each.difference)}",
-            }
-            for each in second.changes
-            if each.difference.mean is not None
-        ]
-        rows = [
-            (
-                shown(each.task),
-                _words(each.difference),
-                f"{each.before:.3f}",
-                f"{each.after:.3f}",
-                _count(each.n_gained),
-                _count(each.n_lost),
-                str(each.n),
-            )
-            for each in second.changes
-        ]
-        rows += _only_here(questions, second)
-        columns = ["Task", "Change", "This run", "Other run", "Now right", "Now wrong", "Questions"]
-    title = "Share answered rightly" if second is None else "Change of the share answered rightly: other run - this run"
-    line, axis = (None, "share") if second is None else (0.0, "change")
-    charts = (
-        [intervals_chart(title, "Bars: 95 % intervals.", points, axis, line=line, is_change=second is not None)]
-        if points
-        else []
-    )
+        title, axis, line = "Change of the share answered rightly: other run - this run", "change", 0.0
+        points, columns, rows = _of_two_runs(questions, second)
+    told, is_change = "Bars: 95 % intervals.", second is not None
+    charts = [intervals_chart(title, told, points, axis, line=line, is_change=is_change)] if points else []
     return {"score_charts": charts, "score_columns": columns, "score_rows": rows}
+
+
+Drawn = tuple[list[dict[str, Any]], list[str], list[tuple[str, ...]]]
+"""The points of a chart, and the columns and rows of a table."""
+
+
+def _of_one_run(scores: Sequence[TaskScore]) -> Drawn:
+    rows: list[tuple[str, ...]] = [
+        (shown(each.task), _words(each.correct), str(each.n), str(each.n_without)) for each in scores
+    ]
+    points = _points((each.task, each.correct) for each in scores)
+    return points, ["Task", "Right", "Questions", "Without verdict"], rows
+
+
+def _of_two_runs(questions: Questions, second: Second) -> Drawn:
+    rows: list[tuple[str, ...]] = [
+        (
+            shown(each.task),
+            _words(each.difference),
+            f"{each.before:.3f}",
+            f"{each.after:.3f}",
+            _count(each.n_gained),
+            _count(each.n_lost),
+            str(each.n),
+        )
+        for each in second.changes
+    ]
+    points = _points((each.task, each.difference) for each in second.changes)
+    columns = ["Task", "Change", "This run", "Other run", "Now right", "Now wrong", "Questions"]
+    return points, columns, rows + _only_here(questions, second)
+
+
+def _points(estimates: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """A point for each task that has a number. estimates: (task, estimate)."""
+    return [
+        {"name": task, "mean": each.mean, **_ends(each.interval), "said": f"{task}: {_words(each)}"}
+        for task, each in estimates
+        if each.mean is not None
+    ]
 
 
 def _only_here(questions: Questions, second: Second) -> list[tuple[str, ...]]:
