@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from importlib import resources
@@ -25,7 +24,6 @@ from AutomaticEval.pages.run_page import run_page
 from AutomaticEval.report.page.charts import intervals_chart
 from AutomaticEval.report.page.document import json_block
 
-CHROMIUM = shutil.which("chromium")
 N = 60
 HOSTILE = {
     3: "<script>document.title='stolen'</script><img src=x onerror=\"document.title='stolen'\">",
@@ -61,17 +59,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "60 questions" in done.stdout
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(params=["light", "dark"])

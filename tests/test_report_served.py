@@ -6,7 +6,6 @@ import copy
 import http.client
 import json
 import re
-import shutil
 import signal
 import socket
 import time
@@ -36,7 +35,6 @@ from AutomaticEval.pages.served_page import served_page
 from AutomaticEval.report.page.local_server import LocalServer
 from AutomaticEval.store.run import Run
 
-CHROMIUM = shutil.which("chromium")
 N = 130
 HOSTILE, LONG, SHORT = 3, 7, 8
 BEGINNING = f"{'Two examples of how to answer. ' * 5}\n"
@@ -268,17 +266,6 @@ def test_ctrl_c_ends_it_with_no_thread_left(folder: Path) -> None:
     assert time.monotonic() - begun < 5  # not until the idle one had timed out
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("Ended.\n['MainThread']\n")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
