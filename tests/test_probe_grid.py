@@ -172,7 +172,7 @@ def test_the_file_has_the_keys_of_its_contract_and_the_page_shows_one_position(p
     assert alone["best"]["places"] == {"layer_1": 5}
     section, of_one = probe_section(written), probe_section(alone)
     assert [row[:2] for row in section["places"]] == [row[:2] for row in of_one["places"]]
-    assert section["position"] == "prompt[-3], the place that most folds chose among 8 positions"
+    assert section["position"] == "prompt[-3], the best of 8 positions (chosen in 5 of 5 folds)"
     assert of_one["position"] == "prompt[-3]"
     ((_, columns, rows),) = section["matrices"]
     assert of_one["matrices"] == []

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from AutomaticEval.report.page.charts import Chart, intervals_chart, lines_chart
-from AutomaticEval.report.probes.classes import classes_told, measure_told
+from AutomaticEval.report.probes.classes import chosen_told, classes_told, measure_told
 from AutomaticEval.report.probes.grid import at_one_position, position_of
 from AutomaticEval.sites import kind_and_layer
 
@@ -39,9 +39,10 @@ def probe_section(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _position(result: Mapping[str, Any]) -> str:
-    """Of a grid the position that is shown, and of how many."""
+    """Of a grid the position that is shown, of how many, and in how many folds its place was chosen."""
     n = len(result["settings"].get("positions", [""]))
-    return position_of(result) + (f", the place that most folds chose among {n} positions" if n > 1 else "")
+    chosen = f", the best of {n} positions ({chosen_told(result['best']['places'])})"
+    return position_of(result) + (chosen if n > 1 else "")
 
 
 Matrix = tuple[str, list[str], list[tuple[str, ...]]]

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from AutomaticEval.report.labels import LINES, label, save
+from AutomaticEval.report.probes.classes import chosen_told
 from AutomaticEval.report.probes.curves import N_BINS, kept_share, reliability
 from AutomaticEval.report.probes.grid import position_of
 
@@ -131,7 +132,7 @@ def _is_several(result: Mapping[str, Any]) -> bool:
 
 
 def _title(result: Mapping[str, Any]) -> str:
-    place, n_chosen = next(iter(result["best"]["places"].items()))
-    chosen = f"{place}, chosen in {n_chosen} of {sum(result['best']['places'].values())} folds"
+    places = result["best"]["places"]
+    chosen = f"{next(iter(places))}, {chosen_told(places)}"
     at = "" if "grid" in result else f" at {position_of(result)}"  # where the place says it
     return label(f"{result['classes']['target']}{at}, best place ({chosen}):\n{result['run']['model']}, out of fold")

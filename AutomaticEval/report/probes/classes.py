@@ -1,4 +1,4 @@
-"""The classes of a probe's result in words, for titles, axes and pages."""
+"""The classes of a probe's result and the choice of its place in words, for titles, axes and pages."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def measure_told(classes: Mapping[str, Any]) -> str:
     """`AUROC`; of several classes `Mean AUROC of 4 classes`."""
     counts = classes.get("counts")
     return "AUROC" if counts is None else f"Mean AUROC of {len(counts)} classes"
+
+
+def chosen_told(places: Mapping[str, int]) -> str:
+    """`chosen in 3 of 5 folds`, of the first place. places: place -> folds that chose it, as a result has them."""
+    return f"chosen in {next(iter(places.values()))} of {sum(places.values())} folds"

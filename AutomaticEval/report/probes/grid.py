@@ -8,7 +8,7 @@ from typing import Any
 
 from AutomaticEval.report.heatmap import Panel, heatmaps
 from AutomaticEval.report.labels import by_kind
-from AutomaticEval.report.probes.classes import measure_told, title_told
+from AutomaticEval.report.probes.classes import chosen_told, measure_told, title_told
 
 CHANCE = 0.5
 MOST_COLUMNS = 32
@@ -43,8 +43,7 @@ def grid_figure(result: Mapping[str, Any], path: Path) -> None:
             None,
         )
         panels.append(Panel(kind, values, f"{measure_told(classes)} (0.5: chance)", ends=(CHANCE, 1.0), marked=marked))
-    n_chosen, *others = best["places"].values()
-    chosen = f"{best['site']} at {best['position']}, chosen in {n_chosen} of {n_chosen + sum(others)} folds"
+    chosen = f"{best['site']} at {best['position']}, {chosen_told(best['places'])}"
     title = f"{classes['target']}: {result['run']['model']} ({title_told(classes)})\nframe: {chosen}"
     beside = max(1, MOST_COLUMNS // len(positions))
     heatmaps(panels, path, columns=min(len(panels), beside), across="", names=positions, title=title)
