@@ -1,6 +1,6 @@
 """Where each site is in a Hugging Face decoder: found in the module tree, then verified on a few tokens.
 
-The names in `models/architecture/module_names.py` point at modules. One small forward checks that each holds what the site's name says; a
+The names in `models/architecture/description.py` point at modules. One small forward checks that each holds what the site's name says; a
 site for which that is not so is refused, and never stored. A new kind of site needs a rule in `_layout`.
 """
 

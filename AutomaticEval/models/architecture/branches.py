@@ -5,15 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from AutomaticEval.models.architecture.identities import is_sum
-from AutomaticEval.models.architecture.module_names import (
-    ATTENTION,
-    DOWN_PROJECTION,
-    MLP,
-    OUT_PROJECTION,
-    POST_ATTENTION_NORM,
-    POST_MLP_NORM,
-    Parts,
-)
+from AutomaticEval.models.architecture.module_names import Parts
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.sites import Site
 
@@ -52,10 +44,14 @@ def find_branches(parts: Parts) -> None:
 def _branches(parts: Parts, layer: int) -> list[_Branch]:
     """The candidates of a block, the plainest first."""
     block = parts.blocks[layer]
-    attention = parts.children(block, ATTENTION)
-    attn = [*attention, *parts.children(block, POST_ATTENTION_NORM)]
-    attn += [path for parent in attention for path in parts.named(parent, OUT_PROJECTION)]
-    branch = [*parts.children(block, MLP), *parts.children(block, POST_MLP_NORM), *_down_projections(parts, block)]
+    attention = parts.children(block, parts.names.attention)
+    attn = [*attention, *parts.children(block, parts.names.post_attention_norm)]
+    attn += [path for parent in attention for path in parts.named(parent, parts.names.out_projection)]
+    branch = [
+        *parts.children(block, parts.names.mlp),
+        *parts.children(block, parts.names.post_mlp_norm),
+        *_down_projections(parts, block),
+    ]
     scale = float(getattr(parts.config, "residual_multiplier", None) or 1.0)
     below = len(block) + 1
     return [_Branch(one[below:], other[below:], scale) for one in attn for other in branch]
@@ -63,7 +59,11 @@ def _branches(parts: Parts, layer: int) -> list[_Branch]:
 
 def _down_projections(parts: Parts, block: str) -> list[str]:
     """Paths of the output projections in the block's MLP, or in the block itself when that is the MLP."""
-    return [path for parent in parts.children(block, MLP) or [block] for path in parts.named(parent, DOWN_PROJECTION)]
+    return [
+        path
+        for parent in parts.children(block, parts.names.mlp) or [block]
+        for path in parts.named(parent, parts.names.down_projection)
+    ]
 
 
 def _branch_taps(parts: Parts, branch: _Branch, layer: int) -> tuple[Tap, Tap]:
@@ -97,10 +97,10 @@ def _why_no_branches(parts: Parts, layer: int, has_others: bool) -> str:
     """Why a layer has neither attn_out nor mlp_out. has_others: whether other blocks are built like its block."""
     block = parts.blocks[layer]
     lacks = None
-    if not parts.children(block, ATTENTION):
-        lacks = parts.no_child(layer, "attention module", ATTENTION)
-    elif not (parts.children(block, (*MLP, *POST_MLP_NORM)) or _down_projections(parts, block)):
-        lacks = parts.no_child(layer, "MLP", MLP)
+    if not parts.children(block, parts.names.attention):
+        lacks = parts.no_child(layer, "attention module", parts.names.attention)
+    elif not (parts.children(block, (*parts.names.mlp, *parts.names.post_mlp_norm)) or _down_projections(parts, block)):
+        lacks = parts.no_child(layer, "MLP", parts.names.mlp)
     if lacks is not None:
         return f"{lacks}, so that {IDENTITY} cannot be checked"
     dtype = str(parts.model.dtype).removeprefix("torch.")
@@ -115,9 +115,9 @@ def _why_no_branches(parts: Parts, layer: int, has_others: bool) -> str:
 def _find_mlp_post(parts: Parts, layer: int) -> None:
     """The input of the projection whose output is the MLP's, or is what the MLP adds."""
     block, added = parts.blocks[layer], parts.taps.get(Site("mlp_out", layer))
-    for parent in parts.children(block, MLP) or [block]:
+    for parent in parts.children(block, parts.names.mlp) or [block]:
         ends = [parts.probe.outputs[name] for name in (parent, added.module if added else parent)]
-        for down in parts.named(parent, DOWN_PROJECTION):
+        for down in parts.named(parent, parts.names.down_projection):
             if any(is_sum(parts.probe.outputs[down], end) for end in ends):
                 parts.taps[Site("mlp_post", layer)] = Tap(down, "input")
                 return
@@ -126,11 +126,11 @@ def _find_mlp_post(parts: Parts, layer: int) -> None:
 
 def _why_no_mlp_post(parts: Parts, layer: int) -> str:
     block = parts.blocks[layer]
-    mlp = next(iter(parts.children(block, MLP)), None)
+    mlp = next(iter(parts.children(block, parts.names.mlp)), None)
     down = _down_projections(parts, block)
     if mlp is None:
         unsure = f", so that {parts.below(layer, down[0])} is not known to be a part of one" if down else ""
-        return parts.no_child(layer, "MLP", MLP) + unsure
+        return parts.no_child(layer, "MLP", parts.names.mlp) + unsure
     below, kind = parts.below(layer, mlp), type(parts.model.get_submodule(mlp)).__name__
     modules = parts.model.get_submodule(mlp).named_modules()
     if any("experts" in f"{name} {type(module).__name__}".lower() for name, module in modules):
@@ -138,7 +138,7 @@ def _why_no_mlp_post(parts: Parts, layer: int) -> str:
     if down:
         reason = f"what {parts.below(layer, down[0])} gives is not what {below} gives: something comes between"
     else:
-        names = ", ".join(DOWN_PROJECTION)
+        names = ", ".join(parts.names.down_projection)
         reason = f"no down projection ({names}) was found in {below}, whose parts are {parts.described(mlp)}"
     return parts.why(layer, mlp, reason)
 

@@ -1,7 +1,6 @@
-"""The names that modules have in each family, and one model's modules found by them.
+"""The modules of one model, found by the names of its description.
 
-The lists of names below are all that is known of families. `models/find_layout.py`, `branches.py` and `projections.py` check what the names
-point at. A reason why a site is missing speaks of "its block", so that blocks that are built alike have the same reason.
+`models/find_layout.py`, `branches.py` and `projections.py` check what the names point at. A reason why a site is missing speaks of "its block", so that blocks that are built alike have the same reason.
 """
 
 from __future__ import annotations
@@ -12,31 +11,19 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from AutomaticEval.errors import UnsupportedModel
+from AutomaticEval.models.architecture.description import KNOWN, Description
 from AutomaticEval.models.architecture.identities import Probe
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.sites import Site
 
-ATTENTION = ("self_attn", "attn", "attention", "self_attention", "temporal_block")
-MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
-OUT_PROJECTION = ("o_proj", "out_proj", "c_proj", "dense", "wo")
-DOWN_PROJECTION = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "w2")
-POST_ATTENTION_NORM = ("post_attention_layernorm", "post_self_attn_layernorm", "post_attention_norm")
-POST_MLP_NORM = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_feedforward_norm")
-FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "final_norm", "ln_out")
-QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
-FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
-N_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-N_HEADS = ("num_attention_heads", "n_head", "n_heads")
-"""Names of this number in configs. Code that comes with a checkpoint may have others."""
-
 
 def n_layers_in(config: Any, name: str) -> int:
     """The number of layers in the config of a model's text part. Raises UnsupportedModel, with the model's name, when it has none."""
-    n_layers = _first(config, N_LAYERS)
+    n_layers = _first(config, KNOWN.n_layers)
     if not isinstance(n_layers, int):
         raise UnsupportedModel(
-            f"{name}: its config says no number of layers ({', '.join(N_LAYERS)}), so that its blocks cannot be told."
+            f"{name}: its config says no number of layers ({', '.join(KNOWN.n_layers)}), so that its blocks cannot be told."
         )
     return n_layers
 
@@ -56,8 +43,9 @@ class Parts:
     once in a forward.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, names: Description = KNOWN) -> None:
         self.model = inner(model)
+        self.names = names
         self.name = type(self.model).__name__
         self.config = self.model.config.get_text_config()
         self.taps: dict[Site, Tap] = {}
@@ -111,7 +99,7 @@ class Parts:
 
     def _find_norm(self) -> str | None:
         parent = self.model.get_submodule(self.owner)
-        norms = (name for name in FINAL_NORM if isinstance(getattr(parent, name, None), nn.Module))
+        norms = (name for name in self.names.final_norm if isinstance(getattr(parent, name, None), nn.Module))
         return next((f"{self.owner}.{name}".strip(".") for name in norms), None)
 
     def _find_embedding(self) -> str:
@@ -149,7 +137,7 @@ class Parts:
             config, "is_heterogeneous", False
         ):  # the config of the whole model does not have what differs among layers
             config = config.per_layer_config[layer]
-        n_heads = _first(config, N_HEADS)
+        n_heads = _first(config, self.names.n_heads)
         n_heads = n_heads if isinstance(n_heads, int) else 0
         return Heads(n_heads, getattr(config, "head_dim", None) or self.d_model // max(n_heads, 1))
 

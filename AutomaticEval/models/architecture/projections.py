@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.models.architecture.identities import is_sum
-from AutomaticEval.models.architecture.module_names import (
-    ATTENTION,
-    FUSED,
-    OUT_PROJECTION,
-    QUERY_KEY_VALUE,
-    Heads,
-    Parts,
-)
+from AutomaticEval.models.architecture.module_names import Heads, Parts
 from AutomaticEval.models.head_weights import HeadResultNorms
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.sites import Site
@@ -33,10 +26,10 @@ def find_projections(parts: Parts, heads: Heads, n_kv_heads: int) -> None:
     for layer, ran in enumerate(parts.ran):
         if not ran:
             continue
-        attention = next(iter(parts.children(parts.blocks[layer], ATTENTION)), None)
+        attention = next(iter(parts.children(parts.blocks[layer], parts.names.attention)), None)
         own = parts.heads(layer)
         if attention is None:
-            parts.lack((*Z, *"qkv"), layer, parts.no_child(layer, "attention module", ATTENTION))
+            parts.lack((*Z, *"qkv"), layer, parts.no_child(layer, "attention module", parts.names.attention))
         elif not own.n:
             parts.lack((*Z, *"qkv"), layer, NO_HEADS)
         elif own != heads:
@@ -51,7 +44,7 @@ def _find_z(parts: Parts, layer: int, attention: str, heads: Heads) -> None:
     """z is the input of the output projection: the module whose output is what attention adds, before any norm of it."""
     added = parts.taps.get(Site("attn_out", layer))
     ends = [parts.probe.outputs[attention], *([parts.probe.outputs[added.module]] if added else [])]
-    candidates = list(parts.named(attention, OUT_PROJECTION))
+    candidates = list(parts.named(attention, parts.names.out_projection))
     right = [path for path in candidates if any(is_sum(parts.probe.outputs[path], end) for end in ends)]
     for path in right:
         if parts.probe.inputs[path].shape[-1] == heads.n * heads.d_head:
@@ -68,7 +61,7 @@ def _find_z(parts: Parts, layer: int, attention: str, heads: Heads) -> None:
     elif candidates:
         reason = f"what {parts.below(layer, candidates[0])} gives is not what {below} gives: something comes between"
     else:
-        names = ", ".join(OUT_PROJECTION)
+        names = ", ".join(parts.names.out_projection)
         reason = f"no output projection ({names}) was found in {below}, whose parts are {parts.described(attention)}"
     parts.lack(Z, layer, parts.why(layer, attention, reason))
 
@@ -99,7 +92,7 @@ def _qkv_candidates(parts: Parts, attention: str, heads: Heads, n_kv_heads: int)
     if all(separate):
         yield [Tap(str(path), "output") for path in separate]
     wide, narrow = heads.n * heads.d_head, n_kv_heads * heads.d_head
-    for path in parts.named(attention, FUSED):
+    for path in parts.named(attention, parts.names.qkv):
         whole = Tap(path, "output")
         if parts.probe.outputs[path].shape[-1] != wide + 2 * narrow:
             continue
@@ -112,15 +105,15 @@ def _qkv_candidates(parts: Parts, attention: str, heads: Heads, n_kv_heads: int)
 
 def _separate(parts: Parts, attention: str) -> list[str | None]:
     """The paths of the projections of queries, keys and values; None for one that is not there."""
-    return [next(parts.named(attention, [name]), None) for name in QUERY_KEY_VALUE]
+    return [next(parts.named(attention, names), None) for names in (parts.names.q, parts.names.k, parts.names.v)]
 
 
 def _why_no_qkv(parts: Parts, layer: int, attention: str, heads: Heads, expected: Tensor) -> str:
     """Why no candidate is right. expected: the values in the cache, [1, pos, n_kv_heads * d_head]."""
-    separate, fused = _separate(parts, attention), next(parts.named(attention, FUSED), None)
+    separate, fused = _separate(parts, attention), next(parts.named(attention, parts.names.qkv), None)
     path = separate[2] if all(separate) else fused
     if path is None:
-        names = ", ".join((*QUERY_KEY_VALUE, *FUSED))
+        names = ", ".join((*parts.names.q, *parts.names.k, *parts.names.v, *parts.names.qkv))
         below = parts.below(layer, attention)
         return f"no projections of queries, keys and values ({names}) were found in {below}, whose parts are {parts.described(attention)}"
     below, width = parts.below(layer, path), parts.probe.outputs[path].shape[-1]
