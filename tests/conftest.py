@@ -30,6 +30,10 @@ from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
 pytest.register_assert_rewrite(*(f"helpers.{name}" for name in ("samples", "plain_lm_eval", "runs", "mutants")))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-families", action="store_true", help="write docs/families.md as tests/test_families.py finds it")
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays: no garbage collection need look at it again."""
     gc.collect()

@@ -1,0 +1,46 @@
+"""Each decoder family against plain hooks at places that were written by hand; `docs/families.md` says what was found.
+
+`--write-families` writes that page. A new family is one line in `families/configs.py`, and one in `families/by_hand.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import pytest
+from families.check import Row, check
+from families.configs import FAMILIES
+from families.table import PAGE, compared, made_with_this_transformers, page
+
+WRONG: dict[str, str] = {
+    "qwen3-next": "`q` holds each head's query and then its gate: twice d_head numbers a head",
+    "qwen3.5-text": "`q` holds each head's query and then its gate: twice d_head numbers a head",
+    "qwen3.5-moe-text": "`q` holds each head's query and then its gate: twice d_head numbers a head",
+    "olmo-clip-rare": "`q`, `k` and `v` are kept as they are before they are clipped, when nothing is clipped in the six tokens of the check",
+    "recurrent-gemma": "what the recurrent blocks add is called `attn_out`",
+}
+"""Families that are known to be wrong, and in which way. A family that is right has no line here."""
+found: dict[str, Row] = {}
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_all_that_is_offered_is_right(name: str, tokenizer: Any) -> None:
+    row = found[name] = check(name, tokenizer)
+    if name in WRONG:
+        assert row.wrong, f"{name} is right: take its line out of WRONG"
+    else:
+        assert not row.wrong, "\n".join(row.wrong)
+
+
+def test_page_says_what_was_found(request: pytest.FixtureRequest) -> None:
+    if len(found) < len(FAMILIES):
+        pytest.skip("the page is compared when all families are checked: python -m pytest tests/test_families.py")
+    now = page(found, WRONG)
+    if request.config.getoption("--write-families"):
+        PAGE.write_text(now, encoding="utf-8")
+    there = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    with_versions = made_with_this_transformers(there)
+    lines = [compared(text, with_versions=with_versions) for text in (there, now)]
+    difference = "\n".join(difflib.unified_diff(*lines, "docs/families.md", "found", lineterm="", n=0))
+    assert not difference, f"docs/families.md is stale; python -m pytest tests/test_families.py --write-families writes it\n{difference}"
