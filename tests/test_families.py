@@ -6,12 +6,20 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from typing import Any
 
+import families.check
 import pytest
+from families.by_hand import BY_HAND
 from families.check import Row, check
 from families.configs import FAMILIES
 from families.table import PAGE, compared, made_with_this_transformers, page
+
+from AutomaticEval.models import editing
+from AutomaticEval.models.checkpoint import loaded_model
+from AutomaticEval.models.layout import Layout
+from AutomaticEval.sites import Site
 
 WRONG: dict[str, str] = {
     "qwen3-next": "`q` holds each head's query and then its gate: twice d_head numbers a head",
@@ -43,4 +51,27 @@ def test_page_says_what_was_found(request: pytest.FixtureRequest) -> None:
     with_versions = made_with_this_transformers(there)
     lines = [compared(text, with_versions=with_versions) for text in (there, now)]
     difference = "\n".join(difflib.unified_diff(*lines, "docs/families.md", "found", lineterm="", n=0))
-    assert not difference, f"docs/families.md is stale; python -m pytest tests/test_families.py --write-families writes it\n{difference}"
+    assert not difference, (
+        f"docs/families.md is stale; python -m pytest tests/test_families.py --write-families writes it\n{difference}"
+    )
+
+
+def test_a_wrong_place_is_found(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check is no use unless it fails: a place of another layer, a scale that is left out, a site that nobody wrote down."""
+    find_layout = families.check.find_layout
+
+    def wrong(model: Any) -> Layout:
+        layout = find_layout(model)
+        of_next = replace(layout.taps[Site("mlp_out", 0)], module=layout.taps[Site("mlp_out", 1)].module)
+        unscaled = replace(layout.taps[Site("attn_out", 1)], scale=1.0)
+        return replace(layout, taps={**layout.taps, Site("mlp_out", 0): of_next, Site("attn_out", 1): unscaled})
+
+    for module in (families.check, loaded_model, editing):
+        monkeypatch.setattr(module, "find_layout", wrong)
+    monkeypatch.setitem(BY_HAND, "granite", replace(BY_HAND["granite"], norm=None))
+    said = "\n".join(check("granite", tokenizer).wrong)
+    for place in ("answer 0, layer_0.mlp_out", "answer 2, layer_1.attn_out", "score 1, layer_0.mlp_out"):
+        assert f"{place}: differs" in said
+    assert "edit of mlp_out 0, logits: differs" in said
+    assert "final_norm: offered, and by_hand.py says nothing of it" in said
+    assert "layer_1.z" not in said

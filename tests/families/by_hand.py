@@ -113,7 +113,10 @@ GATED: Places = {**SEPARATE, "q": At("self_attn.q_proj", cut=half_of_heads(0, 4,
 """The query projection gives each head's query, and then its gate."""
 OLMO_CLIPPED: dict[float, Places] = {
     limit: {
-        **{kind: At(f"self_attn.{kind}_proj", cut=lambda rows, limit=limit: rows.clamp(-limit, limit)) for kind in "qkv"},
+        **{
+            kind: At(f"self_attn.{kind}_proj", cut=lambda rows, limit=limit: rows.clamp(-limit, limit))
+            for kind in "qkv"
+        },
         "z": "<self_attn.o_proj",
     }
     for limit in (0.4, 1.26)
@@ -251,6 +254,12 @@ GPT2 = ByHand({**fused("attn.c_attn", "attn.c_proj", thirds), **GPT}, "transform
 GPT_NEO_PLACES = ByHand(GPT_NEO, "transformer.h", "transformer.ln_f")
 TEXT = {"blocks": "model.language_model.layers", "norm": "model.language_model.norm"}
 
+
+def same(names: str, places: ByHand) -> dict[str, ByHand]:
+    """Families whose places are the same."""
+    return dict.fromkeys(names.split(), places)
+
+
 BY_HAND: dict[str, ByHand] = {
     "gpt2": GPT2,
     "gpt2-scale_by_layer": GPT2,
@@ -267,9 +276,7 @@ BY_HAND: dict[str, ByHand] = {
         "gpt_neox.final_layer_norm",
     ),
     "gpt-j": ByHand(GPT_J, "transformer.h", "transformer.ln_f"),
-    "opt": ByHand(
-        {**OPT, "resid_mid": "<final_layer_norm"}, "model.decoder.layers", "model.decoder.final_layer_norm"
-    ),
+    "opt": ByHand({**OPT, "resid_mid": "<final_layer_norm"}, "model.decoder.layers", "model.decoder.final_layer_norm"),
     "opt-350m": ByHand(OPT, "model.decoder.layers", None),
     "bloom": ByHand(
         # both modules are given the stream, and add it themselves, so that what they add is what their last projections give
@@ -319,22 +326,23 @@ BY_HAND: dict[str, ByHand] = {
         "transformer.blocks",
         "transformer.norm_f",
     ),
-    **dict.fromkeys(
-        (
-            "llama llama-bias llama-yarn mistral mistral-window qwen2 qwen2-window qwen3 gemma smollm3 glm nemotron stablelm helium ernie4_5 "
-            "seed-oss hunyuan arcee bitnet diffllama internlm3 ministral3 cwm doge"
-        ).split(),
+    **same(
+        "llama llama-bias llama-yarn mistral mistral-window qwen2 qwen2-window qwen3 gemma smollm3 glm nemotron stablelm helium ernie4_5 "
+        "seed-oss hunyuan arcee bitnet diffllama internlm3 ministral3 cwm doge",
         ByHand(LLAMA),
     ),
     "starcoder2": ByHand({**LLAMA, "mlp_post": "<mlp.c_proj"}),
-    **dict.fromkeys("qwen3-moe olmoe mixtral minimax-m2".split(), ByHand(experts())),
-    **dict.fromkeys("qwen2-moe glm4-moe ernie4_5-moe dots1 mimo-v2-flash".split(), ByHand(DENSE_THEN_EXPERTS)),
-    **dict.fromkeys("llava-llama llava-equal-depth mistral3-vlm qwen2-vl qwen2-vl-equal-depth qwen2.5-vl qwen3-vl internvl".split(), ByHand(LLAMA, **TEXT)),
-    **dict.fromkeys("olmo2 olmo3 exaone4".split(), ByHand(NORMED)),
-    **dict.fromkeys("gemma2 gemma3-text".split(), ByHand(GEMMA2)),
-    **dict.fromkeys("gemma3-multimodal gemma3-multimodal-equal-depth".split(), ByHand(GEMMA2, **TEXT)),
-    **dict.fromkeys("stablelm-parallel cohere cohere2".split(), ByHand(PARALLEL)),
-    **dict.fromkeys("deepseek-v2 deepseek-v3 glm4-moe-lite".split(), ByHand(latent_moe())),
+    **same("qwen3-moe olmoe mixtral minimax-m2", ByHand(experts())),
+    **same("qwen2-moe glm4-moe ernie4_5-moe dots1 mimo-v2-flash", ByHand(DENSE_THEN_EXPERTS)),
+    **same(
+        "llava-llama llava-equal-depth mistral3-vlm qwen2-vl qwen2-vl-equal-depth qwen2.5-vl qwen3-vl internvl",
+        ByHand(LLAMA, **TEXT),
+    ),
+    **same("olmo2 olmo3 exaone4", ByHand(NORMED)),
+    **same("gemma2 gemma3-text", ByHand(GEMMA2)),
+    **same("gemma3-multimodal gemma3-multimodal-equal-depth", ByHand(GEMMA2, **TEXT)),
+    **same("stablelm-parallel cohere cohere2", ByHand(PARALLEL)),
+    **same("deepseek-v2 deepseek-v3 glm4-moe-lite", ByHand(latent_moe())),
     "deepseek-v32": ByHand(latent_moe(), like_transformers=CACHED_DIFFERS),
     "deepseek-v2-lite": ByHand(latent_moe("q_proj")),
     "deepseek-v3-v8": ByHand(latent_moe(v=8)),
@@ -352,9 +360,7 @@ BY_HAND: dict[str, ByHand] = {
     "qwen3.5-moe-text": ByHand([mixer("linear_attn", experts())] * 3 + [GATED_EXPERTS], noise=1e-4),
     "gemma3n-text": ByHand([GEMMA3N] * 2 + [without(GEMMA3N, "k", "v")] * 2, stream=0),
     "gemma4-text": ByHand([GEMMA2] * 2 + [without(GEMMA2, "k", "v")] * 2),
-    "phi": ByHand(
-        {**PARALLEL, "z": "<self_attn.dense", "mlp_post": "<mlp.fc2"}, norm="model.final_layernorm"
-    ),
+    "phi": ByHand({**PARALLEL, "z": "<self_attn.dense", "mlp_post": "<mlp.fc2"}, norm="model.final_layernorm"),
     "phi3": ByHand({**LLAMA, **PHI3}),
     "phi3-longrope": ByHand({**LLAMA, **PHI3}),
     "phimoe": ByHand(experts("mlp.router")),
@@ -603,7 +609,12 @@ def read(model: Any, by_hand: ByHand, n_layers: int, run: Callable[[], Any]) -> 
     reading, sites = Reading(), sites_of(by_hand, n_layers)
     wanted = {each for at, block in sites.values() for each in placed(at.place, block)}
     # what the module behind z gives, for the sum of heads
-    wanted |= {(place[1:], -1) for (kind, _), (at, block) in sites.items() if kind == "z" for place, _ in placed(at.place, block)}
+    wanted |= {
+        (place[1:], -1)
+        for (kind, _), (at, block) in sites.items()
+        if kind == "z"
+        for place, _ in placed(at.place, block)
+    }
 
     def before(key: tuple[str, int]) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any) -> None:

@@ -21,7 +21,7 @@ from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.head_weights import head_results
 from AutomaticEval.models.layout import Layout
 from AutomaticEval.selection import Selection
-from AutomaticEval.sites import KINDS, TABLE, Site
+from AutomaticEval.sites import KINDS, TABLE, Site, site_of
 
 from .by_hand import BY_HAND, ByHand, read, sites_of, zeroed
 from .configs import FAMILIES, build
@@ -83,7 +83,7 @@ def _reason(error: Exception, model: Any) -> str:
 
 def _sort_sites(row: Row, layout: Layout, by_hand: ByHand) -> None:
     """Which sites are offered, and why others are not."""
-    there = {site for site in sites_of(by_hand, layout.n_layers)}
+    there = set(sites_of(by_hand, layout.n_layers))
     there.add(("logits", None))
     for kind, layer in there:
         site = Site(kind, layer)
@@ -121,10 +121,12 @@ def _out_weight(model: Any, by_hand: ByHand, layer: int | None) -> Tensor | None
     return weight if type(module).__name__ == "Conv1D" else weight.T
 
 
-def _compare(row: Row, what: str, kept: Mapping[str, Tensor], expected: Values, noise: float, rows: slice | None = None) -> None:
+def _compare(
+    row: Row, what: str, kept: Mapping[str, Tensor], expected: Values, noise: float, rows: slice | None = None
+) -> None:
     """Note which of the kept sites differ from what is expected."""
     for key, value in kept.items():
-        site = _site(key)
+        site = site_of(key)
         truth = expected.get((site.kind, site.layer))
         if truth is None:
             continue  # that there is no oracle was noted before
@@ -136,12 +138,6 @@ def _compare(row: Row, what: str, kept: Mapping[str, Tensor], expected: Values, 
         worst = float((value.double() - truth.double()).abs().max())
         if not worst <= limit:
             row.wrong.append(f"{what}, {key}: differs by {worst:.1e} (limit {limit:.1e})")
-
-
-def _site(key: str) -> Site:
-    from AutomaticEval.sites import site_of
-
-    return site_of(key)
 
 
 def _kinds(layout: Layout, *but: str) -> str:
@@ -157,7 +153,10 @@ def _check_answers(row: Row, loaded: LoadedModel, layout: Layout, by_hand: ByHan
         fed = torch.tensor([[*prompt, *response.generated_ids[:-1]]])
         if by_hand.like_transformers:
             run = lambda prompt=prompt: loaded.model.generate(  # noqa: E731
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=N_NEW, do_sample=False
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=N_NEW,
+                do_sample=False,
             )
         else:
             run = lambda fed=fed: loaded.model(fed, use_cache=False)  # noqa: E731
@@ -186,7 +185,9 @@ def _answers(row: Row, loaded: LoadedModel, layout: Layout) -> list[Response]:
         return respond(loaded, PROMPTS, sampling, Selection.parse(_kinds(layout, "logits"), positions="scored"))
 
 
-def _check_sum_of_heads(row: Row, loaded: LoadedModel, layout: Layout, by_hand: ByHand, kept: Mapping[str, Tensor], truth: Values) -> None:
+def _check_sum_of_heads(
+    row: Row, loaded: LoadedModel, layout: Layout, by_hand: ByHand, kept: Mapping[str, Tensor], truth: Values
+) -> None:
     """The results of all heads and the bias are what the output projection gives."""
     for site, tap in layout.taps.items():
         if site.kind != "z" or ("behind z", site.layer) not in truth:
@@ -195,15 +196,28 @@ def _check_sum_of_heads(row: Row, loaded: LoadedModel, layout: Layout, by_hand: 
         total = head_results(kept[site.key], module, layout.n_heads).sum(1)
         bias = getattr(module, "bias", None)
         total = total if bias is None else total + bias
-        _compare(row, "sum of heads", {f"layer_{site.layer}.z": total}, {("z", site.layer): truth["behind z", site.layer]}, by_hand.noise)
+        _compare(
+            row,
+            "sum of heads",
+            {f"layer_{site.layer}.z": total},
+            {("z", site.layer): truth["behind z", site.layer]},
+            by_hand.noise,
+        )
 
 
-def _check_scoring(row: Row, loaded: LoadedModel, layout: Layout, by_hand: ByHand, sequences: Sequence[tuple[list[int], list[int]]]) -> None:
+def _check_scoring(
+    row: Row, loaded: LoadedModel, layout: Layout, by_hand: ByHand, sequences: Sequence[tuple[list[int], list[int]]]
+) -> None:
     """Log-likelihoods of the same tokens, and the rows of the forwards that gave them."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = score_continuations(
-            sequences, loaded.model, tokenizer=loaded.tokenizer, capture_activations=True, sites=_kinds(layout), positions="all"
+            sequences,
+            loaded.model,
+            tokenizer=loaded.tokenizer,
+            capture_activations=True,
+            sites=_kinds(layout),
+            positions="all",
         )
     row.scoring = _way(said, loaded.model)
     for number, (each, (context, continuation)) in enumerate(zip(found, sequences, strict=True)):

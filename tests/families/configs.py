@@ -92,7 +92,9 @@ class Family(NamedTuple):
 
 def vlm(model_type: str, text: Mapping[str, Any], vision: Mapping[str, Any], **more: Any) -> Family:
     """A family of images and text."""
-    return Family(model_type, {"text_config": dict(text), "vision_config": dict(vision), **more}, "AutoModelForImageTextToText")
+    return Family(
+        model_type, {"text_config": dict(text), "vision_config": dict(vision), **more}, "AutoModelForImageTextToText"
+    )
 
 
 def llava(n_layers: int) -> Family:
@@ -143,9 +145,7 @@ FAMILIES: dict[str, Family] = {
     "falcon-11b": Family(
         "falcon", {**BASE, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}
     ),
-    "falcon-rw": Family(
-        "falcon", {**BASE, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
-    ),
+    "falcon-rw": Family("falcon", {**BASE, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
     "mpt": Family(
         "mpt", {"vocab_size": 400, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128, "expansion_ratio": 2}
     ),
@@ -160,9 +160,13 @@ FAMILIES: dict[str, Family] = {
     "qwen2-moe": Family("qwen2_moe", {**GQA, **EXPERTS, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]}),
     "qwen3": Family("qwen3", WIDE),
     "qwen3-moe": Family("qwen3_moe", {**WIDE, **EXPERTS}),
-    "qwen3-next": Family("qwen3_next", {**WIDE, "num_hidden_layers": 4, **EXPERTS, **LINEAR, "shared_expert_intermediate_size": 24}),
+    "qwen3-next": Family(
+        "qwen3_next", {**WIDE, "num_hidden_layers": 4, **EXPERTS, **LINEAR, "shared_expert_intermediate_size": 24}
+    ),
     "qwen3.5-text": Family("qwen3_5_text", {**WIDE, "num_hidden_layers": 4, **LINEAR}),
-    "qwen3.5-moe-text": Family("qwen3_5_moe_text", {**WIDE, "num_hidden_layers": 4, **LINEAR, **EXPERTS, "shared_expert_intermediate_size": 24}),
+    "qwen3.5-moe-text": Family(
+        "qwen3_5_moe_text", {**WIDE, "num_hidden_layers": 4, **LINEAR, **EXPERTS, "shared_expert_intermediate_size": 24}
+    ),
     "gemma": Family("gemma", WIDE),
     "gemma2": Family("gemma2", {**WIDE, **WINDOWS}),
     "gemma3-text": Family("gemma3_text", {**WIDE, **WINDOWS}),
@@ -205,9 +209,13 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family("olmo2", GQA),
     "olmo3": Family("olmo3", {**GQA, **WINDOWS}),
     "olmoe": Family("olmoe", {**GQA, **EXPERTS}),
-    "granite": Family("granite", {**GQA, "residual_multiplier": 0.3, "attention_multiplier": 0.2, "logits_scaling": 2.0}),
+    "granite": Family(
+        "granite", {**GQA, "residual_multiplier": 0.3, "attention_multiplier": 0.2, "logits_scaling": 2.0}
+    ),
     "granitemoe": Family("granitemoe", {**GQA, **LOCAL, "residual_multiplier": 0.3}),
-    "granitemoeshared": Family("granitemoeshared", {**GQA, **LOCAL, "shared_intermediate_size": 24, "residual_multiplier": 0.3}),
+    "granitemoeshared": Family(
+        "granitemoeshared", {**GQA, **LOCAL, "shared_intermediate_size": 24, "residual_multiplier": 0.3}
+    ),
     "granitemoehybrid": Family(
         "granitemoehybrid",
         {
@@ -235,16 +243,34 @@ FAMILIES: dict[str, Family] = {
     "deepseek-v2-lite": Family("deepseek_v2", {**LATENT, **ROUTED, "q_lora_rank": None, "topk_method": "greedy"}),
     "deepseek-v3": Family("deepseek_v3", {**LATENT, **ROUTED}),
     "deepseek-v3-v8": Family("deepseek_v3", {**LATENT, **ROUTED, "v_head_dim": 8}),
-    "deepseek-v32": Family("deepseek_v32", {**LATENT, **ROUTED, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 6}),
-    "deepseek-v4": Family("deepseek_v4", {**THREE, "head_dim": 16, **ROUTED, "q_lora_rank": 16, "o_lora_rank": 8, "o_groups": 2}),
+    "deepseek-v32": Family(
+        "deepseek_v32", {**LATENT, **ROUTED, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 6}
+    ),
+    "deepseek-v4": Family(
+        "deepseek_v4", {**THREE, "head_dim": 16, **ROUTED, "q_lora_rank": 16, "o_lora_rank": 8, "o_groups": 2}
+    ),
     "gpt-oss": Family("gpt_oss", {**WIDE, **LOCAL, **WINDOWS}),
     "llama4-text": Family(
         "llama4_text",
-        {**FOUR, **LOCAL, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2, "attention_chunk_size": 64, "head_dim": 8},
+        {
+            **FOUR,
+            **LOCAL,
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 64,
+            "head_dim": 8,
+        },
     ),
     "llama4-multimodal": vlm(
         "llama4",
-        {**FOUR, **LOCAL, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2, "attention_chunk_size": 64, "head_dim": 8},
+        {
+            **FOUR,
+            **LOCAL,
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 64,
+            "head_dim": 8,
+        },
         {**VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
     ),
     "glm": Family("glm", WIDE),
@@ -256,46 +282,119 @@ FAMILIES: dict[str, Family] = {
     "mamba": Family("mamba", {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
     "mamba2": Family(
         "mamba2",
-        {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1},
+        {
+            "vocab_size": 400,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "state_size": 8,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 1,
+        },
     ),
-    "falcon-mamba": Family("falcon_mamba", {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+    "falcon-mamba": Family(
+        "falcon_mamba", {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    ),
     "jamba": Family(
         "jamba",
-        {**FOUR, "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 4, "expert_layer_offset": 2,
-         "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+        {
+            **FOUR,
+            "num_experts": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 4,
+            "expert_layer_offset": 2,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
     ),
     "zamba": Family(
         "zamba",
-        {**FOUR, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 8,
-         "mamba_dt_rank": 4, "n_mamba_heads": 2, "use_mamba_kernels": False, "num_key_value_heads": 4, "attention_head_dim": 16},
+        {
+            **FOUR,
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "n_mamba_heads": 2,
+            "use_mamba_kernels": False,
+            "num_key_value_heads": 4,
+            "attention_head_dim": 16,
+        },
     ),
     "zamba2": Family(
         "zamba2",
-        {**FOUR, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba"], "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 8,
-         "mamba_headdim": 8, "num_key_value_heads": 4, "attention_head_dim": 16, "num_mem_blocks": 1, "adapter_rank": 4},
+        {
+            **FOUR,
+            "layers_block_type": ["mamba", "mamba", "hybrid", "mamba"],
+            "mamba_d_state": 8,
+            "mamba_ngroups": 1,
+            "n_mamba_heads": 8,
+            "mamba_headdim": 8,
+            "num_key_value_heads": 4,
+            "attention_head_dim": 16,
+            "num_mem_blocks": 1,
+            "adapter_rank": 4,
+        },
     ),
     "bamba": Family(
         "bamba",
-        {**GQA, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+        {
+            **GQA,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+        },
     ),
     "falcon-h1": Family(
         "falcon_h1",
-        {**GQA, "head_dim": 8, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
-         "attention_out_multiplier": 0.7, "ssm_out_multiplier": 0.6, "mlp_multipliers": [0.9, 0.8], "key_multiplier": 0.5},
+        {
+            **GQA,
+            "head_dim": 8,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "attention_out_multiplier": 0.7,
+            "ssm_out_multiplier": 0.6,
+            "mlp_multipliers": [0.9, 0.8],
+            "key_multiplier": 0.5,
+        },
     ),
     "nemotron-h": Family(
         "nemotron_h",
-        {**WIDE, "num_hidden_layers": 4, "layers_block_type": ["mamba", "attention", "mlp", "moe"], "mamba_num_heads": 8,
-         "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "n_routed_experts": 4, "moe_intermediate_size": 24,
-         "moe_shared_expert_intermediate_size": 24, "num_experts_per_tok": 2},
+        {
+            **WIDE,
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "attention", "mlp", "moe"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 24,
+            "num_experts_per_tok": 2,
+        },
     ),
     "lfm2": Family("lfm2", {**GQA, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "lfm2-moe": Family(
         "lfm2_moe",
-        {**GQA, **EXPERTS, "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 2},
+        {
+            **GQA,
+            **EXPERTS,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "num_hidden_layers": 3,
+            "num_dense_layers": 2,
+        },
     ),
     "recurrent-gemma": Family(
-        "recurrent_gemma", {**THREE, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 64, "head_dim": 8}
+        "recurrent_gemma",
+        {**THREE, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 64, "head_dim": 8},
     ),
     "rwkv": Family("rwkv", {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "context_length": 128}),
     "t5": Family(
@@ -310,24 +409,52 @@ FAMILIES: dict[str, Family] = {
     ),
     "llava-llama": llava(1),
     "llava-equal-depth": llava(2),
-    "mistral3-vlm": vlm("mistral3", {"model_type": "mistral", **GQA}, {**VISION, "model_type": "pixtral", "head_dim": 8}),
+    "mistral3-vlm": vlm(
+        "mistral3", {"model_type": "mistral", **GQA}, {**VISION, "model_type": "pixtral", "head_dim": 8}
+    ),
     "qwen2-vl": qwen2_vl(1),
     "qwen2-vl-equal-depth": qwen2_vl(2),
-    "qwen2.5-vl": vlm("qwen2_5_vl", {**GQA, "rope_parameters": MROPE},
-                      {**QWEN_VISION, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "fullatt_block_indexes": [0]}),
+    "qwen2.5-vl": vlm(
+        "qwen2_5_vl",
+        {**GQA, "rope_parameters": MROPE},
+        {
+            **QWEN_VISION,
+            "hidden_size": 16,
+            "out_hidden_size": 32,
+            "intermediate_size": 32,
+            "fullatt_block_indexes": [0],
+        },
+    ),
     "qwen3-vl": vlm("qwen3_vl", {**GQA, "head_dim": 8, "rope_parameters": MROPE}, QWEN3_VISION),
-    "paligemma": vlm("paligemma", {"model_type": "gemma", **WIDE}, {**VISION, "model_type": "siglip_vision_model"}, projection_dim=32),
+    "paligemma": vlm(
+        "paligemma", {"model_type": "gemma", **WIDE}, {**VISION, "model_type": "siglip_vision_model"}, projection_dim=32
+    ),
     "smolvlm": vlm("smolvlm", {"model_type": "llama", **GQA}, VISION),
-    "internvl": vlm("internvl", {"model_type": "qwen2", **GQA}, {**VISION, "image_size": [16, 16], "patch_size": [8, 8]}),
+    "internvl": vlm(
+        "internvl", {"model_type": "qwen2", **GQA}, {**VISION, "image_size": [16, 16], "patch_size": [8, 8]}
+    ),
     "openai-gpt": Family("openai-gpt", {**OLD}),
     "ctrl": Family("ctrl", {**OLD, "dff": 64}),
-    "xglm": Family("xglm", {"vocab_size": 400, "d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 128}),
+    "xglm": Family(
+        "xglm",
+        {
+            "vocab_size": 400,
+            "d_model": 32,
+            "ffn_dim": 64,
+            "num_layers": 2,
+            "attention_heads": 4,
+            "max_position_embeddings": 128,
+        },
+    ),
     "biogpt": Family("biogpt", BASE),
     "persimmon": Family("persimmon", BASE),
     "exaone4": Family("exaone4", {**GQA, **WINDOWS}),
     "helium": Family("helium", {**GQA, "head_dim": 8}),
     "ernie4_5": Family("ernie4_5", {**GQA, "head_dim": 8}),
-    "ernie4_5-moe": Family("ernie4_5_moe", {**GQA, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 1}),
+    "ernie4_5-moe": Family(
+        "ernie4_5_moe",
+        {**GQA, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 1},
+    ),
     "seed-oss": Family("seed_oss", WIDE),
     "hunyuan": Family("hunyuan_v1_dense", WIDE),
     "hunyuan-moe": Family("hunyuan_v1_moe", {**WIDE, "num_experts": 4, "moe_topk": 2}),
@@ -336,9 +463,14 @@ FAMILIES: dict[str, Family] = {
     "bitnet": Family("bitnet", GQA),
     "diffllama": Family("diffllama", GQA),
     "jetmoe": Family("jetmoe", {**GQA, "kv_channels": 8, **LOCAL, "num_key_value_heads": 2}),
-    "minimax": Family("minimax", {**FOUR, **LOCAL, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2}),
+    "minimax": Family(
+        "minimax", {**FOUR, **LOCAL, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2}
+    ),
     "minimax-m2": Family("minimax_m2", {**WIDE, **LOCAL}),
-    "modernbert-decoder": Family("modernbert-decoder", {**THREE, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "local_attention": 64}),
+    "modernbert-decoder": Family(
+        "modernbert-decoder",
+        {**THREE, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "local_attention": 64},
+    ),
     "nanochat": Family("nanochat", GQA),
     "vaultgemma": Family("vaultgemma", {**WIDE, **WINDOWS}),
     "doge": Family("doge", GQA),
@@ -348,12 +480,16 @@ FAMILIES: dict[str, Family] = {
     "dots1": Family("dots1", {**WIDE, **ROUTED}),
     "flex-olmo": Family("flex_olmo", {**GQA, **EXPERTS}),
     "cwm": Family("cwm", {**GQA, "head_dim": 8, **WINDOWS}),
-    "afmoe": Family("afmoe", {**WIDE, **EXPERTS, "num_dense_layers": 1, "global_attn_every_n_layers": 2, "sliding_window": 64}),
+    "afmoe": Family(
+        "afmoe", {**WIDE, **EXPERTS, "num_dense_layers": 1, "global_attn_every_n_layers": 2, "sliding_window": 64}
+    ),
     "xlnet": Family("xlnet", {"vocab_size": 400, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}),
     "bert-decoder": Family("bert", {**BASE, "is_decoder": True}),
     "mllama-text": Family("mllama_text_model", {**THREE, "cross_attention_layers": [1]}, "MllamaForCausalLM"),
     "youtu": Family("youtu", LATENT),
-    "mimo-v2-flash": Family("mimo_v2_flash", {**WIDE, **ROUTED, "v_head_dim": 8, "hybrid_layer_pattern": [0, 1], **WINDOWS}),
+    "mimo-v2-flash": Family(
+        "mimo_v2_flash", {**WIDE, **ROUTED, "v_head_dim": 8, "hybrid_layer_pattern": [0, 1], **WINDOWS}
+    ),
 }
 
 

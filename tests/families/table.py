@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ the bias add up to what the output projection gives.
 """
 COLUMNS = """
 A site that stands alone in a cell, as in `q: ✗ (4)`, differs from the others of its column. """
-SCORED = """The column *scored* says how log-likelihoods are computed: over
+SCORED = """The reasons are shortened: `python main.py sites --model NAME` says them in full. The column *scored* says how log-likelihoods are computed: over
 the *tree* of what requests have in common, or each request *alone*, and why. A family with an attention window is scored over the tree when its requests are not longer than the window.
 """
 
@@ -50,10 +51,28 @@ the *tree* of what requests have in common, or each request *alone*, and why. A 
 def page(rows: Mapping[str, Row], known_wrong: Mapping[str, str]) -> str:
     """The whole page."""
     columns, reasons = _columns(rows.values()), _Reasons()
-    lines = [_line([_family(row, reasons), *(_cell(row, kinds, reasons, known_wrong) for kinds in columns.values()), _scored(row, reasons)]) for row in rows.values()]
+    lines = [
+        _line(
+            [
+                _family(row, reasons),
+                *(_cell(row, kinds, reasons, known_wrong) for kinds in columns.values()),
+                _scored(row, reasons),
+            ]
+        )
+        for row in rows.values()
+    ]
     named = "; ".join(f"*{column}*: {', '.join(f'`{kind}`' for kind in kinds)}" for column, kinds in columns.items())
     head = [_line(["family", *columns, "scored"]), _line(["---"] * (len(columns) + 2))]
-    text = [INTRO, f"The columns are {named}.{COLUMNS}{SCORED}", f"{_versions()}\n", *head, *lines, "", "## Reasons", ""]
+    text = [
+        INTRO,
+        f"The columns are {named}.{COLUMNS}{SCORED}",
+        f"{_versions()}\n",
+        *head,
+        *lines,
+        "",
+        "## Reasons",
+        "",
+    ]
     return "\n".join([*text, *(f"{number}. {reason}" for reason, number in reasons.numbers.items()), ""])
 
 
@@ -78,8 +97,11 @@ class _Reasons:
         self.numbers: dict[str, int] = {}
 
     def mark(self, reason: str) -> str:
-        """(4)"""
-        plain = " ".join(reason.split()).replace("<", "&lt;")
+        """(4). Reasons that differ in the parts of a block, or in measured numbers, are one."""
+        plain = re.sub(r"(, only|, whose parts are) \w+ \(\w+\)(, \w+ \(\w+\))*", "", " ".join(reason.split()))
+        plain = re.sub(r"-?\d+\.\d{3,}", "…", plain.replace(" (or in one that is built like it)", "")).replace(
+            "<", "&lt;"
+        )
         return f"({self.numbers.setdefault(plain, len(self.numbers) + 1)})"
 
 
@@ -135,4 +157,6 @@ def _layers(layers: Iterable[int | None]) -> str:
 
 def _scored(row: Row, reasons: _Reasons) -> str:
     way, _, why = row.scoring.partition(": ")
+    if why and why == row.whole:
+        return f"✗ {reasons.mark(why)}"
     return f"{ {'one by one': 'alone', 'refused': '✗'}[way] } {reasons.mark(f'Scores: {why}.')}" if why else way

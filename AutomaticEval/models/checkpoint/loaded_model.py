@@ -45,7 +45,7 @@ class LoadedModel:
         """The most tokens that the model can be fed, or None when its config does not say."""
         config = self.model.config.get_text_config()
         lengths = (getattr(config, name, None) for name in _CONTEXT_NAMES)
-        return next((int(length) for length in lengths if length), None)
+        return next((int(length) for length in lengths if length and length > 0), None)  # XLNet says -1
 
     @property
     def shape(self) -> dict[str, int]:
