@@ -31,7 +31,9 @@ pytest.register_assert_rewrite(*(f"helpers.{name}" for name in ("samples", "plai
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-families", action="store_true", help="write docs/families.md as tests/test_families.py finds it")
+    parser.addoption(
+        "--write-families", action="store_true", help="write docs/families.md as tests/test_families.py finds it"
+    )
 
 
 def pytest_collection_finish() -> None:

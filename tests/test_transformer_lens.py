@@ -1,11 +1,14 @@
-"""Heads as TransformerLens has them: another implementation of the same models (extra `bench`)."""
+"""Sites and heads as TransformerLens has them: another implementation of the same models (extra `bench`)."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families.configs import FAMILIES
+from families.configs import build as build_family
 from helpers.models import CONFIGS, build
 from torch import Tensor
 
@@ -16,11 +19,12 @@ from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.head_weights import head_results
 from AutomaticEval.models.recording import Kept, capturing
-from AutomaticEval.sites import Site
+from AutomaticEval.sites import TABLE, Site
 
 lens = pytest.importorskip("transformer_lens", reason="pip install '.[bench]' to compare with TransformerLens")
 if not hasattr(lens, "HookedTransformer"):
     pytest.skip("this TransformerLens has no models of its own; 3.x has", allow_module_level=True)
+from transformer_lens import model_bridge as bridges  # noqa: E402
 
 IDS = torch.tensor([[5, 9, 33, 7, 120, 41, 8, 77, 250]])
 TARGET = Target([11], [250])
@@ -98,6 +102,21 @@ def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+def test_every_site_is_the_hook_that_the_table_names(both: tuple[LoadedModel, Any]) -> None:
+    """`docs/sites.md` names TransformerLens' hooks from the same table."""
+    loaded, theirs = both
+    sites = [site for site in loaded.layout.taps if TABLE[site.kind].transformer_lens is not None]
+    rows = ours(loaded, (), loaded.layout.pick(sites))
+    with torch.no_grad():
+        logits, cache = theirs.run_with_cache(IDS)
+    for site in sites:
+        name = str(TABLE[site.kind].transformer_lens).format(layer=site.layer)
+        # ln_final.hook_out is its name in their bridge around transformers' models
+        expected = logits if name == "logits" else cache[name.replace("ln_final.hook_out", "unembed.hook_in")]
+        found = rows[site.key]
+        close(found, expected[0].reshape(len(found), -1))
+
+
 def test_z_results_and_patterns(both: tuple[LoadedModel, Any]) -> None:
     loaded, theirs = both
     rows = ours(loaded, ("z", "head_result_norm"))
@@ -141,3 +160,21 @@ def test_direct_effects(both: tuple[LoadedModel, Any]) -> None:
             if theirs.cfg.normalization_type == "LN":
                 results = results - results.mean(-1, keepdim=True)
             close(found[layer], (results / cache["ln_final.hook_scale"][0, -1] * theirs.ln_final.w) @ direction)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox-seq", "qwen3", "gemma2", "olmo2", "mixtral", "mamba"])
+def test_every_site_is_a_hook_of_their_bridge(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Their bridge puts hooks around transformers' own modules, under the names of the table."""
+    model = build_family(FAMILIES[name])
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    bridge = bridges.TransformerBridge.boot_transformers(str(tmp_path), tokenizer=tokenizer, device="cpu")
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(IDS)
+    loaded = LoadedModel(model, tokenizer, name)
+    sites = [site for site in loaded.layout.taps if TABLE[site.kind].transformer_lens is not None]
+    rows = ours(loaded, (), loaded.layout.pick(sites))
+    for site in sites:
+        hook = str(TABLE[site.kind].transformer_lens).format(layer=site.layer)
+        expected, found = logits if hook == "logits" else cache[hook], rows[site.key]
+        close(found, expected[0].reshape(len(found), -1))

@@ -306,7 +306,6 @@ FAMILIES: dict[str, Family] = {
             "expert_layer_offset": 2,
             "mamba_d_state": 8,
             "mamba_dt_rank": 4,
-            "use_mamba_kernels": False,
         },
     ),
     "zamba": Family(
@@ -318,7 +317,6 @@ FAMILIES: dict[str, Family] = {
             "mamba_d_state": 8,
             "mamba_dt_rank": 4,
             "n_mamba_heads": 2,
-            "use_mamba_kernels": False,
             "num_key_value_heads": 4,
             "attention_head_dim": 16,
         },
