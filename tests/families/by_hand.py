@@ -197,6 +197,7 @@ def latent_moe(q: str = "q_b_proj", v: int = 6) -> list[Places]:
     return [dense, experts(places=dense)]
 
 
+ROUTER = experts(places={})
 DENSE_THEN_EXPERTS = [LLAMA, experts()]
 GRANITE = {**experts("block_sparse_moe.router"), "mlp_out": "block_sparse_moe"}
 SHARED = {**GRANITE, "mlp_out": "block_sparse_moe + shared_mlp"}
@@ -248,7 +249,17 @@ GPT_J: Places = {
     "mlp_out": "mlp",
     "mlp_post": "<mlp.fc_out",
 }
+BERT: Places = {
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "z": "<attention.output.dense",
+    "attn_out": "attention.output.dense",
+    "mlp_out": "output.dense",
+    "mlp_post": "<output.dense",
+}
 PADDING_ENTERS = "padding enters the state of transformers' model, so that each answer is computed without"
+COUNTS_FROM_0 = "transformers' `generate` counts positions from 0, and a plain forward from 1"
 CACHED_DIFFERS = "the steps with a cache differ from one whole forward in transformers"
 GPT2 = ByHand({**fused("attn.c_attn", "attn.c_proj", thirds), **GPT}, "transformer.h", "transformer.ln_f")
 GPT_NEO_PLACES = ByHand(GPT_NEO, "transformer.h", "transformer.ln_f")
@@ -539,19 +550,43 @@ BY_HAND: dict[str, ByHand] = {
         ]
     ),
     "xlnet": ByHand({}, "transformer.layer", None),
-    "bert-decoder": ByHand(
-        {
-            "q": "attention.self.query",
-            "k": "attention.self.key",
-            "v": "attention.self.value",
-            "z": "<attention.output.dense",
-            "attn_out": "attention.output.dense",
-            "mlp_out": "output.dense",
-            "mlp_post": "<output.dense",
-        },
-        "bert.encoder.layer",
-        None,
+    "bert-decoder": ByHand(BERT, "bert.encoder.layer", None),
+    **same("axk1", ByHand(latent_moe())),
+    "glm-moe-dsa": ByHand(latent_moe(), like_transformers=CACHED_DIFFERS),
+    "bailing-hybrid": ByHand([mixer("self_attn"), experts(places={**LLAMA, **latent("q_proj")})], noise=1e-4),
+    "kimi-linear": ByHand([mixer("self_attn"), experts(places={**LLAMA, **latent("q_proj")})], noise=1e-4),
+    "cohere2-moe": ByHand(experts(places=PARALLEL)),
+    **same("exaone-moe hy-v3 laguna", ByHand(DENSE_THEN_EXPERTS)),
+    "gpt-neox-japanese": ByHand(
+        # the last block adds a bias that attention gives beside its output
+        [
+            {**fused("attention.query_key_value", "attention.dense", in_turn), **NEOX, **MID},
+            {**fused("attention.query_key_value", "attention.dense", in_turn), **without(NEOX, "attn_out"), **MID},
+        ],
+        "gpt_neox_japanese.layers",
+        "gpt_neox_japanese.final_layer_norm",
     ),
+    "granite-swa": ByHand(scaled(LLAMA, attn_out=0.3, mlp_out=0.3)),
+    "granitemoe-swa": ByHand(scaled(GRANITE, attn_out=0.3, mlp_out=0.3)),
+    "hyperclovax": ByHand(
+        scaled({**LLAMA, "attn_out": "post_norm1", "mlp_out": "post_norm2"}, attn_out=0.3, mlp_out=0.3)
+    ),
+    "lfm3": ByHand(
+        [
+            mixer("post_operator_norm", {**LFM2, "mlp_out": "post_ffn_norm"}),
+            {**LFM2, **SEPARATE, "attn_out": "post_operator_norm", "mlp_out": "post_ffn_norm"},
+        ],
+        norm="model.embedding_norm",
+    ),
+    **same("mellum minimax-m3-text solar-open", ByHand(experts())),
+    **same("iquestcoder jais2 ministral flint", ByHand(LLAMA)),
+    "aria-text": ByHand(experts("mlp.router")),
+    "beam": ByHand(
+        without(GEMMA2, "attn_out", "mlp_out", "resid_mid")
+    ),  # the stream is scaled down before each addition
+    # several streams side by side, to which weighted copies of what each part gives are added: no part's output is what is added
+    "qwen4-exp-text": ByHand([ROUTER, {**GATED, **ROUTER}], norm=None, noise=1e-4),
+    "roberta-decoder": ByHand(BERT, "roberta.encoder.layer", None, like_transformers=COUNTS_FROM_0),
     "mllama-text": ByHand([LLAMA, NOTHING, LLAMA]),
 }
 
@@ -594,7 +629,7 @@ def placed(text: str, block: str) -> list[tuple[str, int]]:
 
 def sites_of(by_hand: ByHand, n_layers: int) -> dict[tuple[str, int | None], tuple[At, str]]:
     """(kind, layer) -> where the site is, and the path below which. Once-a-model kinds have no layer."""
-    first = next(layer for layer in range(n_layers) if by_hand.of(layer) or by_hand.layers is not NOTHING)
+    first = next((layer for layer in range(n_layers) if by_hand.of(layer)), 0)
     found: dict[tuple[str, int | None], tuple[At, str]] = {("embed", None): (At("<"), f"{by_hand.blocks}.{first}")}
     for layer in range(n_layers):
         for kind, at in by_hand.of(layer).items():

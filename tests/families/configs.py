@@ -76,6 +76,8 @@ LONGROPE = {
     "long_factor": [4.0] * 4,
     "original_max_position_embeddings": 64,
 }
+INDEX = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 6}
+"""Attention to the tokens that an indexer chooses, fewer than the tests feed."""
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
 
 
@@ -243,9 +245,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek-v2-lite": Family("deepseek_v2", {**LATENT, **ROUTED, "q_lora_rank": None, "topk_method": "greedy"}),
     "deepseek-v3": Family("deepseek_v3", {**LATENT, **ROUTED}),
     "deepseek-v3-v8": Family("deepseek_v3", {**LATENT, **ROUTED, "v_head_dim": 8}),
-    "deepseek-v32": Family(
-        "deepseek_v32", {**LATENT, **ROUTED, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 6}
-    ),
+    "deepseek-v32": Family("deepseek_v32", {**LATENT, **ROUTED, **INDEX}),
     "deepseek-v4": Family(
         "deepseek_v4", {**THREE, "head_dim": 16, **ROUTED, "q_lora_rank": 16, "o_lora_rank": 8, "o_groups": 2}
     ),
@@ -487,6 +487,66 @@ FAMILIES: dict[str, Family] = {
     "youtu": Family("youtu", LATENT),
     "mimo-v2-flash": Family(
         "mimo_v2_flash", {**WIDE, **ROUTED, "v_head_dim": 8, "hybrid_layer_pattern": [0, 1], **WINDOWS}
+    ),
+    "axk1": Family("axk1", {**LATENT, **ROUTED}),
+    "glm-moe-dsa": Family("glm_moe_dsa", {**LATENT, **ROUTED, **INDEX}),
+    "bailing-hybrid": Family(
+        "bailing_hybrid",
+        {**LATENT, **ROUTED, **LOCAL, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "kimi-linear": Family(
+        "kimi_linear",
+        {
+            **LATENT,
+            **ROUTED,
+            **LOCAL,
+            "q_lora_rank": None,
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+    ),
+    "cohere2-moe": Family("cohere2_moe", {**WIDE, **WINDOWS, **EXPERTS}),
+    "exaone-moe": Family("exaone_moe", {**WIDE, **WINDOWS, **EXPERTS}),
+    "gpt-neox-japanese": Family("gpt_neox_japanese", {**BASE, "intermediate_multiple_size": 2}),
+    "granite-swa": Family("granite_swa", {**GQA, **WINDOWS, "residual_multiplier": 0.3}),
+    "granitemoe-swa": Family("granitemoe_swa", {**GQA, **LOCAL, **WINDOWS, "residual_multiplier": 0.3}),
+    "hy-v3": Family("hy_v3", {**WIDE, **EXPERTS}),
+    "hyperclovax": Family("hyperclovax", {**GQA, "residual_multiplier": 0.3}),
+    "iquestcoder": Family("iquestcoder", GQA),
+    "jais2": Family("jais2", GQA),
+    "laguna": Family(
+        "laguna",
+        {**WIDE, **EXPERTS, "shared_expert_intermediate_size": 24, "mlp_layer_types": ["dense", "sparse"]},
+    ),
+    "lfm3": Family("lfm3", {**GQA, "head_dim": 8, "layer_types": ["conv", "full_attention"]}),
+    "mellum": Family("mellum", {**WIDE, **EXPERTS}),
+    "minimax-m3-text": Family(
+        "minimax_m3_vl_text", {**WIDE, **LOCAL, "shared_intermediate_size": 24, "dense_intermediate_size": 48}
+    ),
+    "ministral": Family("ministral", {**GQA, **WINDOWS, "head_dim": 8}),
+    "solar-open": Family("solar_open", {**WIDE, **ROUTED}),
+    "aria-text": Family("aria_text", {**GQA, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
+    "flint": Family("flint", {**WIDE, **WINDOWS}),
+    "beam": Family("beam", {**WIDE, **WINDOWS}),
+    "roberta-decoder": Family("roberta", {**BASE, "is_decoder": True}),
+    "qwen4-exp-text": Family(
+        "qwen4_exp_text",
+        {
+            **WIDE,
+            **EXPERTS,
+            **LINEAR,
+            "layer_types": ["linear_attention", "full_attention"],
+            "shared_expert_intermediate_size": 24,
+            "hc_count": 2,
+            "hc_lowrank": 8,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 64,
+            "indexer_compress_ratio": 4,
+        },
     ),
 }
 

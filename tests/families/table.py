@@ -8,10 +8,15 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from AutomaticEval.sites import KINDS
 
 from .check import Row
+from .configs import FAMILIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -25,6 +30,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """Column -> kinds of sites. A kind that is in none of them has a column of its own."""
 VERSIONS = "Made with "
+WITHOUT_ROW = "Beside those of the table, "
 INTRO = """# Families: what is right in which models
 
 This page is made by the tests. For each family a tiny model with random weights was built, and each site of it was compared with plain hooks of torch, at places that
@@ -73,12 +79,14 @@ def page(rows: Mapping[str, Row], known_wrong: Mapping[str, str]) -> str:
         "## Reasons",
         "",
     ]
-    return "\n".join([*text, *(f"{number}. {reason}" for reason, number in reasons.numbers.items()), ""])
+    return "\n".join(
+        [*text, *(f"{number}. {reason}" for reason, number in reasons.numbers.items()), *_without_row(), ""]
+    )
 
 
 def compared(text: str, *, with_versions: bool) -> list[str]:
     """The lines of a page that are compared."""
-    return [line for line in text.splitlines() if with_versions or not line.startswith(VERSIONS)]
+    return [line for line in text.splitlines() if with_versions or not line.startswith((VERSIONS, WITHOUT_ROW))]
 
 
 def made_with_this_transformers(text: str) -> bool:
@@ -88,6 +96,17 @@ def made_with_this_transformers(text: str) -> bool:
 
 def _versions() -> str:
     return f"{VERSIONS}transformers {transformers.__version__} and torch {torch.__version__.partition('+')[0]}."
+
+
+def _without_row() -> list[str]:
+    """The families of transformers that the table has not. A model of images and text has a row if its type has one, not if its text part has."""
+    there = {
+        form for family in FAMILIES.values() for form in (family.model_type, family.model_type.removesuffix("_text"))
+    }
+    types = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES} - there)
+    named = ", ".join(f"`{each}`" for each in types if each.removesuffix("_text") not in there)
+    why = f"{WITHOUT_ROW}transformers {transformers.__version__} has these types of models that generate text, which are not tested, and may work or be refused all the same: {named}."
+    return ["", "## Families without a row", "", why]
 
 
 class _Reasons:
