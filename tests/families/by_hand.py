@@ -25,6 +25,8 @@ class At:
     scale: float = 1.0
     cut: Callable[[Tensor], Tensor] | None = None
     """[pos, width of the module] -> [pos, width of the site]."""
+    experts: str | None = None
+    """The module of all experts, which is run with one of a token's experts at a time. The place gives what it is given: rows, weights, ids."""
 
 
 Places = Mapping[str, str | At]
@@ -170,10 +172,38 @@ GEMMA2: Places = {**NORMED, "resid_mid": "<pre_feedforward_layernorm"}
 PARALLEL: Places = {**SEPARATE, **ADDED, **DOWN}
 
 
-def experts(router: str = "mlp.gate", places: Places = LLAMA) -> Places:
-    """A block with a mixture of experts, whose router gives logits, weights and numbers of experts."""
-    own = {"router_logits": f"{router}[0]", "expert_weights": f"{router}[1]", "expert_ids": f"{router}[2]"}
+def heaviest_first(part: int) -> Callable[[Tensor], Tensor]:
+    """Two weights and the ids of the two experts, sorted. part: 0 for the weights, 1 for the ids."""
+
+    def sorted_part(rows: Tensor) -> Tensor:
+        weights, ids = rows[:, -4:-2], rows[:, -2:]
+        order = weights.argsort(dim=-1, descending=True, stable=True)
+        return (ids if part else weights).gather(1, order)
+
+    return sorted_part
+
+
+def experts(router: str = "mlp.gate", places: Places = LLAMA, all_experts: str | None = None) -> Places:
+    """A block with a mixture of experts, whose router gives logits, weights and ids. all_experts: the module of the experts, beside the router by default."""
+    beside = all_experts or f"{router.rpartition('.')[0]}.experts"
+    chosen = f"{router}[1] | {router}[2]"
+    own: Places = {
+        "router_logits": f"{router}[0]",
+        "expert_weights": At(chosen, cut=heaviest_first(0)),
+        "expert_ids": At(chosen, cut=heaviest_first(1)),
+        "expert_out": At(f"<{beside} | {chosen}", experts=beside),
+    }
     return {**{kind: place for kind, place in places.items() if kind != "mlp_post"}, **own}
+
+
+def normed(n_heads: int) -> Callable[[Tensor], Tensor]:
+    """Head after head, each divided by its root mean square."""
+
+    def divided(rows: Tensor) -> Tensor:
+        heads = rows.view(len(rows), n_heads, -1)
+        return (heads * (heads.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).flatten(1)
+
+    return divided
 
 
 def scaled(places: Places, **scales: float) -> Places:
@@ -344,7 +374,7 @@ BY_HAND: dict[str, ByHand] = {
     ),
     "starcoder2": ByHand({**LLAMA, "mlp_post": "<mlp.c_proj"}),
     **same("qwen3-moe olmoe mixtral minimax-m2", ByHand(experts())),
-    **same("qwen2-moe glm4-moe ernie4_5-moe dots1 mimo-v2-flash", ByHand(DENSE_THEN_EXPERTS)),
+    **same("qwen2-moe glm4-moe ernie4_5-moe dots1", ByHand(DENSE_THEN_EXPERTS)),
     **same(
         "llava-llama llava-equal-depth mistral3-vlm qwen2-vl qwen2-vl-equal-depth qwen2.5-vl qwen3-vl internvl",
         ByHand(LLAMA, **TEXT),
@@ -370,12 +400,15 @@ BY_HAND: dict[str, ByHand] = {
     "qwen3.5-text": ByHand([mixer("linear_attn")] * 3 + [{**LLAMA, **GATED}], noise=1e-4),
     "qwen3.5-moe-text": ByHand([mixer("linear_attn", experts())] * 3 + [GATED_EXPERTS], noise=1e-4),
     "gemma3n-text": ByHand([GEMMA3N] * 2 + [without(GEMMA3N, "k", "v")] * 2, stream=0),
-    "gemma4-text": ByHand([GEMMA2] * 2 + [without(GEMMA2, "k", "v")] * 2),
+    "gemma4-text": ByHand(
+        [{**GEMMA2, "v": At("self_attn.v_proj", cut=normed(2))}] * 2 + [without(GEMMA2, "k", "v")] * 2
+    ),
     "phi": ByHand({**PARALLEL, "z": "<self_attn.dense", "mlp_post": "<mlp.fc2"}, norm="model.final_layernorm"),
     "phi3": ByHand({**LLAMA, **PHI3}),
     "phi3-longrope": ByHand({**LLAMA, **PHI3}),
     "phimoe": ByHand(experts("mlp.router")),
     "gpt-oss": ByHand(experts("mlp.router")),
+    "mimo-v2-flash": ByHand([scaled(each, v=0.6) for each in DENSE_THEN_EXPERTS]),
     "olmo": ByHand({**LLAMA, **OLMO_CLIPPED[0.4]}),
     "olmo-clip-rare": ByHand({**LLAMA, **OLMO_CLIPPED[1.26]}),
     "granite": ByHand(scaled(LLAMA, attn_out=0.3, mlp_out=0.3)),
@@ -684,11 +717,20 @@ def read(model: Any, by_hand: ByHand, n_layers: int, run: Callable[[], Any]) -> 
         parts = [reading.rows(key, stream) for key in keys]
         value = torch.cat(parts, -1) if "|" in at.place else torch.stack(parts).sum(0)
         value = value if at.cut is None else at.cut(value)
+        if at.experts is not None:
+            value = one_by_one(model.get_submodule(f"{block}.{at.experts}"), value)
         found[site] = value * at.scale if at.scale != 1 else value
         if site[0] == "z":
             found["behind z", site[1]] = reading.rows((keys[0][0][1:], -1))
     found["logits", None] = torch.cat(logits)
     return found
+
+
+def one_by_one(all_experts: Any, rows: Tensor) -> Tensor:
+    """What each of a token's two experts adds, the heavier first. rows: what enters, their weights, their ids."""
+    weights, ids = heaviest_first(0)(rows), heaviest_first(1)(rows).long()
+    added = [all_experts(rows[:, :-4], ids[:, [place]], weights[:, [place]]) for place in range(2)]
+    return torch.cat([each[0] if isinstance(each, tuple) else each for each in added], -1)
 
 
 def _rows(value: Tensor, n: int, stream: int | None) -> Tensor:

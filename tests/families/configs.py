@@ -486,7 +486,8 @@ FAMILIES: dict[str, Family] = {
     "mllama-text": Family("mllama_text_model", {**THREE, "cross_attention_layers": [1]}, "MllamaForCausalLM"),
     "youtu": Family("youtu", LATENT),
     "mimo-v2-flash": Family(
-        "mimo_v2_flash", {**WIDE, **ROUTED, "v_head_dim": 8, "hybrid_layer_pattern": [0, 1], **WINDOWS}
+        "mimo_v2_flash",
+        {**WIDE, **ROUTED, "v_head_dim": 8, "hybrid_layer_pattern": [0, 1], "attention_value_scale": 0.6, **WINDOWS},
     ),
     "axk1": Family("axk1", {**LATENT, **ROUTED}),
     "glm-moe-dsa": Family("glm_moe_dsa", {**LATENT, **ROUTED, **INDEX}),

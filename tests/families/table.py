@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "z": ("z", "head_result_norm"),
     "q k v": ("q", "k", "v"),
     "MLP": ("mlp_post",),
-    "experts": ("router_logits", "expert_ids", "expert_weights"),
+    "experts": ("router_logits", "expert_ids", "expert_weights", "expert_out"),
 }
 """Column -> kinds of sites. A kind that is in none of them has a column of its own."""
 VERSIONS = "Made with "
