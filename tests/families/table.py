@@ -31,7 +31,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """Column -> kinds of sites. A kind that is in none of them has a column of its own."""
 VERSIONS = "Made with "
 WITHOUT_ROW = "Beside those of the table, "
-INTRO = """# Families: what is right in which models
+INTRO = """---
+hide: [toc]
+---
+
+# Families: what is right in which models
 
 This page is made by the tests. For each family a tiny model with random weights was built, and each site of it was compared with plain hooks of torch, at places that
 were written by hand from the source of transformers (`tests/families/by_hand.py`). Compared were the rows of a left-padded batch of three answers and those of three
@@ -149,7 +153,7 @@ def _cell(row: Row, kinds: Sequence[str], reasons: _Reasons, known_wrong: Mappin
         state = _state(row, kind, reasons, known_wrong)
         if state:
             said.setdefault(state, []).append(kind)
-    return "; ".join(state if len(said) == 1 else f"{', '.join(of)}: {state}" for state, of in said.items()) or "–"
+    return "<br>".join(state if len(said) == 1 else f"{', '.join(of)}: {state}" for state, of in said.items()) or "–"
 
 
 def _state(row: Row, kind: str, reasons: _Reasons, known_wrong: Mapping[str, str]) -> str:
@@ -167,7 +171,7 @@ def _state(row: Row, kind: str, reasons: _Reasons, known_wrong: Mapping[str, str
     for layers, why in sorted(by_layers.items(), key=str):
         where = "" if not right and len(by_layers) == 1 else f" in {_layers(layers)}"
         states.append(f"✗ {''.join(map(reasons.mark, why))}{where}")
-    return ", ".join(states)
+    return "<br>".join(states)
 
 
 def _layers(layers: Iterable[int | None]) -> str:
