@@ -60,7 +60,8 @@ def find_layout(model: nn.Module) -> Layout:
                 return _seen_from(model, while_edited)
             n_hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
             layout = _layout(Parts(model))
-            if layout.missing and n_hooks:  # a site may be missing because of these hooks, and be there without them
+            is_doubtful = any(site.kind != "mixer_out" for site in layout.missing)
+            if is_doubtful and n_hooks:  # a site may be missing because of these hooks, and be there without them
                 return _seen_from(model, layout)
             _known[whole] = _Known(compiled, layout, weakref.WeakKeyDictionary())
         known = _known[whole]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -26,6 +26,12 @@ def n_layers_in(config: Any, name: str) -> int:
             f"{name}: its config says no number of layers ({', '.join(KNOWN.n_layers)}), so that its blocks cannot be told."
         )
     return n_layers
+
+
+Kind = Literal["attention", "mixer", "mlp"]
+"""What a part of a block may be. A mixer mixes tokens, and is no attention."""
+OUT: dict[Kind, str] = {"attention": "attn_out", "mixer": "mixer_out", "mlp": "mlp_out"}
+"""What each of them adds to the stream: a kind of site."""
 
 
 class Heads(NamedTuple):
@@ -164,6 +170,40 @@ class Parts:
     def children(self, block: str, names: Iterable[str]) -> list[str]:
         """The paths of a block's direct children that have one of these names; in the order of names."""
         return [f"{block}.{name}" for name in names if f"{block}.{name}" in self.probe.outputs]
+
+    def parts_of(self, layer: int, kind: Kind) -> list[str]:
+        """The paths below a layer's block of what may be its attention, another mixer, or its MLP."""
+        names = (*self.names.attention, *self.names.any_mixer, *self.names.mixer, *self.names.mlp)
+        return [path for path in self.children(self.blocks[layer], names) if self._kind(layer, path) == kind]
+
+    def attention(self, layer: int) -> str | None:
+        """The path of what a layer's block calls attention, whether it is one or another mixer with heads; None without any."""
+        named = self.children(self.blocks[layer], self.names.attention)
+        return next(iter([*named, *self.parts_of(layer, "attention")]), None)
+
+    def _kind(self, layer: int, path: str) -> Kind:
+        """What a part of a block is: by its name, by the type that the config gives its layer, and by the name of its class."""
+        name, names = self.below(layer, path), self.names
+        if name in names.mlp:
+            return "mlp"
+        types = _first(self.config, names.layer_types)
+        of_layer = str(types[layer]) if isinstance(types, list | tuple) and layer < len(types) else ""
+        if name in names.any_mixer and of_layer in names.mlp_types:
+            return "mlp"
+        of_class = type(self.model.get_submodule(path)).__name__.lower()
+        is_other = of_layer in names.mixer_types or any(part in of_class for part in names.mixer_classes)
+        is_attention = name in names.attention or (name in names.any_mixer and "attention" in of_layer)
+        return "attention" if is_attention and not is_other else "mixer"
+
+    def scales(self, layer: int, kind: Kind) -> list[float]:
+        """What the model may multiply by that a part of a block adds: the numbers of known names that its block or the config has, and 1."""
+        block, names = self.model.get_submodule(self.blocks[layer]), self.names
+        of_kind = {"attention": names.attention_scale, "mixer": names.mixer_scale, "mlp": ()}[kind]
+        given = [getattr(each, name, None) for name in (*of_kind, *names.scale) for each in (block, self.config)]
+        depths = [getattr(self.config, name, None) for name in names.depth_scale]
+        given += [depth / len(self.blocks) ** 0.5 for depth in depths if isinstance(depth, int | float)]
+        numbers = [float(each) for each in given if isinstance(each, int | float) and each]
+        return list(dict.fromkeys([*numbers, 1.0]))
 
     def lack(self, kinds: Iterable[str], layer: int, reason: str) -> None:
         """Say that a layer lacks sites of these kinds. The reason speaks of "its block", with paths below the block."""

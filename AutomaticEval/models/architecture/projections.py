@@ -26,7 +26,7 @@ def find_projections(parts: Parts, heads: Heads, n_kv_heads: int) -> None:
     for layer, ran in enumerate(parts.ran):
         if not ran:
             continue
-        attention = next(iter(parts.children(parts.blocks[layer], parts.names.attention)), None)
+        attention = parts.attention(layer)
         own = parts.heads(layer)
         if attention is None:
             parts.lack((*Z, *"qkv"), layer, parts.no_child(layer, "attention module", parts.names.attention))
