@@ -41,6 +41,8 @@ def why_no_branches(parts: Parts, layer: int, terms: Sequence[Sequence[Tensor]],
     mixing = "mixer" if "mixer" in held and "attention" not in held else "attention"
     both = held if "mixer" in held else [mixing, "mlp"]
     identity = " + ".join(["resid_pre", *(OUT[kind] for kind in both)]) + " = resid_post"
+    if parts.n_streams > 1:
+        return f"its block makes {parts.n_streams} residual streams anew out of all of them: {identity} holds for none"
     normed = _why_normed(parts, layer, terms)
     if normed is not None:
         return f"{normed}, so that {identity} does not hold in its block"

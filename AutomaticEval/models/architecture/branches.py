@@ -41,7 +41,10 @@ def find_branches(parts: Parts) -> None:
     """Add the taps of all layers. Blocks that are built alike have one choice: the candidate for which the identity holds best."""
     alike: dict[tuple[tuple[str, ...], tuple[_Choice, ...]], list[int]] = {}
     for layer, ran in enumerate(parts.ran):
-        if ran:
+        if ran and parts.n_streams > 1:
+            parts.lack((*OUT.values(), "resid_mid"), layer, why_no_branches(parts, layer, [], False))
+            _find_mlp_post(parts, layer)
+        elif ran:
             children = tuple(name for name, _ in parts.model.get_submodule(parts.blocks[layer]).named_children())
             alike.setdefault((children, tuple(_choices(parts, layer))), []).append(layer)
     for (_, choices), layers in alike.items():

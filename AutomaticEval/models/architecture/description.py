@@ -19,7 +19,7 @@ class Description:
     )
     """Attention, among the children of a block."""
 
-    mixer: tuple[str, ...] = ("mamba", "linear_attn", "conv", "short_conv", "mamba_decoder.mamba")
+    mixer: tuple[str, ...] = ("mamba", "linear_attn", "conv", "short_conv", "mamba_decoder.mamba", "mlstm_layer")
     """What mixes tokens and is no attention, below a block."""
 
     beside: tuple[str, ...] = ("shared_transf", "shared_transformer")
@@ -55,13 +55,16 @@ class Description:
     mixer_scale: tuple[str, ...] = ("ssm_out_multiplier",)
     """The same for what mixes tokens and is no attention."""
 
+    rescaling: tuple[str, ...] = ("rescale_every",)
+    """Behind how many blocks the stream is multiplied by a number, in the config."""
+
     active_stream: tuple[str, ...] = ("altup_active_idx",)
     """Which of several residual streams the blocks work on, in the config."""
 
     out_projection: tuple[str, ...] = ("o_proj", "out_proj", "c_proj", "dense", "wo")
     """Attention's output projection, anywhere within attention."""
 
-    down_projection: tuple[str, ...] = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "w2", "Wo", "output_linear")
+    down_projection: tuple[str, ...] = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "w2", "Wo", "output_linear", "proj_down")
     """The MLP's last projection, anywhere within the MLP."""
 
     post_attention_norm: tuple[str, ...] = (
@@ -85,6 +88,7 @@ class Description:
         "ln_out",
         "embedding_norm",
         "layernorm",
+        "out_norm",
     )
     """The norm behind the last block, beside the list of blocks."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.description import KNOWN, Description
-from AutomaticEval.models.architecture.identities import Probe
+from AutomaticEval.models.architecture.identities import Probe, is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.sites import Site
@@ -58,17 +58,24 @@ class Parts:
         """The sites that were found."""
         self.missing: dict[Site, str] = {}
         """The sites that were not found, and why."""
+        self.notes: dict[str, str] = {}
+        """Kind -> what has to be said of it."""
+        self.n_streams = 1
+        """How many residual streams the blocks hand on."""
         self._names = {id(module): name for name, module in self.model.named_modules(remove_duplicate=False)}
         self.blocks = self._find_blocks()
         """The paths of the blocks, in the order of the layers."""
         self.owner = self.blocks[0].rsplit(".", 2)[0] if self.blocks[0].count(".") > 1 else ""
         """The path of the module that holds the list of blocks."""
-        self.norm = self._find_norm()
-        """The path of the final norm; None when there is none of a known name."""
+        parent = self.model.get_submodule(self.owner)
+        norms = [name for name in names.final_norm if isinstance(getattr(parent, name, None), nn.Module)]
+        self._norms = [f"{self.owner}.{name}".strip(".") for name in norms]
         self.embedding = self._find_embedding()
         self.probe = Probe(model, {path: self.model.get_submodule(path) for path in self._to_probe()})
         self.ran = [self.probe.n_fired[block] == 1 for block in self.blocks]
         """For each block, whether it runs when the input is text alone."""
+        self.norm = self._find_norm()
+        """The path of the final norm: the one that is given what the last block gives, or else the first of a known name. None without any."""
         if self.probe.n_fired[""] != 1:
             raise UnsupportedModel(
                 f"a forward of {type(model).__name__} runs its {self.name} {self.probe.n_fired['']} times; once was expected. Another version "
@@ -104,9 +111,10 @@ class Parts:
         return blocks
 
     def _find_norm(self) -> str | None:
-        parent = self.model.get_submodule(self.owner)
-        norms = (name for name in self.names.final_norm if isinstance(getattr(parent, name, None), nn.Module))
-        return next((f"{self.owner}.{name}".strip(".") for name in norms), None)
+        last = next((block for block, ran in zip(self.blocks[::-1], self.ran[::-1], strict=True) if ran), "")
+        gave, given = self.probe.outputs.get(last), self.probe.inputs
+        right = (norm for norm in self._norms if gave is not None and norm in given and is_sum(given[norm], gave))
+        return next(right, next(iter(self._norms), None))
 
     def _find_embedding(self) -> str:
         try:
@@ -119,8 +127,12 @@ class Parts:
 
     def _to_probe(self) -> Iterator[str]:
         yield from ("", self.embedding, *self.blocks)
-        if self.norm is not None:
-            yield self.norm
+        yield from self._norms
+        if self.owner:
+            yield self.owner
+        head = self.model.get_output_embeddings()
+        if head is not None and id(head) in self._names:
+            yield self._names[id(head)]
         for block in self.blocks:
             below = (f"{block}.{name}" for name, _ in self.model.get_submodule(block).named_modules() if name)
             yield from (path for path in below if self._compiled_around(path, block) is None)
@@ -158,7 +170,7 @@ class Parts:
 
     def value(self, tap: Tap) -> Tensor:
         """What a tap takes in the small forward: [1, pos, width]."""
-        return tap.take((self.probe.inputs if tap.end == "input" else self.probe.outputs)[tap.module])
+        return tap.take(tap.stream_of((self.probe.inputs if tap.end == "input" else self.probe.outputs)[tap.module]))
 
     def named(self, parent: str, names: Iterable[str]) -> Iterator[str]:
         """The paths of the modules within parent, at any depth, whose own name is one of names; in the order of names."""
