@@ -31,7 +31,14 @@ def sites(
     for name, kind in KINDS.items():
         present = [site for site in layout.sites(name) if site in layout.taps]
         widths = dict.fromkeys(str(layout.widths[site]) for site in present)
-        rows.append((name, ", ".join(widths) or "–", _keys(present), f"{kind.described}{_noted(layout, name)}{_lacking(layout, name)}"))
+        rows.append(
+            (
+                name,
+                ", ".join(widths) or "–",
+                _keys(present),
+                f"{kind.described}{_noted(layout, name)}{_lacking(layout, name)}",
+            )
+        )
     say(f"{model}: {layout.n_layers} layers, {layout.n_heads} heads of {layout.d_head}, d_model {layout.d_model}")
     print_table("", ("Site", "Width", "Keys", "What it is"), rows, n_words=4)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
@@ -115,8 +116,8 @@ def _layout(parts: Parts) -> Layout:
     find_projections(parts, heads, n_kv_heads)
     sizes = {"d_model": parts.d_model, "n_heads": heads.n, "n_kv_heads": n_kv_heads, "d_head": heads.d_head}
     widths = {site: _width(parts, site, tap, sizes) for site, tap in parts.taps.items()}
-    found = {"taps": parts.taps, "widths": widths, "notes": parts.notes, "missing": parts.missing}
-    return Layout(n_layers, **sizes, embedding=parts.embedding, norm=parts.norm, **found)
+    named = Layout(n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths)
+    return replace(named, norm=parts.norm, notes=parts.notes, missing=parts.missing)
 
 
 def _width(parts: Parts, site: Site, tap: Tap, sizes: Mapping[str, int]) -> int:

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from AutomaticEval.errors import SiteUnavailable
+from AutomaticEval.errors import SiteUnavailable, warn
 from AutomaticEval.sites import KINDS, TABLE, Site
 
 
@@ -141,6 +141,21 @@ class Layout:
             if site not in self.taps:
                 reasons.setdefault(self._reason(site), []).append(site)
         return reasons
+
+    def where_held(self, sites: Iterable[Site]) -> list[Site]:
+        """Some sites, without those that their layers lack while other layers have sites of that kind. A warning says which are left out.
+
+        Sites of a kind that no layer has stay, so that `pick` refuses them.
+        """
+        given = list(sites)
+        held = {site.kind for site in given if site in self.taps}
+        kept = [site for site in given if site in self.taps or site.kind not in held]
+        for kind in dict.fromkeys(site.kind for site in given if site not in kept):
+            has = layers_text(site.layer for site in kept if site.kind == kind and site.layer is not None)
+            reasons = dict.fromkeys(self._reason(site) for site in given if site.kind == kind and site not in kept)
+            more = "" if len(reasons) == 1 else "; and other reasons in other layers"
+            warn(f"{kind} is kept in {has}: the other layers have none ({next(iter(reasons))}{more}).")
+        return kept
 
     def pick(self, sites: Iterable[Site]) -> dict[str, Tap]:
         """The taps of some sites: key -> tap. Raises SiteUnavailable, with the reason, for a site that this model lacks."""

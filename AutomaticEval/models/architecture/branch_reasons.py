@@ -28,7 +28,11 @@ def why_not_in_block(parts: Parts, layer: int, kind: Kind) -> str:
     if mixer:
         named = f"{parts.below(layer, mixer[0])} ({type(parts.model.get_submodule(mixer[0])).__name__})"
         return f"what mixes tokens in its block is {named}, no softmax attention: see mixer_out"
-    return "its block mixes no tokens, it holds an MLP alone: see mlp_out" if mlp else f"no {CALLED[kind]} of a known name was found in its block"
+    return (
+        "its block mixes no tokens, it holds an MLP alone: see mlp_out"
+        if mlp
+        else f"no {CALLED[kind]} of a known name was found in its block"
+    )
 
 
 def why_no_branches(parts: Parts, layer: int, terms: Sequence[Sequence[Tensor]], has_others: bool) -> str:
@@ -38,8 +42,8 @@ def why_no_branches(parts: Parts, layer: int, terms: Sequence[Sequence[Tensor]],
     """
     block, names = parts.blocks[layer], parts.names
     held: list[Kind] = [kind for kind in OUT if parts.parts_of(layer, kind)]
-    mixing = "mixer" if "mixer" in held and "attention" not in held else "attention"
-    both = held if "mixer" in held else [mixing, "mlp"]
+    mixing: Kind = "mixer" if "mixer" in held and "attention" not in held else "attention"
+    both: list[Kind] = held if "mixer" in held else [mixing, "mlp"]
     identity = " + ".join(["resid_pre", *(OUT[kind] for kind in both)]) + " = resid_post"
     if parts.n_streams > 1:
         return f"its block makes {parts.n_streams} residual streams anew out of all of them: {identity} holds for none"

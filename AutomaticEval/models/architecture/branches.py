@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from itertools import product
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from AutomaticEval.models.architecture.branch_reasons import why_no_branches, why_not_in_block
@@ -81,13 +82,20 @@ def _candidates(parts: Parts, layer: int, kind: Kind) -> list[_Branch]:
 
 
 def down_projections(parts: Parts, layer: int) -> list[str]:
-    """Paths of the output projections in a block's MLP, or in the block itself when that is the MLP."""
-    whole_block = [] if parts.parts_of(layer, "mixer") else [parts.blocks[layer]]
+    """Paths of the output projections in a block's MLP, or in the block itself, outside of what mixes tokens, when that is the MLP."""
+    mixing = [f"{path}." for kind in ("attention", "mixer") for path in parts.parts_of(layer, kind)]
     return [
         path
-        for parent in parts.parts_of(layer, "mlp") or whole_block
+        for parent in _mlps(parts, layer)
         for path in parts.named(parent, parts.names.down_projection)
+        if not path.startswith(tuple(mixing))
     ]
+
+
+def _mlps(parts: Parts, layer: int) -> list[str]:
+    """Paths of a block's MLP; of the block itself when no part of it is one."""
+    whole_block = [] if parts.parts_of(layer, "mixer") else [parts.blocks[layer]]
+    return parts.parts_of(layer, "mlp") or whole_block
 
 
 def _error(parts: Parts, choice: _Choice, layers: list[int]) -> float:
@@ -135,12 +143,10 @@ def _refuse(parts: Parts, layer: int, choices: Iterable[_Choice], has_others: bo
 
 def _find_mlp_post(parts: Parts, layer: int) -> None:
     """The input of the projection whose output is the MLP's, or is what the MLP adds."""
-    block, added = parts.blocks[layer], parts.taps.get(Site("mlp_out", layer))
-    whole_block = [] if parts.parts_of(layer, "mixer") else [block]
-    parents = parts.parts_of(layer, "mlp") or whole_block
+    added, parents = parts.taps.get(Site("mlp_out", layer)), _mlps(parts, layer)
     for parent in parents if len(parents) == 1 else ():
         ends = [parts.probe.outputs[name] for name in (parent, added.module if added else parent)]
-        for down in parts.named(parent, parts.names.down_projection):
+        for down in down_projections(parts, layer):
             gave = parts.probe.outputs[down]
             if any(is_sum(gave, end) for end in ends) or _is_added_to_a_norm(parts, layer, gave):
                 parts.taps[Site("mlp_post", layer)] = Tap(down, "input")
@@ -165,7 +171,6 @@ def _is_added_to_a_norm(parts: Parts, layer: int, gave: Tensor) -> bool:
 
 
 def _why_no_mlp_post(parts: Parts, layer: int) -> str:
-    block = parts.blocks[layer]
     mlp = next(iter(parts.parts_of(layer, "mlp")), None)
     down = down_projections(parts, layer)
     if mlp is None:
@@ -189,16 +194,22 @@ def _find_resid_mid(parts: Parts, layer: int) -> None:
     mixing = [site for site in (Site("attn_out", layer), Site("mixer_out", layer)) if site in parts.taps]
     if not mixing:
         lacking = next(
-            (Site(OUT[kind], layer) for kind in ("attention", "mixer") if parts.parts_of(layer, kind)), Site("attn_out", layer)
+            (Site(OUT[kind], layer) for kind in ("attention", "mixer") if parts.parts_of(layer, kind)),
+            Site("attn_out", layer),
         )
         parts.lack(["resid_mid"], layer, parts.missing[lacking])
         return
     if not parts.parts_of(layer, "mlp") and not down_projections(parts, layer):
-        parts.lack(["resid_mid"], layer, "its block adds one thing alone: resid_pre and resid_post are before and after it")
+        parts.lack(
+            ["resid_mid"], layer, "its block adds one thing alone: resid_pre and resid_post are before and after it"
+        )
         return
-    before, added = parts.value(parts.taps[Site("resid_pre", layer)]), [parts.value(parts.taps[site]) for site in mixing]
+    before, added = (
+        parts.value(parts.taps[Site("resid_pre", layer)]),
+        [parts.value(parts.taps[site]) for site in mixing],
+    )
     added = [each.reshape(before.shape).to(before.device) for each in added]
-    size = sum(each.double() for each in added).abs().mean()
+    size = torch.stack([each.double() for each in added]).sum(0).abs().mean()
     for name, _ in parts.model.get_submodule(block).named_children():
         value = parts.probe.inputs.get(f"{block}.{name}")
         if value is None or value.numel() != before.numel() or parts.probe.n_fired[f"{block}.{name}"] != 1:

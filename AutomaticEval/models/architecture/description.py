@@ -64,7 +64,17 @@ class Description:
     out_projection: tuple[str, ...] = ("o_proj", "out_proj", "c_proj", "dense", "wo")
     """Attention's output projection, anywhere within attention."""
 
-    down_projection: tuple[str, ...] = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "w2", "Wo", "output_linear", "proj_down")
+    down_projection: tuple[str, ...] = (
+        "down_proj",
+        "c_proj",
+        "dense_4h_to_h",
+        "fc_out",
+        "fc2",
+        "w2",
+        "Wo",
+        "output_linear",
+        "proj_down",
+    )
     """The MLP's last projection, anywhere within the MLP."""
 
     post_attention_norm: tuple[str, ...] = (

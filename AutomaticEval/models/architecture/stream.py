@@ -33,7 +33,9 @@ def find_residual(parts: Parts) -> None:
             rescaled.append(layer)
     if rescaled:
         where = layers_text(rescaled)
-        parts.notes["resid_post"] = f"the stream is rescaled behind {where}, so that it is not resid_pre of the next layer there"
+        parts.notes["resid_post"] = (
+            f"the stream is rescaled behind {where}, so that it is not resid_pre of the next layer there"
+        )
 
 
 def _active_stream(parts: Parts, entering: Tensor) -> int | None:
@@ -42,7 +44,9 @@ def _active_stream(parts: Parts, entering: Tensor) -> int | None:
         return None
     leads = entering.shape[1:3] == (1, PROBE_LENGTH)  # [stream, batch, pos, width]
     parts.n_streams = entering.shape[0 if leads else 2]
-    named = next((n for name in parts.names.active_stream if (n := getattr(parts.config, name, None)) is not None), None)
+    named = next(
+        (n for name in parts.names.active_stream if (n := getattr(parts.config, name, None)) is not None), None
+    )
     if not leads or not isinstance(named, int) or not is_sum(entering[named], parts.probe.outputs[parts.embedding]):
         return None
     for kind in STREAM:
@@ -68,9 +72,9 @@ def _find_between(parts: Parts, layer: int, stream: int | None, why: str | None)
     if why is not None:
         parts.lack(("resid_pre", "resid_post"), layer, why)
         return False
-    leaves_here = after is None or is_scaled
     parts.taps[Site("resid_pre", layer)] = Tap(here, "input", stream=stream)
-    parts.taps[Site("resid_post", layer)] = Tap(*(here, "output") if leaves_here else (after, "input"), stream=stream)
+    leaves = Tap(here, "output", stream=stream) if after is None or is_scaled else Tap(after, "input", stream=stream)
+    parts.taps[Site("resid_post", layer)] = leaves
     return is_scaled
 
 
