@@ -154,8 +154,8 @@ def _find_final_norm(parts: Parts) -> None:
 
 def _why_no_final_norm(parts: Parts) -> str:
     reason = f"no norm of a known name stands beside the blocks, only {parts.described(parts.owner)}"
-    last, head = parts.blocks[len(parts.ran) - 1 - parts.ran[::-1].index(True)], parts.model.get_output_embeddings()
-    given = next((parts.probe.inputs.get(name) for name, module in parts.model.named_modules() if module is head), None)
+    last = parts.blocks[len(parts.ran) - 1 - parts.ran[::-1].index(True)]
+    given = parts.probe.inputs.get(parts.head or "")
     if given is not None and is_sum(given, parts.probe.outputs[last]):
         return f"{reason}; what the last block gives goes to the unembedding as it is"
     return reason

@@ -71,6 +71,8 @@ class Parts:
         norms = [name for name in names.final_norm if isinstance(getattr(parent, name, None), nn.Module)]
         self._norms = [f"{self.owner}.{name}".strip(".") for name in norms]
         self.embedding = self._find_embedding()
+        self.head = self._find_head()
+        """The path of the unembedding; None when the model does not name one."""
         self.probe = Probe(model, {path: self.model.get_submodule(path) for path in self._to_probe()})
         self.ran = [self.probe.n_fired[block] == 1 for block in self.blocks]
         """For each block, whether it runs when the input is text alone."""
@@ -125,14 +127,19 @@ class Parts:
             ) from None
         return path
 
+    def _find_head(self) -> str | None:
+        try:
+            return self._names.get(id(self.model.get_output_embeddings()))
+        except (NotImplementedError, AttributeError):
+            return None
+
     def _to_probe(self) -> Iterator[str]:
         yield from ("", self.embedding, *self.blocks)
         yield from self._norms
         if self.owner:
             yield self.owner
-        head = self.model.get_output_embeddings()
-        if head is not None and id(head) in self._names:
-            yield self._names[id(head)]
+        if self.head is not None:
+            yield self.head
         for block in self.blocks:
             below = (f"{block}.{name}" for name, _ in self.model.get_submodule(block).named_modules() if name)
             yield from (path for path in below if self._compiled_around(path, block) is None)
