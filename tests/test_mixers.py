@@ -152,6 +152,12 @@ FAMILIES: dict[str, Family] = {
         hybrid("conv", "feed_forward", False, True, False),
         norm="model.embedding_norm",
     ),
+    "lfm3": Family(
+        "Lfm3Config",
+        {**LLAMA, "layer_types": ["conv", "full_attention", "conv"], "use_sandwich_norm": True},
+        [f"{kind}=post_operator_norm mlp_out=post_ffn_norm" for kind in ("mixer_out", "attn_out", "mixer_out")],
+        norm="model.embedding_norm",
+    ),
     "falcon h1": Family(
         "FalconH1Config",
         {**LLAMA, **MAMBA, "mamba_d_ssm": 64, "attention_out_multiplier": 0.7, "ssm_out_multiplier": 0.4}

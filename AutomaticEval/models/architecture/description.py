@@ -81,10 +81,16 @@ class Description:
         "post_attention_layernorm",
         "post_self_attn_layernorm",
         "post_attention_norm",
+        "post_operator_norm",
     )
     """The norm of what attention adds, among the children of a block."""
 
-    post_mlp_norm: tuple[str, ...] = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_feedforward_norm")
+    post_mlp_norm: tuple[str, ...] = (
+        "post_feedforward_layernorm",
+        "post_mlp_layernorm",
+        "post_feedforward_norm",
+        "post_ffn_norm",
+    )
     """The norm of what the MLP adds, among the children of a block."""
 
     final_norm: tuple[str, ...] = (
