@@ -306,7 +306,7 @@ def test_state_space_model_gives_its_residual_stream(tokenizer: Any) -> None:
     model = build(transformers.MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2))
     loaded = LoadedModel(model, tokenizer, "mamba")
     assert set(capture(loaded, "embed,resid_post")) == {"embeddings", "layer_0", "layer_1"}
-    with pytest.raises(SiteUnavailable, match="no attention module"):
+    with pytest.raises(SiteUnavailable, match="no softmax attention"):
         capture(loaded, "z")
 
 

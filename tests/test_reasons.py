@@ -47,7 +47,6 @@ EXPERTS: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
 }
-NO_ATTENTION = "no attention module .* was found in its block, whose parts are "
 NOT_HELD = r"resid_pre \+ attn_out \+ mlp_out = resid_post does not hold in its block"
 ANOTHER_WIDTH = r"self_attn.o_proj is given 48 features, not 4 heads of 4 .* another width \(12\)"
 NO_QKV = r"no projections of queries, keys and values .* were found in self_attn, .*kv_b_proj \(Linear\)"
@@ -89,25 +88,30 @@ REASONS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         "MambaConfig",
         MIXER,
         {
-            "layer_0.z": NO_ATTENTION + r"norm \(MambaRMSNorm\), mixer \(MambaMixer\)$",
+            "layer_0.z": r"is mixer \(MambaMixer\), no softmax attention",
             "layer_1.mlp_out": "its block holds no MLP, only what mixes tokens: see mixer_out",
             "layer_1.attn_out": r"is mixer \(MambaMixer\), no softmax attention: see mixer_out",
             "layer_1.resid_mid": "its block adds one thing alone",
             "layer_1.mixer_out": "",
-            "layer_2.mlp_post": r"no MLP .* mixer \(MambaMixer\)$",
+            "layer_2.mlp_post": "its block holds no MLP, only what mixes tokens: see mixer_out",
             "final_norm": "",
         },
     ),
     "mamba2": (
         "Mamba2Config",
         {**MIXER, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
-        {"layer_0.q": NO_ATTENTION + r".*mixer \(Mamba2Mixer\)$"},
+        {"layer_0.q": r"is mixer \(Mamba2Mixer\), no softmax attention"},
     ),
     "jamba": (
         "JambaConfig",
         {**LLAMA, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
         | {"expert_layer_period": 2, "expert_layer_offset": 0, "num_experts": 4, "use_mamba_kernels": False},
-        {"layer_0.z": NO_ATTENTION + r"mamba \(", "layer_1.z": "", "layer_2.mlp_post": MANY, "layer_3.mlp_post": ""},
+        {
+            "layer_0.z": r"is mamba \(JambaMambaMixer\), no softmax",
+            "layer_1.z": "",
+            "layer_2.mlp_post": MANY,
+            "layer_3.mlp_post": "",
+        },
     ),
     "lfm2": (
         "Lfm2Config",
@@ -159,7 +163,7 @@ REASONS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         | {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
         | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
         {
-            "layer_2.z": NO_ATTENTION + r"linear_attn \(",
+            "layer_2.z": r"is linear_attn \(Qwen3NextGatedDeltaNet\), no softmax attention",
             "layer_3.z": "",
             "layer_0.mlp_post": MANY,
             "layer_3.mlp_post": MANY,
@@ -199,7 +203,7 @@ REASONS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         {**LLAMA, "hybrid_override_pattern": "M-*", "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8}
         | {"n_groups": 1, "head_dim": 8},
         {
-            "layer_0.z": r"mixer \(NemotronHMamba2Mixer\)$",
+            "layer_0.z": r"is mixer \(NemotronHMamba2Mixer\), no softmax attention",
             "layer_2.z": "",
             "layer_2.attn_out": "",
             "layer_1.mlp_post": "",
@@ -284,10 +288,10 @@ def test_command_says_which_layers_have_a_site_and_why_others_have_not(
     assert "layer_1.z, layer_3.z" in rows["z"]
     assert "layer_0.resid_pre … layer_3.resid_pre" in rows["resid_pre"]
     found = sites_command._lacking(loaded.layout, "z")
-    assert re.search(r"^not in layers 0, 2: no attention module .*mamba \(JambaMambaMixer\)", found.strip())
+    assert re.search(r"^not in layers 0, 2: what mixes tokens .* mamba \(JambaMambaMixer\)", found.strip())
     assert sites_command._lacking(loaded.layout, "resid_post") == ""
     mamba = LoadedModel(built("mamba"), tokenizer, "mamba").layout
-    assert sites_command._lacking(mamba, "z").startswith("\nnot in this model: no attention module")
+    assert sites_command._lacking(mamba, "z").startswith("\nnot in this model: what mixes tokens in its block is mixer")
 
 
 def _load_options() -> dict[str, Any]:

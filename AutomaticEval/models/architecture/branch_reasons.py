@@ -35,6 +35,15 @@ def why_not_in_block(parts: Parts, layer: int, kind: Kind) -> str:
     )
 
 
+def why_no_part(parts: Parts, layer: int, kind: Kind) -> str:
+    """Why nothing within a part of a kind can be read: the block holds other things, whose sum is the next stream; or no such part was found."""
+    is_known = any(Site(out, layer) in parts.taps for out in OUT.values())
+    if is_known and Site(OUT[kind], layer) in parts.missing:
+        return parts.missing[Site(OUT[kind], layer)]
+    names, called = (parts.names.mlp, "MLP") if kind == "mlp" else (parts.names.attention, "attention module")
+    return parts.no_child(layer, called, names)
+
+
 def why_no_branches(parts: Parts, layer: int, terms: Sequence[Sequence[Tensor]], has_others: bool) -> str:
     """Why the identity of a layer does not hold.
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from AutomaticEval.models.architecture.branch_reasons import why_no_branches, why_not_in_block
+from AutomaticEval.models.architecture.branch_reasons import why_no_branches, why_no_part, why_not_in_block
 from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.module_names import OUT, Kind, Parts
 from AutomaticEval.models.layout import Tap
@@ -175,7 +175,7 @@ def _why_no_mlp_post(parts: Parts, layer: int) -> str:
     down = down_projections(parts, layer)
     if mlp is None:
         unsure = f", so that {parts.below(layer, down[0])} is not known to be a part of one" if down else ""
-        return parts.no_child(layer, "MLP", parts.names.mlp) + unsure
+        return why_no_part(parts, layer, "mlp") + unsure
     below, kind = parts.below(layer, mlp), type(parts.model.get_submodule(mlp)).__name__
     modules = parts.model.get_submodule(mlp).named_modules()
     if any("experts" in f"{name} {type(module).__name__}".lower() for name, module in modules):
