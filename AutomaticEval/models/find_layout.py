@@ -114,7 +114,12 @@ def _layout(parts: Parts) -> Layout:
     cached = [value.shape[1] for value in parts.probe.values if value is not None and value.dim() == 4]
     n_kv_heads = max(cached, key=cached.count) if cached else heads.n
     find_projections(parts, heads, n_kv_heads)
-    sizes: dict[str, Any] = {"d_model": parts.d_model, "n_heads": heads.n, "n_kv_heads": n_kv_heads, "d_head": heads.d_head}
+    sizes: dict[str, Any] = {
+        "d_model": parts.d_model,
+        "n_heads": heads.n,
+        "n_kv_heads": n_kv_heads,
+        "d_head": heads.d_head,
+    }
     widths = {site: _width(parts, site, tap, sizes) for site, tap in parts.taps.items()}
     named = Layout(n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths)
     return replace(named, norm=parts.norm, notes=parts.notes, missing=parts.missing)
