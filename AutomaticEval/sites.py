@@ -64,10 +64,10 @@ _ROWS = (
     Kind("resid_pre", "residual stream entering the block", ("d_model",), "blocks.{layer}.hook_resid_pre"),
     Kind(
         "resid_mid",
-        "residual stream after attention's addition; absent in parallel blocks",
+        "residual stream after the addition of attention, or of another mixer; absent in parallel blocks",
         ("d_model",),
         "blocks.{layer}.hook_resid_mid",
-        not_edited="it is read where the MLP alone receives it, and the stream goes on beside it; edit attn_out instead",
+        not_edited="it is read where the MLP alone receives it, and the stream goes on beside it; edit attn_out or mixer_out instead",
     ),
     Kind(
         "resid_post",
@@ -80,6 +80,11 @@ _ROWS = (
         "what attention adds to the stream, after any post-norm (Gemma 2) or multiplier (Granite)",
         ("d_model",),
         "blocks.{layer}.hook_attn_out",
+    ),
+    Kind(
+        "mixer_out",
+        "what a token mixer other than attention adds to the stream (Mamba, linear attention, short convolution), by the same rule",
+        ("d_model",),
     ),
     Kind(
         "mlp_out",

@@ -12,7 +12,7 @@ from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.layout import Derived, Layout, Tap
 from AutomaticEval.reducing.table import RowReduction, SampleReduction
 from AutomaticEval.selection import Selection
-from AutomaticEval.sites import TABLE
+from AutomaticEval.sites import TABLE, Site
 
 
 @dataclass(eq=False)
@@ -50,12 +50,24 @@ class _Reduced:
         return self._matrices.get(device)
 
 
+def sites_of(layout: Layout, selection: Selection) -> list[Site]:
+    """The sites that a selection keeps of a model, in the order of a forward.
+
+    A kind that is asked for without layers is kept in the layers that have it, and a warning names them. Raises UnknownLayer.
+    """
+    sites = selection.sites(layout.n_layers)
+    if selection.layers is not None:
+        return list(sites)
+    kept = {*layout.where_held(site for site in sites if site not in selection.single_sites), *selection.single_sites}
+    return [site for site in sites if site in kept]
+
+
 def taps_of(layout: Layout, selection: Selection) -> dict[str, Tap]:
     """The taps of the selected sites: key -> tap, which gives reduced rows where the selection reduces them.
 
     Raises UnknownLayer, SiteUnavailable, and SelectionError for a projection that does not fit a site.
     """
-    sites = selection.sites(layout.n_layers)
+    sites = sites_of(layout, selection)
     taps = layout.pick(sites)
     reduction = selection.reduction
     if not isinstance(reduction, RowReduction):
@@ -79,7 +91,7 @@ def bytes_per_row(loaded: LoadedModel, selection: Selection) -> int:
     Raises UnknownLayer, SiteUnavailable, SelectionError.
     """
     layout, reduction = loaded.layout, selection.reduction
-    sites = selection.sites(layout.n_layers)
+    sites = sites_of(layout, selection)
     taps_of(layout, selection)  # raises for sites that cannot be kept
     n_bytes = 0
     for site in sites:

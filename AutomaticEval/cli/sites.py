@@ -31,7 +31,14 @@ def sites(
     for name, kind in KINDS.items():
         present = [site for site in layout.sites(name) if site in layout.taps]
         widths = dict.fromkeys(str(layout.widths[site]) for site in present)
-        rows.append((name, ", ".join(widths) or "–", _keys(present), f"{kind.described}{_lacking(layout, name)}"))
+        rows.append(
+            (
+                name,
+                ", ".join(widths) or "–",
+                _keys(present),
+                f"{kind.described}{_noted(layout, name)}{_lacking(layout, name)}",
+            )
+        )
     say(f"{model}: {layout.n_layers} layers, {layout.n_heads} heads of {layout.d_head}, d_model {layout.d_model}")
     print_table("", ("Site", "Width", "Keys", "What it is"), rows, n_words=4)
 
@@ -42,6 +49,11 @@ def _keys(present: Sequence[Site]) -> str:
     if len(keys) > 2 and present[-1].layer == (present[0].layer or 0) + len(present) - 1:
         return f"{keys[0]} … {keys[-1]}"
     return ", ".join(keys) or "–"
+
+
+def _noted(layout: Layout, kind: str) -> str:
+    """What has to be said of a kind in this model, in a line of its own."""
+    return f"\n{layout.notes[kind]}" if kind in layout.notes else ""
 
 
 def _lacking(layout: Layout, kind: str) -> str:

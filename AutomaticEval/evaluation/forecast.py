@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 
-from AutomaticEval.capture.reduced_rows import bytes_per_row
+from AutomaticEval.capture.reduced_rows import bytes_per_row, sites_of
 from AutomaticEval.capture.tree.prefix_tree import PrefixTree
 from AutomaticEval.capture.tree.score import Cut
 from AutomaticEval.errors import BenchmarkError, SelectionError
@@ -168,7 +168,7 @@ def _size(
 ) -> float:
     """The size of all files with so many rows: of the shards, and of `run.h5`, which has all tables once more."""
     layout = loaded.layout
-    n_keys = len(selection.sites(layout.n_layers))
+    n_keys = len(sites_of(layout, selection))
     shard_bytes = shard_bytes_for(round(rows_bytes))
     # Shards of less than an eighth of this size are merged with their neighbours.
     n_files = 16 * rows_bytes // shard_bytes + 1 + n_ranks

@@ -91,7 +91,7 @@ def reading_patterns(model: Any, layout: Layout, layers: Iterable[int] | None = 
         for layer in layers:
             z = Site("z", layer)
             projection = layout.pick([z])[z.key].module
-            block = layout.taps[Site("resid_pre", layer)].module
+            block = layout.pick([Site("resid_pre", layer)])[Site("resid_pre", layer).key].module
             for module in _modules_between(projection, block):
                 hooks.after(model.get_submodule(module), patterns.hook(layer))
         hooks.before(model.get_submodule(layout.whole), patterns.forget)

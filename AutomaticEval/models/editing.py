@@ -303,10 +303,14 @@ class _Made:
             hooks.after(self.module, after, prepend=True)
 
     def _changed(self, value: Tensor | None, forward: _Forward) -> Tensor:
-        """The value that a module gives or is given, with the edit made. value: [batch, columns, width], or [batch * columns, width]."""
+        """The value that a module gives or is given, with the edit made in the stream that the site is."""
         if value is None:
             raise EditError(f"the module of {self.key} ({self.tap.module}) gave no tensor.")
         self.n_fired += 1
+        return self.tap.with_stream(value, self._changed_stream(self.tap.stream_of(value), forward))
+
+    def _changed_stream(self, value: Tensor, forward: _Forward) -> Tensor:
+        """The value with the edit made. value: [batch, columns, width], or [batch * columns, width]."""
         is_everywhere = self.edit.where is None and self.edit.positions is None
         if not forward.n and (value.dim() == 2 or not is_everywhere):
             raise EditError(f"{self.key}: which columns are edited is not known in a forward that is fed no token ids.")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -20,9 +21,10 @@ from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled, virtual_tokens
 from AutomaticEval.models.architecture.module_names import Parts
 from AutomaticEval.models.architecture.projections import find_projections
+from AutomaticEval.models.architecture.stream import find_residual
 from AutomaticEval.models.edited_models import layout_of
 from AutomaticEval.models.layout import Layout, Tap
-from AutomaticEval.sites import PER_LAYER, TABLE, Site
+from AutomaticEval.sites import TABLE, Site
 
 
 class _Known(NamedTuple):
@@ -60,7 +62,8 @@ def find_layout(model: nn.Module) -> Layout:
                 return _seen_from(model, while_edited)
             n_hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
             layout = _layout(Parts(model))
-            if layout.missing and n_hooks:  # a site may be missing because of these hooks, and be there without them
+            is_doubtful = any(site.kind != "mixer_out" for site in layout.missing)
+            if is_doubtful and n_hooks:  # a site may be missing because of these hooks, and be there without them
                 return _seen_from(model, layout)
             _known[whole] = _Known(compiled, layout, weakref.WeakKeyDictionary())
         known = _known[whole]
@@ -102,20 +105,24 @@ def _layout(parts: Parts) -> Layout:
     """All rules in turn: each adds the taps of its kinds to `parts.taps`, or to `parts.missing` why a layer lacks them."""
     n_layers = len(parts.blocks)
     _check_embedding(parts)
-    parts.taps[Site("embed")] = Tap(parts.blocks[parts.ran.index(True)], "input")
     parts.taps[Site("logits")] = Tap("", "output")
     _find_final_norm(parts)
-    for layer in range(n_layers):
-        _find_residual(parts, layer)
+    find_residual(parts)
     find_branches(parts)
     own = [parts.heads(layer) for layer, ran in enumerate(parts.ran) if ran]
     heads = max(own, key=own.count)
     cached = [value.shape[1] for value in parts.probe.values if value is not None and value.dim() == 4]
     n_kv_heads = max(cached, key=cached.count) if cached else heads.n
     find_projections(parts, heads, n_kv_heads)
-    sizes = {"d_model": parts.d_model, "n_heads": heads.n, "n_kv_heads": n_kv_heads, "d_head": heads.d_head}
+    sizes: dict[str, Any] = {
+        "d_model": parts.d_model,
+        "n_heads": heads.n,
+        "n_kv_heads": n_kv_heads,
+        "d_head": heads.d_head,
+    }
     widths = {site: _width(parts, site, tap, sizes) for site, tap in parts.taps.items()}
-    return Layout(n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths, missing=parts.missing)
+    named = Layout(n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths)
+    return replace(named, norm=parts.norm, notes=parts.notes, missing=parts.missing)
 
 
 def _width(parts: Parts, site: Site, tap: Tap, sizes: Mapping[str, int]) -> int:
@@ -136,37 +143,24 @@ def _check_embedding(parts: Parts) -> None:
 
 
 def _find_final_norm(parts: Parts) -> None:
-    if parts.norm is None:
-        parts.missing[Site("final_norm")] = (
-            f"no norm of a known name stands beside the blocks, only {parts.described(parts.owner)}"
-        )
-    elif parts.probe.n_fired[parts.norm] != 1:
-        n_times = parts.probe.n_fired[parts.norm]
-        parts.missing[Site("final_norm")] = (
-            f"{parts.norm} is used {n_times} times in a forward, not once behind the last block"
-        )
+    """The norm behind the last block. One that is used elsewhere, too, is read where the body of the model gives what it gave last."""
+    norm, site, outputs = parts.norm, Site("final_norm"), parts.probe.outputs
+    if norm is None:
+        parts.missing[site] = _why_no_final_norm(parts)
+    elif parts.probe.n_fired[norm] == 1:
+        parts.taps[site] = Tap(norm, "output")
+    elif parts.probe.n_fired[parts.owner] == 1 and is_sum(outputs[parts.owner], outputs[norm]):
+        parts.taps[site] = Tap(parts.owner, "output")
     else:
-        parts.taps[Site("final_norm")] = Tap(parts.norm, "output")
-
-
-def _find_residual(parts: Parts, layer: int) -> None:
-    """resid_pre and resid_post of a layer. resid_post is read where the next part receives it, so that edits between blocks are seen."""
-    if not parts.ran[layer]:
-        parts.lack(PER_LAYER, layer, "its block does not run in a forward over text (as those that attend to images)")
-        return
-    here = parts.blocks[layer]
-    after = next(
-        (block for block, ran in zip(parts.blocks[layer + 1 :], parts.ran[layer + 1 :], strict=True) if ran), None
-    )
-    # a final norm that is used in several places is no tap, and does not say where the stream is
-    if after is None and Site("final_norm") in parts.taps:
-        after = parts.norm
-    given, gave = parts.probe.inputs.get(after or here), parts.probe.outputs.get(here)
-    if gave is None or given is None or (after is not None and not is_sum(given, gave)) or gave.isnan().any():
-        shapes = [None if each is None else list(each.shape) for each in (gave, given)]
-        raise UnsupportedModel(
-            f"{parts.name}: what {after} receives (shape {shapes[1]}) is not what block {layer} returns (shape {shapes[0]}), or it is NaN, so "
-            "the residual stream cannot be named. If a hook of yours edits the stream, run once without it first."
+        parts.missing[site] = (
+            f"{norm} is used {parts.probe.n_fired[norm]} times in a forward, not once behind the last block"
         )
-    parts.taps[Site("resid_pre", layer)] = Tap(here, "input")
-    parts.taps[Site("resid_post", layer)] = Tap(here, "output") if after is None else Tap(after, "input")
+
+
+def _why_no_final_norm(parts: Parts) -> str:
+    reason = f"no norm of a known name stands beside the blocks, only {parts.described(parts.owner)}"
+    last = parts.blocks[len(parts.ran) - 1 - parts.ran[::-1].index(True)]
+    given = parts.probe.inputs.get(parts.head or "")
+    if given is not None and is_sum(given, parts.probe.outputs[last]):
+        return f"{reason}; what the last block gives goes to the unembedding as it is"
+    return reason

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from AutomaticEval.errors import SiteUnavailable
+from AutomaticEval.errors import SiteUnavailable, warn
 from AutomaticEval.sites import KINDS, TABLE, Site
 
 
@@ -42,10 +42,25 @@ class Tap:
     columns: tuple[int, ...] | None = None
     """The features to take, for a projection whose output holds several sites. None takes all."""
 
+    stream: int | None = None
+    """Which stream is read of a value that holds several, [stream, batch, pos, width]. None: the value is one stream."""
+
     then: Derived | None = None
     """What is computed of the value, for a derived site and for rows that are reduced. None keeps the value."""
 
     _column_numbers: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def stream_of(self, value: Tensor) -> Tensor:
+        """The one stream that is read. value: [batch, pos, width]; of several streams [stream, batch, pos, width]."""
+        return value if self.stream is None else value[self.stream]
+
+    def with_stream(self, value: Tensor, changed: Tensor) -> Tensor:
+        """A value in which `stream_of` finds what was changed; other streams are as they were."""
+        if self.stream is None:
+            return changed
+        whole = value.clone()
+        whole[self.stream] = changed
+        return whole
 
     def take(self, value: Tensor) -> Tensor:
         """The site's values. value: [..., width of the module]. Returns [..., width of the site]."""
@@ -89,6 +104,12 @@ class Layout:
     widths: Mapping[Site, int]
     """The width of each of these sites: how many numbers a token has there."""
 
+    norm: str | None = None
+    """Dotted path of the final norm, which may be used elsewhere, too. None without any."""
+
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Kind -> what has to be said of it in this model: which of several residual streams is read, say."""
+
     missing: Mapping[Site, str] = field(default_factory=dict)
     """The sites that this model lacks, and why. For a site of a layer, the reason speaks of that layer's block as "its block"."""
 
@@ -100,7 +121,8 @@ class Layout:
     def under(self, prefix: str) -> Layout:
         """This layout for a model that holds this one under the dotted path prefix: the paths begin with it."""
         taps = {site: replace(tap, module=f"{prefix}.{tap.module}".strip(".")) for site, tap in self.taps.items()}
-        return replace(self, embedding=f"{prefix}.{self.embedding}", taps=taps)
+        norm = None if self.norm is None else f"{prefix}.{self.norm}"
+        return replace(self, embedding=f"{prefix}.{self.embedding}", taps=taps, norm=norm)
 
     def sites(self, kind: str) -> list[Site]:
         """All sites of a kind, whether the model has them or not."""
@@ -119,6 +141,21 @@ class Layout:
             if site not in self.taps:
                 reasons.setdefault(self._reason(site), []).append(site)
         return reasons
+
+    def where_held(self, sites: Iterable[Site]) -> list[Site]:
+        """Some sites, without those that their layers lack while other layers have sites of that kind. A warning says which are left out.
+
+        Sites of a kind that no layer has stay, so that `pick` refuses them.
+        """
+        given = list(sites)
+        held = {site.kind for site in given if site in self.taps}
+        kept = [site for site in given if site in self.taps or site.kind not in held]
+        for kind in dict.fromkeys(site.kind for site in given if site not in kept):
+            has = layers_text(site.layer for site in kept if site.kind == kind and site.layer is not None)
+            reasons = dict.fromkeys(self._reason(site) for site in given if site.kind == kind and site not in kept)
+            more = "" if len(reasons) == 1 else "; and other reasons in other layers"
+            warn(f"{kind} is kept in {has}: the other layers have none ({next(iter(reasons))}{more}).")
+        return kept
 
     def pick(self, sites: Iterable[Site]) -> dict[str, Tap]:
         """The taps of some sites: key -> tap. Raises SiteUnavailable, with the reason, for a site that this model lacks."""

@@ -27,7 +27,7 @@ TEXTS = [
     "One two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen",
 ]
 SOME_KINDS = "embed,resid_mid,resid_post,mlp_out,mlp_post,z"
-ALL = ",".join(kind for kind in KINDS if kind != "logits")
+ALL = ",".join(kind for kind in KINDS if kind not in ("logits", "mixer_out"))
 PROMPT = "Is an otter an animal? Tell me about the sea."
 
 

@@ -108,7 +108,8 @@ class ActivationExtractor:
         layout = self.layout
         self._heads = parse_heads(heads, layout.n_heads)
         kind = "head_result_norm" if self.of == "result" else "z"
-        sites = expand([kind], layers, layout.n_layers)
+        asked = expand([kind], layers, layout.n_layers)
+        sites = layout.where_held(asked) if layers is None else asked
         self._taps = layout.pick(sites)
         self._moments = {int(site.layer or 0): Moments(len(self._heads)) for site in sites}
         self.groups = TextGroups(len(self._heads), list(self._moments))

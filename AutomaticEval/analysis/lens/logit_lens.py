@@ -42,7 +42,8 @@ class LogitLens:
 
     def __init__(self, loaded: LoadedModel) -> None:
         final = Site("final_norm")
-        self._norm = loaded.model.get_submodule(loaded.layout.pick([final])[final.key].module)
+        tap = loaded.layout.pick([final])[final.key]
+        self._norm = loaded.model.get_submodule(loaded.layout.norm or tap.module)
         self._unembedding: Any = loaded.model.get_output_embeddings()
         if self._unembedding is None:
             raise SiteUnavailable(f"{type(loaded.model).__name__} names no unembedding, so it has no logit lens.")

@@ -37,6 +37,11 @@ class DirectEffects:
             check_target(target, loaded.model.config.get_text_config().vocab_size)
         self._layout = layout = loaded.layout
         self._final_tap = layout.pick([FINAL])[FINAL.key]
+        if layout.norm not in (None, self._final_tap.module):
+            raise SiteUnavailable(
+                f"{layout.norm} of {type(loaded.model).__name__} is used elsewhere than behind the last block, too, so that what heads add to "
+                "logits is not computed."
+            )
         _check_unembedding(loaded.model, self._final_tap.module)
         self._final = self._frozen(loaded.model, self._final_tap.module)
         before_norm = self._final.back(_unembedded(loaded.model, targets, layout.d_model))  # [n_targets, d_model]

@@ -42,6 +42,11 @@ class LaterBlocks:
         self._loaded, self._n_last, self._score = loaded, n_last, score
         self.layout: Layout = loaded.layout
         self.batch: Batch = padded(sequences, "left")
+        if any(tap.stream is not None for tap in self.layout.taps.values()):
+            raise EditError(
+                f"{type(loaded.model).__name__} has several residual streams, so that it cannot be run from a middle block on; change its parts one "
+                "by one (heads ablate, heads patch)."
+            )
         self._blocks = _Blocks(loaded.model, self.layout)
         self._streams = self._read()
         self.baseline = self.scores(0)[0]

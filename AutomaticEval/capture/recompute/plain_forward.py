@@ -71,10 +71,11 @@ def plain_forward(
     attending = _attending_eagerly(model) if layers else nullcontext()
     with torch.no_grad(), alone_with(model), attending, Hooks() as hooks:
         for key, tap in taps.items():
-            reader.install(hooks, model.get_submodule(tap.module), key, tap.end)
+            reader.install(hooks, model.get_submodule(tap.module), key, tap)
         patterns: dict[str, Tensor] = {}
         for key, layer in layers.items():
-            for module in _around(model, layout.taps[Site("z", layer)].module, layout.taps[Site("resid_pre", layer)]):
+            (z, stream) = layout.pick([Site("z", layer), Site("resid_pre", layer)]).values()
+            for module in _around(model, z.module, stream):
                 hook = _pattern_hook(patterns, key, layout.n_heads, list(positions))
                 hooks.after(module, hook)
         logits = model(**arguments).logits[0]  # [at least n_logits, d_vocab]
@@ -95,22 +96,25 @@ class _Reader:
         self._n_ids, self._positions = n_ids, list(positions)
         self._values: dict[str, list[Tensor]] = {}
 
-    def install(self, hooks: Hooks, module: nn.Module, key: str, end: str) -> None:
-        """Read the input or output of a module under a key."""
+    def install(self, hooks: Hooks, module: nn.Module, key: str, tap: Tap) -> None:
+        """Read the input or output of a module under a key; of several streams the tap's."""
         self._values[key] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._keep(key, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
+            self._keep(key, tap, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._keep(key, output[0] if isinstance(output, tuple | list) else output)
+            output = getattr(output, "last_hidden_state", output)
+            self._keep(key, tap, output[0] if isinstance(output, tuple | list) else output)
 
-        if end == "input":
+        if tap.end == "input":
             hooks.before(module, before)
         else:
             hooks.after(module, after)
 
-    def _keep(self, key: str, value: Any) -> None:
+    def _keep(self, key: str, tap: Tap, value: Any) -> None:
+        if tap.stream is not None:
+            value = value[tap.stream]
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if not isinstance(value, Tensor) or value.shape[:-1].numel() != self._n_ids:
             raise CaptureError(

@@ -78,10 +78,10 @@ class PieceForwards:
 
     def _pattern_layers(self, selection: Selection) -> list[int]:
         """The layers whose attention patterns are kept. Raises SiteUnavailable for a layer without attention."""
-        sites = expand(["resid_post"], selection.layers_text(), self._layout.n_layers)
-        layers = [site.layer for site in sites if site.layer is not None]
-        self._layout.pick(Site("z", layer) for layer in layers)
-        return layers
+        asked = expand(["z"], selection.layers_text(), self._layout.n_layers)
+        sites = self._layout.where_held(asked) if selection.layers is None else asked
+        self._layout.pick(sites)
+        return [site.layer for site in sites if site.layer is not None]
 
     @property
     def bytes_per_token(self) -> int:

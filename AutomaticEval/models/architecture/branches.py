@@ -1,90 +1,113 @@
-"""The rules for what the two branches of a block add to the residual stream, and what lies on the way: attn_out, mlp_out, resid_mid, mlp_post."""
+"""The rules for what the branches of a block add to the residual stream, and what lies on the way: attn_out, mixer_out, mlp_out, resid_mid, mlp_post.
+
+A block has one branch or more: attention, another mixer of tokens, an MLP. Together they give the identity that is checked:
+resid_pre + what each branch adds = resid_post.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import product
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from AutomaticEval.models.architecture.branch_reasons import why_no_branches, why_no_part, why_not_in_block
 from AutomaticEval.models.architecture.identities import is_sum
-from AutomaticEval.models.architecture.module_names import Parts
+from AutomaticEval.models.architecture.module_names import OUT, Kind, Parts
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.sites import Site
 
-IDENTITY = "resid_pre + attn_out + mlp_out = resid_post"
-
 
 class _Branch(NamedTuple):
-    """A candidate: two modules whose outputs may be what attention and the MLP add. Paths begin below the block."""
+    """A candidate for one branch: modules whose outputs, together, may be what it adds. Paths begin below the block."""
 
-    attn: str
-    mlp: str
+    kind: Kind
+    paths: tuple[str, ...]
+    """Mostly one. With several the sum is checked, and there is no one place where it can be read."""
     scale: float
-    """What the model multiplies both outputs by."""
+    """What the model multiplies the outputs by."""
+
+    def taps(self, block: str) -> list[Tap]:
+        """Where the outputs are read in a block."""
+        return [Tap(f"{block}.{path}", "output", self.scale) for path in self.paths]
+
+
+_Choice = tuple[_Branch, ...]
+"""A candidate for all branches of a block, one of each kind that the block has."""
 
 
 def find_branches(parts: Parts) -> None:
     """Add the taps of all layers. Blocks that are built alike have one choice: the candidate for which the identity holds best."""
-    alike: dict[tuple[_Branch, ...], list[int]] = {}
+    alike: dict[tuple[tuple[str, ...], tuple[_Choice, ...]], list[int]] = {}
     for layer, ran in enumerate(parts.ran):
-        if ran:
-            alike.setdefault(tuple(_branches(parts, layer)), []).append(layer)
-    for candidates, layers in alike.items():
-        errors = {branch: _error(parts, branch, layers) for branch in candidates}
-        best = min(errors, key=lambda branch: errors[branch], default=None)
+        if ran and parts.n_streams > 1:
+            parts.lack((*OUT.values(), "resid_mid"), layer, why_no_branches(parts, layer, [], False))
+            _find_mlp_post(parts, layer)
+        elif ran:
+            children = tuple(name for name, _ in parts.model.get_submodule(parts.blocks[layer]).named_children())
+            alike.setdefault((children, tuple(_choices(parts, layer))), []).append(layer)
+    for (_, choices), layers in alike.items():
+        errors = {choice: _error(parts, choice, layers) for choice in choices}
+        best = min(errors, key=lambda choice: errors[choice], default=None)
         holds = best is not None and errors[best] <= 0.25
         for layer in layers:
             if best is not None and holds:
-                attn, mlp = _branch_taps(parts, best, layer)
-                parts.taps[Site("attn_out", layer)], parts.taps[Site("mlp_out", layer)] = attn, mlp
+                _take(parts, layer, best)
             else:
-                parts.lack(("attn_out", "mlp_out"), layer, _why_no_branches(parts, layer, len(layers) > 1))
+                _refuse(parts, layer, choices, len(layers) > 1)
             _find_resid_mid(parts, layer)
             _find_mlp_post(parts, layer)
 
 
-def _branches(parts: Parts, layer: int) -> list[_Branch]:
-    """The candidates of a block, the plainest first."""
-    block = parts.blocks[layer]
-    attention = parts.children(block, parts.names.attention)
-    attn = [*attention, *parts.children(block, parts.names.post_attention_norm)]
-    attn += [path for parent in attention for path in parts.named(parent, parts.names.out_projection)]
-    branch = [
-        *parts.children(block, parts.names.mlp),
-        *parts.children(block, parts.names.post_mlp_norm),
-        *_down_projections(parts, block),
-    ]
-    scale = float(getattr(parts.config, "residual_multiplier", None) or 1.0)
-    below = len(block) + 1
-    return [_Branch(one[below:], other[below:], scale) for one in attn for other in branch]
+def _choices(parts: Parts, layer: int) -> list[_Choice]:
+    """The candidates of a block, the plainest first. None when it has no part that could add something."""
+    slots = [_candidates(parts, layer, kind) for kind in OUT]
+    return list(product(*[slot for slot in slots if slot])) if any(slots) else []
 
 
-def _down_projections(parts: Parts, block: str) -> list[str]:
-    """Paths of the output projections in the block's MLP, or in the block itself when that is the MLP."""
+def _candidates(parts: Parts, layer: int, kind: Kind) -> list[_Branch]:
+    """The candidates for one branch: the part of the block, the norm behind it, its last projection; or several parts together."""
+    block, found = parts.blocks[layer], parts.parts_of(layer, kind)
+    if kind == "mlp":
+        paths = [*found, *parts.children(block, parts.names.post_mlp_norm), *down_projections(parts, layer)]
+    else:
+        ends = [path for parent in found for path in parts.named(parent, parts.names.out_projection)]
+        paths = [*found, *parts.children(block, parts.names.post_attention_norm), *ends] if found else []
+    groups = [(path,) for path in paths] + ([tuple(found)] if len(found) > 1 else [])
+    once = [group for group in groups if all(parts.probe.n_fired[path] == 1 for path in group)]
+    below, scales = len(block) + 1, parts.scales(layer, kind)
+    return [_Branch(kind, tuple(path[below:] for path in group), scale) for scale in scales for group in once]
+
+
+def down_projections(parts: Parts, layer: int) -> list[str]:
+    """Paths of the output projections in a block's MLP, or in the block itself, outside of what mixes tokens, when that is the MLP."""
+    mixing = [f"{path}." for kind in ("attention", "mixer") for path in parts.parts_of(layer, kind)]
     return [
         path
-        for parent in parts.children(block, parts.names.mlp) or [block]
+        for parent in _mlps(parts, layer)
         for path in parts.named(parent, parts.names.down_projection)
+        if not path.startswith(tuple(mixing))
     ]
 
 
-def _branch_taps(parts: Parts, branch: _Branch, layer: int) -> tuple[Tap, Tap]:
-    """The taps of attn_out and mlp_out when a candidate is right."""
-    block = parts.blocks[layer]
-    return (
-        Tap(f"{block}.{branch.attn}", "output", branch.scale),
-        Tap(f"{block}.{branch.mlp}", "output", branch.scale),
-    )
+def _mlps(parts: Parts, layer: int) -> list[str]:
+    """Paths of a block's MLP; of the block itself when no part of it is one."""
+    whole_block = [] if parts.parts_of(layer, "mixer") else [parts.blocks[layer]]
+    return parts.parts_of(layer, "mlp") or whole_block
 
 
-def _error(parts: Parts, branch: _Branch, layers: list[int]) -> float:
+def _error(parts: Parts, choice: _Choice, layers: list[int]) -> float:
     """Mean error of the identity over layers, as a part of what is added. Infinite when it does not hold in one of them."""
     wrong = added = 0.0
     for layer in layers:
         before = parts.value(parts.taps[Site("resid_pre", layer)])
         after = parts.value(parts.taps[Site("resid_post", layer)])
-        terms = [parts.value(tap) for tap in _branch_taps(parts, branch, layer)]
-        if any(term.numel() != before.numel() for term in terms):
+        taps = [tap for branch in choice for tap in branch.taps(parts.blocks[layer])]
+        if any(parts.value(tap).numel() != before.numel() for tap in taps):
             return float("inf")
-        terms = [term.reshape(before.shape).to(after.device) for term in terms]
+        terms = [parts.value(tap).reshape(before.shape).to(after.device) for tap in taps]
         if not is_sum(after, before, *terms):
             return float("inf")
         total = sum(term.double() for term in terms)
@@ -93,44 +116,66 @@ def _error(parts: Parts, branch: _Branch, layers: list[int]) -> float:
     return wrong / added if added else float("inf")
 
 
-def _why_no_branches(parts: Parts, layer: int, has_others: bool) -> str:
-    """Why a layer has neither attn_out nor mlp_out. has_others: whether other blocks are built like its block."""
+def _take(parts: Parts, layer: int, choice: _Choice) -> None:
+    """The taps of a layer for which a choice is right, and why it lacks the branches of the other kinds."""
     block = parts.blocks[layer]
-    lacks = None
-    if not parts.children(block, parts.names.attention):
-        lacks = parts.no_child(layer, "attention module", parts.names.attention)
-    elif not (parts.children(block, (*parts.names.mlp, *parts.names.post_mlp_norm)) or _down_projections(parts, block)):
-        lacks = parts.no_child(layer, "MLP", parts.names.mlp)
-    if lacks is not None:
-        return f"{lacks}, so that {IDENTITY} cannot be checked"
-    dtype = str(parts.model.dtype).removeprefix("torch.")
-    alike = " (or in one that is built like it)" if has_others else ""
-    return parts.why(
-        layer,
-        block,
-        f"{IDENTITY} does not hold in its block{alike}, whose parts are {parts.described(block)}, or is lost in the rounding of {dtype}",
-    )
+    for branch in choice:
+        taps = branch.taps(block)
+        if len(taps) == 1:
+            parts.taps[Site(OUT[branch.kind], layer)] = taps[0]
+        else:
+            names = " and ".join(branch.paths)
+            parts.lack([OUT[branch.kind]], layer, f"it is the sum of what {names} give, which no module gives")
+    for kind in OUT.keys() - {branch.kind for branch in choice}:
+        parts.lack([OUT[kind]], layer, why_not_in_block(parts, layer, kind))
+
+
+def _refuse(parts: Parts, layer: int, choices: Iterable[_Choice], has_others: bool) -> None:
+    """Say why a layer lacks all branches. has_others: whether other blocks are built like its block."""
+    terms = [[parts.value(tap) for branch in choice for tap in branch.taps(parts.blocks[layer])] for choice in choices]
+    parts.lack(OUT.values(), layer, why_no_branches(parts, layer, terms, has_others))
+    mixing: tuple[Kind, Kind] = ("attention", "mixer")
+    held = [kind for kind in mixing if parts.parts_of(layer, kind)]
+    if len(held) == 1:
+        other = mixing[1 - mixing.index(held[0])]
+        parts.lack([OUT[other]], layer, why_not_in_block(parts, layer, other))
 
 
 def _find_mlp_post(parts: Parts, layer: int) -> None:
     """The input of the projection whose output is the MLP's, or is what the MLP adds."""
-    block, added = parts.blocks[layer], parts.taps.get(Site("mlp_out", layer))
-    for parent in parts.children(block, parts.names.mlp) or [block]:
+    added, parents = parts.taps.get(Site("mlp_out", layer)), _mlps(parts, layer)
+    for parent in parents if len(parents) == 1 else ():
         ends = [parts.probe.outputs[name] for name in (parent, added.module if added else parent)]
-        for down in parts.named(parent, parts.names.down_projection):
-            if any(is_sum(parts.probe.outputs[down], end) for end in ends):
+        for down in down_projections(parts, layer):
+            gave = parts.probe.outputs[down]
+            if any(is_sum(gave, end) for end in ends) or _is_added_to_a_norm(parts, layer, gave):
                 parts.taps[Site("mlp_post", layer)] = Tap(down, "input")
                 return
     parts.lack(["mlp_post"], layer, _why_no_mlp_post(parts, layer))
 
 
-def _why_no_mlp_post(parts: Parts, layer: int) -> str:
+def _is_added_to_a_norm(parts: Parts, layer: int, gave: Tensor) -> bool:
+    """Whether what a projection gives is added to what a norm of its block gives, where norms stand in the stream (OPT-350m)."""
     block = parts.blocks[layer]
-    mlp = next(iter(parts.children(block, parts.names.mlp)), None)
-    down = _down_projections(parts, block)
+    norms = [
+        f"{block}.{name}"
+        for name, module in parts.model.get_submodule(block).named_children()
+        if "norm" in type(module).__name__.lower() and f"{block}.{name}" in parts.probe.outputs
+    ]
+    sums = [parts.probe.outputs[block], *(parts.probe.inputs[norm] for norm in norms)]
+    terms = [parts.probe.outputs[norm] for norm in norms]
+    alike = [each for each in (*sums, *terms) if each.numel() != gave.numel()] == []
+    return alike and any(
+        is_sum(total.reshape(gave.shape), gave, term.reshape(gave.shape)) for total in sums for term in terms
+    )
+
+
+def _why_no_mlp_post(parts: Parts, layer: int) -> str:
+    mlp = next(iter(parts.parts_of(layer, "mlp")), None)
+    down = down_projections(parts, layer)
     if mlp is None:
         unsure = f", so that {parts.below(layer, down[0])} is not known to be a part of one" if down else ""
-        return parts.no_child(layer, "MLP", parts.names.mlp) + unsure
+        return why_no_part(parts, layer, "mlp") + unsure
     below, kind = parts.below(layer, mlp), type(parts.model.get_submodule(mlp)).__name__
     modules = parts.model.get_submodule(mlp).named_modules()
     if any("experts" in f"{name} {type(module).__name__}".lower() for name, module in modules):
@@ -144,20 +189,36 @@ def _why_no_mlp_post(parts: Parts, layer: int) -> str:
 
 
 def _find_resid_mid(parts: Parts, layer: int) -> None:
-    """The input of the first part of the block that receives resid_pre + attn_out."""
-    attn, block = parts.taps.get(Site("attn_out", layer)), parts.blocks[layer]
-    if attn is None:
-        parts.lack(["resid_mid"], layer, parts.missing[Site("attn_out", layer)])
+    """The input of the first part of the block that receives resid_pre and what is added to it by what mixes tokens."""
+    block = parts.blocks[layer]
+    mixing = [site for site in (Site("attn_out", layer), Site("mixer_out", layer)) if site in parts.taps]
+    if not mixing:
+        lacking = next(
+            (Site(OUT[kind], layer) for kind in ("attention", "mixer") if parts.parts_of(layer, kind)),
+            Site("attn_out", layer),
+        )
+        parts.lack(["resid_mid"], layer, parts.missing[lacking])
         return
-    before, added = parts.value(parts.taps[Site("resid_pre", layer)]), parts.value(attn)
+    if not parts.parts_of(layer, "mlp") and not down_projections(parts, layer):
+        parts.lack(
+            ["resid_mid"], layer, "its block adds one thing alone: resid_pre and resid_post are before and after it"
+        )
+        return
+    before, added = (
+        parts.value(parts.taps[Site("resid_pre", layer)]),
+        [parts.value(parts.taps[site]) for site in mixing],
+    )
+    added = [each.reshape(before.shape).to(before.device) for each in added]
+    size = torch.stack([each.double() for each in added]).sum(0).abs().mean()
     for name, _ in parts.model.get_submodule(block).named_children():
         value = parts.probe.inputs.get(f"{block}.{name}")
-        if value is None or value.numel() != before.numel():
+        if value is None or value.numel() != before.numel() or parts.probe.n_fired[f"{block}.{name}"] != 1:
             continue
-        value = value.reshape(before.shape)
-        # resid_pre itself is close to the sum, too, when attention adds little
-        is_moved = (value - before).double().abs().mean() > 0.5 * added.double().abs().mean()
-        if is_moved and is_sum(value, before, added):
+        value = value.reshape(before.shape).to(before.device)
+        # resid_pre itself is close to the sum, too, when little is added
+        is_moved = (value - before).double().abs().mean() > 0.5 * size
+        if is_moved and is_sum(value, before, *added):
             parts.taps[Site("resid_mid", layer)] = Tap(f"{block}.{name}", "input")
             return
-    parts.lack(["resid_mid"], layer, "nothing in its block receives resid_pre + attn_out (a parallel block)")
+    names = " + ".join(site.kind for site in mixing)
+    parts.lack(["resid_mid"], layer, f"nothing in its block receives resid_pre + {names} (a parallel block)")

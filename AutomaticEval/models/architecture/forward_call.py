@@ -15,14 +15,18 @@ from torch import Tensor, nn
 
 from AutomaticEval.models.architecture.inner_model import inner
 
+_ACTIVATIONS = ("logits", "last_hidden_state")
+"""Where an output of transformers holds its activation: that of a model with a head, and that of a body."""
+
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What transformers calls keys and values: `cache` from version 5.24 on, one of the others before that."""
 
 
 def tensor_of(value: Any) -> Tensor | None:
-    """The activation in what a module was given or returned: the logits, the tensor itself, or the first of a tuple. None without any."""
-    if hasattr(value, "logits"):
-        value = value.logits
+    """The activation in what a module was given or returned: logits, last_hidden_state, the tensor itself, or the first of a tuple. None without any."""
+    for name in _ACTIVATIONS:
+        if hasattr(value, name):
+            value = getattr(value, name)
     if isinstance(value, tuple | list) and value:
         value = value[0]
     return value if isinstance(value, Tensor) else None
@@ -30,10 +34,11 @@ def tensor_of(value: Any) -> Tensor | None:
 
 def with_tensor(value: Any, tensor: Tensor) -> Any:
     """What a module was given or returned, with tensor in place of the activation that `tensor_of` reads. The rest stays."""
-    if hasattr(value, "logits"):
-        changed = copy(value)
-        changed.logits = tensor
-        return changed
+    for name in _ACTIVATIONS:
+        if hasattr(value, name):
+            changed = copy(value)
+            setattr(changed, name, tensor)
+            return changed
     if isinstance(value, tuple | list):
         return type(value)([tensor, *value[1:]])
     return tensor

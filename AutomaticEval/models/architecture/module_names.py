@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.description import KNOWN, Description
-from AutomaticEval.models.architecture.identities import Probe
+from AutomaticEval.models.architecture.identities import Probe, is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.sites import Site
@@ -26,6 +26,12 @@ def n_layers_in(config: Any, name: str) -> int:
             f"{name}: its config says no number of layers ({', '.join(KNOWN.n_layers)}), so that its blocks cannot be told."
         )
     return n_layers
+
+
+Kind = Literal["attention", "mixer", "mlp"]
+"""What a part of a block may be. A mixer mixes tokens, and is no attention."""
+OUT: dict[Kind, str] = {"attention": "attn_out", "mixer": "mixer_out", "mlp": "mlp_out"}
+"""What each of them adds to the stream: a kind of site."""
 
 
 class Heads(NamedTuple):
@@ -52,17 +58,26 @@ class Parts:
         """The sites that were found."""
         self.missing: dict[Site, str] = {}
         """The sites that were not found, and why."""
+        self.notes: dict[str, str] = {}
+        """Kind -> what has to be said of it."""
+        self.n_streams = 1
+        """How many residual streams the blocks hand on."""
         self._names = {id(module): name for name, module in self.model.named_modules(remove_duplicate=False)}
         self.blocks = self._find_blocks()
         """The paths of the blocks, in the order of the layers."""
         self.owner = self.blocks[0].rsplit(".", 2)[0] if self.blocks[0].count(".") > 1 else ""
         """The path of the module that holds the list of blocks."""
-        self.norm = self._find_norm()
-        """The path of the final norm; None when there is none of a known name."""
+        parent = self.model.get_submodule(self.owner)
+        norms = [name for name in names.final_norm if isinstance(getattr(parent, name, None), nn.Module)]
+        self._norms = [f"{self.owner}.{name}".strip(".") for name in norms]
         self.embedding = self._find_embedding()
+        self.head = self._find_head()
+        """The path of the unembedding; None when the model does not name one."""
         self.probe = Probe(model, {path: self.model.get_submodule(path) for path in self._to_probe()})
         self.ran = [self.probe.n_fired[block] == 1 for block in self.blocks]
         """For each block, whether it runs when the input is text alone."""
+        self.norm = self._find_norm()
+        """The path of the final norm: the one that is given what the last block gives, or else the first of a known name. None without any."""
         if self.probe.n_fired[""] != 1:
             raise UnsupportedModel(
                 f"a forward of {type(model).__name__} runs its {self.name} {self.probe.n_fired['']} times; once was expected. Another version "
@@ -98,9 +113,10 @@ class Parts:
         return blocks
 
     def _find_norm(self) -> str | None:
-        parent = self.model.get_submodule(self.owner)
-        norms = (name for name in self.names.final_norm if isinstance(getattr(parent, name, None), nn.Module))
-        return next((f"{self.owner}.{name}".strip(".") for name in norms), None)
+        last = next((block for block, ran in zip(self.blocks[::-1], self.ran[::-1], strict=True) if ran), "")
+        gave, given = self.probe.outputs.get(last), self.probe.inputs
+        right = (norm for norm in self._norms if gave is not None and norm in given and is_sum(given[norm], gave))
+        return next(right, next(iter(self._norms), None))
 
     def _find_embedding(self) -> str:
         try:
@@ -111,10 +127,19 @@ class Parts:
             ) from None
         return path
 
+    def _find_head(self) -> str | None:
+        try:
+            return self._names.get(id(self.model.get_output_embeddings()))
+        except (NotImplementedError, AttributeError):
+            return None
+
     def _to_probe(self) -> Iterator[str]:
         yield from ("", self.embedding, *self.blocks)
-        if self.norm is not None:
-            yield self.norm
+        yield from self._norms
+        if self.owner:
+            yield self.owner
+        if self.head is not None:
+            yield self.head
         for block in self.blocks:
             below = (f"{block}.{name}" for name, _ in self.model.get_submodule(block).named_modules() if name)
             yield from (path for path in below if self._compiled_around(path, block) is None)
@@ -152,7 +177,7 @@ class Parts:
 
     def value(self, tap: Tap) -> Tensor:
         """What a tap takes in the small forward: [1, pos, width]."""
-        return tap.take((self.probe.inputs if tap.end == "input" else self.probe.outputs)[tap.module])
+        return tap.take(tap.stream_of((self.probe.inputs if tap.end == "input" else self.probe.outputs)[tap.module]))
 
     def named(self, parent: str, names: Iterable[str]) -> Iterator[str]:
         """The paths of the modules within parent, at any depth, whose own name is one of names; in the order of names."""
@@ -164,6 +189,40 @@ class Parts:
     def children(self, block: str, names: Iterable[str]) -> list[str]:
         """The paths of a block's direct children that have one of these names; in the order of names."""
         return [f"{block}.{name}" for name in names if f"{block}.{name}" in self.probe.outputs]
+
+    def parts_of(self, layer: int, kind: Kind) -> list[str]:
+        """The paths below a layer's block of what may be its attention, another mixer, or its MLP."""
+        names = (*self.names.attention, *self.names.any_mixer, *self.names.mixer, *self.names.mlp)
+        return [path for path in self.children(self.blocks[layer], names) if self._kind(layer, path) == kind]
+
+    def attention(self, layer: int) -> str | None:
+        """The path of what a layer's block calls attention, whether it is one or another mixer with heads; None without any."""
+        named = self.children(self.blocks[layer], self.names.attention)
+        return next(iter([*named, *self.parts_of(layer, "attention")]), None)
+
+    def _kind(self, layer: int, path: str) -> Kind:
+        """What a part of a block is: by its name, by the type that the config gives its layer, and by the name of its class."""
+        name, names = self.below(layer, path), self.names
+        if name in names.mlp:
+            return "mlp"
+        types = _first(self.config, names.layer_types)
+        of_layer = str(types[layer]) if isinstance(types, list | tuple) and layer < len(types) else ""
+        if name in names.any_mixer and of_layer in names.mlp_types:
+            return "mlp"
+        of_class = type(self.model.get_submodule(path)).__name__.lower()
+        is_other = of_layer in names.mixer_types or any(part in of_class for part in names.mixer_classes)
+        is_attention = name in names.attention or (name in names.any_mixer and "attention" in of_layer)
+        return "attention" if is_attention and not is_other else "mixer"
+
+    def scales(self, layer: int, kind: Kind) -> list[float]:
+        """What the model may multiply by that a part of a block adds: the numbers of known names that its block or the config has, and 1."""
+        block, names = self.model.get_submodule(self.blocks[layer]), self.names
+        of_kind = {"attention": names.attention_scale, "mixer": names.mixer_scale, "mlp": ()}[kind]
+        given = [getattr(each, name, None) for name in (*of_kind, *names.scale) for each in (block, self.config)]
+        depths = [getattr(self.config, name, None) for name in names.depth_scale]
+        given += [depth / len(self.blocks) ** 0.5 for depth in depths if isinstance(depth, int | float)]
+        numbers = [float(each) for each in given if isinstance(each, int | float) and each]
+        return list(dict.fromkeys([*numbers, 1.0]))
 
     def lack(self, kinds: Iterable[str], layer: int, reason: str) -> None:
         """Say that a layer lacks sites of these kinds. The reason speaks of "its block", with paths below the block."""

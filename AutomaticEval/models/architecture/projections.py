@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from AutomaticEval.models.architecture.branch_reasons import why_no_part
 from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.module_names import Heads, Parts
 from AutomaticEval.models.head_weights import HeadResultNorms
@@ -26,10 +27,10 @@ def find_projections(parts: Parts, heads: Heads, n_kv_heads: int) -> None:
     for layer, ran in enumerate(parts.ran):
         if not ran:
             continue
-        attention = next(iter(parts.children(parts.blocks[layer], parts.names.attention)), None)
+        attention = parts.attention(layer)
         own = parts.heads(layer)
         if attention is None:
-            parts.lack((*Z, *"qkv"), layer, parts.no_child(layer, "attention module", parts.names.attention))
+            parts.lack((*Z, *"qkv"), layer, why_no_part(parts, layer, "attention"))
         elif not own.n:
             parts.lack((*Z, *"qkv"), layer, NO_HEADS)
         elif own != heads:
