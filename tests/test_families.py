@@ -27,9 +27,6 @@ WRONG: dict[str, str] = {
     "qwen3.5-moe-text": "`q` holds each head's query and then its gate: twice d_head numbers a head",
     "qwen4-exp-text": "`q` holds each head's query and then its gate: twice d_head numbers a head",
     "olmo-clip-rare": "`q`, `k` and `v` are kept as they are before they are clipped, when nothing is clipped in the six tokens of the check",
-    "recurrent-gemma": "what the recurrent blocks add is called `attn_out`",
-    "bailing-hybrid": "what the blocks with linear attention add is called `attn_out`",
-    "kimi-linear": "what the blocks with linear attention add is called `attn_out`",
 }
 """Families that are known to be wrong, and in which way. A family that is right has no line here."""
 found: dict[str, Row] = {}
