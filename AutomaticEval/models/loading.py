@@ -23,8 +23,12 @@ from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER as DEMO_FO
 from AutomaticEval.models.checkpoint.model_sources import ModelSources, folder_states, sources_of
 from AutomaticEval.models.checkpoint.model_weights import config_of, load_weights
 from AutomaticEval.models.checkpoint.tokenizers import own_tokenizer, tokenizer_named
+from AutomaticEval.models.checkpoint.unloaded_model import unloaded_layout, unloaded_model
+from AutomaticEval.models.described.given_config import text_config
+from AutomaticEval.models.described.plain_module import callable_as_ours, is_plain, lacking
+from AutomaticEval.models.described.remembered import description_of, remember
 from AutomaticEval.models.edited_models import active_edits
-from AutomaticEval.models.find_layout import refuse_untrue
+from AutomaticEval.models.find_layout import find_layout, refuse_untrue
 from AutomaticEval.public_names import absolute, public_name
 from AutomaticEval.tested_versions import tell_newer
 
@@ -98,10 +102,14 @@ def _options_of(options: LoadOptions | None, load: LoadKeywords) -> LoadOptions:
 def n_layers_of(model: Any, options: LoadOptions = LoadOptions()) -> int:
     """The number of layers, from the config alone, so that a wrong layer is refused before the weights load."""
     if isinstance(model, str | Path):
+        if options.description is not None:
+            return unloaded_layout(unloaded_model(str(model), options)).n_layers
         config = config_of(sources_of(str(model), options), options)
         return n_layers_in(config.get_text_config(), str(model))
     instance = model.model if isinstance(model, LoadedModel) else model
-    return n_layers_in(instance.config.get_text_config(), type(instance).__name__)
+    if description_of(instance).given:
+        return find_layout(instance).n_layers
+    return n_layers_in(text_config(instance), type(instance).__name__)
 
 
 def revision_of(model: str | Path, options: LoadOptions = LoadOptions()) -> str | None:
@@ -140,12 +148,18 @@ def _refuse_edited(loaded: Any, name: str | Path) -> None:
 
 
 def _from_instance(model: Any, tokenizer: Any) -> LoadedModel:
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "generate"):
+    if not isinstance(model, torch.nn.Module):
         raise UnsupportedModel(
             f"a model is a name, a folder, or a loaded transformers model; found {type(model).__name__}."
         )
+    if is_plain(model) and not description_of(model).given:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is no transformers model (it has no {' and no '.join(lacking(model))}); say what its parts are called first: "
+            "describe_model(model, blocks=…)."
+        )
     if tokenizer is None:
         raise ModelError("a loaded model was passed without its tokenizer; pass tokenizer= too.")
+    model = callable_as_ours(model)
     return LoadedModel(model, tokenizer, public_name(getattr(model, "name_or_path", "")) or type(model).__name__)
 
 
@@ -159,7 +173,9 @@ def _entry_of(sources: ModelSources, options: LoadOptions, tokenizer: Any) -> _E
             while len(_loaded) >= MAX_LOADED:
                 _loaded.popitem(last=False)
             own = own_tokenizer(sources, options) if sources.adapter and tokenizer is None else None
-            _loaded[key] = _Entry(load_weights(sources, options, own if tokenizer is None else tokenizer), own)
+            whole = load_weights(sources, options, own if tokenizer is None else tokenizer)
+            remember(whole, options.description)
+            _loaded[key] = _Entry(whole, own)
         _loaded.move_to_end(key)
         entry = _loaded[key]
         if tokenizer is None and entry.tokenizer is None:

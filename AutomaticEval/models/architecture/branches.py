@@ -103,7 +103,7 @@ def _why_no_branches(parts: Parts, layer: int, has_others: bool) -> str:
         lacks = parts.no_child(layer, "MLP", parts.names.mlp)
     if lacks is not None:
         return f"{lacks}, so that {IDENTITY} cannot be checked"
-    dtype = str(parts.model.dtype).removeprefix("torch.")
+    dtype = str(parts.value(parts.taps[Site("resid_pre", layer)]).dtype).removeprefix("torch.")
     alike = " (or in one that is built like it)" if has_others else ""
     return parts.why(
         layer,

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from AutomaticEval.models.architecture.forward_call import cache_in, few_ids, input_of, tensor_of
+from AutomaticEval.models.architecture.forward_call import cache_in, few_ids, input_of, tensor_of, with_cache
 from AutomaticEval.models.hook_handles import Hooks
 
 PROBE_LENGTH = 6
@@ -52,7 +53,9 @@ class Probe:
             for name, module in modules.items():
                 hooks.before(module, before(name))
                 hooks.after(module, after(name))
-            out = model(input_ids=ids, use_cache=True)
+            out = model(input_ids=ids, **with_cache(model))
+        self.returned = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
+        """All tensors that the model returns."""
         layers = getattr(cache_in(out), "layers", [])
         self.values = [getattr(layer, "values", None) for layer in layers]
         """The values in the cache, layer by layer: each [1, n_kv_heads, pos, d_head], or None."""
