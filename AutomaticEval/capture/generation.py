@@ -26,6 +26,7 @@ from AutomaticEval.capture.vocabulary import text_of
 from AutomaticEval.errors import SelectionError
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.described.plain_module import refuse_plain
 from AutomaticEval.models.edited_positions import given_mask
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
@@ -137,6 +138,7 @@ def _respond_together(
     prompts, texts = asked.prompts, asked.texts
     width = max(map(len, prompts))
     pads = [width - len(prompt) for prompt in prompts]
+    refuse_plain(model, "an answer needs generate of transformers")
     given, own = sampling.kwargs(), model.generation_config
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     filler = given.pop("pad_token_id", filler)

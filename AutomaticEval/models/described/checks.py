@@ -54,6 +54,7 @@ def check_description(parts: Parts, heads: Heads, n_kv_heads: int) -> None:
     """
     if not parts.names.given:
         return
+    _check_blocks(parts)
     _check_names(parts)
     _check_norms(parts)
     if are_active():
@@ -64,6 +65,21 @@ def check_description(parts: Parts, heads: Heads, n_kv_heads: int) -> None:
             values_of_first_token(parts, layer, heads, n_kv_heads)
     _check_heads(parts, heads, n_kv_heads)
     _check_queries(parts)
+
+
+def _check_blocks(parts: Parts) -> None:
+    """Raises UnsupportedModel when other modules of the blocks' classes stand beside those that are described."""
+    kinds = {type(parts.model.get_submodule(block)) for block in parts.blocks}
+    others = [
+        path
+        for path, module in parts.model.named_modules()
+        if type(module) in kinds and not any(f"{path}.".startswith(f"{block}.") for block in parts.blocks)
+    ]
+    if "blocks" in parts.names.given and others:
+        raise UnsupportedModel(
+            f"{parts.name}: {len(parts.blocks)} blocks are described, and {', '.join(others[:3])} {'is' if len(others) == 1 else 'are'} built like them; "
+            "give all blocks."
+        )
 
 
 def _check_names(parts: Parts) -> None:

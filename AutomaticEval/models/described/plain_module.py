@@ -6,16 +6,18 @@ that a person has described. It generates nothing.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutput
 
 from AutomaticEval.errors import UnsupportedModel
+from AutomaticEval.models.architecture.forward_call import tensor_of
 from AutomaticEval.models.architecture.inner_model import inner
-from AutomaticEval.models.described.remembered import embedding_of
+from AutomaticEval.models.described.remembered import description_of, embedding_of
+from AutomaticEval.models.hook_handles import Hooks
 
 OF_TRANSFORMERS = ("config", "get_input_embeddings", "dtype", "device")
 """What a transformers model has, and these functions ask it for."""
@@ -38,10 +40,18 @@ def callable_as_ours(model: nn.Module) -> Any:
     return PlainModule(model) if is_plain(model) and not isinstance(model, PlainModule) else model
 
 
+def refuse_plain(model: nn.Module, what: str) -> None:
+    """Raises UnsupportedModel for a plain module. what: who needs what of a transformers model."""
+    if is_plain(model):
+        raise UnsupportedModel(
+            f"{what}, and {type(inner(model)).__name__} is a plain module (no {', no '.join(lacking(model))}); its activations on texts can be captured."
+        )
+
+
 class PlainModule(nn.Module):
     """A plain module with a config, a device, a dtype and an embedding. `get_base_model` gives the module, whose sites are those of both.
 
-    The module's forward takes the token ids [batch, pos] as its first argument, under any name.
+    The module's forward takes the token ids [batch, pos] as its first argument, under any name, and nothing else that it must be given.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -49,7 +59,6 @@ class PlainModule(nn.Module):
         self.module = module
         self.config = PretrainedConfig(name_or_path=type(module).__name__)
         self.training = False  # the module's own mode is asked
-        self._takes = inspect.signature(module.forward).parameters
 
     def get_base_model(self) -> nn.Module:
         """The module."""
@@ -69,11 +78,19 @@ class PlainModule(nn.Module):
         """The device of the first weight."""
         return next(self.module.parameters()).device
 
-    def forward(self, input_ids: Tensor, **options: Any) -> Any:
-        """What the module returns. options: those that it does not take are left out; a mask that hides a token is never left out."""
-        mask = options.get("attention_mask")
-        if mask is not None and "attention_mask" not in self._takes and not bool(mask.all()):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> CausalLMOutput:
+        """The logits of the module, which is given the ids alone: what else a transformers model is given means nothing to it.
+
+        Raises UnsupportedModel for a mask that hides a token.
+        """
+        if attention_mask is not None and not bool(attention_mask.all()):
             raise UnsupportedModel(
-                f"{type(self.module).__name__} takes no attention_mask, so that sequences of different lengths cannot be run together; give them one by one."
+                f"{type(self.module).__name__} is a plain module, of which it is not known how it hides padding; give texts of one length, or one by one."
             )
-        return self.module(input_ids, **{name: value for name, value in options.items() if name in self._takes})
+        seen: list[Tensor | None] = []
+        path = next(iter(description_of(self.module).lm_head), None)
+        head = self.module if path is None else self.module.get_submodule(path)
+        with Hooks() as hooks:
+            hooks.after(head, lambda module, args, output: seen.append(tensor_of(output)))
+            self.module(input_ids)
+        return CausalLMOutput(logits=seen[-1] if seen else None)
