@@ -123,7 +123,9 @@ def _layout(parts: Parts) -> Layout:
     check_description(parts, heads, n_kv_heads)
     sizes = {"d_model": parts.d_model, "n_heads": heads.n, "n_kv_heads": n_kv_heads, "d_head": heads.d_head}
     widths = {site: _width(parts, site, tap, sizes) for site, tap in parts.taps.items()}
-    return Layout(n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths, missing=parts.missing)
+    return Layout(
+        n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths, missing=parts.missing, whole=""
+    )
 
 
 def _width(parts: Parts, site: Site, tap: Tap, sizes: Mapping[str, int]) -> int:

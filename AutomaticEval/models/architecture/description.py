@@ -119,13 +119,16 @@ class Description:
 
     def as_toml(self) -> str:
         """What a person has said, as TOML. `read` gives an equal description."""
-        return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in self._said())
+        return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in self.said())
 
-    def _said(self) -> Iterable[tuple[str, Any]]:
+    def said(self) -> Iterable[tuple[str, Any]]:
         numbers = dict(self.numbers)
         for name in self.given:
-            names = () if name in numbers else getattr(self, name)
-            yield name, numbers[name] if name in numbers else names[0] if len(names) == 1 else list(names)
+            if name in numbers:
+                yield name, numbers[name]
+            else:
+                names = list(getattr(self, name))
+                yield name, names[0] if len(names) == 1 else names
 
 
 PATHS = ("blocks", "embedding", "final_norm", "lm_head")

@@ -50,7 +50,7 @@ def head_count_error(parts: Parts, layers: Sequence[int], heads: Heads, n_kv_hea
             continue
         if v is None:
             return f"its heads cannot be told: {parts.missing[Site('v', layer)]}"
-        own = parts.value(z)[0].unflatten(-1, (heads.n, heads.d_head)).double()  # [pos, head, d_head]
+        own = parts.value(z)[0].reshape(-1, heads.n, heads.d_head).double()  # [pos, head, d_head]
         values = _for_each_head(parts.value(v), heads, n_kv_heads).double()
         apart = values[0] - values[1]
         weight = ((own[1] - values[1]) * apart).sum(-1) / (apart**2).sum(-1)  # [head]
@@ -71,4 +71,4 @@ def _are_alike(weights: Tensor, eps: float) -> bool:
 
 def _for_each_head(values: Tensor, heads: Heads, n_kv_heads: int) -> Tensor:
     """[pos, n_heads, d_head]: what each head attends to. values: [1, pos, n_kv_heads * d_head]."""
-    return values[0].unflatten(-1, (n_kv_heads, heads.d_head)).repeat_interleave(heads.n // n_kv_heads, 1)
+    return values[0].reshape(-1, n_kv_heads, heads.d_head).repeat_interleave(heads.n // n_kv_heads, 1)

@@ -10,7 +10,7 @@ from AutomaticEval.models.architecture.description import NUMBERS, Description
 
 def text_config(model: Any) -> Any:
     """The config of a model's text part; None for a plain module without a config."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -22,6 +22,8 @@ SIGNS = {
     "mlp": ("mlp", "feed", "ffn", "ff", "moe", "experts"),
 }
 """What names and classes of such modules have in them."""
+BACK = ("o_", "out", "wo", "proj", "c_proj", "dense", "down")
+"""What the names of projections back into the stream begin with."""
 ENDINGS = {"q": ("q", "query"), "k": ("k", "key"), "v": ("v", "value")}
 """What the names of projections begin or end with."""
 
@@ -58,7 +60,7 @@ def to_complete(model: nn.Module, names: Description = KNOWN) -> str:
     """A TOML description of a model: what a person has said, what can be guessed, and comments that say what to choose from."""
     lists = _lists(model)
     guesses = _guesses(model, lists)
-    guesses |= {name: value for name, value in names._said() if name in guesses or name in KEYS}
+    guesses |= {name: value for name, value in names.said() if name in guesses or name in KEYS}
     lines = [
         f"# {type(model).__name__}: complete these lines, save them as model.toml, and give --model_description model.toml."
     ]
@@ -68,6 +70,8 @@ def to_complete(model: nn.Module, names: Description = KNOWN) -> str:
     if lists:
         lines += ["# Lists of blocks:", *(f"#   {each}" for each in lists[: 2 * MOST_SHOWN])]
         lines += ["# A block:", *(f"#   {line}" for line in _tree(lists[0].modules[0]))]
+    if numbers := _config_numbers(model):
+        lines.append(f"# Numbers in its config: {numbers}")
     for key in (
         "blocks",
         "embedding",
@@ -76,12 +80,24 @@ def to_complete(model: nn.Module, names: Description = KNOWN) -> str:
     ):
         if key in guesses:
             lines.append(f"{key} = {json.dumps(guesses[key], ensure_ascii=False)}")
-        elif key in _WANTED:
+        elif key in _WANTED and not (key in ENDINGS and "qkv" in guesses):
             lines.append(f"# {key} = {'0' if key in NUMBERS else _EMPTY}")
     return "\n".join(lines)
 
 
-_WANTED = ("blocks", "embedding", "final_norm", "attention", "out_projection", "mlp", "down_projection", "n_heads")
+_WANTED = (
+    "blocks",
+    "embedding",
+    "final_norm",
+    "attention",
+    "out_projection",
+    "mlp",
+    "down_projection",
+    "q",
+    "k",
+    "v",
+    "n_heads",
+)
 """The parts that a description shows even when nothing could be guessed."""
 _EMPTY = '""'
 
@@ -123,7 +139,9 @@ def _guesses(model: nn.Module, lists: list[_Blocks]) -> dict[str, Any]:
     blocks = lists[0]
     guesses["blocks"] = blocks.path
     above = blocks.path.rpartition(".")[0]
-    beside = [name for name, each in model.get_submodule(above).named_children() if _is_norm(name, each)]
+    vectors = {type(each) for each in blocks.modules[0].modules() if _holds_vectors(each)}
+    siblings = list(model.get_submodule(above).named_children())
+    beside = [name for name, each in siblings if _is_norm(name, each) or type(each) in vectors]
     if beside:
         guesses["final_norm"] = f"{above}.{beside[-1]}".strip(".")
     block = blocks.modules[0]
@@ -138,11 +156,12 @@ def _guesses(model: nn.Module, lists: list[_Blocks]) -> dict[str, Any]:
             for name, each in block.get_submodule(named[0]).named_modules()
             if _is_matrix(each)
         ]
-        last = [name for name, shape in inside if width in shape]
-        if last:
-            guesses["out_projection" if part == "attention" else "down_projection"] = last[-1]
+        back = [name for name, shape in inside if width in shape]
+        back = [name for name in back if name.rpartition(".")[2].lower().startswith(BACK)] or back
+        if back:
+            guesses["out_projection" if part == "attention" else "down_projection"] = back[-1]
         if part == "attention":
-            guesses |= _projections([name for name, _ in inside if name != (last or [None])[-1]])
+            guesses |= _projections([name for name, _ in inside if name not in back[-1:]])
     return guesses | _numbers(model)
 
 
@@ -171,17 +190,36 @@ def _projections(names: list[str]) -> dict[str, str]:
 
 def _numbers(model: nn.Module) -> dict[str, Any]:
     """n_heads, when one entry of the config alone is called so."""
-    config = getattr(model, "config", None)
-    entries = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    entries = _entries(model)
     heads = [name for name, value in entries.items() if "head" in str(name).lower() and type(value) is int]
     heads = [name for name in heads if not any(sign in name.lower() for sign in ("kv", "key", "dim", "size"))]
     return {"n_heads": heads[0]} if len(heads) == 1 else {}
 
 
+def _config_numbers(model: nn.Module) -> str:
+    """The whole numbers in a model's config, but for those of tokens."""
+    numbers = [
+        f"{name}={value}" for name, value in _entries(model).items() if type(value) is int and "token" not in str(name)
+    ]
+    return ", ".join(numbers[: 6 * MOST_SHOWN])
+
+
+def _entries(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return config if isinstance(config, dict) else getattr(config, "__dict__", {})
+
+
 def _width(block: nn.Module) -> int | None:
     """The width of the stream: the size that most matrices of a block share."""
-    sizes = Counter(size for each in block.modules() if _is_matrix(each) for size in set(each.weight.shape))
+    shapes: list[Any] = [each.weight.shape for each in block.modules() if _is_matrix(each)]
+    sizes = Counter(size for shape in shapes for size in set(shape))
     return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _holds_vectors(module: nn.Module) -> bool:
+    """Whether a module has weights, all of one dimension, as a norm has."""
+    weights = list(module.parameters())
+    return bool(weights) and not list(module.children()) and all(each.dim() == 1 for each in weights)
 
 
 def _is_matrix(module: Any) -> bool:

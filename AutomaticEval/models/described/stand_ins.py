@@ -42,9 +42,9 @@ def stand_ins() -> Iterator[None]:
         _active.reset(token)
 
 
-class _StandIns(TorchDispatchMode):
+class _StandIns(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._random = torch.Generator().manual_seed(0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,7 +74,8 @@ def with_meta_weights() -> Iterator[None]:
     stock, own_thread = nn.Module.register_parameter, threading.get_ident()
     random = torch.Generator().manual_seed(1)
 
-    def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        parameter = param
         if parameter is not None and not parameter.is_meta and threading.get_ident() == own_thread:
             shape, dtype = parameter.shape, parameter.dtype
             drawn = (
