@@ -373,6 +373,7 @@ LOADING: dict[str, Any] = {
     "delta": "a/delta",
     "subfolder": "inside",
     "trust_remote_code": True,
+    "model_description": 'attention = "self_attn"',
     "use_fast_tokenizer": False,
     "add_bos_token": True,
     "max_memory": {"cpu": "3GiB"},

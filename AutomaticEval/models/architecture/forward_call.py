@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.described.given_config import text_config
-from AutomaticEval.models.described.remembered import embedding_of
+from AutomaticEval.models.described.remembered import description_of, embedding_of
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What transformers calls keys and values: `cache` from version 5.24 on, one of the others before that."""
@@ -89,6 +89,13 @@ def cache_in(given: object) -> Any:
     if not isinstance(given, Mapping):
         return None
     return next((cache for name in CACHE_NAMES if (cache := given.get(name)) is not None), None)
+
+
+def without_cache(model: Any) -> dict[str, bool]:
+    """The argument with which `generate` makes no keys and values, for a described model whose forward takes none under any name."""
+    takes = {*forward_takes(model)}
+    has_none = not takes & {*CACHE_NAMES, "use_cache"}
+    return {"use_cache": False} if has_none and description_of(model).given else {}
 
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()

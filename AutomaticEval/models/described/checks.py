@@ -122,21 +122,24 @@ def _check_norms(parts: Parts) -> None:
 
 def _check_mixing(parts: Parts) -> None:
     """Raises UnsupportedModel when what is said to be attention looks at each token alone, or when the MLP does not."""
-    asked = {
-        path: part
+    if not {"attention", "mlp"} & set(parts.names.given):
+        return
+    asked = [
+        (path, part)
         for part in ("attention", "mlp")
         for block, ran in zip(parts.blocks, parts.ran, strict=True)
         for path in (parts.children(block, getattr(parts.names, part)) if ran else ())
-    }
-    if not {"attention", "mlp"} & set(parts.names.given):
-        return
-    for path, mixes in mixes_positions(parts.model, parts.probe.ids, asked).items():
-        if mixes is (asked[path] == "attention"):
+    ]
+    mixes = mixes_positions(parts.model, parts.probe.ids, {path for path, _ in asked})
+    for path, part in asked:
+        if path not in mixes or mixes[path] is (part == "attention"):
             continue
-        does = "depends on the tokens before it, as only attention's does" if mixes else "depends on that token alone"
-        raise UnsupportedModel(
-            f"{parts.name}: {path} is described as {asked[path]}, but what it gives at a token {does}."
+        does = (
+            "depends on the tokens before it, as only attention's does"
+            if mixes[path]
+            else "depends on that token alone"
         )
+        raise UnsupportedModel(f"{parts.name}: {path} is described as {part}, but what it gives at a token {does}.")
 
 
 def _check_heads(parts: Parts, heads: Heads, n_kv_heads: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from AutomaticEval.models.architecture.forward_call import input_of, tensor_of, with_tensor
+from AutomaticEval.models.architecture.forward_call import input_of, tensor_of, with_cache, with_tensor
 from AutomaticEval.models.described.plain_module import callable_as_ours
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Tap
@@ -96,4 +96,5 @@ def _see(hooks: Hooks, module: nn.Module, number: int, found: dict[int, Tensor])
 
 
 def _forward(model: Any, ids: Tensor) -> None:
-    callable_as_ours(model)(input_ids=ids)
+    how = dict.fromkeys(with_cache(model), False)  # in a cache, the second call of a module would come after the first
+    callable_as_ours(model)(input_ids=ids, **how)
