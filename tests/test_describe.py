@@ -29,9 +29,10 @@ from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.cli.app import app
 from AutomaticEval.errors import ModelError, SiteUnavailable, UnsupportedModel
 from AutomaticEval.evaluation.asked import asked_for
-from AutomaticEval.models.architecture.description import Description
+from AutomaticEval.models.architecture.description import KEYS, Description
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.checkpoint.unloaded_model import unloaded_layout, unloaded_model
+from AutomaticEval.models.described.describe_model import DescriptionKeywords
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.loading import n_layers_of
 from AutomaticEval.sites import Site, expand
@@ -283,6 +284,10 @@ def test_a_description_that_is_none_is_refused_before_anything_loads(text: str, 
         LoadOptions(model_description=str(tmp_path / "own.toml"))
     assert "own.toml" in str(refused.value)
     assert str(tmp_path) not in str(refused.value)
+
+
+def test_keywords_are_all_that_can_be_described() -> None:
+    assert set(DescriptionKeywords.__annotations__) == set(KEYS)
 
 
 def test_a_file_that_is_not_there_is_no_description(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.layout import Layout, layers_text
 from AutomaticEval.sites import KINDS
 
-Names = str | Sequence[str] | None
+Names = str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -58,43 +58,52 @@ class Described:
         return "\n".join(lines)
 
 
+class DescriptionKeywords(TypedDict, total=False):
+    """What can be said of a model's parts: a name each, or several that are tried in their order; of numbers a number, or the name that the config has for it."""
+
+    blocks: Names
+    """The list of blocks, as a path from the model; or the paths of all blocks. So are the next three."""
+
+    embedding: Names
+    final_norm: Names
+    lm_head: Names
+    """The module that gives the logits, where they are not what the model returns (first)."""
+
+    attention: Names
+    """Attention in a block: "mix", or a path such as "inner.mix". So are all that follow."""
+
+    out_projection: Names
+    mlp: Names
+    down_projection: Names
+    q: Names
+    k: Names
+    v: Names
+    qkv: Names
+    """One projection of queries, keys and values."""
+
+    post_attention_norm: Names
+    """The norm of what attention adds, before it is added."""
+
+    post_mlp_norm: Names
+    n_layers: int | str
+    n_heads: int | str
+    n_kv_heads: int | str
+    d_head: int | str
+    residual_multiplier: float | str
+
+
 def describe_model(
-    model: Any,
-    description: str | Path | None = None,
-    *,
-    blocks: Names = None,
-    embedding: Names = None,
-    final_norm: Names = None,
-    lm_head: Names = None,
-    attention: Names = None,
-    out_projection: Names = None,
-    mlp: Names = None,
-    down_projection: Names = None,
-    q: Names = None,
-    k: Names = None,
-    v: Names = None,
-    qkv: Names = None,
-    post_attention_norm: Names = None,
-    post_mlp_norm: Names = None,
-    n_heads: int | str | None = None,
-    n_kv_heads: int | str | None = None,
-    d_head: int | str | None = None,
-    n_layers: int | str | None = None,
-    residual_multiplier: float | str | None = None,
-    **others: Any,
+    model: Any, description: str | Path | None = None, **parts: Unpack[DescriptionKeywords]
 ) -> Described:
     """Say what the parts of a loaded decoder are called, and verify it. All functions then know the model, as long as it lives.
 
     model: a transformers model, a LoadedModel, or a plain module whose forward takes token ids [batch, pos] first and gives logits: a tensor, the first of
-    a tuple, or an object or dict with logits. description: a TOML file of the same names, in the place of keywords.
-    blocks, embedding, final_norm and lm_head are paths from the model; blocks may also be a list of the paths of all blocks. All other names are those
-    within a block ("mix", "mix.inner.proj"). A name that is given takes the place of all known names of that part; several are tried in their order. Numbers
-    take the place of the config's; a text is the name that the config has for one.
+    a tuple, or an object or dict with logits. description: a TOML file of the same names, in the place of keywords. parts: `DescriptionKeywords`. A name that
+    is given takes the place of all known names of that part.
     Returns the sites that were found, and why others were not. A wrong name is never believed: the identities that are checked for every model decide.
     Raises UnsupportedModel for parts that are not there, or are something else; ModelError for what is no description; TypeError for an unknown keyword.
     """
-    given = {name: value for name, value in locals().items() if name not in ("model", "description", "others")} | others
-    own = _described(given, description)
+    own = _described(dict(parts), description)
     whole = model.model if isinstance(model, LoadedModel) else model
     if not isinstance(whole, nn.Module):
         raise ModelError(
@@ -109,13 +118,12 @@ def describe_model(
         raise
 
 
-def _described(given: dict[str, Any], description: str | Path | None) -> Description:
-    for name in given:
+def _described(parts: dict[str, Any], description: str | Path | None) -> Description:
+    for name in parts:
         if name not in KEYS:
             raise unknown_option(name, KEYS)
-    said = {name: value for name, value in given.items() if value is not None}
     if description is None:
-        return Description.of(said)
-    if said:
-        raise ModelError(f"a description was given, and {', '.join(said)} beside it; write them into it.")
+        return Description.of(parts)
+    if parts:
+        raise ModelError(f"a description was given, and {', '.join(parts)} beside it; write them into it.")
     return Description.read(description_text(description))
