@@ -38,10 +38,11 @@ def sites(
     options.quiet_libraries()
     from AutomaticEval.models.checkpoint.unloaded_model import has_small_weights, unloaded_layout, unloaded_model
     from AutomaticEval.models.described.offered import to_complete
-    from AutomaticEval.models.loading import load_model
     from AutomaticEval.sites import KINDS
 
     if verify or has_small_weights(model, load):
+        from AutomaticEval.models.loading import load_model
+
         loaded = load_model(model, options=load)
         whole, layout, how = loaded.model, loaded.layout, VERIFIED
     else:
