@@ -97,6 +97,7 @@ def test_rows_of_a_plain_module_are_those_of_raw_hooks(tokenizer: Any) -> None:
     described = describe_model(model, **PARTS)
     assert not described.missing
     loaded = load_model(model, tokenizer=tokenizer)
+    assert loaded.name == "Plain"
     layout = loaded.layout
     sites = expand([*STORED, "final_norm", "logits"], None, layout.n_layers)
     rows = read(loaded.model, layout, layout.pick(sites), padded([IDS]))
@@ -236,6 +237,14 @@ def test_a_model_with_a_cache_is_held_against_it() -> None:
     assert again.widths == true.widths
 
 
+def test_a_multiplier_that_is_described_is_the_one_that_is_used() -> None:
+    model = build(ALL["granite"]())
+    assert describe_model(model, residual_multiplier=0.3).layout.taps[Site("attn_out", 1)].scale == 0.3
+    assert "not hold in its block" in str(describe_model(model, residual_multiplier=0.5))
+    model.config.residual_multiplier, model.config.own = 1.0, 0.3
+    assert not describe_model(model, residual_multiplier="own").missing
+
+
 def test_norms_behind_the_branches_are_told_apart() -> None:
     model = build(ALL["gemma2"]())
     own = {"post_attention_norm": "post_attention_layernorm", "post_mlp_norm": "post_feedforward_layernorm"}
@@ -306,14 +315,14 @@ def odd(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> tuple[Path,
     folder.mkdir()
     model = save_odd(folder, tokenizer)
     parts = PARTS | {"n_heads": "n_ways", "n_kv_heads": "n_shared"}
-    (folder / "odd.toml").write_text(Description.of(parts).as_toml())
+    (folder / "odd.toml").write_text("# a comment\n" + Description.of(parts).as_toml())
     return folder, model
 
 
 def test_a_checkpoint_of_an_unknown_family_is_served_by_its_description(odd: tuple[Path, Any], tmp_path: Path) -> None:
     folder, model = odd
     load: Any = {"trust_remote_code": True, "model_description": str(folder / "odd.toml")}
-    text = (folder / "odd.toml").read_text()
+    text = (folder / "odd.toml").read_text().partition("\n")[2].strip()
     out = generate_inference_with_activations(
         "The capital of France is",
         folder,
@@ -336,7 +345,7 @@ def test_a_checkpoint_of_an_unknown_family_is_served_by_its_description(odd: tup
     again = recompute(run, folder, 3, options=LoadOptions(trust_remote_code=True))
     assert not again.different
     assert again.n_keys == 6
-    other = LoadOptions(trust_remote_code=True, model_description=text + "d_head = 8\n")
+    other = LoadOptions(trust_remote_code=True, model_description=text + "\nd_head = 8")
     differing = load_model(folder, options=other).made_with().differences(run.made_with, "here")
     assert "loaded_with.model_description" in {each.name for each in differing}
 
@@ -344,7 +353,7 @@ def test_a_checkpoint_of_an_unknown_family_is_served_by_its_description(odd: tup
 def test_layers_are_counted_and_options_are_kept_before_the_weights_load(odd: tuple[Path, Any]) -> None:
     folder, _ = odd
     options = LoadOptions(trust_remote_code=True, model_description=str(folder / "odd.toml"))
-    text = (folder / "odd.toml").read_text()
+    text = (folder / "odd.toml").read_text().partition("\n")[2].strip()
     assert n_layers_of(folder, options) == 3
     assert options.as_dict()["model_description"] == text
     assert asked_for({"model_description": str(folder / "odd.toml")}) == {"model_description": text}

@@ -15,6 +15,7 @@ from typing import Any, Unpack
 import torch
 
 from AutomaticEval.errors import ModelError, ModelUnavailable, UnsupportedModel, unknown_option
+from AutomaticEval.models.architecture.description import KNOWN
 from AutomaticEval.models.architecture.module_names import n_layers_in
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords as LoadKeywords
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
@@ -23,8 +24,8 @@ from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER as DEMO_FO
 from AutomaticEval.models.checkpoint.model_sources import ModelSources, folder_states, sources_of
 from AutomaticEval.models.checkpoint.model_weights import config_of, load_weights
 from AutomaticEval.models.checkpoint.tokenizers import own_tokenizer, tokenizer_named
-from AutomaticEval.models.checkpoint.unloaded_model import unloaded_layout, unloaded_model
-from AutomaticEval.models.described.given_config import text_config
+from AutomaticEval.models.checkpoint.unloaded_model import n_described_blocks
+from AutomaticEval.models.described.given_config import GivenConfig, text_config
 from AutomaticEval.models.described.plain_module import callable_as_ours, is_plain, lacking
 from AutomaticEval.models.described.remembered import description_of, remember
 from AutomaticEval.models.edited_models import active_edits
@@ -102,10 +103,10 @@ def _options_of(options: LoadOptions | None, load: LoadKeywords) -> LoadOptions:
 def n_layers_of(model: Any, options: LoadOptions = LoadOptions()) -> int:
     """The number of layers, from the config alone, so that a wrong layer is refused before the weights load."""
     if isinstance(model, str | Path):
-        if options.description is not None:
-            return unloaded_layout(unloaded_model(str(model), options)).n_layers
-        config = config_of(sources_of(str(model), options), options)
-        return n_layers_in(config.get_text_config(), str(model))
+        if options.description is not None and options.description.blocks:
+            return n_described_blocks(str(model), options)
+        config = config_of(sources_of(str(model), options), options).get_text_config()
+        return n_layers_in(GivenConfig(config, options.description or KNOWN), str(model))
     instance = model.model if isinstance(model, LoadedModel) else model
     if description_of(instance).given:
         return find_layout(instance).n_layers
@@ -159,8 +160,8 @@ def _from_instance(model: Any, tokenizer: Any) -> LoadedModel:
         )
     if tokenizer is None:
         raise ModelError("a loaded model was passed without its tokenizer; pass tokenizer= too.")
-    model = callable_as_ours(model)
-    return LoadedModel(model, tokenizer, public_name(getattr(model, "name_or_path", "")) or type(model).__name__)
+    name = public_name(getattr(model, "name_or_path", "")) or type(model).__name__
+    return LoadedModel(callable_as_ours(model), tokenizer, name)
 
 
 def _entry_of(sources: ModelSources, options: LoadOptions, tokenizer: Any) -> _Entry:

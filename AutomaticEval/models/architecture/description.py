@@ -150,28 +150,39 @@ KNOWN = Description()
 
 
 def description_text(given: str | Path | Mapping[str, Any] | Description) -> str:
-    """What is given as a description, as TOML: the content of a file, a TOML text, or names as a dict.
+    """What is given as a description, as TOML without comments: the content of a file, a TOML text, or names as a dict.
 
     Raises ModelError for a file that is not there, and for what describes nothing.
     """
     if isinstance(given, Description):
-        return given.as_toml()
+        return given.as_toml().strip()
     if isinstance(given, Mapping):
-        return Description.of(given, "model_description").as_toml()
-    text, where = str(given), "model_description"
-    if isinstance(given, Path) or "=" not in text:
-        where = Path(text).name
-        try:
-            text = Path(text).expanduser().read_text(encoding="utf-8")
-        except OSError as error:
-            raise ModelError(
-                f"model_description: {given} cannot be read ({error.strerror}); give a TOML file, such as one with the line blocks = "
-                '"decoder.layers".'
-            ) from None
-        except UnicodeDecodeError:
-            raise ModelError(f"model_description: {where} is no text; give a TOML file.") from None
-    Description.read(text, where)
-    return text
+        return Description.of(given, "model_description").as_toml().strip()
+    where = "model_description"
+    text = str(given)
+    if isinstance(given, Path) or "=" not in text or _is_file(text):
+        where, text = Path(text).name, _content(text)
+    return Description.read(text, where).as_toml().strip()
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_file()
+    except OSError:  # too long for a name
+        return False
+
+
+def _content(path: str) -> str:
+    """The text of a file. Raises ModelError."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(
+            f"model_description: {path} cannot be read ({error.strerror}); give a TOML file, such as one with the line blocks = "
+            '"decoder.layers".'
+        ) from None
+    except UnicodeDecodeError:
+        raise ModelError(f"model_description: {Path(path).name} is no text; give a TOML file.") from None
 
 
 def _number(key: str, value: Any, where: str) -> float | str:

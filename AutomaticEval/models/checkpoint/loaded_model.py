@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from AutomaticEval import __version__
+from AutomaticEval.models.architecture.description import description_text
 from AutomaticEval.models.described.given_config import text_config
 from AutomaticEval.models.described.remembered import description_of
 from AutomaticEval.models.edited_models import names_of, values_of
@@ -75,7 +76,7 @@ class LoadedModel:
         """The settings that decide the numbers which the model gives, for files."""
         model = self.model
         description = description_of(model)
-        described = {"model_description": description.as_toml()} if description.given else {}
+        described = {"model_description": description_text(description)} if description.given else {}
         some = {
             "edits": names_of(model),
             "loaded_with": {**self.loaded_with, **described},

@@ -13,7 +13,8 @@ from AutomaticEval.models.checkpoint.hub_failures import read_or_explain
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.checkpoint.model_sources import sources_of
 from AutomaticEval.models.checkpoint.model_weights import config_of
-from AutomaticEval.models.described.remembered import remember
+from AutomaticEval.models.described.offered import not_found
+from AutomaticEval.models.described.remembered import description_of, remember
 from AutomaticEval.models.described.stand_ins import stand_ins, with_meta_weights
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.layout import Layout
@@ -53,6 +54,18 @@ def unloaded_model(name: str, options: LoadOptions) -> Any:
     model = read_or_explain(sources.name, made).eval()
     remember(model, options.description)
     return model
+
+
+def n_described_blocks(name: str, options: LoadOptions) -> int:
+    """How many blocks a named model has, by its description, which names them. Raises what `unloaded_model` raises, and UnsupportedModel."""
+    paths = options.description.blocks if options.description is not None else ()
+    if len(paths) > 1:
+        return len(paths)
+    model = unloaded_model(name, options)
+    found = [module for path, module in model.named_modules() if path in paths]
+    if not found:
+        raise not_found(model, description_of(model), f"{name} has no module {paths[0]} (blocks)", paths[0])
+    return len(list(found[0].children()))
 
 
 def unloaded_layout(model: Any) -> Layout:
