@@ -10,6 +10,7 @@ import torch
 from helpers.models import ALL, SIZES, build
 from helpers.odd_decoder import PARTS, Plain, save_odd
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
@@ -145,6 +146,58 @@ def test_logits_are_what_the_module_returns(how: str, tokenizer: Any) -> None:
     assert_same(rows, by_hand(model.body, IDS))
 
 
+class Named(nn.Module):
+    """A plain module that takes its ids by name, and has a config of its own."""
+
+    def __init__(self, *, needs: bool = False) -> None:
+        super().__init__()
+        self.body, self.config = plain(), {"ways": 4, "shared": 2}
+        if needs:
+            self.forward = self.with_places  # type: ignore[method-assign]
+
+    def forward(self, *, tokens: Tensor) -> Any:
+        return self.body(tokens)
+
+    def with_places(self, tokens: Tensor, places: Tensor) -> Any:
+        return self.body(tokens)
+
+
+def test_ids_are_given_by_name_and_numbers_read_from_a_config_of_its_own() -> None:
+    paths = {part: f"body.{PARTS[part]}" for part in ("blocks", "embedding", "final_norm")}
+    own = PARTS | paths | {"n_heads": "ways", "n_kv_heads": "shared"}
+    assert not describe_model(Named().eval(), **own).missing
+    with pytest.raises(
+        UnsupportedModel, match="the forward of Named needs tokens, places; a plain module is given the token ids alone"
+    ):
+        describe_model(Named(needs=True).eval(), **own)
+
+
+class Fused(nn.Module):
+    """The mixer of `Plain` with one projection, whose parts stand in an order."""
+
+    def __init__(self, mixer: Any, order: str) -> None:
+        super().__init__()
+        self.order, self.heads, self.proj = order, mixer.heads, mixer.proj
+        self.all = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = dict(zip(self.order, self.all(x).unflatten(-1, (3, self.heads, -1)).unbind(-3), strict=True))
+        q, k, v = (parts[kind].transpose(1, 2) for kind in "qkv")
+        z = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(z.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("order", ["qkv", "kqv", "vqk"])
+def test_one_projection_is_cut_as_its_forward_cuts_it_or_not_at_all(order: str) -> None:
+    model = plain(shared=4)
+    for block in model.decoder.stack:
+        block.mix = Fused(block.mix, order)
+    own = {part: name for part, name in PARTS.items() if part not in ("q", "k", "v", "n_kv_heads")}
+    layout = describe_model(model.eval(), **own, qkv="all").layout
+    found = {kind for kind in "qkvz" if Site(kind, 1) in layout.taps}
+    assert found == {"qkv": set("qkvz"), "kqv": set("vz"), "vqk": set()}[order]
+
+
 def test_texts_are_captured_and_edited_in_a_plain_module_and_nothing_is_generated(tokenizer: Any) -> None:
     model = plain()
     with pytest.raises(
@@ -177,6 +230,7 @@ def test_texts_are_captured_and_edited_in_a_plain_module_and_nothing_is_generate
         ({"blocks": ["decoder.stack.1", "decoder.stack.2"]}, "2 blocks are described, and decoder.stack.0 is built like them"),
         ({"blocks": "decoder.last"}, "holds no modules"),
         ({"embedding": "decoder.places"}, "not the ids"),
+        ({"embedding": "decoder"}, r"decoder of Plain \(embedding\) has no weight"),
         ({"final_norm": "decoder.stack.0.pre_a"}, "is not what block 2 returns"),
         ({"attention": "ff", "mlp": "mix"}, "ff is described as attention, but what it gives at a token depends on that token alone"),
         ({"attention": "mixx"}, r"no block has a module mixx \(attention\); decoder.stack.0 holds pre_a \(Scale\), mix \(Mixer\)"),
@@ -355,6 +409,8 @@ def test_layers_are_counted_and_options_are_kept_before_the_weights_load(odd: tu
     options = LoadOptions(trust_remote_code=True, model_description=str(folder / "odd.toml"))
     text = (folder / "odd.toml").read_text().partition("\n")[2].strip()
     assert n_layers_of(folder, options) == 3
+    seen, true = unloaded_layout(unloaded_model(str(folder), options)), load_model(folder, options=options).layout
+    assert seen.widths == true.widths
     assert options.as_dict()["model_description"] == text
     assert asked_for({"model_description": str(folder / "odd.toml")}) == {"model_description": text}
     with pytest.raises(UnsupportedModel, match=r"no number of layers .*decoder.stack: 3 Layer"):

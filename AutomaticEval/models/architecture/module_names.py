@@ -144,6 +144,8 @@ class Parts:
     def _find_embedding(self) -> str:
         path = self.described_module("embedding")
         if path is not None:
+            if not hasattr(self.model.get_submodule(path), "weight"):
+                raise not_found(self.model, self.names, f"{path} of {self.name} (embedding) has no weight")
             return path
         try:
             return str(self._names[id(embedding_of(self.model))])

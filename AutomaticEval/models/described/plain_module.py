@@ -6,6 +6,7 @@ that a person has described. It generates nothing.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -40,6 +41,14 @@ def callable_as_ours(model: nn.Module) -> Any:
     return PlainModule(model) if is_plain(model) and not isinstance(model, PlainModule) else model
 
 
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    """Whether a call must give a parameter."""
+    return parameter.default is parameter.empty and parameter.kind not in (
+        parameter.VAR_POSITIONAL,
+        parameter.VAR_KEYWORD,
+    )
+
+
 def refuse_plain(model: nn.Module, what: str) -> None:
     """Raises UnsupportedModel for a plain module. what: who needs what of a transformers model."""
     if is_plain(model):
@@ -52,6 +61,7 @@ class PlainModule(nn.Module):
     """A plain module with a config, a device, a dtype and an embedding. `get_base_model` gives the module, whose sites are those of both.
 
     The module's forward takes the token ids [batch, pos] as its first argument, under any name, and nothing else that it must be given.
+    Raises UnsupportedModel for another forward.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -59,6 +69,13 @@ class PlainModule(nn.Module):
         self.module = module
         self.config = PretrainedConfig(name_or_path=type(module).__name__)
         self.training = False  # the module's own mode is asked
+        needed = [each for each in inspect.signature(module.forward).parameters.values() if _is_needed(each)]
+        if len(needed) > 1:
+            raise UnsupportedModel(
+                f"the forward of {type(module).__name__} needs {', '.join(each.name for each in needed)}; a plain module is given the token ids alone. "
+                "Put it into a module that adds the rest."
+            )
+        self._name = next((each.name for each in needed if each.kind is each.KEYWORD_ONLY), None)
 
     def get_base_model(self) -> nn.Module:
         """The module."""
@@ -92,5 +109,5 @@ class PlainModule(nn.Module):
         head = self.module if path is None else self.module.get_submodule(path)
         with Hooks() as hooks:
             hooks.after(head, lambda module, args, output: seen.append(tensor_of(output)))
-            self.module(input_ids)
+            self.module(input_ids) if self._name is None else self.module(**{self._name: input_ids})
         return CausalLMOutput(logits=seen[-1] if seen else None)
