@@ -31,6 +31,7 @@ from AutomaticEval.cli.app import app
 from AutomaticEval.errors import ModelError, SiteUnavailable, UnsupportedModel
 from AutomaticEval.evaluation.asked import asked_for
 from AutomaticEval.models.architecture.description import KEYS, Description
+from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.checkpoint.unloaded_model import unloaded_layout, unloaded_model
 from AutomaticEval.models.described.describe_model import DescriptionKeywords
@@ -216,6 +217,10 @@ def test_texts_are_captured_and_edited_in_a_plain_module_and_nothing_is_generate
     torch.testing.assert_close(changed[0], model.unembed(model.decoder.last(x)))
     assert torch.equal(model(ids)[0], model(ids)[0])
     assert not block._forward_hooks
+    with pytest.raises(UnsupportedModel, match=r"edits with positions .* and Plain is a plain module"):
+        editing(model, Edit.scale("layer_1.z", 0.0, positions="last")).__enter__()
+    with pytest.raises(UnsupportedModel, match="pattern needs attention of transformers"):
+        reading_patterns(model, find_layout(model)).__enter__()
     for door in (generate_inference_with_activations, lambda *given, **how: evaluate(given[1], "demo_facts", **how)):
         with pytest.raises(
             UnsupportedModel, match=r"and Plain is a plain module \(no config, .* on texts can be captured"

@@ -81,7 +81,7 @@ def _in_block(block: nn.Module) -> dict[str, Any]:
         matrices: dict[str, Any] = {
             path: each.weight for path, each in block.get_submodule(name).named_modules() if _is_matrix(each)
         }
-        back = [path for path, weight in matrices.items() if width in weight.shape]
+        back = [path for path, weight in matrices.items() if width in weight.shape and "gate" not in path]
         back = [path for path in back if path.rpartition(".")[2].lower().startswith(BACK)] or back
         if back:
             guesses["out_projection" if part == "attention" else "down_projection"] = back[-1]
