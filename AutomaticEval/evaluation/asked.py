@@ -32,7 +32,7 @@ def asked_for(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _anywhere(name: str, value: Any) -> Any:
     """A value that means the same in every current folder."""
-    if name == "model_description":
+    if name == "model_description" and value is not None:
         return description_text(value)
     if isinstance(value, Path):
         return str(absolute(value))
