@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from AutomaticEval.evaluation.question import (
         answer_benchmark_question_with_activations as answer_benchmark_question_with_activations,
     )
+    from AutomaticEval.models.described.describe_model import describe_model as describe_model
     from AutomaticEval.models.edit import Edit as Edit
     from AutomaticEval.models.editing import editing as editing
     from AutomaticEval.models.loading import load_model as load_model
@@ -78,6 +79,7 @@ _HOMES = {
     "answer_benchmark_question_with_activations": "evaluation.question",
     "ExtractSingleSample": "capture.texts.features",
     "FromHuggingFace": "capture.texts.features",
+    "describe_model": "models.described.describe_model",
     "Edit": "models.edit",
     "editing": "models.editing",
     "load_model": "models.loading",

@@ -48,6 +48,7 @@ from AutomaticEval.models import loading
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER
+from AutomaticEval.models.described.remembered import description_of
 from AutomaticEval.models.loading import load_model, n_layers_of
 
 PAIRS = [("What is the capital of", " France"), ("Tell me", " more of it"), ("", "One")]
@@ -373,6 +374,7 @@ LOADING: dict[str, Any] = {
     "delta": "a/delta",
     "subfolder": "inside",
     "trust_remote_code": True,
+    "model_description": 'attention = "self_attn"',
     "use_fast_tokenizer": False,
     "add_bos_token": True,
     "max_memory": {"cpu": "3GiB"},
@@ -405,7 +407,7 @@ DOORS: dict[str, Callable[..., Any]] = {
 COMMANDS = {
     "generate": ["generate", "Hi"],
     "benchmark": ["--benchmark", "demo"],
-    "sites": ["sites"],
+    "sites": ["sites", "--verify"],
     "heads strength": ["heads", "strength", "--data_path", "t.jsonl"],
     "heads compare": [
         "heads",
@@ -514,6 +516,7 @@ def test_loading_uses_every_option(folders: Path, monkeypatch: pytest.MonkeyPatc
             "peft": name == "peft" and "default" in loaded.model.peft_config,
             "delta": name == "delta" and loaded.loaded_with == {"delta": "delta"},
             "use_fast_tokenizer": told.get("use_fast") is False,
+            "model_description": name == "model_description" and description_of(loaded.model).given == ("attention",),
         }
         assert seen[name] if name in seen else told.get(name) == value, name
 

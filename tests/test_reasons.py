@@ -283,7 +283,7 @@ def test_command_says_which_layers_have_a_site_and_why_others_have_not(
     monkeypatch.setattr("AutomaticEval.models.loading.load_model", lambda *given, **options: loaded)
     monkeypatch.setattr("AutomaticEval.cli.options.quiet_libraries", lambda: None)
     monkeypatch.setenv("COLUMNS", "400")
-    sites_command.sites(model="jamba", **_load_options())
+    sites_command.sites(**{**_load_options(), "model": "jamba", "verify": True})
     rows = {row.split("│")[1].strip(): row for row in capsys.readouterr().out.splitlines() if row.startswith("│")}
     assert "layer_1.z, layer_3.z" in rows["z"]
     assert "layer_0.resid_pre … layer_3.resid_pre" in rows["resid_pre"]

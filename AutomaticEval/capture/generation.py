@@ -24,8 +24,9 @@ from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.vocabulary import text_of
 from AutomaticEval.errors import SelectionError
-from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
+from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device, without_cache
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.described.plain_module import refuse_plain
 from AutomaticEval.models.edited_positions import given_mask
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
@@ -137,6 +138,7 @@ def _respond_together(
     prompts, texts = asked.prompts, asked.texts
     width = max(map(len, prompts))
     pads = [width - len(prompt) for prompt in prompts]
+    refuse_plain(model, "an answer needs generate of transformers")
     given, own = sampling.kwargs(), model.generation_config
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     filler = given.pop("pad_token_id", filler)
@@ -159,7 +161,7 @@ def _respond_together(
             attention_mask=mask,
             pad_token_id=filler,
             tokenizer=tokenizer if given.get("stop_strings", own.stop_strings) else None,
-            **{**given, **extra},
+            **{**given, **without_cache(model), **extra},
         )
     end = given.get("eos_token_id", own.eos_token_id)
     answers = [until_end(each, end) for each in sequences[:, width:].tolist()]

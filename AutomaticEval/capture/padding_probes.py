@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from AutomaticEval.models.architecture.forward_call import alone_with, few_ids, input_device
 from AutomaticEval.models.architecture.inner_model import virtual_tokens
+from AutomaticEval.models.described.remembered import embedding_of
 
 LOGIT_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far a logit or log-probability may be from that of a plain forward, as a part of 1 + its size: as far as rounding explains."""
@@ -113,7 +114,7 @@ def counts_from_zero(model: Any) -> bool:
 def _continued(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     """The logits of the tokens that a left-padded batch generates: [batch, STEPS, d_vocab], float32, on the CPU."""
     width = max(map(len, rows))
-    n_tokens = model.get_input_embeddings().weight.shape[0]
+    n_tokens = embedding_of(model).weight.shape[0]
     padded = [[9] * (width - len(row)) + list(row) for row in rows]  # not 0, whose embedding may be zeros
     ids = torch.tensor(padded) % n_tokens
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -16,6 +16,7 @@ from AutomaticEval.capture.sampling import Sampling, SamplingKeywords
 from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, SelectionError, unknown_option
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.described.plain_module import refuse_plain
 from AutomaticEval.models.loading import load_model, n_layers_of
 from AutomaticEval.options import take_fields
 from AutomaticEval.samples import ActivationData, Sample
@@ -201,6 +202,7 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
 
     Raises PromptTooLong, DiskFull, SiteUnavailable, CaptureError; PromptError for a value that transformers refuses.
     """
+    refuse_plain(loaded.model, "an answer needs generate of transformers")
     ids = encode(loaded, prompt.prompt, prompt.system_prompt, apply_chat_template=prompt.apply_chat_template)
     sampling = fit(prompt.sampling.settled(loaded.model.generation_config), loaded.context, len(ids))
     if sampling.temperature > 0 and sampling.seed is None:

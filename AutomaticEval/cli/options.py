@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
 import typer
 
 from AutomaticEval.cli.printing import end_bars, say
-from AutomaticEval.errors import AutomaticEvalError, SelectionError
+from AutomaticEval.errors import AutomaticEvalError, SelectionError, UnsupportedModel
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
@@ -219,6 +219,9 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         except AutomaticEvalError as error:
             end_bars()
             say(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
+            if isinstance(error, UnsupportedModel):
+                for note in getattr(error, "__notes__", ()):  # a description of the model, to be completed and saved
+                    say(f"\n{note}", err=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:  # typer would end without a word
             end_bars()

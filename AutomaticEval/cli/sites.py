@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from AutomaticEval.cli import options
 from AutomaticEval.cli.options import command, takes
@@ -15,18 +17,37 @@ if TYPE_CHECKING:
     from AutomaticEval.sites import Site
 
 
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Load the weights, and check each site by a forward.", rich_help_panel=options.MODEL),
+]
+VERIFIED = "Verified: one forward of the loaded model has shown that each site is what its name says."
+UNVERIFIED = (
+    "Not verified: seen in its config and code, without weights. --verify loads the model and checks each site."
+)
+
+
 @command
 @takes(load=LoadOptions)
 def sites(
     load: LoadOptions,
     model: options.Model = "demo",
+    verify: Verify = False,
 ) -> None:
-    """List the sites of a model that can be captured."""
+    """List the sites of a model that can be captured. Of a large model only the config is read, and its code run without weights."""
     options.quiet_libraries()
-    from AutomaticEval.models.loading import load_model
+    from AutomaticEval.models.checkpoint.unloaded_model import has_small_weights, unloaded_layout, unloaded_model
+    from AutomaticEval.models.described.offered import to_complete
     from AutomaticEval.sites import KINDS
 
-    layout = load_model(model, options=load).layout
+    if verify or has_small_weights(model, load):
+        from AutomaticEval.models.loading import load_model
+
+        loaded = load_model(model, options=load)
+        whole, layout, how = loaded.model, loaded.layout, VERIFIED
+    else:
+        whole = unloaded_model(model, load)
+        layout, how = unloaded_layout(whole), UNVERIFIED
     rows = []
     for name, kind in KINDS.items():
         present = [site for site in layout.sites(name) if site in layout.taps]
@@ -40,7 +61,16 @@ def sites(
             )
         )
     say(f"{model}: {layout.n_layers} layers, {layout.n_heads} heads of {layout.d_head}, d_model {layout.d_model}")
+    say(how)
     print_table("", ("Site", "Width", "Keys", "What it is"), rows, n_words=4)
+    if load.model_description is None and _has_unnamed_parts(layout):
+        say(f"Parts of its blocks have names that are not known here. They can be described:\n\n{to_complete(whole)}")
+
+
+def _has_unnamed_parts(layout: Layout) -> bool:
+    """Whether in no layer the two branches of the block were found by their names."""
+    reasons = [layout.missing.get(site, "") for site in layout.sites("attn_out")]
+    return all(" was found in its block, whose parts are " in reason for reason in reasons)
 
 
 def _keys(present: Sequence[Site]) -> str:

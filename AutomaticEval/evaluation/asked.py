@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from AutomaticEval.errors import StoreError
+from AutomaticEval.models.architecture.description import description_text
 from AutomaticEval.public_names import BUNDLED_MODELS, absolute
 
 MAY_BE_PATHS = ("model", "peft", "delta", "offload_folder", "project", "include_path", "tokenizer")
@@ -31,6 +32,8 @@ def asked_for(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _anywhere(name: str, value: Any) -> Any:
     """A value that means the same in every current folder."""
+    if name == "model_description" and value is not None:
+        return description_text(value)
     if isinstance(value, Path):
         return str(absolute(value))
     if isinstance(value, list | tuple):

@@ -14,6 +14,7 @@ from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.architecture.forward_call import alone_with, few_ids
 from AutomaticEval.models.architecture.identities import PROBE_LENGTH
 from AutomaticEval.models.architecture.inner_model import inner
+from AutomaticEval.models.described.plain_module import refuse_plain
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.recording import Kept, capturing
@@ -132,6 +133,7 @@ def _modules_between(projection: str, block: str) -> list[str]:
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
     """Have a model attend eagerly. Raises SiteUnavailable for one that cannot."""
+    refuse_plain(model, "pattern needs attention of transformers")
     base = inner(model)
     before = base.config._attn_implementation
     if before == "eager":

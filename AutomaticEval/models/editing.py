@@ -26,6 +26,7 @@ from AutomaticEval.models.architecture.forward_call import (
 )
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords
+from AutomaticEval.models.described.plain_module import refuse_plain
 from AutomaticEval.models.edit import Edit
 from AutomaticEval.models.edited_models import noted
 from AutomaticEval.models.edited_positions import Sequences
@@ -68,6 +69,7 @@ def _editing(model: Any, edits: Edit | Iterable[Edit], load: LoadKeywords) -> It
     forward = _Forward(whole, made)
     by_position = any(edit.is_by_position for edit in edits)
     if any(edit.positions is not None for edit in edits):
+        refuse_plain(whole, "edits with positions are told apart by masks of transformers")
         _refuse_positions(whole)
     with alone_with(whole), noted(whole, layout, made, by_position=by_position), Hooks() as hooks:
         embedding = whole.get_submodule(layout.embedding)

@@ -16,12 +16,15 @@ from torch import nn
 
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.branches import find_branches
+from AutomaticEval.models.architecture.description import Description
 from AutomaticEval.models.architecture.forward_call import alone_with
 from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled, virtual_tokens
 from AutomaticEval.models.architecture.module_names import Parts
 from AutomaticEval.models.architecture.projections import find_projections
 from AutomaticEval.models.architecture.stream import find_residual
+from AutomaticEval.models.described.checks import check_description, check_logits, given_kv_heads
+from AutomaticEval.models.described.remembered import description_of
 from AutomaticEval.models.edited_models import layout_of
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.sites import TABLE, Site
@@ -30,6 +33,8 @@ from AutomaticEval.sites import TABLE, Site
 class _Known(NamedTuple):
     """The layout of an inner model, and the layouts of the models that it was seen in."""
 
+    description: Description
+    """How the model was described then. When it is described anew, the layout is found again."""
     compiled: frozenset[str]
     """The paths of what was compiled then. When more is compiled later, hooks within it no longer fire, and the layout is found again."""
     layout: Layout
@@ -56,16 +61,17 @@ def find_layout(model: nn.Module) -> Layout:
     whole = inner(model)
     with alone_with(model):
         compiled = frozenset(name for name, module in whole.named_modules() if is_compiled(module))
-        if whole not in _known or _known[whole].compiled != compiled:
+        description = description_of(model)
+        if whole not in _known or _known[whole][:2] != (description, compiled):
             while_edited: Layout | None = layout_of(model)
             if while_edited is not None:  # a forward now would show the edits
                 return _seen_from(model, while_edited)
             n_hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-            layout = _layout(Parts(model))
+            layout = _layout(Parts(model, description))
             is_doubtful = any(site.kind != "mixer_out" for site in layout.missing)
             if is_doubtful and n_hooks:  # a site may be missing because of these hooks, and be there without them
                 return _seen_from(model, layout)
-            _known[whole] = _Known(compiled, layout, weakref.WeakKeyDictionary())
+            _known[whole] = _Known(description, compiled, layout, weakref.WeakKeyDictionary())
         known = _known[whole]
         if model not in known.of:
             known.of[model] = _seen_from(model, known.layout)
@@ -97,7 +103,7 @@ def refuse_untrue(model: nn.Module) -> None:
     name = type(model).__name__
     if any(module.training for module in model.modules()):
         raise UnsupportedModel(f"{name} is in training mode: dropout changes every value. Call model.eval() first.")
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders are asked and captured.")
 
 
@@ -105,15 +111,17 @@ def _layout(parts: Parts) -> Layout:
     """All rules in turn: each adds the taps of its kinds to `parts.taps`, or to `parts.missing` why a layer lacks them."""
     n_layers = len(parts.blocks)
     _check_embedding(parts)
-    parts.taps[Site("logits")] = Tap("", "output")
+    parts.taps[Site("logits")] = Tap(parts.lm_head or "", "output")
+    check_logits(parts)
     _find_final_norm(parts)
     find_residual(parts)
     find_branches(parts)
     own = [parts.heads(layer) for layer, ran in enumerate(parts.ran) if ran]
     heads = max(own, key=own.count)
     cached = [value.shape[1] for value in parts.probe.values if value is not None and value.dim() == 4]
-    n_kv_heads = max(cached, key=cached.count) if cached else heads.n
+    n_kv_heads = max(cached, key=cached.count) if cached else given_kv_heads(parts) or heads.n
     find_projections(parts, heads, n_kv_heads)
+    check_description(parts, heads, n_kv_heads)
     sizes: dict[str, Any] = {
         "d_model": parts.d_model,
         "n_heads": heads.n,
@@ -121,7 +129,7 @@ def _layout(parts: Parts) -> Layout:
         "d_head": heads.d_head,
     }
     widths = {site: _width(parts, site, tap, sizes) for site, tap in parts.taps.items()}
-    named = Layout(n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths)
+    named = Layout(n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths, whole="")
     return replace(named, norm=parts.norm, notes=parts.notes, missing=parts.missing)
 
 

@@ -113,16 +113,15 @@ class Layout:
     missing: Mapping[Site, str] = field(default_factory=dict)
     """The sites that this model lacks, and why. For a site of a layer, the reason speaks of that layer's block as "its block"."""
 
-    @property
-    def whole(self) -> str:
-        """Dotted path of the inner model, which runs in every way of calling the model; "" is the model itself."""
-        return self.taps[Site("logits")].module
+    whole: str = ""
+    """Dotted path of the inner model, which runs in every way of calling the model; "" is the model itself."""
 
     def under(self, prefix: str) -> Layout:
         """This layout for a model that holds this one under the dotted path prefix: the paths begin with it."""
         taps = {site: replace(tap, module=f"{prefix}.{tap.module}".strip(".")) for site, tap in self.taps.items()}
+        whole = f"{prefix}.{self.whole}".strip(".")
         norm = None if self.norm is None else f"{prefix}.{self.norm}"
-        return replace(self, embedding=f"{prefix}.{self.embedding}", taps=taps, norm=norm)
+        return replace(self, embedding=f"{prefix}.{self.embedding}", taps=taps, whole=whole, norm=norm)
 
     def sites(self, kind: str) -> list[Site]:
         """All sites of a kind, whether the model has them or not."""

@@ -15,6 +15,7 @@ from typing import Any, Unpack
 import torch
 
 from AutomaticEval.errors import ModelError, ModelUnavailable, UnsupportedModel, unknown_option
+from AutomaticEval.models.architecture.description import KNOWN
 from AutomaticEval.models.architecture.module_names import n_layers_in
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords as LoadKeywords
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
@@ -23,8 +24,12 @@ from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER as DEMO_FO
 from AutomaticEval.models.checkpoint.model_sources import ModelSources, folder_states, sources_of
 from AutomaticEval.models.checkpoint.model_weights import config_of, load_weights
 from AutomaticEval.models.checkpoint.tokenizers import own_tokenizer, tokenizer_named
+from AutomaticEval.models.checkpoint.unloaded_model import n_described_blocks
+from AutomaticEval.models.described.given_config import GivenConfig, text_config
+from AutomaticEval.models.described.plain_module import callable_as_ours, is_plain, lacking
+from AutomaticEval.models.described.remembered import description_of, remember
 from AutomaticEval.models.edited_models import active_edits
-from AutomaticEval.models.find_layout import refuse_untrue
+from AutomaticEval.models.find_layout import find_layout, refuse_untrue
 from AutomaticEval.public_names import absolute, public_name
 from AutomaticEval.tested_versions import tell_newer
 
@@ -98,10 +103,14 @@ def _options_of(options: LoadOptions | None, load: LoadKeywords) -> LoadOptions:
 def n_layers_of(model: Any, options: LoadOptions = LoadOptions()) -> int:
     """The number of layers, from the config alone, so that a wrong layer is refused before the weights load."""
     if isinstance(model, str | Path):
-        config = config_of(sources_of(str(model), options), options)
-        return n_layers_in(config.get_text_config(), str(model))
+        if options.description is not None and options.description.blocks:
+            return n_described_blocks(str(model), options)
+        config = config_of(sources_of(str(model), options), options).get_text_config()
+        return n_layers_in(GivenConfig(config, options.description or KNOWN), str(model))
     instance = model.model if isinstance(model, LoadedModel) else model
-    return n_layers_in(instance.config.get_text_config(), type(instance).__name__)
+    if description_of(instance).given:
+        return find_layout(instance).n_layers
+    return n_layers_in(text_config(instance), type(instance).__name__)
 
 
 def revision_of(model: str | Path, options: LoadOptions = LoadOptions()) -> str | None:
@@ -140,13 +149,19 @@ def _refuse_edited(loaded: Any, name: str | Path) -> None:
 
 
 def _from_instance(model: Any, tokenizer: Any) -> LoadedModel:
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "generate"):
+    if not isinstance(model, torch.nn.Module):
         raise UnsupportedModel(
             f"a model is a name, a folder, or a loaded transformers model; found {type(model).__name__}."
         )
+    if is_plain(model) and not description_of(model).given:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is no transformers model (it has no {' and no '.join(lacking(model))}); say what its parts are called first: "
+            "describe_model(model, blocks=…)."
+        )
     if tokenizer is None:
         raise ModelError("a loaded model was passed without its tokenizer; pass tokenizer= too.")
-    return LoadedModel(model, tokenizer, public_name(getattr(model, "name_or_path", "")) or type(model).__name__)
+    name = public_name(getattr(model, "name_or_path", "")) or type(model).__name__
+    return LoadedModel(callable_as_ours(model), tokenizer, name)
 
 
 def _entry_of(sources: ModelSources, options: LoadOptions, tokenizer: Any) -> _Entry:
@@ -159,7 +174,9 @@ def _entry_of(sources: ModelSources, options: LoadOptions, tokenizer: Any) -> _E
             while len(_loaded) >= MAX_LOADED:
                 _loaded.popitem(last=False)
             own = own_tokenizer(sources, options) if sources.adapter and tokenizer is None else None
-            _loaded[key] = _Entry(load_weights(sources, options, own if tokenizer is None else tokenizer), own)
+            whole = load_weights(sources, options, own if tokenizer is None else tokenizer)
+            remember(whole, options.description)
+            _loaded[key] = _Entry(whole, own)
         _loaded.move_to_end(key)
         entry = _loaded[key]
         if tokenizer is None and entry.tokenizer is None:

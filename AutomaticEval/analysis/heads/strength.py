@@ -17,6 +17,7 @@ from AutomaticEval.analysis.result import Result
 from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel, warn
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.described.remembered import embedding_of
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.head_weights import HeadResultNorms, n_inputs
 from AutomaticEval.models.layout import Derived, Layout, Tap
@@ -87,7 +88,7 @@ class ActivationExtractor:
             taps[site] = Tap(path, "input")
             taps[Site("head_result_norm", layer)] = Tap(path, "input", then=norms)
             widths[site] = n_heads * d_head
-        embedding = embedding or names[id(self.model.get_input_embeddings())]
+        embedding = embedding or names[id(embedding_of(self.model))]
         self._layout = Layout(n_layers, 0, n_heads, n_heads, d_head, embedding, taps, widths)
         self.remove_hooks()
 

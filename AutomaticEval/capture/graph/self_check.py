@@ -20,6 +20,7 @@ from AutomaticEval.capture.tree.suitability import window_of
 from AutomaticEval.errors import first_line
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.checkpoint.loaded_model import computed_dtype, quantization_of
+from AutomaticEval.models.described.remembered import embedding_of
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.recording import Recording, capturing
 from AutomaticEval.sites import Site
@@ -62,7 +63,7 @@ def _batch(model: Any) -> tuple[Tensor, Tensor]:
     """Two prompts of different lengths, left-padded, and their mask: both [2, width]. The longer one is longer than an attention window."""
     window = window_of(model)
     longest = LONG if window is None or window + STEPS > LONGEST_TRIED else max(LONG, window + 2)
-    n_ids = model.get_input_embeddings().weight.shape[0]
+    n_ids = embedding_of(model).weight.shape[0]
     ids = torch.arange(2 * longest).view(2, longest) * 7 % 89 % (n_ids - 1) + 1
     mask = torch.ones_like(ids)
     mask[0, : longest - SHORT] = 0

@@ -179,4 +179,5 @@ def _as_then(options: LoadOptions, made: RunSettings, paths: Mapping[str, str]) 
         peft=options.peft or made_of.get("peft"),
         delta=options.delta or made_of.get("delta"),
         subfolder=options.subfolder or made_of.get("subfolder"),
+        model_description=options.model_description or made_of.get("model_description"),
     )

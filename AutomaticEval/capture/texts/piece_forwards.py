@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import CaptureError, PromptError, SelectionError, TreeUnsuitable
 from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.described.plain_module import is_plain, refuse_plain
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.models.recording import Kept, Recording
@@ -53,6 +55,10 @@ class PieceForwards:
 
     def __init__(self, loaded: LoadedModel, selection: Selection, feeding: Feeding) -> None:
         refuse_unready(loaded.model)
+        if is_plain(loaded.model):
+            if feeding.packing or feeding.patterns:
+                refuse_plain(loaded.model, "packing and pattern need attention of transformers")
+            feeding = replace(feeding, batch_size=1)
         self._loaded, self._feeding, self._selection = loaded, feeding, selection
         self._layout, self._dtype = loaded.layout, dtype_of(selection)
         self._taps, self._reduced = taps_of(self._layout, selection), SampleReducer(selection)

@@ -31,14 +31,17 @@ from torch.utils import collect_env
 from AutomaticEval.errors import StoreError
 from AutomaticEval.evaluation.screen import hushed
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.described.plain_module import refuse_plain
 from AutomaticEval.store.disk.json_files import write_json
 
+FOR_LM_EVAL = "lm-eval runs transformers models"
 STOCK = Path(lm_eval.tasks.__file__).parent
 """The folder of the task files that come with lm-eval."""
 
 
 def stock_model(loaded: LoadedModel) -> HFLM:
     """lm-eval's own model of a loaded one, for its limits and its encoding."""
+    refuse_plain(loaded.model, FOR_LM_EVAL)
     with hushed():
         return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
 

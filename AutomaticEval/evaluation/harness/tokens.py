@@ -16,9 +16,11 @@ from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from AutomaticEval.evaluation.harness.speedups import FOR_LM_EVAL
 from AutomaticEval.evaluation.screen import hushed
 from AutomaticEval.models.architecture.forward_call import input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.described.plain_module import refuse_plain
 from AutomaticEval.models.tokens.parts import PartEncoder, n_chars_alike
 
 MANY = 512
@@ -49,6 +51,7 @@ class EncodingHFLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, loaded: LoadedModel, *, has_stock_batches: bool, **kwargs: Any) -> None:
+        refuse_plain(loaded.model, FOR_LM_EVAL)
         self._ahead = EncodedAhead((), self._encode_many)
         with hushed():
             super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)

@@ -69,7 +69,7 @@ def why_no_branches(parts: Parts, layer: int, terms: Sequence[Sequence[Tensor]],
     if own:
         reason = f"{identity} does not hold in its block{alike}, which has numbers of its own ({', '.join(own)}) that may scale the stream"
     else:
-        dtype = str(parts.model.dtype).removeprefix("torch.")
+        dtype = str(parts.value(parts.taps[Site("resid_pre", layer)]).dtype).removeprefix("torch.")
         reason = f"{identity} does not hold in its block{alike}, whose parts are {parts.described(block)}, or is lost in the rounding of {dtype}"
     return parts.why(layer, block, reason)
 

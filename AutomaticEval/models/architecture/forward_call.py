@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.models.architecture.inner_model import inner
+from AutomaticEval.models.described.given_config import text_config
+from AutomaticEval.models.described.remembered import description_of, embedding_of
 
 _ACTIVATIONS = ("logits", "last_hidden_state")
 """Where an output of transformers holds its activation: that of a model with a head, and that of a body."""
@@ -27,6 +29,8 @@ def tensor_of(value: Any) -> Tensor | None:
     for name in _ACTIVATIONS:
         if hasattr(value, name):
             value = getattr(value, name)
+    if isinstance(value, dict) and "logits" in value:
+        value = value["logits"]
     if isinstance(value, tuple | list) and value:
         value = value[0]
     return value if isinstance(value, Tensor) else None
@@ -39,6 +43,8 @@ def with_tensor(value: Any, tensor: Tensor) -> Any:
             changed = copy(value)
             setattr(changed, name, tensor)
             return changed
+    if isinstance(value, dict):
+        return {**value, "logits": tensor}
     if isinstance(value, tuple | list):
         return type(value)([tensor, *value[1:]])
     return tensor
@@ -61,12 +67,19 @@ def _parameters(function: Callable[..., Any]) -> Collection[str]:
     return inspect.signature(function).parameters.keys()
 
 
+def with_cache(model: Any) -> dict[str, bool]:
+    """The argument that asks a forward for keys and values; {} for a forward of people's own that knows no such argument."""
+    takes = inspect.signature(inner(model).forward).parameters.values()
+    is_known = any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in takes)
+    return {"use_cache": True} if is_known else {}
+
+
 def takes_few_logits(model: Any) -> bool:
     """Whether a forward can be told to compute the logits of its last columns alone, and everything else at all columns.
 
     A model whose layers share keys and values with layers below cannot: told so, those layers skip the other columns, too.
     """
-    shares = getattr(inner(model).config.get_text_config(), "num_kv_shared_layers", None)
+    shares = getattr(text_config(inner(model)), "num_kv_shared_layers", None)
     return "logits_to_keep" in forward_takes(model) and not shares
 
 
@@ -81,6 +94,13 @@ def cache_in(given: object) -> Any:
     if not isinstance(given, Mapping):
         return None
     return next((cache for name in CACHE_NAMES if (cache := given.get(name)) is not None), None)
+
+
+def without_cache(model: Any) -> dict[str, bool]:
+    """The argument with which `generate` makes no keys and values, for a described model whose forward takes none under any name."""
+    takes = {*forward_takes(model)}
+    has_none = not takes & {*CACHE_NAMES, "use_cache"}
+    return {"use_cache": False} if has_none and description_of(model).given else {}
 
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -99,12 +119,12 @@ def alone_with(model: nn.Module) -> threading.RLock:
 
 def input_device(model: Any) -> torch.device:
     """The device that token ids are sent to: the embedding's, or the CPU when the embedding is offloaded."""
-    device: torch.device = model.get_input_embeddings().weight.device
+    device: torch.device = embedding_of(model).weight.device
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def few_ids(model: Any, n_tokens: int) -> Tensor:
     """Token ids for a small forward that shows how a model works: [1, n_tokens], on the model's input device."""
-    n_ids = model.get_input_embeddings().weight.shape[0]  # adapted embeddings have this, but no num_embeddings
+    n_ids = embedding_of(model).weight.shape[0]  # adapted embeddings have this, but no num_embeddings
     ids: Tensor = torch.arange(1, n_tokens + 1, device=input_device(model))[None] % n_ids
     return ids

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from AutomaticEval.models.architecture.forward_call import cache_in, few_ids, input_of, tensor_of
+from AutomaticEval.models.architecture.forward_call import cache_in, few_ids, input_of, tensor_of, with_cache
 from AutomaticEval.models.hook_handles import Hooks
 
 PROBE_LENGTH = 6
@@ -29,6 +30,8 @@ class Probe:
         """Path -> what the module gives."""
         self.n_fired: Counter[str] = Counter()
         """Path -> how often the module ran."""
+        self.returned: list[Tensor] = []
+        """All tensors that the model returns."""
 
         def before(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -41,6 +44,8 @@ class Probe:
         def after(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 self.n_fired[name] += 1
+                if not name:
+                    self.returned = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
                 value = tensor_of(output)
                 if value is not None:
                     self.outputs[name] = value.detach().clone()
@@ -52,7 +57,7 @@ class Probe:
             for name, module in modules.items():
                 hooks.before(module, before(name))
                 hooks.after(module, after(name))
-            out = model(input_ids=ids, use_cache=True)
+            out = model(input_ids=ids, **with_cache(model))
         layers = getattr(cache_in(out), "layers", [])
         self.values = [getattr(layer, "values", None) for layer in layers]
         """The values in the cache, layer by layer: each [1, n_kv_heads, pos, d_head], or None."""

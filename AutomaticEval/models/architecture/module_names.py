@@ -14,13 +14,17 @@ from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.description import KNOWN, Description
 from AutomaticEval.models.architecture.identities import Probe, is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled
+from AutomaticEval.models.described.given_config import GivenConfig, text_config
+from AutomaticEval.models.described.offered import not_found
+from AutomaticEval.models.described.plain_module import callable_as_ours
+from AutomaticEval.models.described.remembered import embedding_of
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.sites import Site
 
 
-def n_layers_in(config: Any, name: str) -> int:
+def n_layers_in(config: Any, name: str, names: Description = KNOWN) -> int:
     """The number of layers in the config of a model's text part. Raises UnsupportedModel, with the model's name, when it has none."""
-    n_layers = _first(config, KNOWN.n_layers)
+    n_layers = _first(config, names.n_layers)
     if not isinstance(n_layers, int):
         raise UnsupportedModel(
             f"{name}: its config says no number of layers ({', '.join(KNOWN.n_layers)}), so that its blocks cannot be told."
@@ -53,7 +57,7 @@ class Parts:
         self.model = inner(model)
         self.names = names
         self.name = type(self.model).__name__
-        self.config = self.model.config.get_text_config()
+        self.config: Any = GivenConfig(text_config(self.model), names)
         self.taps: dict[Site, Tap] = {}
         """The sites that were found."""
         self.missing: dict[Site, str] = {}
@@ -63,17 +67,23 @@ class Parts:
         self.n_streams = 1
         """How many residual streams the blocks hand on."""
         self._names = {id(module): name for name, module in self.model.named_modules(remove_duplicate=False)}
+        self._within: dict[str, list[str]] = {}
+        """Module -> the paths of all modules in it that the probe saw, so that names are not looked up among all modules of the model."""
         self.blocks = self._find_blocks()
         """The paths of the blocks, in the order of the layers."""
+        self._refuse_compiled(self.blocks)
         self.owner = self.blocks[0].rsplit(".", 2)[0] if self.blocks[0].count(".") > 1 else ""
         """The path of the module that holds the list of blocks."""
         parent = self.model.get_submodule(self.owner)
+        given = self.described_module("final_norm")
         norms = [name for name in names.final_norm if isinstance(getattr(parent, name, None), nn.Module)]
-        self._norms = [f"{self.owner}.{name}".strip(".") for name in norms]
+        self._norms = [f"{self.owner}.{name}".strip(".") for name in norms] if given is None else [given]
+        self.lm_head = self.described_module("lm_head")
+        """The path of what gives the logits; None when they are what the model returns."""
         self.embedding = self._find_embedding()
         self.head = self._find_head()
         """The path of the unembedding; None when the model does not name one."""
-        self.probe = Probe(model, {path: self.model.get_submodule(path) for path in self._to_probe()})
+        self.probe = Probe(callable_as_ours(model), {path: self.model.get_submodule(path) for path in self._to_probe()})
         self.ran = [self.probe.n_fired[block] == 1 for block in self.blocks]
         """For each block, whether it runs when the input is text alone."""
         self.norm = self._find_norm()
@@ -91,7 +101,18 @@ class Parts:
             )
 
     def _find_blocks(self) -> list[str]:
-        n_layers = n_layers_in(self.config, self.name)
+        path = self.described_module("blocks")
+        if path is not None and len(self.names.blocks) > 1:  # the blocks themselves
+            return [self.described_module("blocks", each) or "" for each in self.names.blocks]
+        if path is not None:
+            described = [f"{path}.{name}" for name, _ in self.model.get_submodule(path).named_children()]
+            if not described:
+                raise not_found(self.model, self.names, f"{path} of {self.name} (blocks) holds no modules")
+            return described
+        try:
+            n_layers = n_layers_in(self.config, self.name, self.names)
+        except UnsupportedModel as error:
+            raise not_found(self.model, self.names, str(error).rstrip(".")) from None
         lists = [
             (name, module)
             for name, module in self.model.named_modules()
@@ -100,17 +121,34 @@ class Parts:
             and not any(part.startswith(("visual", "vision", "audio")) for part in name.split("."))
         ]
         if not lists:
-            raise UnsupportedModel(
-                f"{self.name}: no list of {n_layers} blocks in the module tree, so layers cannot be named."
+            raise not_found(
+                self.model,
+                self.names,
+                f"{self.name}: no list of {n_layers} blocks in the module tree, so layers cannot be named",
             )
-        blocks = [self._names[id(block)] for block in min(lists, key=lambda item: item[0].count("."))[1]]
+        return [self._names[id(block)] for block in min(lists, key=lambda item: item[0].count("."))[1]]
+
+    def _refuse_compiled(self, blocks: list[str]) -> None:
+        """Raises UnsupportedModel when something that holds the blocks is compiled."""
         for above in self._above(blocks[0]):
             if is_compiled(self.model.get_submodule(above)):
                 raise UnsupportedModel(
                     f"{above or self.name} of {self.name} is compiled: hooks on the blocks in it fire only by chance. Pass the model before "
                     "torch.compile, or compile block by block."
                 )
-        return blocks
+
+    def described_module(self, what: str, *paths: str) -> str | None:
+        """The path of a part of the model that a person has described. None for one that nobody has described. Raises UnsupportedModel."""
+        if what not in self.names.given:
+            return None
+        paths = paths or getattr(self.names, what)
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        path = next((each for each in paths if each in modules), None)
+        if path is None:
+            raise not_found(
+                self.model, self.names, f"{self.name} has no module {' or '.join(paths)} ({what})", paths[0]
+            )
+        return str(path)
 
     def _find_norm(self) -> str | None:
         last = next((block for block, ran in zip(self.blocks[::-1], self.ran[::-1], strict=True) if ran), "")
@@ -119,13 +157,19 @@ class Parts:
         return next(right, next(iter(self._norms), None))
 
     def _find_embedding(self) -> str:
+        path = self.described_module("embedding")
+        if path is not None:
+            if not hasattr(self.model.get_submodule(path), "weight"):
+                raise not_found(self.model, self.names, f"{path} of {self.name} (embedding) has no weight")
+            return path
         try:
-            path: str = self._names[id(self.model.get_input_embeddings())]
-        except (NotImplementedError, KeyError):
-            raise UnsupportedModel(
-                f"{self.name}: get_input_embeddings gives no module of it, so that which tokens are fed cannot be seen."
+            return str(self._names[id(embedding_of(self.model))])
+        except (NotImplementedError, AttributeError, KeyError):
+            raise not_found(
+                self.model,
+                self.names,
+                f"{self.name}: get_input_embeddings gives no module of it (embedding), so that which tokens are fed cannot be seen",
             ) from None
-        return path
 
     def _find_head(self) -> str | None:
         try:
@@ -138,8 +182,7 @@ class Parts:
         yield from self._norms
         if self.owner:
             yield self.owner
-        if self.head is not None:
-            yield self.head
+        yield from (path for path in (self.head, self.lm_head) if path is not None)
         for block in self.blocks:
             below = (f"{block}.{name}" for name, _ in self.model.get_submodule(block).named_modules() if name)
             yield from (path for path in below if self._compiled_around(path, block) is None)
@@ -181,10 +224,10 @@ class Parts:
 
     def named(self, parent: str, names: Iterable[str]) -> Iterator[str]:
         """The paths of the modules within parent, at any depth, whose own name is one of names; in the order of names."""
+        if parent not in self._within:
+            self._within[parent] = [path for path in self.probe.outputs if path.startswith(f"{parent}.")]
         for name in names:
-            yield from (
-                path for path in self.probe.outputs if path.startswith(f"{parent}.") and path.endswith(f".{name}")
-            )
+            yield from (path for path in self._within[parent] if path.endswith(f".{name}"))
 
     def children(self, block: str, names: Iterable[str]) -> list[str]:
         """The paths of a block's direct children that have one of these names; in the order of names."""
@@ -217,6 +260,8 @@ class Parts:
     def scales(self, layer: int, kind: Kind) -> list[float]:
         """What the model may multiply by that a part of a block adds: the numbers of known names that its block or the config has, and 1."""
         block, names = self.model.get_submodule(self.blocks[layer]), self.names
+        if "residual_multiplier" in names.given:
+            return [float(self.config.residual_multiplier)]
         of_kind = {"attention": names.attention_scale, "mixer": names.mixer_scale, "mlp": ()}[kind]
         given = [getattr(each, name, None) for name in (*of_kind, *names.scale) for each in (block, self.config)]
         depths = [getattr(self.config, name, None) for name in names.depth_scale]

@@ -79,7 +79,7 @@ def _find_qkv(parts: Parts, layer: int, attention: str, heads: Heads, n_kv_heads
         parts.lack("qkv", layer, f"its layer keeps values of shape {shape} in the cache; {expected_shape} was expected")
         return
     expected = cached.transpose(1, 2).flatten(2)  # [1, pos, n_kv_heads * d_head]
-    for taps in _qkv_candidates(parts, attention, heads, n_kv_heads):
+    for taps in qkv_candidates(parts, attention, heads, n_kv_heads):
         if is_sum(parts.value(taps[2]), expected):
             for kind, tap in zip("qkv", taps, strict=True):
                 parts.taps[Site(kind, layer)] = tap
@@ -87,7 +87,7 @@ def _find_qkv(parts: Parts, layer: int, attention: str, heads: Heads, n_kv_heads
     parts.lack("qkv", layer, parts.why(layer, attention, _why_no_qkv(parts, layer, attention, heads, expected)))
 
 
-def _qkv_candidates(parts: Parts, attention: str, heads: Heads, n_kv_heads: int) -> Iterator[list[Tap]]:
+def qkv_candidates(parts: Parts, attention: str, heads: Heads, n_kv_heads: int) -> Iterator[list[Tap]]:
     """Taps that may be those of q, k and v: three projections, or one whose features are cut in a known order."""
     separate = _separate(parts, attention)
     if all(separate):

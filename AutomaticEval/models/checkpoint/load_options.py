@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypedDict
 
 from AutomaticEval.errors import ModelError
+from AutomaticEval.models.architecture.description import Description, description_text
 from AutomaticEval.options import Option
 from AutomaticEval.public_names import public_name
 
@@ -40,6 +41,11 @@ class LoadOptions:
     delta: Annotated[str | None, Option("Weights that are added to the model's: their folder or hub name.")] = None
     subfolder: Annotated[str | None, Option("Where in the folder or on the hub the model's files are.")] = None
     trust_remote_code: Annotated[bool, Option("Run code that comes with the checkpoint.")] = False
+    model_description: Annotated[
+        str | None,
+        Option("TOML file that names the parts of a model of an unknown family (docs/describe.md).", metavar="FILE"),
+    ] = None
+    """The text of the file, once the options are made. A dict of the same names may be given, or the text itself."""
 
     use_fast_tokenizer: bool = True
     """False: a tokenizer written in Python, where there is one."""
@@ -69,6 +75,8 @@ class LoadOptions:
         for name in ("peft", "delta", "subfolder", "offload_folder"):  # lm-eval writes "" for no subfolder
             value = getattr(self, name)
             object.__setattr__(self, name, str(value) if value else None)
+        if self.model_description is not None:
+            object.__setattr__(self, "model_description", description_text(self.model_description))
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
@@ -97,6 +105,11 @@ class LoadOptions:
             if name in ALWAYS_WRITTEN or value != getattr(LoadOptions, name)
         }
 
+    @property
+    def description(self) -> Description | None:
+        """How the parts of the model are described; None when they are found by the names that are known."""
+        return None if self.model_description is None else Description.read(self.model_description)
+
     def given(self, names: Iterable[str]) -> list[str]:
         """Those of the named options that are not at their defaults."""
         return [name for name in names if getattr(self, name) != getattr(LoadOptions, name)]
@@ -121,6 +134,7 @@ class LoadKeywords(TypedDict, total=False):
     delta: str | None
     subfolder: str | None
     trust_remote_code: bool
+    model_description: str | None
     use_fast_tokenizer: bool
     add_bos_token: bool | None
     max_memory: Mapping[int | str, int | str] | None

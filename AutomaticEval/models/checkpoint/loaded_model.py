@@ -10,6 +10,9 @@ import torch
 import transformers
 
 from AutomaticEval import __version__
+from AutomaticEval.models.architecture.description import description_text
+from AutomaticEval.models.described.given_config import text_config
+from AutomaticEval.models.described.remembered import description_of
 from AutomaticEval.models.edited_models import names_of, values_of
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.layout import Layout
@@ -43,7 +46,7 @@ class LoadedModel:
     @property
     def context(self) -> int | None:
         """The most tokens that the model can be fed, or None when its config does not say."""
-        config = self.model.config.get_text_config()
+        config = text_config(self.model)
         lengths = (getattr(config, name, None) for name in _CONTEXT_NAMES)
         return next((int(length) for length in lengths if length and length > 0), None)  # XLNet says -1
 
@@ -72,7 +75,13 @@ class LoadedModel:
     def numbers(self) -> RunSettings:
         """The settings that decide the numbers which the model gives, for files."""
         model = self.model
-        some = {"edits": names_of(model), "loaded_with": dict(self.loaded_with), "adapters": adapters_of(model)}
+        description = description_of(model)
+        described = {"model_description": description_text(description)} if description.given else {}
+        some = {
+            "edits": names_of(model),
+            "loaded_with": {**self.loaded_with, **described},
+            "adapters": adapters_of(model),
+        }
         return RunSettings().changed(
             **{name: value for name, value in some.items() if value},
             dtype=str(model.dtype).removeprefix("torch."),

@@ -13,6 +13,7 @@ from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.checkpoint.model_sources import sources_of
 from AutomaticEval.models.checkpoint.model_weights import config_of, pick_device
+from AutomaticEval.models.described.remembered import remember
 from AutomaticEval.public_names import public_name
 
 
@@ -37,4 +38,5 @@ def random_model(name: str, options: LoadOptions, seed: int) -> LoadedModel:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code, **dtype)
 
     model = read_or_explain(sources.name, made)
+    remember(model, options.description)
     return LoadedModel(model.to(device).eval(), None, f"{public_name(name)} with random weights")

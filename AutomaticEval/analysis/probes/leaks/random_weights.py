@@ -17,6 +17,7 @@ from AutomaticEval.capture.recompute.rows_on_disk import rows_on_disk
 from AutomaticEval.errors import OtherSettings, SelectionError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.checkpoint.random_weights import random_model
+from AutomaticEval.models.described.remembered import embedding_of
 from AutomaticEval.store.reading.reduced_runs import refuse_reduced
 from AutomaticEval.store.run import Run
 
@@ -53,7 +54,7 @@ def with_random_weights(
     positions, sites = list(dict.fromkeys(spot.position for spot in spots)), list(dict.fromkeys(s.site for s in spots))
     rows = [questions.row_numbers(each) for each in positions]
     places = np.stack([np.asarray(contents.positions[each]) for each in rows], 1)  # [n_questions, n_positions]
-    samples, n_known = questions.first_samples.tolist(), loaded.model.get_input_embeddings().weight.shape[0]
+    samples, n_known = questions.first_samples.tolist(), embedding_of(loaded.model).weight.shape[0]
 
     def sequence(number: int) -> np.ndarray:
         ids = np.concatenate([each.item(samples[number]) for each in (contents.input_ids, contents.generated_ids)])

@@ -1,0 +1,46 @@
+"""The config of a model with what a person has said in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from AutomaticEval.errors import UnsupportedModel
+from AutomaticEval.models.architecture.description import NUMBERS, Description
+
+
+def text_config(model: Any) -> Any:
+    """The config of a model's text part; None for a plain module without a config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+class GivenConfig:
+    """A config whose numbers are those of a description, where it gives them. Everything else is that of the config.
+
+    Raises UnsupportedModel for a name that the config does not have.
+    """
+
+    def __init__(self, config: Any, description: Description) -> None:
+        self._config = config
+        self._given = {
+            NUMBERS[name]: _read(config, name, value) if isinstance(value, str) else value
+            for name, value in description.numbers
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_config", "_given"):
+            raise AttributeError(name)
+        if name in self._given:
+            return self._given[name]
+        config = self._config
+        if isinstance(config, dict) and name in config:
+            return config[name]
+        return getattr(config, name)
+
+
+def _read(config: Any, name: str, own_name: str) -> Any:
+    value = config.get(own_name) if isinstance(config, dict) else getattr(config, own_name, None)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        found = "the model has no config" if config is None else f"the config says {value!r} there"
+        raise UnsupportedModel(f"{name} is described as the config's {own_name!r}, and {found}; give a number.")
+    return value
