@@ -7,8 +7,7 @@ site for which that is not so is refused, and never stored. A new kind of site n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from math import prod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -109,20 +108,43 @@ def _layout(parts: Parts) -> Layout:
         _find_residual(parts, layer)
     find_branches(parts)
     own = [parts.heads(layer) for layer, ran in enumerate(parts.ran) if ran]
-    heads = max(own, key=own.count)
+    n_heads = _most([each.n for each in own])
+    find_projections(parts, n_heads)
+    widths = {site: _width(parts, site, tap) for site, tap in parts.taps.items()}
+    per_head = [widths[site] // n for site, n in parts.n_heads.items() if site.kind == "q"]
+    sizes = {
+        "d_model": parts.d_model,
+        "n_heads": n_heads,
+        "n_kv_heads": _n_kv_heads(parts) or n_heads,
+        "d_head": _most(per_head or [each.d_head for each in own]),
+    }
+    heads_of = {site: sizes[str(TABLE[site.kind].heads)] for site in parts.n_heads}
+    return Layout(
+        n_layers,
+        **sizes,
+        embedding=parts.embedding,
+        taps=parts.taps,
+        widths=widths,
+        missing=parts.missing,
+        other_heads={site: n for site, n in parts.n_heads.items() if n != heads_of[site]},
+    )
+
+
+def _most(numbers: Sequence[int]) -> int:
+    """The number that is there most often."""
+    return max(numbers, key=numbers.count)
+
+
+def _n_kv_heads(parts: Parts) -> int:
+    """The heads of keys and values in most layers, as they were found or else as they are in the cache; 0 when neither is known."""
+    found = [n for site, n in parts.n_heads.items() if site.kind == "v"]
     cached = [value.shape[1] for value in parts.probe.values if value is not None and value.dim() == 4]
-    n_kv_heads = max(cached, key=cached.count) if cached else heads.n
-    find_projections(parts, heads, n_kv_heads)
-    sizes = {"d_model": parts.d_model, "n_heads": heads.n, "n_kv_heads": n_kv_heads, "d_head": heads.d_head}
-    widths = {site: _width(parts, site, tap, sizes) for site, tap in parts.taps.items()}
-    return Layout(n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths, missing=parts.missing)
+    return _most(found or cached or [0])
 
 
-def _width(parts: Parts, site: Site, tap: Tap, sizes: Mapping[str, int]) -> int:
-    """The width that a site has in the small forward; for what is derived of it, the width of its kind."""
-    if tap.then is None:
-        return parts.value(tap).shape[-1]
-    return prod(sizes[name] for name in TABLE[site.kind].width)
+def _width(parts: Parts, site: Site, tap: Tap) -> int:
+    """The width that a site has in the small forward."""
+    return parts.n_heads[site] if site.kind == "head_result_norm" else parts.value(tap).shape[-1]
 
 
 def _check_embedding(parts: Parts) -> None:

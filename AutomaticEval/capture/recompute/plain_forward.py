@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError, SiteUnavailable
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
+from AutomaticEval.models.architecture.latent_heads import LatentHeads
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.hook_handles import Hooks
@@ -72,13 +73,15 @@ def plain_forward(
     with torch.no_grad(), alone_with(model), attending, Hooks() as hooks:
         for key, tap in taps.items():
             reader.install(hooks, model.get_submodule(tap.module), key, tap.end)
+            if isinstance(tap.then, LatentHeads):
+                reader.install(hooks, tap.then.up, _of_up(key), "output")
         patterns: dict[str, Tensor] = {}
         for key, layer in layers.items():
             for module in _around(model, layout.taps[Site("z", layer)].module, layout.taps[Site("resid_pre", layer)]):
                 hook = _pattern_hook(patterns, key, layout.n_heads, list(positions))
                 hooks.after(module, hook)
         logits = model(**arguments).logits[0]  # [at least n_logits, d_vocab]
-        rows = {key: _derived(model, tap, reader.taken(key), layout.n_heads) for key, tap in taps.items()}
+        rows = {key: _derived(model, key, tap, reader, layout.n_heads) for key, tap in taps.items()}
     if "logits" in keys:
         rows["logits"] = logits[[position - len(ids) for position in positions]].cpu()
     for key in layers:
@@ -125,12 +128,21 @@ class _Reader:
         return self._values[key][0]
 
 
-def _derived(model: nn.Module, tap: Tap, value: Tensor, n_heads: int) -> Tensor:
-    """The rows of a site [n, width of the site], on the CPU, from the value of its module [n, width of the module]."""
+def _of_up(key: str) -> str:
+    """The key under which the up-projection of latents is read."""
+    return f"{key} up"
+
+
+def _derived(model: nn.Module, key: str, tap: Tap, reader: _Reader, n_heads: int) -> Tensor:
+    """The rows of a site [n, width of the site], on the CPU, from what was read of its module [n, width of the module]."""
+    value = reader.taken(key)
+    if isinstance(tap.then, LatentHeads):  # without a cache the up-projection runs over just these tokens
+        return tap.then.heads_of(reader.taken(_of_up(key)), value).cpu()
     if tap.then is not None:
         return _head_norms(model.get_submodule(tap.module), value, n_heads).cpu()
     picked = value if tap.columns is None else value[:, list(tap.columns)]
-    return (picked if tap.scale == 1.0 else picked * tap.scale).cpu()
+    picked = picked if tap.scale == 1.0 else picked * tap.scale
+    return (picked if tap.clip is None else picked.clamp(-tap.clip, tap.clip)).cpu()
 
 
 def _head_norms(projection: nn.Module, z: Tensor, n_heads: int) -> Tensor:

@@ -206,7 +206,7 @@ class Comparison:
 
     def _n_heads(self, key: str) -> int:
         """How many heads a row of this key holds side by side; 0 for a site without heads, and for reduced rows."""
-        return 0 if self._made.reduce is not None else self.loaded.layout.heads_of(site_of(key).kind)
+        return 0 if self._made.reduce is not None else self.loaded.layout.heads_at(site_of(key))
 
     def _is_greedy(self, sample: Mapping[str, Any]) -> bool:
         """Whether each token of the response is known to have been the likeliest: chosen greedily, from logits that no setting changed."""
