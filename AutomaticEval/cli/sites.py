@@ -33,6 +33,8 @@ def sites(
         widths = dict.fromkeys(str(layout.widths[site]) for site in present)
         rows.append((name, ", ".join(widths) or "–", _keys(present), f"{kind.described}{_lacking(layout, name)}"))
     say(f"{model}: {layout.n_layers} layers, {layout.n_heads} heads of {layout.d_head}, d_model {layout.d_model}")
+    if layout.unlike_most():
+        say(f"Other heads: {_other_heads(layout)}")
     print_table("", ("Site", "Width", "Keys", "What it is"), rows, n_words=4)
 
 
@@ -42,6 +44,20 @@ def _keys(present: Sequence[Site]) -> str:
     if len(keys) > 2 and present[-1].layer == (present[0].layer or 0) + len(present) - 1:
         return f"{keys[0]} … {keys[-1]}"
     return ", ".join(keys) or "–"
+
+
+def _other_heads(layout: Layout) -> str:
+    """The sites whose heads have other numbers or widths than `n_heads`, `n_kv_heads` and `d_head` say: kind after kind, with its layers."""
+    from AutomaticEval.models.layout import layers_text
+    from AutomaticEval.sites import site_of
+
+    layers: dict[tuple[str, int, int], list[int]] = {}
+    for key, n in layout.unlike_most().items():
+        site = site_of(key)
+        layers.setdefault((site.kind, n, layout.widths[site] // n), []).append(site.layer or 0)
+    return "; ".join(
+        f"{kind} {n} of {width} in {layers_text(sorted(some))}" for (kind, n, width), some in layers.items()
+    )
 
 
 def _lacking(layout: Layout, kind: str) -> str:

@@ -229,7 +229,9 @@ class _Made:
         self.tap: Tap = layout.pick([site])[site.key]
         self.module = model.get_submodule(self.tap.module)
         if self.tap.then is not None:
-            raise EditError(f"{self.key} cannot be edited in this model: it is derived; edit z instead.")
+            raise EditError(
+                f"{self.key} cannot be edited in this model, which computes keys and values anew, of latents, in every forward; edit z instead."
+            )
         self.n_heads = layout.heads_at(site)
         self._check_heads(edit.heads)
         self._check_width(layout.widths[site], TABLE[site.kind].width)

@@ -135,7 +135,9 @@ class Layout:
         found = {}
         for site, width in self.widths.items():
             n = self.heads_at(site)
-            if n and (site in self.other_heads or width != prod(getattr(self, size) for size in TABLE[site.kind].width)):
+            if n and (
+                site in self.other_heads or width != prod(getattr(self, size) for size in TABLE[site.kind].width)
+            ):
                 found[site.key] = n
         return found
 

@@ -72,7 +72,7 @@ def plain_forward(
     attending = _attending_eagerly(model) if layers else nullcontext()
     with torch.no_grad(), alone_with(model), attending, Hooks() as hooks:
         for key, tap in taps.items():
-            reader.install(hooks, model.get_submodule(tap.module), key, tap.end)
+            reader.install(hooks, model.get_submodule(tap.module), key, tap.end, heads_apart=tap.heads_apart)
             if isinstance(tap.then, LatentHeads):
                 reader.install(hooks, tap.then.up, _of_up(key), "output")
         patterns: dict[str, Tensor] = {}
@@ -98,24 +98,27 @@ class _Reader:
         self._n_ids, self._positions = n_ids, list(positions)
         self._values: dict[str, list[Tensor]] = {}
 
-    def install(self, hooks: Hooks, module: nn.Module, key: str, end: str) -> None:
-        """Read the input or output of a module under a key."""
+    def install(self, hooks: Hooks, module: nn.Module, key: str, end: str, *, heads_apart: bool = False) -> None:
+        """Read the input or output of a module under a key. heads_apart: whether it has a last axis of features for each head."""
         self._values[key] = []
+        n_axes = 2 if heads_apart else 1
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._keep(key, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
+            given = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+            self._keep(key, given, n_axes)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._keep(key, output[0] if isinstance(output, tuple | list) else output)
+            self._keep(key, output[0] if isinstance(output, tuple | list) else output, n_axes)
 
         if end == "input":
             hooks.before(module, before)
         else:
             hooks.after(module, after)
 
-    def _keep(self, key: str, value: Any) -> None:
+    def _keep(self, key: str, value: Any, n_axes: int) -> None:
+        """n_axes: how many of the last axes are one token's."""
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if not isinstance(value, Tensor) or value.shape[:-1].numel() != self._n_ids:
+        if not isinstance(value, Tensor) or value.shape[:-n_axes].numel() != self._n_ids:
             raise CaptureError(
                 f"{key}: one sequence of {self._n_ids} tokens gave {shape}; expected a row for each token."
             )

@@ -302,8 +302,9 @@ class _RightRows:
         for step, name in ((-1, "the position before it"), (1, "the position after it")):
             there = [each + step if each + step in self._row_of else each for each in positions]
             others[name] = self._reduced.of(key, self._taken(key, there, stored))
-        for other in _beside(key):
-            if other in self._plain.rows and pattern_layer(key) is None:
+        for other in _beside(key):  # the heads of another layer may have another width
+            is_alike = other in self._plain.rows and self._plain.rows[other].shape == self._plain.rows[key].shape
+            if is_alike and pattern_layer(key) is None:
                 others[other] = self._reduced.of(key, self._taken(other, positions, stored))
         return others
 

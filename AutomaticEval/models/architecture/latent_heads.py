@@ -20,7 +20,9 @@ class LatentHeads:
     for each head the part of its key that is not rotated, and its value. The rotated part of the key is one for all heads, and stands behind the plain part.
     """
 
-    def __init__(self, kind: Literal["k", "v"], norm: nn.Module, up: nn.Module, rank: int, n_heads: int, d_plain: int) -> None:
+    def __init__(
+        self, kind: Literal["k", "v"], norm: nn.Module, up: nn.Module, rank: int, n_heads: int, d_plain: int
+    ) -> None:
         self.kind, self.up = kind, up
         self._norm, self._rank, self._n_heads, self._d_plain = norm, rank, n_heads, d_plain
 
