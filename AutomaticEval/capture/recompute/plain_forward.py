@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError, SiteUnavailable
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
-from AutomaticEval.models.architecture.latent_heads import LatentHeads
+from AutomaticEval.models.architecture.heads.latent import LatentHeads
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.hook_handles import Hooks

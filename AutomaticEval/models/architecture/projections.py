@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from AutomaticEval.models.architecture.heads.missing import experts_in
+from AutomaticEval.models.architecture.heads.queries_keys_values import find_qkv
 from AutomaticEval.models.architecture.identities import is_sum
-from AutomaticEval.models.architecture.missing_heads import experts_in
 from AutomaticEval.models.architecture.module_names import Heads, Parts
-from AutomaticEval.models.architecture.queries_keys_values import find_qkv
 from AutomaticEval.models.head_weights import HeadResultNorms
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.sites import Site

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from AutomaticEval.models.architecture.head_evidence import d_key, repeated
+from AutomaticEval.models.architecture.heads.evidence import d_key, repeated
 from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.module_names import Heads, Parts
 from AutomaticEval.sites import Site

@@ -1,4 +1,4 @@
-"""The rules for queries, keys and values (q, k, v): where they may be. `head_evidence.py` shows which of these candidates is right.
+"""The rules for queries, keys and values (q, k, v): where they may be. `evidence.py` shows which of these candidates is right.
 
 Queries are cut by the rule that holds for keys and values.
 """
@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from AutomaticEval.models.architecture.head_evidence import d_key, d_value, is_first_key, is_normed, is_v
+from AutomaticEval.models.architecture.heads.evidence import d_key, d_value, is_first_key, is_normed, is_v
+from AutomaticEval.models.architecture.heads.latent import LatentHeads
+from AutomaticEval.models.architecture.heads.missing import why_no_kv, why_no_q
 from AutomaticEval.models.architecture.identities import is_sum
-from AutomaticEval.models.architecture.latent_heads import LatentHeads
-from AutomaticEval.models.architecture.missing_heads import why_no_kv, why_no_q
 from AutomaticEval.models.architecture.module_names import Heads, Parts
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.sites import Site
@@ -86,9 +86,8 @@ def _orders(width: int, n_heads: int, d_head: int) -> Iterator[dict[str, Tensor]
     every, wide, narrow = torch.arange(width), n_heads * d_head, n_kv_heads * d_head
     yield {"q": every[:wide], "k": every[wide : wide + narrow], "v": every[wide + narrow :]}
     if n_heads % n_kv_heads == 0:
-        groups = every.view(
-            n_kv_heads, -1, d_head
-        )  # of each head of keys: the queries that read it, its key, its value
+        # of each head of keys: the queries that read it, its key, its value
+        groups = every.view(n_kv_heads, -1, d_head)
         yield {"q": groups[:, :-2], "k": groups[:, -2], "v": groups[:, -1]}
     if n_kv_heads == n_heads and n_heads % MODEL_PARALLEL == 0:
         q, v, k = every.view(MODEL_PARALLEL, 3, -1).unbind(1)
