@@ -20,7 +20,9 @@ from AutomaticEval.analysis.heads.ablate import Ablation, reference_z
 from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.recompute.recomputed_run import recompute
 from AutomaticEval.capture.sampling import Sampling
+from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.errors import EditError, SiteUnavailable
+from AutomaticEval.models.attention import check_patterns
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.edit import Edit
 from AutomaticEval.models.editing import editing
@@ -384,6 +386,37 @@ def test_keys_and_values_of_latents_are_not_edited(tokenizer: Any) -> None:
             editing(loaded.model, Edit.scale(Site(kind, 1), 0.0)),
         ):
             pass
+
+
+@torch.no_grad()
+def test_values_that_are_weighed_by_the_pattern_are_z(case: tuple[Family, LoadedModel]) -> None:
+    """At all tokens, by eager attention, which is another code than that of the other tests."""
+    family, loaded = case
+    if re.search("Falcon|MiMo|Recurrent|Qwen3Next", family.config):
+        pytest.skip("its attention gives no weights, has a sink, or has layers without attention")
+    before = loaded.model.config._attn_implementation
+    check_patterns(loaded.model, loaded.layout)
+    assert loaded.model.config._attn_implementation == before
+
+
+@torch.no_grad()
+def test_adapter_of_an_up_projection_is_in_keys_and_values(tokenizer: Any) -> None:
+    """Also when it comes after the layout was found."""
+    peft = pytest.importorskip("peft", reason="pip install 'AutomaticEval[peft]'")
+    loaded = built("deepseek v2", tokenizer)
+    model, layout = loaded.model, loaded.layout
+    plain = read(model, layout, layout.pick([Site("v", 1)]), padded([IDS]))["layer_1.v"]
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["kv_b_proj"], init_lora_weights=False)).eval()
+    seen: list[Tensor] = []
+    up = model.model.layers[1].self_attn.kv_b_proj
+    handle = up.register_forward_hook(lambda module, args, out: seen.append(out[0, 0]))
+    adapted(torch.tensor([IDS]), use_cache=False)
+    handle.remove()
+    layout = find_layout(adapted)
+    found = read(adapted, layout, layout.pick([Site("v", 1)]), padded([IDS]))["layer_1.v"]
+    close(found, seen[0].view(6, 4, 14)[:, :, 8:].flatten(1))
+    assert not torch.allclose(found, plain, atol=1e-3)
 
 
 # Families that do not attend by one of torch's functions.

@@ -16,15 +16,22 @@ from torch import Tensor, nn
 class LatentHeads:
     """Turns what the latent projection gives, [..., rank + d_rotated], into the keys or values of heads, before rotary: [..., n_heads * width].
 
-    norm: the latent's norm, over the first `rank` features. up: the projection of the normed latent to [n_heads, d_plain + d_value] features,
-    for each head the part of its key that is not rotated, and its value. The rotated part of the key is one for all heads, and stands behind the plain part.
+    attention: the module within which the others are; they are looked up by their paths in it, as an adapter may take their place. norm: the
+    latent's norm, over the first `rank` features. up: the projection of the normed latent to [n_heads, d_plain + d_value] features: for each head
+    the part of its key that is not rotated, and its value. The rotated part of the key is one for all heads, and stands behind the plain part.
     """
 
     def __init__(
-        self, kind: Literal["k", "v"], norm: nn.Module, up: nn.Module, rank: int, n_heads: int, d_plain: int
+        self, kind: Literal["k", "v"], attention: nn.Module, norm: str, up: str, rank: int, n_heads: int, d_plain: int
     ) -> None:
-        self.kind, self.up = kind, up
-        self._norm, self._rank, self._n_heads, self._d_plain = norm, rank, n_heads, d_plain
+        self.kind = kind
+        self._attention, self._norm, self._up = attention, norm, up
+        self._rank, self._n_heads, self._d_plain = rank, n_heads, d_plain
+
+    @property
+    def up(self) -> nn.Module:
+        """The up-projection."""
+        return self._attention.get_submodule(self._up)
 
     @property
     def mark(self) -> Hashable:
@@ -36,7 +43,7 @@ class LatentHeads:
 
     def __call__(self, given: Tensor) -> Tensor:
         with torch.no_grad():
-            normed: Any = self._norm.forward(given[..., : self._rank])
+            normed: Any = self._attention.get_submodule(self._norm).forward(given[..., : self._rank])
             return self.heads_of(self.up.forward(normed), given)
 
     def heads_of(self, up: Tensor, given: Tensor) -> Tensor:

@@ -109,8 +109,9 @@ def _of_latent(parts: Parts, layer: int, attention: str, heads: Heads) -> Iterat
     rank, d_plain = normed.shape[-1], of_heads.shape[-1] // heads.n - d_value(parts, layer, heads)
     is_chain = is_sum(given[..., :rank], parts.rows(Tap(norm, "input"))) and is_sum(normed, into)
     if is_chain and d_plain >= 0 and of_heads.shape[-1] % heads.n == 0:
-        modules = parts.model.get_submodule(norm), parts.model.get_submodule(up)
-        yield {kind: Tap(latent, "output", then=LatentHeads(kind, *modules, rank, heads.n, d_plain)) for kind in _KV}
+        module, n_above = parts.model.get_submodule(attention), len(attention) + 1
+        own = (module, norm[n_above:], up[n_above:], rank, heads.n, d_plain)
+        yield {kind: Tap(latent, "output", then=LatentHeads(kind, *own)) for kind in _KV}
 
 
 _KV: tuple[Literal["k", "v"], ...] = ("k", "v")
