@@ -22,6 +22,7 @@ from AutomaticEval.capture.recompute.recomputed_run import recompute
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.errors import EditError, SiteUnavailable
+from AutomaticEval.models.architecture.heads.evidence import is_read
 from AutomaticEval.models.attention import check_patterns
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.edit import Edit
@@ -487,6 +488,27 @@ def test_keys_and_values_of_codegen_are_in_the_cache(tokenizer: Any) -> None:
         )
         torch.testing.assert_close(kept[f"layer_{layer}.v"][:6], values, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(kept[f"layer_{layer}.k"][0], keys[0], atol=1e-5, rtol=1e-5)
+
+
+def test_values_are_told_by_what_the_first_two_tokens_read() -> None:
+    """Planted: 4 heads, of which each two read one head of values."""
+    torch.manual_seed(0)
+    v = torch.randn(1, 6, 2, 8)
+    pattern = torch.randn(4, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf).softmax(-1)
+    of_heads = v.repeat_interleave(2, 2)
+
+    def z(weights: Tensor, values: Tensor = of_heads) -> Tensor:
+        return torch.einsum("hqk,bkhd->bqhd", weights, values).flatten(2)
+
+    flat, later = v.flatten(2), of_heads.clone()
+    later[:, 1:] *= 2
+    assert is_read(flat, z(pattern), 4)
+    assert is_read(of_heads.flatten(2), z(pattern), 4)
+    assert not is_read(flat, z(pattern, of_heads[:, :, [0, 2, 1, 3]]), 4)  # another order of heads
+    assert not is_read(flat.flip(-1), z(pattern), 4)
+    assert not is_read(flat, z(pattern * 0.9), 4)  # a sink
+    assert not is_read(flat, z(pattern, later), 4)  # changed at all positions but the first
+    assert not is_read(flat, z(pattern.roll(1, 1)), 4)  # a first token that reads others
 
 
 # Why a site is missing.

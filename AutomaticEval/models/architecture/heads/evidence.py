@@ -1,12 +1,13 @@
 """What shows that a module gives the queries, keys or values of heads, and how wide a head is.
 
 Values are checked against the cache. Where it holds none of heads, they are checked against z: the first token of a sequence can attend to
-itself alone, so that its z is its v. Keys are checked against the cache, too: at the first position rotary turns nothing, so that a key which
+itself alone, so that its z is its v, and the second to itself and the first, so that its z lies between the v of both. Keys are checked against the cache, too: at the first position rotary turns nothing, so that a key which
 is neither normed nor scaled on its way is found in the cache as it is.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from AutomaticEval.models.architecture.identities import is_sum
@@ -16,14 +17,26 @@ from AutomaticEval.sites import Site
 
 
 def is_v(parts: Parts, layer: int, v: Tensor, n_heads: int) -> bool:
-    """Whether v [1, pos, width] is what the cache holds; or, when it holds no values of heads, whether the first token's v is its z."""
+    """Whether v [1, pos, width] is what the cache holds; or, when it holds no values of heads, what the heads of the first tokens read."""
     cached, z = parts.cached(layer), parts.taps.get(Site("z", layer))
     if cached is not None and is_sum(repeated(v, *cached.shape[1::2]), cached.transpose(1, 2).flatten(2)):
         return True
     if z is None or not (cached is None or _is_of_latents(cached, n_heads)):
         return False
-    first = parts.rows(z)[:, :1]
-    return is_sum(repeated(v[:, :1], n_heads, first.shape[-1] // n_heads), first)
+    return is_read(v, parts.rows(z), n_heads)
+
+
+def is_read(v: Tensor, z: Tensor, n_heads: int) -> bool:
+    """Whether the first token's z [1, pos, n_heads * d_head] is its v, and the second token's, in each head, lies between the v of both."""
+    v = repeated(v.to(z.device), n_heads, z.shape[-1] // n_heads)
+    if v.shape != z.shape or not is_sum(z[:, 0], v[:, 0]):
+        return False
+    first, second, mixed = (each.view(n_heads, -1).double() for each in (v[0, 0], v[0, 1], z[0, 1]))
+    way = second - first
+    part = ((mixed - first) * way).sum(1, keepdim=True) / (way * way).sum(1, keepdim=True).clamp_min(1e-30)
+    off = (mixed - first - part * way).abs().amax(1)
+    slack = 8 * torch.finfo(z.dtype).eps * torch.maximum(first.abs(), second.abs()).amax(1) + 1e-12
+    return bool(((part > -0.1) & (part < 1.1)).all() and (off <= slack).all())
 
 
 def _is_of_latents(cached: Tensor, n_heads: int) -> bool:

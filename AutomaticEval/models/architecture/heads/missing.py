@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from AutomaticEval.models.architecture.heads.evidence import d_key, repeated
-from AutomaticEval.models.architecture.identities import is_sum
+from AutomaticEval.models.architecture.heads.evidence import d_key, is_read
 from AutomaticEval.models.architecture.module_names import Heads, Parts
 from AutomaticEval.sites import Site
 
@@ -52,16 +51,13 @@ def _of_values(parts: Parts, attention: str) -> str | None:
 
 
 def _shared_with(parts: Parts, layer: int, n_heads: int) -> int | None:
-    """The nearest layer below whose values the heads of this layer read, as those of the first token show; None without any."""
+    """The nearest layer below whose values the heads of this layer read, as those of the first tokens show; None without any."""
     z = parts.taps.get(Site("z", layer))
     if z is None:
         return None
-    first = parts.rows(z)[:, :1]
-    for other in reversed(range(layer)):
-        v = parts.taps.get(Site("v", other))
-        if v is not None and is_sum(repeated(parts.rows(v)[:, :1], n_heads, first.shape[-1] // n_heads), first):
-            return other
-    return None
+    values = {other: parts.taps.get(Site("v", other)) for other in reversed(range(layer))}
+    read = (other for other, v in values.items() if v is not None and is_read(parts.rows(v), parts.rows(z), n_heads))
+    return next(read, None)
 
 
 def why_no_q(parts: Parts, layer: int, attention: str, heads: Heads) -> str:
