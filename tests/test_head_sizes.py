@@ -21,6 +21,7 @@ from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.recompute.recomputed_run import recompute
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.texts.forward import padded, read
+from AutomaticEval.cli.sites import _other_heads
 from AutomaticEval.errors import EditError, SiteUnavailable
 from AutomaticEval.models.architecture.heads.evidence import is_read
 from AutomaticEval.models.attention import check_patterns
@@ -581,6 +582,14 @@ def test_files_say_how_rows_are_cut_into_heads(name: str, tokenizer: Any, tmp_pa
             assert torch.equal(rows.flatten(2)[0], whole["activations"][f"layer_{layer}.{kind}"])
     again = recompute(file, loaded.model, tokenizer=tokenizer)
     assert not again.different, str(again)
+
+
+def test_command_says_which_heads_are_unlike_the_others(tokenizer: Any) -> None:
+    latent, mixed = (built(name, tokenizer).layout for name in ("deepseek v3", "gemma 4 whose keys are its values"))
+    assert _other_heads(latent) == "v 4 of 6 in layers 0-1; z 4 of 6 in layers 0-1"
+    assert set(_other_heads(mixed).split("; ")) == {
+        f"{kind} {n} of 16 in layer 1" for kind, n in zip("qkvz", (4, 1, 1, 4), strict=True)
+    }
 
 
 def test_ordinary_files_say_nothing_more(tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable
-from AutomaticEval.sites import KINDS, TABLE, Site
+from AutomaticEval.sites import KINDS, TABLE, Site, key_order
 
 
 class Derived(Protocol):
@@ -133,7 +133,7 @@ class Layout:
     def unlike_most(self) -> dict[str, int]:
         """The sites whose rows `n_heads`, `n_kv_heads` and `d_head` do not cut rightly into heads: key -> how many heads a row holds."""
         found = {}
-        for site, width in self.widths.items():
+        for site, width in sorted(self.widths.items(), key=lambda item: key_order(item[0].key)):
             n = self.heads_at(site)
             if n and (
                 site in self.other_heads or width != prod(getattr(self, size) for size in TABLE[site.kind].width)
