@@ -88,6 +88,9 @@ class RunSettings:
     shape: Mapping[str, int] | None = None
     """n_layers, d_model, n_heads, n_kv_heads, d_head."""
 
+    heads: Mapping[str, int] | None = None
+    """Key -> how many heads a row holds, of the sites that the shape does not cut rightly into heads; None when there are none."""
+
     config: Mapping[str, Any] | None = None
     """The entries of the model's config that differ from its class's defaults."""
 

@@ -124,9 +124,12 @@ def test_widths_are_those_that_the_table_says(name: str) -> None:
     assert len(layout.widths) > 3 * len(PER_LAYER) // 2
     for site, width in layout.widths.items():
         assert width == prod(sizes[size] for size in TABLE[site.kind].width), site
-        assert layout.heads_of(site.kind) in (0, sizes["n_heads"], sizes["n_kv_heads"])
-    assert (layout.heads_of("pattern"), layout.heads_of("k")) == (sizes["n_heads"], sizes["n_kv_heads"])
-    assert layout.heads_of("mlp_out") == 0
+        assert layout.heads_at(site) in (0, sizes["n_heads"], sizes["n_kv_heads"])
+    assert (layout.heads_at(Site("pattern", 0)), layout.heads_at(Site("k", 0))) == (
+        sizes["n_heads"],
+        sizes["n_kv_heads"],
+    )
+    assert layout.heads_at(Site("mlp_out", 0)) == 0
 
 
 @pytest.mark.parametrize(("key", "given"), [(key, each) for key, texts in SPELLINGS.items() for each in texts])

@@ -221,7 +221,7 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
         given = ", ".join(f"{name}={value!r}" for name, value in sampling.more.items())
         raise PromptError(f"transformers' generate refused one of {given}: {failure}") from failure
     made = loaded.numbers().changed(
-        **({"shape": loaded.shape} if capture else {}),
+        **(loaded.sizes() if capture else {}),
         **prompt.selection.as_dict(),
         **sampling.settings(),
         **generation_setting(loaded.model, sampling),

@@ -62,6 +62,8 @@ def sites(
         )
     say(f"{model}: {layout.n_layers} layers, {layout.n_heads} heads of {layout.d_head}, d_model {layout.d_model}")
     say(how)
+    if layout.unlike_most():
+        say(f"Other heads: {_other_heads(layout)}")
     print_table("", ("Site", "Width", "Keys", "What it is"), rows, n_words=4)
     if load.model_description is None and _has_unnamed_parts(layout):
         say(f"Parts of its blocks have names that are not known here. They can be described:\n\n{to_complete(whole)}")
@@ -84,6 +86,20 @@ def _keys(present: Sequence[Site]) -> str:
 def _noted(layout: Layout, kind: str) -> str:
     """What has to be said of a kind in this model, in a line of its own."""
     return f"\n{layout.notes[kind]}" if kind in layout.notes else ""
+
+
+def _other_heads(layout: Layout) -> str:
+    """The sites whose heads have other numbers or widths than `n_heads`, `n_kv_heads` and `d_head` say: kind after kind, with its layers."""
+    from AutomaticEval.models.layout import layers_text
+    from AutomaticEval.sites import site_of
+
+    layers: dict[tuple[str, int, int], list[int]] = {}
+    for key, n in layout.unlike_most().items():
+        site = site_of(key)
+        layers.setdefault((site.kind, n, layout.widths[site] // n), []).append(site.layer or 0)
+    return "; ".join(
+        f"{kind} {n} of {width} in {layers_text(sorted(some))}" for (kind, n, width), some in layers.items()
+    )
 
 
 def _lacking(layout: Layout, kind: str) -> str:

@@ -113,7 +113,8 @@ def check_patterns(model: Any, layout: Layout) -> None:
             model(input_ids=ids)
         for layer in layers:
             v, z = (recording.rows[Site(kind, layer).key].float() for kind in "vz")
-            each = v.view(PROBE_LENGTH, layout.n_kv_heads, -1).repeat_interleave(layout.n_heads // layout.n_kv_heads, 1)
+            n = layout.heads_at(Site("v", layer))
+            each = v.view(PROBE_LENGTH, n, -1).repeat_interleave(layout.n_heads // n, 1)
             weighed = torch.einsum("hqk,khd->qhd", patterns.of(layer)[0].float().cpu(), each).flatten(1)
             off, size = (weighed - z).abs().max().item(), z.abs().max().item()
             if not off <= max(1e-3, 8 * torch.finfo(model.dtype).eps) * (size + 1e-6):  # false for NaN, too

@@ -230,7 +230,11 @@ class _Made:
             raise EditError(f"{self.key} cannot be edited: {reason}.")
         self.tap: Tap = layout.pick([site])[site.key]
         self.module = model.get_submodule(self.tap.module)
-        self.n_heads = layout.heads_of(site.kind)
+        if self.tap.then is not None:
+            raise EditError(
+                f"{self.key} cannot be edited in this model, which computes keys and values anew, of latents, in every forward; edit z instead."
+            )
+        self.n_heads = layout.heads_at(site)
         self._check_heads(edit.heads)
         self._check_width(layout.widths[site], TABLE[site.kind].width)
         self._heads: dict[torch.device, Tensor] = {}
@@ -304,24 +308,25 @@ class _Made:
         else:
             hooks.after(self.module, after, prepend=True)
 
-    def _changed(self, value: Tensor | None, forward: _Forward) -> Tensor:
+    def _changed(self, given: Tensor | None, forward: _Forward) -> Tensor:
         """The value that a module gives or is given, with the edit made in the stream that the site is."""
-        if value is None:
+        if given is None:
             raise EditError(f"the module of {self.key} ({self.tap.module}) gave no tensor.")
         self.n_fired += 1
-        return self.tap.with_stream(value, self._changed_stream(self.tap.stream_of(value), forward))
+        return self.tap.with_stream(given, self._changed_stream(self.tap.stream_of(given), forward))
 
-    def _changed_stream(self, value: Tensor, forward: _Forward) -> Tensor:
-        """The value with the edit made. value: [batch, columns, width], or [batch * columns, width]."""
+    def _changed_stream(self, given: Tensor, forward: _Forward) -> Tensor:
+        """One stream with the edit made. given: [batch, columns, width], or [batch * columns, width]."""
+        value = self.tap.joined(given)
         is_everywhere = self.edit.where is None and self.edit.positions is None
         if not forward.n and (value.dim() == 2 or not is_everywhere):
             raise EditError(f"{self.key}: which columns are edited is not known in a forward that is fed no token ids.")
         whole = value.view(-1, forward.n, value.shape[-1]) if value.dim() == 2 else value
         if is_everywhere:
-            return self._edited(whole).reshape(value.shape)
+            return self._edited(whole).reshape(given.shape)
         kept = self._places(forward)
         changed = whole if kept is None or not len(kept.rows) else self._edited_at(kept, whole, forward)
-        return changed.reshape(value.shape)
+        return changed.reshape(given.shape)
 
     def _places(self, forward: _Forward) -> Kept | None:
         """The rows and columns of the current forward that are edited; None for none. Raises EditError when they are not known."""

@@ -7,10 +7,8 @@ site for which that is not so is refused, and never stored. A new kind of site n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from dataclasses import replace
-from math import prod
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -20,7 +18,7 @@ from AutomaticEval.models.architecture.description import Description
 from AutomaticEval.models.architecture.forward_call import alone_with
 from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled, virtual_tokens
-from AutomaticEval.models.architecture.module_names import Parts
+from AutomaticEval.models.architecture.module_names import Heads, Parts
 from AutomaticEval.models.architecture.projections import find_projections
 from AutomaticEval.models.architecture.stream import find_residual
 from AutomaticEval.models.described.checks import check_description, check_logits, given_kv_heads
@@ -117,27 +115,54 @@ def _layout(parts: Parts) -> Layout:
     find_residual(parts)
     find_branches(parts)
     own = [parts.heads(layer) for layer, ran in enumerate(parts.ran) if ran]
-    heads = max(own, key=own.count)
-    cached = [value.shape[1] for value in parts.probe.values if value is not None and value.dim() == 4]
-    n_kv_heads = max(cached, key=cached.count) if cached else given_kv_heads(parts) or heads.n
-    find_projections(parts, heads, n_kv_heads)
-    check_description(parts, heads, n_kv_heads)
-    sizes: dict[str, Any] = {
+    find_projections(parts, _most([each.n for each in own]))
+    check_description(parts, _most(own), given_kv_heads(parts) or _n_kv_heads(parts))
+    sizes: dict[str, Any] = _sizes(parts, own)
+    others = {site: n for site, n in parts.n_heads.items() if n != sizes[str(TABLE[site.kind].heads)]}
+    return Layout(
+        n_layers,
+        **sizes,
+        embedding=parts.embedding,
+        taps=parts.taps,
+        widths={site: _width(parts, site, tap) for site, tap in parts.taps.items()},
+        norm=parts.norm,
+        notes=parts.notes,
+        missing=parts.missing,
+        other_heads=others,
+    )
+
+
+def _sizes(parts: Parts, own: Sequence[Heads]) -> dict[str, int]:
+    """The sizes that most layers have. own: the heads of the layers that run, as the config gives them."""
+    n_heads = _most([each.n for each in own])
+    queries = {site: tap for site, tap in parts.taps.items() if site.kind == "q"}
+    per_head = [_width(parts, site, tap) // parts.n_heads[site] for site, tap in queries.items()]
+    return {
         "d_model": parts.d_model,
-        "n_heads": heads.n,
-        "n_kv_heads": n_kv_heads,
-        "d_head": heads.d_head,
+        "n_heads": n_heads,
+        "n_kv_heads": _n_kv_heads(parts) or n_heads,
+        "d_head": _most(per_head or [each.d_head for each in own]),
     }
-    widths = {site: _width(parts, site, tap, sizes) for site, tap in parts.taps.items()}
-    named = Layout(n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths, whole="")
-    return replace(named, norm=parts.norm, notes=parts.notes, missing=parts.missing)
 
 
-def _width(parts: Parts, site: Site, tap: Tap, sizes: Mapping[str, int]) -> int:
-    """The width that a site has in the small forward; for what is derived of it, the width of its kind."""
-    if tap.then is None:
-        return parts.value(tap).shape[-1]
-    return prod(sizes[name] for name in TABLE[site.kind].width)
+_T = TypeVar("_T")
+
+
+def _most(values: Sequence[_T]) -> _T:
+    """The value that is there most often."""
+    return max(values, key=values.count)
+
+
+def _n_kv_heads(parts: Parts) -> int:
+    """The heads of keys and values in most layers, as they were found or else as they are in the cache; 0 when neither is known."""
+    found = [n for site, n in parts.n_heads.items() if site.kind == "v"]
+    cached = [value.shape[1] for value in parts.probe.values if value is not None and value.dim() == 4]
+    return int(_most(found or cached or [0]))
+
+
+def _width(parts: Parts, site: Site, tap: Tap) -> int:
+    """The width that a site has in the small forward."""
+    return parts.n_heads[site] if site.kind == "head_result_norm" else int(parts.value(tap).shape[-1])
 
 
 def _check_embedding(parts: Parts) -> None:

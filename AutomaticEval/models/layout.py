@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable, warn
-from AutomaticEval.sites import KINDS, TABLE, Site
+from AutomaticEval.sites import KINDS, TABLE, Site, key_order
 
 
 class Derived(Protocol):
@@ -45,6 +46,12 @@ class Tap:
     stream: int | None = None
     """Which stream is read of a value that holds several, [stream, batch, pos, width]. None: the value is one stream."""
 
+    clip: float | None = None
+    """The model clips the value to between -clip and clip before it uses it (OLMo's `clip_qkv`). It does so with what an edit puts there, too."""
+
+    heads_apart: bool = False
+    """Whether the value has an axis of heads, [batch, pos, n_heads, d_head], as what a norm of each head gives. `joined` takes it away."""
+
     then: Derived | None = None
     """What is computed of the value, for a derived site and for rows that are reduced. None keeps the value."""
 
@@ -62,11 +69,16 @@ class Tap:
         whole[self.stream] = changed
         return whole
 
+    def joined(self, value: Tensor) -> Tensor:
+        """What the module is given or gives, with the features of all heads side by side: [..., width of the module]."""
+        return value.flatten(-2) if self.heads_apart else value
+
     def take(self, value: Tensor) -> Tensor:
         """The site's values. value: [..., width of the module]. Returns [..., width of the site]."""
         if self.columns is not None:
             value = value[..., self._columns_on(value.device)]
         value = value if self.scale == 1.0 else value * self.scale
+        value = value if self.clip is None else value.clamp(-self.clip, self.clip)
         return value if self.then is None else self.then(value)
 
     def _columns_on(self, device: torch.device) -> Tensor:
@@ -93,8 +105,11 @@ class Layout:
     n_layers: int
     d_model: int
     n_heads: int
+    """The heads of queries, the same in all layers that have q or z."""
     n_kv_heads: int
+    """The heads of keys and values, in most layers."""
     d_head: int
+    """The width of a head's query, in most layers. `widths` and `heads_at` say how wide a head is at a site."""
     embedding: str
     """Dotted path of the token embedding. Its input is the token ids that are fed."""
 
@@ -116,6 +131,9 @@ class Layout:
     whole: str = ""
     """Dotted path of the inner model, which runs in every way of calling the model; "" is the model itself."""
 
+    other_heads: Mapping[Site, int] = field(default_factory=dict)
+    """How many heads a row of a site holds, where it is not the number that most layers have."""
+
     def under(self, prefix: str) -> Layout:
         """This layout for a model that holds this one under the dotted path prefix: the paths begin with it."""
         taps = {site: replace(tap, module=f"{prefix}.{tap.module}".strip(".")) for site, tap in self.taps.items()}
@@ -128,10 +146,21 @@ class Layout:
         is_per_layer = TABLE[kind].is_per_layer
         return [Site(kind, layer) for layer in range(self.n_layers)] if is_per_layer else [Site(kind)]
 
-    def heads_of(self, kind: str) -> int:
-        """How many heads stand side by side in a row of a kind; 0 for a kind without heads."""
-        name = TABLE[kind].heads
-        return 0 if name is None else int(getattr(self, name))
+    def heads_at(self, site: Site) -> int:
+        """How many heads stand side by side in a row of a site, all equally wide; 0 for a kind without heads."""
+        name = TABLE[site.kind].heads
+        return 0 if name is None else self.other_heads.get(site, int(getattr(self, name)))
+
+    def unlike_most(self) -> dict[str, int]:
+        """The sites whose rows `n_heads`, `n_kv_heads` and `d_head` do not cut rightly into heads: key -> how many heads a row holds."""
+        found = {}
+        for site, width in sorted(self.widths.items(), key=lambda item: key_order(item[0].key)):
+            n = self.heads_at(site)
+            if n and (
+                site in self.other_heads or width != prod(getattr(self, size) for size in TABLE[site.kind].width)
+            ):
+                found[site.key] = n
+        return found
 
     def lacking(self, kind: str) -> dict[str, list[Site]]:
         """Why the model lacks sites of a kind: reason -> the sites that it explains. Empty when the model has all of them."""

@@ -149,7 +149,7 @@ class Recording:
             return
         if value is None:
             raise CaptureError(f"the module of {key} ({tap.module}) gave no tensor.")
-        value = tap.stream_of(value.detach())
+        value = tap.joined(tap.stream_of(value.detach()))
         if self._step is not None:
             self._step.put(key, tap.take(value.reshape(self._n_rows, -1)))
             return

@@ -387,7 +387,7 @@ BY_HAND: dict[str, ByHand] = {
     "deepseek-v32": ByHand(latent_moe(), like_transformers=CACHED_DIFFERS),
     "deepseek-v2-lite": ByHand(latent_moe("q_proj")),
     "deepseek-v3-v8": ByHand(latent_moe(v=8)),
-    "deepseek-v4": ByHand(NOTHING),
+    "deepseek-v4": ByHand({**NOTHING, "q": "self_attn.q_b_proj"}),
     "youtu": ByHand({**LLAMA, **latent("q_b_proj")}),
     "minicpm3": ByHand(scaled({**LLAMA, **latent("q_b_proj")}, attn_out=1.4 / sqrt(2), mlp_out=1.4 / sqrt(2))),
     "smolvlm": ByHand(LLAMA, "model.text_model.layers", "model.text_model.norm"),
@@ -399,7 +399,9 @@ BY_HAND: dict[str, ByHand] = {
     "qwen3-next": ByHand([mixer("linear_attn", experts())] * 3 + [GATED_EXPERTS], noise=1e-4),
     "qwen3.5-text": ByHand([mixer("linear_attn")] * 3 + [{**LLAMA, **GATED}], noise=1e-4),
     "qwen3.5-moe-text": ByHand([mixer("linear_attn", experts())] * 3 + [GATED_EXPERTS], noise=1e-4),
-    "gemma3n-text": ByHand([GEMMA3N] * 2 + [without(GEMMA3N, "k", "v")] * 2, stream=0),
+    "gemma3n-text": ByHand(
+        [{**GEMMA3N, "v": At("self_attn.v_proj", cut=normed(2))}] * 2 + [without(GEMMA3N, "k", "v")] * 2, stream=0
+    ),
     "gemma4-text": ByHand(
         [{**GEMMA2, "v": At("self_attn.v_proj", cut=normed(2))}] * 2 + [without(GEMMA2, "k", "v")] * 2
     ),

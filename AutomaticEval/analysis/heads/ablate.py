@@ -51,9 +51,8 @@ def reference_z(
     loaded: LoadedModel, layers: Sequence[int], texts: Sequence[str], batch_size: int = 8
 ) -> dict[int, Tensor]:
     """Layer -> z at every token of some texts: [tokens, n_heads, d_head]."""
-    shape = (-1, loaded.layout.n_heads, loaded.layout.d_head)
     values = reference_values(loaded, "z", layers, texts, batch_size)
-    return {layer: z.view(shape) for layer, z in values.items()}
+    return {layer: z.view(len(z), loaded.layout.n_heads, -1) for layer, z in values.items()}
 
 
 def reference_values(

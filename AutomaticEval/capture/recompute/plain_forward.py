@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError, SiteUnavailable
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
+from AutomaticEval.models.architecture.heads.latent import LatentHeads
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.hook_handles import Hooks
@@ -72,6 +73,8 @@ def plain_forward(
     with torch.no_grad(), alone_with(model), attending, Hooks() as hooks:
         for key, tap in taps.items():
             reader.install(hooks, model.get_submodule(tap.module), key, tap)
+            if isinstance(tap.then, LatentHeads):
+                reader.install(hooks, tap.then.up, _of_up(key), Tap("", "output"))
         patterns: dict[str, Tensor] = {}
         for key, layer in layers.items():
             (z, stream) = layout.pick([Site("z", layer), Site("resid_pre", layer)]).values()
@@ -79,7 +82,7 @@ def plain_forward(
                 hook = _pattern_hook(patterns, key, layout.n_heads, list(positions))
                 hooks.after(module, hook)
         logits = model(**arguments).logits[0]  # [at least n_logits, d_vocab]
-        rows = {key: _derived(model, tap, reader.taken(key), layout.n_heads) for key, tap in taps.items()}
+        rows = {key: _derived(model, key, tap, reader, layout.n_heads) for key, tap in taps.items()}
     if "logits" in keys:
         rows["logits"] = logits[[position - len(ids) for position in positions]].cpu()
     for key in layers:
@@ -115,8 +118,9 @@ class _Reader:
     def _keep(self, key: str, tap: Tap, value: Any) -> None:
         if tap.stream is not None:
             value = value[tap.stream]
+        n_axes = 2 if tap.heads_apart else 1  # of one token
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if not isinstance(value, Tensor) or value.shape[:-1].numel() != self._n_ids:
+        if not isinstance(value, Tensor) or value.shape[:-n_axes].numel() != self._n_ids:
             raise CaptureError(
                 f"{key}: one sequence of {self._n_ids} tokens gave {shape}; expected a row for each token."
             )
@@ -129,12 +133,21 @@ class _Reader:
         return self._values[key][0]
 
 
-def _derived(model: nn.Module, tap: Tap, value: Tensor, n_heads: int) -> Tensor:
-    """The rows of a site [n, width of the site], on the CPU, from the value of its module [n, width of the module]."""
+def _of_up(key: str) -> str:
+    """The key under which the up-projection of latents is read."""
+    return f"{key} up"
+
+
+def _derived(model: nn.Module, key: str, tap: Tap, reader: _Reader, n_heads: int) -> Tensor:
+    """The rows of a site [n, width of the site], on the CPU, from what was read of its module [n, width of the module]."""
+    value = reader.taken(key)
+    if isinstance(tap.then, LatentHeads):  # without a cache the up-projection runs over just these tokens
+        return tap.then.heads_of(reader.taken(_of_up(key)), value).cpu()
     if tap.then is not None:
         return _head_norms(model.get_submodule(tap.module), value, n_heads).cpu()
     picked = value if tap.columns is None else value[:, list(tap.columns)]
-    return (picked if tap.scale == 1.0 else picked * tap.scale).cpu()
+    picked = picked if tap.scale == 1.0 else picked * tap.scale
+    return (picked if tap.clip is None else picked.clamp(-tap.clip, tap.clip)).cpu()
 
 
 def _head_norms(projection: nn.Module, z: Tensor, n_heads: int) -> Tensor:

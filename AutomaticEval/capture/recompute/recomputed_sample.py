@@ -206,7 +206,7 @@ class Comparison:
 
     def _n_heads(self, key: str) -> int:
         """How many heads a row of this key holds side by side; 0 for a site without heads, and for reduced rows."""
-        return 0 if self._made.reduce is not None else self.loaded.layout.heads_of(site_of(key).kind)
+        return 0 if self._made.reduce is not None else self.loaded.layout.heads_at(site_of(key))
 
     def _is_greedy(self, sample: Mapping[str, Any]) -> bool:
         """Whether each token of the response is known to have been the likeliest: chosen greedily, from logits that no setting changed."""
@@ -302,8 +302,9 @@ class _RightRows:
         for step, name in ((-1, "the position before it"), (1, "the position after it")):
             there = [each + step if each + step in self._row_of else each for each in positions]
             others[name] = self._reduced.of(key, self._taken(key, there, stored))
-        for other in _beside(key):
-            if other in self._plain.rows and pattern_layer(key) is None:
+        for other in _beside(key):  # the heads of another layer may have another width
+            is_alike = other in self._plain.rows and self._plain.rows[other].shape == self._plain.rows[key].shape
+            if is_alike and pattern_layer(key) is None:
                 others[other] = self._reduced.of(key, self._taken(other, positions, stored))
         return others
 

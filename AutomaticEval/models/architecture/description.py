@@ -83,7 +83,7 @@ class Description:
     active_stream: tuple[str, ...] = ("altup_active_idx",)
     """Which of several residual streams the blocks work on, in the config."""
 
-    out_projection: tuple[str, ...] = ("o_proj", "out_proj", "c_proj", "dense", "wo")
+    out_projection: tuple[str, ...] = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo")
     """Attention's output projection, anywhere within attention."""
 
     down_projection: tuple[str, ...] = (
@@ -130,7 +130,7 @@ class Description:
     )
     """The norm behind the last block, beside the list of blocks."""
 
-    q: tuple[str, ...] = ("q_proj",)
+    q: tuple[str, ...] = ("q_proj", "q_b_proj")
     """The projection of queries, within attention."""
 
     k: tuple[str, ...] = ("k_proj",)
@@ -141,6 +141,36 @@ class Description:
 
     qkv: tuple[str, ...] = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
     """One projection of queries, keys and values, within attention."""
+
+    kv: tuple[str, ...] = ("kv_proj",)
+    """One projection of keys and values, within attention."""
+
+    q_norm: tuple[str, ...] = ("q_norm", "q_layernorm")
+    """The norm of each head's query, within attention."""
+
+    v_norm: tuple[str, ...] = ("v_norm",)
+    """The norm of each head's value, within attention."""
+
+    latent: tuple[str, ...] = ("kv_a_proj_with_mqa",)
+    """The projection to what keys and values are computed of, and to the rotated part of keys, within attention."""
+
+    latent_norm: tuple[str, ...] = ("kv_a_layernorm",)
+    """The norm of that latent, within attention."""
+
+    up_projection: tuple[str, ...] = ("kv_b_proj",)
+    """The projection of that latent to keys and values of heads, within attention."""
+
+    d_head: tuple[str, ...] = ("head_dim",)
+    """The width of a head, in the config."""
+
+    d_value: tuple[str, ...] = ("v_head_dim",)
+    """The width of a head's value, in the config, where it is another one."""
+
+    value_scale: tuple[str, ...] = ("attention_value_scale",)
+    """What values are multiplied by, in the config."""
+
+    clip: tuple[str, ...] = ("clip_qkv", "attn_config.clip_qkv")
+    """The size to which queries, keys and values are clipped, in the config."""
 
     n_layers: tuple[str, ...] = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     """The number of blocks, in the config."""

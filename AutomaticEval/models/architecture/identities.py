@@ -59,6 +59,8 @@ class Probe:
                 hooks.after(module, after(name))
             out = model(input_ids=ids, **with_cache(model))
         layers = getattr(cache_in(out), "layers", [])
+        self.keys = [getattr(layer, "keys", None) for layer in layers]
+        """The keys in the cache, layer by layer, like `values`."""
         self.values = [getattr(layer, "values", None) for layer in layers]
         """The values in the cache, layer by layer: each [1, n_kv_heads, pos, d_head], or None."""
 

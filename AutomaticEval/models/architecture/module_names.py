@@ -44,6 +44,8 @@ class Heads(NamedTuple):
     n: int
     """0 when the config names no heads, as that of a state-space model."""
     d_head: int
+    d_value: int
+    """The width of a head's value: d_head in most models."""
 
 
 class Parts:
@@ -66,6 +68,8 @@ class Parts:
         """Kind -> what has to be said of it."""
         self.n_streams = 1
         """How many residual streams the blocks hand on."""
+        self.n_heads: dict[Site, int] = {}
+        """How many heads a row holds, of the sites with heads that were found."""
         self._names = {id(module): name for name, module in self.model.named_modules(remove_duplicate=False)}
         self._within: dict[str, list[str]] = {}
         """Module -> the paths of all modules in it that the probe saw, so that names are not looked up among all modules of the model."""
@@ -198,29 +202,41 @@ class Parts:
         within = (above for above in self._above(path) if above == block or above.startswith(f"{block}."))
         return next((above for above in within if is_compiled(self.model.get_submodule(above))), None)
 
+    def config_of(self, layer: int) -> Any:
+        """The config of a layer: that of the whole model does not have what differs among layers (Gemma 4)."""
+        return self.config.per_layer_config[layer] if getattr(self.config, "is_heterogeneous", False) else self.config
+
+    def setting(self, layer: int, names: Iterable[str]) -> Any:
+        """The value of a layer's config under the first of some names, which may be dotted; None when it has none of them."""
+        return _first(self.config_of(layer), names)
+
     def heads(self, layer: int) -> Heads:
         """The heads of a layer, as the config gives them."""
-        config = self.config
-        if getattr(
-            config, "is_heterogeneous", False
-        ):  # the config of the whole model does not have what differs among layers
-            config = config.per_layer_config[layer]
-        n_heads = _first(config, self.names.n_heads)
+        n_heads = self.setting(layer, self.names.n_heads)
         n_heads = n_heads if isinstance(n_heads, int) else 0
-        return Heads(n_heads, getattr(config, "head_dim", None) or self.d_model // max(n_heads, 1))
+        d_head = self.setting(layer, self.names.d_head) or self.d_model // max(n_heads, 1)
+        return Heads(n_heads, d_head, self.setting(layer, self.names.d_value) or d_head)
+
+    def rows(self, tap: Tap) -> Tensor:
+        """What a tap takes in the small forward: [1, pos, width], also of modules that flatten batch and positions."""
+        return self.value(tap).reshape(*self.probe.ids.shape, -1)
 
     @property
     def d_model(self) -> int:
         """The width of the residual stream."""
         return self.probe.inputs[self.blocks[self.ran.index(True)]].shape[-1]
 
-    def cached(self, layer: int) -> Tensor | None:
-        """The values that a layer keeps in the cache: [1, n_kv_heads, pos, d_head]."""
-        return self.probe.values[layer] if layer < len(self.probe.values) else None
+    def cached(self, layer: int, what: str = "values") -> Tensor | None:
+        """The values, or the keys, that a layer keeps in the cache for its heads: [1, n_kv_heads, pos, d_head]. None when it keeps something else."""
+        cached: list[Tensor | None] = getattr(self.probe, what)
+        own = cached[layer] if layer < len(cached) else None
+        n_pos = self.probe.ids.shape[1]
+        return own if isinstance(own, Tensor) and own.dim() == 4 and own.shape[2] == n_pos else None
 
     def value(self, tap: Tap) -> Tensor:
         """What a tap takes in the small forward: [1, pos, width]."""
-        return tap.take(tap.stream_of((self.probe.inputs if tap.end == "input" else self.probe.outputs)[tap.module]))
+        value = (self.probe.inputs if tap.end == "input" else self.probe.outputs)[tap.module]
+        return tap.take(tap.joined(tap.stream_of(value)))
 
     def named(self, parent: str, names: Iterable[str]) -> Iterator[str]:
         """The paths of the modules within parent, at any depth, whose own name is one of names; in the order of names."""
@@ -269,6 +285,10 @@ class Parts:
         numbers = [float(each) for each in given if isinstance(each, int | float) and each]
         return list(dict.fromkeys([*numbers, 1.0]))
 
+    def found(self, kind: str, layer: int, tap: Tap, n_heads: int) -> None:
+        """Add the tap of a site whose rows hold n_heads heads."""
+        self.taps[Site(kind, layer)], self.n_heads[Site(kind, layer)] = tap, n_heads
+
     def lack(self, kinds: Iterable[str], layer: int, reason: str) -> None:
         """Say that a layer lacks sites of these kinds. The reason speaks of "its block", with paths below the block."""
         self.missing |= {Site(kind, layer): reason for kind in kinds}
@@ -307,4 +327,10 @@ class Parts:
 
 def _first(config: Any, names: Iterable[str]) -> Any:
     """The value of a config under the first of some names that it has; None when it has none of them."""
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    return next((value for name in names if (value := _dotted(config, name)) is not None), None)
+
+
+def _dotted(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part, None)
+    return config

@@ -55,6 +55,11 @@ class LoadedModel:
         """n_layers, d_model, n_heads, n_kv_heads and d_head, for files: readers split q, k, v and z into heads by them."""
         return {name: getattr(self.layout, name) for name in SHAPE}
 
+    def sizes(self) -> dict[str, Any]:
+        """The shape, and the heads of sites whose rows it does not cut rightly, as settings for files."""
+        heads = self.layout.unlike_most()
+        return {"shape": self.shape, **({"heads": heads} if heads else {})}
+
     def fingerprint(self) -> str:
         """A hash of every number of the model as it is now. Raises ModelError."""
         return fingerprint(self.model)
@@ -66,7 +71,7 @@ class LoadedModel:
     def made_with(self) -> RunSettings:
         """What the settings of a run say of the model: its weights, its shape, and how it computes. Computed anew by each call."""
         identity = self.identity().as_dict()
-        return self.numbers().changed(**identity, shape=self.shape, **provenance(self.model, self.tokenizer))
+        return self.numbers().changed(**identity, **self.sizes(), **provenance(self.model, self.tokenizer))
 
     def edit_values(self) -> dict[str, Any]:
         """The tensors that the model is edited with, which files keep beside the rows: `edits/<digest>` -> [n, width]."""

@@ -15,7 +15,7 @@ from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.description import NAMES, PATHS
 from AutomaticEval.models.architecture.identities import PROBE_LENGTH, is_sum
 from AutomaticEval.models.architecture.module_names import Heads, Parts
-from AutomaticEval.models.described.first_tokens import head_count_error, values_of_first_token
+from AutomaticEval.models.described.first_tokens import head_count_error
 from AutomaticEval.models.described.interventions import mixes_positions, moved_by_first_token
 from AutomaticEval.models.described.offered import not_found
 from AutomaticEval.models.described.stand_ins import are_active
@@ -59,9 +59,6 @@ def check_description(parts: Parts, heads: Heads, n_kv_heads: int) -> None:
     _check_norms(parts)
     if not are_active():  # without weights, a second forward gives other numbers anyway
         _check_mixing(parts)
-    for layer, ran in enumerate(parts.ran):
-        if ran and parts.cached(layer) is None:
-            values_of_first_token(parts, layer, heads, n_kv_heads)
     _check_heads(parts, heads, n_kv_heads)
     if not are_active():
         _check_queries(parts)
@@ -194,4 +191,5 @@ def _is_close(one: Tensor, other: Tensor) -> bool:
 def _move(parts: Parts, layer: int, kinds: Any, reason: str) -> None:
     for kind in kinds:
         if parts.taps.pop(Site(kind, layer), None) is not None:
+            parts.n_heads.pop(Site(kind, layer), None)
             parts.lack([kind], layer, reason)

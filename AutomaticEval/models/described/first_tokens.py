@@ -11,34 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.module_names import Heads, Parts
-from AutomaticEval.models.architecture.projections import qkv_candidates
 from AutomaticEval.sites import Site
-
-
-def values_of_first_token(parts: Parts, layer: int, heads: Heads, n_kv_heads: int) -> None:
-    """Add the taps of q, k and v of a layer without a cache, if at the first token some candidate for v is z."""
-    attention = next(iter(parts.children(parts.blocks[layer], parts.names.attention)), None)
-    z = parts.taps.get(Site("z", layer))
-    if attention is None or z is None or heads.n % n_kv_heads:
-        return
-    first = parts.value(z)[0, 0]
-    for taps in qkv_candidates(parts, attention, heads, n_kv_heads):
-        v = parts.value(taps[2])
-        if v.shape[-1] == n_kv_heads * heads.d_head and is_sum(
-            _for_each_head(v, heads, n_kv_heads)[0].flatten(), first
-        ):
-            for kind, tap in zip("qkv", taps, strict=True):
-                parts.taps[Site(kind, layer)] = tap
-                parts.missing.pop(Site(kind, layer), None)
-            return
-    parts.lack(
-        "qkv",
-        layer,
-        f"its layer keeps no cache, and with {heads.n} heads of {heads.d_head} on {n_kv_heads} heads of keys and values, no projections (q, k, v or qkv) "
-        "were found whose values at the first token are z",
-    )
 
 
 def head_count_error(parts: Parts, layers: Sequence[int], heads: Heads, n_kv_heads: int) -> str | None:

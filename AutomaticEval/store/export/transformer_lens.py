@@ -37,7 +37,7 @@ def as_activation_cache(sample: Mapping[str, Any]) -> dict[str, Tensor]:
     """One sample's activations for TransformerLens: `ActivationCache(as_activation_cache(run[0]), model)`.
 
     sample: what `run[i]` or `load_activations` gives. Returns name -> [1, pos, ...], with q and z [1, pos, n_heads, d_head], and k and v
-    [1, pos, n_kv_heads, d_head]. pos counts the rows that were kept, in their order. With positions="all" they are the whole sequence, as in
+    [1, pos, n_kv_heads, d_head], with the d_head and n_kv_heads of their layer. pos counts the rows that were kept, in their order. With positions="all" they are the whole sequence, as in
     TransformerLens; otherwise `sample["positions"]` says where they are in it.
     The numbers are those of the Hugging Face model. TransformerLens has the same numbers only when it neither folds norms nor centres weights:
     `HookedTransformer.from_pretrained_no_processing`, or TransformerBridge without compatibility mode.
@@ -58,16 +58,26 @@ def as_activation_cache(sample: Mapping[str, Any]) -> dict[str, Tensor]:
 def places(widths: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Key -> its name in TransformerLens, and the shape of one position.
 
-    widths: key -> width. settings: the run's, whose `shape` says how many heads there are. Raises SelectionError, StoreError.
+    widths: key -> width. settings: the run's, whose `shape` and `heads` say how many heads there are. Raises SelectionError, StoreError.
     """
-    shape = RunSettings.from_dict(settings).shape
-    return {key: (transformer_lens_name(key), _shape(key, width, shape)) for key, width in widths.items()}
+    made = RunSettings.from_dict(settings)
+    return {
+        key: (transformer_lens_name(key), _shape(key, width, made.shape, (made.heads or {}).get(key)))
+        for key, width in widths.items()
+    }
 
 
-def _shape(key: str, width: int, shape: Mapping[str, int] | None) -> tuple[int, ...]:
+def _shape(key: str, width: int, shape: Mapping[str, int] | None, own_heads: int | None) -> tuple[int, ...]:
+    """own_heads: how many heads this key has, where the shape does not say it."""
     sizes = TABLE[site_of(key).kind].width
     if len(sizes) == 1:
         return (width,)
+    if own_heads is not None:
+        if width % own_heads:
+            raise StoreError(
+                f"{key} is {width} wide, which is not {own_heads} heads of one width; export to safetensors."
+            )
+        return own_heads, width // own_heads
     heads = tuple((shape or {}).get(size) or 0 for size in sizes)
     if not all(heads):
         raise StoreError(

@@ -78,6 +78,9 @@ def _settings(text: str) -> dict[str, Any]:
     shape, pruned = settings.get("shape", {}), settings.get("pruned_from", [])
     if not isinstance(shape, dict) or not all(isinstance(each, int | None) for each in shape.values()):
         raise ValueError("the setting shape is not an object of whole numbers")
+    heads = settings.get("heads") or {}
+    if not isinstance(heads, dict) or not all(isinstance(each, int) and each > 0 for each in heads.values()):
+        raise ValueError("the setting heads is not an object of whole numbers above 0")
     if not 0 <= (shape.get("n_layers") or 0) <= _MOST_LAYERS:
         raise ValueError(f"the setting shape has {shape['n_layers']} layers; at most {_MOST_LAYERS} are read")
     if not isinstance(pruned, list):

@@ -17,7 +17,7 @@ from AutomaticEval.store.upkeep.copies import without_shards, write_copy
 from AutomaticEval.store.upkeep.verify import check
 
 SELECTED = ("store_dtype", "reduce", "project", "sites", "layers", "positions")
-SAME = ("dtype", *SELECTED, "quantization", "revision", "shape", "edits", *IDENTITY)
+SAME = ("dtype", *SELECTED, "quantization", "revision", "shape", "heads", "edits", *IDENTITY)
 """The settings that runs must share to be joined: the model, what was changed in it, and the selection."""
 
 
