@@ -15,6 +15,7 @@ from torch import nn
 
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.branches import find_branches
+from AutomaticEval.models.architecture.experts import find_experts
 from AutomaticEval.models.architecture.forward_call import alone_with
 from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled, virtual_tokens
@@ -113,16 +114,18 @@ def _layout(parts: Parts) -> Layout:
     cached = [value.shape[1] for value in parts.probe.values if value is not None and value.dim() == 4]
     n_kv_heads = max(cached, key=cached.count) if cached else heads.n
     find_projections(parts, heads, n_kv_heads)
+    find_experts(parts)
     sizes = {"d_model": parts.d_model, "n_heads": heads.n, "n_kv_heads": n_kv_heads, "d_head": heads.d_head}
     widths = {site: _width(parts, site, tap, sizes) for site, tap in parts.taps.items()}
     return Layout(n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths, missing=parts.missing)
 
 
 def _width(parts: Parts, site: Site, tap: Tap, sizes: Mapping[str, int]) -> int:
-    """The width that a site has in the small forward; for what is derived of it, the width of its kind."""
-    if tap.then is None:
+    """The width that a site has in the small forward; for what is derived of heads, the width of its kind."""
+    names = TABLE[site.kind].width
+    if tap.then is None or not sizes.keys() >= set(names):
         return parts.value(tap).shape[-1]
-    return prod(sizes[name] for name in TABLE[site.kind].width)
+    return prod(sizes[name] for name in names)
 
 
 def _check_embedding(parts: Parts) -> None:

@@ -42,6 +42,9 @@ class Tap:
     columns: tuple[int, ...] | None = None
     """The features to take, for a projection whose output holds several sites. None takes all."""
 
+    elements: tuple[int, ...] = ()
+    """The numbers of the arguments, or of the elements of an output tuple, that are read, side by side. Empty reads the activation, which is the first."""
+
     then: Derived | None = None
     """What is computed of the value, for a derived site and for rows that are reduced. None keeps the value."""
 

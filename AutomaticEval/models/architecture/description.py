@@ -55,6 +55,12 @@ class Description:
     qkv: tuple[str, ...] = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
     """One projection of queries, keys and values, within attention."""
 
+    router: tuple[str, ...] = ("gate", "router")
+    """What chooses the experts of each token, anywhere within a block but not within attention."""
+
+    experts: tuple[str, ...] = ("experts",)
+    """All experts of a layer in one module, beside the router."""
+
     n_layers: tuple[str, ...] = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     """The number of blocks, in the config."""
 

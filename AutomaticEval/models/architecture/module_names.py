@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.description import KNOWN, Description
+from AutomaticEval.models.architecture.forward_call import input_of, tensor_of
 from AutomaticEval.models.architecture.identities import Probe
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled
 from AutomaticEval.models.layout import Tap
@@ -60,7 +61,9 @@ class Parts:
         self.norm = self._find_norm()
         """The path of the final norm; None when there is none of a known name."""
         self.embedding = self._find_embedding()
-        self.probe = Probe(model, {path: self.model.get_submodule(path) for path in self._to_probe()})
+        modules = {path: self.model.get_submodule(path) for path in self._to_probe()}
+        with_experts = (*names.router, *names.experts)
+        self.probe = Probe(model, modules, {path for path in modules if path.rpartition(".")[2] in with_experts})
         self.ran = [self.probe.n_fired[block] == 1 for block in self.blocks]
         """For each block, whether it runs when the input is text alone."""
         if self.probe.n_fired[""] != 1:
@@ -152,6 +155,11 @@ class Parts:
 
     def value(self, tap: Tap) -> Tensor:
         """What a tap takes in the small forward: [1, pos, width]."""
+        if tap.elements:
+            call = self.probe.calls[tap.module]
+            seen = input_of(call.args, dict(call.kwargs), tap.elements) if tap.end == "input" else tensor_of(call.output, tap.elements)
+            assert seen is not None
+            return tap.take(seen)
         return tap.take((self.probe.inputs if tap.end == "input" else self.probe.outputs)[tap.module])
 
     def named(self, parent: str, names: Iterable[str]) -> Iterator[str]:
