@@ -255,6 +255,15 @@ def holds_ids(key: str) -> bool:
     return kind is not None and kind.holds_ids
 
 
+def refuse_ids(keys: Iterable[str], needed_by: str) -> None:
+    """Raises SelectionError for sites that hold ids, whose numbers have no length, mean or direction. needed_by: what needs quantities."""
+    of_ids = [key for key in keys if holds_ids(key)]
+    if of_ids:
+        raise SelectionError(
+            f"{needed_by} needs quantities, and {', '.join(of_ids[:3])} holds ids of experts; use router_logits or expert_weights, or leave it out."
+        )
+
+
 def is_site(given: str) -> bool:
     """Whether a text names a site that models may have: layer_2.mlp_out, resid_post.2."""
     try:

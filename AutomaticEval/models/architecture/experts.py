@@ -14,9 +14,10 @@ from torch import Tensor
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.architecture.identities import Call, is_sum
 from AutomaticEval.models.architecture.module_names import Parts
-from AutomaticEval.models.experts.expert_rows import ID_DTYPE, ExpertOutputs, FromChoice, FromLogits
+from AutomaticEval.models.experts.expert_rows import ExpertOutputs, FromChoice, FromLogits
 from AutomaticEval.models.experts.rerouting import rerouted
 from AutomaticEval.models.layout import Tap
+from AutomaticEval.samples import IDS
 from AutomaticEval.sites import Site
 
 CHOICE = ("expert_ids", "expert_weights")
@@ -65,7 +66,7 @@ def _find(parts: Parts, layer: int) -> None:
         return
     n_active = given.ids.shape[-1]
     at = given.elements[1:]
-    for kind, gives, dtype in (("expert_ids", "ids", ID_DTYPE), ("expert_weights", "weights", given.weights.dtype)):
+    for kind, gives, dtype in (("expert_ids", "ids", IDS), ("expert_weights", "weights", given.weights.dtype)):
         parts.taps[Site(kind, layer)] = Tap(given.path, "input", elements=at, then=FromChoice(gives, n_active, dtype))
     _find_outputs(parts, layer, given)
 
@@ -206,7 +207,7 @@ def _find_from_logits(parts: Parts, layer: int, router: str, logits: Tap) -> Non
         parts.lack(CHOICE, layer, f"{below} says no number of experts a token (top_k), and the experts beside it are given no ids")
         return
     top = values.topk(n_active, dim=-1)
-    ids = Tap(router, "output", elements=logits.elements, then=FromLogits("ids", n_active, ID_DTYPE))
+    ids = Tap(router, "output", elements=logits.elements, then=FromLogits("ids", n_active, IDS))
     if any(_are_scores_of(each, values, top.indices) for each in output):
         parts.taps[Site("expert_ids", layer)] = ids
         parts.lack(

@@ -14,10 +14,6 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable
 
-ID_DTYPE = torch.int16
-"""The dtype of ids."""
-
-
 class Chosen(NamedTuple):
     """The experts of each token, those with the largest weight first: both [..., n_active]."""
 
