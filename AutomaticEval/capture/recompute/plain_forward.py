@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from AutomaticEval.capture.recompute.plain_experts import OF_EXPERTS, expert_rows
 from AutomaticEval.errors import CaptureError, SiteUnavailable
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.layout import Tap
+from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.sites import Site, site_of
 
 MASKED_NUMBERS = 2**24
@@ -71,14 +72,14 @@ def plain_forward(
     attending = _attending_eagerly(model) if layers else nullcontext()
     with torch.no_grad(), alone_with(model), attending, Hooks() as hooks:
         for key, tap in taps.items():
-            reader.install(hooks, model.get_submodule(tap.module), key, tap.end)
+            reader.install(hooks, model.get_submodule(tap.module), key, tap)
         patterns: dict[str, Tensor] = {}
         for key, layer in layers.items():
             for module in _around(model, layout.taps[Site("z", layer)].module, layout.taps[Site("resid_pre", layer)]):
                 hook = _pattern_hook(patterns, key, layout.n_heads, list(positions))
                 hooks.after(module, hook)
         logits = model(**arguments).logits[0]  # [at least n_logits, d_vocab]
-        rows = {key: _derived(model, tap, reader.taken(key), layout.n_heads) for key, tap in taps.items()}
+        rows = {key: _derived(model, layout, key, tap, reader.taken(key)) for key, tap in taps.items()}
     if "logits" in keys:
         rows["logits"] = logits[[position - len(ids) for position in positions]].cpu()
     for key in layers:
@@ -93,42 +94,54 @@ class _Reader:
 
     def __init__(self, n_ids: int, positions: Sequence[int]) -> None:
         self._n_ids, self._positions = n_ids, list(positions)
-        self._values: dict[str, list[Tensor]] = {}
+        self._values: dict[str, list[list[Tensor]]] = {}
 
-    def install(self, hooks: Hooks, module: nn.Module, key: str, end: str) -> None:
-        """Read the input or output of a module under a key."""
+    def install(self, hooks: Hooks, module: nn.Module, key: str, tap: Tap) -> None:
+        """Read the input or output of a module under a key, or those elements of it that a tap names."""
         self._values[key] = []
+        elements = tap.elements or (0,)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._keep(key, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
+            given = [*args, *kwargs.values()]
+            if not tap.elements and not args and "hidden_states" in kwargs:
+                given = [kwargs["hidden_states"]]
+            self._keep(key, [given[number] for number in elements])
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._keep(key, output[0] if isinstance(output, tuple | list) else output)
+            given = output if isinstance(output, tuple | list) else [output]
+            self._keep(key, [given[number] for number in elements])
 
-        if end == "input":
+        if tap.end == "input":
             hooks.before(module, before)
         else:
             hooks.after(module, after)
 
-    def _keep(self, key: str, value: Any) -> None:
+    def _keep(self, key: str, values: list[Any]) -> None:
+        self._values[key].append([self._kept(key, each) for each in values])
+
+    def _kept(self, key: str, value: Any) -> Tensor:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if not isinstance(value, Tensor) or value.shape[:-1].numel() != self._n_ids:
             raise CaptureError(
                 f"{key}: one sequence of {self._n_ids} tokens gave {shape}; expected a row for each token."
             )
-        self._values[key].append(value.reshape(self._n_ids, -1)[self._positions].clone())  # [n_positions, width]
+        return value.reshape(self._n_ids, -1)[self._positions].clone()  # [n_positions, width]
 
-    def taken(self, key: str) -> Tensor:
-        """[n_positions, width of the module]"""
+    def taken(self, key: str) -> list[Tensor]:
+        """[n_positions, width of the module] each: one, or those that a tap names."""
         if len(self._values[key]) != 1:
             raise CaptureError(f"{key}: its module was used {len(self._values[key])} times in one forward, not once.")
         return self._values[key][0]
 
 
-def _derived(model: nn.Module, tap: Tap, value: Tensor, n_heads: int) -> Tensor:
-    """The rows of a site [n, width of the site], on the CPU, from the value of its module [n, width of the module]."""
+def _derived(model: nn.Module, layout: Layout, key: str, tap: Tap, values: list[Tensor]) -> Tensor:
+    """The rows of a site [n, width of the site], on the CPU, from the values of its module [n, width of the module]."""
+    site, value = site_of(key), values[0]
+    if site.kind in OF_EXPERTS:
+        n_active = layout.widths[Site("expert_ids", site.layer)]
+        return expert_rows(site.kind, model.get_submodule(tap.module), values, n_active).cpu()
     if tap.then is not None:
-        return _head_norms(model.get_submodule(tap.module), value, n_heads).cpu()
+        return _head_norms(model.get_submodule(tap.module), value, layout.n_heads).cpu()
     picked = value if tap.columns is None else value[:, list(tap.columns)]
     return (picked if tap.scale == 1.0 else picked * tap.scale).cpu()
 
