@@ -15,6 +15,8 @@ from AutomaticEval.errors import SelectionError, UnknownLayer, UnknownSite, did_
 IDS = "int16"
 """The dtype of sites whose numbers are names of experts."""
 
+NO_ROUTER = "its block has no router, so that it is no mixture of experts"
+
 LayersLike = int | str | range | Iterable[int | str | range] | None
 """Layers as people write them: 3, -1, "0-2,-1", range(4), [0, 1, -1]; None for all."""
 
@@ -44,6 +46,9 @@ class Kind:
 
     not_edited: str | None = None
     """Why `editing` does not change it, and what to do instead. None: `editing` changes it."""
+
+    absent: str | None = None
+    """Why a layer may be without it by its nature, in words for a layer of which nothing else is known. None: a layer without it is looked at for the reason."""
 
     @property
     def heads(self) -> str | None:
@@ -121,11 +126,13 @@ _ROWS = (
         "router_logits",
         "the router's number for each expert of a mixture, before softmax or sigmoid and before it chooses",
         ("n_experts",),
+        absent=NO_ROUTER,
     ),
     Kind(
         "expert_ids",
         "the experts that the router chose for the token, the one with the largest weight first",
         ("n_active",),
+        absent=NO_ROUTER,
         dtype=IDS,
         not_edited="the router chooses; use Edit.drop_experts or Edit.only_experts, or edit router_logits",
     ),
@@ -133,12 +140,14 @@ _ROWS = (
         "expert_weights",
         "what the output of each of these experts is multiplied by, in the same order",
         ("n_active",),
+        absent=NO_ROUTER,
         not_edited="it is derived; edit router_logits instead",
     ),
     Kind(
         "expert_out",
         "the output of each of these experts times its weight, in the same order; computed by running the experts once more for each place",
         ("n_active", "d_model"),
+        absent=NO_ROUTER,
         not_edited="it is computed beside the forward; edit mlp_out or router_logits instead",
     ),
     Kind(

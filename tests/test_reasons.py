@@ -462,7 +462,7 @@ def test_what_is_within_compiled_parts_is_refused_and_what_is_around_them_true(
             model(ids)
         layout = find_layout(model)
         inside = {
-            "block": set(PER_LAYER) - {"resid_pre", "resid_post"},
+            "block": {kind for kind, row in PER_LAYER.items() if not row.absent} - {"resid_pre", "resid_post"},
             "mlp": {"mlp_post"},
             "attention": set("zqkv") | {"head_result_norm"},
         }

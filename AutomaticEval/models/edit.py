@@ -14,7 +14,7 @@ from AutomaticEval.errors import EditError, unknown_option
 from AutomaticEval.models.edited_positions import positions_of
 from AutomaticEval.models.recording import Keep
 from AutomaticEval.selection import Positions
-from AutomaticEval.sites import TABLE, LayersLike, Site, expand, parse_site, refuse_layers_twice
+from AutomaticEval.sites import TABLE, LayersLike, Site, expand, kind_and_layer, parse_site, refuse_layers_twice
 
 ROUTER = "router_logits"
 DROP_EXPERTS, ONLY_EXPERTS = "drop_experts", "only_experts"
@@ -84,7 +84,8 @@ class Edit:
         if chosen is not None and self.where is not None:
             raise EditError("an edit was given where and positions; leave one of them out.")
         object.__setattr__(self, "positions", None if chosen == Positions() else chosen)
-        if parse_site(self.site).kind == ROUTER:  # whether experts can be chosen is looked at, which no graph records
+        site = kind_and_layer(self.site) if isinstance(self.site, str) else self.site
+        if site.kind == ROUTER:  # whether experts can be chosen is looked at, which no graph records
             object.__setattr__(self, "is_fixed", False)
 
     @property

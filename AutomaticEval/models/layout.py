@@ -142,7 +142,8 @@ class Layout:
     def _reason(self, site: Site) -> str:
         if site.layer is not None and not 0 <= site.layer < self.n_layers:
             return f"it has {self.n_layers} layers, 0 to {self.n_layers - 1}"
-        return self.missing.get(site) or TABLE[site.kind].not_stored or "it was not found in the module tree"
+        kind = TABLE[site.kind]
+        return self.missing.get(site) or kind.not_stored or kind.absent or "it was not found in the module tree"
 
 
 def layers_text(layers: Iterable[int]) -> str:

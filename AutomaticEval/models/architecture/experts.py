@@ -45,11 +45,13 @@ def find_experts(parts: Parts) -> None:
 
 
 def _find(parts: Parts, layer: int) -> None:
-    router = _router(parts, layer)
+    router, block = _router(parts, layer), parts.blocks[layer]
     if router is None:
-        names = ", ".join(parts.names.router)
-        block = parts.blocks[layer]
-        parts.lack(EXPERTS, layer, parts.why(layer, block, f"its block has no router of experts ({names})"))
+        names = [name.rpartition(".")[2] for name, _ in parts.model.get_submodule(block).named_modules()]
+        named = next((name for name in parts.names.router if name in names), None)
+        if named is not None:  # without one the block is no mixture, and lacks nothing
+            reason = f"its module {named} does not run once and give several tensors, as a router of experts does"
+            parts.lack(EXPERTS, layer, parts.why(layer, block, reason))
         return
     logits = _find_logits(parts, layer, router)
     if isinstance(logits, str):
