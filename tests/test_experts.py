@@ -159,7 +159,8 @@ def test_sites_are_what_hooks_by_hand_see_in_the_tree_and_in_padded_batches(
     kinds = [kind for kind in KINDS if kind not in family.lacks]
     run = captured(loaded, tmp_path, kinds)
     ways = {(x is None, rows > 1) for x, rows in zip(run.column("logprob"), run.column("batch_rows"), strict=True)}
-    assert {is_generated for is_generated, _ in ways} == {True, False} and (True, True) in ways
+    assert {is_generated for is_generated, _ in ways} == {True, False}
+    assert (True, True) in ways
     experts = set()
     for number in range(len(run)):
         sample = run[number]
@@ -243,7 +244,8 @@ def test_scores_without_an_expert_are_those_of_a_router_that_cannot_choose_it(
     assert edited.settings["edits"] == [f"drop_experts at layer_1.router_logits experts [{expert}]"]
     assert edited.column("response") == changed.column("response")
     scores, right = ([x for x in run.column("logprob") if x is not None] for run in (edited, changed))
-    assert scores and scores == pytest.approx(right, abs=1e-4)
+    assert scores
+    assert scores == pytest.approx(right, abs=1e-4)
     for number in range(len(edited)):
         ids = edited.read(number, "layer_1.expert_ids")
         assert not (ids == expert).any()
@@ -272,12 +274,15 @@ def test_edits_of_one_router_are_made_one_after_the_other_and_at_positions(made:
     with torch.no_grad(), editing(loaded, edits), hooked(router) as seen:
         loaded.model.generate(**batch, max_new_tokens=3, do_sample=False)
     for _, (logits, weights, ids) in seen:
-        assert logits[:, 2].isneginf().all() and not (ids == 2).any() and (ids[:, 0] == 3).all()
+        assert logits[:, 2].isneginf().all()
+        assert not (ids == 2).any()
+        assert (ids[:, 0] == 3).all()
         assert torch.allclose(weights.sum(-1), torch.ones(len(weights)))
     with torch.no_grad(), editing(loaded, Edit.only_experts(1, [0, 1], positions="prompt")), hooked(router) as seen:
         loaded.model.generate(**batch, max_new_tokens=6, do_sample=False)
     prompt, *steps = (set(output[2].view(2, -1, 2)[:, -8:].flatten().tolist()) for _, output in seen)
-    assert prompt == {0, 1} and not set.union(*steps) <= {0, 1}
+    assert prompt == {0, 1}
+    assert not set.union(*steps) <= {0, 1}
 
 
 def test_experts_that_cannot_be_dropped_are_refused(made: Callable[..., LoadedModel]) -> None:
@@ -313,14 +318,16 @@ def test_ids_stay_as_they_are_in_every_copy(made: Callable[..., LoadedModel], tm
     for copy in (file, alone, convert(file, tmp_path / "wide.h5", dtype="float32")):
         for number, each in enumerate(ids):
             read = open_run(copy).read(number, "layer_1.expert_ids")
-            assert read.dtype == torch.int16 and torch.equal(read, each)
+            assert read.dtype == torch.int16
+            assert torch.equal(read, each)
     export(file, tmp_path / "st", "safetensors", dtype="float16")
     export(file, tmp_path / "np", "npz", dtype="float16")
     tensors = load_file(next((tmp_path / "st").glob("*.safetensors")))
     arrays = np.load(next((tmp_path / "np").glob("*.npz")))
     whole = run.rows("layer_1.expert_ids")[:]
     assert sorted(map(tuple, tensors["layer_1.expert_ids"].tolist())) == sorted(map(tuple, whole.tolist()))
-    assert arrays["layer_1.expert_ids"].dtype == np.int16 and tensors["layer_1"].dtype == torch.float16
+    assert arrays["layer_1.expert_ids"].dtype == np.int16
+    assert tensors["layer_1"].dtype == torch.float16
 
 
 def test_what_needs_quantities_refuses_ids_by_name(made: Callable[..., LoadedModel], tmp_path: Path) -> None:
@@ -343,12 +350,14 @@ def test_loads_are_those_counted_by_hand(made: Callable[..., LoadedModel], tmp_p
     run = captured(made("mixtral"), tmp_path, ["expert_ids"], n=8)
     counted: dict[tuple[str, int], list[list[float]]] = {}
     table = run.table()
-    for (task, doc), own in table.groupby(["task", "doc_id"]):
+    for (task, _doc), own in table.groupby(["task", "doc_id"]):
         tokens: dict[tuple[int, ...], list[int]] = {}  # a token that choices share counts once
         for number in own.index:
             sample = run[number]
             fed = [*sample["input_ids"][0].tolist(), *sample["generated_ids"].tolist()]
-            for position, ids in zip(sample["positions"].tolist(), sample["activations"]["layer_1.expert_ids"].tolist()):  # noqa: B905
+            for position, ids in zip(
+                sample["positions"].tolist(), sample["activations"]["layer_1.expert_ids"].tolist(), strict=True
+            ):
                 if position < sample["input_ids"].shape[1]:
                     tokens[tuple(fed[: position + 1])] = ids
         share = [sum(expert in ids for ids in tokens.values()) / len(tokens) for expert in range(8)]
@@ -374,7 +383,9 @@ def test_p_values_are_those_of_the_test_over_one_table_and_find_what_was_planted
         ours.add(layer)
     p = np.array([effect.p for layer in ours.effects()[0] for effect in layer])
     assert p == pytest.approx(differences(values, group, 2000, 2).p, abs=0.05)
-    assert p.argmin() == 3 and p[3] < 0.01 and np.delete(p, 3).min() > 0.05
+    assert p.argmin() == 3
+    assert p[3] < 0.01
+    assert np.delete(p, 3).min() > 0.05
 
 
 def test_right_and_wrong_are_compared_within_tasks() -> None:
@@ -388,7 +399,8 @@ def test_right_and_wrong_are_compared_within_tasks() -> None:
         contrasts = Contrasts([Group("all", right, np.ones(200, bool))], strata, 500, 0)
         contrasts.add(values)
         p.append(min(effect.p for effect in contrasts.effects()[0][0]))  # type: ignore[type-var]
-    assert p[0] > 0.05 and p[1] < 0.01
+    assert p[0] > 0.05
+    assert p[1] < 0.01
 
 
 def test_the_commands_drop_experts_and_measure_loads(
@@ -402,8 +414,10 @@ def test_the_commands_drop_experts_and_measure_loads(
     assert not done.returncode, done.stderr
     done = within("experts", "run", "-o", "out", "--permutations", "19", cwd=tmp_path)
     assert not done.returncode, done.stderr
-    assert "Largest (expert)" in done.stdout and (tmp_path / "out/experts.png").is_file()
+    assert "Largest (expert)" in done.stdout
+    assert (tmp_path / "out/experts.png").is_file()
     found = json.loads((tmp_path / "out/experts.json").read_text())
     assert {each["expert"] for each in found["experts"] if each["layer"] == 1 and not each["load"]["mean"]} >= {0, 2, 3}
     wrong = within(*asked, "--drop_experts", "3", cwd=tmp_path)
-    assert wrong.returncode and "is no expert: write layer:expert" in wrong.stderr
+    assert wrong.returncode
+    assert "is no expert: write layer:expert" in wrong.stderr

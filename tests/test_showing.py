@@ -168,7 +168,11 @@ def test_figures_hold_any_title(tmp_path: Path, kind: str, text: str) -> None:
         "places": places,
         "units": {text: text},
         **(of_probe(text, mean) if kind == "probe" else {}),
-        **(of_layers(kind, text, mean) if kind in ("lens", "lens_question", "tuned_lens", "geometry", "experts") else {}),
+        **(
+            of_layers(kind, text, mean)
+            if kind in ("lens", "lens_question", "tuned_lens", "geometry", "experts")
+            else {}
+        ),
         "summary": {text: mean if kind == "pairs" else {"before": mean, "after": mean}},
     }
     with warnings.catch_warnings():

@@ -55,7 +55,9 @@ def experts(
             run, positions=positions, layers=layers, n_permutations=permutations, seed=seed, advance=advance
         )
     measured = result.measured
-    title = f"{measured['run']['model']}, {measured['n_questions']} questions, {measured['n_tokens']} tokens at {positions}"
+    title = (
+        f"{measured['run']['model']}, {measured['n_questions']} questions, {measured['n_tokens']} tokens at {positions}"
+    )
     tables = [_layers(title, measured["layers"])]
     for name, what in (("tasks", "Task against the others"), ("right_wrong", "Right against wrong answers")):
         if measured[name]:
@@ -64,7 +66,9 @@ def experts(
     if measured["n_again"]:
         say(f"Left out:    {measured['n_again']} questions with the prompt of an earlier one")
     if not measured["tasks"]:
-        say("No tasks:    the run has one task, or a task has fewer than 2 questions, so that no task is compared with others")
+        say(
+            "No tasks:    the run has one task, or a task has fewer than 2 questions, so that no task is compared with others"
+        )
 
 
 def _layers(title: str, layers: Sequence[LayerLoad]) -> Table:

@@ -21,14 +21,19 @@ DROP_EXPERTS, ONLY_EXPERTS = "drop_experts", "only_experts"
 """The names of the edits that leave some experts. The `experts` of the second are those that it leaves."""
 
 
-class Where(TypedDict, total=False):
-    """Where an edit is made within its site: the keywords of every constructor, which are the fields of `Edit`."""
+class AtTokens(TypedDict, total=False):
+    """At which tokens an edit is made: fields of `Edit`."""
+
+    positions: str | slice | Positions | None
+    where: Keep | None
+
+
+class Where(AtTokens, total=False):
+    """Where an edit is made within its site: the keywords of most constructors, which are the fields of `Edit`."""
 
     layers: LayersLike
     heads: Sequence[int] | None
     experts: Sequence[int] | None
-    positions: str | slice | Positions | None
-    where: Keep | None
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,6 @@ class Edit:
 
     heads: Sequence[int] | None = None
     """The heads of z or q, or the key-value heads of k or v, that are changed. None changes the whole width."""
-
-    experts: Sequence[int] | None = None
-    """The experts whose numbers are changed, at router_logits: `change` is given [..., n experts]. None changes all of them."""
 
     where: Keep | None = None
     """where(first column, number of columns) -> the (row, column) pairs of a forward that are changed. None changes all of them."""
@@ -78,6 +80,9 @@ class Edit:
 
     layers: LayersLike = None
     """The layers of a kind of site: 14, "10-14", range(4), -1. None: the site says its layer itself."""
+
+    experts: Sequence[int] | None = None
+    """The experts whose numbers are changed, at router_logits: `change` is given [..., n experts]. None changes all of them."""
 
     def __post_init__(self) -> None:
         chosen = None if self.positions is None else positions_of(self.positions)
@@ -157,7 +162,7 @@ class Edit:
         return cls(site, without, **_of_value("project_out", direction, at))
 
     @classmethod
-    def drop_experts(cls, layers: LayersLike, experts: Sequence[int], **at: Unpack[Where]) -> Edit:
+    def drop_experts(cls, layers: LayersLike, experts: Sequence[int], **at: Unpack[AtTokens]) -> Edit:
         """Keep the routers of some layers from choosing some experts: their logits become -inf, and the router goes on by its own rule.
 
         layers: 1, "2-5", range(4); None for all. experts: their numbers, from 0. at: `positions` or `where`, as the fields of `Edit`.
@@ -167,7 +172,7 @@ class Edit:
         return replace(edit, name=DROP_EXPERTS, value=None)
 
     @classmethod
-    def only_experts(cls, layers: LayersLike, experts: Sequence[int], **at: Unpack[Where]) -> Edit:
+    def only_experts(cls, layers: LayersLike, experts: Sequence[int], **at: Unpack[AtTokens]) -> Edit:
         """Keep the routers of some layers from choosing any other experts than these, as `drop_experts` does for the others.
 
         layers, experts, at, errors: as in `drop_experts`.
@@ -190,7 +195,11 @@ def _all(layers: LayersLike) -> LayersLike:
 def _numbers(experts: Sequence[int]) -> tuple[int, ...]:
     """Experts, ascending and each once. Raises EditError for what is no list of numbers, and for none."""
     numbers = [experts] if isinstance(experts, int) else list(experts)
-    if not numbers or isinstance(experts, str) or any(isinstance(one, bool) or not isinstance(one, int) for one in numbers):
+    if (
+        not numbers
+        or isinstance(experts, str)
+        or any(isinstance(one, bool) or not isinstance(one, int) for one in numbers)
+    ):
         raise EditError(f"experts are {experts!r}; write a list of numbers, such as [0, 3].")
     return tuple(sorted(set(numbers)))
 

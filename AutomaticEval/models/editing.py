@@ -263,7 +263,9 @@ class _Made:
         for expert in edit.experts:
             if not 0 <= expert < n_experts:
                 raise EditError(f"{self.key} has no expert {expert}: it has {n_experts}, 0 to {n_experts - 1}.")
-        n_left = {DROP_EXPERTS: n_experts - len(edit.experts), ONLY_EXPERTS: len(edit.experts)}.get(edit.name, n_experts)
+        n_left = {DROP_EXPERTS: n_experts - len(edit.experts), ONLY_EXPERTS: len(edit.experts)}.get(
+            edit.name, n_experts
+        )
         if n_left < self.n_active:
             raise EditError(
                 f"{edit.name} at {self.key} would leave {n_left} of {n_experts} experts, and each token has {self.n_active}; leave as many at least."

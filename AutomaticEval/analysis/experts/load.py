@@ -125,10 +125,17 @@ def expert_load(
         of_layers.append(_layer(layer, values.mean(0)))
         even = of_layers[-1].even
         of_experts += [
-            ExpertLoad(layer, expert, Estimate(each.mean, each.interval, each.n, reason=each.reason), (each.mean or 0.0) / even)
+            ExpertLoad(
+                layer, expert, Estimate(each.mean, each.interval, each.n, reason=each.reason), (each.mean or 0.0) / even
+            )
             for expert, each in enumerate(estimates)
         ]
-        means.append({name: [values[g.is_in & g.is_known].mean(0) for g in c.groups] for name, c in (("task", by_task), ("right", right))})
+        means.append(
+            {
+                name: [values[g.is_in & g.is_known].mean(0) for g in c.groups]
+                for name, c in (("task", by_task), ("right", right))
+            }
+        )
         by_task.add(values)
         right.add(values)
         advance(1)
@@ -144,7 +151,13 @@ def expert_load(
         "tasks": _told(by_task, numbers, [each["task"] for each in means]),
         "right_wrong": _told(right, numbers, [each["right"] for each in means]),
     }
-    settings = {"positions": positions, "layers": None if layers is None else str(layers), "permutations": n_permutations, "seed": seed, "run": run.settings}
+    settings = {
+        "positions": positions,
+        "layers": None if layers is None else str(layers),
+        "permutations": n_permutations,
+        "seed": seed,
+        "run": run.settings,
+    }
     n_comparisons = max(1, by_task.n_comparisons + right.n_comparisons)
     return Result("experts", measured, settings, methods(n_comparisons, p=METHOD, is_together=False))
 
@@ -188,7 +201,9 @@ def _right(of: QuestionRows, n_permutations: int, seed: int) -> Contrasts:
     strata = np.array([tasks.index(name) for name in of.tasks])
     known, is_right = np.array([each is not None for each in of.correct]), np.array([bool(each) for each in of.correct])
     groups = [Group(name, is_right, known & (strata == number)) for number, name in enumerate(tasks)]
-    both = [group for group in groups if group.n_in and group.n_out]  # a task of one verdict says nothing of right and wrong
+    both = [
+        group for group in groups if group.n_in and group.n_out
+    ]  # a task of one verdict says nothing of right and wrong
     if len(both) > 1:
         groups.append(Group("all tasks", is_right, np.logical_or.reduce([group.is_known for group in both])))
     return Contrasts(groups, strata, n_permutations, seed)
@@ -202,7 +217,15 @@ def _layer(layer: int, loads: Array) -> LayerLoad:
     largest = int(loads.argmax())
     n_unused = int((loads == 0).sum())
     return LayerLoad(
-        layer, len(loads), round(n_active), n_active / len(loads), float(loads[largest]), largest, n_unused, entropy, 2.0**entropy
+        layer,
+        len(loads),
+        round(n_active),
+        n_active / len(loads),
+        float(loads[largest]),
+        largest,
+        n_unused,
+        entropy,
+        2.0**entropy,
     )
 
 

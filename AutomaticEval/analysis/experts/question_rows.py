@@ -56,7 +56,9 @@ class QuestionRows:
             numbers = distinct[start : start + step]
             ids = array[start : start + step].numpy().astype(np.int64)  # [n, n_active]
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_experts:
-                raise StoreError(f"{key} holds the ids {ids.min()} to {ids.max()}, of {n_experts} experts; the file is not what it says.")
+                raise StoreError(
+                    f"{key} holds the ids {ids.min()} to {ids.max()}, of {n_experts} experts; the file is not what it says."
+                )
             low, high = np.searchsorted(self.rows, [numbers[0], numbers[-1] + 1])
             own = ids[np.searchsorted(numbers, self.rows[low:high])]
             counts += np.bincount((self.owners[low:high, None] * n_experts + own).ravel(), minlength=len(counts))
@@ -71,11 +73,15 @@ def question_rows(run: Run, positions: str = "all") -> QuestionRows:
     """
     wanted = Positions.parse(positions)
     if run.contents.is_by_sample:
-        raise StoreError(f"{run.path} holds lines of samples and no rows; the load of experts needs expert_ids of each token.")
+        raise StoreError(
+            f"{run.path} holds lines of samples and no rows; the load of experts needs expert_ids of each token."
+        )
     has_questions = "task" in run.contents.columns.names
     units, tasks, correct, n_again = _of_questions(run) if has_questions else _of_texts(run)
     contents = run.source.contents if has_questions else run.contents
-    rows, owners, kept = [], [], []
+    rows: list[Array] = []
+    owners: list[Array] = []
+    kept: list[int] = []
     for number, samples in enumerate(units):
         own = np.unique(np.concatenate([_rows_of(contents, sample, wanted) for sample in samples]))
         if len(own):
@@ -83,7 +89,9 @@ def question_rows(run: Run, positions: str = "all") -> QuestionRows:
             owners.append(np.full(len(own), len(kept)))
             kept.append(number)
     if not kept:
-        raise StoreError(f"{run.path} kept no row at positions={positions}; it kept {run.settings.get('positions', 'all')}.")
+        raise StoreError(
+            f"{run.path} kept no row at positions={positions}; it kept {run.settings.get('positions', 'all')}."
+        )
     flat, of = np.concatenate(rows), np.concatenate(owners)
     order = np.argsort(flat, kind="stable")
     own_tasks, own_correct = [tasks[number] for number in kept], [correct[number] for number in kept]

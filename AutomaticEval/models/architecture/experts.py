@@ -62,9 +62,9 @@ def _find(parts: Parts, layer: int) -> None:
     if given is None:
         _find_from_logits(parts, layer, router, logits)
         return
-    reason = _why_not_chosen(parts, layer, router, logits, given)
-    if reason is not None:
-        parts.lack((*CHOICE, "expert_out"), layer, reason)
+    unlike = _why_not_chosen(parts, layer, router, logits, given)
+    if unlike is not None:
+        parts.lack((*CHOICE, "expert_out"), layer, unlike)
         return
     n_active = given.ids.shape[-1]
     at = given.elements[1:]
@@ -128,7 +128,9 @@ def _given(parts: Parts, router: str) -> _Given | None:
         return None
     ids = given[whole[0]]
     weights = [
-        n for n, each in enumerate(given) if n and _is_matrix(each) and each.is_floating_point() and each.shape == ids.shape
+        n
+        for n, each in enumerate(given)
+        if n and _is_matrix(each) and each.is_floating_point() and each.shape == ids.shape
     ]
     if len(weights) != 1 or len(ids) != len(given[0]):
         return None
@@ -206,7 +208,11 @@ def _find_from_logits(parts: Parts, layer: int, router: str, logits: Tap) -> Non
     alone = f"the experts beside {below} do not take hidden states, ids and weights, so that no expert can be run alone"
     parts.lack(["expert_out"], layer, alone)
     if not isinstance(n_active, int) or not 0 < n_active <= values.shape[-1]:
-        parts.lack(CHOICE, layer, f"{below} says no number of experts a token (top_k), and the experts beside it are given no ids")
+        parts.lack(
+            CHOICE,
+            layer,
+            f"{below} says no number of experts a token (top_k), and the experts beside it are given no ids",
+        )
         return
     top = values.topk(n_active, dim=-1)
     ids = Tap(router, "output", elements=logits.elements, then=FromLogits("ids", n_active, IDS))
@@ -221,7 +227,9 @@ def _find_from_logits(parts: Parts, layer: int, router: str, logits: Tap) -> Non
     gates = torch.softmax(top.values, dim=-1)
     dtype = _grouped_dtype(output, top.indices, gates)
     if dtype is None:
-        parts.lack(CHOICE, layer, f"the experts beside {below} are given no ids, and it is not known which experts it chooses")
+        parts.lack(
+            CHOICE, layer, f"the experts beside {below} are given no ids, and it is not known which experts it chooses"
+        )
         return
     parts.taps[Site("expert_ids", layer)] = ids
     weights = FromLogits("weights", n_active, dtype)
@@ -232,7 +240,9 @@ def _are_scores_of(element: Any, logits: Tensor, ids: Tensor) -> bool:
     """Whether an element is the sigmoid of the logits of these experts, and zero for all others (Llama 4)."""
     if not isinstance(element, Tensor) or element.shape != logits.shape or not element.is_floating_point():
         return False
-    expected = torch.zeros_like(element).scatter(-1, ids, torch.sigmoid(logits.float()).gather(-1, ids).to(element.dtype))
+    expected = torch.zeros_like(element).scatter(
+        -1, ids, torch.sigmoid(logits.float()).gather(-1, ids).to(element.dtype)
+    )
     return is_sum(element, expected)
 
 

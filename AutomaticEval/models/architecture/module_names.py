@@ -157,7 +157,11 @@ class Parts:
         """What a tap takes in the small forward: [1, pos, width]."""
         if tap.elements:
             call = self.probe.calls[tap.module]
-            seen = input_of(call.args, dict(call.kwargs), tap.elements) if tap.end == "input" else tensor_of(call.output, tap.elements)
+            seen = (
+                input_of(call.args, dict(call.kwargs), tap.elements)
+                if tap.end == "input"
+                else tensor_of(call.output, tap.elements)
+            )
             assert seen is not None
             return tap.take(seen)
         return tap.take((self.probe.inputs if tap.end == "input" else self.probe.outputs)[tap.module])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import SiteUnavailable
 
+
 class Chosen(NamedTuple):
     """The experts of each token, those with the largest weight first: both [..., n_active]."""
 
@@ -102,17 +103,22 @@ class ExpertOutputs:
         chosen = in_order(ids, weights)
         width = self.n_active * hidden.shape[-1]
         if not len(rows):
-            return hidden.new_empty((*value.shape[:-1], width), dtype=self.dtypes[0])
+            none: Tensor = hidden.new_empty((*value.shape[:-1], width), dtype=self.dtypes[0])
+            return none
         with torch.no_grad():
             outputs = [self._of_place(hidden, chosen, place) for place in range(self.n_active)]
-        return torch.cat(outputs, -1).reshape(*value.shape[:-1], width)
+        together: Tensor = torch.cat(outputs, -1).reshape(*value.shape[:-1], width)
+        return together
 
     def _of_place(self, hidden: Tensor, chosen: Chosen, place: int) -> Tensor:
         """What the experts give when each token has but its expert of this place: [n, d_model]."""
         at = slice(place, place + 1)
-        given = [each.to(dtype) for each, dtype in zip((hidden, chosen.ids[:, at], chosen.weights[:, at]), self.dtypes)]  # noqa: B905
+        parts = (hidden, chosen.ids[:, at], chosen.weights[:, at])
+        given = [each.to(dtype) for each, dtype in zip(parts, self.dtypes, strict=True)]
         n_by_position = len(given) - len(self.names)
         by_name = dict(zip(self.names, given[n_by_position:], strict=True))
         assert self._experts is not None
-        output: Tensor = self._experts.forward(*given[:n_by_position], **by_name)  # no hooks: this is no forward of the model
+        output: Tensor = self._experts.forward(
+            *given[:n_by_position], **by_name
+        )  # no hooks: this is no forward of the model
         return output

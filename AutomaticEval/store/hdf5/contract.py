@@ -83,7 +83,9 @@ def hdf5_type(dtype: torch.dtype) -> h5py.h5t.TypeID:
     if dtype in _DTYPES:
         return _DTYPES[dtype]
     if dtype != torch.bfloat16:
-        raise CaptureError(f"activations of dtype {dtype} cannot be stored; expected a floating dtype, or int16 for ids.")
+        raise CaptureError(
+            f"activations of dtype {dtype} cannot be stored; expected a floating dtype, or int16 for ids."
+        )
     bfloat16 = h5py.h5t.IEEE_F32LE.copy()
     bfloat16.set_fields(
         15, 7, 8, 0, 7

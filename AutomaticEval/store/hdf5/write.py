@@ -220,7 +220,9 @@ def _write_table(file: h5py.File, contents: Contents) -> None:
         contents = without_rows(contents)
     write_numbers(file, "rows/token_id", contents.token_ids, "<i4")
     write_numbers(file, "rows/position", contents.positions, "<i4")
-    scales = {key: each.scales for key, each in contents.activations.items() if each.scales is not None}  # ids have none
+    scales = {
+        key: each.scales for key, each in contents.activations.items() if each.scales is not None
+    }  # ids have none
     if contents.blocks is not None and scales:
         write_numbers(file, "rows/block", contents.blocks, "<i4")
         for key, own in scales.items():
