@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from AutomaticEval.analysis.numbers.two_groups import mean_differences
 from AutomaticEval.analysis.result import Effect
@@ -77,11 +78,12 @@ class Contrasts:
         """Compare the columns of one more layer. values: [n_questions, width]."""
         if not self.groups:
             return
-        labels = np.stack([group.is_in & group.is_known for group in self.groups]).astype(np.float64)
+        labels = csr_matrix(np.stack([group.is_in & group.is_known for group in self.groups]).astype(np.float64))
         centred, variance = self._measured(values)
         self._own.append(_squares(labels, centred, variance))
         for number, order in enumerate(self._orders()):
-            largest = _squares(labels[:, order], centred, variance).max()
+            permuted = csr_matrix((labels.data, order[labels.indices], labels.indptr), labels.shape)
+            largest = _squares(permuted, centred, variance).max()
             self._largest[number] = max(self._largest[number], largest)
         of_layer = []
         for group in self.groups:
@@ -135,8 +137,8 @@ class Contrasts:
         return found
 
 
-def _squares(labels: Array, centred: Array, variance: Array) -> Array:
-    """[n_groups, width]: the squares of the groups' sums, in units of their variance under permutation."""
+def _squares(labels: Any, centred: Array, variance: Array) -> Array:
+    """[n_groups, width]: the squares of the groups' sums, in units of their variance under permutation. labels: [n_groups, n_questions], sparse."""
     sums = labels @ centred
     squares: Array = np.divide(sums**2, variance, out=np.zeros_like(sums), where=variance > 0)
     return squares
