@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.commands import within
 from helpers.models import SIZES, build
+from helpers.places import ROOT
 from helpers.runs import assert_honest
 from helpers.staged import stage_the_cpu
 from safetensors.torch import load_file
@@ -36,6 +37,7 @@ from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.upkeep.convert import convert
 from AutomaticEval.store.upkeep.merge import merge
 from AutomaticEval.store.upkeep.prune import prune
+from AutomaticEval.store.upkeep.verify import check
 
 LOCAL_8 = {"num_local_experts": 8, "num_experts_per_tok": 2}
 GROUPED = {
@@ -333,6 +335,15 @@ def test_ids_stay_as_they_are_in_every_copy(made: Callable[..., LoadedModel], tm
     assert sorted(map(tuple, tensors["layer_1.expert_ids"].tolist())) == sorted(map(tuple, whole.tolist()))
     assert arrays["layer_1.expert_ids"].dtype == np.int16
     assert tensors["layer_1"].dtype == torch.float16
+
+
+def test_a_file_of_version_1_6_reads_as_it_was_written() -> None:
+    folder = ROOT / "tests" / "data" / "format-1.6" / "experts"
+    check(folder)
+    run = open_run(folder)
+    ids = run.read(0, "layer_1.expert_ids")
+    assert (ids.dtype, ids[:3].tolist()) == (torch.int16, [[2, 3], [2, 1], [3, 7]])
+    assert (run.contents.activations["layer_1"].dtype, run.non_finite["layer_1.expert_ids"]) == (torch.int8, 0)
 
 
 def test_what_needs_quantities_refuses_ids_by_name(made: Callable[..., LoadedModel], tmp_path: Path) -> None:
