@@ -145,7 +145,7 @@ _ROWS = (
     ),
     Kind(
         "expert_out",
-        "the output of each of these experts times its weight, in the same order; computed by running the experts once more for each place",
+        "the output of each of these experts times its weight, in the same order; computed by running the experts once more, each by itself",
         ("n_active", "d_model"),
         absent=NO_ROUTER,
         not_edited="it is computed beside the forward; edit mlp_out or router_logits instead",

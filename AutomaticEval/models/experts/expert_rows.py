@@ -76,7 +76,7 @@ class FromLogits(_Plain):
 class ExpertOutputs:
     """The weighted output of each chosen expert: [..., d_model + 2 * n_active] to [..., n_active * d_model].
 
-    A row is what the experts are given: a hidden state, then ids and weights. The layer's own module of experts computes each place by itself.
+    A row is what the experts are given: a hidden state, then ids and weights. The layer's own module of experts is given each place as a row of its own.
     """
 
     n_active: int
@@ -106,19 +106,16 @@ class ExpertOutputs:
             none: Tensor = hidden.new_empty((*value.shape[:-1], width), dtype=self.dtypes[0])
             return none
         with torch.no_grad():
-            outputs = [self._of_place(hidden, chosen, place) for place in range(self.n_active)]
-        together: Tensor = torch.cat(outputs, -1).reshape(*value.shape[:-1], width)
-        return together
+            outputs = self._one_by_one(hidden, chosen)  # [n, n_active, d_model]
+        return outputs.reshape(*value.shape[:-1], width)
 
-    def _of_place(self, hidden: Tensor, chosen: Chosen, place: int) -> Tensor:
-        """What the experts give when each token has but its expert of this place: [n, d_model]."""
-        at = slice(place, place + 1)
-        parts = (hidden, chosen.ids[:, at], chosen.weights[:, at])
-        given = [each.to(dtype) for each, dtype in zip(parts, self.dtypes, strict=True)]
-        n_by_position = len(given) - len(self.names)
-        by_name = dict(zip(self.names, given[n_by_position:], strict=True))
+    def _one_by_one(self, hidden: Tensor, chosen: Chosen) -> Tensor:
+        """What the experts give when each token has but its expert of one place: [n, n_active, d_model]. All places are rows of one call."""
+        given = (hidden.repeat_interleave(self.n_active, 0), chosen.ids.reshape(-1, 1), chosen.weights.reshape(-1, 1))
+        converted = [each.to(dtype) for each, dtype in zip(given, self.dtypes, strict=True)]
+        n_by_position = len(converted) - len(self.names)
+        by_name = dict(zip(self.names, converted[n_by_position:], strict=True))
         assert self._experts is not None
-        output: Tensor = self._experts.forward(
-            *given[:n_by_position], **by_name
-        )  # no hooks: this is no forward of the model
-        return output
+        # forward, without hooks: this is no forward of the model
+        output: Tensor = self._experts.forward(*converted[:n_by_position], **by_name)
+        return output.view(len(hidden), self.n_active, -1)
