@@ -12,6 +12,7 @@ from AutomaticEval import moved
 
 if TYPE_CHECKING:
     from AutomaticEval.analysis.compare_runs import compare_runs as compare_runs
+    from AutomaticEval.analysis.experts.load import expert_load as expert_load
     from AutomaticEval.analysis.geometry.geometry import geometry as geometry
     from AutomaticEval.analysis.heads.compare import ActivationComparator as ActivationComparator
     from AutomaticEval.analysis.heads.strength import ActivationExtractor as ActivationExtractor
@@ -58,6 +59,7 @@ _HOMES = {
     "ActivationComparator": "analysis.heads.compare",
     "ActivationExtractor": "analysis.heads.strength",
     "strength_of_run": "analysis.heads.strength",
+    "expert_load": "analysis.experts.load",
     "geometry": "analysis.geometry.geometry",
     "lens_of_question": "analysis.lens.one_question",
     "load_tuned_lens": "analysis.lens.tuned_lens",

@@ -54,6 +54,9 @@ floats: an `array.array` of the type "f", one number for each token of the respo
 """
 
 
+IDS = torch.int16
+"""The dtype of sites whose numbers are names of experts. It is never narrowed, averaged or quantised."""
+
 NO_TOKEN = NO_POSITION = -1
 """Stand for the token and the position of a line that is no single token's."""
 

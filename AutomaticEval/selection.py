@@ -22,6 +22,7 @@ from AutomaticEval.sites import (
     expand,
     parse_layers,
     parse_sites,
+    refuse_ids,
     refuse_layers_twice,
 )
 
@@ -176,6 +177,9 @@ class Selection:
             raise SelectionError(
                 f"reduce {self.reduce} and project were both given; a row is reduced once. Leave one out."
             )
+        if self.reduction is not None:
+            how = f"reduce {self.reduce}" if self.project is None else "project"
+            refuse_ids((*self.kinds, *(site.key for site in self.single_sites)), how)
         if self.is_by_sample and self.store_dtype == "int8":
             raise SelectionError(
                 f"reduce {self.reduce} keeps one line a sample, and int8 needs the rows of many tokens together; use float16 or bfloat16."

@@ -12,6 +12,12 @@ from typing import NamedTuple
 
 from AutomaticEval.errors import SelectionError, UnknownLayer, UnknownSite, did_you_mean
 
+IDS = "int16"
+"""The dtype of sites whose numbers are names of experts."""
+
+ATTENTION_MIXES = "its block mixes tokens with attention: see attn_out"
+NO_ROUTER = "its block has no router, so that it is no mixture of experts"
+
 LayersLike = int | str | range | Iterable[int | str | range] | None
 """Layers as people write them: 3, -1, "0-2,-1", range(4), [0, 1, -1]; None for all."""
 
@@ -42,10 +48,18 @@ class Kind:
     not_edited: str | None = None
     """Why `editing` does not change it, and what to do instead. None: `editing` changes it."""
 
+    absent: str | None = None
+    """Why a layer may be without it by its nature, in words for a layer of which nothing else is known. None: a layer without it is looked at for the reason."""
+
     @property
     def heads(self) -> str | None:
         """The size that counts the heads of a row: n_heads or n_kv_heads. None for a kind without heads."""
         return self.width[0] if self.width[0] in ("n_heads", "n_kv_heads") else None
+
+    @property
+    def holds_ids(self) -> bool:
+        """Whether its numbers are names, which have no mean, no length and no sum."""
+        return self.dtype == IDS
 
     @property
     def described(self) -> str:
@@ -85,6 +99,7 @@ _ROWS = (
         "mixer_out",
         "what a token mixer other than attention adds to the stream (Mamba, linear attention, short convolution), by the same rule",
         ("d_model",),
+        absent=ATTENTION_MIXES,
     ),
     Kind(
         "mlp_out",
@@ -113,6 +128,34 @@ _ROWS = (
         "input of the MLP's down projection, after activation and gate",
         ("d_mlp",),
         "blocks.{layer}.mlp.hook_post",
+    ),
+    Kind(
+        "router_logits",
+        "the router's number for each expert of a mixture, before softmax or sigmoid and before it chooses",
+        ("n_experts",),
+        absent=NO_ROUTER,
+    ),
+    Kind(
+        "expert_ids",
+        "the experts that the router chose for the token, the one with the largest weight first",
+        ("n_active",),
+        absent=NO_ROUTER,
+        dtype=IDS,
+        not_edited="the router chooses; use Edit.drop_experts or Edit.only_experts, or edit router_logits",
+    ),
+    Kind(
+        "expert_weights",
+        "what the output of each of these experts is multiplied by, in the same order",
+        ("n_active",),
+        absent=NO_ROUTER,
+        not_edited="it is derived; edit router_logits instead",
+    ),
+    Kind(
+        "expert_out",
+        "the output of each of these experts times its weight, in the same order; computed by running the experts once more, each by itself",
+        ("n_active", "d_model"),
+        absent=NO_ROUTER,
+        not_edited="it is computed beside the forward; edit mlp_out or router_logits instead",
     ),
     Kind(
         "head_result",
@@ -220,6 +263,21 @@ def key_among(keys: Collection[str], given: str | Site) -> str | None:
     except UnknownSite:
         return None
     return key if key in keys else None
+
+
+def holds_ids(key: str) -> bool:
+    """Whether the site of a key holds ids in the place of quantities (expert_ids)."""
+    kind = TABLE.get(kind_and_layer(key).kind)
+    return kind is not None and kind.holds_ids
+
+
+def refuse_ids(keys: Iterable[str], needed_by: str) -> None:
+    """Raises SelectionError for sites that hold ids, whose numbers have no length, mean or direction. needed_by: what needs quantities."""
+    of_ids = [key for key in keys if holds_ids(key)]
+    if of_ids:
+        raise SelectionError(
+            f"{needed_by} needs quantities, and {', '.join(of_ids[:3])} holds ids of experts; use router_logits or expert_weights, or leave it out."
+        )
 
 
 def is_site(given: str) -> bool:

@@ -116,7 +116,6 @@ REASONS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         {
             "layer_0.attn_out": r"is conv \(Lfm2ShortConv\), no softmax attention: see mixer_out",
             "layer_1.attn_out": "",
-            "layer_1.mixer_out": "its block mixes tokens with attention: see attn_out",
             "layer_0.mixer_out": "",
             "final_norm": "",
         },
@@ -257,7 +256,10 @@ def test_reasons_are_the_layers_own(name: str) -> None:
 def check_truth(model: Any, name: str) -> None:
     """Of every layer: all sites are there or have a reason, and what a reason names is in that layer's block."""
     layout = find_layout(model)
-    assert layout.taps.keys() | layout.missing.keys() == {site for kind in KINDS for site in layout.sites(kind)}
+    everything = {site for kind in KINDS for site in layout.sites(kind)}
+    known = layout.taps.keys() | layout.missing.keys()
+    assert known <= everything
+    assert all(KINDS[site.kind].absent for site in everything - known)  # a block without a router lacks no experts
     assert not layout.taps.keys() & layout.missing.keys()
     for site, reason in layout.missing.items():
         if site.layer is None:
@@ -389,7 +391,7 @@ def test_blocks_that_do_not_run_over_text_are_refused_and_the_others_true(crossi
     model = mllama(crossing)
     layout = find_layout(model)
     running = [layer for layer in range(5) if layer not in crossing]
-    assert {site.layer for site in layout.missing if site.kind != "mixer_out"} == set(crossing)
+    assert {site.layer for site in layout.missing} == set(crossing)
     for layer in crossing:
         for kind in PER_LAYER:
             with pytest.raises(
@@ -449,7 +451,7 @@ def test_config_with_its_own_names_has_a_layout() -> None:
     model.model.config.use_cache = True
     layout = find_layout(model)
     assert (layout.n_layers, layout.d_model, layout.n_heads, layout.n_kv_heads, layout.d_head) == (3, 32, 4, 2, 8)
-    assert {site.kind for site in layout.missing} == {"mixer_out"}
+    assert not layout.missing
 
 
 def test_config_that_says_no_number_of_layers_is_refused_by_name() -> None:
@@ -487,14 +489,15 @@ def test_what_is_within_compiled_parts_is_refused_and_what_is_around_them_true(
             model(ids)
         layout = find_layout(model)
         inside = {
-            "block": set(PER_LAYER) - {"resid_pre", "resid_post"},
+            "block": {kind for kind in PER_LAYER if "router" not in kind and "expert" not in kind}
+            - {"resid_pre", "resid_post"},
             "mlp": {"mlp_post"},
             "attention": set("zqkv") | {"head_result_norm"},
         }
-        assert {site.kind for site in layout.missing} == inside[which] | {"mixer_out"}
+        assert {site.kind for site in layout.missing} == inside[which]
         part = {"block": "its block", "mlp": "mlp", "attention": "self_attn"}[which]
-        for site, reason in layout.missing.items():
-            assert site.kind == "mixer_out" or reason.startswith(f"{part} is compiled")
+        for reason in layout.missing.values():
+            assert reason.startswith(f"{part} is compiled")
         kept = Kept(torch.zeros(6, dtype=torch.long), torch.arange(6))
         rows = []
         for each in (plain, model, plain, model):
@@ -510,10 +513,10 @@ def test_what_is_within_compiled_parts_is_refused_and_what_is_around_them_true(
 
 def test_layout_is_looked_for_again_when_a_part_was_compiled() -> None:
     model = build(CONFIGS["llama"]())
-    assert {site.kind for site in find_layout(model).missing} == {"mixer_out"}
+    assert not find_layout(model).missing
     model.model.layers[1].compile(backend="eager")
     layout = find_layout(model)
-    assert {site.layer for site in layout.missing if site.kind != "mixer_out"} == {1}
+    assert {site.layer for site in layout.missing} == {1}
     assert Site("z", 0) in layout.taps
 
 

@@ -168,7 +168,11 @@ def test_figures_hold_any_title(tmp_path: Path, kind: str, text: str) -> None:
         "places": places,
         "units": {text: text},
         **(of_probe(text, mean) if kind == "probe" else {}),
-        **(of_layers(kind, text, mean) if kind in ("lens", "lens_question", "tuned_lens", "geometry") else {}),
+        **(
+            of_layers(kind, text, mean)
+            if kind in ("lens", "lens_question", "tuned_lens", "geometry", "experts")
+            else {}
+        ),
         "summary": {text: mean if kind == "pairs" else {"before": mean, "after": mean}},
     }
     with warnings.catch_warnings():
@@ -177,7 +181,7 @@ def test_figures_hold_any_title(tmp_path: Path, kind: str, text: str) -> None:
 
 
 def of_layers(kind: str, text: str, mean: object) -> dict[str, object]:
-    """What only results of the lens and of geometry have."""
+    """What only results of the lens, of geometry and of experts have."""
     names = "choice_accuracy top_agreement log_rank gold_probability taken_probability entropy kl plain tuned norm"
     cells = {"top_token": [text], "rank": [1], "probability": [0.5]}
     shape = {
@@ -204,6 +208,7 @@ def of_layers(kind: str, text: str, mean: object) -> dict[str, object]:
         "next_tokens": [text],
         "norms_by_position": {"from_start": ends, "from_end": ends},
         **{name: {"cka": [[1, 0.5], [0.5, 1]], "cosine": None} for name in ("between", "between_runs")},
+        "experts": [{"layer": 0, "expert": number, "relative": float(number)} for number in range(2)],
         "other": {"path": text, "model": text},
         "other_places": [{"site": "layer_0", **place}],
         "scatter": of_scatter,

@@ -19,6 +19,7 @@ from AutomaticEval.analysis.numbers.paired import PairedChange, corrected, paire
 from AutomaticEval.analysis.numbers.similarity import cosines, linear_cka
 from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.errors import StoreError, warn
+from AutomaticEval.sites import holds_ids
 from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.questions import Questions
 from AutomaticEval.store.reader import as_run
@@ -180,7 +181,7 @@ def _sites(before: Run, after: Run, one: Questions, other: Questions, seed: int)
     if not len(one) or ways[0] != ways[1] or before.contents.is_by_sample:
         return []
     found = []
-    for key in (key for key in before.keys if key in after.keys):
+    for key in (key for key in before.keys if key in after.keys and not holds_ids(key)):
         try:
             found.append(_likeness(key, _rows(one, key), _rows(other, key)))
         except StoreError as absent:

@@ -55,7 +55,7 @@ class Result:
     """
 
     kind: str
-    """strength, comparison, screening, ablation, patching, pairs, sweep, steering, runs, probe, lens, lens_question, tuned_lens or geometry. The kind decides which figures are drawn."""
+    """strength, comparison, screening, ablation, patching, pairs, sweep, steering, runs, probe, lens, lens_question, tuned_lens, geometry or experts. The kind decides which figures are drawn."""
 
     measured: Mapping[str, Any]
     """Name -> what was measured, in the order of the file: estimates, numbers and texts, and lists and mappings of these."""

@@ -96,7 +96,9 @@ def bytes_per_row(loaded: LoadedModel, selection: Selection) -> int:
     n_bytes = 0
     for site in sites:
         width = layout.widths[site]
-        name = selection.store_dtype or ("float32" if reduction is not None else TABLE[site.kind].dtype)
+        kind = TABLE[site.kind]
+        name = selection.store_dtype or ("float32" if reduction is not None else kind.dtype)
+        name = kind.dtype if kind.holds_ids else name
         dtype = loaded.model.dtype if name is None else getattr(torch, name)
         if isinstance(reduction, RowReduction):
             width = reduction.width(_matrix(selection, site.key, width))

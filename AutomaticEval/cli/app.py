@@ -11,6 +11,7 @@ import typer
 from AutomaticEval.cli import (
     benchmark,
     compare,
+    experts,
     export,
     extract,
     files,
@@ -47,6 +48,7 @@ app.command("probe")(probe.probe)
 app.command("probe_score")(probe_score.probe_score)
 app.command("lens")(lens.lens)
 app.command("geometry")(geometry.geometry)
+app.command("experts")(experts.experts)
 app.command("report")(report.report)
 app.command("plot")(plot.plot)
 app.command("steer")(steer.steer)

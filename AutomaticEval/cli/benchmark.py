@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ import typer
 
 from AutomaticEval import __version__
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import KEEP, OUTPUT, command, is_given, options_of, refuse_unused, takes
+from AutomaticEval.cli.options import KEEP, OUTPUT, RUN, command, is_given, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import print_table, say
 from AutomaticEval.errors import BenchmarkError, OtherSettings, SelectionError, StoreError
 from AutomaticEval.evaluation.asked import asked_for, asked_of
@@ -44,6 +45,15 @@ HeadStrength = Annotated[
         "--head_strength",
         help="Measure how strong each head is: head_strength.json in the run folder.",
         rich_help_panel=KEEP,
+    ),
+]
+DropExperts = Annotated[
+    str | None,
+    typer.Option(
+        "--drop_experts",
+        help="Experts that routers may not choose, layer:expert, such as 3:0,5:2-4.",
+        metavar="EXPERTS",
+        rich_help_panel=RUN,
     ),
 ]
 OutputPath = Annotated[
@@ -133,6 +143,7 @@ def benchmark(
     capture_activations: CaptureActivations = False,
     head_strength: HeadStrength = False,
     model: options.Model = "demo",
+    drop_experts: DropExperts = None,
     output_path: OutputPath = None,
     mlflow: options.Mlflow = None,
     use_cache: UseCache = None,
@@ -153,10 +164,13 @@ def benchmark(
     options.quiet_libraries()
     from AutomaticEval.evaluation.benchmark import load_tasks
     from AutomaticEval.evaluation.run import run_benchmark
+    from AutomaticEval.models.editing import editing
+    from AutomaticEval.models.experts.dropped import dropped_experts
     from AutomaticEval.models.loading import load_model, n_layers_of
     from AutomaticEval.processes import join_ranks
     from AutomaticEval.report.mlflow_run import require_mlflow
 
+    edits = [] if drop_experts is None else dropped_experts(drop_experts)
     ranks = join_ranks()
     log = options.Log(speaks=ranks.is_first)
     log("Loading …")
@@ -171,7 +185,10 @@ def benchmark(
     started = time.perf_counter()
     output = replace(output, asked=_asked(context))
     results = output_path if kept is not None else output_path or output.output or RESULTS
-    outcome = run_benchmark(loaded, asked, kept, loaded_tasks=tasks, output=output, output_path=results, announce=log)
+    with editing(loaded, edits) if edits else nullcontext():
+        outcome = run_benchmark(
+            loaded, asked, kept, loaded_tasks=tasks, output=output, output_path=results, announce=log
+        )
     if not ranks.is_first:
         return
     names = ",".join(asked.names)

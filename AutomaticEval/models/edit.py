@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -13,16 +14,26 @@ from AutomaticEval.errors import EditError, unknown_option
 from AutomaticEval.models.edited_positions import positions_of
 from AutomaticEval.models.recording import Keep
 from AutomaticEval.selection import Positions
-from AutomaticEval.sites import TABLE, LayersLike, Site, expand, parse_site, refuse_layers_twice
+from AutomaticEval.sites import TABLE, LayersLike, Site, expand, kind_and_layer, parse_site, refuse_layers_twice
+
+ROUTER = "router_logits"
+DROP_EXPERTS, ONLY_EXPERTS = "drop_experts", "only_experts"
+"""The names of the edits that leave some experts. The `experts` of the second are those that it leaves."""
 
 
-class Where(TypedDict, total=False):
-    """Where an edit is made within its site: the keywords of every constructor, which are the fields of `Edit`."""
+class AtTokens(TypedDict, total=False):
+    """At which tokens an edit is made: fields of `Edit`."""
+
+    positions: str | slice | Positions | None
+    where: Keep | None
+
+
+class Where(AtTokens, total=False):
+    """Where an edit is made within its site: the keywords of most constructors, which are the fields of `Edit`."""
 
     layers: LayersLike
     heads: Sequence[int] | None
-    positions: str | slice | Positions | None
-    where: Keep | None
+    experts: Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,17 @@ class Edit:
     layers: LayersLike = None
     """The layers of a kind of site: 14, "10-14", range(4), -1. None: the site says its layer itself."""
 
+    experts: Sequence[int] | None = None
+    """The experts whose numbers are changed, at router_logits: `change` is given [..., n experts]. None changes all of them."""
+
     def __post_init__(self) -> None:
         chosen = None if self.positions is None else positions_of(self.positions)
         if chosen is not None and self.where is not None:
             raise EditError("an edit was given where and positions; leave one of them out.")
         object.__setattr__(self, "positions", None if chosen == Positions() else chosen)
+        site = kind_and_layer(self.site) if isinstance(self.site, str) else self.site
+        if site.kind == ROUTER:  # whether experts can be chosen is looked at, which no graph records
+            object.__setattr__(self, "is_fixed", False)
 
     @property
     def is_by_position(self) -> bool:
@@ -144,6 +161,48 @@ class Edit:
 
         return cls(site, without, **_of_value("project_out", direction, at))
 
+    @classmethod
+    def drop_experts(cls, layers: LayersLike, experts: Sequence[int], **at: Unpack[AtTokens]) -> Edit:
+        """Keep the routers of some layers from choosing some experts: their logits become -inf, and the router goes on by its own rule.
+
+        layers: 1, "2-5", range(4); None for all. experts: their numbers, from 0. at: `positions` or `where`, as the fields of `Edit`.
+        When a model is run, this raises EditError for a layer without experts, for an expert that it does not have, and when fewer are left than each token has.
+        """
+        edit = cls.replace(ROUTER, -inf, layers=_all(layers), experts=_numbers(experts), **at)
+        return replace(edit, name=DROP_EXPERTS, value=None)
+
+    @classmethod
+    def only_experts(cls, layers: LayersLike, experts: Sequence[int], **at: Unpack[AtTokens]) -> Edit:
+        """Keep the routers of some layers from choosing any other experts than these, as `drop_experts` does for the others.
+
+        layers, experts, at, errors: as in `drop_experts`.
+        """
+        kept = _numbers(experts)
+
+        def without_others(old: Tensor) -> Tensor:
+            is_other = torch.ones(old.shape[-1], dtype=torch.bool, device=old.device)
+            is_other[list(kept)] = False
+            return old.masked_fill(is_other, -inf)
+
+        edit = cls.add(ROUTER, 0.0, layers=_all(layers), experts=kept, **at)
+        return replace(edit, change=without_others, name=ONLY_EXPERTS, value=None)
+
+
+def _all(layers: LayersLike) -> LayersLike:
+    return "all" if layers is None else layers
+
+
+def _numbers(experts: Sequence[int]) -> tuple[int, ...]:
+    """Experts, ascending and each once. Raises EditError for what is no list of numbers, and for none."""
+    numbers = [experts] if isinstance(experts, int) else list(experts)
+    if (
+        not numbers
+        or isinstance(experts, str)
+        or any(isinstance(one, bool) or not isinstance(one, int) for one in numbers)
+    ):
+        raise EditError(f"experts are {experts!r}; write a list of numbers, such as [0, 3].")
+    return tuple(sorted(set(numbers)))
+
 
 def _of_value(name: str, value: Tensor | float, at: Where) -> dict[str, Any]:
     """The fields of an edit that is made with a value. It is positionwise when the value is the same at all positions.
@@ -152,7 +211,7 @@ def _of_value(name: str, value: Tensor | float, at: Where) -> dict[str, Any]:
     """
     for unknown in at.keys() - Where.__annotations__.keys():
         raise unknown_option(unknown, Where.__annotations__)
-    own_axes = 1 if at.get("heads") is None else 2
+    own_axes = 1 if at.get("heads") is None else 2  # experts have one number each
     is_positionwise = not isinstance(value, Tensor) or value.dim() <= own_axes
     return {"name": name, "value": value, "is_positionwise": is_positionwise, "is_fixed": True, **at}
 

@@ -27,16 +27,17 @@ from AutomaticEval.models.architecture.forward_call import (
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords
 from AutomaticEval.models.described.plain_module import refuse_plain
-from AutomaticEval.models.edit import Edit
+from AutomaticEval.models.edit import DROP_EXPERTS, ONLY_EXPERTS, ROUTER, Edit
 from AutomaticEval.models.edited_models import noted
 from AutomaticEval.models.edited_positions import Sequences
+from AutomaticEval.models.experts.rerouting import rerouted
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.loading import load_model, refuse_unknown
 from AutomaticEval.models.recording import Kept
 from AutomaticEval.selection import Positions
-from AutomaticEval.sites import TABLE, site_of
+from AutomaticEval.sites import TABLE, Site, site_of
 
 WITH_VALUE = ("replace", "add", "project_out")
 """The edits that are made with a value in the site's own units."""
@@ -228,6 +229,7 @@ class _Made:
         reason = TABLE[site.kind].not_edited
         if reason is not None:
             raise EditError(f"{self.key} cannot be edited: {reason}.")
+        self.is_router = site.kind == ROUTER
         self.tap: Tap = layout.pick([site])[site.key]
         self.module = model.get_submodule(self.tap.module)
         if self.tap.then is not None:
@@ -235,10 +237,13 @@ class _Made:
                 f"{self.key} cannot be edited in this model, which computes keys and values anew, of latents, in every forward; edit z instead."
             )
         self.n_heads = layout.heads_at(site)
+        self.n_active = layout.widths.get(Site("expert_ids", site.layer), 1)
         self._check_heads(edit.heads)
+        self._check_experts(edit, layout.widths[site])
         self._check_width(layout.widths[site], TABLE[site.kind].width)
-        self._heads: dict[torch.device, Tensor] = {}
-        """The heads that are changed, as a tensor on each device."""
+        self._width = layout.widths[site]
+        self._chosen: dict[torch.device, Tensor] = {}
+        """The heads or experts that are changed, as a tensor on each device."""
 
     def _check_heads(self, heads: Any) -> None:
         """Raises EditError for heads that are no list of numbers, or that the site does not have."""
@@ -255,12 +260,31 @@ class _Made:
             if not 0 <= head < self.n_heads:
                 raise EditError(f"{self.key} has no head {head}: it has {self.n_heads}, 0 to {self.n_heads - 1}.")
 
+    def _check_experts(self, edit: Edit, n_experts: int) -> None:
+        """Raises EditError for experts of a site without any, for experts that a layer does not have, and when too few would be left."""
+        if edit.experts is None:
+            return
+        if not self.is_router:
+            raise EditError(f"experts were given for {self.key}; they are those of router_logits.")
+        for expert in edit.experts:
+            if not 0 <= expert < n_experts:
+                raise EditError(f"{self.key} has no expert {expert}: it has {n_experts}, 0 to {n_experts - 1}.")
+        n_left = {DROP_EXPERTS: n_experts - len(edit.experts), ONLY_EXPERTS: len(edit.experts)}.get(
+            edit.name, n_experts
+        )
+        if n_left < self.n_active:
+            raise EditError(
+                f"{edit.name} at {self.key} would leave {n_left} of {n_experts} experts, and each token has {self.n_active}; leave as many at least."
+            )
+
     def _check_width(self, width: int, sizes: Sequence[str]) -> None:
         """Raises EditError for a value of another width than the site has. sizes: those whose product the width is, such as d_model."""
         value, heads = self.edit.value, self.edit.heads
         if self.edit.name not in WITH_VALUE or not isinstance(value, Tensor) or not value.dim():
             return
         expected, size = (width, " * ".join(sizes)) if heads is None else (width // self.n_heads, "d_head")
+        if self.edit.experts is not None:
+            expected, size = len(self.edit.experts), "experts named"
         one = () if self.edit.name == "project_out" else (1,)  # which is broadcast
         fits = value.shape[-1] in (expected, *one) and (
             heads is None or value.dim() < 2 or value.shape[-2] in (len(heads), 1)
@@ -280,6 +304,7 @@ class _Made:
         if isinstance(value, Tensor):
             name = f"{edit.name} {list(value.shape)} {_digest(value)}"
         heads = "" if edit.heads is None else f" heads {edit.heads}"
+        heads += "" if edit.experts is None else f" experts {list(edit.experts)}"
         return f"{name} at {self.key}{heads}" + ("" if edit.positions is None else f" positions {edit.positions}")
 
     @property
@@ -303,7 +328,17 @@ class _Made:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             return with_tensor(output, self._changed(tensor_of(output), forward))
 
-        if self.tap.end == "input":
+        def routed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            before = tensor_of(output, self.tap.elements)  # as edits of the same router have left them
+
+            def change(logits: Tensor) -> Tensor:
+                return self._changed(None if before is None else before.to(logits.dtype).view_as(logits), forward)
+
+            return rerouted(module, args, kwargs, self._width, change)
+
+        if self.is_router:  # what it gives depends on its logits within it
+            hooks.after(self.module, routed, prepend=True, with_kwargs=True)
+        elif self.tap.end == "input":
             hooks.before(self.module, before, prepend=True)
         else:
             hooks.after(self.module, after, prepend=True)
@@ -359,15 +394,23 @@ class _Made:
         return self.tap.put(value, self._in_heads(self.tap.take(value)))
 
     def _in_heads(self, values: Tensor) -> Tensor:
-        """The values of a site, [..., width], changed in the heads that the edit names, or in all of the width."""
+        """The values of a site, [..., width], changed in the heads or experts that the edit names, or in all of the width."""
+        if self.edit.experts is not None and self.edit.name != ONLY_EXPERTS:
+            experts = self._on(values.device, self.edit.experts)
+            changed = values.clone()
+            changed[..., experts] = self._change(values.index_select(-1, experts))
+            return changed
         if self.edit.heads is None:
             return self._change(values)
-        if values.device not in self._heads:
-            self._heads[values.device] = torch.tensor(list(self.edit.heads), device=values.device)
-        heads = self._heads[values.device]
+        heads = self._on(values.device, self.edit.heads)
         changed = values.reshape(*values.shape[:-1], self.n_heads, -1).clone()
         changed[..., heads, :] = self._change(changed.index_select(-2, heads))
         return changed.flatten(-2)
+
+    def _on(self, device: torch.device, numbers: Sequence[int]) -> Tensor:
+        if device not in self._chosen:
+            self._chosen[device] = torch.tensor(list(numbers), device=device)
+        return self._chosen[device]
 
     def _change(self, old: Tensor) -> Tensor:
         """What the edit's function makes of the values. Raises EditError when it fails, or gives another shape."""

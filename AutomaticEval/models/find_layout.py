@@ -15,6 +15,7 @@ from torch import nn
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.branches import find_branches
 from AutomaticEval.models.architecture.description import Description
+from AutomaticEval.models.architecture.experts import find_experts
 from AutomaticEval.models.architecture.forward_call import alone_with
 from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled, virtual_tokens
@@ -66,8 +67,7 @@ def find_layout(model: nn.Module) -> Layout:
                 return _seen_from(model, while_edited)
             n_hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
             layout = _layout(Parts(model, description))
-            is_doubtful = any(site.kind != "mixer_out" for site in layout.missing)
-            if is_doubtful and n_hooks:  # a site may be missing because of these hooks, and be there without them
+            if layout.missing and n_hooks:  # a site may be missing because of these hooks, and be there without them
                 return _seen_from(model, layout)
             _known[whole] = _Known(description, compiled, layout, weakref.WeakKeyDictionary())
         known = _known[whole]
@@ -116,6 +116,7 @@ def _layout(parts: Parts) -> Layout:
     find_branches(parts)
     own = [parts.heads(layer) for layer, ran in enumerate(parts.ran) if ran]
     find_projections(parts, _most([each.n for each in own]))
+    find_experts(parts)
     check_description(parts, _most(own), given_kv_heads(parts) or _n_kv_heads(parts))
     sizes: dict[str, Any] = _sizes(parts, own)
     others = {site: n for site, n in parts.n_heads.items() if n != sizes[str(TABLE[site.kind].heads)]}

@@ -52,6 +52,9 @@ class Tap:
     heads_apart: bool = False
     """Whether the value has an axis of heads, [batch, pos, n_heads, d_head], as what a norm of each head gives. `joined` takes it away."""
 
+    elements: tuple[int, ...] = ()
+    """The numbers of the arguments, or of the elements of an output tuple, that are read, side by side. Empty reads the activation, which is the first."""
+
     then: Derived | None = None
     """What is computed of the value, for a derived site and for rows that are reduced. None keeps the value."""
 
@@ -204,7 +207,8 @@ class Layout:
     def _reason(self, site: Site) -> str:
         if site.layer is not None and not 0 <= site.layer < self.n_layers:
             return f"it has {self.n_layers} layers, 0 to {self.n_layers - 1}"
-        return self.missing.get(site) or TABLE[site.kind].not_stored or "it was not found in the module tree"
+        kind = TABLE[site.kind]
+        return self.missing.get(site) or kind.not_stored or kind.absent or "it was not found in the module tree"
 
 
 def layers_text(layers: Iterable[int]) -> str:

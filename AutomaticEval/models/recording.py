@@ -325,10 +325,10 @@ def _install(hooks: Hooks, module: nn.Module, key: str, tap: Tap, recording: Rec
     """Hook the module of one tap."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recording.read(key, tap, input_of(args, kwargs))
+        recording.read(key, tap, input_of(args, kwargs, tap.elements))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        recording.read(key, tap, tensor_of(output))
+        recording.read(key, tap, tensor_of(output, tap.elements))
 
     if tap.end == "input":
         hooks.before(module, before)

@@ -10,7 +10,7 @@ import numpy as np
 from AutomaticEval.errors import StoreError
 from AutomaticEval.pages.question_rows import prompts_of
 from AutomaticEval.safe_text import shown
-from AutomaticEval.sites import kind_and_layer
+from AutomaticEval.sites import kind_and_layer, refuse_ids
 from AutomaticEval.store.disk.parquet_files import write_parquet
 from AutomaticEval.store.questions.questions import AT
 from AutomaticEval.store.run import Run
@@ -56,6 +56,7 @@ def write_atlas(run: Run, path: Path, site: str | None = None, position: str = A
     if not len(questions):
         raise StoreError(f"{run.path} has no questions, so there is nothing to write.")
     site = site or last_residual(run)
+    refuse_ids([questions.source.key(site)], "an atlas")
     rows = questions.activations(site, position).float().numpy()
     is_finite = np.isfinite(rows).all(axis=1)
     points, share = _coordinates(rows, is_finite)

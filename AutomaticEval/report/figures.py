@@ -10,6 +10,7 @@ from typing import Any
 from AutomaticEval.errors import SelectionError, StoreError
 from AutomaticEval.report.bars import SIGNIFICANT, before_and_after, top_heads
 from AutomaticEval.report.by_scale import by_scale
+from AutomaticEval.report.experts_figure import experts_figure
 from AutomaticEval.report.heatmap import Panel, PerHead, heatmaps, robust_ends
 from AutomaticEval.report.layers.geometry_figures import between_figure, scatter_figure, shape_figure, two_runs_figure
 from AutomaticEval.report.layers.lens_figure import lens_figure, tuned_figure
@@ -283,6 +284,7 @@ _FIGURES: dict[str, dict[str, Callable[[ResultJson, Path], None]]] = {
         "geometry_scatter.png": scatter_figure,
         "geometry_two_runs.png": two_runs_figure,
     },
+    "experts": {"experts.png": experts_figure},
     "probe": {
         "probe.png": probe_figure,
         "probe_grid.png": grid_figure,

@@ -108,7 +108,12 @@ class Run(Sequence[dict[str, Any]]):
                 f"{self.path} is not finished: a question may lack choices that were not asked yet, and none has a verdict. Its "
                 f"samples can be read as they are: run.table(), run.activations(key).{way_on(self.path)}"
             )
-        return Questions(Source(self.path, self._contents, self.keys, self._key, self._row_array), self._order)
+        return Questions(self.source, self._order)
+
+    @property
+    def source(self) -> Source:
+        """The whole run that these samples are of, with rows of a site by their numbers."""
+        return Source(self.path, self._contents, self.keys, self._key, self._row_array)
 
     def read(self, index: int, key: str) -> Tensor:
         """One site of one sample: [n_positions, width]. Reads no more than those bytes."""

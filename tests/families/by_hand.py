@@ -387,7 +387,7 @@ BY_HAND: dict[str, ByHand] = {
     "deepseek-v32": ByHand(latent_moe(), like_transformers=CACHED_DIFFERS),
     "deepseek-v2-lite": ByHand(latent_moe("q_proj")),
     "deepseek-v3-v8": ByHand(latent_moe(v=8)),
-    "deepseek-v4": ByHand({**NOTHING, "q": "self_attn.q_b_proj"}),
+    "deepseek-v4": ByHand({"q": "self_attn.q_b_proj", "router_logits": "mlp.gate[0]"}),
     "youtu": ByHand({**LLAMA, **latent("q_b_proj")}),
     "minicpm3": ByHand(scaled({**LLAMA, **latent("q_b_proj")}, attn_out=1.4 / sqrt(2), mlp_out=1.4 / sqrt(2))),
     "smolvlm": ByHand(LLAMA, "model.text_model.layers", "model.text_model.norm"),

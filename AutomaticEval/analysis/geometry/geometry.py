@@ -21,7 +21,7 @@ from AutomaticEval.analysis.geometry.spectrum import (
 from AutomaticEval.analysis.numbers.estimate import mean_intervals, methods
 from AutomaticEval.analysis.result import Estimate, Result
 from AutomaticEval.errors import SelectionError, StoreError
-from AutomaticEval.sites import key_among, kind_and_layer, site_of
+from AutomaticEval.sites import key_among, kind_and_layer, refuse_ids, site_of
 from AutomaticEval.store.questions.questions import AT, Questions
 from AutomaticEval.store.reading.reduced_runs import refuse_reduced
 from AutomaticEval.store.run import Run
@@ -124,6 +124,7 @@ def _places(run: Run, keys: Iterable[str] | None) -> list[str]:
     refuse_reduced(run.settings, "geometry")
     key_of = run.questions().source.key
     wanted = [key for key in run.keys if site_of(key).kind in USUAL] if keys is None else [key_of(key) for key in keys]
+    refuse_ids(wanted, "geometry")
     wrong = [key for key in wanted if kind_and_layer(key).kind in NEVER]
     if wrong or not wanted:
         raise SelectionError(

@@ -12,7 +12,7 @@ from AutomaticEval.analysis.probes.folds import LEAST_FOLDS, folds
 from AutomaticEval.analysis.probes.judged import Judge
 from AutomaticEval.analysis.probes.target import Target, refuse_rare
 from AutomaticEval.errors import SelectionError, StoreError
-from AutomaticEval.sites import kind_and_layer, site_of
+from AutomaticEval.sites import holds_ids, kind_and_layer, refuse_ids, site_of
 from AutomaticEval.store.questions.questions import Questions
 
 Array = np.ndarray[Any, Any]
@@ -62,8 +62,9 @@ def judge_of(of: Target, asked: Asked) -> Judge:
 
 def sites_of(stored: Sequence[str], questions: Questions, keys: Iterable[str] | None) -> tuple[list[str], list[str]]:
     """The places to probe, and the embedding, which is a baseline, if the run has it."""
-    usual = [key for key in stored if kind_and_layer(key).kind not in NOT_PROBED]
+    usual = [key for key in stored if kind_and_layer(key).kind not in NOT_PROBED and not holds_ids(key)]
     wanted = usual if keys is None else [questions.source.key(key) for key in keys]
+    refuse_ids(wanted, "a probe")
     embedding = [key for key in stored if site_of(key).kind == OF_EMBEDDING]
     if not wanted:
         raise StoreError(

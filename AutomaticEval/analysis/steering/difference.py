@@ -14,7 +14,7 @@ from AutomaticEval.analysis.compare_runs import same_prompts, shared_questions
 from AutomaticEval.analysis.steering.direction import Direction
 from AutomaticEval.errors import StoreError
 from AutomaticEval.settings import MODEL
-from AutomaticEval.sites import site_of
+from AutomaticEval.sites import refuse_ids, site_of
 from AutomaticEval.store.questions.questions import AT, Questions
 from AutomaticEval.store.reader import as_run
 from AutomaticEval.store.reading.reduced_runs import refuse_reduced
@@ -35,6 +35,7 @@ def difference_of_means(
     """
     asked = questions if isinstance(questions, Questions) else as_run(questions).questions()
     refuse_reduced(asked.source.contents.settings, "a direction")
+    refuse_ids([asked.source.key(key)], "a direction")
     name, given = (label, asked.column(label)) if isinstance(label, str) else ("given labels", list(label))
     labels = _truths(asked, name, given)
     known = asked.take([number for number, each in enumerate(labels) if each is not None])
@@ -64,6 +65,7 @@ def difference_of_runs(before: Run, after: Run, keys: Sequence[str], position: s
     one, other = (questions.where(same) for questions in both)
     for each in (one, other):
         refuse_reduced(each.source.contents.settings, "a direction")
+    refuse_ids([one.source.key(key) for key in keys], "a direction")
     if not len(one):
         raise StoreError(
             f"{before.path} and {after.path} asked no question in the same words, so that no rows can be compared."

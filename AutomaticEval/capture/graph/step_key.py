@@ -37,7 +37,9 @@ def read_by(recording: Recording | None) -> Hashable:
     if recording is None:
         return None
     taps = recording.taps.items()
-    return tuple((key, tap.module, tap.end, tap.scale, tap.columns, _mark(tap)) for key, tap in taps), recording.dtype
+    return tuple(
+        (key, tap.module, tap.end, tap.elements, tap.scale, tap.columns, _mark(tap)) for key, tap in taps
+    ), recording.dtype
 
 
 def _function(change: Callable[..., Any]) -> Hashable:

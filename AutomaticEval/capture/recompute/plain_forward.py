@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from AutomaticEval.capture.recompute.plain_experts import OF_EXPERTS, expert_rows
 from AutomaticEval.errors import CaptureError, SiteUnavailable
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.architecture.heads.latent import LatentHeads
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.layout import Tap
+from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.sites import Site, site_of
 
 MASKED_NUMBERS = 2**24
@@ -82,7 +83,7 @@ def plain_forward(
                 hook = _pattern_hook(patterns, key, layout.n_heads, list(positions))
                 hooks.after(module, hook)
         logits = model(**arguments).logits[0]  # [at least n_logits, d_vocab]
-        rows = {key: _derived(model, key, tap, reader, layout.n_heads) for key, tap in taps.items()}
+        rows = {key: _derived(model, layout, key, tap, reader) for key, tap in taps.items()}
     if "logits" in keys:
         rows["logits"] = logits[[position - len(ids) for position in positions]].cpu()
     for key in layers:
@@ -97,25 +98,33 @@ class _Reader:
 
     def __init__(self, n_ids: int, positions: Sequence[int]) -> None:
         self._n_ids, self._positions = n_ids, list(positions)
-        self._values: dict[str, list[Tensor]] = {}
+        self._values: dict[str, list[list[Tensor]]] = {}
 
     def install(self, hooks: Hooks, module: nn.Module, key: str, tap: Tap) -> None:
-        """Read the input or output of a module under a key; of several streams the tap's."""
+        """Read the input or output of a module under a key, or those elements of it that a tap names; of several streams the tap's."""
         self._values[key] = []
+        elements = tap.elements or (0,)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._keep(key, tap, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
+            given = [*args, *kwargs.values()]
+            if not tap.elements and not args and "hidden_states" in kwargs:
+                given = [kwargs["hidden_states"]]
+            self._keep(key, tap, [given[number] for number in elements])
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             output = getattr(output, "last_hidden_state", output)
-            self._keep(key, tap, output[0] if isinstance(output, tuple | list) else output)
+            given = output if isinstance(output, tuple | list) else [output]
+            self._keep(key, tap, [given[number] for number in elements])
 
         if tap.end == "input":
             hooks.before(module, before)
         else:
             hooks.after(module, after)
 
-    def _keep(self, key: str, tap: Tap, value: Any) -> None:
+    def _keep(self, key: str, tap: Tap, values: list[Any]) -> None:
+        self._values[key].append([self._kept(key, tap, each) for each in values])
+
+    def _kept(self, key: str, tap: Tap, value: Any) -> Tensor:
         if tap.stream is not None:
             value = value[tap.stream]
         n_axes = 2 if tap.heads_apart else 1  # of one token
@@ -124,10 +133,10 @@ class _Reader:
             raise CaptureError(
                 f"{key}: one sequence of {self._n_ids} tokens gave {shape}; expected a row for each token."
             )
-        self._values[key].append(value.reshape(self._n_ids, -1)[self._positions].clone())  # [n_positions, width]
+        return value.reshape(self._n_ids, -1)[self._positions].clone()  # [n_positions, width]
 
-    def taken(self, key: str) -> Tensor:
-        """[n_positions, width of the module]"""
+    def taken(self, key: str) -> list[Tensor]:
+        """[n_positions, width of the module] each: one, or those that a tap names."""
         if len(self._values[key]) != 1:
             raise CaptureError(f"{key}: its module was used {len(self._values[key])} times in one forward, not once.")
         return self._values[key][0]
@@ -138,13 +147,17 @@ def _of_up(key: str) -> str:
     return f"{key} up"
 
 
-def _derived(model: nn.Module, key: str, tap: Tap, reader: _Reader, n_heads: int) -> Tensor:
+def _derived(model: nn.Module, layout: Layout, key: str, tap: Tap, reader: _Reader) -> Tensor:
     """The rows of a site [n, width of the site], on the CPU, from what was read of its module [n, width of the module]."""
-    value = reader.taken(key)
+    values = reader.taken(key)
+    site, value = site_of(key), values[0]
     if isinstance(tap.then, LatentHeads):  # without a cache the up-projection runs over just these tokens
-        return tap.then.heads_of(reader.taken(_of_up(key)), value).cpu()
+        return tap.then.heads_of(reader.taken(_of_up(key))[0], value).cpu()
+    if site.kind in OF_EXPERTS:
+        n_active = layout.widths[Site("expert_ids", site.layer)]
+        return expert_rows(site.kind, model.get_submodule(tap.module), values, n_active).cpu()
     if tap.then is not None:
-        return _head_norms(model.get_submodule(tap.module), value, n_heads).cpu()
+        return _head_norms(model.get_submodule(tap.module), value, layout.n_heads).cpu()
     picked = value if tap.columns is None else value[:, list(tap.columns)]
     picked = picked if tap.scale == 1.0 else picked * tap.scale
     return (picked if tap.clip is None else picked.clamp(-tap.clip, tap.clip)).cpu()

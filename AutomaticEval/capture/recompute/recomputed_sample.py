@@ -20,6 +20,7 @@ from AutomaticEval.capture.recompute.tolerance import (
     Limits,
     RecomputedScore,
     head_elsewhere,
+    ids_judged,
     judged,
     measured,
     narrowed_to,
@@ -28,7 +29,7 @@ from AutomaticEval.capture.recompute.tolerance import (
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel, computed_dtype
 from AutomaticEval.samples import fed_of
 from AutomaticEval.selection import Positions
-from AutomaticEval.sites import Site, site_of
+from AutomaticEval.sites import Site, holds_ids, site_of
 from AutomaticEval.store.hdf5.contract import dtype_named
 from AutomaticEval.store.run import Run
 
@@ -166,6 +167,8 @@ class Comparison:
 
     def _judged(self, key: str, stored: Tensor, steps: Tensor | None, rows: _RightRows) -> Judged:
         """The verdict on the rows of one key, which are compared in blocks."""
+        if holds_ids(key):
+            return ids_judged(stored, rows.own(key, stored), self.limits)
         step = max(1, NUMBERS // stored.shape[1])
         blocks = []
         for at in (slice(start, start + step) for start in range(0, max(1, len(stored)), step)):
@@ -181,7 +184,7 @@ class Comparison:
         """What is wrong with the rows of one key."""
         right = rows.own(key, stored)
         named, is_as = self._made.store_dtype, stored.dtype if steps is None else torch.int8
-        promised = right.dtype if named is None else dtype_named(named)
+        promised = right.dtype if named is None or holds_ids(key) else dtype_named(named)
         narrow = (
             narrowed_to(stored, right.to(self._through or promised)) if is_as == promised and steps is None else None
         )
@@ -195,7 +198,10 @@ class Comparison:
         elsewhere = head_elsewhere(stored, right, n_heads) if n_heads else None
         if elsewhere is not None:
             yield f"at {key}: head {elsewhere[0]} has the values of head {elsewhere[1]}"
-        if verdict.wrong.any():
+        if verdict.wrong.any() and holds_ids(key):
+            n_wrong, share = int(verdict.wrong.sum()), self.limits.mean
+            yield f"at {key}: {n_wrong} of {len(stored)} rows name other experts, or in another order; rounding explains {share:.2%} of them"
+        elif verdict.wrong.any():
             yield _row_problem(key, rows, verdict, self.limits)
 
     @property

@@ -130,6 +130,18 @@ def judged(blocks: Sequence[Measured], limits: Limits) -> Judged:
     return Judged(whole, wrong, median)
 
 
+def ids_judged(stored: Tensor, right: Tensor, limits: Limits) -> Judged:
+    """The verdict on rows of ids [n, n_active]. An id has no size: a row is the same or another one.
+
+    Where two experts are nearly equal, rounding decides which is chosen. So rows may be others as often as a number may be off on average.
+    """
+    other = (stored != right).any(1)
+    none = torch.zeros(len(stored), dtype=torch.float64)
+    measured = Measured(not bool(other.any()), none, none, none, none, {})
+    too_many = bool(other.any()) and float(other.double().mean()) > limits.mean
+    return Judged(measured, other & too_many, 0.0)
+
+
 def _parts(off: Tensor, size: Tensor) -> Tensor:
     return torch.where(off == 0, 0, off / size.clamp(min=torch.finfo(size.dtype).tiny))
 

@@ -126,19 +126,19 @@ def _take(parts: Parts, layer: int, choice: _Choice) -> None:
         else:
             names = " and ".join(branch.paths)
             parts.lack([OUT[branch.kind]], layer, f"it is the sum of what {names} give, which no module gives")
-    for kind in OUT.keys() - {branch.kind for branch in choice}:
+    kinds = {branch.kind for branch in choice}
+    for kind in OUT.keys() - kinds - ({"mixer"} if "attention" in kinds else set()):
         parts.lack([OUT[kind]], layer, why_not_in_block(parts, layer, kind))
 
 
 def _refuse(parts: Parts, layer: int, choices: Iterable[_Choice], has_others: bool) -> None:
     """Say why a layer lacks all branches. has_others: whether other blocks are built like its block."""
     terms = [[parts.value(tap) for branch in choice for tap in branch.taps(parts.blocks[layer])] for choice in choices]
-    parts.lack(OUT.values(), layer, why_no_branches(parts, layer, terms, has_others))
-    mixing: tuple[Kind, Kind] = ("attention", "mixer")
-    held = [kind for kind in mixing if parts.parts_of(layer, kind)]
-    if len(held) == 1:
-        other = mixing[1 - mixing.index(held[0])]
-        parts.lack([OUT[other]], layer, why_not_in_block(parts, layer, other))
+    has_attention, has_mixer = (bool(parts.parts_of(layer, kind)) for kind in ("attention", "mixer"))
+    kinds = [kind for kind in OUT if kind != "mixer" or has_mixer or not has_attention]
+    parts.lack([OUT[kind] for kind in kinds], layer, why_no_branches(parts, layer, terms, has_others))
+    if has_mixer and not has_attention:
+        parts.lack(["attn_out"], layer, why_not_in_block(parts, layer, "attention"))
 
 
 def _find_mlp_post(parts: Parts, layer: int) -> None:

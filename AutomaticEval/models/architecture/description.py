@@ -172,6 +172,12 @@ class Description:
     clip: tuple[str, ...] = ("clip_qkv", "attn_config.clip_qkv")
     """The size to which queries, keys and values are clipped, in the config."""
 
+    router: tuple[str, ...] = ("gate", "router")
+    """What chooses the experts of each token, anywhere within a block but not within attention."""
+
+    experts: tuple[str, ...] = ("experts",)
+    """All experts of a layer in one module, beside the router."""
+
     n_layers: tuple[str, ...] = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     """The number of blocks, in the config."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
 from typing import Any
@@ -24,8 +24,13 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What transformers calls keys and values: `cache` from version 5.24 on, one of the others before that."""
 
 
-def tensor_of(value: Any) -> Tensor | None:
-    """The activation in what a module was given or returned: logits, last_hidden_state, the tensor itself, or the first of a tuple. None without any."""
+def tensor_of(value: Any, elements: Sequence[int] = ()) -> Tensor | None:
+    """The activation in what a module was given or returned: logits, last_hidden_state, the tensor itself, or the first of a tuple. None without any.
+
+    elements: the numbers of the elements of a tuple that are read instead, side by side.
+    """
+    if elements:
+        return _side_by_side(value if isinstance(value, tuple | list) else [value], elements)
     for name in _ACTIVATIONS:
         if hasattr(value, name):
             value = getattr(value, name)
@@ -50,9 +55,28 @@ def with_tensor(value: Any, tensor: Tensor) -> Any:
     return tensor
 
 
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The activation that a module is called with, by position or by name. None without any."""
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], elements: Sequence[int] = ()) -> Tensor | None:
+    """The activation that a module is called with, by position or by name. None without any.
+
+    elements: the numbers of the arguments that are read instead, side by side; those by name follow those by position.
+    """
+    if elements:
+        return _side_by_side([*args, *kwargs.values()], elements)
     return tensor_of(args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
+
+
+def _side_by_side(values: Sequence[Any], elements: Iterable[int]) -> Tensor | None:
+    """Some of the values, [..., width] each, as one tensor [..., sum of widths]; None when one of them is no tensor.
+
+    Several are given in float32, or in float64 where one of them is: both hold whole numbers up to 16777216 exactly.
+    """
+    chosen = [values[number] if number < len(values) else None for number in elements]
+    tensors = [each for each in chosen if isinstance(each, Tensor)]
+    if len(tensors) < len(chosen):
+        return None
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat([each.to(torch.promote_types(each.dtype, torch.float32)) for each in tensors], -1)
 
 
 def forward_takes(model: Any) -> Collection[str]:

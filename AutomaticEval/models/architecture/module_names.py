@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.description import KNOWN, Description
+from AutomaticEval.models.architecture.forward_call import input_of, tensor_of
 from AutomaticEval.models.architecture.identities import Probe, is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled
 from AutomaticEval.models.described.given_config import GivenConfig, text_config
@@ -87,7 +88,10 @@ class Parts:
         self.embedding = self._find_embedding()
         self.head = self._find_head()
         """The path of the unembedding; None when the model does not name one."""
-        self.probe = Probe(callable_as_ours(model), {path: self.model.get_submodule(path) for path in self._to_probe()})
+        modules = {path: self.model.get_submodule(path) for path in self._to_probe()}
+        with_experts = (*names.router, *names.experts)
+        in_full = {path for path in modules if path.rpartition(".")[2] in with_experts}
+        self.probe = Probe(callable_as_ours(model), modules, in_full)
         self.ran = [self.probe.n_fired[block] == 1 for block in self.blocks]
         """For each block, whether it runs when the input is text alone."""
         self.norm = self._find_norm()
@@ -235,6 +239,15 @@ class Parts:
 
     def value(self, tap: Tap) -> Tensor:
         """What a tap takes in the small forward: [1, pos, width]."""
+        if tap.elements:
+            call = self.probe.calls[tap.module]
+            seen = (
+                input_of(call.args, dict(call.kwargs), tap.elements)
+                if tap.end == "input"
+                else tensor_of(call.output, tap.elements)
+            )
+            assert seen is not None
+            return tap.take(seen)
         value = (self.probe.inputs if tap.end == "input" else self.probe.outputs)[tap.module]
         return tap.take(tap.joined(tap.stream_of(value)))
 

@@ -23,20 +23,36 @@ PICKING = ("index", "select", "index_select", "slice", "gather")
 """Operations that give a part of a weight."""
 
 _making = threading.Lock()
-_active: ContextVar[bool] = ContextVar("_active", default=False)
+_active: ContextVar[_StandIns | None] = ContextVar("_active", default=None)
 
 
 def are_active() -> bool:
     """Whether forwards are run without weights just now."""
-    return _active.get()
+    return _active.get() is not None
+
+
+def draws_so_far() -> Tensor | None:
+    """Where the random numbers stand, for `repeating`; None when forwards are run with weights."""
+    mode = _active.get()
+    return None if mode is None else mode.random.get_state()
+
+
+@contextmanager
+def repeating(draws: Tensor | None) -> Iterator[None]:
+    """Inside the with, a module that is run again gives what it gave before. draws: `draws_so_far` when it ran."""
+    mode = _active.get()
+    if mode is not None and draws is not None:
+        mode.random.set_state(draws)
+    yield
 
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
     """Inside the with, an operation on activations and on weights of the meta device gives random numbers of the right shape on the CPU."""
-    token = _active.set(True)
+    mode = _StandIns()
+    token = _active.set(mode)
     try:
-        with _StandIns():
+        with mode:
             yield
     finally:
         _active.reset(token)
@@ -45,7 +61,7 @@ def stand_ins() -> Iterator[None]:
 class _StandIns(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._random = torch.Generator().manual_seed(0)
+        self.random = torch.Generator().manual_seed(0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -61,7 +77,7 @@ class _StandIns(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value
         if not value.is_floating_point():
             return torch.zeros(value.shape, dtype=value.dtype)
-        return torch.randn(value.shape, generator=self._random).to(value.dtype)
+        return torch.randn(value.shape, generator=self.random).to(value.dtype)
 
 
 def _tensors(given: Any) -> Iterator[Tensor]:

@@ -114,7 +114,7 @@ class KeptRows:
             self._send(forward, device, references.gather(is_end=False))
 
     def _narrowed(self, rows: Tensor) -> Tensor:
-        return rows if self.dtype is None else rows.to(self.dtype)
+        return rows.to(self.dtype) if self.dtype is not None and rows.is_floating_point() else rows  # ids stay
 
     def _put(self, key: str, forward: Forward, rows: Tensor, value: Tensor) -> None:
         """Rows of a device without a ring, [n_kept, width], straight into their place. They may be a view of value."""

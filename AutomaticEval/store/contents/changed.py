@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.samples import IDS
 from AutomaticEval.store import int8
 from AutomaticEval.store.bits import bits, bits_type, from_bits
 from AutomaticEval.store.contents.columns import Columns, Ordered
@@ -71,7 +72,7 @@ def without_rows(contents: Contents) -> Contents:
 
 
 def converted(contents: Contents, dtype: torch.dtype) -> Contents:
-    """The activations in another floating dtype. Reading them raises CaptureError when a number does not fit into it."""
+    """The activations in another floating dtype; ids stay. Reading them raises CaptureError when a number does not fit into it."""
     changed = {key: _converted(key, each, contents.blocks, dtype) for key, each in contents.activations.items()}
     return replace(contents, blocks=None, activations=changed)
 
@@ -86,7 +87,7 @@ def _converted(key: str, activation: Activation, blocks: Any, dtype: torch.dtype
             yield bits(narrowed(key, _numbers(slab, activation.dtype, lines), dtype))
             at += len(slab)
 
-    return activation if activation.dtype == dtype else Activation(dtype, activation.width, slabs)
+    return activation if activation.dtype in (dtype, IDS) else Activation(dtype, activation.width, slabs)
 
 
 def _numbers(raw: Array, dtype: torch.dtype, scales: Array | None) -> torch.Tensor:
@@ -99,6 +100,8 @@ def _numbers(raw: Array, dtype: torch.dtype, scales: Array | None) -> torch.Tens
 
 def narrowed(key: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """values in another dtype. Raises CaptureError when a finite number becomes infinite. key: the site that the message names."""
+    if values.dtype == IDS and dtype != IDS:
+        raise CaptureError(f"{key} holds ids, which stay int16.")
     changed = values.to(dtype)
     if torch.promote_types(values.dtype, dtype) == dtype:  # it holds all numbers of the other one
         return changed

@@ -44,7 +44,8 @@ def of_samples(
     strings: dict[int, str] = {}
     for rows in every_rows:
         strings.update(zip(rows.token_ids, rows.tokens, strict=True))
-    keys = every_rows[0].activations if every_rows else ()
+    first_rows = every_rows[0].activations if every_rows else {}
+    in_8_bits = in_8_bits and (not first_rows or any(each.is_floating_point() for each in first_rows.values()))
     return Contents(
         model=model,
         settings=settings,
@@ -57,7 +58,7 @@ def of_samples(
         strings=lambda: strings,
         columns=Listed.of([sample.fields for sample in samples]),
         activations={
-            key: _in_memory([rows.activations[key] for rows in every_rows], in_8_bits=in_8_bits) for key in keys
+            key: _in_memory([rows.activations[key] for rows in every_rows], in_8_bits=in_8_bits) for key in first_rows
         },
         matrices={name: np.asarray(matrix) for name, matrix in matrices.items()},
     )
@@ -93,7 +94,7 @@ def _check_alike(every_rows: Sequence[Rows]) -> None:
 def _in_memory(tensors: Sequence[torch.Tensor], *, in_8_bits: bool) -> Activation:
     """One site of all Rows, [n_rows, width] each."""
     dtype, width = tensors[0].dtype, tensors[0].shape[1]
-    if not in_8_bits:
+    if not in_8_bits or not dtype.is_floating_point:  # ids stay as they are
         return Activation(dtype, width, lambda: map(bits, gathered(tensors)))
 
     def blocks() -> Iterator[Array]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from AutomaticEval.public_names import without_folders
+from AutomaticEval.samples import IDS
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.disk.whole_files import ensure_space, new_folder
 from AutomaticEval.store.export.outgoing import Advance
@@ -26,7 +27,7 @@ from AutomaticEval.store.upkeep.verify import check
 def export(path: Path, destination: Path, to: str, *, dtype: str | None = None, advance: Advance = ignore) -> Path:
     """Write a file or run as a new folder for other tools, which appears whole or not at all. Returns the folder.
 
-    to: one of FORMATS. dtype: one of DTYPES; None keeps each site's own dtype, but writes float32 for int8, and for bfloat16 in a
+    to: one of FORMATS. dtype: one of DTYPES, for all sites but ids; None keeps each site's own dtype, but writes float32 for int8, and for bfloat16 in a
     format that does not have it. advance: is called with the number of samples that were done since its last call.
     `run.json` holds the model and settings. The formats with a file a shard have `samples.jsonl`, with a line a sample in the
     run's order: its columns, token ids, and `rows`: [[file, start, stop], ...]. The other formats write rows that samples
@@ -52,6 +53,8 @@ def export(path: Path, destination: Path, to: str, *, dtype: str | None = None, 
 
 
 def _target(stored: torch.dtype, to: Format, dtype: str | None) -> torch.dtype:
+    if stored == IDS:
+        return stored
     if dtype is not None:
         return dtype_named(dtype)
     widened = stored == torch.int8 or (stored == torch.bfloat16 and not to.has_bfloat16)

@@ -14,7 +14,7 @@ from AutomaticEval.store.export.outgoing import Advance
 from AutomaticEval.store.export.shard_files import OutgoingTensor, write_shards
 from AutomaticEval.store.run import Run
 
-_NUMPY = {torch.float64: "<f8", torch.float32: "<f4", torch.int32: "<i4", torch.float16: "<f2"}
+_NUMPY = {torch.float64: "<f8", torch.float32: "<f4", torch.int16: "<i2", torch.int32: "<i4", torch.float16: "<f2"}
 
 
 def write(run: Run, folder: Path, dtypes: Mapping[str, torch.dtype], advance: Advance) -> None:

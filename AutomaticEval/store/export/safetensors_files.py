@@ -19,6 +19,7 @@ _SAFETENSORS = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.int32: "I32",
+    torch.int16: "I16",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }

@@ -18,7 +18,7 @@ from AutomaticEval.samples import COLUMNS
 
 SHARD_FORMAT = "automatic-eval/activations"
 RUN_FORMAT = "automatic-eval/run"
-VERSION = (1, 5)
+VERSION = (1, 6)
 TEXT = h5py.string_dtype()
 ROWS, LINES = "activations", "reduced"
 """The groups of the sites: with a row for each token's position, or with a line for each sample."""
@@ -35,6 +35,7 @@ _DTYPES = {
     torch.float32: h5py.h5t.IEEE_F32LE,
     torch.float16: h5py.h5t.IEEE_F16LE,
     torch.int8: h5py.h5t.STD_I8LE,
+    torch.int16: h5py.h5t.STD_I16LE,
 }
 
 
@@ -82,7 +83,9 @@ def hdf5_type(dtype: torch.dtype) -> h5py.h5t.TypeID:
     if dtype in _DTYPES:
         return _DTYPES[dtype]
     if dtype != torch.bfloat16:
-        raise CaptureError(f"activations of dtype {dtype} cannot be stored; expected a floating dtype.")
+        raise CaptureError(
+            f"activations of dtype {dtype} cannot be stored; expected a floating dtype, or int16 for ids."
+        )
     bfloat16 = h5py.h5t.IEEE_F32LE.copy()
     bfloat16.set_fields(
         15, 7, 8, 0, 7

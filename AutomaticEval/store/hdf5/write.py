@@ -220,11 +220,13 @@ def _write_table(file: h5py.File, contents: Contents) -> None:
         contents = without_rows(contents)
     write_numbers(file, "rows/token_id", contents.token_ids, "<i4")
     write_numbers(file, "rows/position", contents.positions, "<i4")
-    if contents.blocks is not None:
+    scales = {
+        key: each.scales for key, each in contents.activations.items() if each.scales is not None
+    }  # ids have none
+    if contents.blocks is not None and scales:
         write_numbers(file, "rows/block", contents.blocks, "<i4")
-        for key, activation in contents.activations.items():
-            assert activation.scales is not None
-            write_numbers(file, f"scales/{key}", _together(activation.scales(), activation.width), "<f4")
+        for key, own in scales.items():
+            write_numbers(file, f"scales/{key}", _together(own(), contents.activations[key].width), "<f4")
     for name in ("segments", "input_ids", "generated_ids"):
         write_numbers(file, f"{name}/offset", getattr(contents, name).offset, "<i8")
     ranges = contents.segments.values[:].reshape(-1, 2)

@@ -58,12 +58,15 @@ class GatheredSamples:
     def _check(self, rows: Rows) -> None:
         formats = rows.formats
         if self._in_8_bits:
-            formats = {key: RowFormat(torch.int8, each.width) for key, each in formats.items()}
+            formats = {
+                key: RowFormat(torch.int8, each.width) if each.dtype.is_floating_point else each
+                for key, each in formats.items()
+            }
         self.formats = self.formats or formats
         if formats != self.formats:
             raise CaptureError("these rows have not the sites, dtypes or widths of the run's others; none was taken.")
         for key, tensor in rows.activations.items() if self._in_8_bits else ():
-            if not tensor.isfinite().all():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise CaptureError(
                     f"{key} holds values that are infinite or not a number, which int8 cannot hold; use bfloat16."
                 )

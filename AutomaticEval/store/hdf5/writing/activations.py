@@ -81,10 +81,12 @@ def _compressed(dataset: h5py.Dataset, place: Place) -> Written:
 
 
 def write_virtual(file: h5py.File, name: str, activation: Activation, sources: Sequence[Source]) -> None:
-    """Write a dataset with its group and key as name, which shows the rows of all sources. Where a source is missing, HDF5 gives NaN (or -128), never zeros."""
+    """Write a dataset with its group and key as name, which shows the rows of all sources. Where a source is missing, HDF5 gives NaN (or the smallest whole number), never zeros."""
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     settings.set_obj_track_times(False)
-    absent = np.array(-128, np.int8) if activation.dtype == torch.int8 else np.array(np.nan, np.float32)
+    absent = np.array(np.nan, np.float32)
+    if not activation.dtype.is_floating_point:
+        absent = np.array(torch.iinfo(activation.dtype).min, str(activation.dtype).removeprefix("torch."))
     settings.set_fill_value(absent)
     n_rows = sum(source.n_rows for source in sources)
     at = 0
