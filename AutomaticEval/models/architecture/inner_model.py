@@ -20,10 +20,21 @@ def inner(model: Any) -> Any:
 
 
 def virtual_tokens(model: Any) -> str | None:
-    """The name of the method when a model is tuned by tokens that are not fed (prompt tuning, prefix tuning, …); else None."""
+    """The name of the method when a model is tuned by tokens that are not fed (prompt tuning, prefix tuning, …); else None.
+
+    None, too, inside `with model.disable_adapter()`, where these tokens are left out.
+    """
+    if is_passed_by(model):
+        return None
     active = getattr(model, "active_peft_config", None)
     kind = getattr(active, "peft_type", None)
     return str(getattr(kind, "value", kind)) if getattr(active, "is_prompt_learning", False) else None
+
+
+def is_passed_by(module: Any) -> bool:
+    """Whether a soft prompt is switched off: then peft calls the forward of the base in place of the module's own."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__self__", module) is not module and not hasattr(module, "_hf_hook")
 
 
 def is_compiled(module: nn.Module) -> bool:

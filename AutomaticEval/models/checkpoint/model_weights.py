@@ -42,7 +42,7 @@ def load_weights(sources: ModelSources, options: LoadOptions, tokenizer: Any) ->
         adapter = sources.adapter
         # lm-eval makes the embeddings fit the tokenizer; peft, which loads an adapter by its own name, only makes them larger
         resize(model, len(tokenizer), only_grow=sources.alone is not None)
-        model = read_or_explain(adapter, lambda: with_adapter(model, adapter, options.revision))
+        model = read_or_explain(adapter, lambda: with_adapter(model, adapter, options.revision, options.adapter))
     return model.eval()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import ModelError
+from AutomaticEval.models.architecture.inner_model import is_passed_by
 
 BLOCK_WORDS = 2**15
 """Words of 8 bytes that are added up to one pair of sums. Torch does not divide so few among threads, which would have to wait for each other."""
@@ -268,14 +269,8 @@ def _adapter_lines(model: nn.Module) -> list[str]:
         if type(module).__module__.split(".")[0] == "peft":
             own = {name: each for name, each in vars(module).items() if name not in _OF_ANY_MODULE and _is_plain(each)}
             lines += [f"{path}:{name} = {_text(each)}" for name, each in sorted(own.items())]
-            lines += [f"{path}: its base runs alone"] * _is_passed_by(module)
+            lines += [f"{path}: its base runs alone"] * is_passed_by(module)
     return lines
-
-
-def _is_passed_by(module: nn.Module) -> bool:
-    """Whether a soft prompt is switched off: then peft calls the forward of the base in place of the module's own."""
-    forward = vars(module).get("forward")
-    return getattr(forward, "__self__", module) is not module and not hasattr(module, "_hf_hook")
 
 
 _OF_ANY_MODULE = {*vars(nn.Module()), "training", "_is_hf_initialized"}

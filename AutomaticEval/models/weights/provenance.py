@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from AutomaticEval.models.architecture.forward_call import input_device
+from AutomaticEval.models.weights.active_adapters import active_names
 from AutomaticEval.public_names import public_name
 
 NOT_OF_THE_MODEL = frozenset(
@@ -55,8 +56,7 @@ def adapters_of(model: Any) -> dict[str, Any]:
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping):
         return {}
-    active = getattr(model, "active_adapters", ())
-    active = active() if callable(active) else active
+    active = active_names(model)
     return {
         str(name): {
             "type": str(getattr(each.peft_type, "value", each.peft_type)),
