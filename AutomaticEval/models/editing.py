@@ -29,7 +29,7 @@ from AutomaticEval.models.checkpoint.load_options import LoadKeywords
 from AutomaticEval.models.edit import Edit
 from AutomaticEval.models.edited_models import noted
 from AutomaticEval.models.edited_positions import Sequences
-from AutomaticEval.models.find_layout import find_layout
+from AutomaticEval.models.find_layout import find_layout, refuse_virtual
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.loading import load_model, refuse_unknown
@@ -59,6 +59,7 @@ def _editing(model: Any, edits: Edit | Iterable[Edit], load: LoadKeywords) -> It
     """`editing`, once its options are known to be there."""
     edited = load_model(model, **load) if isinstance(model, str | Path) or load else model
     whole = edited if isinstance(edited, nn.Module) else _instance(edited)
+    refuse_virtual(whole, "editing")
     find_layout(whole)  # refuses a model whose wrapper cannot be captured
     whole = inner(whole)
     layout = find_layout(whole)

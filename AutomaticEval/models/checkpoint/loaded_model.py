@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from AutomaticEval import __version__
+from AutomaticEval.models.architecture.inner_model import virtual_tokens
 from AutomaticEval.models.edited_models import names_of, values_of
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.layout import Layout
@@ -42,10 +43,12 @@ class LoadedModel:
 
     @property
     def context(self) -> int | None:
-        """The most tokens that the model can be fed, or None when its config does not say."""
+        """The most tokens that the model can be fed, or None when its config does not say. Those of a soft prompt take a part of its context."""
         config = self.model.config.get_text_config()
         lengths = (getattr(config, name, None) for name in _CONTEXT_NAMES)
-        return next((int(length) for length in lengths if length), None)
+        virtual = virtual_tokens(self.model)
+        n_virtual = 0 if virtual is None else virtual.n
+        return next((int(length) - n_virtual for length in lengths if length), None)
 
     @property
     def shape(self) -> dict[str, int]:
