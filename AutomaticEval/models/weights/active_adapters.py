@@ -99,6 +99,8 @@ def _without(model: Any) -> Iterator[None]:
     """Inside the with, all adapters are switched off."""
     if hasattr(model, "disable_adapter"):
         with model.disable_adapter():
+            if is_passed_by(model):  # peft calls the forward of the base, and none of the hooks on it
+                model.forward = model.get_base_model().__call__
             yield
         return
     model.disable_adapters()
