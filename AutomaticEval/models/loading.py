@@ -24,6 +24,7 @@ from AutomaticEval.models.checkpoint.loaded_model import LoadedModel as LoadedMo
 from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER as DEMO_FOLDER
 from AutomaticEval.models.checkpoint.model_sources import ModelSources, folder_states, sources_of
 from AutomaticEval.models.checkpoint.model_weights import config_of, load_weights
+from AutomaticEval.models.checkpoint.quantised import settle_weights
 from AutomaticEval.models.checkpoint.tokenizers import own_tokenizer, tokenizer_named
 from AutomaticEval.models.edited_models import active_edits
 from AutomaticEval.models.find_layout import refuse_untrue
@@ -166,6 +167,7 @@ def _from_instance(model: Any, tokenizer: Any) -> LoadedModel:
         )
     if tokenizer is None:
         raise ModelError("a loaded model was passed without its tokenizer; pass tokenizer= too.")
+    settle_weights(model)
     return LoadedModel(model, tokenizer, public_name(getattr(model, "name_or_path", "")) or type(model).__name__)
 
 

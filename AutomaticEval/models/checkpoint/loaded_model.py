@@ -101,7 +101,7 @@ def quantization_of(model: Any) -> str | None:
         return "8bit"
     if getattr(model, "is_loaded_in_4bit", False):
         return "4bit"
-    return str(method)
+    return str(getattr(method, "value", method))
 
 
 def computed_dtype(model: Any) -> torch.dtype:

@@ -38,6 +38,9 @@ NOT_OF_THE_MODEL = frozenset(
 )
 """Entries of configs that decide no number, or that settings hold under a name of their own."""
 
+QUANTISERS = ("bitsandbytes", "torchao", "compressed-tensors")
+"""The packages that compute with quantised weights, and whose names are those of the methods."""
+
 
 def provenance(model: Any, tokenizer: Any) -> dict[str, Any]:
     """What must be equal so that equal weights give equal numbers."""
@@ -70,7 +73,8 @@ def adapters_of(model: Any) -> dict[str, Any]:
 def library_versions(model: Any) -> dict[str, str]:
     """Versions of the libraries, other than torch and transformers, that take part in a model's computation."""
     method = getattr(model, "quantization_method", None)
-    used = {"bitsandbytes": "bitsandbytes" in str(method).lower(), "peft": bool(adapters_of(model))}
+    method = str(getattr(method, "value", method))
+    used = {name: name in method for name in QUANTISERS} | {"peft": bool(adapters_of(model))}
     return {name: version(name) for name, is_used in used.items() if is_used}
 
 
