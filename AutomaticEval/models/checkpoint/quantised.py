@@ -11,6 +11,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from AutomaticEval.errors import ModelError, ModelUnavailable, first_line
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.weights.fingerprint import PACKED_ROWS
 
 PACKAGES: Mapping[str, tuple[str, ...]] = {
     "aqlm": ("aqlm",),
@@ -86,9 +87,18 @@ def loaded_or_explained(name: str, method: str, load: Callable[[], Any]) -> Any:
 
 
 def settle_weights(model: Any) -> None:
-    """Unpack weights that would be unpacked at the first forward (compressed-tensors), so that the model is the same before and after it."""
+    """Make a quantised model one that any forward leaves as it is.
+
+    compressed-tensors would unpack the weights at the first forward. bitsandbytes would repack those of 4 bits for a CPU with AVX512-BF16, and
+    fail (0.50) over a matrix whose rows do not come in 32s, or are no whole blocks: such a matrix is unpacked in each forward, as on other CPUs.
+    """
     if hasattr(model, "ct_decompress_hook"):
         model.hf_quantizer.compressor.decompress_model(model)
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        is_repacked = state is not None and getattr(module, "support_avx512bf16_for_cpu", False)
+        if is_repacked and (state.shape[0] % PACKED_ROWS or state.shape[1] % state.blocksize):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _is_installed(package: str) -> bool:
