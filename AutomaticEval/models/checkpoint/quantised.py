@@ -95,7 +95,7 @@ def settle_weights(model: Any) -> None:
     if hasattr(model, "ct_decompress_hook"):
         model.hf_quantizer.compressor.decompress_model(model)
     for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        state: Any = getattr(getattr(module, "weight", None), "quant_state", None)
         is_repacked = state is not None and getattr(module, "support_avx512bf16_for_cpu", False)
         if is_repacked and (state.shape[0] % PACKED_ROWS or state.shape[1] % state.blocksize):
             module.support_avx512bf16_for_cpu = False

@@ -278,7 +278,9 @@ def _adapter_lines(model: nn.Module) -> list[str]:
 
 def _scheme_lines(model: nn.Module) -> list[str]:
     """How modules of compressed-tensors quantise what they are given, besides their weights."""
-    schemes = {path: getattr(module, "quantization_scheme", None) for path, module in model.named_modules()}
+    schemes: dict[str, Any] = {
+        path: getattr(module, "quantization_scheme", None) for path, module in model.named_modules()
+    }
     return [f"{path}: {each.model_dump_json()}" for path, each in schemes.items() if hasattr(each, "model_dump_json")]
 
 
