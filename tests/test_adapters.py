@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -376,6 +377,13 @@ def test_an_adapter_of_a_folder_with_several_is_named(saved: Any) -> None:
         with using_adapter(several(), name) as expected, torch.no_grad():
             torch.testing.assert_close(loaded.model(ids).logits, expected(ids).logits)
         assert loaded.loaded_with == {"peft": "adapters", "adapter": name}
+    for name in ("low", "high"):  # which then tell their base
+        file = saved / "adapters" / name / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(saved / "base")}))
+    alone = load_model(saved / "adapters", adapter="high", device="cpu")
+    with using_adapter(several(), "high") as expected, torch.no_grad():
+        torch.testing.assert_close(alone.model(ids).logits, expected(ids).logits)
+    assert alone.loaded_with == {"adapter": "high", "base": "base"}
     with pytest.raises(ModelUnavailable, match=r"several adapters; give adapter= high, low, or base"):
         load_model(saved / "base", **how)
     with pytest.raises(ModelUnavailable, match=r"no adapter 'hihg'; it has high, low"):

@@ -50,7 +50,9 @@ def sources_of(name: str, options: LoadOptions, *, ask_hub: bool = True) -> Mode
         return ModelSources(name, source, options.revision, adapter, delta, None, source)
     if options.peft or options.delta or options.subfolder:
         raise ModelError(f"{name} is an adapter for {alone.base}; name that, and give peft={name!r}.")
-    tokenizer = source if alone.has_tokenizer else alone.base
+    beside = str(Path(source, inside)) if inside else source
+    is_there = alone.has_tokenizer and (not inside or Path(beside).is_dir())
+    tokenizer = beside if is_there else alone.base
     return ModelSources(name, alone.base, alone.revision, source, None, alone, tokenizer)
 
 
