@@ -129,13 +129,15 @@ class Recording:
     def _begins_with(self, virtual: Virtual, given: Mapping[str, Any]) -> None:
         """A forward of a model with a soft prompt begins. Its embeddings may have been computed before, and the ids been fed by that."""
         embedded, cache = given.get("inputs_embeds"), cache_in(given)
-        if embedded is not None:
+        if embedded is not None and virtual.are_columns:
             self._given = None
-            self._n_before = embedded.shape[1] - self._columns.n
-        n_cached = int(cache.get_seq_length()) if cache is not None else 0
-        n_found = self._n_before if embedded is not None else n_cached
-        is_right = virtual.are_columns if embedded is not None else n_cached >= virtual.n
-        if not is_right or n_found < virtual.n or (embedded is not None and n_found != virtual.n):
+            n_found = self._n_before = embedded.shape[1] - self._columns.n
+        else:
+            n_cached = 0 if cache is None else int(cache.get_seq_length())
+            n_fed = self._columns.first + self._columns.n
+            is_first = virtual.are_cached and n_cached == virtual.n
+            n_found = n_cached if is_first else n_cached - n_fed
+        if n_found != virtual.n:
             raise CaptureError(
                 f"a forward has {n_found} columns of virtual tokens; {virtual.n} of {virtual.method} were expected, so that it is not known "
                 "which row is which token's."
