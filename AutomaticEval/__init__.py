@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from AutomaticEval.models.edit import Edit as Edit
     from AutomaticEval.models.editing import editing as editing
     from AutomaticEval.models.loading import load_model as load_model
+    from AutomaticEval.models.weights.active_adapters import using_adapter as using_adapter
     from AutomaticEval.pages.inline import run_report as run_report
     from AutomaticEval.pages.inline import show as show
     from AutomaticEval.store.reader import load_activations as load_activations
@@ -85,6 +86,7 @@ _HOMES = {
     "Edit": "models.edit",
     "editing": "models.editing",
     "load_model": "models.loading",
+    "using_adapter": "models.weights.active_adapters",
     "run_report": "pages.inline",
     "show": "pages.inline",
     "load_activations": "store.reader",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -13,9 +15,16 @@ from helpers.models import CONFIGS, build
 from helpers.raw_hooks import BLOCKS, n_hooks, raw_residuals
 from torch import Tensor
 
+from AutomaticEval import (
+    evaluate_with_activations,
+    generate_inference_with_activations,
+    load_model,
+    open_run,
+    using_adapter,
+)
 from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
-from AutomaticEval.errors import EditError, UnsupportedModel
+from AutomaticEval.errors import EditError, ModelError, ModelUnavailable, UnsupportedModel
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.attention import check_patterns
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -24,6 +33,7 @@ from AutomaticEval.models.edited_models import depends_on_position, layout_of, n
 from AutomaticEval.models.editing import editing
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.recording import Kept, capturing
+from AutomaticEval.models.weights.fingerprint import fingerprint
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site
 
@@ -232,15 +242,154 @@ def test_adapted_embeddings_and_heads(config: dict[str, Any], tokenizer: Any) ->
         assert torch.equal(generated(model, PROMPTS[1]), generated(plain, PROMPTS[1]))
 
 
-@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
-def test_models_tuned_by_virtual_tokens_are_refused_by_name(kind: str) -> None:
-    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    model = peft.get_peft_model(build(CONFIGS["llama"]()), config).eval()
-    with pytest.raises(UnsupportedModel, match=r"virtual tokens \([A-Z_]+\).*get_base_model"):
-        find_layout(model)
-    with pytest.raises(UnsupportedModel, match="virtual tokens"), editing(model, Edit.scale("layer_0", 2.0)):
+def several(how: str = "peft") -> Any:
+    """A tiny Llama with two random adapters of different ranks, "low" and "high". The first is active."""
+    kinds = {
+        "low": peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=2),
+        "high": peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj", "embed_tokens"], r=5, use_dora=False),
+    }
+    if how == "ia3":
+        kind = peft.IA3Config(
+            task_type="CAUSAL_LM", target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"]
+        )
+        kinds = {"low": kind, "high": deepcopy(kind)}
+    model = build(CONFIGS["llama"]())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if how == "transformers":
+            for name, config in kinds.items():
+                model.add_adapter(config, name)
+            model.set_adapter("low")
+        else:
+            model = peft.get_peft_model(model, kinds["low"], adapter_name="low")
+            model.add_adapter("high", kinds["high"])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            if "lora_" in path or "ia3" in path:
+                weight += 0.2 * torch.randn(weight.shape, generator=generator)
+    return model.eval()
+
+
+def state(model: Any) -> Any:
+    """All that switching may change, as the test sees it: plain attributes of modules, what is trained, and the fingerprint."""
+    plain = {
+        path: {
+            name: repr(value) for name, value in vars(module).items() if not name.startswith(("_forward", "_modules"))
+        }
+        for path, module in model.named_modules()
+        if type(module).__module__.startswith("peft")
+    }
+    return plain, [(name, each.requires_grad) for name, each in model.named_parameters()], fingerprint(model)
+
+
+@pytest.mark.parametrize("how", ["peft", "ia3", "transformers"])
+def test_an_adapter_is_chosen_by_its_name_and_given_back(how: str, tokenizer: Any) -> None:
+    """Rows by raw hooks on a model in which that adapter alone is active; the model that was given stays as it was."""
+    model, rows = several(how), {}
+    generated(model, PROMPTS[0])  # which leaves attributes of peft's on its modules
+    before = state(model)
+    ids = tokenizer("Who is it?")["input_ids"]
+    for name in ("low", "high", "base", None):
+        _, found = generate_inference_with_activations(
+            "Who is it?", model, tokenizer=tokenizer, max_new_tokens=2, apply_chat_template=False, adapter=name
+        )
+        assert state(model) == before
+        other = several(how)
+        if name == "base":
+            other = build(CONFIGS["llama"]())
+        elif name is not None:
+            other.set_adapter(name)
+        inside = inner(other)
+        expected = raw_residuals(inside, "llama", [*ids, *found["generated_ids"].tolist()][:-1])
+        for key, value in expected.items():
+            torch.testing.assert_close(found["activations"][key], value, atol=1e-5, rtol=1e-5)
+        adapters = found["settings"]["adapters"]
+        assert [each for each in adapters if adapters[each]["active"]] == ([] if name == "base" else [name or "low"])
+        rows[name] = found["activations"]["layer_2"][len(ids) - 1]
+    assert torch.equal(rows["low"], rows[None])
+    assert len({float(each[0]) for each in rows.values()}) == 3
+
+
+def test_a_model_is_given_back_after_an_error_and_names_are_told(tokenizer: Any) -> None:
+    model = several()
+    hashes = set()
+    before = state(model)
+    for name in ("low", "high", "base"):
+        loaded = LoadedModel(model, tokenizer, "several")
+        with suppress(ZeroDivisionError), using_adapter(loaded, name):
+            hashes.add(loaded.fingerprint())
+            1 / 0  # noqa: B018
+        assert state(model) == before
+    assert len(hashes) == 3
+    with pytest.raises(ModelError, match=r"no adapter 'hihg'; it has low, high, and base"):
+        evaluate_with_activations(model, "demo", tokenizer=tokenizer, adapter="hihg")
+    with (
+        pytest.raises(ModelError, match=r"no adapter 'low'; it has none"),
+        using_adapter(build(CONFIGS["llama"]()), "low"),
+    ):
         pass
-    assert not find_layout(model.get_base_model()).missing
+    with pytest.raises(ModelError, match="using_adapter"):
+        load_model(model, tokenizer=tokenizer, adapter="low")
+    model.merge_adapter()
+    merged_before = state(model)
+    for name in ("high", "base"):
+        with pytest.raises(ModelError, match=r"merged with low.*unmerge_adapter"), using_adapter(model, name):
+            pass
+    with using_adapter(model, "low"):
+        pass
+    assert state(model) == merged_before
+
+
+def test_scores_of_a_benchmark_are_those_of_the_adapter_that_is_named(tokenizer: Any, tmp_path: Any) -> None:
+    def responses(found: Any) -> list[Any]:
+        return [each["resps"] for own in found.samples.values() for each in own]
+
+    model, scores = several(), {}
+    how: Any = {"tokenizer": tokenizer, "num_trials": 2, "positions": "scored", "sites": "layer_2"}
+    for name in ("low", "high"):
+        outcome = evaluate_with_activations(
+            model, "demo_facts", activation_save_dir=tmp_path / name, adapter=name, **how
+        )
+        assert open_run(outcome.folder).settings["adapters"][name]["active"]
+        scores[name] = responses(outcome)
+    model.set_adapter("high")
+    again = evaluate_with_activations(model, "demo_facts", activation_save_dir=tmp_path / "again", **how)
+    assert scores["high"] != scores["low"]
+    assert responses(again) == scores["high"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Any:
+    """A base, and a folder with two adapters in subfolders, as peft saves them."""
+    folder = tmp_path_factory.mktemp("saved")
+    build(CONFIGS["llama"]()).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    several().save_pretrained(folder / "adapters")
+    return folder
+
+
+def test_an_adapter_of_a_folder_with_several_is_named(saved: Any) -> None:
+    ids = torch.tensor(PROMPTS[:1])
+    how: Any = {"peft": str(saved / "adapters"), "device": "cpu"}
+    for name in ("low", "high", "base"):
+        loaded = load_model(saved / "base", adapter=name, **how)
+        with using_adapter(several(), name) as expected, torch.no_grad():
+            torch.testing.assert_close(loaded.model(ids).logits, expected(ids).logits)
+        assert loaded.loaded_with == {"peft": "adapters", "adapter": name}
+    for name in ("low", "high"):  # which then tell their base
+        file = saved / "adapters" / name / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(saved / "base")}))
+    alone = load_model(saved / "adapters", adapter="high", device="cpu")
+    with using_adapter(several(), "high") as expected, torch.no_grad():
+        torch.testing.assert_close(alone.model(ids).logits, expected(ids).logits)
+    assert alone.loaded_with == {"adapter": "high", "base": "base"}
+    with pytest.raises(ModelUnavailable, match=r"several adapters; give adapter= high, low, or base"):
+        load_model(saved / "base", **how)
+    with pytest.raises(ModelUnavailable, match=r"no adapter 'hihg'; it has high, low"):
+        load_model(saved / "base", adapter="hihg", **how)
+    with pytest.raises(ModelError, match="model without adapters; give peft="):
+        load_model(saved / "base", adapter="low", device="cpu")
 
 
 def test_wrapper_that_does_not_call_the_models_hooks_is_refused() -> None:

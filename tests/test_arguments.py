@@ -371,6 +371,7 @@ LOADING: dict[str, Any] = {
     "load_in_4bit": True,
     "revision": "abc",
     "peft": "an/adapter",
+    "adapter": "base",
     "delta": "a/delta",
     "subfolder": "inside",
     "trust_remote_code": True,
@@ -503,7 +504,8 @@ def test_loading_uses_every_option(folders: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(loading, "_loaded", type(loading._loaded)())
         told.clear()
         value = {"peft": str(folders / "adapter"), "delta": str(folders / "delta")}.get(name, value)
-        options = LoadOptions(**{name: value}, **WITH.get(name, {}))
+        also = {"peft": str(folders / "adapter")} if name == "adapter" else WITH.get(name, {})
+        options = LoadOptions(**{name: value}, **also)
         if name in ("use_fast_tokenizer", "subfolder"):
             with pytest.raises(ModelError, match=r"use_fast_tokenizer|no model"):
                 load_model(folders / "base", options=options)
@@ -514,6 +516,7 @@ def test_loading_uses_every_option(folders: Path, monkeypatch: pytest.MonkeyPatc
             "load_in_8bit": name == "load_in_8bit" and told["quantization_config"].load_in_8bit,
             "load_in_4bit": name == "load_in_4bit" and told["quantization_config"].load_in_4bit,
             "peft": name == "peft" and "default" in loaded.model.peft_config,
+            "adapter": name == "adapter" and not hasattr(loaded.model, "peft_config"),
             "delta": name == "delta" and loaded.loaded_with == {"delta": "delta"},
             "use_fast_tokenizer": told.get("use_fast") is False,
             "model_description": name == "model_description" and description_of(loaded.model).given == ("attention",),

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from AutomaticEval.capture.padding_probes import batches_are_harmless, padding_changes
+from AutomaticEval.models.architecture.inner_model import virtual_tokens
 from AutomaticEval.models.edited_models import depends_on_batch
 
 LOOKS_AT_SCORES_ONLY = frozenset(
@@ -119,7 +120,8 @@ def rope_limit(model: Any) -> int | None:
         for rope in _ropes(getattr(config, "rope_parameters", None) or {})
         if rope.get("rope_type") in ("longrope", "dynamic")
     ]
-    return min(limits, default=None)
+    virtual = virtual_tokens(model)
+    return min((limit - (0 if virtual is None else virtual.n) for limit in limits), default=None)
 
 
 def is_fed_again(model: Any, span: Span) -> bool:

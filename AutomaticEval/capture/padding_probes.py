@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.models.architecture.forward_call import alone_with, few_ids, input_device
-from AutomaticEval.models.architecture.inner_model import virtual_tokens
+from AutomaticEval.models.architecture.inner_model import inner, virtual_tokens
 from AutomaticEval.models.described.remembered import embedding_of
 
 LOGIT_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -67,22 +67,29 @@ def batches_are_harmless(model: Any) -> bool:
     """Whether a prompt has the same numbers beside another one of the same length, found by generating. Tested types are known to have them."""
     if is_tested(model):
         return True
-    if model not in _batches_are_harmless:
+    known = _computing(model)
+    if known not in _batches_are_harmless:
         first, second = [5, 3, 7, 4], [2, 8, 6, 1]
         alone, beside = (_continued(model, rows)[0] for rows in ([first], [first, second]))
-        _batches_are_harmless[model] = is_close(model, beside, alone)
-    return _batches_are_harmless[model]
+        _batches_are_harmless[known] = is_close(model, beside, alone)
+    return _batches_are_harmless[known]
 
 
 def padding_changes(model: Any) -> bool:
     """Whether padding before a prompt changes its numbers, found by generating. With tested types it is known not to."""
     if is_tested(model):
         return False
-    if model not in _padding_changes:
+    known = _computing(model)
+    if known not in _padding_changes:
         short, long = [5, 3, 7, 4], [each % 8 + 1 for each in range(_several_chunks(model))]
         alone, beside = (_continued(model, rows)[0] for rows in ([short], [short, long]))
-        _padding_changes[model] = not is_close(model, beside, alone)
-    return _padding_changes[model]
+        _padding_changes[known] = not is_close(model, beside, alone)
+    return _padding_changes[known]
+
+
+def _computing(model: Any) -> Any:
+    """The module that what was found is known of: with a soft prompt it is that of the model around the inner one."""
+    return inner(model) if virtual_tokens(model) is None else model
 
 
 def _several_chunks(model: Any) -> int:

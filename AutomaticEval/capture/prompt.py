@@ -17,7 +17,7 @@ from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, Select
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.described.plain_module import refuse_plain
-from AutomaticEval.models.loading import load_model, n_layers_of
+from AutomaticEval.models.loading import adapter_chosen, load_model, n_layers_of
 from AutomaticEval.options import take_fields
 from AutomaticEval.samples import ActivationData, Sample
 from AutomaticEval.selection import Positions, Selection
@@ -129,8 +129,9 @@ def generate_inference_with_activations(
     checked = CheckedPrompt.parse(prompt, model, layers_to_capture, options)
     if file is not None:
         prepare_file(file, overwrite=bool(checked.overwrite), offer=overwriting(numbered(file, 2).name))
-    loaded = load_model(model, tokenizer=checked.tokenizer, options=checked.load)
-    response = ask(loaded, checked, capture=True, folder=None if file is None else file.parent)
+    with adapter_chosen(model, checked.load) as load:
+        loaded = load_model(model, tokenizer=checked.tokenizer, options=load)
+        response = ask(loaded, checked, capture=True, folder=None if file is None else file.parent)
     assert response.sample is not None
     if file is not None:
         how: dict[str, Any] = {"strict": checked.strict, "matrices": response.matrices}
@@ -174,8 +175,8 @@ def generate_inference(
     if save_path is not None:  # whoever names a file expects it to be written
         raise SelectionError("save_path was given, but nothing is captured; pass capture_activations=True.")
     checked = CheckedPrompt.parse(prompt, model, layers_to_capture, options)
-    loaded = load_model(model, tokenizer=checked.tokenizer, options=checked.load)
-    return ask(loaded, checked, capture=False).text
+    with adapter_chosen(model, checked.load) as load:
+        return ask(load_model(model, tokenizer=checked.tokenizer, options=load), checked, capture=False).text
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from AutomaticEval.evaluation.benchmark_options import WHY_NOT, Benchmark, Bench
 from AutomaticEval.evaluation.run import Outcome, run_benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
-from AutomaticEval.models.loading import load_model
+from AutomaticEval.models.loading import adapter_chosen, load_model
 from AutomaticEval.options import take_fields, take_options
 from AutomaticEval.processes import join_ranks, own_device
 from AutomaticEval.selection import Positions, Selection
@@ -79,9 +79,10 @@ def evaluate(model: Any, tasks: str | Sequence[str], **options: Unpack[ScoresKey
     tokenizer, output = given.pop("tokenizer", None), given.pop("output", None)
     load, benchmark = _load_of(model, given), Benchmark.parse(tasks, **given)
     loaded_tasks = load_tasks(benchmark)  # what is wrong with a task is told before a large model loads
-    loaded = load_model(model, tokenizer=tokenizer, options=load)
     folder = None if output is None else Path(output).expanduser()
-    return run_benchmark(loaded, benchmark, loaded_tasks=loaded_tasks, output_path=folder)
+    with adapter_chosen(model, load) as load:
+        loaded = load_model(model, tokenizer=tokenizer, options=load)
+        return run_benchmark(loaded, benchmark, loaded_tasks=loaded_tasks, output_path=folder)
 
 
 def evaluate_with_activations(
@@ -112,15 +113,15 @@ def evaluate_with_activations(
     benchmark = Benchmark.parse(tasks, **given)
     output.refuse_before_loading(makes_folder=join_ranks().is_first)
     loaded_tasks = load_tasks(benchmark)  # what is wrong with a task is told before a large model loads
-    loaded = load_model(model, tokenizer=tokenizer, options=load)
-    return run_benchmark(
-        loaded,
-        benchmark,
-        selection,
-        loaded_tasks=loaded_tasks,
-        output=output,
-        output_path=None if results is None else Path(results),
-    )
+    with adapter_chosen(model, load) as load:
+        return run_benchmark(
+            load_model(model, tokenizer=tokenizer, options=load),
+            benchmark,
+            selection,
+            loaded_tasks=loaded_tasks,
+            output=output,
+            output_path=None if results is None else Path(results),
+        )
 
 
 def _asked(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Unpack, overload
 from AutomaticEval.capture.prompt import AskOptions, CheckedPrompt, PromptResponse, ask, check_prompt
 from AutomaticEval.errors import PromptError
 from AutomaticEval.evaluation.parse_answer import LETTERS, extract_answer
-from AutomaticEval.models.loading import load_model
+from AutomaticEval.models.loading import adapter_chosen, load_model
 from AutomaticEval.samples import Sample
 from AutomaticEval.sites import LayersLike
 from AutomaticEval.store.disk.file_names import file_stem
@@ -78,8 +78,9 @@ def answer_benchmark_question_with_activations(
     request = CheckedPrompt.parse(write_question(question, choices, template), model, layers_to_capture, options)
     if folder is not None:
         prepare_folder(folder)
-    loaded = load_model(model, tokenizer=request.tokenizer, options=request.load)
-    asked = ask(loaded, request, capture=True, folder=folder)
+    with adapter_chosen(model, request.load) as load:
+        loaded = load_model(model, tokenizer=request.tokenizer, options=load)
+        asked = ask(loaded, request, capture=True, folder=folder)
     answer = extract_answer(asked.text, choices)
     asked = _with_question(asked, question, choices, answer)
     assert asked.sample is not None
@@ -143,8 +144,8 @@ def answer_benchmark_question(
         )
     choices = _texts(choices)
     request = CheckedPrompt.parse(write_question(question, choices, template), model, layers_to_capture, options)
-    loaded = load_model(model, tokenizer=request.tokenizer, options=request.load)
-    text = ask(loaded, request, capture=False).text
+    with adapter_chosen(model, request.load) as load:
+        text = ask(load_model(model, tokenizer=request.tokenizer, options=load), request, capture=False).text
     return text, extract_answer(text, choices)
 
 

@@ -15,6 +15,7 @@ from AutomaticEval.models.architecture.forward_call import alone_with, few_ids
 from AutomaticEval.models.architecture.identities import PROBE_LENGTH
 from AutomaticEval.models.architecture.inner_model import inner
 from AutomaticEval.models.described.plain_module import refuse_plain
+from AutomaticEval.models.find_layout import refuse_virtual
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.recording import Kept, capturing
@@ -85,6 +86,7 @@ def reading_patterns(model: Any, layout: Layout, layers: Iterable[int] | None = 
     Inside, the model attends eagerly, so that scores differ by rounding and memory grows with the square of the length. Afterwards it attends
     as before. Raises SiteUnavailable for a model that cannot attend eagerly, or that has no z in one of the layers.
     """
+    refuse_virtual(model, "'pattern'")
     layers = list(range(layout.n_layers) if layers is None else layers)
     deepest = Site("resid_post", max(layers))
     patterns = Patterns(layout.n_heads, replace(layout.pick([deepest])[deepest.key], columns=()))

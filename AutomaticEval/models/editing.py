@@ -31,7 +31,7 @@ from AutomaticEval.models.edit import DROP_EXPERTS, ONLY_EXPERTS, ROUTER, Edit
 from AutomaticEval.models.edited_models import noted
 from AutomaticEval.models.edited_positions import Sequences
 from AutomaticEval.models.experts.rerouting import rerouted
-from AutomaticEval.models.find_layout import find_layout
+from AutomaticEval.models.find_layout import find_layout, refuse_virtual
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.loading import load_model, refuse_unknown
@@ -61,6 +61,7 @@ def _editing(model: Any, edits: Edit | Iterable[Edit], load: LoadKeywords) -> It
     """`editing`, once its options are known to be there."""
     edited = load_model(model, **load) if isinstance(model, str | Path) or load else model
     whole = edited if isinstance(edited, nn.Module) else _instance(edited)
+    refuse_virtual(whole, "editing")
     find_layout(whole)  # refuses a model whose wrapper cannot be captured
     whole = inner(whole)
     layout = find_layout(whole)

@@ -47,16 +47,13 @@ _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 def find_layout(model: nn.Module) -> Layout:
     """The layout of a decoder, found by one forward over a few tokens, and remembered as long as the model lives.
 
-    Raises UnsupportedModel for encoder-decoders, for compiled models, for models in training mode or tuned by virtual tokens, and for models
-    whose blocks are not found.
+    A model with a soft prompt has the layout of its inner model. Raises UnsupportedModel for encoder-decoders, for compiled models, for models
+    in training mode or tuned by virtual tokens of an untested kind, and for models whose blocks are not found.
     """
     refuse_unready(model)
-    tuning = virtual_tokens(model)
-    if tuning is not None:
-        raise UnsupportedModel(
-            f"{type(model).__name__} is tuned by virtual tokens ({tuning}), which stand before what is fed, so that it is not known which row is "
-            "which token's. To capture it without them, pass model.get_base_model()."
-        )
+    virtual = virtual_tokens(model)
+    if virtual is not None and not (virtual.are_columns or virtual.are_cached):
+        refuse_virtual(model, "capturing")
     whole = inner(model)
     with alone_with(model):
         compiled = frozenset(name for name, module in whole.named_modules() if is_compiled(module))
@@ -66,7 +63,7 @@ def find_layout(model: nn.Module) -> Layout:
             if while_edited is not None:  # a forward now would show the edits
                 return _seen_from(model, while_edited)
             n_hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-            layout = _layout(Parts(model, description))
+            layout = _layout(Parts(model if virtual is None else whole, description))
             if layout.missing and n_hooks:  # a site may be missing because of these hooks, and be there without them
                 return _seen_from(model, layout)
             _known[whole] = _Known(description, compiled, layout, weakref.WeakKeyDictionary())
@@ -81,6 +78,16 @@ def _seen_from(model: nn.Module, layout: Layout) -> Layout:
     whole = inner(model)
     prefix = next(name for name, module in model.named_modules() if module is whole)
     return layout.under(prefix) if prefix else layout
+
+
+def refuse_virtual(model: nn.Module, what: str) -> None:
+    """Raises UnsupportedModel for a model tuned by virtual tokens. what: what cannot be done with it."""
+    virtual = virtual_tokens(model)
+    if virtual is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is tuned by virtual tokens ({virtual.method}), which stand before what is fed: {what} is not known to be "
+            "right there. To leave them out, pass model.get_base_model(), or adapter='base'."
+        )
 
 
 def refuse_unready(model: nn.Module) -> None:

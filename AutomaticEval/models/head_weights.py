@@ -22,13 +22,20 @@ def output_weight(projection: nn.Module) -> Tensor:
     """
     with torch.no_grad():
         weight: Any = projection.weight
-        if type(projection) in (nn.Linear, Conv1D) and not weight.is_meta:
+        if is_plain(projection):
             plain: Tensor = weight.float().T if type(projection) is nn.Linear else weight.float()
             return plain.detach()
         identity: Any = torch.eye(n_inputs(projection), dtype=_dtype(projection), device=_device(projection))
         bias = projection.forward(torch.zeros_like(identity[:1]))
         without_bias: Tensor = projection.forward(identity).float() - bias.float()
         return without_bias
+
+
+def is_plain(projection: nn.Module) -> bool:
+    """Whether the weight of a projection can be read as it is: it is neither adapted, quantised nor offloaded."""
+    weight: Any = projection.weight
+    is_tensor = type(weight) in (Tensor, nn.Parameter)  # torchao's are classes of their own
+    return type(projection) in (nn.Linear, Conv1D) and is_tensor and not weight.is_meta and weight.dtype.itemsize > 1
 
 
 def n_inputs(projection: nn.Module) -> int:
@@ -44,7 +51,7 @@ def n_inputs(projection: nn.Module) -> int:
 def _dtype(projection: nn.Module) -> torch.dtype:
     """The dtype of inputs of a projection. Quantised weights convert their input, and take float32."""
     weight: Any = projection.weight
-    return weight.dtype if weight.is_floating_point() else torch.float32
+    return weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else torch.float32
 
 
 def _device(projection: nn.Module) -> torch.device:
@@ -116,7 +123,7 @@ def _marks_of(projection: nn.Module) -> Tensor | None:
     None for adapted, quantised and offloaded projections, whose weights cannot be compared so.
     """
     weight: Any = projection.weight
-    if type(projection) not in (nn.Linear, Conv1D) or weight.is_meta:
+    if not is_plain(projection):
         return None
     with torch.no_grad():
         by_input = weight.T if type(projection) is nn.Linear else weight

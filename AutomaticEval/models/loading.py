@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -23,6 +25,7 @@ from AutomaticEval.models.checkpoint.loaded_model import LoadedModel as LoadedMo
 from AutomaticEval.models.checkpoint.model_sources import DEMO_FOLDER as DEMO_FOLDER
 from AutomaticEval.models.checkpoint.model_sources import ModelSources, folder_states, sources_of
 from AutomaticEval.models.checkpoint.model_weights import config_of, load_weights
+from AutomaticEval.models.checkpoint.quantised import settle_weights
 from AutomaticEval.models.checkpoint.tokenizers import own_tokenizer, tokenizer_named
 from AutomaticEval.models.checkpoint.unloaded_model import n_described_blocks
 from AutomaticEval.models.described.given_config import GivenConfig, text_config
@@ -30,6 +33,7 @@ from AutomaticEval.models.described.plain_module import callable_as_ours, is_pla
 from AutomaticEval.models.described.remembered import description_of, remember
 from AutomaticEval.models.edited_models import active_edits
 from AutomaticEval.models.find_layout import find_layout, refuse_untrue
+from AutomaticEval.models.weights.active_adapters import using_adapter
 from AutomaticEval.public_names import absolute, public_name
 from AutomaticEval.tested_versions import tell_newer
 
@@ -63,6 +67,10 @@ def load_model(
     options = _options_of(options, load)
     tell_newer()
     if not isinstance(model, str | Path):
+        if options.adapter:
+            raise ModelError(
+                "adapter= of a model that is loaded already: write `with using_adapter(model, name) as model:`."
+            )
         _refuse_ignored(options, [each.name for each in fields(options)], "a model")
         loaded = model if isinstance(model, LoadedModel) else _from_instance(model, tokenizer)
         refuse_untrue(loaded.model)
@@ -81,6 +89,19 @@ def load_model(
         _loaded_with(sources, options),
         _paths(sources.name, options),
     )
+
+
+@contextmanager
+def adapter_chosen(model: Any, options: LoadOptions) -> Iterator[LoadOptions]:
+    """Inside the with, the adapter that options name is active in a model that is loaded already. Gives the options that are left for `load_model`.
+
+    A model that is given by its name is loaded with that adapter. Raises ModelError, as `using_adapter`.
+    """
+    if isinstance(model, str | Path) or options.adapter is None:
+        yield options
+        return
+    with using_adapter(model, options.adapter):
+        yield replace(options, adapter=None)
 
 
 def refuse_unknown(load: LoadKeywords) -> None:
@@ -160,6 +181,7 @@ def _from_instance(model: Any, tokenizer: Any) -> LoadedModel:
         )
     if tokenizer is None:
         raise ModelError("a loaded model was passed without its tokenizer; pass tokenizer= too.")
+    settle_weights(model)
     name = public_name(getattr(model, "name_or_path", "")) or type(model).__name__
     return LoadedModel(callable_as_ours(model), tokenizer, name)
 
@@ -187,7 +209,7 @@ def _entry_of(sources: ModelSources, options: LoadOptions, tokenizer: Any) -> _E
 def _loaded_with(sources: ModelSources, options: LoadOptions) -> dict[str, Any]:
     """The options that decide which weights the model has, for files: names in place of paths."""
     named = {name: public_name(getattr(options, name)) for name in options.given(("peft", "delta"))}
-    inside = {name: getattr(options, name) for name in options.given(("subfolder",))}
+    inside = {name: getattr(options, name) for name in options.given(("adapter", "subfolder"))}
     base = {} if sources.alone is None else {"base": public_name(sources.base)}
     return {**named, **inside, **base}
 

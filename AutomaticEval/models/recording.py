@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError
 from AutomaticEval.models.architecture.forward_call import alone_with, cache_in, input_of, tensor_of
-from AutomaticEval.models.architecture.inner_model import inner
+from AutomaticEval.models.architecture.inner_model import Virtual, inner, virtual_tokens
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.models.transfer.kept_positions import Kept as Kept
@@ -35,7 +35,8 @@ class Enough(Exception):
 class _Columns:
     """The columns that the forwards so far have fed to the model, and those of the current forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, virtual: Virtual | None) -> None:
+        self._n_virtual = 0 if virtual is None else virtual.n
         self.first = 0
         """The first column of the current forward."""
         self.n = 0
@@ -59,7 +60,8 @@ class _Columns:
         if not self._ids or ids.shape[1] <= n_before or given is None:
             return False
         cache = cache_in(given)
-        is_empty = cache is None or (hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) == 0)
+        n_cached = None if cache is None or not hasattr(cache, "get_seq_length") else int(cache.get_seq_length())
+        is_empty = cache is None or n_cached in (0, self._n_virtual)
         return is_empty and torch.equal(ids[:, :n_before].cpu(), self.ids())
 
     def ids(self) -> Tensor:
@@ -81,7 +83,14 @@ class Recording:
     """
 
     def __init__(
-        self, taps: Mapping[str, Tap], keep: Keep, rows: KeptRows, n_rows: int, *, stops: bool = False
+        self,
+        taps: Mapping[str, Tap],
+        keep: Keep,
+        rows: KeptRows,
+        n_rows: int,
+        *,
+        stops: bool = False,
+        virtual: Virtual | None = None,
     ) -> None:
         self.taps = taps
         """Key -> where it is read."""
@@ -89,7 +98,10 @@ class Recording:
         self._n_forwards = self._n_replays = 0
         self._given: Mapping[str, Any] | None = None
         """The named arguments of the forward that begins."""
-        self._columns = _Columns()
+        self._virtual = virtual
+        self._n_before = 0
+        """The columns of virtual tokens that stand before those of the current forward. They are never kept."""
+        self._columns = _Columns(virtual)
         self._n_unread = 0
         """How many sites of the current forward are still to be read."""
         self._n_reads = dict.fromkeys(taps, 0)
@@ -109,8 +121,27 @@ class Recording:
         return self._n_forwards + self._n_replays
 
     def begins(self, given: Mapping[str, Any]) -> None:
-        """The model is called. given: its named arguments."""
-        self._given = given
+        """The model is called. given: its named arguments. Raises CaptureError when virtual tokens are not where they are known to be."""
+        self._given, self._n_before = given, 0
+        if self._virtual is not None and not self._is_ignoring:
+            self._begins_with(self._virtual, given)
+
+    def _begins_with(self, virtual: Virtual, given: Mapping[str, Any]) -> None:
+        """A forward of a model with a soft prompt begins. Its embeddings may have been computed before, and the ids been fed by that."""
+        embedded, cache = given.get("inputs_embeds"), cache_in(given)
+        if embedded is not None and virtual.are_columns:
+            self._given = None
+            n_found = self._n_before = embedded.shape[1] - self._columns.n
+        else:
+            n_cached = 0 if cache is None else int(cache.get_seq_length())
+            n_fed = self._columns.first + self._columns.n
+            is_first = virtual.are_cached and n_cached == virtual.n
+            n_found = n_cached if is_first else n_cached - n_fed
+        if n_found != virtual.n:
+            raise CaptureError(
+                f"a forward has {n_found} columns of virtual tokens; {virtual.n} of {virtual.method} were expected, so that it is not known "
+                "which row is which token's."
+            )
 
     def feed(self, ids: Tensor | None) -> None:
         """A forward feeds these token ids [batch, columns]: the columns after those before, or all of them again.
@@ -136,7 +167,9 @@ class Recording:
                 f"the embedding was given ids of shape {shape}; expected [{self._n_rows}, columns]. Beam search, "
                 "assisted decoding and several sequences a prompt cannot be captured."
             )
-        anew = self._columns.are_fed_again(ids, given)
+        # what embeds ids before the model is called computes the soft prompt again, and all that follows
+        is_embedded = self._virtual is not None and self._virtual.are_columns and given is None
+        anew = is_embedded or self._columns.are_fed_again(ids, given)
         self._columns.begin(ids, anew=anew)
         return anew
 
@@ -157,13 +190,24 @@ class Recording:
         if self._n_reads[key] != self._n_forwards:
             raise CaptureError(f"the hook of {key} fired {self._n_reads[key]} times in {self._n_forwards} forwards.")
         if value.dim() == 2:  # some blocks flatten batch and columns
-            value = value.view(-1, self._columns.n, value.shape[-1])
+            value = value.view(-1, self._n_before + self._columns.n, value.shape[-1])
+        if self._n_before:
+            value = self._of_tokens(key, value)
         self._kept_rows.learn(key, tap, value)
         self._kept_rows.see(key, tap, value)
         self._n_unread -= 1
         if self._stops and not self._n_unread:
             self._kept_rows.end(is_whole=False)
             raise Enough
+
+    def _of_tokens(self, key: str, value: Tensor) -> Tensor:
+        """A value without the columns of virtual tokens. value: [batch, columns, width]; of logits, the last columns may be there alone."""
+        n_all = self._n_before + self._columns.n
+        if value.shape[1] != n_all and not (key == "logits" and value.shape[1] < n_all):
+            raise CaptureError(
+                f"{key}: {value.shape[1]} columns; expected {self._columns.n} after {self._n_before} of virtual tokens."
+            )
+        return value[:, -self._columns.n :]
 
     def ends(self) -> None:
         """The model has computed its output."""
@@ -287,7 +331,8 @@ def capturing(
     does not fit into float16.
     """
     whole = inner(model)
-    recording = Recording(taps, keep, KeptRows(whole, n_rows, dtype, n_columns), n_rows, stops=stops)
+    virtual = virtual_tokens(model)
+    recording = Recording(taps, keep, KeptRows(whole, n_rows, dtype, n_columns), n_rows, stops=stops, virtual=virtual)
     with alone_with(model), Hooks() as hooks:
 
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -117,6 +117,8 @@ def _unembedding_rows(model: Any, tokens: Sequence[int], d_model: int) -> Tensor
     """
     head = model.get_output_embeddings()
     weight = head.weight
+    if hasattr(weight, "__tensor_flatten__"):  # of torchao
+        weight = weight.dequantize()
     if type(head) is nn.Linear and not weight.is_meta:
         plain: Tensor = weight.detach()[list(tokens)].float().cpu()
         return plain

@@ -16,6 +16,7 @@ from AutomaticEval.models.architecture.forward_call import takes_few_logits
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.edit import Edit
 from AutomaticEval.models.editing import editing
+from AutomaticEval.models.find_layout import refuse_virtual
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout
 from AutomaticEval.sites import Site
@@ -34,6 +35,7 @@ class LaterBlocks:
     def __init__(
         self, loaded: LoadedModel, sequences: Sequence[Sequence[int]], n_last: int, score: Callable[[Tensor], Tensor]
     ) -> None:
+        refuse_virtual(loaded.model, "running a part of it")
         if len(apart(loaded.model, [Span(len(each), len(each)) for each in sequences])) > 1:
             raise EditError(
                 f"prompts of up to and of more than {rope_limit(loaded.model)} tokens change one another in {type(loaded.model).__name__}; "

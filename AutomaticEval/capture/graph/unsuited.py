@@ -61,7 +61,7 @@ def _of_kind(model: Any) -> str | None:
         return "it is an encoder-decoder."
     tuned = virtual_tokens(model)
     if tuned is not None:
-        return f"its adapter ({tuned}) puts tokens of its own before every sequence."
+        return f"its adapter ({tuned.method}) puts tokens of its own before every sequence."
     if cache_name(model) is None:
         return "its forward takes no keys and values of earlier tokens."
     return None

@@ -17,6 +17,7 @@ from AutomaticEval.capture.recompute.plain_experts import OF_EXPERTS, expert_row
 from AutomaticEval.errors import CaptureError, SiteUnavailable
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.architecture.heads.latent import LatentHeads
+from AutomaticEval.models.architecture.inner_model import virtual_tokens
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.hook_handles import Hooks
@@ -63,7 +64,8 @@ def plain_forward(
     refuse_unready(model)
     layers = {key: layer for key in keys if (layer := pattern_layer(key)) is not None}
     taps = layout.pick(site_of(key) for key in keys if key not in layers and key != "logits")
-    reader = _Reader(len(ids), positions)
+    virtual = virtual_tokens(model)
+    reader = _Reader(len(ids), positions, virtual.n if virtual is not None and virtual.are_columns else 0)
     n_logits = max(n_last, len(ids) - min(positions, default=len(ids)) if "logits" in keys else 0)
     arguments: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=input_device(model))}
     takes = forward_takes(model)
@@ -96,7 +98,9 @@ def plain_forward(
 class _Reader:
     """Keeps the rows of some positions of the values of modules."""
 
-    def __init__(self, n_ids: int, positions: Sequence[int]) -> None:
+    def __init__(self, n_ids: int, positions: Sequence[int], n_virtual: int) -> None:
+        self._n_virtual = n_virtual
+        """The columns of virtual tokens, which stand before those of the ids."""
         self._n_ids, self._positions = n_ids, list(positions)
         self._values: dict[str, list[list[Tensor]]] = {}
 
@@ -129,6 +133,8 @@ class _Reader:
             value = value[tap.stream]
         n_axes = 2 if tap.heads_apart else 1  # of one token
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == self._n_virtual + self._n_ids:
+            value = value[:, self._n_virtual :]
         if not isinstance(value, Tensor) or value.shape[:-n_axes].numel() != self._n_ids:
             raise CaptureError(
                 f"{key}: one sequence of {self._n_ids} tokens gave {shape}; expected a row for each token."

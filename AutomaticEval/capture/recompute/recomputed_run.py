@@ -177,6 +177,7 @@ def _as_then(options: LoadOptions, made: RunSettings, paths: Mapping[str, str]) 
         load_in_4bit=bits == "4bit" if is_open else options.load_in_4bit,
         revision=options.revision or made.revision,
         peft=options.peft or made_of.get("peft"),
+        adapter=options.adapter or made_of.get("adapter"),
         delta=options.delta or made_of.get("delta"),
         subfolder=options.subfolder or made_of.get("subfolder"),
         model_description=options.model_description or made_of.get("model_description"),

@@ -13,6 +13,7 @@ from AutomaticEval.capture.padding_probes import counts_from_zero
 from AutomaticEval.capture.tree.walk import as_mask
 from AutomaticEval.errors import ModelError
 from AutomaticEval.models.architecture.forward_call import forward_takes, input_device, takes_few_logits
+from AutomaticEval.models.find_layout import refuse_virtual
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.recording import Enough, Kept, Recording, capturing
 
@@ -61,6 +62,8 @@ def inputs(model: Any, batch: Batch | PackedBatch) -> dict[str, Any]:
         given = {"input_ids": batch.ids.to(device), "position_ids": batch.positions.to(device)}
         return {**given, "attention_mask": mask, "use_cache": False}
     given = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.long().to(device)}
+    if not bool(batch.mask[:, 0].all()):
+        refuse_virtual(model, "a batch that is padded on the left")
     if "position_ids" in takes and not bool(batch.mask[:, 0].all()):
         if not counts_from_zero(model):
             raise ModelError(

@@ -17,7 +17,7 @@ from AutomaticEval.models.architecture.forward_call import alone_with, input_dev
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.edited_positions import BatchSequence, told
-from AutomaticEval.models.loading import load_model
+from AutomaticEval.models.loading import adapter_chosen, load_model
 from AutomaticEval.options import take_fields
 from AutomaticEval.samples import Part, Sample
 from AutomaticEval.selection import Positions, Selection
@@ -98,7 +98,15 @@ def score_continuations(
         )
     load = LoadOptions(**take_fields(dict(options), LoadOptions))
     pairs = [_pair(number, each) for number, each in enumerate(rows_of(requests))]
-    loaded = load_model(model, tokenizer=options.get("tokenizer"), options=load)
+    with adapter_chosen(model, load) as load:
+        loaded = load_model(model, tokenizer=options.get("tokenizer"), options=load)
+        return _scores_of(loaded, pairs, selection)
+
+
+def _scores_of(
+    loaded: LoadedModel, pairs: Sequence[tuple[Text, Text]], selection: Selection | None
+) -> list[ScoredContinuation]:
+    """The log-likelihoods of pairs of context and continuation, in their order."""
     length = loaded.context or FALLBACK_LENGTH
     cuts = [Cut.of(*_tokens(loaded.tokenizer, *pair), length) for pair in pairs]
     batches, batch_shape = _scored(loaded, cuts, ScoringOptions(selection))

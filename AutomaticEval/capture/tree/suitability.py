@@ -51,7 +51,7 @@ def why_not_masked(model: Any, longest: int) -> str | None:
         return "an encoder-decoder has no prefix to share."
     tuned = virtual_tokens(model)
     if tuned is not None:
-        return f"its adapter ({tuned}) puts tokens of its own before every sequence."
+        return f"its adapter ({tuned.method}) puts tokens of its own before every sequence."
     if getattr(model, "_is_stateful", False) or layers - ATTENTION_LAYERS:
         return "its state is not keys and values of each token."
     for name in ("position_ids", "attention_mask", "logits_to_keep"):

@@ -230,7 +230,8 @@ class CapturingHFLM(EncodingHFLM):
             parts.append(self._scored([rows[number] for number in group], inps[group, :width]))
         if len(groups) == 1:
             return parts[0]
-        out = parts[0].new_zeros((*inps.shape, parts[0].shape[-1]))
+        n_virtual = parts[0].shape[1] - max(lengths[row] for row in groups[0])  # a soft prompt stands before each row
+        out = parts[0].new_zeros((len(inps), n_virtual + inps.shape[1], parts[0].shape[-1]))
         for group, logits in zip(groups, parts, strict=True):
             out[group, : logits.shape[1]] = logits
         return out

@@ -6,9 +6,33 @@ A model with peft's adapters is a wrapper around a tuner around the model that t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
+
+BEFORE = ("PROMPT_TUNING", "P_TUNING")
+"""The methods of peft that put the embeddings of virtual tokens before those of what is fed."""
+IN_CACHE = ("PREFIX_TUNING",)
+"""Those that put keys and values of virtual tokens into the cache."""
+
+
+class Virtual(NamedTuple):
+    """The tokens that a soft prompt puts before what is fed. They have no ids."""
+
+    method: str
+    """Prompt tuning, prefix tuning, …, as peft calls it."""
+    n: int
+    """How many there are."""
+
+    @property
+    def are_columns(self) -> bool:
+        """Whether they are columns of the first forward, before those that are fed."""
+        return self.method in BEFORE
+
+    @property
+    def are_cached(self) -> bool:
+        """Whether they are keys and values alone, which no forward computes."""
+        return self.method in IN_CACHE
 
 
 def inner(model: Any) -> Any:
@@ -19,11 +43,24 @@ def inner(model: Any) -> Any:
     return owner if is_within else base
 
 
-def virtual_tokens(model: Any) -> str | None:
-    """The name of the method when a model is tuned by tokens that are not fed (prompt tuning, prefix tuning, …); else None."""
-    active = getattr(model, "active_peft_config", None)
+def virtual_tokens(model: Any) -> Virtual | None:
+    """The virtual tokens of a model that is tuned by tokens that are not fed (prompt tuning, prefix tuning, …); else None.
+
+    None, too, inside `with model.disable_adapter()`, where these tokens are left out.
+    """
+    if is_passed_by(model):
+        return None
+    active: Any = getattr(model, "active_peft_config", None)
     kind = getattr(active, "peft_type", None)
-    return str(getattr(kind, "value", kind)) if getattr(active, "is_prompt_learning", False) else None
+    if not getattr(active, "is_prompt_learning", False):
+        return None
+    return Virtual(str(getattr(kind, "value", kind)), int(active.num_virtual_tokens))
+
+
+def is_passed_by(module: Any) -> bool:
+    """Whether a soft prompt is switched off: then peft calls the forward of the base in place of the module's own."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__self__", module) is not module and not hasattr(module, "_hf_hook")
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -38,6 +38,10 @@ class LoadOptions:
     load_in_4bit: Annotated[bool, Option("Quantise the weights to 4 bits: NF4 through bitsandbytes.")] = False
     revision: Annotated[str | None, Option("Branch, tag or commit on the hub.")] = None
     peft: Annotated[str | None, Option("Adapter of peft that the model is run with: its folder or hub name.")] = None
+    adapter: Annotated[
+        str | None,
+        Option("Which of several adapters is active: its name, or base for the model without them."),
+    ] = None
     delta: Annotated[str | None, Option("Weights that are added to the model's: their folder or hub name.")] = None
     subfolder: Annotated[str | None, Option("Where in the folder or on the hub the model's files are.")] = None
     trust_remote_code: Annotated[bool, Option("Run code that comes with the checkpoint.")] = False
@@ -72,7 +76,7 @@ class LoadOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         object.__setattr__(self, "device", str(self.device))
-        for name in ("peft", "delta", "subfolder", "offload_folder"):  # lm-eval writes "" for no subfolder
+        for name in ("peft", "adapter", "delta", "subfolder", "offload_folder"):  # lm-eval writes "" for no subfolder
             value = getattr(self, name)
             object.__setattr__(self, name, str(value) if value else None)
         if self.model_description is not None:
@@ -131,6 +135,7 @@ class LoadKeywords(TypedDict, total=False):
     load_in_4bit: bool
     revision: str | None
     peft: str | None
+    adapter: str | None
     delta: str | None
     subfolder: str | None
     trust_remote_code: bool

@@ -11,6 +11,7 @@ import transformers
 
 from AutomaticEval import __version__
 from AutomaticEval.models.architecture.description import description_text
+from AutomaticEval.models.architecture.inner_model import virtual_tokens
 from AutomaticEval.models.described.given_config import text_config
 from AutomaticEval.models.described.remembered import description_of
 from AutomaticEval.models.edited_models import names_of, values_of
@@ -45,10 +46,11 @@ class LoadedModel:
 
     @property
     def context(self) -> int | None:
-        """The most tokens that the model can be fed, or None when its config does not say."""
-        config = text_config(self.model)
+        """The most tokens that the model can be fed, or None when its config does not say. Those of a soft prompt take a part of its context."""
+        config, virtual = text_config(self.model), virtual_tokens(self.model)
         lengths = (getattr(config, name, None) for name in _CONTEXT_NAMES)
-        return next((int(length) for length in lengths if length and length > 0), None)  # XLNet says -1
+        n_virtual = 0 if virtual is None else virtual.n
+        return next((int(length) - n_virtual for length in lengths if length and length > 0), None)  # XLNet says -1
 
     @property
     def shape(self) -> dict[str, int]:
@@ -112,7 +114,7 @@ def quantization_of(model: Any) -> str | None:
         return "8bit"
     if getattr(model, "is_loaded_in_4bit", False):
         return "4bit"
-    return str(method)
+    return str(getattr(method, "value", method))
 
 
 def computed_dtype(model: Any) -> torch.dtype:

@@ -9,7 +9,7 @@ from AutomaticEval.errors import ModelError
 from AutomaticEval.file_states import file_states
 from AutomaticEval.models.checkpoint.hub_reach import go_offline_without_hub
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
-from AutomaticEval.models.weights.adapters import Alone, adapter_alone
+from AutomaticEval.models.weights.adapters import Alone, adapter_alone, subfolder_of
 from AutomaticEval.public_names import BUNDLED_MODELS
 
 DEMO_FOLDER = Path(__file__).parents[2] / "demo" / "model"
@@ -39,13 +39,20 @@ def sources_of(name: str, options: LoadOptions, *, ask_hub: bool = True) -> Mode
     """
     source, delta = source_of(name), options.delta and source_of(options.delta)
     is_looked_into = ask_hub or Path(source).is_dir()
-    alone = adapter_alone(source, options.revision, options.subfolder or "") if is_looked_into else None
+    inside = options.subfolder or subfolder_of(source, options.adapter)
+    alone = adapter_alone(source, options.revision, inside) if is_looked_into else None
     if alone is None:
+        if options.adapter and not options.peft and is_looked_into:
+            raise ModelError(
+                f"adapter={options.adapter!r}: {name!r} is a model without adapters; give peft=, the folder or hub name of these."
+            )
         adapter = options.peft and source_of(options.peft)
         return ModelSources(name, source, options.revision, adapter, delta, None, source)
     if options.peft or options.delta or options.subfolder:
         raise ModelError(f"{name} is an adapter for {alone.base}; name that, and give peft={name!r}.")
-    tokenizer = source if alone.has_tokenizer else alone.base
+    beside = str(Path(source, inside)) if inside else source
+    is_there = alone.has_tokenizer and (not inside or Path(beside).is_dir())
+    tokenizer = beside if is_there else alone.base
     return ModelSources(name, alone.base, alone.revision, source, None, alone, tokenizer)
 
 

@@ -18,6 +18,7 @@ from AutomaticEval.errors import DeviceUnavailable, ModelUnavailable, Unsupporte
 from AutomaticEval.models.checkpoint.hub_failures import read_or_explain
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.checkpoint.model_sources import ModelSources, base_arguments
+from AutomaticEval.models.checkpoint.quantised import loaded_or_explained, method_of, refuse_quantised, settle_weights
 from AutomaticEval.models.weights.adapters import add_delta, resize, with_adapter
 from AutomaticEval.public_names import public_name
 
@@ -32,17 +33,23 @@ def load_weights(sources: ModelSources, options: LoadOptions, tokenizer: Any) ->
     Raises ModelUnavailable, DeviceUnavailable; UnsupportedModel for an encoder-decoder; ModelError.
     """
     arguments = _placement(options)
-    if getattr(config_of(sources, options), "is_encoder_decoder", False):
+    config = config_of(sources, options)
+    method = method_of(config)
+    if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{sources.name} is an encoder-decoder; only decoders are asked and captured.")
     of_base = {**arguments, **base_arguments(sources, options)}
-    model = read_or_explain(sources.name, lambda: _complete(sources.name, sources.base, of_base))
+    if method is not None:
+        refuse_quantised(sources.name, method, options)
+        of_base.pop("quantization_config", None)  # the checkpoint's own
+    model = read_or_explain(sources.name, lambda: _complete(sources.name, sources.base, of_base, method))
+    settle_weights(model)
     if sources.delta is not None:
         _add_delta_of(sources.delta, model, options, arguments)
     if sources.adapter is not None:
         adapter = sources.adapter
         # lm-eval makes the embeddings fit the tokenizer; peft, which loads an adapter by its own name, only makes them larger
         resize(model, len(tokenizer), only_grow=sources.alone is not None)
-        model = read_or_explain(adapter, lambda: with_adapter(model, adapter, options.revision))
+        model = read_or_explain(adapter, lambda: with_adapter(model, adapter, options.revision, options.adapter))
     return model.eval()
 
 
@@ -92,10 +99,17 @@ def _add_delta_of(source: str, model: Any, options: LoadOptions, placement: dict
     add_delta(model, delta, str(options.delta))
 
 
-def _complete(name: str, source: str, arguments: dict[str, Any]) -> Any:
-    """The model of a checkpoint. Raises ModelUnavailable when weights are missing, which transformers would fill with random numbers."""
+def _complete(name: str, source: str, arguments: dict[str, Any], method: str | None = None) -> Any:
+    """The model of a checkpoint. method: how it is quantised.
+
+    Raises ModelUnavailable when weights are missing, which transformers would fill with random numbers.
+    """
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
+
     with _named_bar(f"Loading {public_name(name)}"):
-        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
+        model, report = load() if method is None else loaded_or_explained(name, method, load)
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
         raise ModelUnavailable(

@@ -11,8 +11,11 @@ import torch
 from transformers.utils import cached_file
 
 from AutomaticEval.errors import ModelError, ModelUnavailable, first_line, warn
+from AutomaticEval.models.weights.active_adapters import BASE
 
 CONFIG = "adapter_config.json"
+DEFAULT = "default"
+"""The name that peft gives to an adapter without another one."""
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
@@ -66,10 +69,26 @@ def _lacks_weights(folder: Path) -> bool:
     return not any(file.suffix in (".safetensors", ".bin") and "adapter" not in file.name for file in folder.iterdir())
 
 
-def with_adapter(model: Any, adapter: str, revision: str | None) -> Any:
+def subfolder_of(source: str, name: str | None) -> str:
+    """Where in a folder or on the hub an adapter of this name is. peft saves the one that is called default in the folder itself."""
+    if name in (None, DEFAULT, BASE):
+        return ""
+    folder = Path(source)
+    is_alone = folder.is_dir() and not (folder / CONFIG).is_file() and not (folder / name / CONFIG).is_file()
+    return "" if is_alone else name
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names of the adapters in a folder: default for that of the folder itself, and its subfolders with one."""
+    own = [DEFAULT] if (folder / CONFIG).is_file() else []
+    return own + sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+
+
+def with_adapter(model: Any, adapter: str, revision: str | None, name: str | None = None) -> Any:
     """The model with an adapter of peft.
 
-    Raises ModelError when peft is not installed or weights are offloaded, ModelUnavailable for an adapter that does not fit.
+    name: which one, when there are several: a subfolder, "default" for that of the folder itself, or "base" for the model as it is.
+    Raises ModelError when peft is not installed or weights are offloaded, ModelUnavailable for an adapter that is not there or does not fit.
     """
     try:
         from peft import PeftModel
@@ -77,6 +96,9 @@ def with_adapter(model: Any, adapter: str, revision: str | None) -> Any:
         raise ModelError(
             f"the adapter {adapter!r} needs peft, which is not installed: pip install 'AutomaticEval[peft]'."
         ) from None
+    _refuse_unnamed(adapter, name)
+    if name == BASE:
+        return model
     if any(weight.is_meta for weight in model.parameters()):  # peft (0.21) would leave the adapter's weights out
         raise ModelError(
             f"peft: {adapter!r} cannot be put on weights that are offloaded; choose a device for the whole model, or merge the "
@@ -84,16 +106,29 @@ def with_adapter(model: Any, adapter: str, revision: str | None) -> Any:
         )
     if len(set(getattr(model, "hf_device_map", {}).values())) == 1:
         del model.hf_device_map  # with it, peft would move a model from the CPU to a GPU when there is one
+    where: dict[str, Any] = {"revision": revision, "adapter_name": name or DEFAULT}
+    if name not in (None, DEFAULT):
+        where["subfolder"] = name
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "error", message="Found missing adapter keys"
         )  # the missing weights would be random numbers
         try:
-            return PeftModel.from_pretrained(model, adapter, revision=revision)
+            return PeftModel.from_pretrained(model, adapter, **where)
         except (UserWarning, RuntimeError) as failure:
             raise ModelUnavailable(
                 f"the adapter {adapter!r} does not fit the model: {first_line(failure)[:300]}"
             ) from failure
+
+
+def _refuse_unnamed(source: str, name: str | None) -> None:
+    """Raises ModelUnavailable for an adapter that a folder does not have, and for a folder with several of which none was named."""
+    names = names_in(Path(source)) if Path(source).is_dir() else []
+    if names and (name or DEFAULT) not in (*names, BASE):
+        which = "holds several adapters; give adapter=" if name is None else f"has no adapter {name!r}; it has"
+        raise ModelUnavailable(
+            f"the folder {source!r} {which} {', '.join(names)}{', or base for none of them' * (name is None)}."
+        )
 
 
 def resize(model: Any, n_tokens: int, *, only_grow: bool) -> None:

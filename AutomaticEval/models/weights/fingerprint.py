@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import ModelError
+from AutomaticEval.models.architecture.inner_model import is_passed_by
 
 BLOCK_WORDS = 2**15
 """Words of 8 bytes that are added up to one pair of sums. Torch does not divide so few among threads, which would have to wait for each other."""
@@ -37,7 +38,7 @@ def fingerprint(model: nn.Module) -> str:
     seen: dict[Any, str] = {}
     # one tensor after another: all weights of an offloaded model together may not fit into memory
     lines = sorted(f"{name} {_hashed(tensor, seen)}" for name, tensor in _numbers(model))
-    lines += _adapter_lines(model)
+    lines += _adapter_lines(model) + _scheme_lines(model)
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
@@ -49,6 +50,9 @@ def sampled_fingerprint(model: nn.Module) -> str:
         state = getattr(weight, "quant_state", None)
         shape = tuple(weight.shape if state is None else state.shape)
         digest.update(f"{name} {shape} {weight.dtype}".encode())
+        inner = getattr(weight, "__tensor_flatten__", None)
+        if inner is not None:  # of torchao: the first of the tensors that it is made of
+            weight = getattr(weight, min(inner()[0]))
         if weight.device.type != "meta":  # offloaded to the disk
             numbers = (
                 weight.detach().flatten()[:SAMPLED_NUMBERS] if state is None else _counted_codes(weight, shape[-1])
@@ -71,10 +75,10 @@ def hash_of_tensor(tensor: Tensor) -> str:
     """
     inner = getattr(tensor, "__tensor_flatten__", None)
     if inner is not None:  # a tensor made of several, such as those of torchao
-        names = sorted(inner()[0])
-        return _digest(
-            f"{type(tensor).__name__} {tuple(tensor.shape)}", *(hash_of_tensor(getattr(tensor, n)) for n in names)
-        )
+        names, how = inner()  # how: what it holds besides tensors, such as that it quantises its inputs, too
+        about = f"{type(tensor).__name__} {tuple(tensor.shape)}"
+        told = "" if " at 0x" in repr(how) else _text(how)
+        return _digest(about, told, *(hash_of_tensor(getattr(tensor, name)) for name in sorted(names)))
     flat = tensor.detach().reshape(-1)
     if flat.device.type not in BLOCKS_AT_ONCE:
         flat = flat.cpu()
@@ -268,14 +272,16 @@ def _adapter_lines(model: nn.Module) -> list[str]:
         if type(module).__module__.split(".")[0] == "peft":
             own = {name: each for name, each in vars(module).items() if name not in _OF_ANY_MODULE and _is_plain(each)}
             lines += [f"{path}:{name} = {_text(each)}" for name, each in sorted(own.items())]
-            lines += [f"{path}: its base runs alone"] * _is_passed_by(module)
+            lines += [f"{path}: its base runs alone"] * is_passed_by(module)
     return lines
 
 
-def _is_passed_by(module: nn.Module) -> bool:
-    """Whether a soft prompt is switched off: then peft calls the forward of the base in place of the module's own."""
-    forward = vars(module).get("forward")
-    return getattr(forward, "__self__", module) is not module and not hasattr(module, "_hf_hook")
+def _scheme_lines(model: nn.Module) -> list[str]:
+    """How modules of compressed-tensors quantise what they are given, besides their weights."""
+    schemes: dict[str, Any] = {
+        path: getattr(module, "quantization_scheme", None) for path, module in model.named_modules()
+    }
+    return [f"{path}: {each.model_dump_json()}" for path, each in schemes.items() if hasattr(each, "model_dump_json")]
 
 
 _OF_ANY_MODULE = {*vars(nn.Module()), "training", "_is_hf_initialized"}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from AutomaticEval.models.architecture.forward_call import input_device
+from AutomaticEval.models.weights.active_adapters import active_names
 from AutomaticEval.public_names import public_name
 
 NOT_OF_THE_MODEL = frozenset(
@@ -37,6 +38,9 @@ NOT_OF_THE_MODEL = frozenset(
 )
 """Entries of configs that decide no number, or that settings hold under a name of their own."""
 
+QUANTISERS = ("bitsandbytes", "torchao", "compressed-tensors")
+"""The packages that compute with quantised weights, and whose names are those of the methods."""
+
 
 def provenance(model: Any, tokenizer: Any) -> dict[str, Any]:
     """What must be equal so that equal weights give equal numbers."""
@@ -55,8 +59,7 @@ def adapters_of(model: Any) -> dict[str, Any]:
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping):
         return {}
-    active = getattr(model, "active_adapters", ())
-    active = active() if callable(active) else active
+    active = active_names(model)
     return {
         str(name): {
             "type": str(getattr(each.peft_type, "value", each.peft_type)),
@@ -70,7 +73,8 @@ def adapters_of(model: Any) -> dict[str, Any]:
 def library_versions(model: Any) -> dict[str, str]:
     """Versions of the libraries, other than torch and transformers, that take part in a model's computation."""
     method = getattr(model, "quantization_method", None)
-    used = {"bitsandbytes": "bitsandbytes" in str(method).lower(), "peft": bool(adapters_of(model))}
+    method = str(getattr(method, "value", method))
+    used = {name: name in method for name in QUANTISERS} | {"peft": bool(adapters_of(model))}
     return {name: version(name) for name, is_used in used.items() if is_used}
 
 
