@@ -40,7 +40,7 @@ STOCK = Path(lm_eval.tasks.__file__).parent
 def stock_model(loaded: LoadedModel) -> HFLM:
     """lm-eval's own model of a loaded one, for its limits and its encoding."""
     with hushed():
-        return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
+        return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from AutomaticEval.errors import UnsupportedModel, first_line
 from AutomaticEval.models.architecture.forward_call import cache_in, few_ids, input_of, tensor_of
 from AutomaticEval.models.hook_handles import Hooks
 
@@ -52,7 +53,12 @@ class Probe:
             for name, module in modules.items():
                 hooks.before(module, before(name))
                 hooks.after(module, after(name))
-            out = model(input_ids=ids, use_cache=True)
+            try:
+                out = model(input_ids=ids, use_cache=True)
+            except (TypeError, ValueError) as failure:  # as of models that must see an image
+                raise UnsupportedModel(
+                    f"{type(model).__name__} cannot run over token ids alone, and so is neither asked nor captured: {first_line(failure)}"
+                ) from failure
         layers = getattr(cache_in(out), "layers", [])
         self.values = [getattr(layer, "values", None) for layer in layers]
         """The values in the cache, layer by layer: each [1, n_kv_heads, pos, d_head], or None."""
