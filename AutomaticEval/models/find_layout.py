@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
@@ -15,13 +16,16 @@ from torch import nn
 
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.branches import find_branches
-from AutomaticEval.models.architecture.forward_call import alone_with
+from AutomaticEval.models.architecture.division import n_processes
+from AutomaticEval.models.architecture.forward_call import alone_with, attends_both_ways, needed_besides_ids
 from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled, virtual_tokens
 from AutomaticEval.models.architecture.module_names import Parts
-from AutomaticEval.models.architecture.projections import find_projections
+from AutomaticEval.models.architecture.projections import Z, find_projections
 from AutomaticEval.models.edited_models import layout_of
 from AutomaticEval.models.layout import Layout, Tap
+from AutomaticEval.models.weights.fingerprint import hash_of_tensor
+from AutomaticEval.processes import join_ranks
 from AutomaticEval.sites import PER_LAYER, TABLE, Site
 
 
@@ -41,8 +45,8 @@ _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 def find_layout(model: nn.Module) -> Layout:
     """The layout of a decoder, found by one forward over a few tokens, and remembered as long as the model lives.
 
-    Raises UnsupportedModel for encoder-decoders, for compiled models, for models in training mode or tuned by virtual tokens, and for models
-    whose blocks are not found.
+    Raises UnsupportedModel for encoder-decoders and encoders, for compiled models, for models in training mode or tuned by virtual tokens, and
+    for models whose blocks are not found.
     """
     refuse_unready(model)
     tuning = virtual_tokens(model)
@@ -90,12 +94,24 @@ def refuse_unready(model: nn.Module) -> None:
 
 
 def refuse_untrue(model: nn.Module) -> None:
-    """Raises UnsupportedModel for models in training mode, where dropout changes every number, and for encoder-decoders."""
+    """Raises UnsupportedModel for models in training mode, where dropout changes every number, for encoder-decoders, and for models that
+    cannot be asked by text alone, or whose tokens attend to those behind them."""
     name = type(model).__name__
     if any(module.training for module in model.modules()):
         raise UnsupportedModel(f"{name} is in training mode: dropout changes every value. Call model.eval() first.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders are asked and captured.")
+    needed = needed_besides_ids(model)
+    if needed:
+        raise UnsupportedModel(
+            f"{name} needs {' and '.join(needed)} in every forward; only models that take text alone are asked and captured."
+        )
+    both_ways = attends_both_ways(model)
+    if both_ways is not None:
+        raise UnsupportedModel(
+            f"a token of {name} attends to the tokens behind it ({both_ways}), so that it sees the answer that it should predict, and its rows "
+            "change with every token; only decoders are asked and captured."
+        )
 
 
 def _layout(parts: Parts) -> Layout:
@@ -112,10 +128,28 @@ def _layout(parts: Parts) -> Layout:
     heads = max(own, key=own.count)
     cached = [value.shape[1] for value in parts.probe.values if value is not None and value.dim() == 4]
     n_kv_heads = max(cached, key=cached.count) if cached else heads.n
+    n_divided = n_processes(parts.model)
+    if n_divided > 1:  # the cache of a process holds a part of the heads
+        n_kv_heads = getattr(parts.config, "num_key_value_heads", None) or heads.n
     find_projections(parts, heads, n_kv_heads)
+    if n_divided > 1:
+        _refuse_parts(parts, n_divided)
     sizes = {"d_model": parts.d_model, "n_heads": heads.n, "n_kv_heads": n_kv_heads, "d_head": heads.d_head}
     widths = {site: _width(parts, site, tap, sizes) for site, tap in parts.taps.items()}
     return Layout(n_layers, **sizes, embedding=parts.embedding, taps=parts.taps, widths=widths, missing=parts.missing)
+
+
+def _refuse_parts(parts: Parts, n: int) -> None:
+    """Leave the sites out of which each of n processes has a part: those whose values differ among the processes, and all that are found in
+    attention and MLP."""
+    own = {site: hash_of_tensor(parts.value(replace(tap, then=None))) for site, tap in parts.taps.items()}
+    by_process = join_ranks().gathered(own)
+    reason = f"the model is divided among {n} processes (tensor parallel), and each has a part of it"
+    within = [Site(kind, layer) for kind in (*Z, *"qkv", "mlp_post") for layer, ran in enumerate(parts.ran) if ran]
+    differing = [site for site in own if any(each.get(site) != own[site] for each in by_process)]
+    for site in (*within, *differing):
+        parts.taps.pop(site, None)
+        parts.missing[site] = reason
 
 
 def _width(parts: Parts, site: Site, tap: Tap, sizes: Mapping[str, int]) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from AutomaticEval.capture.padding_probes import counts_from_zero
 from AutomaticEval.capture.tree.walk import as_mask
 from AutomaticEval.errors import ModelError
+from AutomaticEval.models.architecture.division import refuse_divided
 from AutomaticEval.models.architecture.forward_call import forward_takes, input_device, takes_few_logits
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.recording import Enough, Kept, Recording, capturing
@@ -88,6 +89,7 @@ def recorded(
 
     dtype: the dtype to which the kept rows are narrowed; None leaves them as they are.
     """
+    refuse_divided(model, "an analysis of texts")
     given = inputs(model, batch)
     if takes_few_logits(model) and "logits" not in taps:
         given["logits_to_keep"] = 1

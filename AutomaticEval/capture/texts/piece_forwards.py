@@ -21,6 +21,7 @@ from AutomaticEval.capture.texts.forward import padded, recorded
 from AutomaticEval.capture.tree.suitability import why_not_masked
 from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import CaptureError, PromptError, SelectionError, TreeUnsuitable
+from AutomaticEval.models.architecture.division import refuse_divided
 from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import refuse_unready
@@ -53,6 +54,7 @@ class PieceForwards:
 
     def __init__(self, loaded: LoadedModel, selection: Selection, feeding: Feeding) -> None:
         refuse_unready(loaded.model)
+        refuse_divided(loaded.model, "an extraction of texts")
         self._loaded, self._feeding, self._selection = loaded, feeding, selection
         self._layout, self._dtype = loaded.layout, dtype_of(selection)
         self._taps, self._reduced = taps_of(self._layout, selection), SampleReducer(selection)

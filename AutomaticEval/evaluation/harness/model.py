@@ -35,6 +35,7 @@ from AutomaticEval.evaluation.harness.shared_prefixes import SharedPrefixes
 from AutomaticEval.evaluation.harness.tokens import EncodingHFLM, rolling_windows, texts_of
 from AutomaticEval.evaluation.harness.tree_scores import TreeScorer
 from AutomaticEval.evaluation.screen import SCORING, one_call
+from AutomaticEval.models.architecture.division import refuse_divided
 from AutomaticEval.models.architecture.forward_call import cache_name
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.edited_positions import BatchSequence, given_mask, told
@@ -66,6 +67,7 @@ class CapturingHFLM(EncodingHFLM):
         **kwargs: Any,
     ) -> None:
         refuse_untrue(loaded.model)  # lm-eval would silently change its mode
+        refuse_divided(loaded.model, "a benchmark")
         check_scoring(scoring)
         check_generation(generation, scoring)
         super().__init__(loaded, has_stock_batches=scoring == "stock", **kwargs)

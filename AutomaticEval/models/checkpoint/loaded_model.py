@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from AutomaticEval import __version__
+from AutomaticEval.models.architecture.division import n_processes
 from AutomaticEval.models.edited_models import names_of, values_of
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.layout import Layout
@@ -72,7 +73,9 @@ class LoadedModel:
     def numbers(self) -> RunSettings:
         """The settings that decide the numbers which the model gives, for files."""
         model = self.model
-        some = {"edits": names_of(model), "loaded_with": dict(self.loaded_with), "adapters": adapters_of(model)}
+        n = n_processes(model)
+        loaded_with = {**self.loaded_with, **({"n_processes": n} if n > 1 else {})}
+        some = {"edits": names_of(model), "loaded_with": loaded_with, "adapters": adapters_of(model)}
         return RunSettings().changed(
             **{name: value for name, value in some.items() if value},
             dtype=str(model.dtype).removeprefix("torch."),

@@ -49,6 +49,8 @@ def sampled_fingerprint(model: nn.Module) -> str:
         state = getattr(weight, "quant_state", None)
         shape = tuple(weight.shape if state is None else state.shape)
         digest.update(f"{name} {shape} {weight.dtype}".encode())
+        if hasattr(weight, "full_tensor"):  # as in hash_of_tensor
+            weight = weight.full_tensor()
         if weight.device.type != "meta":  # offloaded to the disk
             numbers = (
                 weight.detach().flatten()[:SAMPLED_NUMBERS] if state is None else _counted_codes(weight, shape[-1])
@@ -69,6 +71,8 @@ def hash_of_tensor(tensor: Tensor) -> str:
     The bytes are read as words x of 64 bits, the last one filled up with zeros. For every `BLOCK_WORDS` words, the sums of k x and of
     l (x >> 32) modulo 2**64 are computed, with odd k and l that differ for each word of the block.
     """
+    if hasattr(tensor, "full_tensor"):  # of which each of several processes has a part; all processes must call this
+        tensor = tensor.full_tensor()
     inner = getattr(tensor, "__tensor_flatten__", None)
     if inner is not None:  # a tensor made of several, such as those of torchao
         names = sorted(inner()[0])
