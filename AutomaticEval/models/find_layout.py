@@ -17,7 +17,12 @@ from torch import nn
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.branches import find_branches
 from AutomaticEval.models.architecture.division import n_processes
-from AutomaticEval.models.architecture.forward_call import alone_with, attends_both_ways, needed_besides_ids
+from AutomaticEval.models.architecture.forward_call import (
+    alone_with,
+    attends_both_ways,
+    input_device,
+    needed_besides_ids,
+)
 from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled, virtual_tokens
 from AutomaticEval.models.architecture.module_names import Parts
@@ -94,8 +99,8 @@ def refuse_unready(model: nn.Module) -> None:
 
 
 def refuse_untrue(model: nn.Module) -> None:
-    """Raises UnsupportedModel for models in training mode, where dropout changes every number, for encoder-decoders, and for models that
-    cannot be asked by text alone, or whose tokens attend to those behind them."""
+    """Raises UnsupportedModel for models in training mode, where dropout changes every number, for encoder-decoders, for models that
+    cannot be asked by text alone, or whose tokens attend to those behind them, and for a kernel of attention that cannot run."""
     name = type(model).__name__
     if any(module.training for module in model.modules()):
         raise UnsupportedModel(f"{name} is in training mode: dropout changes every value. Call model.eval() first.")
@@ -105,6 +110,11 @@ def refuse_untrue(model: nn.Module) -> None:
     if needed:
         raise UnsupportedModel(
             f"{name} needs {' and '.join(needed)} in every forward; only models that take text alone are asked and captured."
+        )
+    kernel = getattr(inner(model).config.get_text_config(), "_attn_implementation", None)
+    if kernel == "flex_attention" and input_device(model).type == "cpu":
+        raise UnsupportedModel(
+            f"{name} attends with flex_attention, which torch cannot compile for batches on a CPU; load it with attn_implementation='sdpa'."
         )
     both_ways = attends_both_ways(model)
     if both_ways is not None:
