@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -256,8 +255,7 @@ def test_flash_attention_by_name(plain: Any, tokenizer: Any) -> None:
 DIVIDED = """
 import json, os, sys
 from AutomaticEval import generate_inference, generate_inference_with_activations, load_model, score_continuations
-from AutomaticEval import Edit, HFActivations, editing, evaluate
-from AutomaticEval.analysis.heads.strength import ActivationExtractor
+from AutomaticEval import Edit, editing
 from AutomaticEval.errors import AutomaticEvalError
 folder, out = sys.argv[1:]
 rank, said = os.environ["RANK"], {}
@@ -283,8 +281,6 @@ with editing(loaded, Edit.scale("layer_0", 0.5)) as model:
 refused("z", lambda: generate_inference_with_activations("Who", loaded, max_new_tokens=2, sites="z"))
 refused("mlp_post", lambda: generate_inference_with_activations("Who", loaded, max_new_tokens=2, sites="layer_1.mlp_post"))
 refused("q", lambda: generate_inference_with_activations("Who", loaded, max_new_tokens=2, sites="q"))
-refused("lm-eval", lambda: HFActivations(loaded, activation_save_dir=out + "/runs"))
-refused("benchmark", lambda: evaluate(loaded, "demo", limit=1))
 with open(f"{out}/{rank}.json", "w") as file:
     json.dump(said, file)
 """
@@ -325,8 +321,20 @@ def test_a_model_that_two_processes_divide(tmp_path: Path, tokenizer: Any) -> No
         assert first["edited"] == generate_inference("Who", model, **how)
     for site in ("z", "mlp_post", "q"):
         assert "divided among 2 processes (tensor parallel), and each has a part of it" in first[site]
-    for door in ("lm-eval", "benchmark"):
-        assert re.search(r"is divided among 2 processes \(tensor parallel\).*a benchmark is not done", first[door])
+
+
+def test_doors_that_a_divided_model_does_not_go_through(
+    plain: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("AutomaticEval.models.architecture.division.n_processes", lambda model: 2)
+    for name, says in [
+        ("benchmark", "a benchmark is not done"),
+        ("lm-eval", "a benchmark is not done"),
+        ("extract", "an extraction of texts is not done"),
+        ("heads", "an analysis of texts is not done"),
+    ]:
+        with pytest.raises(UnsupportedModel, match=rf"is divided among 2 processes \(tensor parallel\).*{says}"):
+            CAPTURING[name](plain, tokenizer, tmp_path)
 
 
 def test_dividing_needs_processes() -> None:
