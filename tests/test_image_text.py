@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from helpers.models import CONFIGS, build
 from helpers.tasks import loglikelihoods
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import save_file
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from AutomaticEval import HFActivations, generate_inference_with_activations, score_continuations
 from AutomaticEval.capture.prompt import encode
 from AutomaticEval.errors import ModelUnavailable, SiteUnavailable, UnsupportedModel
+from AutomaticEval.evaluation.harness.tokens import EncodingHFLM
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.checkpoint.random_weights import random_model
@@ -325,7 +327,9 @@ def test_chat_templates_that_want_parts_get_them(tokenizer: Any) -> None:
         "{% for m in messages %}{{ m.role }}:{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
         "{{ part.text }}{% endfor %} {% endfor %}"
     )
-    loaded = LoadedModel(None, own, "own")
+    loaded = LoadedModel(build(CONFIGS["llama"]()), own, "own")
     assert own.decode(encode(loaded, "Who?", "Be brief.")) == "system:Be brief. user:Who? "
+    lm = EncodingHFLM(loaded, has_stock_batches=False)
+    assert lm.apply_chat_template([{"role": "user", "content": "Who?"}]) == "user:Who? "
     own.chat_template = "{% for m in messages %}{{ m.content.upper() }}{% endfor %}"
     assert own.decode(encode(loaded, "Who?", None)) == "WHO?"  # it takes no parts

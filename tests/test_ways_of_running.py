@@ -337,6 +337,13 @@ def test_doors_that_a_divided_model_does_not_go_through(
             CAPTURING[name](plain, tokenizer, tmp_path)
 
 
+def test_heads_that_processes_do_not_divide_evenly(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(CONFIGS["llama"]())
+    monkeypatch.setattr("AutomaticEval.models.architecture.division.n_processes", lambda model: 4)
+    with pytest.raises(UnsupportedModel, match="num_key_value_heads=2, which 4 processes do not divide evenly"):
+        load_model(model, tokenizer=tokenizer)
+
+
 def test_dividing_needs_processes() -> None:
     with pytest.raises(ModelError, match=r"this process is alone; start several, as with torchrun --nproc_per_node 2"):
         load_model("demo", tp_plan="auto")

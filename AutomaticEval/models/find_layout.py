@@ -16,7 +16,7 @@ from torch import nn
 
 from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.branches import find_branches
-from AutomaticEval.models.architecture.division import n_processes
+from AutomaticEval.models.architecture.division import n_processes, refuse_uneven
 from AutomaticEval.models.architecture.forward_call import (
     alone_with,
     attends_both_ways,
@@ -116,6 +116,7 @@ def refuse_untrue(model: nn.Module) -> None:
         raise UnsupportedModel(
             f"{name} attends with flex_attention, which torch cannot compile for batches on a CPU; load it with attn_implementation='sdpa'."
         )
+    refuse_uneven(model)
     both_ways = attends_both_ways(model)
     if both_ways is not None:
         raise UnsupportedModel(

@@ -38,6 +38,20 @@ def check_alike(model: Any, mine: Any, what: str) -> None:
         )
 
 
+def refuse_uneven(model: Any) -> None:
+    """Raises UnsupportedModel for a model whose heads its processes do not divide evenly, so that no forward runs."""
+    n = n_processes(model)
+    if n == 1:
+        return
+    config = inner(model).config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        n_heads = getattr(config, name, None)
+        if isinstance(n_heads, int) and n_heads % n:
+            raise UnsupportedModel(
+                f"{type(model).__name__} has {name}={n_heads}, which {n} processes do not divide evenly; start as many as divide it."
+            )
+
+
 def refuse_divided(model: Any, what: str) -> None:
     """Raises UnsupportedModel for a model that is divided among processes. what: is not done with such a model."""
     n = n_processes(model)

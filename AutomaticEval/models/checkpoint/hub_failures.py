@@ -31,6 +31,8 @@ def _explained(name: str, failure: BaseException) -> str:
         return f"{name!r} comes with code of its own, which runs only when it is trusted: pass trust_remote_code=True."
     if "ImportError" in kinds:
         return f"the model {name!r} needs a library that is not here: {_on_one_line(failure)}"
+    if "tp_plan" in text:
+        return f"the model {name!r} cannot be divided among processes: {first_line(failure)}"
     if "attn_implementation" in text:
         return f"the model {name!r} cannot be loaded with this kernel of attention: {first_line(failure)}"
     if Path(name).is_dir():
