@@ -76,6 +76,13 @@ def join_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), group)
 
 
+def end_group_at_exit() -> None:
+    """Have the group of all processes, which another library is about to start, ended before the interpreter ends."""
+    import torch.distributed.nn  # noqa: F401  imported later, its defaults would hold the group for ever
+
+    atexit.register(_leave)
+
+
 def _leave() -> None:
     """End gloo's threads before the interpreter ends: they give tensors back to Python, and the process would end in SIGABRT."""
     if dist.is_initialized():

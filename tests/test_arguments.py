@@ -349,6 +349,8 @@ def test_options_that_exclude_each_other_or_need_another() -> None:
         ({"delta": "b", "load_in_8bit": True}, "8 or 4 bits"),
         ({"max_memory": {"cpu": "1GiB"}}, "max_memory need"),
         ({"offload_folder": "x"}, "offload_folder need"),
+        ({"tp_plan": "auto", "peft": "a"}, "tp_plan .* peft cannot be divided"),
+        ({"tp_plan": "colwise"}, "tp_plan is 'colwise'; write 'auto'"),
     ]:
         with pytest.raises(ModelError, match=says):
             LoadOptions(**given)
@@ -380,6 +382,8 @@ LOADING: dict[str, Any] = {
     "add_bos_token": True,
     "max_memory": {"cpu": "3GiB"},
     "offload_folder": "elsewhere",
+    "attn_implementation": "eager",
+    "tp_plan": "auto",
 }
 WITH = {"max_memory": {"device_map": "auto"}, "offload_folder": {"device_map": "auto"}}
 
@@ -405,6 +409,7 @@ DOORS: dict[str, Callable[..., Any]] = {
     "HFActivations": asking(HFActivations, "demo"),
     "editing": lambda **options: editing("demo", [], **options).__enter__(),
 }
+BENCHMARKS = ("evaluate", "evaluate_with_activations", "HFActivations")
 COMMANDS = {
     "generate": ["generate", "Hi"],
     "benchmark": ["--benchmark", "demo"],
@@ -463,6 +468,10 @@ def test_the_keywords_are_the_options() -> None:
 @pytest.mark.parametrize("door", DOORS)
 def test_every_door_hands_on_how_the_model_is_loaded(door: str, loads: list[LoadOptions]) -> None:
     for name, value in LOADING.items():
+        if name == "tp_plan" and door in BENCHMARKS:
+            with pytest.raises(AutomaticEvalError, match="tp_plan: the processes of a benchmark share its questions"):
+                DOORS[door](**{name: value})
+            continue
         with pytest.raises(Loading):
             DOORS[door](**{name: value}, **WITH.get(name, {}))
         assert getattr(loads.pop(), name) == value, name
@@ -506,8 +515,8 @@ def test_loading_uses_every_option(folders: Path, monkeypatch: pytest.MonkeyPatc
         value = {"peft": str(folders / "adapter"), "delta": str(folders / "delta")}.get(name, value)
         also = {"peft": str(folders / "adapter")} if name == "adapter" else WITH.get(name, {})
         options = LoadOptions(**{name: value}, **also)
-        if name in ("use_fast_tokenizer", "subfolder"):
-            with pytest.raises(ModelError, match=r"use_fast_tokenizer|no model"):
+        if name in ("use_fast_tokenizer", "subfolder", "tp_plan"):
+            with pytest.raises(ModelError, match=r"use_fast_tokenizer|no model|this process is alone"):
                 load_model(folders / "base", options=options)
         else:
             loaded = load_model(folders / "base", options=options)
@@ -520,6 +529,7 @@ def test_loading_uses_every_option(folders: Path, monkeypatch: pytest.MonkeyPatc
             "delta": name == "delta" and loaded.loaded_with == {"delta": "delta"},
             "use_fast_tokenizer": told.get("use_fast") is False,
             "model_description": name == "model_description" and description_of(loaded.model).given == ("attention",),
+            "tp_plan": not told.get("device_map"),  # no weights were asked for
         }
         assert seen[name] if name in seen else told.get(name) == value, name
 
@@ -551,7 +561,6 @@ THEIRS: dict[str, tuple[Any, Callable[[Any], Any] | str]] = {
     "prefix_token_id": (7, lambda lm: lm.prefix_token_id == 7),
     "max_memory_per_gpu": ("1GiB", "max_memory_per_gpu is for parallelize=True"),
     "max_cpu_memory": ("1GiB", "max_cpu_memory is for parallelize=True"),
-    "tp_plan": ("auto", "tp_plan: a model is not shared"),
     "autogptq": (True, "autogptq: transformers loads GPTQ"),
     "gptqmodel": (True, "gptqmodel: transformers loads GPTQ"),
     "gguf_file": ("x.gguf", "gguf_file: GGUF files are not loaded"),

@@ -24,6 +24,7 @@ from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.vocabulary import text_of
 from AutomaticEval.errors import SelectionError
+from AutomaticEval.models.architecture.cache_settings import refuse_cache_settings
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device, without_cache
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.described.plain_module import refuse_plain
@@ -102,6 +103,7 @@ def respond(
     equal prompts were asked before each, in other batches too; by default those of this batch are counted. Raises CaptureError when the model was fed other tokens than those that it answered; SelectionError.
     """
     responses: dict[int, Response] = {}
+    refuse_cache_settings(loaded.model, sampling.kwargs())
     refuse_logits_fed_again(loaded.model, selection, _spans(prompts, sampling))
     way = way_of(loaded.model, sampling.generation, sampling.kwargs())
     repeats = repeats_of(prompts) if repeats is None else repeats

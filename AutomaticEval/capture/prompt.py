@@ -6,6 +6,7 @@ import json
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack, overload
 
@@ -17,7 +18,9 @@ from AutomaticEval.errors import EmptyPrompt, PromptError, PromptTooLong, Select
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.described.plain_module import refuse_plain
+from AutomaticEval.models.divided.division import by_first, check_alike, ranks_of
 from AutomaticEval.models.loading import adapter_chosen, load_model, n_layers_of
+from AutomaticEval.models.tokens.chat import rendered
 from AutomaticEval.options import take_fields
 from AutomaticEval.samples import ActivationData, Sample
 from AutomaticEval.selection import Positions, Selection
@@ -134,13 +137,19 @@ def generate_inference_with_activations(
         response = ask(loaded, checked, capture=True, folder=None if file is None else file.parent)
     assert response.sample is not None
     if file is not None:
-        how: dict[str, Any] = {"strict": checked.strict, "matrices": response.matrices}
-        if checked.overwrite == VERSION:
-            file = write_named(file, response.sample, loaded.name, response.settings, **how)
-        else:
-            replaces = bool(checked.overwrite)
-            write_shard(file, [response.sample], loaded.name, response.settings, overwrite=replaces, **how)
+        file = by_first(loaded.model, partial(_written, file, response, checked))
     return response.text, response.activation_data(file)
+
+
+def _written(file: Path, response: PromptResponse, checked: CheckedPrompt) -> Path:
+    """Write the sample of a response. Returns the file, which is another one when versions stand beside each other."""
+    sample = response.sample
+    how: dict[str, Any] = {"strict": checked.strict, "matrices": response.matrices}
+    assert sample is not None
+    if checked.overwrite == VERSION:
+        return write_named(file, sample, response.model, response.settings, **how)
+    write_shard(file, [sample], response.model, response.settings, overwrite=bool(checked.overwrite), **how)
+    return file
 
 
 @overload
@@ -207,7 +216,7 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
     ids = encode(loaded, prompt.prompt, prompt.system_prompt, apply_chat_template=prompt.apply_chat_template)
     sampling = fit(prompt.sampling.settled(loaded.model.generation_config), loaded.context, len(ids))
     if sampling.temperature > 0 and sampling.seed is None:
-        sampling = replace(sampling, seed=secrets.randbits(31))
+        sampling = replace(sampling, seed=ranks_of(loaded.model).from_first(secrets.randbits(31)))
     if capture:
         refuse_uncomputed_logits(loaded.model, prompt.selection, len(ids), sampling.max_new_tokens)
     if capture and folder is not None:
@@ -221,6 +230,7 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in sampling.more.items())
         raise PromptError(f"transformers' generate refused one of {given}: {failure}") from failure
+    check_alike(loaded.model, response.generated_ids, "answers")
     made = loaded.numbers().changed(
         **(loaded.sizes() if capture else {}),
         **prompt.selection.as_dict(),
@@ -248,7 +258,9 @@ def encode(
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     messages = [*system, {"role": "user", "content": prompt}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = rendered(
+            messages, lambda each: tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True)
+        )
     except Exception as failure:  # a template is a program of its own and may raise anything
         raise PromptError(
             f"the chat template of {loaded.name} refused the messages ({failure}); put the system prompt into the "

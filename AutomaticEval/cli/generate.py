@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +11,7 @@ import typer
 
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.cli import options
-from AutomaticEval.cli.options import KEEP, OUTPUT, RUN, command, options_of, refuse_unused, takes
+from AutomaticEval.cli.options import KEEP, MODEL, OUTPUT, RUN, command, options_of, refuse_unused, takes
 from AutomaticEval.cli.printing import say
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.selection import Positions, Selection
@@ -42,12 +44,25 @@ Strict = Annotated[
     bool,
     typer.Option("--strict", help="Write no file with infinite numbers or NaN. Default: warn.", rich_help_panel=KEEP),
 ]
+TpPlan = Annotated[
+    str | None,
+    typer.Option(
+        "--tp_plan",
+        help="auto divides each layer among the processes that torchrun started.",
+        metavar="auto",
+        rich_help_panel=MODEL,
+    ),
+]
 Output = Annotated[
     Path | None,
     typer.Option(
         "--output", "-o", help="Capture, and write the activations to this HDF5 file.", rich_help_panel=OUTPUT
     ),
 ]
+
+
+def _say_nothing(text: object, *, err: bool = False) -> None:
+    """What the other processes of a divided model say: the first says it."""
 
 
 def _refuse_ignored(context: typer.Context, capture_activations: bool, output: Path | None, **others: object) -> None:
@@ -83,8 +98,11 @@ def generate(
     output: Output = None,
     activation_save_dir: options.SaveDir = Path("activations"),
     overwrite: options.Overwrite = None,
+    tp_plan: TpPlan = None,
 ) -> None:
     """Answer one prompt; with --output or --capture_activations, keep its activations."""
+    load = replace(load, tp_plan=tp_plan)
+    tell = say if tp_plan is None or os.environ.get("RANK", "0") == "0" else _say_nothing
     captures = capture_activations or output is not None
     if positions is not None:
         Positions.parse(positions)  # what is wrong with it is told before the libraries are imported
@@ -108,13 +126,13 @@ def generate(
         "strict": strict,
     }
     if not captures:
-        say(generate_inference(prompt, model, **asked))
+        tell(generate_inference(prompt, model, **asked))
         return
     layers = None if selection.layers is None else selection.layers_text()
     file = output or activation_save_dir / f"{file_stem('generation', prompt)}.h5"
     response, kept = generate_inference_with_activations(prompt, model, file, layers, **asked)
-    say(response)
+    tell(response)
     file = Path(kept["path"])
     held = f"the {selection.reduce} of its positions" if "reduced" in kept else f"{len(kept['token_ids'])} positions"
-    say(f"Activations: {file} ({size_text(file.stat().st_size)}, {held})", err=True)
-    say(f"Load them:   from AutomaticEval import load_activations; load_activations({str(file)!r})", err=True)
+    tell(f"Activations: {file} ({size_text(file.stat().st_size)}, {held})", err=True)
+    tell(f"Load them:   from AutomaticEval import load_activations; load_activations({str(file)!r})", err=True)

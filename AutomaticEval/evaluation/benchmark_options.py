@@ -18,8 +18,9 @@ WHY_NOT = {
     "cut short goes on with --resume.",
     "cache_requests": "lm-eval keeps requests under a key that leaves out the task's settings and the questions drawn, and so "
     "may ask the wrong ones; leave it out.",
+    "tp_plan": "the processes of a benchmark share its questions, and so cannot share a model; spread the model over the GPUs of each with device_map.",
 }
-"""Option of lm-eval -> why it is not served: it would break the link between a request and its forward."""
+"""Option -> why it is not served. Those of lm-eval's caches would break the link between a request and its forward."""
 
 
 @dataclass(frozen=True)

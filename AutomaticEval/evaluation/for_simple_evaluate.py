@@ -22,11 +22,13 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from AutomaticEval.errors import BenchmarkError, DeviceUnavailable, StoreError, unknown_option, warn
+from AutomaticEval.evaluation.benchmark_options import WHY_NOT
 from AutomaticEval.evaluation.harness.call import Call, Request, Workload
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.evaluation.results.captured_run import RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.divided.division import refuse_divided
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.options import take_fields
 from AutomaticEval.processes import join_ranks, own_device
@@ -40,7 +42,7 @@ UNSERVED = {
     "autogptq": "transformers loads GPTQ checkpoints by itself, as it finds them; leave it out.",
     "gptqmodel": "transformers loads GPTQ checkpoints by itself, as it finds them; leave it out.",
     "gguf_file": "GGUF files are not loaded; let transformers write the model into a folder (save_pretrained), and name that.",
-    "tp_plan": "a model is not shared by processes; spread it over the GPUs of one with parallelize=True.",
+    "tp_plan": WHY_NOT["tp_plan"],
 }
 """Option of lm-eval that would change the numbers -> why it is refused, and what to do."""
 
@@ -79,6 +81,7 @@ class HFActivations(CapturingHFLM):
         _refuse_unserved(options)
         load = _load_options(pretrained, tokenizer, options)
         loaded = load_model(pretrained, tokenizer=tokenizer, options=load)
+        refuse_divided(loaded.model, "a benchmark")
         ranks = join_ranks()
         given = {name: public_name(str(value)) for name, value in options.items()}
         settings = made_with(loaded, selection).changed(scoring=scoring, lm_eval=given)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
 from AutomaticEval.capture.prompt import AskOptions, CheckedPrompt, PromptResponse, ask, check_prompt
 from AutomaticEval.errors import PromptError
 from AutomaticEval.evaluation.parse_answer import LETTERS, extract_answer
+from AutomaticEval.models.divided.division import by_first
 from AutomaticEval.models.loading import adapter_chosen, load_model
 from AutomaticEval.samples import Sample
 from AutomaticEval.sites import LayersLike
@@ -88,7 +90,7 @@ def answer_benchmark_question_with_activations(
     if folder is not None:
         named = folder / f"{file_stem('benchmark_activations', question)}.h5"
         how: dict[str, Any] = {"matrices": asked.matrices, "strict": request.strict}
-        file = write_named(named, asked.sample, asked.model, asked.settings, **how)
+        file = by_first(loaded.model, partial(write_named, named, asked.sample, asked.model, asked.settings, **how))
     return asked.text, answer, asked.activation_data(file)
 
 

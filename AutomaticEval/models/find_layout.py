@@ -16,14 +16,23 @@ from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.architecture.branches import find_branches
 from AutomaticEval.models.architecture.description import Description
 from AutomaticEval.models.architecture.experts import find_experts
-from AutomaticEval.models.architecture.forward_call import alone_with
+from AutomaticEval.models.architecture.forward_call import (
+    alone_with,
+    attends_both_ways,
+    input_device,
+    needed_besides_ids,
+)
 from AutomaticEval.models.architecture.identities import is_sum
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled, virtual_tokens
 from AutomaticEval.models.architecture.module_names import Heads, Parts
 from AutomaticEval.models.architecture.projections import find_projections
 from AutomaticEval.models.architecture.stream import find_residual
 from AutomaticEval.models.described.checks import check_description, check_logits, given_kv_heads
+from AutomaticEval.models.described.given_config import text_config
+from AutomaticEval.models.described.plain_module import is_plain
 from AutomaticEval.models.described.remembered import description_of
+from AutomaticEval.models.divided.division import n_processes, refuse_uneven
+from AutomaticEval.models.divided.whole_sites import refuse_parts
 from AutomaticEval.models.edited_models import layout_of
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.sites import TABLE, Site
@@ -47,8 +56,8 @@ _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 def find_layout(model: nn.Module) -> Layout:
     """The layout of a decoder, found by one forward over a few tokens, and remembered as long as the model lives.
 
-    A model with a soft prompt has the layout of its inner model. Raises UnsupportedModel for encoder-decoders, for compiled models, for models
-    in training mode or tuned by virtual tokens of an untested kind, and for models whose blocks are not found.
+    A model with a soft prompt has the layout of its inner model. Raises UnsupportedModel for encoder-decoders and encoders, for compiled models,
+    for models in training mode or tuned by virtual tokens of an untested kind, and for models whose blocks are not found.
     """
     refuse_unready(model)
     virtual = virtual_tokens(model)
@@ -104,12 +113,36 @@ def refuse_unready(model: nn.Module) -> None:
 
 
 def refuse_untrue(model: nn.Module) -> None:
-    """Raises UnsupportedModel for models in training mode, where dropout changes every number, and for encoder-decoders."""
+    """Raises UnsupportedModel for models in training mode, where dropout changes every number, for encoder-decoders, for models that
+    cannot be asked by text alone, or whose tokens attend to those behind them, and for a kernel of attention that cannot run."""
     name = type(model).__name__
     if any(module.training for module in model.modules()):
         raise UnsupportedModel(f"{name} is in training mode: dropout changes every value. Call model.eval() first.")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders are asked and captured.")
+    if not is_plain(model):
+        _refuse_unaskable(model, name)
+
+
+def _refuse_unaskable(model: nn.Module, name: str) -> None:
+    """Raises UnsupportedModel for a model of transformers of which text alone, or this machine, cannot get a true answer."""
+    needed = needed_besides_ids(model)
+    if needed:
+        raise UnsupportedModel(
+            f"{name} needs {' and '.join(needed)} in every forward; only models that take text alone are asked and captured."
+        )
+    kernel = getattr(text_config(inner(model)), "_attn_implementation", None)
+    if kernel == "flex_attention" and input_device(model).type == "cpu":
+        raise UnsupportedModel(
+            f"{name} attends with flex_attention, which torch cannot compile for batches on a CPU; load it with attn_implementation='sdpa'."
+        )
+    refuse_uneven(model)
+    both_ways = attends_both_ways(model)
+    if both_ways is not None:
+        raise UnsupportedModel(
+            f"a token of {name} attends to the tokens behind it ({both_ways}), so that it sees the answer that it should predict, and its rows "
+            "change with every token; only decoders are asked and captured."
+        )
 
 
 def _layout(parts: Parts) -> Layout:
@@ -124,6 +157,7 @@ def _layout(parts: Parts) -> Layout:
     own = [parts.heads(layer) for layer, ran in enumerate(parts.ran) if ran]
     find_projections(parts, _most([each.n for each in own]))
     find_experts(parts)
+    refuse_parts(parts)
     check_description(parts, _most(own), given_kv_heads(parts) or _n_kv_heads(parts))
     sizes: dict[str, Any] = _sizes(parts, own)
     others = {site: n for site, n in parts.n_heads.items() if n != sizes[str(TABLE[site.kind].heads)]}
@@ -165,6 +199,8 @@ def _n_kv_heads(parts: Parts) -> int:
     """The heads of keys and values in most layers, as they were found or else as they are in the cache; 0 when neither is known."""
     found = [n for site, n in parts.n_heads.items() if site.kind == "v"]
     cached = [value.shape[1] for value in parts.probe.values if value is not None and value.dim() == 4]
+    if n_processes(parts.model) > 1:  # the cache of a process holds a part of the heads
+        return int(getattr(parts.config, "num_key_value_heads", None) or 0)
     return int(_most(found or cached or [0]))
 
 

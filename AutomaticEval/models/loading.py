@@ -82,6 +82,7 @@ def load_model(
         tokenizer = tokenizer_named(str(tokenizer), sources, options)
     entry = _entry_of(sources, options, tokenizer)
     _refuse_edited(entry.model, model)
+    refuse_untrue(entry.model)
     return LoadedModel(
         entry.model,
         entry.tokenizer if tokenizer is None else tokenizer,

@@ -17,6 +17,7 @@ from AutomaticEval.capture.tree.shared_prompt import ONE_PASS
 from AutomaticEval.capture.tree.suitability import ATTENTION_LAYERS, most_columns
 from AutomaticEval.models.architecture.forward_call import cache_name
 from AutomaticEval.models.architecture.inner_model import inner, is_compiled, virtual_tokens
+from AutomaticEval.models.divided.division import n_processes
 from AutomaticEval.models.edited_models import active_edits, depends_on_position
 from AutomaticEval.models.hook_handles import module_of
 
@@ -44,6 +45,8 @@ def _of_placing(model: Any) -> str | None:
         return "its weights are offloaded."
     if len(devices) > 1:
         return f"its weights are on several devices ({', '.join(sorted(map(str, devices)))})."
+    if n_processes(model) > 1:
+        return "its weights are divided among processes."
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not getattr(quantizer, "is_compileable", False):
         return (

@@ -13,6 +13,7 @@ from AutomaticEval.capture.padding_probes import counts_from_zero
 from AutomaticEval.capture.tree.walk import as_mask
 from AutomaticEval.errors import ModelError
 from AutomaticEval.models.architecture.forward_call import forward_takes, input_device, takes_few_logits
+from AutomaticEval.models.divided.division import refuse_divided
 from AutomaticEval.models.find_layout import refuse_virtual
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.recording import Enough, Kept, Recording, capturing
@@ -91,6 +92,7 @@ def recorded(
 
     dtype: the dtype to which the kept rows are narrowed; None leaves them as they are.
     """
+    refuse_divided(model, "an analysis of texts")
     given = inputs(model, batch)
     if takes_few_logits(model) and "logits" not in taps:
         given["logits_to_keep"] = 1

@@ -25,6 +25,7 @@ from AutomaticEval.errors import CaptureError, PromptError, SelectionError, Tree
 from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.described.plain_module import is_plain, refuse_plain
+from AutomaticEval.models.divided.division import refuse_divided
 from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.models.recording import Kept, Recording
@@ -55,6 +56,7 @@ class PieceForwards:
 
     def __init__(self, loaded: LoadedModel, selection: Selection, feeding: Feeding) -> None:
         refuse_unready(loaded.model)
+        refuse_divided(loaded.model, "an extraction of texts")
         if is_plain(loaded.model):
             if feeding.packing or feeding.patterns:
                 refuse_plain(loaded.model, "packing and pattern need attention of transformers")

@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import torch
 
 from AutomaticEval.capture.keeping import BatchRow, keep_of, parts_of, recording_of, sample_columns, sequence_rows
+from AutomaticEval.capture.reduced_rows import taps_of
 from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.texts.sources import rows_of
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
@@ -107,6 +108,8 @@ def _scores_of(
     loaded: LoadedModel, pairs: Sequence[tuple[Text, Text]], selection: Selection | None
 ) -> list[ScoredContinuation]:
     """The log-likelihoods of pairs of context and continuation, in their order."""
+    if selection is not None:
+        taps_of(loaded.layout, selection)  # refuses a model or a site before anything is scored
     length = loaded.context or FALLBACK_LENGTH
     cuts = [Cut.of(*_tokens(loaded.tokenizer, *pair), length) for pair in pairs]
     batches, batch_shape = _scored(loaded, cuts, ScoringOptions(selection))

@@ -37,6 +37,7 @@ from AutomaticEval.evaluation.harness.tree_scores import TreeScorer
 from AutomaticEval.evaluation.screen import SCORING, one_call
 from AutomaticEval.models.architecture.forward_call import cache_name
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.divided.division import refuse_divided
 from AutomaticEval.models.edited_positions import BatchSequence, given_mask, told
 from AutomaticEval.models.find_layout import refuse_untrue
 from AutomaticEval.models.recording import Recording
@@ -66,6 +67,7 @@ class CapturingHFLM(EncodingHFLM):
         **kwargs: Any,
     ) -> None:
         refuse_untrue(loaded.model)  # lm-eval would silently change its mode
+        refuse_divided(loaded.model, "a benchmark")
         check_scoring(scoring)
         check_generation(generation, scoring)
         super().__init__(loaded, has_stock_batches=scoring == "stock", **kwargs)

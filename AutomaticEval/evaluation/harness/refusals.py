@@ -14,6 +14,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from AutomaticEval.capture.generation import refuse_uncomputed_logits
 from AutomaticEval.errors import BenchmarkError, SelectionError
+from AutomaticEval.models.architecture.cache_settings import why_not
 from AutomaticEval.selection import Selection
 
 ONE_SEQUENCE: dict[str, Any] = {
@@ -50,6 +51,11 @@ def refuse_generating(
         raise BenchmarkError(
             f"{where} asks for up to {n_new} new tokens, and the model's context is {max_length}, which has to hold a prompt, too; add "
             f"--gen_kwargs max_gen_toks={max(1, max_length // 2)}, or a smaller number."
+        )
+    cache = why_not(model, gen_kwargs)
+    if cache is not None:
+        raise BenchmarkError(
+            f"{where} generates its answers: {cache}, or set it to None in the model's generation_config."
         )
     if selection is None:
         return

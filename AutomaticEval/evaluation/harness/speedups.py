@@ -43,7 +43,7 @@ def stock_model(loaded: LoadedModel) -> HFLM:
     """lm-eval's own model of a loaded one, for its limits and its encoding."""
     refuse_plain(loaded.model, FOR_LM_EVAL)
     with hushed():
-        return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
+        return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal")
 
 
 @contextmanager

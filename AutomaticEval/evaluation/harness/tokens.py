@@ -21,6 +21,7 @@ from AutomaticEval.evaluation.screen import hushed
 from AutomaticEval.models.architecture.forward_call import input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.described.plain_module import refuse_plain
+from AutomaticEval.models.tokens.chat import rendered
 from AutomaticEval.models.tokens.parts import PartEncoder, n_chars_alike
 
 MANY = 512
@@ -53,11 +54,18 @@ class EncodingHFLM(HFLM):  # type: ignore[misc]
     def __init__(self, loaded: LoadedModel, *, has_stock_batches: bool, **kwargs: Any) -> None:
         refuse_plain(loaded.model, FOR_LM_EVAL)
         self._ahead = EncodedAhead((), self._encode_many)
+        if kwargs.get("backend", "default") == "default":  # lm-eval would warn of image-text models
+            kwargs["backend"] = "causal"
         with hushed():
             super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)
         self._parts = PartEncoder(self.tokenizer)
         self._device = input_device(loaded.model)  # lm-eval takes the first weight's, which may be offloaded
         self._has_stock_batches = has_stock_batches
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return rendered(
+            chat_history, lambda each: super(EncodingHFLM, self).apply_chat_template(each, add_generation_prompt)
+        )
 
     def _encode_ahead(self, texts: Iterable[str]) -> None:
         """Name the texts that will be encoded next."""

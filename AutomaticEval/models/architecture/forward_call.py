@@ -23,6 +23,25 @@ _ACTIVATIONS = ("logits", "last_hidden_state")
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What transformers calls keys and values: `cache` from version 5.24 on, one of the others before that."""
 
+ENCODERS = frozenset(
+    [
+        *(
+            "bert",
+            "bert-generation",
+            "big_bird",
+            "camembert",
+            "data2vec-text",
+            "electra",
+            "ernie",
+            "megatron-bert",
+            "rembert",
+            "roberta",
+        ),
+        *("roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+    ]
+)
+"""Model types of encoders, which transformers also makes a decoder of, when their config says `is_decoder`."""
+
 
 def tensor_of(value: Any, elements: Sequence[int] = ()) -> Tensor | None:
     """The activation in what a module was given or returned: logits, last_hidden_state, the tensor itself, or the first of a tuple. None without any.
@@ -84,6 +103,22 @@ def forward_takes(model: Any) -> Collection[str]:
     forward = inner(model).forward
     own = getattr(forward, "__func__", None)  # of a class; another function would be kept alive, and a model with it
     return inspect.signature(forward).parameters.keys() if own is None else _parameters(own)
+
+
+def needed_besides_ids(model: Any) -> list[str]:
+    """The names of what a model's forward must be given besides token ids, as some image-text models must be given an image."""
+    named = (each for each in inspect.signature(inner(model).forward).parameters.values() if each.name != "input_ids")
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in named if each.default is inspect.Parameter.empty and each.kind not in kinds]
+
+
+def attends_both_ways(model: Any) -> str | None:
+    """The setting by which a model's tokens attend to the tokens behind them, as in an encoder; None for a decoder."""
+    config = inner(model).config
+    if getattr(config, "model_type", None) in ENCODERS and not getattr(config, "is_decoder", False):
+        return "is_decoder=False"
+    both = getattr(text_config(inner(model)), "use_bidirectional_attention", None)
+    return f"use_bidirectional_attention={both!r}" if both in (True, "all") else None
 
 
 @lru_cache(maxsize=256)

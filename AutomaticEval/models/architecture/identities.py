@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from AutomaticEval.errors import UnsupportedModel, first_line
 from AutomaticEval.models.architecture.forward_call import cache_in, few_ids, input_of, tensor_of, with_cache
 from AutomaticEval.models.described.stand_ins import draws_so_far
 from AutomaticEval.models.hook_handles import Hooks
@@ -76,7 +77,12 @@ class Probe:
             for name, module in modules.items():
                 hooks.before(module, before(name))
                 hooks.after(module, after(name), with_kwargs=True)
-            out = model(input_ids=ids, **with_cache(model))
+            try:
+                out = model(input_ids=ids, **with_cache(model))
+            except (TypeError, ValueError) as failure:  # as of models that must see an image
+                raise UnsupportedModel(
+                    f"{type(model).__name__} cannot run over token ids alone, and so is neither asked nor captured: {first_line(failure)}"
+                ) from failure
         layers = getattr(cache_in(out), "layers", [])
         self.keys = [getattr(layer, "keys", None) for layer in layers]
         """The keys in the cache, layer by layer, like `values`."""

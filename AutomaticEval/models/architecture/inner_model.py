@@ -65,4 +65,7 @@ def is_passed_by(module: Any) -> bool:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile compiled a module. Hooks on such a module fire; hooks on modules within it fire only by chance."""
-    return "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None
+    if "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None:
+        return True
+    forwards = (module.__dict__.get(name, getattr(type(module), name, None)) for name in ("forward", "_old_forward"))
+    return any(hasattr(each, "_torchdynamo_orig_callable") for each in forwards)  # _old_forward is accelerate's

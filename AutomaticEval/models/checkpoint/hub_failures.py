@@ -13,7 +13,7 @@ def read_or_explain(name: str, read: Callable[[], Any]) -> Any:
     """What `read` returns, which reads files of the model `name`. Raises ModelUnavailable when it fails."""
     try:
         return read()
-    except (OSError, ValueError) as failure:
+    except (OSError, ValueError, ImportError) as failure:
         raise ModelUnavailable(_explained(name, failure)) from failure
 
 
@@ -29,6 +29,12 @@ def _explained(name: str, failure: BaseException) -> str:
         )
     if "trust_remote_code" in text:
         return f"{name!r} comes with code of its own, which runs only when it is trusted: pass trust_remote_code=True."
+    if "ImportError" in kinds:
+        return f"the model {name!r} needs a library that is not here: {_on_one_line(failure)}"
+    if "tp_plan" in text:
+        return f"the model {name!r} cannot be divided among processes: {first_line(failure)}"
+    if "attn_implementation" in text:
+        return f"the model {name!r} cannot be loaded with this kernel of attention: {first_line(failure)}"
     if Path(name).is_dir():
         return f"the folder {name!r} holds no model that transformers can load: {first_line(failure)}"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -44,6 +50,11 @@ def _explained(name: str, failure: BaseException) -> str:
             "or give a local folder. The bundled model is called demo."
         )
     return f"the model {name!r} cannot be loaded: {first_line(failure)}"
+
+
+def _on_one_line(failure: BaseException) -> str:
+    """A message whose first line may be empty, as that of a library that transformers misses."""
+    return " ".join(str(failure).split())
 
 
 def _with_causes(failure: BaseException) -> list[BaseException]:

@@ -64,6 +64,14 @@ class LoadOptions:
         str | None, Option("With --device_map: folder for the weights that fit on no device.")
     ] = None
 
+    attn_implementation: Annotated[
+        str | None,
+        Option("Attention kernel: eager, sdpa, flex_attention, flash_attention_2, … Default: the model's own."),
+    ] = None
+
+    tp_plan: str | None = None
+    """"auto" divides each layer among the processes that torchrun started (tensor parallel)."""
+
     @classmethod
     def parse(cls, device: str = "auto", **given: Any) -> LoadOptions:
         """Options from what people type. Where a launcher started several processes, auto is the process's own GPU."""
@@ -96,6 +104,13 @@ class LoadOptions:
             raise ModelError(
                 f"{' and '.join(unplaced)} need device_map, such as device_map='auto'; on one device nothing is placed."
             )
+        undivided = ("device_map", "load_in_8bit", "load_in_4bit", "peft", "delta")
+        if self.tp_plan and self.given(undivided):
+            raise ModelError(
+                f"tp_plan divides a model among processes, and {' and '.join(self.given(undivided))} cannot be divided; leave one of them out."
+            )
+        if self.tp_plan not in (None, "auto"):
+            raise ModelError(f"tp_plan is {self.tp_plan!r}; write 'auto', the model's own plan.")
         if self.load_in_8bit and self.load_in_4bit:
             raise ModelError("load_in_8bit and load_in_4bit were both asked for; choose one.")
         if self.dtype not in DTYPES and not _is_torch_dtype(self.dtype):
@@ -144,3 +159,5 @@ class LoadKeywords(TypedDict, total=False):
     add_bos_token: bool | None
     max_memory: Mapping[int | str, int | str] | None
     offload_folder: str | None
+    attn_implementation: str | None
+    tp_plan: str | None

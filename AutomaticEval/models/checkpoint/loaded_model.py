@@ -14,6 +14,7 @@ from AutomaticEval.models.architecture.description import description_text
 from AutomaticEval.models.architecture.inner_model import virtual_tokens
 from AutomaticEval.models.described.given_config import text_config
 from AutomaticEval.models.described.remembered import description_of
+from AutomaticEval.models.divided.division import n_processes
 from AutomaticEval.models.edited_models import names_of, values_of
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.layout import Layout
@@ -82,11 +83,12 @@ class LoadedModel:
     def numbers(self) -> RunSettings:
         """The settings that decide the numbers which the model gives, for files."""
         model = self.model
-        description = description_of(model)
+        description, n = description_of(model), n_processes(model)
         described = {"model_description": description_text(description)} if description.given else {}
+        divided = {"n_processes": n} if n > 1 else {}
         some = {
             "edits": names_of(model),
-            "loaded_with": {**self.loaded_with, **described},
+            "loaded_with": {**self.loaded_with, **described, **divided},
             "adapters": adapters_of(model),
         }
         return RunSettings().changed(

@@ -6,20 +6,24 @@ Quantisation is set up here and nowhere else.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.distributed import DistributedConfig
 from transformers.utils.logging import set_tqdm_hook
 
-from AutomaticEval.errors import DeviceUnavailable, ModelUnavailable, UnsupportedModel
+from AutomaticEval.errors import DeviceUnavailable, ModelError, ModelUnavailable
 from AutomaticEval.models.checkpoint.hub_failures import read_or_explain
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
+from AutomaticEval.models.checkpoint.model_class import model_class
 from AutomaticEval.models.checkpoint.model_sources import ModelSources, base_arguments
 from AutomaticEval.models.checkpoint.quantised import loaded_or_explained, method_of, refuse_quantised, settle_weights
 from AutomaticEval.models.weights.adapters import add_delta, resize, with_adapter
+from AutomaticEval.processes import end_group_at_exit
 from AutomaticEval.public_names import public_name
 
 BAR_SECONDS = 2
@@ -30,21 +34,19 @@ def load_weights(sources: ModelSources, options: LoadOptions, tokenizer: Any) ->
     """The model with its weights, in evaluation mode.
 
     tokenizer: needed for a model with an adapter, whose embeddings get a row for each token; else unused.
-    Raises ModelUnavailable, DeviceUnavailable; UnsupportedModel for an encoder-decoder; ModelError.
+    Raises ModelUnavailable, DeviceUnavailable; UnsupportedModel for what is no decoder; ModelError.
     """
     arguments = _placement(options)
     config = config_of(sources, options)
-    method = method_of(config)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{sources.name} is an encoder-decoder; only decoders are asked and captured.")
+    kind, method = model_class(config, sources.name), method_of(config)
     of_base = {**arguments, **base_arguments(sources, options)}
     if method is not None:
         refuse_quantised(sources.name, method, options)
         of_base.pop("quantization_config", None)  # the checkpoint's own
-    model = read_or_explain(sources.name, lambda: _complete(sources.name, sources.base, of_base, method))
+    model = read_or_explain(sources.name, lambda: _complete(kind, sources.name, sources.base, of_base, method))
     settle_weights(model)
     if sources.delta is not None:
-        _add_delta_of(sources.delta, model, options, arguments)
+        _add_delta_of(sources.delta, kind, model, options, arguments)
     if sources.adapter is not None:
         adapter = sources.adapter
         # lm-eval makes the embeddings fit the tokenizer; peft, which loads an adapter by its own name, only makes them larger
@@ -80,7 +82,9 @@ def pick_device(device: str) -> str:
 def _placement(options: LoadOptions) -> dict[str, Any]:
     """The arguments of `from_pretrained` that say where the weights go, and in which numbers."""
     arguments: dict[str, Any] = {"device_map": options.device_map or {"": pick_device(options.device)}}
-    for name in ("max_memory", "offload_folder"):
+    if options.tp_plan:
+        arguments = {"distributed_config": _division(options.tp_plan)}
+    for name in ("max_memory", "offload_folder", "attn_implementation"):
         if getattr(options, name):
             arguments[name] = getattr(options, name)
     arguments["dtype"] = options.dtype
@@ -92,21 +96,31 @@ def _placement(options: LoadOptions) -> dict[str, Any]:
     return arguments
 
 
-def _add_delta_of(source: str, model: Any, options: LoadOptions, placement: dict[str, Any]) -> None:
+def _division(tp_plan: str) -> DistributedConfig:
+    """How weights are divided among the processes. Raises ModelError for a process that is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise ModelError(
+            "tp_plan divides a model among processes, and this process is alone; start several, as with torchrun --nproc_per_node 2."
+        )
+    end_group_at_exit()
+    return DistributedConfig(tp_plan=tp_plan)
+
+
+def _add_delta_of(source: str, kind: Any, model: Any, options: LoadOptions, placement: dict[str, Any]) -> None:
     """Add the weights of a delta to the model, in place."""
     arguments = {**placement, "revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    delta = read_or_explain(source, lambda: _complete(str(options.delta), source, arguments))
+    delta = read_or_explain(source, lambda: _complete(kind, str(options.delta), source, arguments))
     add_delta(model, delta, str(options.delta))
 
 
-def _complete(name: str, source: str, arguments: dict[str, Any], method: str | None = None) -> Any:
-    """The model of a checkpoint. method: how it is quantised.
+def _complete(kind: Any, name: str, source: str, arguments: dict[str, Any], method: str | None = None) -> Any:
+    """The model of a checkpoint. kind: the Auto class that makes it. method: how it is quantised.
 
     Raises ModelUnavailable when weights are missing, which transformers would fill with random numbers.
     """
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
+        return kind.from_pretrained(source, output_loading_info=True, **arguments)
 
     with _named_bar(f"Loading {public_name(name)}"):
         model, report = load() if method is None else loaded_or_explained(name, method, load)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from AutomaticEval.errors import UnsupportedModel
 from AutomaticEval.models.checkpoint.hub_failures import read_or_explain
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
+from AutomaticEval.models.checkpoint.model_class import model_class
 from AutomaticEval.models.checkpoint.model_sources import sources_of
 from AutomaticEval.models.checkpoint.model_weights import config_of, pick_device
 from AutomaticEval.models.described.remembered import remember
@@ -21,12 +20,11 @@ def random_model(name: str, options: LoadOptions, seed: int) -> LoadedModel:
     """The model of a name or a folder with the weights that transformers draws for a new one. It has no tokenizer; no weights are read.
 
     options: the dtype and the device count; adapters, deltas and quantisation do not. seed: draws the weights, on the CPU, so that they are the same for each device.
-    Raises ModelUnavailable, DeviceUnavailable; UnsupportedModel for an encoder-decoder.
+    Raises ModelUnavailable, DeviceUnavailable; UnsupportedModel for what is no decoder.
     """
     sources = sources_of(name, options)
     config = config_of(sources, options)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders are asked and captured.")
+    kind = model_class(config, name)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     device = pick_device(options.device)
@@ -35,7 +33,7 @@ def random_model(name: str, options: LoadOptions, seed: int) -> LoadedModel:
     def made() -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code, **dtype)
+            return kind.from_config(config, trust_remote_code=options.trust_remote_code, **dtype)
 
     model = read_or_explain(sources.name, made)
     remember(model, options.description)

@@ -50,6 +50,8 @@ def sampled_fingerprint(model: nn.Module) -> str:
         state = getattr(weight, "quant_state", None)
         shape = tuple(weight.shape if state is None else state.shape)
         digest.update(f"{name} {shape} {weight.dtype}".encode())
+        if hasattr(weight, "full_tensor"):  # as in hash_of_tensor
+            weight = weight.full_tensor()
         inner = getattr(weight, "__tensor_flatten__", None)
         if inner is not None:  # of torchao: the first of the tensors that it is made of
             weight = getattr(weight, min(inner()[0]))
@@ -73,6 +75,8 @@ def hash_of_tensor(tensor: Tensor) -> str:
     The bytes are read as words x of 64 bits, the last one filled up with zeros. For every `BLOCK_WORDS` words, the sums of k x and of
     l (x >> 32) modulo 2**64 are computed, with odd k and l that differ for each word of the block.
     """
+    if hasattr(tensor, "full_tensor"):  # of which each of several processes has a part; all processes must call this
+        tensor = tensor.full_tensor()
     inner = getattr(tensor, "__tensor_flatten__", None)
     if inner is not None:  # a tensor made of several, such as those of torchao
         names, how = inner()  # how: what it holds besides tensors, such as that it quantises its inputs, too
