@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.answers.think_marks import think_marks
 from AutomaticEval.capture.answers.token_logprobs import answer_column, token_logprobs
 from AutomaticEval.capture.batch_independence import Span, apart, company_of, is_fed_again, rope_limit
 from AutomaticEval.capture.draws import drawing, random_numbers, repeats_of
@@ -29,6 +30,7 @@ from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.edited_positions import given_mask
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
+from AutomaticEval.thinking.place import Thinking
 
 
 class Response(NamedTuple):
@@ -66,7 +68,7 @@ def refuse_uncomputed_logits(model: Any, selection: Selection, n_prompt: int, n_
     """
     if "logits" not in selection.kinds or "logits_to_keep" not in forward_takes(model):
         return
-    kept = [selection.positions.resolve(n_prompt, n_response) for n_response in (1, n_new)]
+    kept = [selection.positions.most(n_prompt, n_response) for n_response in (1, n_new)]
     if any(positions and positions[0] < n_prompt - 1 for positions in kept):
         raise SelectionError(
             f"positions={selection.positions} would keep logits of the prompt, which a model that generates computes at its last token "
@@ -163,10 +165,14 @@ def _respond_together(
         )
     end = given.get("eos_token_id", own.eos_token_id)
     answers = [until_end(each, end) for each in sequences[:, width:].tolist()]
+    marks = think_marks(tokenizer, None if selection is None else selection.think_tokens)
     kept: list[range] = []
+    thinking: list[Thinking] = []
     if selection is not None:
+        pairs = list(zip(prompts, answers, strict=True))
+        thinking = [marks.thinking(*pair) for pair in pairs]
         resolve = selection.positions.resolve
-        kept = [resolve(len(prompt), len(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+        kept = [resolve(len(p), len(a), own) for (p, a), own in zip(pairs, thinking, strict=True)]
         recording.will_give(sum(map(len, kept)))
     found = likely.of(sequences, width)
     reduced = SampleReducer(selection)
@@ -178,6 +184,7 @@ def _respond_together(
             pieces = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept[row], tokenizer)
             columns = sample_columns(texts[row], text, len(prompt), (len(prompts), width))
             columns |= answer_column(found, row, len(generated))
+            columns |= marks.columns(thinking[row], len(prompt), generated, text)
             whole = Sample(columns, list(prompt), generated, parts_of(pieces, kept[row]))
             (sample,) = reduced([whole])
         responses.append(Response(text, sample, generated))

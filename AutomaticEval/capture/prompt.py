@@ -38,7 +38,9 @@ class AskOptions(LoadKeywords, SamplingKeywords, GenerateKeywords, total=False):
     sites: str | Iterable[str] | None
     """Kinds of sites: "resid_post,mlp_out". Default embed and resid_post."""
     positions: str | slice | Positions | None
-    """all (default; with the site logits: scored), prompt, response, scored, last, or a slice such as prompt[-1:]."""
+    """all (default; with the site logits: scored), prompt, response, scored, thinking, answer, last, or a slice such as prompt[-1:]."""
+    think_tokens: str | Iterable[str] | None
+    """The texts that open and close the model's thinking: "<think>,</think>". None: those of its tokenizer."""
     store_dtype: str | None
     """float16 or bfloat16: narrower numbers than the model's own."""
     reduce: str | None
@@ -73,7 +75,7 @@ class CheckedPrompt:
         """Raises SelectionError, PromptError, ModelError; TypeError for an unknown option."""
         given: dict[str, Any] = dict(options)
         sites, positions = given.pop("sites", None), given.pop("positions", None)
-        others = [given.pop(name, None) for name in ("store_dtype", "reduce", "project")]
+        others = [given.pop(name, None) for name in ("store_dtype", "reduce", "project", "think_tokens")]
         selection = Selection.parse(sites, layers, "all" if positions is None else positions, *others)
         if positions is None and "logits" in selection.kinds:  # a model that generates computes no others
             selection = replace(selection, positions=Positions.parse("scored"))
@@ -208,7 +210,7 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
     if capture:
         refuse_uncomputed_logits(loaded.model, prompt.selection, len(ids), sampling.max_new_tokens)
     if capture and folder is not None:
-        n_positions = len(prompt.selection.positions.resolve(len(ids), sampling.max_new_tokens))
+        n_positions = len(prompt.selection.positions.most(len(ids), sampling.max_new_tokens))
         n_bytes = n_kept(prompt.selection, n_positions) * bytes_per_row(loaded, prompt.selection)
         ensure_space(folder, n_bytes + prompt.selection.matrix_bytes + 2**16)
     try:

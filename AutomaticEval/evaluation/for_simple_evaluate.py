@@ -69,13 +69,14 @@ class HFActivations(CapturingHFLM):
         store_dtype: str | None = None,
         reduce: str | None = None,
         project: Any = None,
+        think_tokens: str | None = None,
         compression: str | None = None,
         strict: bool = False,
         scoring: str = "tree",
         generation: str = "auto",
         **options: Any,
     ) -> None:
-        selection = Selection.parse(sites, layers_to_capture, positions, store_dtype, reduce, project)
+        selection = Selection.parse(sites, layers_to_capture, positions, store_dtype, reduce, project, think_tokens)
         _refuse_unserved(options)
         load = _load_options(pretrained, tokenizer, options)
         loaded = load_model(pretrained, tokenizer=tokenizer, options=load)

@@ -13,6 +13,7 @@ import torch
 
 from AutomaticEval.errors import OtherSettings
 from AutomaticEval.evaluation.results.request_key import RequestKey, key_of
+from AutomaticEval.thinking.place import Thinking
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,28 @@ class EarlierAnswer:
             )
 
 
-def earlier_answers(records: Sequence[Mapping[str, Any]]) -> dict[RequestKey, EarlierAnswer]:
-    """The answers in a run's records, by request."""
+def earlier_answers(
+    records: Sequence[Mapping[str, Any]], *, cuts_thinking: bool = False
+) -> dict[RequestKey, EarlierAnswer]:
+    """The answers in a run's records, by request. cuts_thinking: lm-eval cuts the thinking off the responses."""
     answers = {}
     for record in records:
         is_scored = record.get("is_greedy") is not None
-        answer = (logprob_of(record), record["is_greedy"]) if is_scored else record["response"]
+        text = scored_text(record, cuts_thinking=cuts_thinking)
+        answer = (logprob_of(record), record["is_greedy"]) if is_scored else text
         text_hash = hash_of(record["prompt"], record["response"] if is_scored else None)
         tokens = record["batch_columns"] if record.get("scoring") == "tree" else None
         answers[key_of(record)] = EarlierAnswer(answer, text_hash, record.get("random_state") or None, tokens)
     return answers
+
+
+def scored_text(record: Mapping[str, Any], *, cuts_thinking: bool) -> str:
+    """The text of a record's response that lm-eval scores."""
+    if not cuts_thinking:
+        return str(record["response"])
+    thinking = Thinking.of_record(record)
+    is_cut = thinking is not None and thinking.span is not None and thinking.answer_start is not None
+    return str(record["answer"] if is_cut else record["response"]).lstrip()
 
 
 def logprob_of(record: Mapping[str, Any]) -> float:

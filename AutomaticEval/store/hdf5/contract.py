@@ -18,7 +18,7 @@ from AutomaticEval.samples import COLUMNS
 
 SHARD_FORMAT = "automatic-eval/activations"
 RUN_FORMAT = "automatic-eval/run"
-VERSION = (1, 5)
+VERSION = (1, 6)
 TEXT = h5py.string_dtype()
 ROWS, LINES = "activations", "reduced"
 """The groups of the sites: with a row for each token's position, or with a line for each sample."""

@@ -1,4 +1,7 @@
-"""The tokens of a response by what they say: `thinking[-1]`, `answer[0]`, `exact_answer[-1]`; and whether a position is in the prompt."""
+"""The tokens of a response by what they say: `thinking[-1]`, `answer[0]`, `exact_answer[-1]`; and whether a position is in the prompt.
+
+Where a part begins and ends is told by the sample table; in older files, which do not say it, by the text of the response.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from AutomaticEval.selection import Positions
+from AutomaticEval.selection import OF_THINKING, Positions
 from AutomaticEval.store.contents.file_contents import Contents
+from AutomaticEval.store.contents.thinking_in import ThinkingIn
 from AutomaticEval.store.questions.exact_answer import exact_answer
 from AutomaticEval.store.questions.spelling import in_bytes, spelled
-from AutomaticEval.store.questions.thinking import Span, spans
 from AutomaticEval.store.ragged import Array
+from AutomaticEval.thinking.place import Span, Thinking
+from AutomaticEval.thinking.text import spans, stripped
 
 OF_RESPONSE = ("response", "prediction", "choices", "logprobs")
 """The columns of questions that tell which tokens these are."""
@@ -46,7 +51,7 @@ def is_in_response(position: str | int) -> bool:
     """Whether only a response has the position. Raises UnknownPositions."""
     if isinstance(position, int) or position in ("first", "last"):
         return False
-    return ResponseToken.parse(position) is not None or Positions.parse(position).part == "response"
+    return ResponseToken.parse(position) is not None or Positions.parse(position).part in ("response", *OF_THINKING)
 
 
 def positions_in_response(
@@ -57,24 +62,45 @@ def positions_in_response(
     samples: [n_questions]: their numbers in contents. columns: those of OF_RESPONSE. The very last token was never fed, and counts as none.
     """
     strings, prompts = contents.strings(), contents.columns.whole("prompt")
+    thinking, texts = ThinkingIn(contents), _texts(contents)
     found = np.full(len(samples), NONE, dtype=np.int64)
     rows = zip(samples.tolist(), *columns, strict=True)
     for number, (sample, response, prediction, choices, logprobs) in enumerate(rows):
         if response is None or logprobs:
             continue
-        part = _part(wanted.part, response, prompts[sample], prediction, choices)
-        ids = contents.generated_ids.item(sample).tolist()
-        token = None if part is None else _token(response, part, ids, strings, wanted.number)
-        if token is not None and token < len(ids) - 1:
-            found[number] = len(contents.input_ids.item(sample)) + token
+        ids, n_prompt = contents.generated_ids.item(sample).tolist(), len(contents.input_ids.item(sample))
+        known = thinking.known(sample)
+        if known is None:
+            text, first, stop = response, 0, len(ids)
+            part = spans(response, prompts[sample])[0 if wanted.part == "thinking" else 1]
+        else:
+            whole = _tokens_of(wanted.part, known, n_prompt, len(ids))
+            text = (
+                response if known.span is None else texts["thinking" if wanted.part == "thinking" else "answer"][sample]
+            )
+            if whole is None or text is None:
+                continue
+            first, stop = whole
+            part = stripped(text, 0, len(text))
+        if wanted.part == "exact_answer":
+            part = exact_answer(text, part, prediction, choices)
+        token = None if part is None else _token(text, part, ids[first:stop], strings, wanted.number)
+        if token is not None and first + token < len(ids) - 1:
+            found[number] = n_prompt + first + token
     return found
 
 
-def _part(name: str, response: str, prompt: str, prediction: Any, choices: list[str]) -> Span | None:
-    thinking, answer = spans(response, prompt)
-    if name == "exact_answer":
-        return exact_answer(response, answer, prediction, choices)
-    return thinking if name == "thinking" else answer
+def _texts(contents: Contents) -> dict[str, list[str | None]]:
+    """The texts of thinking and answer of every sample, where some response has thinking."""
+    there = [name for name in ("thinking", "answer") if name in contents.columns.names]
+    return {name: contents.columns.whole(name) for name in there}
+
+
+def _tokens_of(name: str, thinking: Thinking, n_prompt: int, n_response: int) -> Span | None:
+    """The tokens of a part of a response, counted from its beginning: half-open. None for a part that is not there."""
+    if name == "thinking":
+        return thinking.span and (thinking.span[0] - n_prompt, thinking.span[1] - n_prompt)
+    return None if thinking.answer_start is None else (thinking.answer_start - n_prompt, n_response)
 
 
 def _token(response: str, part: Span, ids: list[int], strings: Mapping[int, str], index: int) -> int | None:

@@ -1,0 +1,197 @@
+"""The marks between which a model thinks: which tokens they are, told by its tokenizer, and where they stand in a response.
+
+A mark is looked for by its token ids where the tokenizer has a token for it, or for what it begins with: then it is no other text, and it is found
+although decoding drops it, as it drops special tokens. Other marks are looked for in the text, and their tokens by decoding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+from AutomaticEval.capture.vocabulary import text_of
+from AutomaticEval.thinking.place import Span, Thinking, between_marks
+
+TAIL = 64
+"""So many tokens at a prompt's end are looked at for a mark that opens."""
+
+
+class Tags(NamedTuple):
+    """The texts of marks, as one family of models writes them. Of several that open or close, the longer one comes first."""
+
+    opens: tuple[str, ...]
+    closes: tuple[str, ...]
+
+
+PLAIN = Tags(("<think>", "<thinking>"), ("</think>", "</thinking>"))
+"""Looked for in the text where a tokenizer has no tokens of its own for thinking."""
+HARMONY = Tags(
+    ("<|channel|>analysis<|message|>",),
+    ("<|end|><|start|>assistant<|channel|>final<|message|>", "<|channel|>final<|message|>"),
+)
+KNOWN = (
+    Tags(("<think>",), ("</think>",)),  # Qwen, DeepSeek R1, SmolLM 3, GLM, Nemotron, …
+    Tags(("<thinking>",), ("</thinking>",)),
+    HARMONY,  # GPT-OSS
+    Tags(("[THINK]",), ("[/THINK]",)),  # Mistral
+    Tags(("<|START_THINKING|>",), ("<|END_THINKING|><|START_RESPONSE|>", "<|END_THINKING|>")),  # Cohere
+    Tags(("<|channel>thought\n", "<|channel>thought"), ("<channel|>",)),  # Gemma 4
+    Tags(("<seed:think>",), ("</seed:think>",)),  # Seed-OSS
+    Tags(("◁think▷",), ("◁/think▷",)),  # Kimi
+    Tags(("<thought>",), ("</thought>",)),  # EXAONE
+    Tags(
+        ("Here is my thought process:", "Here's my thought process:"),
+        ("Here is my response:", "Here's my response:"),
+    ),  # Granite
+)
+"""The marks of models that think, by which a tokenizer or its chat template is known."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What opens thinking, or closes it: one of several sequences of token ids, or a text."""
+
+    ids: tuple[tuple[int, ...], ...] = ()
+    text: re.Pattern[str] | None = None
+
+    def places(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[Span]:
+        """Where the mark stands among tokens: half-open, ascending. A token that spells a part of a mark and something else counts as the mark's."""
+        found = list(self._by_ids(ids))
+        if self.text is not None:
+            matches = [match.span() for match in self.text.finditer(decode(ids))]
+            found += [_tokens_of(match, ids, decode) for match in matches]
+        return found
+
+    def _by_ids(self, ids: Sequence[int]) -> list[Span]:
+        found, at, first = [], 0, {each[0] for each in self.ids}
+        while at < len(ids):
+            wanted = self.ids if ids[at] in first else ()
+            own = next((each for each in wanted if tuple(ids[at : at + len(each)]) == each), None)
+            if own is not None:
+                found.append((at, at + len(own)))
+            at += 1 if own is None else len(own)
+        return found
+
+
+def _tokens_of(match: Span, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> Span:
+    """The tokens that spell a part of the text of ids."""
+    start = _fewest(len(ids), lambda n: len(decode(ids[:n])) > match[0]) - 1
+    return start, _fewest(len(ids), lambda n: len(decode(ids[:n])) >= match[1])
+
+
+def _fewest(most: int, is_enough: Callable[[int], bool]) -> int:
+    """The smallest number from 1 to most that is enough."""
+    low = 0
+    while most - low > 1:
+        middle = (low + most) // 2
+        low, most = (low, middle) if is_enough(middle) else (middle, most)
+    return most
+
+
+@dataclass(frozen=True)
+class ThinkMarks:
+    """The marks of one model."""
+
+    tokenizer: Any
+    opens: Mark
+    closes: Mark
+    closes_for_good: bool = False
+    """Whether the answer follows the last mark that closes, whatever opens after it. It is lm-eval's rule."""
+
+    def thinking(self, prompt: Sequence[int], response: Sequence[int]) -> Thinking:
+        """Where a response thinks and answers, in the sequence of prompt and response."""
+        opens, closes = (each.places(response, self._decode) for each in (self.opens, self.closes))
+        how = {"is_open": self.is_open(prompt), "closes_for_good": self.closes_for_good}
+        span, answer = between_marks(opens, closes, len(response), **how)
+        before = len(prompt)
+        return Thinking(span and (before + span[0], before + span[1]), None if answer is None else before + answer)
+
+    def is_open(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends with a mark that opens, and blanks at most."""
+        tail = list(prompt[-TAIL:])
+        last = max((stop for _, stop in self.opens.places(tail, self._decode)), default=None)
+        return last is not None and not text_of(self.tokenizer, tail[last:]).strip()
+
+    def columns(
+        self, thinking: Thinking, n_prompt: int, response: Sequence[int], text: str, answer: str | None = None
+    ) -> dict[str, Any]:
+        """The columns of a sample that say where its response thinks and answers; with thinking also the texts of both.
+
+        text: of the whole response, of which a stop string may have cut the end. answer: that of lm-eval, where it cuts the thinking off by itself.
+        """
+        columns: dict[str, Any] = {**thinking.columns()}
+        if thinking.span is None:
+            return columns
+        start, stop = (each - n_prompt for each in thinking.span)
+        whole = self._decode(response)
+        n_cut = len(whole) - len(text)
+        thought = self._decode(response[start:stop])
+        if thinking.answer_start is None:
+            return {**columns, "thinking": thought[: max(0, len(thought) - n_cut)]}
+        if answer is None:
+            answered = self._decode(response[thinking.answer_start - n_prompt :])
+            answer = answered[: max(0, len(answered) - n_cut)]
+        return {**columns, "thinking": thought, "answer": answer}
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return text_of(self.tokenizer, ids, skip_special_tokens=True)
+
+
+def think_marks(tokenizer: Any, given: tuple[str, str] | None = None, end: str | int | None = None) -> ThinkMarks:
+    """The marks of a model, by its tokenizer.
+
+    given: the texts that open and close, given by hand. end: lm-eval's think_end_token, a text or a token id, which then decides where the answer begins.
+    """
+    tags = Tags((given[0],), (given[1],)) if given is not None else _tags_of(tokenizer)
+    marks = ThinkMarks(tokenizer, _mark(tokenizer, tags.opens), _mark(tokenizer, tags.closes))
+    if end is None:
+        return marks
+    closes = Mark(((end,),)) if isinstance(end, int) else Mark(text=re.compile(re.escape(end)))
+    return replace(marks, closes=closes, closes_for_good=True)
+
+
+def _tags_of(tokenizer: Any) -> Tags:
+    """The tags that the tokenizer has tokens for, or that its chat template writes; those of its template come first."""
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    as_tokens = [each for each in KNOWN if _ids(tokenizer, each.opens) and _ids(tokenizer, each.closes)]
+    as_texts = [each for each in KNOWN if all(any(tag in template for tag in tags) for tags in each)]
+    of_template = [each for each in as_tokens if any(_first_word(tag) in template for tag in each.closes)]
+    return next(chain(of_template, as_tokens, as_texts), PLAIN)
+
+
+def _first_word(tag: str) -> str:
+    """What a tag begins with that has a token of its own: `<|channel|>` of `<|channel|>final<|message|>`."""
+    match = re.match(r"<[^<>]+>|\[[^\[\]]+\]|◁[^◁▷]+▷", tag)
+    return match[0] if match else tag
+
+
+def _mark(tokenizer: Any, tags: Sequence[str]) -> Mark:
+    ids = _ids(tokenizer, tags)
+    return Mark(ids) if ids else Mark(text=re.compile("|".join(map(re.escape, tags))))
+
+
+def _ids(tokenizer: Any, tags: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The token ids of tags, longest first; none unless each tag begins with a token of the tokenizer's own, which text next to it cannot change."""
+    found = [_ids_of(tokenizer, tag) for tag in tags]
+    return tuple(sorted((each for each in found if each), key=len, reverse=True)) if all(found) else ()
+
+
+def _ids_of(tokenizer: Any, tag: str) -> tuple[int, ...]:
+    first = _token(tokenizer, _first_word(tag))
+    if first is None:
+        return ()
+    if _first_word(tag) == tag:
+        return (first,)
+    ids = tuple(tokenizer(tag, add_special_tokens=False)["input_ids"])
+    return ids if ids and ids[0] == first else ()
+
+
+def _token(tokenizer: Any, text: str) -> int | None:
+    """The id of the token with this very text; None when there is none."""
+    found = tokenizer.convert_tokens_to_ids(text)
+    if not isinstance(found, int) or found < 0 or found == tokenizer.unk_token_id:
+        return None
+    return found if tokenizer.convert_ids_to_tokens(found) == text else None
