@@ -82,7 +82,8 @@ def refuse_thinking(options: Mapping[str, Any], tokenizer: Any, tasks: Mapping[s
     end = options.get("think_end_token")
     if isinstance(end, str) and not end.isdigit():
         token = tokenizer.convert_tokens_to_ids(end)
-        if end in tokenizer.all_special_tokens:
+        is_token = isinstance(token, int) and tokenizer.convert_ids_to_tokens(token) == end
+        if is_token and not tokenizer.decode([token], skip_special_tokens=True):
             raise BenchmarkError(
                 f"--think_end_token {end} is a special token of this tokenizer, which lm-eval drops from the text before it looks for it, so that it "
                 f"would score the thinking, too; give the token's id: --think_end_token {token}."
