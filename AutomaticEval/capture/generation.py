@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from AutomaticEval.capture.answers.think_marks import think_marks
+from AutomaticEval.capture.answers.think_marks import ThinkMarks, think_marks
 from AutomaticEval.capture.answers.token_logprobs import answer_column, token_logprobs
 from AutomaticEval.capture.batch_independence import Span, apart, company_of, is_fed_again, rope_limit
 from AutomaticEval.capture.draws import drawing, random_numbers, repeats_of
@@ -30,7 +30,7 @@ from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.edited_positions import given_mask
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
-from AutomaticEval.thinking.place import Thinking
+from AutomaticEval.thinking.text import columns_of
 
 
 class Response(NamedTuple):
@@ -42,6 +42,9 @@ class Response(NamedTuple):
 
     generated_ids: list[int]
     """The tokens of the response, up to its own end."""
+
+    answer: str | None
+    """The text without the thinking; None when the thinking was not finished."""
 
 
 class Asked(NamedTuple):
@@ -95,23 +98,26 @@ def respond(
     selection: Selection | None = None,
     texts: Sequence[str] | None = None,
     repeats: Sequence[int] | None = None,
+    think_tokens: tuple[str, str] | None = None,
 ) -> list[Response]:
     """The responses to token sequences. They are run together, padded on the left, where none changes the numbers of another.
 
     Sampled with a seed, a response depends on the seed, its prompt and its repeat, and not on the batch.
     selection: what to capture; None captures nothing. texts: the prompts as texts, for the column `prompt` of the samples. repeats: how many
-    equal prompts were asked before each, in other batches too; by default those of this batch are counted. Raises CaptureError when the model was fed other tokens than those that it answered; SelectionError.
+    equal prompts were asked before each, in other batches too; by default those of this batch are counted. think_tokens: the marks around the
+    model's thinking, given by hand; by default those of the selection, or of the tokenizer. Raises CaptureError when the model was fed other tokens than those that it answered; SelectionError.
     """
     responses: dict[int, Response] = {}
     refuse_logits_fed_again(loaded.model, selection, _spans(prompts, sampling))
     way = way_of(loaded.model, sampling.generation, sampling.kwargs())
+    marks = think_marks(loaded.tokenizer, think_tokens or (None if selection is None else selection.think_tokens))
     repeats = repeats_of(prompts) if repeats is None else repeats
     with _seeded(sampling):
         for group in harmless_groups(loaded, prompts, sampling):
             own = [prompts[row] for row in group]
             own_texts = [texts[row] if texts else text_of(loaded.tokenizer, prompts[row]) for row in group]
             asked = Asked(own, own_texts, [repeats[row] for row in group])
-            together = partial(_respond_together, loaded, asked, sampling, selection, way)
+            together = partial(_respond_together, loaded, asked, sampling, selection, way, marks)
             responses |= zip(group, again_without_graphs(together, way), strict=True)
     return [responses[row] for row in range(len(prompts))]
 
@@ -132,7 +138,7 @@ def _spans(prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Span]:
 
 
 def _respond_together(
-    loaded: LoadedModel, asked: Asked, sampling: Sampling, selection: Selection | None, way: Way
+    loaded: LoadedModel, asked: Asked, sampling: Sampling, selection: Selection | None, way: Way, marks: ThinkMarks
 ) -> list[Response]:
     """The responses to one batch."""
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -165,12 +171,10 @@ def _respond_together(
         )
     end = given.get("eos_token_id", own.eos_token_id)
     answers = [until_end(each, end) for each in sequences[:, width:].tolist()]
-    marks = think_marks(tokenizer, None if selection is None else selection.think_tokens)
     kept: list[range] = []
-    thinking: list[Thinking] = []
+    pairs = list(zip(prompts, answers, strict=True))
+    thinking = [marks.thinking(*pair) for pair in pairs]
     if selection is not None:
-        pairs = list(zip(prompts, answers, strict=True))
-        thinking = [marks.thinking(*pair) for pair in pairs]
         resolve = selection.positions.resolve
         kept = [resolve(len(p), len(a), own) for (p, a), own in zip(pairs, thinking, strict=True)]
         recording.will_give(sum(map(len, kept)))
@@ -179,15 +183,16 @@ def _respond_together(
     responses = []
     for row, (prompt, generated) in enumerate(zip(prompts, answers, strict=True)):
         text = text_of(tokenizer, generated, skip_special_tokens=True)
+        said = marks.texts(thinking[row], len(prompt), generated, text)
         sample = None
         if selection is not None:
             pieces = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept[row], tokenizer)
             columns = sample_columns(texts[row], text, len(prompt), (len(prompts), width))
             columns |= answer_column(found, row, len(generated))
-            columns |= marks.columns(thinking[row], len(prompt), generated, text)
+            columns |= columns_of(thinking[row], said)
             whole = Sample(columns, list(prompt), generated, parts_of(pieces, kept[row]))
             (sample,) = reduced([whole])
-        responses.append(Response(text, sample, generated))
+        responses.append(Response(text, sample, generated, said.answer))
     return responses
 
 

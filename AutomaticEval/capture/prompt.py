@@ -184,6 +184,8 @@ class PromptResponse:
     """The response to one prompt, with the settings with which it was made."""
 
     text: str
+    answer: str | None
+    """The text without the thinking; None when the thinking was not finished."""
     sample: Sample | None
     """The sample with its rows, when activations were captured."""
     model: str
@@ -214,7 +216,8 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
         n_bytes = n_kept(prompt.selection, n_positions) * bytes_per_row(loaded, prompt.selection)
         ensure_space(folder, n_bytes + prompt.selection.matrix_bytes + 2**16)
     try:
-        (response,) = respond(loaded, [ids], sampling, prompt.selection if capture else None, [prompt.prompt])
+        selection, marks = prompt.selection if capture else None, prompt.selection.think_tokens
+        (response,) = respond(loaded, [ids], sampling, selection, [prompt.prompt], think_tokens=marks)
     except (TypeError, ValueError) as failure:  # transformers looks at a value when it uses it
         if not sampling.more:
             raise
@@ -231,7 +234,7 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
     )
     settings = json.loads(as_json(made.as_dict()))  # exactly what reading the file gives
     matrices = {**prompt.selection.matrices, **loaded.edit_values()} if capture else {}
-    return PromptResponse(response.text, response.sample, loaded.name, settings, matrices)
+    return PromptResponse(response.text, response.answer, response.sample, loaded.name, settings, matrices)
 
 
 def encode(

@@ -22,6 +22,11 @@ class Said(NamedTuple):
     """What follows the thinking. None when the thinking was not finished."""
 
 
+def columns_of(thinking: Thinking, said: Said) -> dict[str, Any]:
+    """The columns of a sample that say where its response thinks and answers; with thinking also the texts of both."""
+    return {**thinking.columns(), **({} if thinking.span is None else said._asdict())}
+
+
 def said_of_record(record: Mapping[str, Any], response: str, prompt: str) -> Said:
     """The two parts of a sample's response: from its columns, or by its text in a file that does not have them."""
     known = Thinking.of_record(record)

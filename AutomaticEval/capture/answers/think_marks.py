@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from AutomaticEval.capture.vocabulary import text_of
 from AutomaticEval.thinking.place import Span, Thinking, between_marks
+from AutomaticEval.thinking.text import Said
 
 TAIL = 64
 """So many tokens at a prompt's end are looked at for a mark that opens."""
@@ -98,6 +99,8 @@ class ThinkMarks:
     tokenizer: Any
     opens: Mark
     closes: Mark
+    end: str
+    """What lm-eval's think_end_token would be: a text, or a token's id."""
     closes_for_good: bool = False
     """Whether the answer follows the last mark that closes, whatever opens after it. It is lm-eval's rule."""
 
@@ -115,26 +118,16 @@ class ThinkMarks:
         last = max((stop for _, stop in self.opens.places(tail, self._decode)), default=None)
         return last is not None and not text_of(self.tokenizer, tail[last:]).strip()
 
-    def columns(
-        self, thinking: Thinking, n_prompt: int, response: Sequence[int], text: str, answer: str | None = None
-    ) -> dict[str, Any]:
-        """The columns of a sample that say where its response thinks and answers; with thinking also the texts of both.
-
-        text: of the whole response, of which a stop string may have cut the end. answer: that of lm-eval, where it cuts the thinking off by itself.
-        """
-        columns: dict[str, Any] = {**thinking.columns()}
+    def texts(self, thinking: Thinking, n_prompt: int, response: Sequence[int], text: str) -> Said:
+        """What a response thinks and answers. text: of the whole response, of which a stop string may have cut the end."""
         if thinking.span is None:
-            return columns
-        start, stop = (each - n_prompt for each in thinking.span)
-        whole = self._decode(response)
-        n_cut = len(whole) - len(text)
-        thought = self._decode(response[start:stop])
+            return Said(None, text)
+        n_cut = len(self._decode(response)) - len(text)
+        thought = self._decode(response[thinking.span[0] - n_prompt : thinking.span[1] - n_prompt])
         if thinking.answer_start is None:
-            return {**columns, "thinking": thought[: max(0, len(thought) - n_cut)]}
-        if answer is None:
-            answered = self._decode(response[thinking.answer_start - n_prompt :])
-            answer = answered[: max(0, len(answered) - n_cut)]
-        return {**columns, "thinking": thought, "answer": answer}
+            return Said(thought[: max(0, len(thought) - n_cut)], None)
+        answer = self._decode(response[thinking.answer_start - n_prompt :])
+        return Said(thought, answer[: max(0, len(answer) - n_cut)])
 
     def _decode(self, ids: Sequence[int]) -> str:
         return text_of(self.tokenizer, ids, skip_special_tokens=True)
@@ -146,11 +139,20 @@ def think_marks(tokenizer: Any, given: tuple[str, str] | None = None, end: str |
     given: the texts that open and close, given by hand. end: lm-eval's think_end_token, a text or a token id, which then decides where the answer begins.
     """
     tags = Tags((given[0],), (given[1],)) if given is not None else _tags_of(tokenizer)
-    marks = ThinkMarks(tokenizer, _mark(tokenizer, tags.opens), _mark(tokenizer, tags.closes))
+    opens, closes = (_mark(tokenizer, each) for each in tags)
+    marks = ThinkMarks(tokenizer, opens, closes, _end_of(tokenizer, closes, tags))
     if end is None:
         return marks
     closes = Mark(((end,),)) if isinstance(end, int) else Mark(text=re.compile(re.escape(end)))
     return replace(marks, closes=closes, closes_for_good=True)
+
+
+def _end_of(tokenizer: Any, closes: Mark, tags: Tags) -> str:
+    """What closes thinking, as lm-eval can find it: in the text, or as one token, which may be dropped from the text."""
+    if not closes.ids:
+        return tags.closes[0]
+    last = closes.ids[-1][-1]
+    return str(tokenizer.decode([last], skip_special_tokens=True) or last)
 
 
 def _tags_of(tokenizer: Any) -> Tags:

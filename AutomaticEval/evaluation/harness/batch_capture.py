@@ -26,7 +26,7 @@ from AutomaticEval.capture.keeping import (
 )
 from AutomaticEval.capture.reduced_rows import taps_of
 from AutomaticEval.capture.tree.shared_prompt import Prefix
-from AutomaticEval.errors import CaptureError
+from AutomaticEval.errors import CaptureError, warn
 from AutomaticEval.evaluation.harness.call import UNKNOWN, Call, Request
 from AutomaticEval.evaluation.harness.generated import AnswerReader
 from AutomaticEval.evaluation.results.earlier_answers import random_state
@@ -36,6 +36,7 @@ from AutomaticEval.models.recording import Keep, Recording, capturing
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.thinking.place import Thinking
+from AutomaticEval.thinking.text import columns_of
 
 Sink = Callable[[list[Sample]], None]
 """Takes the samples of one batch; they may share rows."""
@@ -148,6 +149,7 @@ class BatchCapture:
         self._embedding, self._taps = loaded.layout.embedding, taps_of(loaded.layout, selection)
         self._given = selection.think_tokens
         self._marks = think_marks(loaded.tokenizer, self._given)
+        self._has_told = False
         self._held: list[_Held] = []
 
     def cuts_thinking_at(self, end: str | int | None) -> None:
@@ -209,10 +211,30 @@ class BatchCapture:
             fields = _fields(call.requests[index], len(prompt), (n_rows, n_columns), prompts.n_truncated[number])
             text, scored = reader.whole(generated), reader.text(generated)
             fields |= {"response": text, **answer_column(found, number, len(generated))}
-            answer = None if reader.think_end_token is None else scored
-            fields |= self._marks.columns(each_thinking[number], len(prompt), generated, text, answer)
+            fields |= self._said(each_thinking[number], prompt, generated, text, reader, scored)
             self._held.append(_Held(index, fields, prompt, generated, rows, shared, scored))
         return out
+
+    def _said(
+        self, thinking: Thinking, prompt: list[int], generated: list[int], text: str, reader: AnswerReader, scored: str
+    ) -> dict[str, Any]:
+        """The columns on thinking and answer. text: of the whole response. scored: what lm-eval scores of it."""
+        said = self._marks.texts(thinking, len(prompt), generated, text)
+        if thinking.span is None:
+            return columns_of(thinking, said)
+        if reader.think_end_token is None:
+            self._tell_of_scored_thinking()
+        elif thinking.answer_start is not None:
+            said = said._replace(answer=scored)
+        return columns_of(thinking, said)
+
+    def _tell_of_scored_thinking(self) -> None:
+        """Warn once a run that the scores are not those of answers alone."""
+        if not self._has_told:
+            warn(
+                f"the model thinks before it answers, and lm-eval scores both together; with --think_end_token {self._marks.end} it scores the answer alone."
+            )
+        self._has_told = True
 
     def _recording(self, keep: Keep, n_rows: int) -> Any:
         return capturing(self._model, self._taps, self._embedding, keep, n_rows, self._dtype)
