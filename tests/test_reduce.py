@@ -418,7 +418,7 @@ def test_plain_h5py_finds_what_the_format_says(way: str, runs: Callable[..., Pat
     run = open_run(runs(way))
     with h5py.File(run.path / "run.h5") as file:
         assert json.loads(file.attrs["settings"])["reduce"] == way
-        assert file.attrs["format_version"] == "1.5"
+        assert file.attrs["format_version"] == "1.6"
         if way in BY_SAMPLE:
             stored = file["reduced/layer_1"][()][file["lines"][()]]
             np.testing.assert_array_equal(stored, run.reduced("layer_1").numpy())

@@ -75,7 +75,7 @@ def test_plain_h5py_finds_what_the_format_says(tmp_path: Path) -> None:
     write_shard(tmp_path / "one.h5", [sample], "my/model", SETTINGS)
     with h5py.File(tmp_path / "one.h5") as file:
         assert file.attrs["format"] == "automatic-eval/activations"
-        assert file.attrs["format_version"] == "1.5"
+        assert file.attrs["format_version"] == "1.6"
         assert file.attrs["model"] == "my/model"
         assert json.loads(file.attrs["settings"]) == SETTINGS
         assert file["samples/prompt"].asstr()[0] == "What?"

@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.places import STORIES, needs_real
 from helpers.raw_hooks import raw_residuals
+from helpers.tape import Tape
 from helpers.thinkers import HARMONY, TAGS, ids_of, thinker, tokenizer_with, writing
+from typer.testing import CliRunner
 
-from AutomaticEval import generate_inference_with_activations, load_activations
+from AutomaticEval import answer_benchmark_question, generate_inference_with_activations, load_activations
 from AutomaticEval.capture.answers.think_marks import think_marks
 from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
+from AutomaticEval.cli.app import app
 from AutomaticEval.errors import EditError, SelectionError, UnknownPositions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.edit import Edit
+from AutomaticEval.models.loading import load_model
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.thinking.place import Thinking
 
@@ -246,3 +251,78 @@ def test_texts_are_stored_beside_the_positions(qwen: LoadedModel, harmony: Loade
         first = ids_of(loaded.tokenizer, "It is 4.")
         assert read["token_ids"].tolist() == first
         assert read["positions"][0] == read["answer_start"]
+
+
+def test_a_mean_is_over_the_thinking_alone(qwen: LoadedModel) -> None:
+    prompts = [ids_of(qwen.tokenizer, each) for each in ASKED[:3]]
+    chosen = Selection.parse("resid_post", 1, "thinking", reduce="mean")
+    with writing(qwen.tokenizer, SCRIPTS):
+        responses = respond(qwen, prompts, Sampling(max_new_tokens=24), chosen, ASKED[:3])
+    for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        assert response.sample is not None
+        data = response.sample.activation_data("m", {})
+        if number == 2:  # it did not think
+            assert data["reduced"]["layer_1"].isnan().all()
+            continue
+        thought = slice(data["thinking_start"], data["thinking_stop"])
+        fed = [*prompt, *response.generated_ids][:-1]
+        rows = raw_residuals(qwen.model, "llama", fed)["layer_1"][thought]
+        torch.testing.assert_close(data["reduced"]["layer_1"], rows.mean(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("tapes")
+def test_steps_from_a_graph_keep_the_same_rows(qwen: LoadedModel) -> None:
+    prompts = [ids_of(qwen.tokenizer, each) for each in ASKED]
+    chosen = Selection.parse("resid_post", -1, "answer")
+    with writing(qwen.tokenizer, SCRIPTS):
+        found = [
+            respond(qwen, prompts, Sampling(max_new_tokens=24, generation=way), chosen) for way in ("eager", "graph")
+        ]
+    assert Tape.n_replayed > 0
+    for one, other in zip(*found, strict=True):
+        assert one.sample is not None
+        assert other.sample is not None
+        eager, graph = (each.activation_data("m", {}) for each in (one.sample, other.sample))
+        assert eager["positions"].tolist() == graph["positions"].tolist()
+        torch.testing.assert_close(eager["activations"]["layer_2"], graph["activations"]["layer_2"])
+
+
+@needs_real
+@pytest.mark.parametrize("part", ["thinking", "answer"])
+def test_a_trained_model_whose_tokenizer_has_no_tokens_for_thinking(part: str) -> None:
+    """SentencePiece: its tokens spell the marks together with nothing else."""
+    loaded = load_model(STORIES)
+    prompt = loaded.tokenizer("Lily saw a dog. Q")["input_ids"]
+    with writing(loaded.tokenizer, {"Q": "<think> It was big.</think> She was happy."}):
+        (response,) = respond(loaded, [prompt], Sampling(max_new_tokens=60), Selection.parse("resid_post", 2, part))
+    assert response.sample is not None
+    data = response.sample.activation_data("m", {})
+    said = {"thinking": "It was big.", "answer": "She was happy."}
+    assert {name: data[name].strip() for name in said} == said
+    assert loaded.tokenizer.decode(data["token_ids"]).strip().startswith(said[part][:-1])
+    rows = raw_residuals(loaded.model, "llama", [*prompt, *response.generated_ids])["layer_2"]
+    torch.testing.assert_close(data["activations"]["layer_2"], rows[data["positions"]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_the_answer_to_a_question_is_not_taken_out_of_its_thinking(captures: bool, harmony: LoadedModel) -> None:
+    script = "<|channel|>analysis<|message|>FINAL ANSWER: A<|end|><|start|>assistant<|channel|>final<|message|>FINAL ANSWER: B"
+    how: dict[str, Any] = {"choices": ["3", "4"], "max_new_tokens": 99, "template": "Q {question}"}
+    with writing(harmony.tokenizer, {"Q": script}):
+        if captures:
+            given = answer_benchmark_question(
+                "Which?", harmony, capture_activations=True, save_activations=False, **how
+            )
+        else:
+            given = answer_benchmark_question("Which?", harmony, **how)
+    assert given[1] == "B"
+
+
+def test_the_command_keeps_the_thinking_between_marks_given_by_hand(tmp_path: Path) -> None:
+    options = ["--positions", "thinking", "--think_tokens", "<reason>,</reason>", "--layers", "0"]
+    with writing(tokenizer_with(), {"Q": "<reason>3 or 4</reason>4."}):
+        done = CliRunner().invoke(app, ["generate", "Q", *options, "-o", str(tmp_path / "x.h5"), "--no_chat_template"])
+    assert done.exit_code == 0, done.output
+    data = load_activations(tmp_path / "x.h5")
+    assert data["token_ids"].tolist() == ids_of(tokenizer_with(), "3 or 4")
+    assert data["settings"]["think_tokens"] == "<reason>,</reason>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.places import ROOT
 from helpers.plain_lm_eval import assert_same, plain
 from helpers.raw_hooks import raw_residuals
 from helpers.samples import SETTINGS, make_sample
@@ -26,6 +28,7 @@ from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.store import writer
 from AutomaticEval.store.contents.columns import Listed
 from AutomaticEval.store.contents.thinking_in import ThinkingIn
+from AutomaticEval.store.export.formats import export
 from AutomaticEval.store.hdf5.write import write_shard
 from AutomaticEval.store.run import Run
 from AutomaticEval.store.upkeep.convert import convert
@@ -295,7 +298,63 @@ def test_hf_activations_captures_what_lm_eval_cuts_off(
     assert_honest(run, loaded)
 
 
+def test_each_of_several_sampled_answers_has_its_own(
+    models: dict[str, LoadedModel], tasks: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    often = TASK.replace("asks\n", "often\n", 1).replace(
+        "max_gen_toks: 26", "do_sample: true, temperature: 1.0, max_gen_toks: 26"
+    )
+    (tmp_path / "tasks" / "often.yaml").write_text(often + "repeats: 2\n")
+    (tmp_path / "tasks" / "docs.py").write_text(DOCS)
+    loaded = models["shown"]
+    with writing(loaded.tokenizer, SCRIPTS):
+        outcome = evaluate_with_activations(
+            loaded,
+            "often",
+            include_path=tmp_path / "tasks",
+            think_end_token="</think>",
+            positions="answer",
+            limit=3,
+            output=tmp_path / "run",
+        )
+    run = open_run(outcome.folder or "")
+    assert_true(loaded, run, "answer")
+    assert run.column("repeat") == [0, 1] * 3
+    assert run.column("thinking") == ["\n3 or 4."] * 2 + ["It is 3 or 4."] * 2 + [None] * 2
+    assert run.column("correct") == [True, True, False, False, True, True]
+
+
 # Later reads.
+
+
+OF_TODAY = ROOT / "tests" / "data" / "format-1.6" / "run"
+"""Three samples: without thinking, with it, and with one that was not finished."""
+PLACES = {
+    "thinking_start": [None, 5, 5],
+    "thinking_stop": [None, 7, 9],
+    "answer_start": [4, 8, None],
+    "thinking": [None, "3 or", "3 or 4"],
+    "answer": [None, "4.", None],
+}
+
+
+def test_a_file_of_the_formats_first_day_and_its_copies(tmp_path: Path) -> None:
+    assert verify(OF_TODAY) == []
+    copies = [
+        merge([OF_TODAY], tmp_path / "merged.h5"),
+        prune(OF_TODAY, tmp_path / "pruned.h5", positions="thinking"),
+        convert(OF_TODAY, tmp_path / "narrow.h5", dtype="bfloat16"),
+    ]
+    for path in (OF_TODAY, *copies):
+        run = open_run(path)
+        assert {name: run.column(name) for name in PLACES} == PLACES
+        assert {*PLACES} <= {*run.table().columns}
+        said = [(each.thinking, each.answer) for each in run.questions()]
+        assert said == [(None, "That."), ("3 or", "4."), ("3 or 4", None)]
+    assert [each["positions"].tolist() for each in open_run(copies[1])] == [[], [5, 6], [5, 6, 7]]
+    lines = (export(OF_TODAY, tmp_path / "npz", to="npz") / "samples.jsonl").read_text().splitlines()
+    assert {name: [json.loads(each).get(name) for each in lines] for name in PLACES} == PLACES
 
 
 def test_questions_name_tokens_of_thinking_and_answer(
@@ -338,18 +397,6 @@ def test_a_copy_of_a_part_is_what_a_run_of_that_part_keeps(
     assert_true(models["shown"], pruned, part)
     assert verify(pruned.path) == []
     assert_honest(pruned, models["shown"])
-
-
-def test_copies_hand_on_where_a_response_answers(whole: Run, tmp_path: Path) -> None:
-    copies = [
-        merge([whole.path], tmp_path / "merged.h5"),
-        convert(whole.path, tmp_path / "narrow.h5", dtype="float16"),
-        prune(whole.path, tmp_path / "small.h5", layers="0"),
-    ]
-    for copy in copies:
-        for name in ("thinking_start", "thinking_stop", "answer_start", "thinking", "answer"):
-            assert open_run(copy).column(name) == whole.column(name)
-    assert {"thinking_start", "answer_start"} <= set(whole.table().columns)
 
 
 def test_files_that_do_not_say_it_are_read_by_their_text(whole: Run) -> None:

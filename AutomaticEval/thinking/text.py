@@ -32,7 +32,10 @@ def said_of_record(record: Mapping[str, Any], response: str, prompt: str) -> Sai
     known = Thinking.of_record(record)
     if known is None:
         return split_thinking(response, prompt)
-    return Said(None, response) if known.span is None else Said(record.get("thinking"), record.get("answer"))
+    if known.span is None:
+        return Said(None, response)
+    thinking, answer = (each if isinstance(each, str) else None for each in map(record.get, ("thinking", "answer")))
+    return Said(thinking or "", answer)
 
 
 def split_thinking(response: str, prompt: str = "") -> Said:

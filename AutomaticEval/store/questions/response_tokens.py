@@ -17,7 +17,7 @@ from AutomaticEval.store.contents.thinking_in import ThinkingIn
 from AutomaticEval.store.questions.exact_answer import exact_answer
 from AutomaticEval.store.questions.spelling import in_bytes, spelled
 from AutomaticEval.store.ragged import Array
-from AutomaticEval.thinking.place import Span, Thinking
+from AutomaticEval.thinking.place import Span
 from AutomaticEval.thinking.text import spans, stripped
 
 OF_RESPONSE = ("response", "prediction", "choices", "logprobs")
@@ -61,46 +61,67 @@ def positions_in_response(
 
     samples: [n_questions]: their numbers in contents. columns: those of OF_RESPONSE. The very last token was never fed, and counts as none.
     """
-    strings, prompts = contents.strings(), contents.columns.whole("prompt")
-    thinking, texts = ThinkingIn(contents), _texts(contents)
+    strings, parts = contents.strings(), _Parts(contents)
     found = np.full(len(samples), NONE, dtype=np.int64)
     rows = zip(samples.tolist(), *columns, strict=True)
     for number, (sample, response, prediction, choices, logprobs) in enumerate(rows):
         if response is None or logprobs:
             continue
         ids, n_prompt = contents.generated_ids.item(sample).tolist(), len(contents.input_ids.item(sample))
-        known = thinking.known(sample)
-        if known is None:
-            text, first, stop = response, 0, len(ids)
-            part = spans(response, prompts[sample])[0 if wanted.part == "thinking" else 1]
-        else:
-            whole = _tokens_of(wanted.part, known, n_prompt, len(ids))
-            text = (
-                response if known.span is None else texts["thinking" if wanted.part == "thinking" else "answer"][sample]
-            )
-            if whole is None or text is None:
-                continue
-            first, stop = whole
-            part = stripped(text, 0, len(text))
+        within = parts.of(wanted.part, sample, response, n_prompt, len(ids))
+        if within is None:
+            continue
+        (text, span), (first, stop) = within
         if wanted.part == "exact_answer":
-            part = exact_answer(text, part, prediction, choices)
-        token = None if part is None else _token(text, part, ids[first:stop], strings, wanted.number)
+            span = exact_answer(text, span, prediction, choices)
+        token = None if span is None else _token(text, span, ids[first:stop], strings, wanted.number)
         if token is not None and first + token < len(ids) - 1:
             found[number] = n_prompt + first + token
     return found
 
 
-def _texts(contents: Contents) -> dict[str, list[str | None]]:
-    """The texts of thinking and answer of every sample, where some response has thinking."""
-    there = [name for name in ("thinking", "answer") if name in contents.columns.names]
-    return {name: contents.columns.whole(name) for name in there}
+class _Within(NamedTuple):
+    """A part of a response: where it is in a text, and the tokens that spell that text."""
+
+    place: tuple[str, Span | None]
+    """The text, and the part in it without the blanks around it; None for a part that is not there."""
+
+    tokens: Span
+    """Counted from the beginning of the response."""
 
 
-def _tokens_of(name: str, thinking: Thinking, n_prompt: int, n_response: int) -> Span | None:
-    """The tokens of a part of a response, counted from its beginning: half-open. None for a part that is not there."""
-    if name == "thinking":
-        return thinking.span and (thinking.span[0] - n_prompt, thinking.span[1] - n_prompt)
-    return None if thinking.answer_start is None else (thinking.answer_start - n_prompt, n_response)
+class _Parts:
+    """The parts of the responses of a file: from the sample table, or by their text in a file that does not have them."""
+
+    def __init__(self, contents: Contents) -> None:
+        self._prompts, self._thinking = contents.columns.whole("prompt"), ThinkingIn(contents)
+        there = [name for name in ("thinking", "answer") if name in contents.columns.names]
+        self._texts = {name: contents.columns.whole(name) for name in there}
+
+    def of(self, name: str, sample: int, response: str, n_prompt: int, n_response: int) -> _Within | None:
+        """None for a part that is not there. name: of an exact answer, its answer."""
+        known, is_thinking = self._thinking.known(sample), name == "thinking"
+        if known is None:
+            span = spans(response, self._prompts[sample])[0 if is_thinking else 1]
+            return _Within((response, span), (0, n_response))
+        if known.span is None:
+            return None if is_thinking else _whole(response, (0, n_response))
+        if is_thinking:
+            tokens = (known.span[0] - n_prompt, known.span[1] - n_prompt)
+            return _whole(self._text("thinking", sample), tokens)
+        if known.answer_start is None:
+            return None
+        return _whole(self._text("answer", sample), (known.answer_start - n_prompt, n_response))
+
+    def _text(self, name: str, sample: int) -> str:
+        """That of a part; "" in a file that another program wrote without it."""
+        text = self._texts[name][sample] if name in self._texts else None
+        return text if isinstance(text, str) else ""
+
+
+def _whole(text: str, tokens: Span) -> _Within:
+    """A text that is the part."""
+    return _Within((text, stripped(text, 0, len(text))), tokens)
 
 
 def _token(response: str, part: Span, ids: list[int], strings: Mapping[int, str], index: int) -> int | None:
