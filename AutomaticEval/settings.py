@@ -211,7 +211,7 @@ class RunSettings:
 def think_end_token(settings: RunSettings) -> str | int | None:
     """lm-eval's option of this name, with which a run was made: it cut the thinking off at this text or token id. None: it did not."""
     given = [(each or {}).get("think_end_token") for each in (settings.benchmark, settings.lm_eval)]
-    end: str | int | None = next((each for each in given if each is not None), None)
+    end: str | int | None = next((each for each in given if each not in (None, "None")), None)
     return int(end) if isinstance(end, str) and end.isdigit() else end
 
 

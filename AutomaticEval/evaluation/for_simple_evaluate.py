@@ -81,7 +81,10 @@ class HFActivations(CapturingHFLM):
         load = _load_options(pretrained, tokenizer, options)
         loaded = load_model(pretrained, tokenizer=tokenizer, options=load)
         ranks = join_ranks()
-        given = {name: public_name(str(value)) for name, value in options.items()}
+        given = {
+            name: str(value) if name == "think_end_token" else public_name(str(value))
+            for name, value in options.items()
+        }
         settings = made_with(loaded, selection).changed(scoring=scoring, lm_eval=given)
         name = folder_name(["lm-eval"], loaded.name)
         output = RunOutput(Path(activation_save_dir), compression=compression, strict=strict)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -58,29 +59,31 @@ class Mark:
     ids: tuple[tuple[int, ...], ...] = ()
     text: re.Pattern[str] | None = None
 
-    def places(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[Span]:
-        """Where the mark stands among tokens: half-open, ascending. A token that spells a part of a mark and something else counts as the mark's."""
-        found = list(self._by_ids(ids))
-        if self.text is not None:
-            matches = [match.span() for match in self.text.finditer(decode(ids))]
-            found += [_tokens_of(match, ids, decode) for match in matches]
-        return found
+    def places(self, ids: Sequence[int], text_of_first: Callable[[int], str]) -> list[Span]:
+        """Where the mark stands among tokens: half-open, ascending. A token that spells a part of a mark and something else counts as the mark's.
+
+        text_of_first: gives the text of the first so many of these tokens.
+        """
+        if self.text is None:
+            return self._by_ids(ids)
+        matches = [match.span() for match in self.text.finditer(text_of_first(len(ids)))]
+        return [_tokens_of(match, len(ids), text_of_first) for match in matches]
 
     def _by_ids(self, ids: Sequence[int]) -> list[Span]:
-        found, at, first = [], 0, {each[0] for each in self.ids}
-        while at < len(ids):
-            wanted = self.ids if ids[at] in first else ()
-            own = next((each for each in wanted if tuple(ids[at : at + len(each)]) == each), None)
-            if own is not None:
-                found.append((at, at + len(own)))
-            at += 1 if own is None else len(own)
+        found: list[Span] = []
+        firsts, end = {each[0] for each in self.ids}, 0
+        for at, token in enumerate(ids):
+            if token in firsts and at >= end:
+                own = next((each for each in self.ids if tuple(ids[at : at + len(each)]) == each), ())
+                end = at + len(own)
+                found += [(at, end)] if own else []
         return found
 
 
-def _tokens_of(match: Span, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> Span:
-    """The tokens that spell a part of the text of ids."""
-    start = _fewest(len(ids), lambda n: len(decode(ids[:n])) > match[0]) - 1
-    return start, _fewest(len(ids), lambda n: len(decode(ids[:n])) >= match[1])
+def _tokens_of(match: Span, most: int, text_of_first: Callable[[int], str]) -> Span:
+    """The tokens that spell a part of the text of the first `most` tokens."""
+    start = _fewest(most, lambda n: len(text_of_first(n)) > match[0]) - 1
+    return start, _fewest(most, lambda n: len(text_of_first(n)) >= match[1])
 
 
 def _fewest(most: int, is_enough: Callable[[int], bool]) -> int:
@@ -106,7 +109,8 @@ class ThinkMarks:
 
     def thinking(self, prompt: Sequence[int], response: Sequence[int]) -> Thinking:
         """Where a response thinks and answers, in the sequence of prompt and response."""
-        opens, closes = (each.places(response, self._decode) for each in (self.opens, self.closes))
+        text_of_first = cache(lambda n: self._decode(response[:n]))
+        opens, closes = (each.places(response, text_of_first) for each in (self.opens, self.closes))
         how = {"is_open": self.is_open(prompt), "closes_for_good": self.closes_for_good}
         span, answer = between_marks(opens, closes, len(response), **how)
         before = len(prompt)
@@ -115,7 +119,8 @@ class ThinkMarks:
     def is_open(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends with a mark that opens, and blanks at most."""
         tail = list(prompt[-TAIL:])
-        last = max((stop for _, stop in self.opens.places(tail, self._decode)), default=None)
+        places = self.opens.places(tail, lambda n: self._decode(tail[:n]))
+        last = max((stop for _, stop in places), default=None)
         return last is not None and not text_of(self.tokenizer, tail[last:]).strip()
 
     def texts(self, thinking: Thinking, n_prompt: int, response: Sequence[int], text: str) -> Said:
@@ -194,6 +199,6 @@ def _ids_of(tokenizer: Any, tag: str) -> tuple[int, ...]:
 def _token(tokenizer: Any, text: str) -> int | None:
     """The id of the token with this very text; None when there is none."""
     found = tokenizer.convert_tokens_to_ids(text)
-    if not isinstance(found, int) or found < 0 or found == tokenizer.unk_token_id:
+    if not isinstance(found, int) or found < 0 or found == getattr(tokenizer, "unk_token_id", None):
         return None
     return found if tokenizer.convert_ids_to_tokens(found) == text else None
