@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +12,8 @@ from AutomaticEval.store.questions.spelling import in_bytes, spelled
 from AutomaticEval.thinking.place import COLUMNS, Thinking
 from AutomaticEval.thinking.text import bounds
 
-NEEDED = (*COLUMNS, "prompt", "response", "logprob", "choice", "window")
+TEXTS = ("prompt", "response", "logprob")
+"""The columns by which the text of a response is looked at."""
 
 
 class ThinkingIn:
@@ -21,23 +23,46 @@ class ThinkingIn:
         self._contents = contents
 
     @cached_property
-    def _columns(self) -> dict[str, list[Any]]:
+    def _places(self) -> dict[str, list[Any]]:
+        return self._whole(COLUMNS)
+
+    @cached_property
+    def _texts(self) -> dict[str, list[Any]]:
+        return self._whole(TEXTS)
+
+    def _whole(self, wanted: Sequence[str]) -> dict[str, list[Any]]:
         names = self._contents.columns.names
-        return {name: self._contents.columns.whole(name) for name in NEEDED if name in names}
+        return {name: self._contents.columns.whole(name) for name in wanted if name in names}
 
     def known(self, number: int) -> Thinking | None:
-        """What the sample table says; None for a sample of an older file, and for one that was not generated."""
-        return Thinking.of_record(self._record(number))
+        """What the sample table says; None for a sample of an older file, and for one that was not generated.
 
-    def _record(self, number: int) -> dict[str, Any]:
-        return {name: values[number] for name, values in self._columns.items()}
+        Raises StoreError for places that are not in the response.
+        """
+        wrong = self.problem(number)
+        if wrong is not None:
+            raise StoreError(f"{wrong}; another program wrote it so, or it is damaged.")
+        return self._told(number)
+
+    def problem(self, number: int) -> str | None:
+        """What is wrong with the places that the sample table says; None when nothing is."""
+        told = self._told(number)
+        if told is None:
+            return None
+        lists = (self._contents.input_ids, self._contents.generated_ids)
+        n_prompt, n_response = (int(each.offset[number + 1] - each.offset[number]) for each in lists)
+        wrong = told.wrong(n_prompt, n_response)
+        return None if wrong is None else f"sample {number}: {wrong}"
+
+    def _told(self, number: int) -> Thinking | None:
+        return Thinking.of_record({name: values[number] for name, values in self._places.items()})
 
     def of(self, number: int) -> Thinking:
         """Raises StoreError for a response of an older file whose tokens do not spell its text."""
-        record = self._record(number)
-        known = Thinking.of_record(record)
+        known = self.known(number)
         if known is not None:
             return known
+        record = {name: values[number] for name, values in self._texts.items()}
         n_prompt, ids = len(self._contents.input_ids.item(number)), self._contents.generated_ids.item(number).tolist()
         if record.get("logprob") is not None or not ids:  # scored, or a text
             return Thinking.without(n_prompt)

@@ -200,13 +200,8 @@ def _wrong_rows(contents: Contents) -> list[str]:
 def _wrong_thinking(contents: Contents) -> list[str]:
     """The first sample whose thinking or answer is said to be where its response is not."""
     thinking = ThinkingIn(contents)
-    lengths = (np.diff(ids.offset).tolist() for ids in (contents.input_ids, contents.generated_ids))
-    for number, (n_prompt, n_response) in enumerate(zip(*lengths, strict=True)):
-        known = thinking.known(number)
-        wrong = None if known is None else known.wrong(n_prompt, n_response)
-        if wrong is not None:
-            return [f"sample {number}: {wrong}"]
-    return []
+    problems = (thinking.problem(number) for number in range(contents.n_samples))
+    return [each for each in problems if each is not None][:1]
 
 
 def _steps(ends: Array) -> Iterator[tuple[int, int]]:
