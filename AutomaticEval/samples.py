@@ -44,6 +44,7 @@ COLUMNS = {
     "answer_start": "int",
     "thinking": "json",
     "answer": "json",
+    "scored_text": "json",
     "correct": "bool",
     "target": "json",
     "prediction": "json",

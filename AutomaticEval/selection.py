@@ -25,7 +25,7 @@ from AutomaticEval.sites import (
     parse_sites,
     refuse_layers_twice,
 )
-from AutomaticEval.thinking.place import Thinking
+from AutomaticEval.thinking.where import Thinking
 
 STORE_DTYPES = ("float16", "bfloat16", "int8")
 """The dtypes that rows can be narrowed to. int8 needs a scale for each channel and block of rows, and is for runs only."""

@@ -23,7 +23,7 @@ from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.edit import Edit
 from AutomaticEval.models.loading import load_model
 from AutomaticEval.selection import Positions, Selection
-from AutomaticEval.thinking.place import Thinking
+from AutomaticEval.thinking.where import Thinking
 
 PROMPT = "What is 3?"
 
@@ -129,6 +129,29 @@ def test_marks_given_by_hand() -> None:
     opens, three, closes = (len(ids_of(tokenizer, each)) for each in ("<reason>", "3", "</reason>"))
     assert found == Thinking((n + opens, n + opens + three), n + opens + three + closes)
     assert think_marks(tokenizer).thinking(fed, ids) == Thinking((n + len(ids) - 1, n + len(ids)), None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "response", "end"),
+    [
+        (
+            "channels",
+            "<|channel|>analysis<|message|>¦3.¦<|end|><|start|>assistant<|channel|>final<|message|>¦4.",
+            "<|message|>",
+        ),
+        ("channels", "<|channel|>analysis<|message|>¦3.", "<|message|>"),  # of which lm-eval scores "3."
+        ("tokens", "<think>¦3.¦ So: ¦4.", " So: "),
+        ("tokens", "¦3.¦ So: ¦4.", " So: "),
+        ("tokens", "<think>¦3.¦</think>¦4. So: 5", " So: "),
+        ("tokens", "<think>¦3.</think>4. <think>5", "</think>"),
+        ("tokens", "¦¦4.", " So: "),
+    ],
+)
+def test_lm_evals_token_closes_where_no_mark_does(kind: str, response: str, end: str) -> None:
+    tokenizer = tokenizer_with(*TOKENIZERS[kind]["tokens"], special=TOKENIZERS[kind].get("special", False))
+    ids, expected = marked(tokenizer, 2, response)
+    token = tokenizer.convert_tokens_to_ids(end) if kind == "channels" else end
+    assert think_marks(tokenizer, end=token).thinking([1, 2], ids) == expected
 
 
 def test_a_token_that_spells_a_mark_and_more_is_the_marks() -> None:

@@ -273,7 +273,16 @@ def test_a_run_that_was_cut_short_goes_on(
     assert outcome.n_before == 3
     assert [each.value for each in outcome.scores] == [each.value for each in expected.scores]
     again = open_run(tmp_path / "run")
-    for name in ("thinking_start", "thinking_stop", "answer_start", "thinking", "answer", "response", "correct"):
+    for name in (
+        "thinking_start",
+        "thinking_stop",
+        "answer_start",
+        "thinking",
+        "answer",
+        "response",
+        "scored_text",
+        "correct",
+    ):
         assert again.column(name)[:7] == whole.column(name)[:7]
 
 
@@ -294,7 +303,7 @@ def test_hf_activations_captures_what_lm_eval_cuts_off(
         results = simple_evaluate(model=lm, tasks=["asks"], task_manager=manager)
     run = open_run(lm.finish(results))
     assert_true(loaded, run, "thinking")
-    assert run.column("answer")[0] == "4."
+    assert (run.column("answer")[0], run.column("scored_text")[0]) == ("\n\n4.", "4.")
     assert_honest(run, loaded)
 
 
@@ -336,6 +345,7 @@ PLACES = {
     "answer_start": [4, 8, None],
     "thinking": [None, "3 or", "3 or 4"],
     "answer": [None, "4.", None],
+    "scored_text": [None, "4.", None],
 }
 
 

@@ -34,7 +34,7 @@ from AutomaticEval.selection import Selection
 from AutomaticEval.store.disk.whole_files import size_text
 from AutomaticEval.store.int8 import BLOCK_ROWS
 from AutomaticEval.store.writer import shard_bytes_for
-from AutomaticEval.thinking.place import Thinking
+from AutomaticEval.thinking.where import Thinking
 
 EXACT_DOCS = 512
 """A benchmark of up to so many documents is looked at whole."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from AutomaticEval.thinking.place import Span, Thinking
+from AutomaticEval.thinking.where import Span, Thinking
 
 _OPENS, _CLOSES = re.compile(r"<think(?:ing)?>"), re.compile(r"</think(?:ing)?>")
 _ENDS_OPEN = re.compile(r"<think(?:ing)?>\s*$")

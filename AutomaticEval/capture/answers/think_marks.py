@@ -14,8 +14,8 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from AutomaticEval.capture.vocabulary import text_of
-from AutomaticEval.thinking.place import Span, Thinking, between_marks
 from AutomaticEval.thinking.text import Said
+from AutomaticEval.thinking.where import Span, Thinking, between_marks
 
 TAIL = 64
 """So many tokens at a prompt's end are looked at for a mark that opens."""
@@ -102,17 +102,19 @@ class ThinkMarks:
     tokenizer: Any
     opens: Mark
     closes: Mark
-    end: str
+    name_of_end: str
     """What lm-eval's think_end_token would be: a text, or a token's id."""
-    closes_for_good: bool = False
-    """Whether the answer follows the last mark that closes, whatever opens after it. It is lm-eval's rule."""
+    end: Mark | None = None
+    """lm-eval's think_end_token, which closes the thinking of a response that has no mark that closes."""
 
     def thinking(self, prompt: Sequence[int], response: Sequence[int]) -> Thinking:
         """Where a response thinks and answers, in the sequence of prompt and response."""
         text_of_first = cache(lambda n: self._decode(response[:n]))
         opens, closes = (each.places(response, text_of_first) for each in (self.opens, self.closes))
-        how = {"is_open": self.is_open(prompt), "closes_for_good": self.closes_for_good}
-        span, answer = between_marks(opens, closes, len(response), **how)
+        if not closes and self.end is not None:
+            ends = self.end.places(response, text_of_first)
+            closes = [each for each in ends if not any(start < each[1] <= stop for start, stop in opens)]
+        span, answer = between_marks(opens, closes, len(response), is_open=self.is_open(prompt))
         before = len(prompt)
         return Thinking(span and (before + span[0], before + span[1]), None if answer is None else before + answer)
 
@@ -141,15 +143,14 @@ class ThinkMarks:
 def think_marks(tokenizer: Any, given: tuple[str, str] | None = None, end: str | int | None = None) -> ThinkMarks:
     """The marks of a model, by its tokenizer.
 
-    given: the texts that open and close, given by hand. end: lm-eval's think_end_token, a text or a token id, which then decides where the answer begins.
+    given: the texts that open and close, given by hand. end: lm-eval's think_end_token, a text or a token id.
     """
     tags = Tags((given[0],), (given[1],)) if given is not None else _tags_of(tokenizer)
     opens, closes = (_mark(tokenizer, each) for each in tags)
     marks = ThinkMarks(tokenizer, opens, closes, _end_of(tokenizer, closes, tags))
     if end is None:
         return marks
-    closes = Mark(((end,),)) if isinstance(end, int) else Mark(text=re.compile(re.escape(end)))
-    return replace(marks, closes=closes, closes_for_good=True)
+    return replace(marks, end=Mark(((end,),)) if isinstance(end, int) else Mark(text=re.compile(re.escape(end))))
 
 
 def _end_of(tokenizer: Any, closes: Mark, tags: Tags) -> str:

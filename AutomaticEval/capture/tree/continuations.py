@@ -22,7 +22,7 @@ from AutomaticEval.options import take_fields
 from AutomaticEval.samples import Part, Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
-from AutomaticEval.thinking.place import Thinking
+from AutomaticEval.thinking.where import Thinking
 
 Text = str | Sequence[int]
 """A text, or its token ids."""

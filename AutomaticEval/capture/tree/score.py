@@ -24,7 +24,7 @@ from AutomaticEval.models.architecture.forward_call import input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import Part
 from AutomaticEval.selection import Selection
-from AutomaticEval.thinking.place import Thinking
+from AutomaticEval.thinking.where import Thinking
 
 TOKENS_A_FORWARD = {"cpu": 256, "cuda": 2048}
 """Tokens a forward, by kind of device, where the number is not measured."""

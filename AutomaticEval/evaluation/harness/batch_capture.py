@@ -29,14 +29,14 @@ from AutomaticEval.capture.tree.shared_prompt import Prefix
 from AutomaticEval.errors import CaptureError, warn
 from AutomaticEval.evaluation.harness.call import UNKNOWN, Call, Request
 from AutomaticEval.evaluation.harness.generated import AnswerReader
-from AutomaticEval.evaluation.results.earlier_answers import random_state
+from AutomaticEval.evaluation.results.earlier_answers import random_state, scored_text
 from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.recording import Keep, Recording, capturing
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Positions, Selection
-from AutomaticEval.thinking.place import Thinking
 from AutomaticEval.thinking.text import columns_of
+from AutomaticEval.thinking.where import Thinking
 
 Sink = Callable[[list[Sample]], None]
 """Takes the samples of one batch; they may share rows."""
@@ -114,9 +114,6 @@ class _Held:
     shared: Sequence[Part] = ()
     """Where the rows of its beginning are, which it shares with other requests."""
 
-    scored_text: str | None = None
-    """Of a generated answer, the text that lm-eval is expected to score."""
-
     random_state: str | None = None
     """torch's random state after the batch, in the last sample of one that was sampled."""
 
@@ -126,9 +123,10 @@ class _Held:
         if self.random_state is not None:
             fields = {**fields, "random_state": self.random_state}
         if isinstance(answer, str):
-            if answer != self.scored_text:
+            captured = scored_text(fields)
+            if answer != captured:
                 raise CaptureError(
-                    f"{fields['task']} document {fields['doc_id']}: captured {self.scored_text!r}, lm-eval has {answer!r}."
+                    f"{fields['task']} document {fields['doc_id']}: captured {captured!r}, lm-eval has {answer!r}."
                 )
         else:
             logprob, is_greedy = answer
@@ -153,7 +151,7 @@ class BatchCapture:
         self._held: list[_Held] = []
 
     def cuts_thinking_at(self, end: str | int | None) -> None:
-        """lm-eval scores what follows this text or token id, so that the answer is that; None leaves the model's own marks."""
+        """lm-eval scores what follows this text or token id; None: it scores whole responses."""
         self._marks = think_marks(self._tokenizer, self._given, end)
 
     def scored(self, call: Call, rows: Sequence[ScoredRow], ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
@@ -211,28 +209,23 @@ class BatchCapture:
             fields = _fields(call.requests[index], len(prompt), (n_rows, n_columns), prompts.n_truncated[number])
             text, scored = reader.whole(generated), reader.text(generated)
             fields |= {"response": text, **answer_column(found, number, len(generated))}
-            fields |= self._said(each_thinking[number], prompt, generated, text, reader, scored)
-            self._held.append(_Held(index, fields, prompt, generated, rows, shared, scored))
+            fields |= self._said(each_thinking[number], prompt, generated, text)
+            if reader.think_end_token is not None:
+                fields["scored_text"] = scored
+            elif each_thinking[number].span is not None:
+                self._tell_of_scored_thinking()
+            self._held.append(_Held(index, fields, prompt, generated, rows, shared))
         return out
 
-    def _said(
-        self, thinking: Thinking, prompt: list[int], generated: list[int], text: str, reader: AnswerReader, scored: str
-    ) -> dict[str, Any]:
-        """The columns on thinking and answer. text: of the whole response. scored: what lm-eval scores of it."""
-        said = self._marks.texts(thinking, len(prompt), generated, text)
-        if thinking.span is None:
-            return columns_of(thinking, said)
-        if reader.think_end_token is None:
-            self._tell_of_scored_thinking()
-        elif thinking.answer_start is not None:
-            said = said._replace(answer=scored)
-        return columns_of(thinking, said)
+    def _said(self, thinking: Thinking, prompt: list[int], generated: list[int], text: str) -> dict[str, Any]:
+        """The columns on thinking and answer. text: of the whole response."""
+        return columns_of(thinking, self._marks.texts(thinking, len(prompt), generated, text))
 
     def _tell_of_scored_thinking(self) -> None:
         """Warn once a run that the scores are not those of answers alone."""
         if not self._has_told:
             warn(
-                f"the model thinks before it answers, and lm-eval scores both together; with --think_end_token {self._marks.end} it scores the answer alone."
+                f"the model thinks before it answers, and lm-eval scores both together; with --think_end_token {self._marks.name_of_end} it scores the answer alone."
             )
         self._has_told = True
 

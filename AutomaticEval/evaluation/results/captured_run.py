@@ -19,7 +19,7 @@ from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.selection import Selection
-from AutomaticEval.settings import RunSettings, think_end_token
+from AutomaticEval.settings import RunSettings
 from AutomaticEval.store.contents.columns import Columns, Listed, records_of
 from AutomaticEval.store.disk.file_names import own_name, plain_name
 from AutomaticEval.store.disk.whole_files import stamped_folder
@@ -66,11 +66,11 @@ class RunFolder:
     @contextmanager
     def writing(self) -> Iterator[Opened]:
         """Open the folder, in every process of the run. On every exit what was captured is sealed."""
-        resume, cuts = self.output.resume, self._cuts_thinking
+        resume = self.output.resume
         run = self._shared.writing(
             lambda: resume or _new_folder_of(self.output, self.name),
             resume=resume is not None,
-            tell=lambda writer: earlier_answers(writer.records(), cuts_thinking=cuts) if resume else {},
+            tell=lambda writer: earlier_answers(writer.records()) if resume else {},
         )
         writer: RunWriter | None = None
         try:
@@ -81,10 +81,6 @@ class RunFolder:
                 yield Opened(writer, answered)
         finally:
             self.n_samples = 0 if writer is None else writer.n_samples
-
-    @property
-    def _cuts_thinking(self) -> bool:
-        return think_end_token(self.settings) is not None
 
     @property
     def _shared(self) -> SharedRun:
@@ -129,7 +125,7 @@ class RunFolder:
                 )
             for record in records if doc_ids else ():
                 record["doc_id"] = (doc_ids or {})[record["task"]][record["doc_id"]]
-            return Listed.of(join(records, samples, repeats, directions, cuts_thinking=self._cuts_thinking))
+            return Listed.of(join(records, samples, repeats, directions))
 
         assert self.path is not None
         done = self._shared.finish(self.path, joined)

@@ -13,7 +13,6 @@ import torch
 
 from AutomaticEval.errors import OtherSettings
 from AutomaticEval.evaluation.results.request_key import RequestKey, key_of
-from AutomaticEval.thinking.place import Thinking
 
 
 @dataclass(frozen=True)
@@ -41,28 +40,22 @@ class EarlierAnswer:
             )
 
 
-def earlier_answers(
-    records: Sequence[Mapping[str, Any]], *, cuts_thinking: bool = False
-) -> dict[RequestKey, EarlierAnswer]:
-    """The answers in a run's records, by request. cuts_thinking: lm-eval cuts the thinking off the responses."""
+def earlier_answers(records: Sequence[Mapping[str, Any]]) -> dict[RequestKey, EarlierAnswer]:
+    """The answers in a run's records, by request."""
     answers = {}
     for record in records:
         is_scored = record.get("is_greedy") is not None
-        text = scored_text(record, cuts_thinking=cuts_thinking)
-        answer = (logprob_of(record), record["is_greedy"]) if is_scored else text
+        answer = (logprob_of(record), record["is_greedy"]) if is_scored else scored_text(record)
         text_hash = hash_of(record["prompt"], record["response"] if is_scored else None)
         tokens = record["batch_columns"] if record.get("scoring") == "tree" else None
         answers[key_of(record)] = EarlierAnswer(answer, text_hash, record.get("random_state") or None, tokens)
     return answers
 
 
-def scored_text(record: Mapping[str, Any], *, cuts_thinking: bool) -> str:
-    """The text of a record's response that lm-eval scores."""
-    if not cuts_thinking:
-        return str(record["response"])
-    thinking = Thinking.of_record(record)
-    is_cut = thinking is not None and thinking.span is not None and thinking.answer_start is not None
-    return str(record["answer"] if is_cut else record["response"]).lstrip()
+def scored_text(record: Mapping[str, Any]) -> str:
+    """The text of a record's response that lm-eval scores: all of it, unless it cut the thinking off."""
+    cut = record.get("scored_text")
+    return str(record["response"] if cut is None else cut)
 
 
 def logprob_of(record: Mapping[str, Any]) -> float:

@@ -49,13 +49,11 @@ def join(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     repeats: Verdicts | None = None,
     directions: Directions | None = None,
-    *,
-    cuts_thinking: bool = False,
 ) -> list[dict[str, Any]]:
     """Each captured sample with what lm-eval logged for its request, in the order of (task, doc, choice, repeat, window).
 
     repeats: the verdict on each of several answers to one question; an answer that is not among them has no verdict.
-    directions: a metric whose lower values are better gives no verdict. cuts_thinking: lm-eval cut the thinking off the responses.
+    directions: a metric whose lower values are better gives no verdict.
     Raises CaptureError when a request was captured twice or not at all, or when its text is not what was logged.
     """
     captured = {key_of(record): dict(record) for record in records}
@@ -70,7 +68,7 @@ def join(
                 for repeat, response in enumerate(responses):
                     key = RequestKey(task, doc_id, choice, repeat)
                     own = _windows(captured, key)
-                    _check(own, key, entries[0]["arguments"][choice], response, cuts_thinking=cuts_thinking)
+                    _check(own, key, entries[0]["arguments"][choice], response)
                     alone: Mapping[str, Any] = verdict
                     if len(responses) > 1 and isinstance(response, str):
                         alone = _verdict_of_repeat(verdict, (repeats or {}).get(key), entries[0]["filter"], main)
@@ -91,9 +89,7 @@ def _windows(captured: dict[RequestKey, dict[str, Any]], key: RequestKey) -> lis
     return samples
 
 
-def _check(
-    own: Sequence[Mapping[str, Any]], key: RequestKey, arguments: Sequence[Any], response: Any, *, cuts_thinking: bool
-) -> None:
+def _check(own: Sequence[Mapping[str, Any]], key: RequestKey, arguments: Sequence[Any], response: Any) -> None:
     """Raises CaptureError when what was captured of a request is not what lm-eval logged of it."""
     where = f"{key.task} document {key.doc_id} choice {key.choice} repeat {key.repeat}"
     if isinstance(response, int | float):  # a whole text
@@ -106,7 +102,7 @@ def _check(
     if record["prompt"] != arguments[0]:
         raise CaptureError(f"{where}: the captured prompt is not the logged one.")
     if isinstance(response, str):
-        captured = scored_text(record, cuts_thinking=cuts_thinking)
+        captured = scored_text(record)
         if captured != response:
             raise CaptureError(f"{where}: captured {captured!r}, logged {response!r}.")
     elif record["response"] != arguments[1]:

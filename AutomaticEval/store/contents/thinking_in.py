@@ -9,8 +9,8 @@ from typing import Any
 from AutomaticEval.errors import StoreError
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.questions.spelling import in_bytes, spelled
-from AutomaticEval.thinking.place import COLUMNS, Thinking
 from AutomaticEval.thinking.text import bounds
+from AutomaticEval.thinking.where import COLUMNS, Thinking
 
 TEXTS = ("prompt", "response", "logprob")
 """The columns by which the text of a response is looked at."""

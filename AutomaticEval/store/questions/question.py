@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from AutomaticEval.safe_text import html_lines, html_table, html_text
-from AutomaticEval.thinking.place import COLUMNS
 from AutomaticEval.thinking.text import Said, said_of_record, split_thinking
+from AutomaticEval.thinking.where import COLUMNS
 
 Samples = Sequence[Mapping[str, Any]]
 """The samples of one question, in ascending order of choice and window: column -> value."""

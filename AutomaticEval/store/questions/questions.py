@@ -31,7 +31,7 @@ from AutomaticEval.store.ragged import Array, Ragged
 from AutomaticEval.store.reading.row_numbers import row_numbers, rows_at, stored_at
 from AutomaticEval.store.reading.table_queries import column_of, pandas_table, selected, whole_number
 from AutomaticEval.store.row_array import RowArray, RowsDataset
-from AutomaticEval.thinking.place import Thinking
+from AutomaticEval.thinking.where import Thinking
 
 AT = "prompt[-1]"
 SHOWN = 10

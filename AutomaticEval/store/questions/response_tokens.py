@@ -17,8 +17,8 @@ from AutomaticEval.store.contents.thinking_in import ThinkingIn
 from AutomaticEval.store.questions.exact_answer import exact_answer
 from AutomaticEval.store.questions.spelling import in_bytes, spelled
 from AutomaticEval.store.ragged import Array
-from AutomaticEval.thinking.place import Span
 from AutomaticEval.thinking.text import spans, stripped
+from AutomaticEval.thinking.where import Span
 
 OF_RESPONSE = ("response", "prediction", "choices", "logprobs")
 """The columns of questions that tell which tokens these are."""

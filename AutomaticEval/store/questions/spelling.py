@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from AutomaticEval.thinking.place import Span
+from AutomaticEval.thinking.where import Span
 
 _PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]

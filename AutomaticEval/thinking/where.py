@@ -54,18 +54,16 @@ COLUMNS = ("thinking_start", "thinking_stop", "answer_start")
 
 
 def between_marks(
-    opens: Sequence[Span], closes: Sequence[Span], n: int, *, is_open: bool, closes_for_good: bool = False
+    opens: Sequence[Span], closes: Sequence[Span], n: int, *, is_open: bool
 ) -> tuple[Span | None, int | None]:
     """(thinking, answer start) of a response of n tokens, counted from its beginning.
 
-    opens, closes: the marks in it, ascending. is_open: the prompt ends with a mark that opens. closes_for_good: the answer follows the last
-    mark that closes, whatever opens after it.
+    opens, closes: the marks in it, ascending. is_open: the prompt ends with a mark that opens.
     The answer follows the last mark that closes. A mark that opens after it begins thinking that was not finished. The thinking begins after the first mark
     when that one opens, and otherwise with the response: a template that is not in the prompt opened it.
     """
     after = closes[-1][1] if closes else 0
     is_unfinished = (is_open and not closes) or any(start >= after for start, _ in opens)
-    is_unfinished &= not (closes and closes_for_good)
     if not closes and not is_unfinished:
         return None, 0
     is_first = bool(opens) and (not closes or opens[0][0] < closes[0][0])
