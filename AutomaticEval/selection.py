@@ -1,14 +1,15 @@
 """What is kept: which sites, of which layers, at which positions, in which dtype, and how much of each row.
 
 Positions are derived from the sequence alone: P prompt tokens and R response tokens give P + R - 1 positions, because the last token is
-never fed to the model. A text without a response is fed to its end. This file knows neither models nor files.
+never fed to the model. A text without a response is fed to its end. Where a response thinks and answers is told beside it. This file knows
+neither models nor files.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from AutomaticEval.errors import SelectionError, UnknownPositions, did_you_mean
@@ -25,12 +26,15 @@ from AutomaticEval.sites import (
     refuse_ids,
     refuse_layers_twice,
 )
+from AutomaticEval.thinking.where import Thinking
 
 STORE_DTYPES = ("float16", "bfloat16", "int8")
 """The dtypes that rows can be narrowed to. int8 needs a scale for each channel and block of rows, and is for runs only."""
-PARTS = ("all", "prompt", "response", "scored")
-_GRAMMAR = re.compile(r"(?:(all|prompt|response|scored)(?:\[([-\d:]+)\])?|\[?([-\d:]+)\]?)")
-_HOW = "write all, prompt, response, scored or last, or a slice: -4:, ::2, prompt[-1:], response[:8]"
+PARTS = ("all", "prompt", "response", "scored", "thinking", "answer")
+OF_THINKING = ("thinking", "answer")
+"""The parts that are known only when a response is."""
+_GRAMMAR = re.compile(rf"(?:({'|'.join(PARTS)})(?:\[([-\d:]+)\])?|\[?([-\d:]+)\]?)")
+_HOW = "write all, prompt, response, scored, thinking, answer or last, or a slice: -4:, ::2, prompt[-1:], response[:8]"
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Positions:
     """A slice of a part of the sequence."""
 
     part: str = "all"
-    """all; prompt; response (the response tokens that were fed); scored (the positions whose logits gave the response)."""
+    """all; prompt; response (the response tokens that were fed); scored (the positions whose logits gave the response); thinking and answer (the
+    tokens of the response that are these, without the marks around them)."""
 
     start: int | None = None
     stop: int | None = None
@@ -64,6 +69,11 @@ class Positions:
             raise UnknownPositions(f"no positions {positions!r}; {_HOW}.") from None
         if len(numbers) == 1:  # an index names one position
             (index,) = numbers
+            if part in OF_THINKING:
+                raise UnknownPositions(
+                    f"positions {positions}: which token that is, questions tell by what it says (docs/runs.md); to keep the tokens around it, write a "
+                    f"slice, such as {part}[:4] or {part}[-4:]."
+                )
             assert index is not None
             numbers = [index, None if index == -1 else index + 1]
         if len(numbers) > 3:
@@ -86,16 +96,41 @@ class Positions:
         bounds = ":".join("" if bound is None else str(bound) for bound in (self.start, self.stop)) + step
         return f"{self.part}[{bounds}]"
 
-    def resolve(self, n_prompt: int, n_response: int) -> range:
-        """The positions that are kept of a sequence of n_prompt + n_response tokens, in ascending order."""
+    @property
+    def needs_thinking(self) -> bool:
+        """Whether the positions depend on where the response thinks and answers."""
+        return self.part in OF_THINKING
+
+    def resolve(self, n_prompt: int, n_response: int, thinking: Thinking | None = None) -> range:
+        """The positions that are kept of a sequence of n_prompt + n_response tokens, in ascending order.
+
+        thinking: where the response thinks and answers; only `thinking` and `answer` need it. Raises UnknownPositions when these lack it.
+        """
         end = n_prompt + max(n_response - 1, 0)
-        whole = {
-            "all": range(end),
-            "prompt": range(n_prompt),
-            "response": range(n_prompt, end),
-            "scored": range(n_prompt - 1, end),
-        }[self.part]
+        if self.needs_thinking:
+            whole = self._said(thinking, end)
+        else:
+            whole = {
+                "all": range(end),
+                "prompt": range(n_prompt),
+                "response": range(n_prompt, end),
+                "scored": range(n_prompt - 1, end),
+            }[self.part]
         return whole[self.start : self.stop : self.step]
+
+    def _said(self, thinking: Thinking | None, end: int) -> range:
+        """The tokens of the thinking or of the answer that were fed."""
+        if thinking is None:
+            raise UnknownPositions(f"positions={self} are those of a generated answer, and are not known here.")
+        start, stop = thinking.span or (end, end)
+        if self.part == "answer":
+            start, stop = (end if thinking.answer_start is None else thinking.answer_start), end
+        return range(min(start, end), min(stop, end))
+
+    def most(self, n_prompt: int, n_response: int) -> range:
+        """As many positions as may be kept of a sequence whose response is not known yet."""
+        part = "response" if self.needs_thinking else self.part
+        return replace(self, part=part).resolve(n_prompt, n_response)
 
     def window(self, n_prompt: int) -> tuple[int, int | None]:
         """Half-open bounds that hold every kept position, however long the response becomes. None: there is no upper bound.
@@ -105,6 +140,8 @@ class Positions:
         if self.part == "prompt":
             kept = self.resolve(n_prompt, 1)
             return (kept[0], kept[-1] + 1) if kept else (0, 0)
+        if self.needs_thinking:  # the thinking may end, and the answer begin, at any token of the response
+            return n_prompt, None
         base = {"all": 0, "response": n_prompt, "scored": n_prompt - 1}[self.part]
         low = base if self.start is None else base + self.start
         if self.start is not None and self.start < 0:  # counted from the end, which is the end of the prompt or later
@@ -137,7 +174,7 @@ class Selection:
     positions: Annotated[
         Positions,
         Option(
-            "Positions: all, prompt, response, scored (whose logits gave the score), last, or a slice such as prompt[-4:].",
+            "Positions: all, prompt, response, scored (whose logits gave the score), thinking, answer, last, or a slice such as prompt[-4:].",
             reads=str,
             default="all",
         ),
@@ -157,6 +194,15 @@ class Selection:
             "Keep each row times a matrix [width, k]: .npy, or .npz or .safetensors with a matrix for each site.",
             reads=str | None,
             metavar="FILE",
+        ),
+    ] = None
+
+    think_tokens: Annotated[
+        tuple[str, str] | None,
+        Option(
+            "The texts that open and close the model's thinking. Default: those of its tokenizer, such as <think>,</think>.",
+            reads=str | None,
+            metavar="OPEN,CLOSE",
         ),
     ] = None
 
@@ -194,10 +240,11 @@ class Selection:
         store_dtype: str | None = None,
         reduce: str | None = None,
         project: Any = None,
+        think_tokens: str | Iterable[str] | None = None,
     ) -> Selection:
         """A selection from what people type. Raises UnknownSite, UnknownLayer, UnknownPositions, SelectionError.
 
-        project: a file, an array or tensor [width, k], or a mapping of a site to one.
+        project: a file, an array or tensor [width, k], or a mapping of a site to one. think_tokens: "<think>,</think>", or the two texts.
         """
         dtype = None if store_dtype is None else str(store_dtype).removeprefix("torch.")
         parsed = parse_sites(sites)
@@ -205,7 +252,8 @@ class Selection:
         single_sites = tuple(site for site in parsed if site.layer is not None)
         chosen = Positions.parse(positions)
         projection = None if project is None else Projection.of(project)
-        return cls(kinds, parse_layers(layers), chosen, dtype, reduce, projection, single_sites)
+        marks = parse_think_tokens(think_tokens)
+        return cls(kinds, parse_layers(layers), chosen, dtype, reduce, projection, marks, single_sites)
 
     def sites(self, n_layers: int) -> tuple[Site, ...]:
         """The sites kept in a model of n_layers, in the order of a forward. Raises UnknownLayer."""
@@ -257,5 +305,18 @@ class Selection:
             "store_dtype": self.store_dtype,
             "reduce": None if self.reduction is None else self.reduction.name,
             "project": None if self.project is None else self.project.sha256,
+            "think_tokens": None if self.think_tokens is None else ",".join(self.think_tokens),
         }
         return {**chosen, **{name: value for name, value in others.items() if value is not None}}
+
+
+def parse_think_tokens(given: str | Iterable[str] | None) -> tuple[str, str] | None:
+    """The texts that open and close thinking, of "<think>,</think>" or of two texts. Raises SelectionError for anything else."""
+    if given is None:
+        return None
+    parts = given.split(",") if isinstance(given, str) else list(given)
+    if len(parts) != 2 or not all(isinstance(each, str) and each.strip() for each in parts):
+        raise SelectionError(
+            f"think_tokens are {given!r}; write the text that opens the model's thinking and the one that closes it: <think>,</think>."
+        )
+    return parts[0], parts[1]

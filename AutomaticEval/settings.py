@@ -118,6 +118,9 @@ class RunSettings:
     project: str | None = None
     """The sha256 of a projection (`reducing/projection.py`)."""
 
+    think_tokens: str | None = None
+    """The texts that open and close thinking, as they were given; None for those of the tokenizer."""
+
     benchmark: Mapping[str, Any] | None = None
     """Which questions a benchmark run asked, and how (`Benchmark.as_dict`)."""
 
@@ -206,6 +209,13 @@ class RunSettings:
         names = [name for name in dict.fromkeys([*before, *now]) if name not in left_out]
         pairs = [Difference(name, before.get(name), now.get(name)) for name in names]
         return [pair for pair in pairs if not _is_equal(pair)]
+
+
+def think_end_token(settings: RunSettings) -> str | int | None:
+    """lm-eval's option of this name, with which a run was made: it cut the thinking off at this text or token id. None: it did not."""
+    given = [(each or {}).get("think_end_token") for each in (settings.benchmark, settings.lm_eval)]
+    end: str | int | None = next((each for each in given if each not in (None, "None")), None)
+    return int(end) if isinstance(end, str) and end.isdigit() else end
 
 
 KNOWN = frozenset(each.name for each in fields(RunSettings)) - {"others", "names"}

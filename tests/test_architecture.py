@@ -29,7 +29,7 @@ FLOORS = (
         "moved",
         "demo",
     ),
-    ("reducing",),
+    ("reducing", "thinking"),
     ("selection", "samples", "settings"),
     ("models",),
     ("store",),

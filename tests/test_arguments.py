@@ -564,7 +564,7 @@ THEIRS: dict[str, tuple[Any, Callable[[Any], Any] | str]] = {
     "autogptq": (True, "autogptq: transformers loads GPTQ"),
     "gptqmodel": (True, "gptqmodel: transformers loads GPTQ"),
     "gguf_file": ("x.gguf", "gguf_file: GGUF files are not loaded"),
-    "think_end_token": ("</think>", "think_end_token"),
+    "think_end_token": ("</think>", lambda lm: lm.think_end_token == "</think>"),
     "enable_thinking": (True, "enable_thinking"),
     "chat_template_args": ({"own": 1}, lambda lm: lm.chat_template_args == {"own": 1}),
 }
@@ -615,6 +615,7 @@ ASKED: dict[str, Any] = {
     "store_dtype": "float16",
     "reduce": "max",
     "project": [[1.0, 2.0]] * 128,
+    "think_tokens": ("<a>", "</a>"),
     "max_new_tokens": 2,
     "temperature": 0.7,
     "top_p": 0.5,
@@ -669,6 +670,8 @@ BENCHMARK: dict[str, tuple[Any, str]] = {
     "system_instruction": ("Be brief.", "Be brief."),
     "gen_kwargs": ("max_gen_toks=3", "max_gen_toks=3"),
     "repeats": (2, "2"),
+    "think_end_token": ("</think>", "</think>"),
+    "enable_thinking": (False, "False"),
     "predict_only": (True, "True"),
     "confirm_run_unsafe_code": (True, "True"),
 }
@@ -687,8 +690,9 @@ def test_every_option_of_a_benchmark_reaches_it(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(evaluating, "load_tasks", load_tasks)
     for name, (value, text) in BENCHMARK.items():
+        needed = {"apply_chat_template": True} if name == "enable_thinking" else {}
         with pytest.raises(Loading):
-            evaluate_with_activations("demo", "demo", **{name: value})
+            evaluate_with_activations("demo", "demo", **{**needed, name: value})
         field = {"benchmark_data": "local_files"}.get(name, name)
         given = getattr(found.pop(), field)
         assert str(given[0] if isinstance(given, tuple) else given) == text, name
@@ -701,6 +705,8 @@ def test_every_option_of_a_benchmark_reaches_it(monkeypatch: pytest.MonkeyPatch,
     ("command", "given", "name"),
     [
         (["generate", "Hi"], ["--overwrite"], "overwrite"),
+        (["generate", "Hi"], ["--think_tokens", "<a>,</a>"], "think_tokens"),
+        (["--benchmark", "demo"], ["--think_tokens", "<a>,</a>"], "think_tokens"),
         (["generate", "Hi"], ["--activation_save_dir", "x"], "activation_save_dir"),
         (["generate", "Hi", "--save_path", "x.h5"], ["--activation_save_dir", "x"], "activation_save_dir"),
         (["--benchmark", "demo"], ["--activation_save_dir", "x"], "activation_save_dir"),

@@ -16,8 +16,8 @@ from AutomaticEval.models.loading import DEMO_FOLDER
 from AutomaticEval.store.questions.exact_answer import exact_answer
 from AutomaticEval.store.questions.response_tokens import is_in_prompt, is_in_response
 from AutomaticEval.store.questions.spelling import spelled
-from AutomaticEval.store.questions.thinking import spans, split_thinking
 from AutomaticEval.store.run import Run
+from AutomaticEval.thinking.text import spans, split_thinking
 
 PROMPT = ["What", "Ġis", "Ġit", "?"]
 BYTES = ["<think>", "Ġ3", "Ġor", "Ġ42", "</think>", "ĊĊ", "Ġ42", ",", "Ġso", "Ġ4", "2", ".", "<|im_end|>"]

@@ -26,9 +26,9 @@ from AutomaticEval import answer_benchmark_question_with_activations, evaluate_w
 from AutomaticEval.errors import StoreError
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import Part, Rows, Sample
-from AutomaticEval.store.questions.thinking import split_thinking
 from AutomaticEval.store.run import Run
 from AutomaticEval.store.writer import RunWriter
+from AutomaticEval.thinking.text import split_thinking
 
 OWN_PROMPTS = """
 task: own_prompts

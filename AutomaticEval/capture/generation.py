@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.answers.think_marks import ThinkMarks, think_marks
 from AutomaticEval.capture.answers.token_logprobs import answer_column, token_logprobs
 from AutomaticEval.capture.batch_independence import Span, apart, company_of, is_fed_again, rope_limit
 from AutomaticEval.capture.draws import drawing, random_numbers, repeats_of
@@ -31,6 +32,7 @@ from AutomaticEval.models.described.plain_module import refuse_plain
 from AutomaticEval.models.edited_positions import given_mask
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
+from AutomaticEval.thinking.text import columns_of
 
 
 class Response(NamedTuple):
@@ -42,6 +44,9 @@ class Response(NamedTuple):
 
     generated_ids: list[int]
     """The tokens of the response, up to its own end."""
+
+    answer: str | None
+    """The text without the thinking; None when the thinking was not finished."""
 
 
 class Asked(NamedTuple):
@@ -68,7 +73,7 @@ def refuse_uncomputed_logits(model: Any, selection: Selection, n_prompt: int, n_
     """
     if "logits" not in selection.kinds or "logits_to_keep" not in forward_takes(model):
         return
-    kept = [selection.positions.resolve(n_prompt, n_response) for n_response in (1, n_new)]
+    kept = [selection.positions.most(n_prompt, n_response) for n_response in (1, n_new)]
     if any(positions and positions[0] < n_prompt - 1 for positions in kept):
         raise SelectionError(
             f"positions={selection.positions} would keep logits of the prompt, which a model that generates computes at its last token "
@@ -95,24 +100,27 @@ def respond(
     selection: Selection | None = None,
     texts: Sequence[str] | None = None,
     repeats: Sequence[int] | None = None,
+    think_tokens: tuple[str, str] | None = None,
 ) -> list[Response]:
     """The responses to token sequences. They are run together, padded on the left, where none changes the numbers of another.
 
     Sampled with a seed, a response depends on the seed, its prompt and its repeat, and not on the batch.
     selection: what to capture; None captures nothing. texts: the prompts as texts, for the column `prompt` of the samples. repeats: how many
-    equal prompts were asked before each, in other batches too; by default those of this batch are counted. Raises CaptureError when the model was fed other tokens than those that it answered; SelectionError.
+    equal prompts were asked before each, in other batches too; by default those of this batch are counted. think_tokens: the marks around the
+    model's thinking, given by hand; by default those of the selection, or of the tokenizer. Raises CaptureError when the model was fed other tokens than those that it answered; SelectionError.
     """
     responses: dict[int, Response] = {}
     refuse_cache_settings(loaded.model, sampling.kwargs())
     refuse_logits_fed_again(loaded.model, selection, _spans(prompts, sampling))
     way = way_of(loaded.model, sampling.generation, sampling.kwargs())
+    marks = think_marks(loaded.tokenizer, think_tokens or (None if selection is None else selection.think_tokens))
     repeats = repeats_of(prompts) if repeats is None else repeats
     with _seeded(sampling):
         for group in harmless_groups(loaded, prompts, sampling):
             own = [prompts[row] for row in group]
             own_texts = [texts[row] if texts else text_of(loaded.tokenizer, prompts[row]) for row in group]
             asked = Asked(own, own_texts, [repeats[row] for row in group])
-            together = partial(_respond_together, loaded, asked, sampling, selection, way)
+            together = partial(_respond_together, loaded, asked, sampling, selection, way, marks)
             responses |= zip(group, again_without_graphs(together, way), strict=True)
     return [responses[row] for row in range(len(prompts))]
 
@@ -133,7 +141,7 @@ def _spans(prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Span]:
 
 
 def _respond_together(
-    loaded: LoadedModel, asked: Asked, sampling: Sampling, selection: Selection | None, way: Way
+    loaded: LoadedModel, asked: Asked, sampling: Sampling, selection: Selection | None, way: Way, marks: ThinkMarks
 ) -> list[Response]:
     """The responses to one batch."""
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -168,23 +176,27 @@ def _respond_together(
     end = given.get("eos_token_id", own.eos_token_id)
     answers = [until_end(each, end) for each in sequences[:, width:].tolist()]
     kept: list[range] = []
+    pairs = list(zip(prompts, answers, strict=True))
+    thinking = [marks.thinking(*pair) for pair in pairs]
     if selection is not None:
         resolve = selection.positions.resolve
-        kept = [resolve(len(prompt), len(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+        kept = [resolve(len(p), len(a), own) for (p, a), own in zip(pairs, thinking, strict=True)]
         recording.will_give(sum(map(len, kept)))
     found = likely.of(sequences, width)
     reduced = SampleReducer(selection)
     responses = []
     for row, (prompt, generated) in enumerate(zip(prompts, answers, strict=True)):
         text = text_of(tokenizer, generated, skip_special_tokens=True)
+        said = marks.texts(thinking[row], len(prompt), generated, text)
         sample = None
         if selection is not None:
             pieces = sequence_rows(recording, BatchRow(row, pads[row]), [*prompt, *generated], kept[row], tokenizer)
             columns = sample_columns(texts[row], text, len(prompt), (len(prompts), width))
             columns |= answer_column(found, row, len(generated))
+            columns |= columns_of(thinking[row], said)
             whole = Sample(columns, list(prompt), generated, parts_of(pieces, kept[row]))
             (sample,) = reduced([whole])
-        responses.append(Response(text, sample, generated))
+        responses.append(Response(text, sample, generated, said.answer))
     return responses
 
 

@@ -42,7 +42,9 @@ class AskOptions(LoadKeywords, SamplingKeywords, GenerateKeywords, total=False):
     sites: str | Iterable[str] | None
     """Kinds of sites: "resid_post,mlp_out". Default embed and resid_post."""
     positions: str | slice | Positions | None
-    """all (default; with the site logits: scored), prompt, response, scored, last, or a slice such as prompt[-1:]."""
+    """all (default; with the site logits: scored), prompt, response, scored, thinking, answer, last, or a slice such as prompt[-1:]."""
+    think_tokens: str | Iterable[str] | None
+    """The texts that open and close the model's thinking: "<think>,</think>". None: those of its tokenizer."""
     store_dtype: str | None
     """float16 or bfloat16: narrower numbers than the model's own."""
     reduce: str | None
@@ -77,7 +79,7 @@ class CheckedPrompt:
         """Raises SelectionError, PromptError, ModelError; TypeError for an unknown option."""
         given: dict[str, Any] = dict(options)
         sites, positions = given.pop("sites", None), given.pop("positions", None)
-        others = [given.pop(name, None) for name in ("store_dtype", "reduce", "project")]
+        others = [given.pop(name, None) for name in ("store_dtype", "reduce", "project", "think_tokens")]
         selection = Selection.parse(sites, layers, "all" if positions is None else positions, *others)
         if positions is None and "logits" in selection.kinds:  # a model that generates computes no others
             selection = replace(selection, positions=Positions.parse("scored"))
@@ -193,6 +195,8 @@ class PromptResponse:
     """The response to one prompt, with the settings with which it was made."""
 
     text: str
+    answer: str | None
+    """The text without the thinking; None when the thinking was not finished."""
     sample: Sample | None
     """The sample with its rows, when activations were captured."""
     model: str
@@ -220,11 +224,12 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
     if capture:
         refuse_uncomputed_logits(loaded.model, prompt.selection, len(ids), sampling.max_new_tokens)
     if capture and folder is not None:
-        n_positions = len(prompt.selection.positions.resolve(len(ids), sampling.max_new_tokens))
+        n_positions = len(prompt.selection.positions.most(len(ids), sampling.max_new_tokens))
         n_bytes = n_kept(prompt.selection, n_positions) * bytes_per_row(loaded, prompt.selection)
         ensure_space(folder, n_bytes + prompt.selection.matrix_bytes + 2**16)
     try:
-        (response,) = respond(loaded, [ids], sampling, prompt.selection if capture else None, [prompt.prompt])
+        selection, marks = prompt.selection if capture else None, prompt.selection.think_tokens
+        (response,) = respond(loaded, [ids], sampling, selection, [prompt.prompt], think_tokens=marks)
     except (TypeError, ValueError) as failure:  # transformers looks at a value when it uses it
         if not sampling.more:
             raise
@@ -242,7 +247,7 @@ def ask(loaded: LoadedModel, prompt: CheckedPrompt, *, capture: bool, folder: Pa
     )
     settings = json.loads(as_json(made.as_dict()))  # exactly what reading the file gives
     matrices = {**prompt.selection.matrices, **loaded.edit_values()} if capture else {}
-    return PromptResponse(response.text, response.sample, loaded.name, settings, matrices)
+    return PromptResponse(response.text, response.answer, response.sample, loaded.name, settings, matrices)
 
 
 def encode(

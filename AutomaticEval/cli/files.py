@@ -119,7 +119,7 @@ def prune(
         str | None,
         typer.Option(
             "--positions",
-            help="Positions to keep: all, prompt, response, scored, last, or a slice. Default: all.",
+            help="Positions to keep: all, prompt, response, scored, thinking, answer, last, or a slice. Default: all.",
             rich_help_panel=KEEP,
         ),
     ] = None,

@@ -36,7 +36,7 @@ PositionsText = Annotated[
     str | None,
     typer.Option(
         "--positions",
-        help="all (default; of logits: scored), prompt, response, scored, last, or a slice.",
+        help="all (default; of logits: scored), prompt, response, scored, thinking, answer, last, or a slice.",
         rich_help_panel=KEEP,
     ),
 ]
@@ -69,7 +69,7 @@ def _refuse_ignored(context: typer.Context, capture_activations: bool, output: P
     """Raises SelectionError for options that would be ignored."""
     captures = capture_activations or output is not None
     if not captures:
-        unused = ("sites", "layers", "positions", "store_dtype", "reduce", "project", "strict")
+        unused = ("sites", "layers", "positions", "store_dtype", "reduce", "project", "think_tokens", "strict")
         refuse_unused(context, "nothing is captured", *unused, remedy="add --output or --capture_activations")
     if output is None:
         refuse_unused(context, "no --output is named that it could replace", "overwrite")
@@ -81,7 +81,7 @@ def _refuse_ignored(context: typer.Context, capture_activations: bool, output: P
 @takes(
     _refuse_ignored,
     sampling=Sampling,
-    selection=options_of(Selection, "sites", "layers", "store_dtype", "reduce", "project"),
+    selection=options_of(Selection, "sites", "layers", "store_dtype", "reduce", "project", "think_tokens"),
     load=LoadOptions,
 )
 def generate(
@@ -120,6 +120,7 @@ def generate(
         "store_dtype": selection.store_dtype,
         "reduce": selection.reduce,
         "project": selection.project,
+        "think_tokens": selection.think_tokens,
         "system_prompt": system_prompt,
         "apply_chat_template": not no_chat_template,
         "overwrite": overwrite,

@@ -114,6 +114,7 @@ def _show_sample(data: dict[str, Any]) -> None:
             "token_ids",
             "positions",
             "token_logprobs",
+            "thinking",  # which the response holds
         ):
             say(f"{name}: {data[name]}")
     if data.get("token_logprobs") is not None:

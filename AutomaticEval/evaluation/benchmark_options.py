@@ -23,6 +23,10 @@ WHY_NOT = {
 """Option -> why it is not served. Those of lm-eval's caches would break the link between a request and its forward."""
 
 
+LATER = ("think_end_token", "enable_thinking")
+"""Options that are written into the settings of runs only where they are given."""
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """Which questions are asked, and how."""
@@ -78,6 +82,21 @@ class Benchmark:
     repeats: Annotated[
         int | None, Option("How often each question is answered, by sampling. Default: the task's own number.")
     ] = None
+    think_end_token: Annotated[
+        str | int | None,
+        Option(
+            "What the model's thinking ends with, such as </think>, or the id of that token: lm-eval scores what follows it.",
+            reads=str | None,
+        ),
+    ] = None
+    enable_thinking: Annotated[
+        bool | None,
+        Option(
+            "Tell the chat template that the model is to think, or not to: true or false.",
+            reads=str | None,
+            metavar="true|false",
+        ),
+    ] = None
     predict_only: Annotated[bool, Option("Generate answers, and compute no scores.")] = False
     confirm_run_unsafe_code: Annotated[bool, Option("Run tasks that execute code which the model wrote.")] = False
 
@@ -88,6 +107,7 @@ class Benchmark:
         include_path: str | Path | Iterable[str | Path] | None = None,
         benchmark_data: str | Path | None = None,
         batch_size: int | str = 8,
+        enable_thinking: bool | str | None = None,
         **given: Any,
     ) -> Benchmark:
         """A benchmark from what people type: "mmlu,gsm8k" or a list of names, one folder or several."""
@@ -98,6 +118,7 @@ class Benchmark:
             include_path=tuple(map(str, folders)),
             local_files=None if benchmark_data is None else str(benchmark_data),
             batch_size=int(batch_size) if str(batch_size).isdecimal() else batch_size,
+            enable_thinking=_yes_or_no(enable_thinking),
             **given,
         )
 
@@ -123,12 +144,31 @@ class Benchmark:
             raise BenchmarkError(f"--num_fewshot is {self.num_fewshot}; at least 0 is needed.")
         check_scoring(self.scoring)
         check_generation(self.generation, self.scoring)
+        self._check_thinking()
         if not self.names:
             raise BenchmarkError("no benchmark was named; write for example demo or mmlu,gsm8k.")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise BenchmarkError(f"--seed is {self.seed}; it must be from 0 to {2**32 - 1}.")
         if not (self.batch_size == "auto" or (str(self.batch_size).isdecimal() and int(self.batch_size) > 0)):
             raise BenchmarkError(f"--batch_size is {self.batch_size!r}; write a number or auto.")
+
+    def _check_thinking(self) -> None:
+        if self.think_end_token is not None and not str(self.think_end_token).strip():
+            raise BenchmarkError("--think_end_token is empty; write what the thinking ends with, such as </think>.")
+        if self.enable_thinking and self.think_end_token is None:
+            raise BenchmarkError(
+                "--enable_thinking true needs --think_end_token, such as </think>: without it lm-eval would score the thinking, too."
+            )
+        if self.enable_thinking is not None and not self.apply_chat_template:
+            raise BenchmarkError(
+                "--enable_thinking is told to the chat template, and none is used; add --apply_chat_template."
+            )
+
+    @property
+    def of_thinking(self) -> dict[str, Any]:
+        """The options of lm-eval's `hf` that say how a model thinks, as far as they are given."""
+        given = {"think_end_token": self.think_end_token, "enable_thinking": self.enable_thinking}
+        return {name: value for name, value in given.items() if value is not None}
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for the settings of runs: folders and YAML files are told by their names, not by their paths.
@@ -137,7 +177,16 @@ class Benchmark:
         """
         named = {name: [public_name(each) for each in getattr(self, name)] for name in ("names", "include_path")}
         fields = {name: value for name, value in asdict(self).items() if name != "generation"}
+        fields = {name: value for name, value in fields.items() if value is not None or name not in LATER}
         return {**fields, **named, "local_files": self.local_files and public_name(self.local_files)}
+
+
+def _yes_or_no(given: bool | str | None) -> bool | None:
+    if given is None or isinstance(given, bool):
+        return given
+    if given.lower() not in ("true", "false"):
+        raise BenchmarkError(f"--enable_thinking is {given!r}; write true or false.")
+    return given.lower() == "true"
 
 
 def check_scoring(scoring: str) -> None:
@@ -177,5 +226,9 @@ class BenchmarkKeywords(TypedDict, total=False):
     system_instruction: str | None
     gen_kwargs: str | dict[str, Any] | None
     repeats: int | None
+    think_end_token: str | int | None
+    """What the thinking ends with, a text or a token's id: lm-eval scores what follows it."""
+    enable_thinking: bool | None
+    """What the chat template is told: whether the model is to think."""
     predict_only: bool
     confirm_run_unsafe_code: bool

@@ -53,6 +53,8 @@ class CaptureKeywords(EvaluateOptions, total=False):
     """norm: the L2 norm of each row. mean, max: one line a sample, over its kept positions."""
     project: Any
     """A matrix [width, k] by which each row is multiplied: a file, an array, or one for each site."""
+    think_tokens: str | Iterable[str] | None
+    """The texts that open and close the model's thinking: "<think>,</think>". None: those of its tokenizer."""
     activation_save_dir: str | Path
     output: str | Path | None
     """The run's own folder, a new one, in place of one in activation_save_dir."""

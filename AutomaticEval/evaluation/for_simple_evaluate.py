@@ -71,19 +71,23 @@ class HFActivations(CapturingHFLM):
         store_dtype: str | None = None,
         reduce: str | None = None,
         project: Any = None,
+        think_tokens: str | None = None,
         compression: str | None = None,
         strict: bool = False,
         scoring: str = "tree",
         generation: str = "auto",
         **options: Any,
     ) -> None:
-        selection = Selection.parse(sites, layers_to_capture, positions, store_dtype, reduce, project)
+        selection = Selection.parse(sites, layers_to_capture, positions, store_dtype, reduce, project, think_tokens)
         _refuse_unserved(options)
         load = _load_options(pretrained, tokenizer, options)
         loaded = load_model(pretrained, tokenizer=tokenizer, options=load)
         refuse_divided(loaded.model, "a benchmark")
         ranks = join_ranks()
-        given = {name: public_name(str(value)) for name, value in options.items()}
+        given = {
+            name: str(value) if name == "think_end_token" else public_name(str(value))
+            for name, value in options.items()
+        }
         settings = made_with(loaded, selection).changed(scoring=scoring, lm_eval=given)
         name = folder_name(["lm-eval"], loaded.name)
         output = RunOutput(Path(activation_save_dir), compression=compression, strict=strict)

@@ -18,6 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 
+from AutomaticEval.capture.answers.think_marks import think_marks
 from AutomaticEval.capture.reduced_rows import bytes_per_row, sites_of
 from AutomaticEval.capture.tree.prefix_tree import PrefixTree
 from AutomaticEval.capture.tree.score import Cut
@@ -33,6 +34,7 @@ from AutomaticEval.selection import Selection
 from AutomaticEval.store.disk.whole_files import size_text
 from AutomaticEval.store.int8 import BLOCK_ROWS
 from AutomaticEval.store.writer import shard_bytes_for
+from AutomaticEval.thinking.where import Thinking
 
 EXACT_DOCS = 512
 """A benchmark of up to so many documents is looked at whole."""
@@ -134,7 +136,7 @@ def forecast(
     tasks, drawn = loaded_tasks.tasks, loaded_tasks.drawn
     docs = {name: asked_docs(len(task.eval_docs), benchmark, drawn, name) for name, task in tasks.items()}
     is_exact = sum(map(len, docs.values())) <= EXACT_DOCS
-    reader = _Reader(stock_model(loaded), loaded, selection, benchmark)
+    reader = _Reader(stock_model(loaded, benchmark.of_thinking), loaded, selection, benchmark)
     total = _Sum()
     for name, task in tasks.items():
         _add(total, name, task, docs[name], reader, is_exact=is_exact)
@@ -142,9 +144,11 @@ def forecast(
         total.rows = total.distinct_rows = total.samples
         total.most_rows = 0  # lines are not shared
     if total.empty:
+        is_thought = selection.positions.part == "thinking"
+        why = "choices are scored, and not thought" if is_thought else "choices of one token are never fed to the model"
         raise SelectionError(
-            f"positions={selection.positions} keep nothing of {', '.join(total.empty)}: choices of one token are never "
-            "fed to the model. Use scored (the positions that scored them), prompt or all, or leave these tasks out."
+            f"positions={selection.positions} keep nothing of {', '.join(total.empty)}: {why}. "
+            "Use scored (the positions that scored them), prompt or all, or leave these tasks out."
         )
     bound, expected = (
         _size(loaded, selection, total, rows * row_bytes, rows, n_ranks) for rows in (total.rows, total.distinct_rows)
@@ -224,6 +228,8 @@ class _Reader:
     def __init__(self, lm: HFLM, loaded: LoadedModel, selection: Selection, benchmark: Benchmark) -> None:
         self._lm, self._model, self._selection, self.benchmark = lm, loaded.model, selection, benchmark
         self._longest_token = max(map(len, map(str, loaded.tokenizer.get_vocab())), default=1)
+        marks = think_marks(loaded.tokenizer, selection.think_tokens)
+        self._n_texts = 2 if marks.opens.ids or selection.think_tokens else 1  # the response, and its two parts again
         self._state_bytes = len(random_state(torch.device(loaded.model.device)))
 
     def shares(self, task: Task) -> bool:
@@ -238,16 +244,24 @@ class _Reader:
         kept: dict[tuple[int, ...], set[int]] = {}
         n_samples = n_positions = n_ids = texts = answers = 0
         for request in requests:
+            is_generated = request.request_type == "generate_until"
             for fed, n_prompt, n_response, text in self._samples(request, document(name, doc_id)):
-                positions = self._selection.positions.resolve(n_prompt, n_response)
+                positions = self._positions(n_prompt, n_response, is_generated=is_generated)
                 kept.setdefault(fed, set()).update(positions)  # one row serves equal inputs
                 n_samples, n_positions = n_samples + 1, n_positions + len(positions)
-                n_logprobs = n_response if request.request_type == "generate_until" else 0
+                n_logprobs = n_response if is_generated else 0
                 n_ids, texts = n_ids + n_prompt + n_response + n_logprobs, texts + text
-            if request.request_type == "generate_until":
+            if is_generated:
                 answers += self._answer_bytes(request)
         verdict = n_samples * self._verdict_bytes(task, doc, len(requests), answers)
         return _Document(kept, n_samples, n_positions, n_ids, texts, verdict)
+
+    def _positions(self, n_prompt: int, n_response: int, *, is_generated: bool) -> range:
+        """The positions that are kept of a sample; of a generated answer as many as may be."""
+        chosen = self._selection.positions
+        if is_generated:
+            return chosen.most(n_prompt, n_response)
+        return chosen.resolve(n_prompt, n_response, Thinking.without(n_prompt))
 
     def _samples(self, request: Instance, where: str) -> Iterator[tuple[tuple[int, ...], int, int, int]]:
         """For each sample of a request: (fed token ids, prompt tokens, response tokens, bytes of its texts).
@@ -260,7 +274,7 @@ class _Reader:
             n_new = new_tokens(request.args[1], lm.max_gen_toks)
             prompt = lm.tok_encode(request.args[0])[-(lm.max_length - n_new) :]
             sampled = self._state_bytes if request.args[1].get("do_sample") else 0
-            text = _json_bytes(request.args[0]) + self._answer_bytes(request) + sampled
+            text = _json_bytes(request.args[0]) + self._n_texts * self._answer_bytes(request) + sampled
             yield tuple(prompt), len(prompt), n_new, text
         elif request.request_type == "loglikelihood_rolling":
             for context, continuation in rolling_windows(lm, request.args[0]):

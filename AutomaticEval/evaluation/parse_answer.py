@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from AutomaticEval.store.questions.thinking import split_thinking
+from AutomaticEval.thinking.text import split_thinking
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _END = r"(?=\.\s|\.?\s*$|\n|$)"

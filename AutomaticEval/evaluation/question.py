@@ -83,7 +83,7 @@ def answer_benchmark_question_with_activations(
     with adapter_chosen(model, request.load) as load:
         loaded = load_model(model, tokenizer=request.tokenizer, options=load)
         asked = ask(loaded, request, capture=True, folder=folder)
-    answer = extract_answer(asked.text, choices)
+    answer = _extracted(asked, choices)
     asked = _with_question(asked, question, choices, answer)
     assert asked.sample is not None
     file = None
@@ -147,8 +147,13 @@ def answer_benchmark_question(
     choices = _texts(choices)
     request = CheckedPrompt.parse(write_question(question, choices, template), model, layers_to_capture, options)
     with adapter_chosen(model, request.load) as load:
-        text = ask(load_model(model, tokenizer=request.tokenizer, options=load), request, capture=False).text
-    return text, extract_answer(text, choices)
+        asked = ask(load_model(model, tokenizer=request.tokenizer, options=load), request, capture=False)
+    return asked.text, _extracted(asked, choices)
+
+
+def _extracted(asked: PromptResponse, choices: Sequence[str] | None) -> str | None:
+    """The answer that a response gives after its thinking; None when it gives none."""
+    return None if asked.answer is None else extract_answer(asked.answer, choices)
 
 
 def _texts(choices: Sequence[Any] | None) -> Sequence[str] | None:

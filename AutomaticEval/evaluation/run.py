@@ -22,7 +22,7 @@ from AutomaticEval.evaluation.forecast import forecast
 from AutomaticEval.evaluation.harness.batch_capture import Sink
 from AutomaticEval.evaluation.harness.call import Workload
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
-from AutomaticEval.evaluation.harness.refusals import refuse_tasks
+from AutomaticEval.evaluation.harness.refusals import refuse_tasks, refuse_thinking
 from AutomaticEval.evaluation.harness.speedups import LoadedBefore, environment_once, quick_templates, stock_model
 from AutomaticEval.evaluation.results.captured_run import RunFolder, folder_name, made_with
 from AutomaticEval.evaluation.results.earlier_answers import EarlierAnswer
@@ -102,9 +102,10 @@ def run_benchmark(
         raise BenchmarkError(
             f"--apply_chat_template: the tokenizer of {loaded.name} has no chat template; leave it out."
         )
+    refuse_thinking(benchmark.of_thinking, loaded.tokenizer, loaded_tasks.tasks)
     _warn_of_demo(loaded, benchmark)
     refuse_graphless(loaded.model, benchmark.generation)
-    refuse_tasks(loaded.model, selection, loaded_tasks.tasks, stock_model(loaded))
+    refuse_tasks(loaded.model, selection, loaded_tasks.tasks, stock_model(loaded, benchmark.of_thinking))
     if output_path is not None and not (selection is not None and output.holds(output_path)):
         prepare_folder(output_path)
     run = _Run(loaded, benchmark, loaded_tasks, ranks, announce)
@@ -199,7 +200,7 @@ class _Run:
         """What lm-eval says of the model. selection, sink: what is captured, and where it goes. answered: what is not computed again."""
         workload = Workload(self.tasks.drawn or {}, answered, self.ranks)
         how: dict[str, Any] = {name: getattr(self.benchmark, name) for name in ("scoring", "generation", "batch_size")}
-        lm = CapturingHFLM(self.loaded, selection, sink, workload=workload, **how)
+        lm = CapturingHFLM(self.loaded, selection, sink, workload=workload, **how, **self.benchmark.of_thinking)
         results = self._simple_evaluate(lm)
         n_tokens, n_computed = map(sum, zip(*self.ranks.gathered(lm.n_tokens), strict=True))
         if results is None or not self.ranks.is_first:
@@ -224,7 +225,7 @@ class _Run:
         with quick_templates(), environment_once(), whole_run(sum(map(len, asked)), shows=is_first):
             results: dict[str, Any] | None = simple_evaluate(
                 model=lm,
-                model_args={"pretrained": short_name(self.loaded.name)},
+                model_args={"pretrained": short_name(self.loaded.name), **benchmark.of_thinking},
                 tasks=list(self.tasks.top),
                 task_manager=LoadedBefore(self.tasks.random_states, is_first=is_first),
                 num_fewshot=benchmark.num_fewshot,

@@ -68,6 +68,11 @@ def positions_of(given: str | slice | Positions) -> Positions:
     bounds = (chosen.start, chosen.stop, chosen.step)
     if chosen.part == "all" and bounds != (None, None, None):
         return Positions("prompt", *bounds)
+    if chosen.needs_thinking:
+        raise EditError(
+            f"positions={chosen} are not known before the response is: where its thinking ends is told by tokens that come later. Edit the response, "
+            "or give `where`."
+        )
     if chosen.part in ("response", "scored") and any(bound is not None and bound < 0 for bound in bounds):
         raise EditError(
             f"positions={chosen} count from the end of the response, which is not known while it is generated; count from its beginning: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,9 +19,16 @@ from AutomaticEval.selection import Selection
 SCORED = Selection.parse(positions="scored")
 
 
-def plain(loaded: LoadedModel, names: tuple[str, ...], tasks: str, batch_size: Any = 8, **how: Any) -> dict[str, Any]:
-    """Results of lm-eval alone; only the demo's task files are ours."""
-    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+def plain(
+    loaded: LoadedModel,
+    names: tuple[str, ...],
+    tasks: str,
+    batch_size: Any = 8,
+    of_model: Mapping[str, Any] = {},
+    **how: Any,
+) -> dict[str, Any]:
+    """Results of lm-eval alone; only the demo's task files are ours. of_model: options of lm-eval's `hf`."""
+    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, **of_model)
     manager = TaskManager(include_path=[str(BUNDLED), tasks], include_defaults=False)
     results = simple_evaluate(model=lm, tasks=list(names), task_manager=manager, **how)
     assert results is not None

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.answers.think_marks import think_marks
 from AutomaticEval.capture.recompute.plain_forward import Plain, pattern_layer, plain_forward
 from AutomaticEval.capture.recompute.reduced_again import ReducedAgain
 from AutomaticEval.capture.recompute.tolerance import (
@@ -28,8 +29,10 @@ from AutomaticEval.capture.recompute.tolerance import (
 )
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel, computed_dtype
 from AutomaticEval.samples import fed_of
-from AutomaticEval.selection import Positions
+from AutomaticEval.selection import Positions, parse_think_tokens
+from AutomaticEval.settings import think_end_token
 from AutomaticEval.sites import Site, holds_ids, site_of
+from AutomaticEval.store.contents.thinking_in import ThinkingIn
 from AutomaticEval.store.hdf5.contract import dtype_named
 from AutomaticEval.store.run import Run
 
@@ -114,17 +117,19 @@ class Comparison:
         self.run, self.loaded = run, loaded
         self._made, self._reduced = run.made_with, ReducedAgain(run)
         self.limits = IN_8_BITS if loaded.numbers().quantization == "8bit" else LIMITS[computed_dtype(loaded.model)]
+        self._thinking, end = ThinkingIn(run.contents), think_end_token(self._made)
+        self._marks = think_marks(loaded.tokenizer, parse_think_tokens(self._made.think_tokens), end)
         self._generation: dict[str | None, Mapping[str, Any] | None] = {}
 
     def of(self, number: int) -> Compared:
         """The verdict on one sample, from one forward of its tokens alone."""
         sample = self.run[number]  # this checks that its rows belong to its tokens
-        tokens = _SampleTokens.of(sample, self._wanted(sample))
+        tokens = _SampleTokens.of(sample, self._wanted(number, sample))
         is_greedy = sample.get("logprob") is None and self._is_greedy(sample)
         is_scored = is_greedy or any(sample.get(name) is not None for name in ("logprob", "token_logprobs"))
         n_scored = len(tokens.response) if is_scored else 0
         plain = plain_forward(self.loaded, tokens.fed, self.run.keys, tokens.around, n_scored)
-        problems = _misplaced(tokens)
+        problems = [*_misplaced(tokens), *self._thinking_problems(number, sample)]
         rows, furthest, is_equal = _RightRows(tokens, plain, self._reduced), None, True
         held = {**sample["activations"], **{key: line[None] for key, line in sample.get("reduced", {}).items()}}
         for key, whole in held.items():
@@ -144,13 +149,27 @@ class Comparison:
         n_rows = sum(map(len, held.values()))
         return Compared(number, _name(sample), n_rows, n_numbers, is_equal, furthest, tuple(problems))
 
-    def _wanted(self, sample: Mapping[str, Any]) -> list[int]:
+    def _wanted(self, number: int, sample: Mapping[str, Any]) -> list[int]:
         """The positions that the run keeps of a sample. A run that was pruned keeps those that every pruning left."""
         n_prompt, n_response = sample["input_ids"].shape[1], len(sample["generated_ids"])
         wanted = set(range(n_prompt + max(n_response - 1, 0)))
         for part in str(self._made.positions or "all").split(" of "):
-            wanted &= set(Positions.parse(part).resolve(n_prompt, n_response))
+            positions = Positions.parse(part)
+            thinking = self._thinking.of(number) if positions.needs_thinking else None
+            wanted &= set(positions.resolve(n_prompt, n_response, thinking))
         return sorted(wanted)
+
+    def _thinking_problems(self, number: int, sample: Mapping[str, Any]) -> list[str]:
+        """A line when the tokens have their thinking elsewhere than the sample says."""
+        stored = self._thinking.known(number)
+        if stored is None:
+            return []
+        found = self._marks.thinking(sample["input_ids"][0].tolist(), sample["generated_ids"].tolist())
+        if found == stored:
+            return []
+        return [
+            f"at thinking_start, thinking_stop and answer_start: {stored} is stored, and by the marks of the tokenizer it is {found}"
+        ]
 
     def _steps(self, number: int, key: str) -> Tensor | None:
         return None if self._reduced.is_by_sample else self.run.steps(number, key)

@@ -21,7 +21,7 @@ from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.processes import Ranks
 from AutomaticEval.safe_text import shown
 from AutomaticEval.samples import Sample
-from AutomaticEval.selection import Selection
+from AutomaticEval.selection import OF_THINKING, Selection
 from AutomaticEval.store.contents.columns import Columns, Ordered
 from AutomaticEval.store.shared import SharedRun
 from AutomaticEval.store.writer import SHARD_BYTES, RunWriter
@@ -105,7 +105,7 @@ def extract(
 
 def refuse_response(selection: Selection) -> None:
     """Raises SelectionError for positions that only a response has."""
-    if selection.positions.part in ("response", "scored"):
+    if selection.positions.part in ("response", "scored", *OF_THINKING):
         raise SelectionError(
             f"texts have no response, so that there are no {selection.positions}; keep all, last, or a slice."
         )

@@ -13,7 +13,7 @@ from AutomaticEval.capture.reduced_rows import taps_of
 from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.texts.sources import rows_of
 from AutomaticEval.capture.tree.score import Cut, Scored, ScoringOptions, TreeScoring
-from AutomaticEval.errors import PromptError, TreeUnsuitable, unknown_option, warn
+from AutomaticEval.errors import PromptError, SelectionError, TreeUnsuitable, unknown_option, warn
 from AutomaticEval.models.architecture.forward_call import alone_with, input_device
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords, LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
@@ -23,6 +23,7 @@ from AutomaticEval.options import take_fields
 from AutomaticEval.samples import Part, Sample
 from AutomaticEval.selection import Positions, Selection
 from AutomaticEval.sites import LayersLike
+from AutomaticEval.thinking.where import Thinking
 
 Text = str | Sequence[int]
 """A text, or its token ids."""
@@ -97,6 +98,10 @@ def score_continuations(
             options.get("reduce"),
             options.get("project"),
         )
+        if selection.positions.needs_thinking:
+            raise SelectionError(
+                f"positions={selection.positions} are those of generated answers, and continuations are only scored; use scored or response."
+            )
     load = LoadOptions(**take_fields(dict(options), LoadOptions))
     pairs = [_pair(number, each) for number, each in enumerate(rows_of(requests))]
     with adapter_chosen(model, load) as load:
@@ -219,7 +224,7 @@ def _one_by_one(loaded: LoadedModel, cuts: Sequence[Cut], options: ScoringOption
         logprobs = likely.gather(1, torch.tensor(list(continuation))[:, None])[:, 0]
         parts: list[Part] = []
         if selection is not None:
-            kept = selection.positions.resolve(len(context), len(continuation))
+            kept = selection.positions.resolve(len(context), len(continuation), Thinking.without(len(context)))
             pieces = sequence_rows(recording, BatchRow(0), [*context, *continuation], kept, loaded.tokenizer)
             parts = parts_of(pieces, kept)
         is_greedy = likely.argmax(-1).tolist() == [*continuation]

@@ -24,6 +24,7 @@ from AutomaticEval.models.architecture.forward_call import input_device
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.samples import Part
 from AutomaticEval.selection import Selection
+from AutomaticEval.thinking.where import Thinking
 
 TOKENS_A_FORWARD = {"cpu": 256, "cuda": 2048}
 """Tokens a forward, by kind of device, where the number is not measured."""
@@ -186,7 +187,8 @@ class TreeScoring:
         if self.options.selection is None or not self.wanted[index]:
             return range(0)
         context, continuation, _ = self.requests[index]
-        return self.options.selection.positions.resolve(len(context), len(continuation))
+        without = Thinking.without(len(context))
+        return self.options.selection.positions.resolve(len(context), len(continuation), without)
 
     def _needed(self) -> list[tuple[int, int]]:
         """The stretches (start, stop) that hold a token of a request that this process scores."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from AutomaticEval.capture.answers.think_marks import think_marks
 from AutomaticEval.capture.answers.token_logprobs import answer_column, token_logprobs
 from AutomaticEval.capture.keeping import (
     BatchRow,
@@ -25,15 +26,17 @@ from AutomaticEval.capture.keeping import (
 )
 from AutomaticEval.capture.reduced_rows import taps_of
 from AutomaticEval.capture.tree.shared_prompt import Prefix
-from AutomaticEval.errors import CaptureError
+from AutomaticEval.errors import CaptureError, warn
 from AutomaticEval.evaluation.harness.call import UNKNOWN, Call, Request
 from AutomaticEval.evaluation.harness.generated import AnswerReader
-from AutomaticEval.evaluation.results.earlier_answers import random_state
+from AutomaticEval.evaluation.results.earlier_answers import random_state, scored_text
 from AutomaticEval.evaluation.results.request_key import RequestKey
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.recording import Keep, Recording, capturing
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Positions, Selection
+from AutomaticEval.thinking.text import columns_of
+from AutomaticEval.thinking.where import Thinking
 
 Sink = Callable[[list[Sample]], None]
 """Takes the samples of one batch; they may share rows."""
@@ -69,7 +72,8 @@ class ScoredRow:
         """The positions that any of its requests keeps, ascending."""
         kept: set[int] = set()
         for continuation in self.continuations.values():
-            kept.update(positions.resolve(len(self.sequence) - len(continuation), len(continuation)))
+            n_prompt = len(self.sequence) - len(continuation)
+            kept.update(positions.resolve(n_prompt, len(continuation), Thinking.without(n_prompt)))
         return sorted(kept)
 
 
@@ -119,14 +123,17 @@ class _Held:
         if self.random_state is not None:
             fields = {**fields, "random_state": self.random_state}
         if isinstance(answer, str):
-            if answer != fields["response"]:
+            captured = scored_text(fields)
+            if answer != captured:
                 raise CaptureError(
-                    f"{fields['task']} document {fields['doc_id']}: captured {fields['response']!r}, lm-eval has {answer!r}."
+                    f"{fields['task']} document {fields['doc_id']}: captured {captured!r}, lm-eval has {answer!r}."
                 )
         else:
             logprob, is_greedy = answer
             fields = {**fields, "logprob": logprob, "is_greedy": is_greedy, "scoring": "stock"}
-        kept = positions.resolve(len(self.input_ids), len(self.generated_ids))
+        n_prompt = len(self.input_ids)
+        thinking = Thinking.of_record(fields) or Thinking.without(n_prompt)
+        kept = positions.resolve(n_prompt, len(self.generated_ids), thinking)
         parts = [*self.shared, *parts_of(self.pieces, kept)]
         return Sample(fields, self.input_ids, self.generated_ids, parts)
 
@@ -138,7 +145,14 @@ class BatchCapture:
         self._model, self._tokenizer, self._sink = loaded.model, loaded.tokenizer, sink
         self._positions, self._dtype = selection.positions, dtype_of(selection)
         self._embedding, self._taps = loaded.layout.embedding, taps_of(loaded.layout, selection)
+        self._given = selection.think_tokens
+        self._marks = think_marks(loaded.tokenizer, self._given)
+        self._has_told = False
         self._held: list[_Held] = []
+
+    def cuts_thinking_at(self, end: str | int | None) -> None:
+        """lm-eval scores what follows this text or token id; None: it scores whole responses."""
+        self._marks = think_marks(self._tokenizer, self._given, end)
 
     def scored(self, call: Call, rows: Sequence[ScoredRow], ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """The logits of rows that are run together [n_rows, width, d_vocab]; holds what the forward computed of their requests.
@@ -179,7 +193,11 @@ class BatchCapture:
             out = generate(recording)
         found = likely.of(out, n_columns)
         answers = [reader.own(each) for each in out[:, n_columns:].tolist()]
-        each_kept = [self._positions.resolve(len(p), len(a)) for p, a in zip(prompts.tokens, answers, strict=True)]
+        pairs = list(zip(prompts.tokens, answers, strict=True))
+        each_thinking = [self._marks.thinking(*pair) for pair in pairs]
+        each_kept = [
+            self._positions.resolve(len(p), len(a), own) for (p, a), own in zip(pairs, each_thinking, strict=True)
+        ]
         recording.will_give(sum(position >= n_past for kept in each_kept for position in kept))
         for number, index in enumerate(prompts.requests):
             prompt, pad = prompts.tokens[number], prompts.pads[number]
@@ -189,9 +207,27 @@ class BatchCapture:
             at = BatchRow(number, pad, n_past)
             rows = sequence_rows(recording, at, [*prompt, *generated], own, self._tokenizer)
             fields = _fields(call.requests[index], len(prompt), (n_rows, n_columns), prompts.n_truncated[number])
-            fields |= {"response": reader.text(generated), **answer_column(found, number, len(generated))}
+            text, scored = reader.whole(generated), reader.text(generated)
+            fields |= {"response": text, **answer_column(found, number, len(generated))}
+            fields |= self._said(each_thinking[number], prompt, generated, text)
+            if reader.think_end_token is not None:
+                fields["scored_text"] = scored
+            elif each_thinking[number].span is not None:
+                self._tell_of_scored_thinking()
             self._held.append(_Held(index, fields, prompt, generated, rows, shared))
         return out
+
+    def _said(self, thinking: Thinking, prompt: list[int], generated: list[int], text: str) -> dict[str, Any]:
+        """The columns on thinking and answer. text: of the whole response."""
+        return columns_of(thinking, self._marks.texts(thinking, len(prompt), generated, text))
+
+    def _tell_of_scored_thinking(self) -> None:
+        """Warn once a run that the scores are not those of answers alone."""
+        if not self._has_told:
+            warn(
+                f"the model thinks before it answers, and lm-eval scores both together; with --think_end_token {self._marks.name_of_end} it scores the answer alone."
+            )
+        self._has_told = True
 
     def _recording(self, keep: Keep, n_rows: int) -> Any:
         return capturing(self._model, self._taps, self._embedding, keep, n_rows, self._dtype)

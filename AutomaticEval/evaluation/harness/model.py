@@ -28,7 +28,7 @@ from AutomaticEval.evaluation.harness.batch_capture import BatchCapture, PromptR
 from AutomaticEval.evaluation.harness.batches import AnswerHook, recording
 from AutomaticEval.evaluation.harness.call import UNKNOWN, Call, Request, Workload
 from AutomaticEval.evaluation.harness.generated import AnswerReader
-from AutomaticEval.evaluation.harness.refusals import document, refuse_generating, refuse_pair
+from AutomaticEval.evaluation.harness.refusals import document, refuse_generating, refuse_pair, refuse_thinking
 from AutomaticEval.evaluation.harness.request_keys import RequestKeys
 from AutomaticEval.evaluation.harness.row_groups import RowGroups
 from AutomaticEval.evaluation.harness.shared_prefixes import SharedPrefixes
@@ -84,10 +84,9 @@ class CapturingHFLM(EncodingHFLM):
         self._call: Call | None = None
         """The call of lm-eval that is being served."""
         self._is_probing = False
-        if selection is not None and kwargs.get("think_end_token") is not None:
-            raise BenchmarkError(
-                "think_end_token: thinking that lm-eval cuts off an answer is not captured yet; leave it out."
-            )
+        refuse_thinking(kwargs, loaded.tokenizer, {})
+        if self._capture is not None:
+            self._capture.cuts_thinking_at(self.think_end_token)
 
     @property
     def n_tokens(self) -> tuple[int, int]:
@@ -338,5 +337,6 @@ class CapturingHFLM(EncodingHFLM):
 
         if self._capture is None:
             return generate()
-        reader = AnswerReader(self.tok_decode, stop, self.model.generation_config.eos_token_id)
+        end = self.model.generation_config.eos_token_id
+        reader = AnswerReader(self.tok_decode, stop, end, self.think_end_token)
         return self._capture.generated(self._served(), prompts, prefix, reader, generate)

@@ -80,6 +80,28 @@ def refuse_tasks(model: Any, selection: Selection | None, tasks: Mapping[str, Ta
             refuse_generating(model, selection, f"the task {name!r}", how, lm.max_length, lm.max_gen_toks)
 
 
+def refuse_thinking(options: Mapping[str, Any], tokenizer: Any, tasks: Mapping[str, Task]) -> None:
+    """Raises BenchmarkError where lm-eval would not cut the thinking off, or not score at all.
+
+    options: think_end_token and enable_thinking, as far as they are given. tasks: those that are asked; none when they are not known yet.
+    """
+    end = options.get("think_end_token")
+    if isinstance(end, str) and not end.isdigit():
+        token = tokenizer.convert_tokens_to_ids(end)
+        is_token = isinstance(token, int) and tokenizer.convert_ids_to_tokens(token) == end
+        if is_token and not tokenizer.decode([token], skip_special_tokens=True):
+            raise BenchmarkError(
+                f"--think_end_token {end} is a special token of this tokenizer, which lm-eval drops from the text before it looks for it, so that it "
+                f"would score the thinking, too; give the token's id: --think_end_token {token}."
+            )
+    scored = [name for name, task in tasks.items() if task.OUTPUT_TYPE != "generate_until"]
+    if options.get("enable_thinking") and scored:
+        raise BenchmarkError(
+            f"--enable_thinking true is for generated answers, and {', '.join(scored[:3])} {'score' if len(scored) > 1 else 'scores'} choices or texts; "
+            "leave one out."
+        )
+
+
 def refuse_pair(
     where: str, context: Sequence[int], continuation: Sequence[int], texts: Sequence[str], max_length: int
 ) -> None:

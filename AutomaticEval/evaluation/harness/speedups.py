@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
@@ -39,11 +39,11 @@ STOCK = Path(lm_eval.tasks.__file__).parent
 """The folder of the task files that come with lm-eval."""
 
 
-def stock_model(loaded: LoadedModel) -> HFLM:
-    """lm-eval's own model of a loaded one, for its limits and its encoding."""
+def stock_model(loaded: LoadedModel, options: Mapping[str, Any] = {}) -> HFLM:
+    """lm-eval's own model of a loaded one, for its limits and its encoding. options: of lm-eval's `hf`."""
     refuse_plain(loaded.model, FOR_LM_EVAL)
     with hushed():
-        return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal")
+        return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, **{"backend": "causal", **options})
 
 
 @contextmanager

@@ -45,11 +45,17 @@ def earlier_answers(records: Sequence[Mapping[str, Any]]) -> dict[RequestKey, Ea
     answers = {}
     for record in records:
         is_scored = record.get("is_greedy") is not None
-        answer = (logprob_of(record), record["is_greedy"]) if is_scored else record["response"]
+        answer = (logprob_of(record), record["is_greedy"]) if is_scored else scored_text(record)
         text_hash = hash_of(record["prompt"], record["response"] if is_scored else None)
         tokens = record["batch_columns"] if record.get("scoring") == "tree" else None
         answers[key_of(record)] = EarlierAnswer(answer, text_hash, record.get("random_state") or None, tokens)
     return answers
+
+
+def scored_text(record: Mapping[str, Any]) -> str:
+    """The text of a record's response that lm-eval scores: all of it, unless it cut the thinking off."""
+    cut = record.get("scored_text")
+    return str(record["response"] if cut is None else cut)
 
 
 def logprob_of(record: Mapping[str, Any]) -> float:

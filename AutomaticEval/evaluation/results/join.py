@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from AutomaticEval.errors import CaptureError
-from AutomaticEval.evaluation.results.earlier_answers import logprob_of
+from AutomaticEval.evaluation.results.earlier_answers import logprob_of, scored_text
 from AutomaticEval.evaluation.results.repeats import Verdicts
 from AutomaticEval.evaluation.results.request_key import RequestKey, key_of
 
@@ -102,8 +102,9 @@ def _check(own: Sequence[Mapping[str, Any]], key: RequestKey, arguments: Sequenc
     if record["prompt"] != arguments[0]:
         raise CaptureError(f"{where}: the captured prompt is not the logged one.")
     if isinstance(response, str):
-        if record["response"] != response:
-            raise CaptureError(f"{where}: captured {record['response']!r}, logged {response!r}.")
+        captured = scored_text(record)
+        if captured != response:
+            raise CaptureError(f"{where}: captured {captured!r}, logged {response!r}.")
     elif record["response"] != arguments[1]:
         raise CaptureError(f"{where}: the captured choice is not the logged one.")
     elif repr((logprob_of(record), record["is_greedy"])) != repr((float(response[0]), bool(response[1]))):

@@ -17,6 +17,7 @@ from AutomaticEval.errors import AutomaticEvalError, FileRefused, MissingFilter,
 from AutomaticEval.samples import COLUMNS
 from AutomaticEval.store import int8
 from AutomaticEval.store.contents.file_contents import Contents
+from AutomaticEval.store.contents.thinking_in import ThinkingIn
 from AutomaticEval.store.hdf5 import checksums, contract
 from AutomaticEval.store.hdf5.attributes import attribute_of, text_of
 from AutomaticEval.store.hdf5.blocks import read_ranges, stored_sums, sums_of
@@ -52,6 +53,8 @@ def verify_file(path: Path, file_format: str = contract.SHARD_FORMAT, advance: A
         problems = list(_wrong_checksums(shard, advance))
         if shard.has_rows and not shard.is_by_sample:
             problems += _wrong_rows(shard.contents())
+        if shard.has_rows:
+            problems += _wrong_thinking(shard.contents())
         if not shard.has_trailer and shard.version >= (1, 1):
             problems.append("its trailer is missing: it was changed or cut short")
         return [f"{path}: {problem}" for problem in problems]
@@ -192,6 +195,13 @@ def _wrong_rows(contents: Contents) -> list[str]:
         if wrong.any():
             return [f"the rows of sample {of[wrong][0]} are not its tokens"]
     return []
+
+
+def _wrong_thinking(contents: Contents) -> list[str]:
+    """The first sample whose thinking or answer is said to be where its response is not."""
+    thinking = ThinkingIn(contents)
+    problems = (thinking.problem(number) for number in range(contents.n_samples))
+    return [each for each in problems if each is not None][:1]
 
 
 def _steps(ends: Array) -> Iterator[tuple[int, int]]:

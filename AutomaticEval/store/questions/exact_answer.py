@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from AutomaticEval.store.questions.thinking import Span
+from AutomaticEval.thinking.where import Span
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NUMBER = re.compile(r"[-+]?\$?[\d,]*\.?\d+")

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from AutomaticEval.safe_text import html_lines, html_table, html_text
-from AutomaticEval.store.questions.thinking import Said, split_thinking
+from AutomaticEval.thinking.text import Said, said_of_record, split_thinking
+from AutomaticEval.thinking.where import COLUMNS
 
 Samples = Sequence[Mapping[str, Any]]
 """The samples of one question, in ascending order of choice and window: column -> value."""
@@ -65,7 +66,7 @@ class Question:
     """The generated text, or the text of the choice that was predicted."""
 
     thinking: str | None
-    """The response up to `</think>`; None for a response without thinking."""
+    """What the model thought, without the marks around it such as `<think>`; None for a response without thinking."""
 
     answer: str | None
     """The response without its thinking. None when the thinking was not finished."""
@@ -206,7 +207,9 @@ def _said(samples: Samples) -> Said:
     response = _response(samples)
     if response is None:
         return Said(None, None)
-    return split_thinking(response, "" if n_choices(samples) else samples[0]["prompt"])
+    if n_choices(samples):
+        return split_thinking(response)
+    return said_of_record(samples[0], response, samples[0]["prompt"])
 
 
 def _stripped(text: str | None) -> str | None:
@@ -216,6 +219,7 @@ def _stripped(text: str | None) -> str | None:
 _SCORED = ("choice", "logprob")
 _TEXTS = (*_SCORED, "window", "choices", "prompt", "response")
 _ANSWERED = (*_TEXTS, "prediction", "extracted_answer")
+_IN_PARTS = (*_ANSWERED, *COLUMNS, "thinking", "answer")
 FIELDS = {
     "task": _first("task"),
     "doc_id": _first("doc_id"),
@@ -232,8 +236,8 @@ FIELDS = {
     "mean_logprob": Field(("token_logprobs",), _mean_logprob),
     "token_logprobs": _first("token_logprobs"),
     "response": Field(_ANSWERED, _response),
-    "thinking": Field(_ANSWERED, lambda samples: _stripped(_said(samples).thinking)),
-    "answer": Field(_ANSWERED, lambda samples: _stripped(_said(samples).answer)),
+    "thinking": Field(_IN_PARTS, lambda samples: _stripped(_said(samples).thinking)),
+    "answer": Field(_IN_PARTS, lambda samples: _stripped(_said(samples).answer)),
 }
 """Value of a Question -> how it is made."""
 assert [*FIELDS, "tokens"] == [each.name for each in fields(Question)]

@@ -15,6 +15,7 @@ from AutomaticEval.errors import StoreError
 from AutomaticEval.safe_text import html_lines, html_text
 from AutomaticEval.selection import Positions
 from AutomaticEval.store.contents.columns import Ordered
+from AutomaticEval.store.contents.thinking_in import ThinkingIn
 from AutomaticEval.store.questions.prompt_tokens import PromptTokens
 from AutomaticEval.store.questions.question import Question
 from AutomaticEval.store.questions.question_table import QuestionTable
@@ -30,6 +31,7 @@ from AutomaticEval.store.ragged import Array, Ragged
 from AutomaticEval.store.reading.row_numbers import row_numbers, rows_at, stored_at
 from AutomaticEval.store.reading.table_queries import column_of, pandas_table, selected, whole_number
 from AutomaticEval.store.row_array import RowArray, RowsDataset
+from AutomaticEval.thinking.where import Thinking
 
 AT = "prompt[-1]"
 SHOWN = 10
@@ -222,7 +224,11 @@ class Questions(Sequence[Question]):
             has_choices = [bool(each) for each in self.column("logprobs")]
             n_response = [0 if has else n for has, n in zip(has_choices, n_response, strict=True)]
             n_prompt = [0 if has else n for has, n in zip(has_choices, n_prompt, strict=True)]
-        places = map(parsed.resolve, n_prompt, n_response)
+        told: list[Thinking | None] = [None] * len(self)
+        if parsed.needs_thinking:
+            thinking = ThinkingIn(contents)
+            told = [thinking.of(number) for number in self.first_samples.tolist()]
+        places = map(parsed.resolve, n_prompt, n_response, told)
         return np.array([each[0] if len(each) == 1 else NONE for each in places], dtype=np.int64)
 
     def has(self, position: str) -> Array:

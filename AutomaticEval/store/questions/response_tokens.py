@@ -1,4 +1,7 @@
-"""The tokens of a response by what they say: `thinking[-1]`, `answer[0]`, `exact_answer[-1]`; and whether a position is in the prompt."""
+"""The tokens of a response by what they say: `thinking[-1]`, `answer[0]`, `exact_answer[-1]`; and whether a position is in the prompt.
+
+Where a part begins and ends is told by the sample table; in older files, which do not say it, by the text of the response.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from AutomaticEval.selection import Positions
+from AutomaticEval.selection import OF_THINKING, Positions
 from AutomaticEval.store.contents.file_contents import Contents
+from AutomaticEval.store.contents.thinking_in import ThinkingIn
 from AutomaticEval.store.questions.exact_answer import exact_answer
 from AutomaticEval.store.questions.spelling import in_bytes, spelled
-from AutomaticEval.store.questions.thinking import Span, spans
 from AutomaticEval.store.ragged import Array
+from AutomaticEval.thinking.text import spans, stripped
+from AutomaticEval.thinking.where import Span
 
 OF_RESPONSE = ("response", "prediction", "choices", "logprobs")
 """The columns of questions that tell which tokens these are."""
@@ -46,7 +51,7 @@ def is_in_response(position: str | int) -> bool:
     """Whether only a response has the position. Raises UnknownPositions."""
     if isinstance(position, int) or position in ("first", "last"):
         return False
-    return ResponseToken.parse(position) is not None or Positions.parse(position).part == "response"
+    return ResponseToken.parse(position) is not None or Positions.parse(position).part in ("response", *OF_THINKING)
 
 
 def positions_in_response(
@@ -56,25 +61,67 @@ def positions_in_response(
 
     samples: [n_questions]: their numbers in contents. columns: those of OF_RESPONSE. The very last token was never fed, and counts as none.
     """
-    strings, prompts = contents.strings(), contents.columns.whole("prompt")
+    strings, parts = contents.strings(), _Parts(contents)
     found = np.full(len(samples), NONE, dtype=np.int64)
     rows = zip(samples.tolist(), *columns, strict=True)
     for number, (sample, response, prediction, choices, logprobs) in enumerate(rows):
         if response is None or logprobs:
             continue
-        part = _part(wanted.part, response, prompts[sample], prediction, choices)
-        ids = contents.generated_ids.item(sample).tolist()
-        token = None if part is None else _token(response, part, ids, strings, wanted.number)
-        if token is not None and token < len(ids) - 1:
-            found[number] = len(contents.input_ids.item(sample)) + token
+        ids, n_prompt = contents.generated_ids.item(sample).tolist(), len(contents.input_ids.item(sample))
+        within = parts.of(wanted.part, sample, response, n_prompt, len(ids))
+        if within is None:
+            continue
+        (text, span), (first, stop) = within
+        if wanted.part == "exact_answer":
+            span = exact_answer(text, span, prediction, choices)
+        token = None if span is None else _token(text, span, ids[first:stop], strings, wanted.number)
+        if token is not None and first + token < len(ids) - 1:
+            found[number] = n_prompt + first + token
     return found
 
 
-def _part(name: str, response: str, prompt: str, prediction: Any, choices: list[str]) -> Span | None:
-    thinking, answer = spans(response, prompt)
-    if name == "exact_answer":
-        return exact_answer(response, answer, prediction, choices)
-    return thinking if name == "thinking" else answer
+class _Within(NamedTuple):
+    """A part of a response: where it is in a text, and the tokens that spell that text."""
+
+    place: tuple[str, Span | None]
+    """The text, and the part in it without the blanks around it; None for a part that is not there."""
+
+    tokens: Span
+    """Counted from the beginning of the response."""
+
+
+class _Parts:
+    """The parts of the responses of a file: from the sample table, or by their text in a file that does not have them."""
+
+    def __init__(self, contents: Contents) -> None:
+        self._prompts, self._thinking = contents.columns.whole("prompt"), ThinkingIn(contents)
+        there = [name for name in ("thinking", "answer") if name in contents.columns.names]
+        self._texts = {name: contents.columns.whole(name) for name in there}
+
+    def of(self, name: str, sample: int, response: str, n_prompt: int, n_response: int) -> _Within | None:
+        """None for a part that is not there. name: of an exact answer, its answer."""
+        known, is_thinking = self._thinking.known(sample), name == "thinking"
+        if known is None:
+            span = spans(response, self._prompts[sample])[0 if is_thinking else 1]
+            return _Within((response, span), (0, n_response))
+        if known.span is None:
+            return None if is_thinking else _whole(response, (0, n_response))
+        if is_thinking:
+            tokens = (known.span[0] - n_prompt, known.span[1] - n_prompt)
+            return _whole(self._text("thinking", sample), tokens)
+        if known.answer_start is None:
+            return None
+        return _whole(self._text("answer", sample), (known.answer_start - n_prompt, n_response))
+
+    def _text(self, name: str, sample: int) -> str:
+        """That of a part; "" in a file that another program wrote without it."""
+        text = self._texts[name][sample] if name in self._texts else None
+        return text if isinstance(text, str) else ""
+
+
+def _whole(text: str, tokens: Span) -> _Within:
+    """A text that is the part."""
+    return _Within((text, stripped(text, 0, len(text))), tokens)
 
 
 def _token(response: str, part: Span, ids: list[int], strings: Mapping[int, str], index: int) -> int | None:

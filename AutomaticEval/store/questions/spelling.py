@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from AutomaticEval.store.questions.thinking import Span
+from AutomaticEval.thinking.where import Span
 
 _PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 """Letter -> the byte that it stands for in byte-level tokenizers (GPT-2's table): `Ġ` is a blank."""
-_ONE_BYTE, _SPECIAL = re.compile(r"<0x([0-9A-F]{2})>"), re.compile(r"<[^<>]+>|\[[A-Z]+\]")
+_ONE_BYTE, _SPECIAL = re.compile(r"<0x([0-9A-F]{2})>"), re.compile(r"<[^<>]+>|\[/?[A-Z_]+\]")
 
 
 def spelled(text: str, tokens: Sequence[str | None]) -> list[Span] | None:

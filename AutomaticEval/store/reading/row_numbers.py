@@ -9,6 +9,7 @@ import numpy as np
 from AutomaticEval.errors import StoreError
 from AutomaticEval.selection import Positions
 from AutomaticEval.store.contents.file_contents import Contents
+from AutomaticEval.store.contents.thinking_in import ThinkingIn
 from AutomaticEval.store.ragged import Array, indices_of
 
 _SLAB_ROWS = 2**20
@@ -30,7 +31,9 @@ def row_numbers(path: Path, contents: Contents, samples: Array, position: str | 
         return np.array([_stored_row(path, contents, number, place) for number in samples.tolist()], dtype=np.int64)
     parsed = Positions.parse(place)
     lengths = (np.diff(ids.offset)[samples].tolist() for ids in (contents.input_ids, contents.generated_ids))
-    wanted = [_only(parsed, *each) for each in zip(samples.tolist(), *lengths, strict=True)]
+    thinking = ThinkingIn(contents) if parsed.needs_thinking else None
+    sizes = zip(samples.tolist(), *lengths, strict=True)
+    wanted = [_only(parsed, number, n_prompt, n_response, thinking) for number, n_prompt, n_response in sizes]
     return rows_at(path, contents, samples, np.array(wanted, dtype=np.int64), str(parsed))
 
 
@@ -42,9 +45,9 @@ def _stored_row(path: Path, contents: Contents, number: int, index: int) -> int:
     return int(rows[index])
 
 
-def _only(positions: Positions, number: int, n_prompt: int, n_response: int) -> int:
-    """The one position of a sample's sequence that is asked for."""
-    wanted = positions.resolve(n_prompt, n_response)
+def _only(positions: Positions, number: int, n_prompt: int, n_response: int, thinking: ThinkingIn | None) -> int:
+    """The one position of a sample's sequence that is asked for. thinking: None for positions that do not need it."""
+    wanted = positions.resolve(n_prompt, n_response, None if thinking is None else thinking.of(number))
     if not wanted:
         raise StoreError(
             f"sample {number} has no position {positions}: its prompt has {n_prompt} tokens, and {n_response - 1 if n_response else 0} of its "

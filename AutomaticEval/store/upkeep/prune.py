@@ -13,6 +13,7 @@ from AutomaticEval.selection import Positions
 from AutomaticEval.sites import LayersLike, Site, expand, kind_and_layer, parse_layers, parse_sites, refuse_layers_twice
 from AutomaticEval.store.contents.changed import cut
 from AutomaticEval.store.contents.file_contents import Contents
+from AutomaticEval.store.contents.thinking_in import ThinkingIn
 from AutomaticEval.store.hdf5.damage import Advance, ignore
 from AutomaticEval.store.ragged import Array, indices_of
 from AutomaticEval.store.reader import open_run
@@ -47,7 +48,8 @@ def prune(
         raise SelectionError(
             f"{path} holds {how_reduced(run.settings)}, which cannot be taken for {wanted} alone any more."
         )
-    rows = [_kept_rows(contents, number, wanted) for number in range(contents.n_samples)]
+    thinking = ThinkingIn(contents) if wanted is not None and wanted.needs_thinking else None
+    rows = [_kept_rows(contents, number, wanted, thinking) for number in range(contents.n_samples)]
     chosen = {"sites": sites, "layers": None if layers is None else str(layers), "positions": wanted and str(wanted)}
     now = {name: value for name, value in chosen.items() if value is not None}
     before = {name: run.settings.get(name) for name in now}
@@ -100,11 +102,12 @@ def _layers_of(run: Run, layers: LayersLike, stored: Mapping[str, Site]) -> set[
     return {site.layer or 0 for site in expand(["resid_post"], layers, n_layers)} if n_layers else set()
 
 
-def _kept_rows(contents: Contents, number: int, wanted: Positions | None) -> Array:
-    """The numbers of the rows of a sample that are kept. wanted: the positions; None keeps all."""
+def _kept_rows(contents: Contents, number: int, wanted: Positions | None, thinking: ThinkingIn | None) -> Array:
+    """The numbers of the rows of a sample that are kept. wanted: the positions; None keeps all. thinking: for positions that need it."""
     rows = indices_of(contents.segments.item(number))
     if wanted is None:
         return rows
-    places = wanted.resolve(len(contents.input_ids.item(number)), len(contents.generated_ids.item(number)))
+    n_prompt, n_response = len(contents.input_ids.item(number)), len(contents.generated_ids.item(number))
+    places = wanted.resolve(n_prompt, n_response, None if thinking is None else thinking.of(number))
     kept: Array = rows[np.isin(contents.positions[rows] if len(rows) else rows, list(places))]
     return kept
