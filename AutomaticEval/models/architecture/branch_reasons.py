@@ -64,7 +64,8 @@ def why_no_branches(parts: Parts, layer: int, terms: Sequence[Sequence[Tensor]],
         return f"{lacks}, so that {identity} cannot be checked"
     if "mlp" not in held and "mixer" not in held and not list(parts.named(block, names.down_projection)):
         return f"{parts.no_child(layer, 'MLP', names.mlp)}, so that {identity} cannot be checked"
-    own = [name for name, _ in parts.model.get_submodule(block).named_parameters(recurse=False)]
+    whole = parts.model.get_submodule(block)
+    own = [name for name, _ in (*whole.named_parameters(recurse=False), *whole.named_buffers(recurse=False))]
     alike = " (or in one that is built like it)" if has_others else ""
     if own:
         reason = f"{identity} does not hold in its block{alike}, which has numbers of its own ({', '.join(own)}) that may scale the stream"

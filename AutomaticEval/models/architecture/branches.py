@@ -147,11 +147,18 @@ def _find_mlp_post(parts: Parts, layer: int) -> None:
     for parent in parents if len(parents) == 1 else ():
         ends = [parts.probe.outputs[name] for name in (parent, added.module if added else parent)]
         for down in down_projections(parts, layer):
-            gave = parts.probe.outputs[down]
+            gave = parts.probe.outputs[down] * _down_scale(parts, parent)
             if any(is_sum(gave, end) for end in ends) or _is_added_to_a_norm(parts, layer, gave):
                 parts.taps[Site("mlp_post", layer)] = Tap(down, "input")
                 return
     parts.lack(["mlp_post"], layer, _why_no_mlp_post(parts, layer))
+
+
+def _down_scale(parts: Parts, mlp: str) -> float:
+    """What an MLP multiplies by what its last projection gives (Falcon-H1)."""
+    module = parts.model.get_submodule(mlp)
+    numbers = (getattr(module, name, None) for name in parts.names.down_scale)
+    return float(next((each for each in numbers if isinstance(each, int | float)), 1.0))
 
 
 def _is_added_to_a_norm(parts: Parts, layer: int, gave: Tensor) -> bool:

@@ -77,6 +77,9 @@ class Description:
     mixer_scale: tuple[str, ...] = ("ssm_out_multiplier",)
     """The same for what mixes tokens and is no attention."""
 
+    down_scale: tuple[str, ...] = ("down_multiplier",)
+    """What an MLP multiplies by what its last projection gives, as a number of the MLP."""
+
     rescaling: tuple[str, ...] = ("rescale_every",)
     """Behind how many blocks the stream is multiplied by a number, in the config."""
 
@@ -104,6 +107,7 @@ class Description:
         "post_self_attn_layernorm",
         "post_attention_norm",
         "post_operator_norm",
+        "post_norm1",
     )
     """The norm of what attention adds, among the children of a block."""
 
@@ -112,6 +116,7 @@ class Description:
         "post_mlp_layernorm",
         "post_feedforward_norm",
         "post_ffn_norm",
+        "post_norm2",
     )
     """The norm of what the MLP adds, among the children of a block."""
 
@@ -130,13 +135,13 @@ class Description:
     )
     """The norm behind the last block, beside the list of blocks."""
 
-    q: tuple[str, ...] = ("q_proj", "q_b_proj")
+    q: tuple[str, ...] = ("q_proj", "q_b_proj", "Wq")
     """The projection of queries, within attention."""
 
-    k: tuple[str, ...] = ("k_proj",)
+    k: tuple[str, ...] = ("k_proj", "Wk")
     """The projection of keys, within attention."""
 
-    v: tuple[str, ...] = ("v_proj",)
+    v: tuple[str, ...] = ("v_proj", "Wv")
     """The projection of values, within attention."""
 
     qkv: tuple[str, ...] = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
