@@ -67,6 +67,19 @@ CHOSEN = (
 """Families of which interp-engine serves much, and whose logits are what their last matrix gives, without a cap or a scale."""
 
 
+UNREADABLE = {("llama4-text", "expert_ids")}
+"""What interp-engine names of a family and cannot read: a third element of what the router gives, which has two."""
+
+
+def heaviest_first(found: dict[str, Any], point: str) -> Any:
+    """What a point holds; ids and weights of experts by their weights, since interp-engine has them in the router's order."""
+    kind, _, layer = point.partition(".")
+    if not kind.startswith("expert_"):
+        return found[point]
+    order = found[f"expert_weights.{layer}"].reshape(len(IDS), -1).argsort(dim=-1, descending=True, stable=True)
+    return found[point].reshape(len(IDS), -1).gather(-1, order)
+
+
 @pytest.mark.parametrize("name", CHOSEN)
 def test_shared_points_are_equal(name: str, tokenizer: Any) -> None:
     loaded = LoadedModel(build(FAMILIES[name]), tokenizer, name)
@@ -76,7 +89,7 @@ def test_shared_points_are_equal(name: str, tokenizer: Any) -> None:
         named = NAMES.get(site.kind, ())
         layered = [each if site.layer is None else f"{each}.{site.layer}" for each in named]
         point = next((each for each in layered if theirs.serves(each)), None)
-        if point is not None:
+        if point is not None and (name, site.kind) not in UNREADABLE:
             points[site.key] = point
     assert {"layer_0", "layer_1.resid_pre", "layer_1.mlp_out", "logits"} <= points.keys()
     found = engine.capture(theirs, torch.tensor([IDS]), list(dict.fromkeys(points.values())))
@@ -92,7 +105,7 @@ def test_shared_points_are_equal(name: str, tokenizer: Any) -> None:
         )
     assert scored.activation_data is not None
     for key, point in points.items():
-        expected = found[point].reshape(len(IDS), -1)
+        expected = heaviest_first(found, point).reshape(len(IDS), -1)
         kept = scored.activation_data["activations"][key]
         torch.testing.assert_close(
             kept.float(),

@@ -107,7 +107,10 @@ def forward_takes(model: Any) -> Collection[str]:
 
 def needed_besides_ids(model: Any) -> list[str]:
     """The names of what a model's forward must be given besides token ids, as some image-text models must be given an image."""
-    named = (each for each in inspect.signature(inner(model).forward).parameters.values() if each.name != "input_ids")
+    own = list(inspect.signature(type(inner(model)).forward).parameters.values())[
+        1:
+    ]  # whoever has wrapped the forward of this one model
+    named = (each for each in own if each.name != "input_ids")
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [each.name for each in named if each.default is inspect.Parameter.empty and each.kind not in kinds]
 
