@@ -67,8 +67,8 @@ CHOSEN = (
 """Families of which interp-engine serves much, and whose logits are what their last matrix gives, without a cap or a scale."""
 
 
-UNREADABLE = {("llama4-text", "expert_ids")}
-"""What interp-engine names of a family and cannot read: a third element of what the router gives, which has two."""
+ELSEWHERE = {("llama4-text", "expert_ids"), ("llama4-text", "router_logits")}
+"""What interp-engine takes from other places: Llama 4's router gives its scores first and its logits second, and no ids."""
 
 
 def heaviest_first(found: dict[str, Any], point: str) -> Any:
@@ -89,7 +89,7 @@ def test_shared_points_are_equal(name: str, tokenizer: Any) -> None:
         named = NAMES.get(site.kind, ())
         layered = [each if site.layer is None else f"{each}.{site.layer}" for each in named]
         point = next((each for each in layered if theirs.serves(each)), None)
-        if point is not None and (name, site.kind) not in UNREADABLE:
+        if point is not None and (name, site.kind) not in ELSEWHERE:
             points[site.key] = point
     assert {"layer_0", "layer_1.resid_pre", "layer_1.mlp_out", "logits"} <= points.keys()
     found = engine.capture(theirs, torch.tensor([IDS]), list(dict.fromkeys(points.values())))
