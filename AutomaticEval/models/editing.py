@@ -25,13 +25,14 @@ from AutomaticEval.models.architecture.forward_call import (
     with_tensor,
 )
 from AutomaticEval.models.architecture.inner_model import inner
+from AutomaticEval.models.architecture.unsuited import refuse_virtual
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords
 from AutomaticEval.models.described.plain_module import refuse_plain
 from AutomaticEval.models.edit import DROP_EXPERTS, ONLY_EXPERTS, ROUTER, Edit
 from AutomaticEval.models.edited_models import noted
 from AutomaticEval.models.edited_positions import Sequences
 from AutomaticEval.models.experts.rerouting import rerouted
-from AutomaticEval.models.find_layout import find_layout, refuse_virtual
+from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.loading import load_model, refuse_unknown

@@ -16,9 +16,9 @@ from AutomaticEval.analysis.parts.input_batches import Batcher
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel, warn
+from AutomaticEval.models.architecture.unsuited import refuse_unready
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.described.remembered import embedding_of
-from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.head_weights import HeadResultNorms, n_inputs
 from AutomaticEval.models.layout import Derived, Layout, Tap
 from AutomaticEval.models.loading import load_model

@@ -18,8 +18,8 @@ from AutomaticEval.errors import CaptureError, SiteUnavailable
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.architecture.heads.latent import LatentHeads
 from AutomaticEval.models.architecture.inner_model import virtual_tokens
+from AutomaticEval.models.architecture.unsuited import refuse_unready
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
-from AutomaticEval.models.find_layout import refuse_unready
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.sites import Site, site_of
