@@ -192,7 +192,10 @@ def benchmark(
     if not ranks.is_first:
         return
     names = ",".join(asked.names)
-    changed = "" if drop_experts is None else f", without experts {drop_experts}"
+    weights = [
+        f", {name} {value}" for name, value in loaded.loaded_with.items() if name in ("peft", "adapter", "delta")
+    ]
+    changed = "".join(weights) + ("" if drop_experts is None else f", without experts {drop_experts}")
     _print(outcome, f"{names} on {model}{changed}", scores=not asked.predict_only)
     if kept is not None and outcome.folder is not None:
         _tell_of_thinking(outcome.folder, kept)
