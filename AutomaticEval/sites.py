@@ -327,6 +327,21 @@ def key_order(key: str) -> tuple[int, int, int, str]:
     return (0 if rank < first_per_layer else 2), 0, rank, key
 
 
+def keys_text(keys: Iterable[str]) -> str:
+    """Keys for a person to read: of a kind that has all layers from one to another, the first and the last: `layer_0 … layer_31`."""
+    by_kind: dict[str, list[Site]] = {}
+    for site in map(kind_and_layer, keys):
+        by_kind.setdefault(site.kind, []).append(site)
+    texts = []
+    for sites in by_kind.values():
+        layers = [site.layer or 0 for site in sites]
+        if len(sites) > 2 and layers == list(range(layers[0], layers[0] + len(layers))):
+            texts.append(f"{sites[0].key} … {sites[-1].key}")
+        else:
+            texts += [site.key for site in sites]
+    return ", ".join(texts)
+
+
 def parse_layers(layers: LayersLike) -> tuple[tuple[int, int], ...] | None:
     """Inclusive (first, last) pairs, negatives still unresolved; None for all layers.
 

@@ -384,7 +384,9 @@ def test_an_adapter_of_a_folder_with_several_is_named(saved: Any) -> None:
     with using_adapter(several(), "high") as expected, torch.no_grad():
         torch.testing.assert_close(alone.model(ids).logits, expected(ids).logits)
     assert alone.loaded_with == {"adapter": "high", "base": "base"}
-    with pytest.raises(ModelUnavailable, match=r"several adapters; give adapter= high, low, or base"):
+    with pytest.raises(
+        ModelUnavailable, match=r"several adapters; name one by --adapter \(in code adapter=\): high, low, or base"
+    ):
         load_model(saved / "base", **how)
     with pytest.raises(ModelUnavailable, match=r"no adapter 'hihg'; it has high, low"):
         load_model(saved / "base", adapter="hihg", **how)

@@ -420,6 +420,10 @@ def test_layers_are_counted_and_options_are_kept_before_the_weights_load(odd: tu
     assert asked_for({"model_description": str(folder / "odd.toml")}) == {"model_description": text}
     with pytest.raises(UnsupportedModel, match=r"no number of layers .*decoder.stack: 3 Layer"):
         unloaded_layout(unloaded_model(str(folder), LoadOptions(trust_remote_code=True)))
+    with pytest.raises(
+        UnsupportedModel, match=r"`python main.py sites .* --trust_remote_code` prints what to complete"
+    ):
+        n_layers_of(folder, LoadOptions(trust_remote_code=True))
 
 
 def test_the_command_prints_the_description_to_complete(odd: tuple[Path, Any]) -> None:

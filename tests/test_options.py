@@ -158,6 +158,7 @@ def test_help_has_its_groups_in_order() -> None:
     places = [told.index(panel) for panel in PANELS]
     assert places == sorted(places)
     assert re.search(r"-o\b", told)
+    assert told.index("--benchmark ") < told.index("--drop_experts") < told.index(PANELS[1]), "of few models: last"
 
 
 def test_a_run_goes_into_the_folder_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

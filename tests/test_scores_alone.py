@@ -10,6 +10,8 @@ import torch
 from helpers.commands import within
 
 from AutomaticEval import Edit, editing, evaluate, evaluate_with_activations
+from AutomaticEval.evaluation.benchmark_options import Benchmark
+from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 
 
@@ -48,6 +50,18 @@ def test_a_command_without_capture_writes_its_results(tmp_path: Path) -> None:
     (file,) = (tmp_path / "results").rglob("results_*.json")
     assert f"Results:     {file.relative_to(tmp_path)}" in done.stdout.replace("\n", " ")
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_results_of_an_edited_model_say_what_was_edited(demo: LoadedModel, tmp_path: Path) -> None:
+    folders = tmp_path / "whole", tmp_path / "edited"
+    benchmark = Benchmark(("demo_facts",), limit=1)
+    run_benchmark(demo, benchmark, output_path=folders[0])
+    with editing(demo, Edit.scale("layer_1.mlp_out", 0.0)):
+        run_benchmark(demo, benchmark, output_path=folders[1])
+    whole, edited = (json.loads(next(each.rglob("results_*.json")).read_text())["config"] for each in folders)
+    assert "edits" not in whole
+    assert edited == whole | {"edits": edited["edits"]}
+    assert "layer_1.mlp_out" in edited["edits"][0]
 
 
 @pytest.mark.parametrize("captures", [False, True])

@@ -29,6 +29,7 @@ from AutomaticEval.sites import (
     expand,
     key_among,
     key_order,
+    keys_text,
     parse_site,
     parse_sites,
     site_of,
@@ -248,3 +249,19 @@ def test_kinds_that_are_not_edited_are_refused_with_what_to_do(kind: str, tiny_l
     edit = Edit.scale(f"layer_0.{kind}", 0.0)
     with pytest.raises(EditError, match=f"layer_0.{kind} cannot be edited: .*edit "), editing(tiny_llama.model, edit):
         pass
+
+
+def test_many_keys_are_read_as_the_first_and_the_last() -> None:
+    keys = [
+        "embeddings",
+        "layer_0",
+        "layer_1",
+        "layer_2",
+        "layer_0.z",
+        "layer_2.z",
+        "layer_3.z",
+        "layer_4.q",
+        "layer_5.q",
+    ]
+    assert keys_text(keys) == "embeddings, layer_0 … layer_2, layer_0.z, layer_2.z, layer_3.z, layer_4.q, layer_5.q"
+    assert keys_text([]) == ""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.commands import within
 from helpers.places import ROOT
 from helpers.plain_lm_eval import assert_same, plain
 from helpers.raw_hooks import raw_residuals
@@ -445,3 +446,13 @@ def test_the_command_line_shows_thinking(whole: Run) -> None:
     assert "Answer, after thinking: 4." in shown.output
     sample = CliRunner().invoke(app, ["show", str(whole.path), "--sample", "0"]).output
     assert "answer_start: " in sample
+
+
+def test_a_command_says_when_nothing_was_thought(tmp_path: Path) -> None:
+    kept = ["--capture_activations", "--positions", "thinking", "--layers", "0", "-o", "run"]
+    done = within("--benchmark", "demo_arithmetic", "--limit", "2", *kept, cwd=tmp_path)
+    assert not done.returncode, done.stderr
+    assert "Thinking:    in 0 of 2 samples. If the model thinks" in done.stdout
+    assert "--think_tokens OPEN,CLOSE" in done.stdout
+    done = within("generate", "What is 1 + 1?", "--positions", "thinking", "-o", "one.h5", cwd=tmp_path)
+    assert "Thinking:    none in this response" in done.stderr

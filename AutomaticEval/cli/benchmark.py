@@ -192,7 +192,13 @@ def benchmark(
     if not ranks.is_first:
         return
     names = ",".join(asked.names)
-    _print(outcome, f"{names} on {model}", scores=not asked.predict_only)
+    weights = [
+        f", {name} {value}" for name, value in loaded.loaded_with.items() if name in ("peft", "adapter", "delta")
+    ]
+    changed = "".join(weights) + ("" if drop_experts is None else f", without experts {drop_experts}")
+    _print(outcome, f"{names} on {model}{changed}", scores=not asked.predict_only)
+    if kept is not None and outcome.folder is not None:
+        _tell_of_thinking(outcome.folder, kept)
     if head_strength and outcome.folder is not None:
         _write_strength(outcome.folder)
     if mlflow is not None:
@@ -235,6 +241,18 @@ def _with_norms(selection: Selection, context: typer.Context, *, alone: bool) ->
         raise SelectionError("--sites was given with --head_strength alone; add --capture_activations to keep more.")
     positions = selection.positions if is_given(context, "positions") else Positions()
     return replace(selection, kinds=("head_result_norm",), positions=positions)
+
+
+def _tell_of_thinking(folder: Path, kept: Selection) -> None:
+    """Say in how many answers there is thinking, where positions of it were asked for: a run that kept nothing looks like any other."""
+    if kept.positions.part not in ("thinking", "answer"):
+        return
+    from AutomaticEval.store.reader import open_run
+
+    run = open_run(folder)
+    found = run.column("thinking") if "thinking" in run.contents.columns.names else []
+    n_thought = sum(each is not None for each in found)
+    say(f"Thinking:    in {n_thought} of {len(run)} samples{'' if n_thought else '. ' + options.NO_THINKING}")
 
 
 def _write_strength(folder: Path) -> None:

@@ -74,7 +74,14 @@ def compare(
         )
     if not measured["tasks"]:
         say("No scores:   no question has a verdict in both runs.")
-    finish(file, result, _scores(measured["tasks"]), _flips(measured["flips"]), _sites(measured["sites"]))
+    tables = (_scores(measured["tasks"]), _flips(measured["flips"]), _sites(measured["sites"]))
+    finish(file, result, *(table for table in tables if table.rows))
+    if measured["tasks"] and not measured["flips"]:
+        say("Flipped:     no question")
+    if not measured["sites"]:
+        say(
+            "No rows:     none are compared: the runs share no site at the question's last token (expert_ids are names: see `experts RUN`)"
+        )
     if measured["agreement"] is not None:
         say(f"Same answer:  {measured['agreement']:.4f} of the questions")
     for count, where in (("n_only_before", before), ("n_only_after", after)):

@@ -55,13 +55,15 @@ def experts(
             run, positions=positions, layers=layers, n_permutations=permutations, seed=seed, advance=advance
         )
     measured = result.measured
-    title = (
-        f"{measured['run']['model']}, {measured['n_questions']} questions, {measured['n_tokens']} tokens at {positions}"
-    )
+    where = "all positions that were kept" if positions == "all" else positions
+    title = f"{measured['run']['model']}, {measured['n_questions']} questions, {measured['n_tokens']} tokens at {where}"
     tables = [_layers(title, measured["layers"])]
-    for name, what in (("tasks", "Task against the others"), ("right_wrong", "Right against wrong answers")):
+    for name, what, counts in (
+        ("tasks", "Task against the others", "in, outside"),
+        ("right_wrong", "Right against wrong answers", "right, wrong"),
+    ):
         if measured[name]:
-            tables.append(_groups(what, measured[name]))
+            tables.append(_groups(what, measured[name], counts))
     finish(file, result, *tables)
     if measured["n_again"]:
         say(f"Left out:    {measured['n_again']} questions with the prompt of an earlier one")
@@ -86,7 +88,7 @@ def _layers(title: str, layers: Sequence[LayerLoad]) -> Table:
     return Table(title, ("Layer", "Experts", "Even load", "Largest (expert)", "Unused", "As if even among"), rows)
 
 
-def _groups(title: str, groups: Sequence[GroupLoads]) -> Table:
+def _groups(title: str, groups: Sequence[GroupLoads], counts: str) -> Table:
     rows = [
         (
             group.name if number == 0 else "",
@@ -95,11 +97,11 @@ def _groups(title: str, groups: Sequence[GroupLoads]) -> Table:
             f"{each.layer}:{each.expert}",
             f"{each.load:.3f}",
             f"{each.difference.mean:+.3f}",
-            "" if each.difference.interval is None else "[{:+.3f}, {:+.3f}]".format(*each.difference.interval),
+            "–" if each.difference.interval is None else "[{:+.3f}, {:+.3f}]".format(*each.difference.interval),
             f"{each.difference.p:.3f}",
         )
         for group in groups
         for number, each in enumerate(group.experts[:FEW])
     ]
-    columns = ("Questions", "in, outside", "p < 0.05", "Layer:expert", "Load", "Difference", "95 % interval", "p")
+    columns = ("Questions", counts, "p < 0.05", "Layer:expert", "Load", "Difference", "95 % interval", "p")
     return Table(title, columns, rows)

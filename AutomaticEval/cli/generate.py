@@ -136,4 +136,6 @@ def generate(
     file = Path(kept["path"])
     held = f"the {selection.reduce} of its positions" if "reduced" in kept else f"{len(kept['token_ids'])} positions"
     tell(f"Activations: {file} ({size_text(file.stat().st_size)}, {held})", err=True)
+    if kept.get("thinking") is None and (positions or "").startswith("thinking"):
+        tell(f"Thinking:    none in this response. {options.NO_THINKING}", err=True)
     tell(f"Load them:   from AutomaticEval import load_activations; load_activations({str(file)!r})", err=True)

@@ -38,6 +38,10 @@ PANEL_OF: Mapping[type, str] = {
 
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C stopped."""
+NO_THINKING = "If the model thinks between marks of its own, name them: --think_tokens OPEN,CLOSE (docs/runs.md, Reasoning models)."
+"""What to do when no response was found to have thinking."""
+LAST = ("drop_experts",)
+"""Options of few models, which stand last in their group."""
 SHORT = {"output": "-o"}
 """Options that also have a short form."""
 OLD_SPELLINGS = {
@@ -199,13 +203,13 @@ def _parameter(option: NamedOption, panel: str) -> inspect.Parameter:
     )
 
 
-def _place(parameter: inspect.Parameter) -> int:
+def _place(parameter: inspect.Parameter) -> tuple[int, bool]:
     """Where a parameter stands in the help: arguments first, then the groups in their order."""
     for extra in getattr(parameter.annotation, "__metadata__", ()):
         panel = getattr(extra, "rich_help_panel", None)
         if panel in PANELS:
-            return 1 + PANELS.index(panel)
-    return 0
+            return 1 + PANELS.index(panel), parameter.name in LAST
+    return 0, False
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:

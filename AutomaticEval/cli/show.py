@@ -62,6 +62,7 @@ def _there(run: Run, sample: int) -> int:
 
 
 def _show_run(run: Run) -> None:
+    from AutomaticEval.sites import keys_text, kind_and_layer
     from AutomaticEval.store.reading.overview import facts_of
 
     facts, tasks = facts_of(run), run.tasks()
@@ -80,8 +81,11 @@ def _show_run(run: Run) -> None:
     if means:
         print_table("", ("Task", "Metric", "Mean over the questions"), means, n_words=2)
     stored = run.contents.activations
-    sites = [(key, str(each.width), str(each.read_as).removeprefix("torch.")) for key, each in stored.items()]
-    print_table("", ("Site", "Width", "Dtype"), sites, n_words=3)
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for key, each in stored.items():
+        how = (kind_and_layer(key).kind, str(each.width), str(each.read_as).removeprefix("torch."))
+        alike.setdefault(how, []).append(key)
+    print_table("", ("Site", "Width", "Dtype"), [(keys_text(keys), *how[1:]) for how, keys in alike.items()], n_words=3)
     wrong = {key: count for key, count in run.non_finite.items() if count}
     if wrong:
         say("Infinite or NaN: " + ", ".join(f"{key} {count}" for key, count in wrong.items()))

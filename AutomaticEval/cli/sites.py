@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +13,6 @@ from AutomaticEval.models.checkpoint.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from AutomaticEval.models.layout import Layout
-    from AutomaticEval.sites import Site
 
 
 Verify = Annotated[
@@ -38,7 +36,7 @@ def sites(
     options.quiet_libraries()
     from AutomaticEval.models.checkpoint.unloaded_model import has_small_weights, unloaded_layout, unloaded_model
     from AutomaticEval.models.described.offered import to_complete
-    from AutomaticEval.sites import KINDS
+    from AutomaticEval.sites import KINDS, keys_text
 
     if verify or has_small_weights(model, load):
         from AutomaticEval.models.loading import load_model
@@ -51,20 +49,26 @@ def sites(
     rows = []
     for name, kind in KINDS.items():
         present = [site for site in layout.sites(name) if site in layout.taps]
+        if not present:
+            continue
         widths = dict.fromkeys(str(layout.widths[site]) for site in present)
         rows.append(
             (
                 name,
-                ", ".join(widths) or "–",
-                _keys(present),
-                f"{kind.described}{_noted(layout, name)}{_lacking(layout, name)}",
+                ", ".join(widths),
+                keys_text(site.key for site in present),
+                f"{kind.described}{_noted(layout, name)}",
             )
         )
-    say(f"{model}: {layout.n_layers} layers, {layout.n_heads} heads of {layout.d_head}, d_model {layout.d_model}")
+    heads = f"{layout.n_heads} heads of {layout.d_head}" if layout.n_heads else "no heads of attention"
+    say(f"{model}: {layout.n_layers} layers, {heads}, d_model {layout.d_model}")
     say(how)
     if layout.unlike_most():
-        say(f"Other heads: {_other_heads(layout)}")
+        say(f"Heads of other numbers or widths: {_other_heads(layout)}")
     print_table("", ("Site", "Width", "Keys", "What it is"), rows, n_words=4)
+    missing = _missing(layout)
+    if missing:
+        print_table("Not in this model, or not in all of its layers", ("Sites", "Not in", "Why"), missing, n_words=3)
     if load.model_description is None and _has_unnamed_parts(layout):
         say(f"Parts of its blocks have names that are not known here. They can be described:\n\n{to_complete(whole)}")
 
@@ -73,14 +77,6 @@ def _has_unnamed_parts(layout: Layout) -> bool:
     """Whether in no layer the two branches of the block were found by their names."""
     reasons = [layout.missing.get(site, "") for site in layout.sites("attn_out")]
     return all(" was found in its block, whose parts are " in reason for reason in reasons)
-
-
-def _keys(present: Sequence[Site]) -> str:
-    """The first key and the last one; all keys when layers between them lack the site."""
-    keys = [site.key for site in present]
-    if len(keys) > 2 and present[-1].layer == (present[0].layer or 0) + len(present) - 1:
-        return f"{keys[0]} … {keys[-1]}"
-    return ", ".join(keys) or "–"
 
 
 def _noted(layout: Layout, kind: str) -> str:
@@ -102,13 +98,15 @@ def _other_heads(layout: Layout) -> str:
     )
 
 
-def _lacking(layout: Layout, kind: str) -> str:
-    """Which layers lack a kind, and why: a line for each reason."""
+def _missing(layout: Layout) -> list[tuple[str, str, str]]:
+    """What a model lacks: the kinds, in which layers, and why. Kinds that the same layers lack for the same reason share a row."""
     from AutomaticEval.models.layout import layers_text
+    from AutomaticEval.sites import KINDS
 
-    text = ""
-    for reason, sites in layout.lacking(kind).items():
-        layers = [site.layer for site in sites if site.layer is not None]
-        where = "in this model" if len(layers) in (0, layout.n_layers) else f"in {layers_text(layers)}"
-        text += f"\nnot {where}: {reason}"
-    return text
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for kind in KINDS:
+        for reason, sites in layout.lacking(kind).items():
+            layers = [site.layer for site in sites if site.layer is not None]
+            where = "any layer" if len(layers) in (0, layout.n_layers) else layers_text(layers)
+            kinds.setdefault((where, reason), []).append(kind)
+    return [(", ".join(some), where, reason) for (where, reason), some in kinds.items()]

@@ -129,7 +129,13 @@ def n_layers_of(model: Any, options: LoadOptions = LoadOptions()) -> int:
         if options.description is not None and options.description.blocks:
             return n_described_blocks(str(model), options)
         config = config_of(sources_of(str(model), options), options).get_text_config()
-        return n_layers_in(GivenConfig(config, options.description or KNOWN), str(model))
+        try:
+            return n_layers_in(GivenConfig(config, options.description or KNOWN), str(model))
+        except UnsupportedModel as failure:
+            code = " --trust_remote_code" if options.trust_remote_code else ""
+            raise UnsupportedModel(
+                f"{failure} Its parts can be described: `python main.py sites --model {model}{code}` prints what to complete (docs/describe.md)."
+            ) from None
     instance = model.model if isinstance(model, LoadedModel) else model
     if description_of(instance).given:
         return find_layout(instance).n_layers

@@ -13,5 +13,5 @@ def experts_figure(result: Mapping[str, Any], path: Path) -> None:
     """Layers upwards, experts across: by which part of the even load an expert has more or less."""
     values = {(each["layer"], each["expert"]): each["relative"] - 1.0 for each in result["experts"]}
     title = f"{Path(result['run']['model']).name}: load of experts, {result['n_questions']} questions"
-    unit = "load, relative to the even one, minus 1"
-    heatmaps([Panel(title, values, unit, diverging=True)], path, across="Expert")
+    unit = "load / even load − 1"
+    heatmaps([Panel("", values, unit, diverging=True)], path, across="Expert", title=title)

@@ -37,6 +37,11 @@ hide: [toc]
 
 # Families: what is right in which models
 
+- **My model**: look for the `model_type` in its `config.json` (`qwen3_moe` is the row `qwen3-moe`). A row with something behind it (`-window`, `-v8`, `-lite`) is the same family with another setting.
+- **Only ✓ in its row**: every site that the command lists is right, as far as a small model with random weights shows it.
+- **My checkpoint itself**: `python main.py sites --model NAME --verify` runs a forward of it, and checks each site by what must add up. `verify RUN --recompute 20` checks the rows of a run.
+- **No row**: the family was not tried. The same two commands say what works; parts with other names can be [described](describe.md).
+
 This page is made by the tests. For each family a tiny model with random weights was built, and each site of it was compared with plain hooks of torch, at places that
 were written by hand from the source of transformers (`tests/families/by_hand.py`). Compared were the rows of a left-padded batch of three answers and those of three
 scored continuations, with one whole forward without a cache, padding or company: within 1e-5 of the largest number, or 1e-4 for the families with linear attention.

@@ -30,6 +30,10 @@ MODEL_BYTES, TASK_BYTES = 220, 180
 """The most bytes of a file's name that the name of a model, and of a task, may take."""
 
 
+CHANGES_SCORES = ("edits", "loaded_with", "adapters", "quantization")
+"""Settings that lm-eval's results hold, too, in `config`: with another of them, the same model has other scores."""
+
+
 def save_results(
     results: Mapping[str, Any],
     samples: Mapping[str, list[dict[str, Any]]],
@@ -52,7 +56,7 @@ def save_results(
         )
         by_file = {own_name(task, TASK_BYTES): json.loads(as_json(logged)) for task, logged in samples.items()}
         with _listening() as heard:
-            tracker.save_results_aggregated(results=_named(results, loaded.name), samples=dict(samples))
+            tracker.save_results_aggregated(results=_named(results, loaded), samples=dict(samples))
             date = getattr(tracker, "date_id", "")
             for name, logged in by_file.items():
                 tracker.save_results_samples(task_name=name, samples=logged)
@@ -63,9 +67,11 @@ def save_results(
     return folder / next(iter(expected))
 
 
-def _named(results: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """Results with names in the place of paths: of the model, and of the tasks' files."""
-    named = {**results, "config": {**results.get("config", {}), "model": model}}
+def _named(results: Mapping[str, Any], loaded: LoadedModel) -> dict[str, Any]:
+    """Results with names in the place of paths: of the model, and of the tasks' files. Beside the model stands what makes its scores others: edits, adapters."""
+    numbers = loaded.numbers().as_dict()
+    changed = {name: numbers[name] for name in CHANGES_SCORES if numbers.get(name)}
+    named = {**results, "config": {**results.get("config", {}), "model": loaded.name, **changed}}
     return named | {"configs": _without_places(results.get("configs", {}))}
 
 

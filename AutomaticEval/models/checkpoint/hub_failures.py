@@ -9,15 +9,15 @@ from typing import Any
 from AutomaticEval.errors import ModelUnavailable, first_line
 
 
-def read_or_explain(name: str, read: Callable[[], Any]) -> Any:
-    """What `read` returns, which reads files of the model `name`. Raises ModelUnavailable when it fails."""
+def read_or_explain(name: str, read: Callable[[], Any], *, of_adapter: bool = False) -> Any:
+    """What `read` returns, which reads files of the model, or the adapter, `name`. Raises ModelUnavailable when it fails."""
     try:
         return read()
     except (OSError, ValueError, ImportError) as failure:
-        raise ModelUnavailable(_explained(name, failure)) from failure
+        raise ModelUnavailable(_explained(name, failure, of_adapter=of_adapter)) from failure
 
 
-def _explained(name: str, failure: BaseException) -> str:
+def _explained(name: str, failure: BaseException, *, of_adapter: bool) -> str:
     """What failed and what to do, in one line. The causes of a failure tell more than the failure itself."""
     causes = _with_causes(failure)
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
@@ -28,7 +28,7 @@ def _explained(name: str, failure: BaseException) -> str:
             "and run again."
         )
     if "trust_remote_code" in text:
-        return f"{name!r} comes with code of its own, which runs only when it is trusted: pass trust_remote_code=True."
+        return f"{name!r} comes with code of its own, which runs only when it is trusted: give --trust_remote_code (in code trust_remote_code=True)."
     if "ImportError" in kinds:
         return f"the model {name!r} needs a library that is not here: {_on_one_line(failure)}"
     if "tp_plan" in text:
@@ -38,7 +38,8 @@ def _explained(name: str, failure: BaseException) -> str:
     if Path(name).is_dir():
         return f"the folder {name!r} holds no model that transformers can load: {first_line(failure)}"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        return f"no folder {name!r}; give a folder with config.json and weights, or a hub name such as gpt2."
+        needed = "adapter_config.json" if of_adapter else "config.json"
+        return f"no folder {name!r}; give a folder with {needed} and weights, or a hub name{'' if of_adapter else ' such as gpt2'}."
     if kinds & {"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"}:
         return f"the hub has no model {name!r} (or it is private: `hf auth login`); check the name and revision."
     if (

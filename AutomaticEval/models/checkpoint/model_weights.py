@@ -51,7 +51,9 @@ def load_weights(sources: ModelSources, options: LoadOptions, tokenizer: Any) ->
         adapter = sources.adapter
         # lm-eval makes the embeddings fit the tokenizer; peft, which loads an adapter by its own name, only makes them larger
         resize(model, len(tokenizer), only_grow=sources.alone is not None)
-        model = read_or_explain(adapter, lambda: with_adapter(model, adapter, options.revision, options.adapter))
+        model = read_or_explain(
+            adapter, lambda: with_adapter(model, adapter, options.revision, options.adapter), of_adapter=True
+        )
     return model.eval()
 
 

@@ -125,7 +125,11 @@ def _refuse_unnamed(source: str, name: str | None) -> None:
     """Raises ModelUnavailable for an adapter that a folder does not have, and for a folder with several of which none was named."""
     names = names_in(Path(source)) if Path(source).is_dir() else []
     if names and (name or DEFAULT) not in (*names, BASE):
-        which = "holds several adapters; give adapter=" if name is None else f"has no adapter {name!r}; it has"
+        which = (
+            "holds several adapters; name one by --adapter (in code adapter=):"
+            if name is None
+            else f"has no adapter {name!r}; it has"
+        )
         raise ModelUnavailable(
             f"the folder {source!r} {which} {', '.join(names)}{', or base for none of them' * (name is None)}."
         )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from AutomaticEval.settings import RunSettings
+from AutomaticEval.sites import keys_text
 from AutomaticEval.store.contents.file_contents import Contents
 from AutomaticEval.store.disk.whole_files import size_text
 from AutomaticEval.store.reading.reduced_runs import how_reduced
@@ -169,7 +170,7 @@ def _stored(run: AnyRun) -> str:
     keys: dict[str, list[str]] = {}
     for key, each in run.contents.activations.items():
         keys.setdefault(f"{str(each.dtype).removeprefix('torch.')} {each.width} wide", []).append(key)
-    return "; ".join(f"{', '.join(some)}: {how}" for how, some in keys.items())
+    return "; ".join(f"{keys_text(some)}: {how}" for how, some in keys.items())
 
 
 def _size(run: AnyRun) -> str:
