@@ -164,6 +164,11 @@ class Layout:
         is_per_layer = TABLE[kind].is_per_layer
         return [Site(kind, layer) for layer in range(self.n_layers)] if is_per_layer else [Site(kind)]
 
+    def layers_of(self, kind: str) -> list[int]:
+        """The layers that have a site of a kind; all layers when none has, so that `pick` says why."""
+        every = [site for site in self.sites(kind) if site.layer is not None]
+        return [int(site.layer or 0) for site in every if site in self.taps] or list(range(len(every)))
+
     def heads_at(self, site: Site) -> int:
         """How many heads stand side by side in a row of a site, all equally wide; 0 for a kind without heads."""
         name = TABLE[site.kind].heads
