@@ -429,6 +429,7 @@ evaluate_with_activations("tiny", "{task}", activation_save_dir="cut", **{how})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Scoring request by request")
 @pytest.mark.parametrize(("family", "task"), [("lfm2", "demo_facts"), ("deepseek-v3", "demo")])
 def test_a_killed_run_of_a_hybrid_or_of_latent_attention_goes_on(
@@ -438,7 +439,7 @@ def test_a_killed_run_of_a_hybrid_or_of_latent_attention_goes_on(
     model = small(SMALL[family])
     model.save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
-    how: dict[str, Any] = {"limit": 4, "batch_size": 1, "sites": "resid_post,mlp_out,z,k", "positions": "all"}
+    how: dict[str, Any] = {"limit": 2, "batch_size": 1, "sites": "resid_post,mlp_out,z,k", "positions": "all"}
     killed = Forked(["-c", KILLED.format(task=task, how=how)], tmp_path).wait()
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (folder,) = (tmp_path / "cut").iterdir()
