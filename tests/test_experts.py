@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from families.configs import FAMILIES as SMALL
+from families.configs import build as small
 from helpers.commands import within
 from helpers.models import SIZES, build
 from helpers.places import ROOT
@@ -25,6 +27,7 @@ from AutomaticEval import Edit, difference_of_means, editing, expert_load, geome
 from AutomaticEval.analysis.experts.contrasts import Contrasts, Group
 from AutomaticEval.analysis.numbers.permutation import differences
 from AutomaticEval.analysis.probes.asked import sites_of
+from AutomaticEval.capture.recompute.plain_forward import plain_forward
 from AutomaticEval.errors import EditError, SelectionError, SiteUnavailable
 from AutomaticEval.evaluation.benchmark_options import Benchmark
 from AutomaticEval.evaluation.run import run_benchmark
@@ -417,6 +420,31 @@ def test_right_and_wrong_are_compared_within_tasks() -> None:
         p.append(min(effect.p for effect in contrasts.effects()[0][0]))  # type: ignore[type-var]
     assert p[0] > 0.05
     assert p[1] < 0.01
+
+
+@pytest.mark.parametrize(("name", "factor"), [("minimax-m3-text", 2.0), ("laguna", 2.5), ("deepseek-v3", 1.0)])
+def test_a_number_that_multiplies_the_sum_of_experts_is_named(name: str, factor: float, tokenizer: Any) -> None:
+    """MiniMax M3 and Laguna multiply behind the experts; DeepSeek V3 has its number (2.5) in the weights. Truth: what the mixture gives."""
+    more = {"moe_routed_scaling_factor": 2.5} if name == "laguna" else {}
+    loaded = LoadedModel(small(SMALL[name]._replace(settings={**SMALL[name].settings, **more})), tokenizer, name)
+    layout, block = loaded.layout, loaded.model.model.layers[1].mlp
+    notes = [f"by {factor:g} afterwards, which is not in {kind}" for kind in ("expert_weights", "expert_out")]
+    assert [
+        layout.notes.get(kind, "")[-len(note) :]
+        for kind, note in zip(("expert_weights", "expert_out"), notes, strict=True)
+    ] == (notes if factor != 1 else ["", ""])
+    ids, seen = [5, 17, 99, 3, 250, 41, 7], dict[str, Tensor]()
+    handles = [
+        block.register_forward_hook(lambda module, args, out: seen.update(whole=out)),
+        block.shared_experts.register_forward_hook(lambda module, args, out: seen.update(shared=out)),
+    ]
+    rows = plain_forward(loaded, ids, ["layer_1.expert_out"], range(len(ids))).rows["layer_1.expert_out"]
+    for handle in handles:
+        handle.remove()
+    whole, shared = (seen[each].reshape(len(ids), -1) for each in ("whole", "shared"))
+    torch.testing.assert_close(
+        rows.view(len(ids), -1, whole.shape[1]).sum(1) * factor + shared, whole, atol=1e-6, rtol=1e-5
+    )
 
 
 def test_the_commands_drop_experts_and_measure_loads(

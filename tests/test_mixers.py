@@ -6,6 +6,7 @@ Truth: hooks by hand on the modules that each family's own code adds up, in one 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.evaluation.harness.model import CapturingHFLM
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import find_layout
+from AutomaticEval.models.recording import Kept
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site, site_of
@@ -131,13 +133,13 @@ FAMILIES: dict[str, Family] = {
     "granite 4 moe": Family(
         "GraniteMoeHybridConfig",
         {**GRANITE, **MAMBA, "layer_types": MIXED, "num_local_experts": 4, "num_experts_per_tok": 2},
-        hybrid("mamba", "shared_mlp+block_sparse_moe", False, True, False),
+        hybrid("mamba", "block_sparse_moe+shared_mlp", False, True, False),
         scales=dict.fromkeys(KINDS, 0.3),
     ),
     "granite moe shared": Family(
         "GraniteMoeSharedConfig",
         {**GRANITE, "num_local_experts": 4},
-        hybrid("", "shared_mlp+block_sparse_moe", True, True, True),
+        hybrid("", "block_sparse_moe+shared_mlp", True, True, True),
         scales=dict.fromkeys(KINDS, 0.3),
     ),
     "lfm2": Family(
@@ -280,7 +282,7 @@ def added(name: str) -> dict[Site, list[str]]:
 
 @cache
 def truth(name: str, ids: tuple[int, ...]) -> dict[str, Tensor]:
-    """Key -> the true rows of one sequence, with those of sites that no one module gives."""
+    """Key -> the true rows of one sequence, with those that several modules add up."""
     family, model = FAMILIES[name], model_of(name)
     places = {f"{path}": (path, "output") for paths in added(name).values() for path in paths}
     for layer in range(len(family.adds)):
@@ -300,10 +302,10 @@ def assert_rows(found: Tensor, expected: Tensor, key: str, within: float = 1e-5)
 
 
 def kept(name: str) -> list[str]:
-    """The sites that are asked for, one by one: what is added by one module, and the stream."""
+    """The sites that are asked for, one by one: what is added, and the stream."""
     layers = range(len(FAMILIES[name].adds))
     stream = [key for layer in layers for key in (f"layer_{layer}.resid_pre", f"layer_{layer}")]
-    return ["embeddings", "final_norm", *stream, *(site.key for site, paths in added(name).items() if len(paths) == 1)]
+    return ["embeddings", "final_norm", *stream, *(site.key for site in added(name))]
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -311,14 +313,12 @@ def test_what_blocks_add_gives_the_next_stream_and_nothing_else_is_offered(name:
     layout, rows, sites = find_layout(model_of(name)), truth(name, tuple(IDS)), added(name)
     for layer, of_layer in enumerate(FAMILIES[name].adds):
         for site in (Site(kind, layer) for kind in KINDS):
-            if len(sites.get(site, [])) != 1:
-                with pytest.raises(
-                    SiteUnavailable, match=f"no '{site.kind}' at {site.key}: .*(its|it is the sum|stands)"
-                ):
+            if site not in sites:
+                with pytest.raises(SiteUnavailable, match=f"no '{site.kind}' at {site.key}: .*(its|stands)"):
                     layout.pick([site])
                 continue
             tap = layout.taps[site]
-            assert (tap.module, tap.end) == (sites[site][0], "output")
+            assert ([*tap.earlier, tap.module], tap.end) == (sites[site], "output")
             assert tap.scale == pytest.approx(FAMILIES[name].scales.get(site.kind, 1.0))
         if of_layer:
             total = rows[f"layer_{layer}.resid_pre"] + sum(rows[site.key] for site in sites if site.layer == layer)
@@ -367,23 +367,66 @@ def test_rows_of_scored_questions(name: str, tokenizer: Any) -> None:
 def test_ablated_branches_are_those_that_a_hook_by_hand_takes_out(name: str) -> None:
     model, ids = model_of(name), torch.tensor([IDS])
     for kind in KINDS:
-        site = next((site for site, paths in added(name).items() if site.kind == kind and len(paths) == 1), None)
+        site = next((site for site in added(name) if site.kind == kind), None)
         if site is None:
             continue
-        path = added(name)[site][0]
 
         def nothing(module: Any, args: Any, out: Any) -> Any:
             return (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
 
-        handle = model.get_submodule(path).register_forward_hook(nothing)
+        handles = [model.get_submodule(path).register_forward_hook(nothing) for path in added(name)[site]]
         with torch.no_grad():
             expected = model(ids, use_cache=False).logits
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             plain = model(ids, use_cache=False).logits
             with editing(model, Edit.scale(site, 0.0)):
                 found = model(ids, use_cache=False).logits
         assert torch.equal(found, expected)
         assert not torch.allclose(found, plain, atol=1e-4)
+
+
+# A sum of two modules.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["granite 4 moe", "granite moe shared"])
+def test_the_stream_receives_an_edited_sum_to_the_last_bit(name: str, dtype: torch.dtype, tokenizer: Any) -> None:
+    """The numbers are far smaller than those of each part: a difference of the edited sum and the other part would be rounded."""
+    loaded = LoadedModel(deepcopy(model_of(name)).to(dtype), tokenizer, name)
+    site, key = Site("mlp_out", 1), "layer_1.mlp_out"
+    scale, given = loaded.layout.taps[site].scale, 1e-6 * torch.randn(32, generator=torch.manual_seed(0)).to(dtype)
+    keys = [key, "layer_1.resid_mid", "layer_1"]
+    before = plain_forward(loaded, IDS, keys, range(6)).rows
+    parts = raw(loaded.model, IDS, {path: (path, "output") for path in added(name)[site]})
+    assert torch.equal(before[key], sum(parts[path] for path in added(name)[site]) * scale)
+    replaced, halved = Edit.replace(site, given), Edit.scale(site, 0.5)
+    for edits, expected in (
+        ([replaced], (given / scale) * scale),
+        ([halved, replaced, halved], ((given / scale * scale * 0.5) / scale) * scale),
+    ):
+        with editing(loaded.model, edits):
+            rows = plain_forward(loaded, IDS, keys, range(6)).rows
+            (seen,) = respond(loaded, [IDS], Sampling(max_new_tokens=1), Selection.parse(key, None, "prompt"))
+        assert torch.equal(rows[key], expected.expand(6, -1))
+        assert torch.equal(rows["layer_1"], rows["layer_1.resid_mid"] + rows[key])
+        assert seen.sample is not None
+        assert torch.equal(seen.sample.activation_data("m", {})["activations"][key], rows[key].float())
+    with editing(loaded.model, Edit.scale(site, 1.0)):
+        assert torch.equal(plain_forward(loaded, IDS, ["layer_2"], range(6)).rows["layer_2"], unedited(loaded))
+    with editing(loaded.model, Edit("layer_1.mlp_out", torch.zeros_like, where=last_column)):
+        rows = plain_forward(loaded, IDS, keys, range(6)).rows
+    assert torch.equal(rows[key][:5], before[key][:5])
+    assert not rows[key][5].any()
+    assert torch.equal(rows["layer_1"][5], rows["layer_1.resid_mid"][5])
+
+
+def unedited(loaded: LoadedModel) -> Tensor:
+    return plain_forward(loaded, IDS, ["layer_2"], range(6)).rows["layer_2"]
+
+
+def last_column(first: int, n_columns: int) -> Kept:
+    return Kept(torch.tensor([0]), torch.tensor([5]))
 
 
 # A kind that some layers have.

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families.configs import FAMILIES as SMALL
+from families.configs import build as small
 from helpers.commands import within
 from helpers.forked import Forked
 from helpers.models import CONFIGS, build
@@ -406,6 +408,52 @@ def test_killed_at_random_moments_the_command_goes_on(options: list[str], tmp_pa
         held, wanted = ({**each["activations"], **each.get("reduced", {})} for each in (first, second))
         assert held
         assert all(torch.equal(rows, wanted[key]) for key, rows in held.items())
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+import torch
+from AutomaticEval import evaluate_with_activations
+from AutomaticEval.store import writer
+
+writer.SHARD_BYTES, real = 1, torch.nn.Embedding.forward
+
+def embed(self, ids):
+    if len(list(Path("cut").glob("*/shard-*.h5"))) > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, ids)
+
+torch.nn.Embedding.forward = embed
+evaluate_with_activations("tiny", "{task}", activation_save_dir="cut", **{how})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Scoring request by request")
+@pytest.mark.parametrize(("family", "task"), [("lfm2", "demo_facts"), ("deepseek-v3", "demo")])
+def test_a_killed_run_of_a_hybrid_or_of_latent_attention_goes_on(
+    family: str, task: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    """SIGKILL in a forward; then rows and scores are those of a run that was never killed, to the last bit."""
+    model = small(SMALL[family])
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    how: dict[str, Any] = {"limit": 2, "batch_size": 1, "sites": "resid_post,mlp_out,z,k", "positions": "all"}
+    killed = Forked(["-c", KILLED.format(task=task, how=how)], tmp_path).wait()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (folder,) = (tmp_path / "cut").iterdir()
+    kept = len(open_run(folder))
+    with chdir(tmp_path):
+        whole = evaluate_with_activations("tiny", task, activation_save_dir="whole", **how)
+        rest = evaluate_with_activations("tiny", task, resume=folder, **how)
+    assert 0 < kept < len(open_run(folder))
+    assert as_json(rest.samples) == as_json(whole.samples)
+    assert as_json(rest.results["results"]) == as_json(whole.results["results"])
+    for first, second in zip(open_run(folder), open_run(tmp_path / (whole.folder or "")), strict=True):
+        assert list(first["activations"]) == list(second["activations"])
+        assert {key.rpartition(".")[2] for key in first["activations"]} >= {"mlp_out", "z", "k"}
+        assert all(torch.equal(rows, second["activations"][key]) for key, rows in first["activations"].items())
 
 
 def test_partly_answered_batches_are_computed_and_stored_once(

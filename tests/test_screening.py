@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from helpers.commands import within
 from helpers.forked import forked
 from helpers.models import CONFIGS, FAMILIES, build
@@ -23,10 +26,17 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import DiffLlamaConfig, GPT2Config, GPTNeoConfig, PreTrainedTokenizerFast
 
+from AutomaticEval.analysis.heads.ablate import Ablation
+from AutomaticEval.analysis.heads.compare import ActivationComparator
 from AutomaticEval.analysis.heads.screen import screen
+from AutomaticEval.analysis.heads.strength import ActivationExtractor
+from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
+from AutomaticEval.analysis.heads.sweep_results import sweep_pairs, sweep_prompts
 from AutomaticEval.analysis.numbers.permutation import differences
+from AutomaticEval.analysis.parts.before_after import greedy_answers
 from AutomaticEval.analysis.parts.direct_effect import DirectEffects, _unembedded
 from AutomaticEval.analysis.words.keywords import Words
+from AutomaticEval.analysis.words.pairs import Pair
 from AutomaticEval.analysis.words.profiles import Profile, load_profile
 from AutomaticEval.analysis.words.targets import Target, first_tokens, targets_of, tokens_within
 from AutomaticEval.capture.texts.forward import padded
@@ -411,6 +421,126 @@ def test_patterns_that_do_not_weigh_the_values(tokenizer: Any) -> None:
     model = build(DiffLlamaConfig(vocab_size=400, num_key_value_heads=4, **sizes))
     with pytest.raises(SiteUnavailable, match="pattern of block 0 is not what its heads read"):
         check_patterns(model, find_layout(model))
+
+
+HYBRIDS: dict[str, Any] = {
+    "qwen3 next": (
+        hf.Qwen3NextConfig,
+        {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+        | {"linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
+    "granite 4 moe": (
+        hf.GraniteMoeHybridConfig,
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+        | {
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        }
+        | {"shared_intermediate_size": 16, "residual_multiplier": 0.3, "logits_scaling": 2.0},
+    ),
+    "lfm2": (hf.Lfm2Config, {"layer_types": ["conv", "full_attention", "conv"]}),
+}
+HYBRID_SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Computing request by request")
+@pytest.mark.parametrize("name", list(HYBRIDS))
+def test_hybrids_are_screened_swept_and_compared_in_the_layers_that_have_heads(
+    name: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Attention is transformers' own, direct effects the change of logits along a head's result, a sweep a loop of ablations."""
+    kind, more = HYBRIDS[name]
+    loaded = LoadedModel(build(kind(**HYBRID_SIZES, **more)), tokenizer, name)
+    model, layout = loaded.model, loaded.layout
+    with pytest.warns(UserWarning, match="head_result_norm is kept in layer 1: the other layers have none"):
+        found = screened(loaded, PROMPTS, KEYWORDS, {"gratitude": TARGETS[0]}, n_permutations=10, batch_size=3)
+    assert [(each["layer"], each["head"]) for each in found] == [(1, head) for head in range(4)]
+
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    effects = DirectEffects(loaded, TARGETS)
+    projection, norm = (model.get_submodule(layout.taps[site].module) for site in (Site("z", 1), Site("final_norm")))
+    attention, direct = [], {}
+    for category, texts in PROMPTS.items():
+        for text in texts:
+            ids = tokenizer(text)["input_ids"]
+            _, marks = tokens_within(tokenizer, text, Words(KEYWORDS["gratitude"]))
+            with torch.no_grad():
+                out = eager(torch.tensor([ids]), output_attentions=True, output_hidden_states=True, use_cache=False)
+            pattern = [each for each in out.attentions if each is not None and each.dim() == 4][-1]
+            attention += [(marks, pattern.double().numpy())] if category == "gratitude" else []
+            rows = read(model, effects.taps, [ids])
+            at, results = (
+                rows["final_norm_input"][-1].double(),
+                head_results(rows["layer_1.z"][-1], projection, 4).double(),
+            )
+            size = (at.square().mean() + getattr(norm, "variance_epsilon", 1e-6)).sqrt()
+            gain = norm.weight.double() + (name == "qwen3 next")
+            unembedding = model.get_output_embeddings().weight.double()
+            apart = (unembedding[11] - unembedding[250]) @ (
+                gain * results * layout.taps[Site("attn_out", 1)].scale / size
+            ).T
+            direct.setdefault(category, []).append(apart.tolist())
+    paid, above = above_placebo(attention)
+    expected = np.mean(direct["gratitude"], 0)
+    for score, own in zip(found, expected, strict=True):
+        assert score["direct"]["own"] == pytest.approx(own, abs=1e-5)
+        assert score["attention"]["paid"] == pytest.approx(paid[0, score["head"]], abs=1e-5)
+        assert score["attention"]["mean"] == pytest.approx(above[0, score["head"]], abs=1e-5)
+
+    with pytest.warns(UserWarning, match="z is kept in layer 1"):
+        swept = sweep_prompts(loaded, PROMPTS["gratitude"][:2], SweepFolder(tmp_path, {"site": "z"}), max_new_tokens=2)
+    places, samples = swept.measured["places"], swept.measured["samples"]
+    assert [(each["layer"], each["head"]) for each in places] == [(1, head) for head in range(4)]
+    with pytest.warns(UserWarning, match="z is kept in layer 1"):
+        pairs = sweep_pairs(loaded, [Pair("3 is", "5 is", "a", "b")], SweepFolder(tmp_path / "pairs", {}))
+    assert {each["layer"] for each in pairs.measured["places"]} == {1}
+    continuations = [
+        (tokenizer(each["prompt"])["input_ids"], answer)
+        for each, answer in zip(samples, answers_of(loaded, samples), strict=True)
+    ]
+    for place in places:
+        without = Ablation(loaded, {1: [place["head"]]}).logprobs(continuations)
+        change = np.mean([one - each["logprob"] for one, each in zip(without, samples, strict=True)])
+        assert place["change"].mean == pytest.approx(change, abs=1e-5)
+    strengths = []
+    for _ in range(2):
+        extractor = ActivationExtractor(loaded)
+        with pytest.warns(UserWarning, match="head_result_norm is kept in layer 1"):
+            extractor.register_hooks()
+        extractor.extract_activations(PROMPTS["neutral"])
+        strengths.append(extractor)
+    assert set(ActivationComparator(*strengths).compare()["differences"]) == {(1, head) for head in range(4)}
+    with pytest.raises(SiteUnavailable, match=r"no 'z' at layer_0\.z: .*It has 'z' in layer 1"):
+        Ablation(loaded, {0: [1]}).logprobs(continuations)
+
+
+def answers_of(loaded: LoadedModel, samples: Sequence[dict[str, Any]]) -> list[list[int]]:
+    return greedy_answers(loaded, [loaded.tokenizer(each["prompt"])["input_ids"] for each in samples], 2, 8)
+
+
+def test_direct_effects_need_to_know_what_each_block_adds(tiny_llama: LoadedModel) -> None:
+    layout = tiny_llama.layout
+    lacking = {
+        site: tap
+        for site, tap in layout.taps.items()
+        if site not in (Site("attn_out", 1), Site("mlp_out", 1), Site("z", 1))
+    }
+    unknown = replace(layout, taps=lacking, missing={Site("mlp_out", 1): "a norm stands in the stream"})
+    with pytest.raises(SiteUnavailable, match=r"layer_1.*a norm stands in the stream"):
+        DirectEffects(SimpleNamespace(model=tiny_llama.model, layout=unknown), TARGETS)
 
 
 def test_what_cannot_be_screened(tokenizer: Any, tiny_llama: LoadedModel) -> None:

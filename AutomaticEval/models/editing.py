@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import EditError
+from AutomaticEval.models.architecture.added_outputs import AddedOutputs
 from AutomaticEval.models.architecture.forward_call import (
     alone_with,
     cache_in,
@@ -79,7 +80,7 @@ def _editing(model: Any, edits: Edit | Iterable[Edit], load: LoadKeywords) -> It
         hooks.before(whole, forward.begins, prepend=True)
         hooks.before(embedding, forward.feed, prepend=True)
         for each in reversed(made):  # each hook is put before the hooks that are there already, capturing's among them
-            each.install(hooks, forward)
+            each.install(hooks, whole, forward)
         hooks.after(whole, forward.ends)
         hooks.after(whole, forward.leaves, always_call=True)
         yield edited
@@ -317,8 +318,8 @@ class _Made:
             return {}
         return {f"edits/{_digest(value)}": value.detach().cpu().double().reshape(-1, value.shape[-1])}
 
-    def install(self, hooks: Hooks, forward: _Forward) -> None:
-        """Hook the module, so that the edit is made in every forward."""
+    def install(self, hooks: Hooks, model: nn.Module, forward: _Forward) -> None:
+        """Hook the module, so that the edit is made in every forward. Of a sum, the last module hands on all of it."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             changed = self._changed(input_of(args, kwargs), forward)
@@ -328,7 +329,7 @@ class _Made:
             return args, {**kwargs, name: with_tensor(kwargs[name], changed)}
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return with_tensor(output, self._changed(tensor_of(output), forward))
+            return with_tensor(output, self._changed(added.with_last(tensor_of(output)), forward))
 
         def routed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             before = tensor_of(output, self.tap.elements)  # as edits of the same router have left them
@@ -343,6 +344,7 @@ class _Made:
         elif self.tap.end == "input":
             hooks.before(self.module, before, prepend=True)
         else:
+            added = AddedOutputs(hooks, model, self.tap, moves=True)
             hooks.after(self.module, after, prepend=True)
 
     def _changed(self, given: Tensor | None, forward: _Forward) -> Tensor:

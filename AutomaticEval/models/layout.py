@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal, Protocol
@@ -40,6 +40,9 @@ class Tap:
     scale: float = 1.0
     """What the model multiplies the value by before it uses it (Granite's residual multiplier)."""
 
+    earlier: tuple[str, ...] = ()
+    """Paths of modules that run before `module`, whose outputs the model adds to its output. The value is the sum, added in the order in which they run."""
+
     columns: tuple[int, ...] | None = None
     """The features to take, for a projection whose output holds several sites. None takes all."""
 
@@ -72,6 +75,13 @@ class Tap:
         whole[self.stream] = changed
         return whole
 
+    def summed(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The sum of what the earlier modules and the module itself give, [..., width] each, in the shape of the last."""
+        total = outputs[0].reshape(outputs[-1].shape)
+        for each in outputs[1:]:
+            total = total + each.reshape(outputs[-1].shape)
+        return total
+
     def joined(self, value: Tensor) -> Tensor:
         """What the module is given or gives, with the features of all heads side by side: [..., width of the module]."""
         return value.flatten(-2) if self.heads_apart else value
@@ -90,6 +100,11 @@ class Tap:
             with torch.inference_mode(False):
                 self._column_numbers[device] = torch.tensor(self.columns, dtype=torch.long, device=device)
         return self._column_numbers[device]
+
+    def under(self, prefix: str) -> Tap:
+        """This tap in a model that holds the tap's model under the dotted path prefix."""
+        module, *earlier = (f"{prefix}.{path}".strip(".") for path in (self.module, *self.earlier))
+        return replace(self, module=module, earlier=tuple(earlier))
 
     def put(self, value: Tensor, taken: Tensor) -> Tensor:
         """A copy of value that is changed so that `take` gives `taken`. Not for derived sites."""
@@ -139,7 +154,7 @@ class Layout:
 
     def under(self, prefix: str) -> Layout:
         """This layout for a model that holds this one under the dotted path prefix: the paths begin with it."""
-        taps = {site: replace(tap, module=f"{prefix}.{tap.module}".strip(".")) for site, tap in self.taps.items()}
+        taps = {site: tap.under(prefix) for site, tap in self.taps.items()}
         whole = f"{prefix}.{self.whole}".strip(".")
         norm = None if self.norm is None else f"{prefix}.{self.norm}"
         return replace(self, embedding=f"{prefix}.{self.embedding}", taps=taps, whole=whole, norm=norm)
@@ -148,6 +163,11 @@ class Layout:
         """All sites of a kind, whether the model has them or not."""
         is_per_layer = TABLE[kind].is_per_layer
         return [Site(kind, layer) for layer in range(self.n_layers)] if is_per_layer else [Site(kind)]
+
+    def layers_of(self, kind: str) -> list[int]:
+        """The layers that have a site of a kind; all layers when none has, so that `pick` says why."""
+        every = [site for site in self.sites(kind) if site.layer is not None]
+        return [int(site.layer or 0) for site in every if site in self.taps] or list(range(len(every)))
 
     def heads_at(self, site: Site) -> int:
         """How many heads stand side by side in a row of a site, all equally wide; 0 for a kind without heads."""

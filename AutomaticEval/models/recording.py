@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from AutomaticEval.errors import CaptureError
+from AutomaticEval.models.architecture.added_outputs import AddedOutputs
 from AutomaticEval.models.architecture.forward_call import alone_with, cache_in, input_of, tensor_of
 from AutomaticEval.models.architecture.inner_model import Virtual, inner, virtual_tokens
 from AutomaticEval.models.hook_handles import Hooks
@@ -351,7 +352,7 @@ def capturing(
         for key, tap in taps.items():
             if tap.then is not None:
                 tap.then.refresh(model.get_submodule(tap.module))
-            _install(hooks, model.get_submodule(tap.module), key, tap, recording)
+            _install(hooks, model, key, tap, recording)
         hooks.after(whole, ends)
         yield recording
     recording.close()
@@ -366,14 +367,15 @@ def _refuse_some_logits(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         )
 
 
-def _install(hooks: Hooks, module: nn.Module, key: str, tap: Tap, recording: Recording) -> None:
-    """Hook the module of one tap."""
+def _install(hooks: Hooks, model: nn.Module, key: str, tap: Tap, recording: Recording) -> None:
+    """Hook the modules of one tap."""
+    module, added = model.get_submodule(tap.module), AddedOutputs(hooks, model, tap)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recording.read(key, tap, input_of(args, kwargs, tap.elements))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        recording.read(key, tap, tensor_of(output, tap.elements))
+        recording.read(key, tap, added.with_last(tensor_of(output, tap.elements)))
 
     if tap.end == "input":
         hooks.before(module, before)

@@ -105,13 +105,14 @@ def screen(
     seed: int = 42,
     batch_size: int = 8,
 ) -> Result:
-    """Scores of every head for every category of a profile but the neutral one. Measured are lengths (category -> LengthChange) and scores, a
+    """Scores of every head, in the layers that have heads, for every category of a profile but the neutral one. Measured are lengths (category -> LengthChange) and scores, a
     list of HeadScore.
 
     profile: at least two prompts for each category. targets: category -> the tokens whose logits are compared; by default those of its
     keywords. Raises PromptError for categories and prompts that cannot be screened, SiteUnavailable for a model that lacks what is read.
     """
     _check_prompts(profile, batch_size)
+    loaded.layout.where_held(loaded.layout.sites("head_result_norm"))
     asked = _Asked.of(loaded, profile, targets, seed)
     meter = HeadMeter(loaded, [target for each in asked.targets.values() for target in each], batch_size)
     with tqdm(total=sum(map(len, profile.prompts.values())), desc="Screening", unit="prompt") as progress:
@@ -133,8 +134,8 @@ def screen(
             strict=True,
         )
         for number, (strength, attention, direct) in enumerate(columns):
-            layer, head = divmod(number, loaded.layout.n_heads)
-            scores.append(HeadScore(layer, head, category, strength, attention, direct))
+            place, head = divmod(number, loaded.layout.n_heads)
+            scores.append(HeadScore(meter.layers[place], head, category, strength, attention, direct))
     about = methods(asked.n_heads, p=f"of strength: {permutation.METHOD}", direct_interval=WELCH, direct_p=PLACEBO)
     return Result("screening", {"lengths": lengths, "scores": scores}, methods=about)
 
@@ -151,7 +152,7 @@ class _Asked:
     same: dict[str, tuple[SamePositions, SamePositions]]
     """Category -> attention to its keywords beside placebo words of its own prompts, and of the neutral prompts."""
     n_heads: int
-    """Of all layers."""
+    """Of all layers that have heads."""
 
     @classmethod
     def of(cls, loaded: LoadedModel, profile: Profile, targets: Mapping[str, Target] | None, seed: int) -> _Asked:
@@ -164,7 +165,7 @@ class _Asked:
             for name in words
             if name in chosen
         }
-        shape, same = (loaded.layout.n_layers, loaded.layout.n_heads), {}
+        shape, same = (len(loaded.layout.layers_of("z")), loaded.layout.n_heads), {}
         for name, own_words in words.items():
             if own_words:
                 marks, neutral_marks = (

@@ -42,7 +42,7 @@ class Sweep:
             raise EditError(f"the site {site!r} is not swept; write {', '.join(SITES)}.")
         self._blocks, self._site, self._values = blocks, site, values
         layout, (ids, mask) = blocks.layout, blocks.batch
-        layout.pick(Site(site, layer) for layer in range(layout.n_layers))
+        layout.pick(Site(site, layer) for layer in layout.layers_of(site))
         self.n_places = layout.n_heads if site == "z" else n_positions or max(n_prompt)
         first = ids.shape[1] - mask.sum(1)  # [batch]: padding is on the left
         end = first + torch.tensor(list(n_prompt))
@@ -152,7 +152,7 @@ def sweep_of_differences(
 
     blocks = LaterBlocks(loaded, into, 1, score)
     batch, layout = padded(source, "left"), loaded.layout
-    taps = layout.pick(Site(site, layer) for layer in range(layout.n_layers))
-    read_rows = read(loaded.model, layout, taps, batch).values()
-    values = {layer: unpacked(of_layer, batch) for layer, of_layer in enumerate(read_rows)}
+    layers = layout.layers_of(site)
+    read_rows = read(loaded.model, layout, layout.pick(Site(site, layer) for layer in layers), batch).values()
+    values = {layer: unpacked(of_layer, batch) for layer, of_layer in zip(layers, read_rows, strict=True)}
     return Sweep(blocks, [len(prompt) for prompt in into], site, values, n_positions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +56,14 @@ class SweepFolder:
             settings = {name: value for name, value in settings.items() if name in before or name in LATER}
         refuse_others(self.path, before, {**dict.fromkeys(before), **settings})
 
-    def layers(self, name: str, n_layers: int, compute: Callable[[int], Tensor]) -> Tensor:
-        """Every layer's numbers, read from its file, or computed and written: [n_layers, n_places, n_sequences], float64.
+    def layers(self, name: str, numbers: Sequence[int], compute: Callable[[int], Tensor]) -> Tensor:
+        """The numbers of some layers, each read from its file, or computed and written: [n_layers, n_places, n_sequences], float64.
 
-        name: of the numbers, for the files. compute: layer -> [n_places, n_sequences], NaN where there is no number.
+        name: of what is computed, for the files. compute: layer -> [n_places, n_sequences], NaN where there is no number.
         Raises StoreError for a damaged file.
         """
         layers: list[Tensor] = []
-        for layer in tqdm(range(n_layers), desc=f"Layers ({name})", unit="layer"):
+        for layer in tqdm(numbers, desc=f"Layers ({name})", unit="layer"):
             file = self.path / f"{name}_layer_{layer:03d}.json"
             if not file.exists():
                 values = [[each if math.isfinite(each) else None for each in row] for row in compute(layer).tolist()]

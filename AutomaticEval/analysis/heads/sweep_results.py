@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from AutomaticEval.analysis.heads.ablate import mean_of, reference_values
+from AutomaticEval.analysis.heads.patch import SITES
 from AutomaticEval.analysis.heads.sweep import Sweep, sweep_of_answers, sweep_of_differences
 from AutomaticEval.analysis.heads.sweep_folder import SweepFolder
 from AutomaticEval.analysis.numbers import ratios, signs
@@ -43,16 +44,17 @@ def sweep_prompts(
     out), places (layer, head or position, and change: an Effect, of the log-likelihood without minus with) and units.
     Raises OtherSettings for a folder of another sweep, PromptError when no answer has a token.
     """
+    layers = _layers(loaded, site)
     numbers, answered = _answers(loaded, prompts, max_new_tokens)
     # a sweep that goes on needs the same answers and the same means
     folder.check_settings(answers=[answer for _, answer in answered], neutral=neutral and list(neutral))
     means = None
     if neutral is not None:
-        reference = reference_values(loaded, site, range(loaded.layout.n_layers), neutral)
+        reference = reference_values(loaded, site, layers, neutral)
         means = {layer: mean_of(values) for layer, values in reference.items()}
     longest = max(len(prompt) for prompt, _ in answered)
     sweeps = [sweep_of_answers(loaded, group, site, means, longest) for group in _groups(answered)]
-    without = _swept(sweeps, folder, "logprobs", loaded.layout.n_layers)  # [n_layers, n_places, n_answered]
+    without = _swept(sweeps, folder, "logprobs", layers)  # [n_layers, n_places, n_answered]
     baseline = torch.cat([sweep.baseline for sweep in sweeps])
     samples = [
         {"prompt": prompts[number], "answer": loaded.tokenizer.decode(answer), "logprob": logprob}
@@ -61,7 +63,7 @@ def sweep_prompts(
     changes = _by_place(without - baseline)
     measured = {
         "samples": samples,
-        "places": _places({"change": effects(changes, seed=seed)}, without.shape[1], site),
+        "places": _places({"change": effects(changes, seed=seed)}, layers, without.shape[1], site),
         "units": {"change": "change of log-likelihood, nats"},
     }
     return Result("sweep", measured, folder.settings, methods(changes.shape[1], p=signs.METHOD))
@@ -77,6 +79,7 @@ def sweep_pairs(
     folder's files.
     Raises OtherSettings for a folder of another sweep, PromptError for prompts of different lengths and for words that are no single token.
     """
+    layers = _layers(loaded, site)
     encoded = [_encoded(loaded, pair) for pair in pairs]
     folder.check_settings()
     longest = max(len(clean) for clean, _, _ in encoded)
@@ -87,7 +90,7 @@ def sweep_pairs(
         for group in _groups(encoded):
             columns = list(zip(*group, strict=True))
             sweeps.append(sweep_of_differences(loaded, columns[into], columns[source], columns[2], site, longest))
-        return torch.cat([sweep.baseline for sweep in sweeps]), _swept(sweeps, folder, name, loaded.layout.n_layers)
+        return torch.cat([sweep.baseline for sweep in sweeps]), _swept(sweeps, folder, name, layers)
 
     corrupted, denoised = patched("denoising", into=1, source=0)
     clean, noised = patched("noising", into=0, source=1)
@@ -100,7 +103,7 @@ def sweep_pairs(
         for pair, of_clean, of_corrupted, is_left_out in columns
     ]
     units = dict.fromkeys(parts, "part of the logit difference")
-    measured = {"samples": samples, "places": _places(parts, denoised.shape[1], site), "units": units}
+    measured = {"samples": samples, "places": _places(parts, layers, denoised.shape[1], site), "units": units}
     n_places = moved["denoising"].shape[1]
     return Result("sweep", measured, folder.settings, methods(n_places, p=ratios.P_METHOD, part=ratios.METHOD))
 
@@ -132,9 +135,16 @@ def _groups(items: Sequence[Item]) -> list[Sequence[Item]]:
     return [items[start : start + SWEPT_TOGETHER] for start in range(0, len(items), SWEPT_TOGETHER)]
 
 
-def _swept(sweeps: Sequence[Sweep], folder: SweepFolder, name: str, n_layers: int) -> Tensor:
+def _layers(loaded: LoadedModel, site: str) -> list[int]:
+    """The layers that are swept: those that have the site. A warning names the others' lack."""
+    if site in SITES:
+        loaded.layout.where_held(loaded.layout.sites(site))
+    return loaded.layout.layers_of(site) if site in SITES else []
+
+
+def _swept(sweeps: Sequence[Sweep], folder: SweepFolder, name: str, layers: Sequence[int]) -> Tensor:
     """[n_layers, n_places, n_sequences]: the numbers of several sweeps beside one another."""
-    return folder.layers(name, n_layers, lambda layer: torch.cat([sweep.layer(layer) for sweep in sweeps], 1))
+    return folder.layers(name, layers, lambda layer: torch.cat([sweep.layer(layer) for sweep in sweeps], 1))
 
 
 def _by_place(numbers: Tensor) -> Any:
@@ -142,13 +152,15 @@ def _by_place(numbers: Tensor) -> Any:
     return numbers.flatten(0, 1).T.double().numpy()
 
 
-def _places(estimates: Mapping[str, Sequence[Effect]], n_places: int, site: str) -> list[dict[str, Any]]:
+def _places(
+    estimates: Mapping[str, Sequence[Effect]], layers: Sequence[int], n_places: int, site: str
+) -> list[dict[str, Any]]:
     """For every place its layer, its head or position, and its estimates.
 
     estimates: name -> one for each place, layer after layer. n_places: of a layer.
     """
     across = "head" if site == "z" else "position"
     return [
-        {"layer": number // n_places, across: number % n_places, **dict(zip(estimates, of_place, strict=True))}
+        {"layer": layers[number // n_places], across: number % n_places, **dict(zip(estimates, of_place, strict=True))}
         for number, of_place in enumerate(zip(*estimates.values(), strict=True))
     ]

@@ -18,17 +18,19 @@ from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.frozen_norm import FrozenNorm, frozen
 from AutomaticEval.models.head_weights import output_weight
 from AutomaticEval.models.hook_handles import Hooks
-from AutomaticEval.models.layout import Tap
+from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.sites import Site
 
 FINAL = Site("final_norm")
+ADDED = ("mlp_out", "attn_out", "mixer_out")
+"""What blocks add: one of them at least is known where `resid_pre` and what is added give `resid_post`."""
 
 
 class DirectEffects:
     """The direct effects of all heads of a model on some targets.
 
     targets: at least one. Raises PromptError for a target without tokens, SiteUnavailable for a model whose final norm is no LayerNorm or
-    RMSNorm, or whose unembedding reads something else than this norm's output.
+    RMSNorm, whose unembedding reads something else than this norm's output, or that has a block whose additions to the stream are not known.
     Source: direct logit attribution, Elhage et al. 2021.
     """
 
@@ -47,10 +49,9 @@ class DirectEffects:
         before_norm = self._final.back(_unembedded(loaded.model, targets, layout.d_model))  # [n_targets, d_model]
         self._post_norms: dict[int, FrozenNorm] = {}
         """Layer -> the norm that follows its attention, in models that have one (Gemma 2)."""
-        self._directions: list[Tensor] = []
-        """For each layer what z is multiplied by: [n_targets, n_heads, d_head]."""
-        for layer in range(layout.n_layers):
-            self._directions.append(self._direction(loaded.model, layer, before_norm))
+        _check_stream(layout)
+        self._directions = {layer: self._direction(loaded.model, layer, before_norm) for layer in layout.layers_of("z")}
+        """For each layer with heads what z is multiplied by: [n_targets, n_heads, d_head]."""
 
     def _direction(self, model: Any, layer: int, direction: Tensor) -> Tensor:
         """What a layer's z is multiplied by. direction: [n_targets, d_model], what the stream is multiplied by."""
@@ -75,20 +76,20 @@ class DirectEffects:
     def taps(self) -> dict[str, Tap]:
         """Where a forward must be read for `of`."""
         taps = {"final_norm_input": Tap(self._final_tap.module, "input"), FINAL.key: self._final_tap}
-        taps |= self._layout.pick(Site("z", layer) for layer in range(self._layout.n_layers))
+        taps |= self._layout.pick(Site("z", layer) for layer in self._directions)
         for layer in self._post_norms:
             added, projection = self._taps_of(layer)
             taps |= {f"{layer}.given": Tap(projection.module, "output"), f"{layer}.gave": Tap(added.module, "output")}
         return taps
 
     def of(self, rows: Mapping[str, Tensor]) -> Tensor:
-        """Each head's direct effect on each target, in logits: [n, n_targets, n_layers, n_heads], float32.
+        """Each head's direct effect on each target, in logits: [n, n_targets, n_layers, n_heads], float32. Layers are those that have heads.
 
         rows: key of `taps` -> [n, width].
         """
         size = self._final.sizes(rows["final_norm_input"], rows[FINAL.key])  # [n]
         per_layer: list[Tensor] = []
-        for layer, directions in enumerate(self._directions):
+        for layer, directions in self._directions.items():
             z = rows[Site("z", layer).key].float().view(len(size), self._layout.n_heads, -1)
             effects = torch.einsum("nhd,thd->nth", z, directions)
             if layer in self._post_norms:
@@ -96,6 +97,14 @@ class DirectEffects:
                 effects = effects / post_size[:, None, None]
             per_layer.append(effects / size[:, None, None])
         return torch.stack(per_layer, 2)
+
+
+def _check_stream(layout: Layout) -> None:
+    """Raises SiteUnavailable for a block of which it is not known that what came before stays in the stream: what heads below it add may be changed."""
+    for layer in range(layout.n_layers):
+        added = [Site(kind, layer) for kind in ADDED]
+        if not any(site in layout.taps for site in added):
+            layout.pick(added)
 
 
 def _unembedded(model: Any, targets: Sequence[Target], d_model: int) -> Tensor:

@@ -25,7 +25,7 @@ class HeadMeasures(NamedTuple):
     """What was measured of each head in some prompts."""
 
     norms: list[Tensor]
-    """For each prompt [pos, n_layers, n_heads]: the norm of the head's result at each token."""
+    """For each prompt [pos, n_layers, n_heads]: the norm of the head's result at each token. Layers are those that have heads."""
     direct: Tensor
     """[n_prompts, n_targets, n_layers, n_heads], in logits, at the last token."""
 
@@ -39,11 +39,12 @@ class Prompt(NamedTuple):
 
 
 Listener = Callable[[int, int, Any], None]
-"""Is told the pattern of each prompt and layer: (number of the prompt, layer, [n_heads, query_pos, key_pos] as an array)."""
+"""Is told the pattern of each prompt and layer: (number of the prompt, number of the layer among those with heads, [n_heads, query_pos, key_pos] as an
+array)."""
 
 
 class HeadMeter:
-    """Measures all heads in one forward of each prompt.
+    """Measures all heads in one forward of each prompt, in the layers that have heads.
 
     targets: may be none. Raises SiteUnavailable for a model without what is read, PromptError for a prompt that is empty or too long.
     """
@@ -52,7 +53,9 @@ class HeadMeter:
         self._loaded, self._layout, self._batch_size = loaded, loaded.layout, batch_size
         check_patterns(loaded.model, self._layout)
         self._effects = DirectEffects(loaded, targets) if targets else None
-        self._norms = self._layout.pick(Site("head_result_norm", layer) for layer in range(self._layout.n_layers))
+        self.layers = self._layout.layers_of("z")
+        """The layers that have heads."""
+        self._norms = self._layout.pick(Site("head_result_norm", layer) for layer in self.layers)
 
     def measure(self, prompts: Sequence[Prompt], listeners: Sequence[Listener], progress: Any) -> HeadMeasures:
         """What is measured in each prompt, in their order. Padding is on the right, where no token looks, so it changes nothing.
@@ -80,11 +83,11 @@ class HeadMeter:
         lengths = batch.mask.sum(1)
         with reading_patterns(loaded.model, layout) as patterns:
             recording = recorded(loaded.model, layout, {**taps, "after": patterns.after}, batch, keep)
-            for layer in range(layout.n_layers):
+            for place, layer in enumerate(self.layers):
                 of_layer = patterns.of(layer, batch.mask).float().cpu().numpy()
                 for row, (number, length) in enumerate(zip(numbers, lengths.tolist(), strict=True)):
                     for listener in listeners:
-                        listener(number, layer, of_layer[row, :, :length, :length])
+                        listener(number, place, of_layer[row, :, :length, :length])
         last = lengths.cumsum(0) - 1
         norms = torch.stack([recording.rows[key].float() for key in self._norms], 1)  # [real tokens, n_layers, n_heads]
         if self._effects is None:

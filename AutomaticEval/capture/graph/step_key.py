@@ -38,7 +38,7 @@ def read_by(recording: Recording | None) -> Hashable:
         return None
     taps = recording.taps.items()
     return tuple(
-        (key, tap.module, tap.end, tap.elements, tap.scale, tap.columns, _mark(tap)) for key, tap in taps
+        (key, tap.module, tap.end, tap.earlier, tap.elements, tap.scale, tap.columns, _mark(tap)) for key, tap in taps
     ), recording.dtype
 
 

@@ -76,6 +76,8 @@ def plain_forward(
     with torch.no_grad(), alone_with(model), attending, Hooks() as hooks:
         for key, tap in taps.items():
             reader.install(hooks, model.get_submodule(tap.module), key, tap)
+            for path in tap.earlier:
+                reader.install(hooks, model.get_submodule(path), _of_earlier(key, path), Tap("", "output"))
             if isinstance(tap.then, LatentHeads):
                 reader.install(hooks, tap.then.up, _of_up(key), Tap("", "output"))
         patterns: dict[str, Tensor] = {}
@@ -153,6 +155,11 @@ def _of_up(key: str) -> str:
     return f"{key} up"
 
 
+def _of_earlier(key: str, path: str) -> str:
+    """The key under which a module is read whose output is added to that of the site's own module."""
+    return f"{key} + {path}"
+
+
 def _derived(model: nn.Module, layout: Layout, key: str, tap: Tap, reader: _Reader) -> Tensor:
     """The rows of a site [n, width of the site], on the CPU, from what was read of its module [n, width of the module]."""
     values = reader.taken(key)
@@ -164,6 +171,8 @@ def _derived(model: nn.Module, layout: Layout, key: str, tap: Tap, reader: _Read
         return expert_rows(site.kind, model.get_submodule(tap.module), values, n_active).cpu()
     if tap.then is not None:
         return _head_norms(model.get_submodule(tap.module), value, layout.n_heads).cpu()
+    others = [reader.taken(_of_earlier(key, path))[0] for path in tap.earlier]
+    value = sum([*others[1:], value], others[0]) if others else value
     picked = value if tap.columns is None else value[:, list(tap.columns)]
     picked = picked if tap.scale == 1.0 else picked * tap.scale
     return (picked if tap.clip is None else picked.clamp(-tap.clip, tap.clip)).cpu()

@@ -25,13 +25,14 @@ class _Branch(NamedTuple):
 
     kind: Kind
     paths: tuple[str, ...]
-    """Mostly one. With several the sum is checked, and there is no one place where it can be read."""
+    """Mostly one. Several are in the order in which they run."""
     scale: float
     """What the model multiplies the outputs by."""
 
-    def taps(self, block: str) -> list[Tap]:
-        """Where the outputs are read in a block."""
-        return [Tap(f"{block}.{path}", "output", self.scale) for path in self.paths]
+    def tap(self, block: str) -> Tap:
+        """Where the outputs, or their sum, are read in a block."""
+        *earlier, last = (f"{block}.{path}" for path in self.paths)
+        return Tap(last, "output", self.scale, tuple(earlier))
 
 
 _Choice = tuple[_Branch, ...]
@@ -75,10 +76,17 @@ def _candidates(parts: Parts, layer: int, kind: Kind) -> list[_Branch]:
     else:
         ends = [path for parent in found for path in parts.named(parent, parts.names.out_projection)]
         paths = [*found, *parts.children(block, parts.names.post_attention_norm), *ends] if found else []
-    groups = [(path,) for path in paths] + ([tuple(found)] if len(found) > 1 else [])
-    once = [group for group in groups if all(parts.probe.n_fired[path] == 1 for path in group)]
+    groups = [(path,) for path in paths] + ([_in_turn(parts, found)] if len(found) > 1 else [])
+    once = [group for group in groups if group and all(parts.probe.n_fired[path] == 1 for path in group)]
     below, scales = len(block) + 1, parts.scales(layer, kind)
     return [_Branch(kind, tuple(path[below:] for path in group), scale) for scale in scales for group in once]
+
+
+def _in_turn(parts: Parts, paths: Iterable[str]) -> tuple[str, ...]:
+    """Some modules in the order in which they gave their outputs; none when these cannot be added."""
+    outputs, wanted = parts.probe.outputs, set(paths)
+    ran = tuple(path for path in outputs if path in wanted)
+    return ran if len({outputs[path].numel() for path in ran}) == 1 else ()
 
 
 def down_projections(parts: Parts, layer: int) -> list[str]:
@@ -104,7 +112,7 @@ def _error(parts: Parts, choice: _Choice, layers: list[int]) -> float:
     for layer in layers:
         before = parts.value(parts.taps[Site("resid_pre", layer)])
         after = parts.value(parts.taps[Site("resid_post", layer)])
-        taps = [tap for branch in choice for tap in branch.taps(parts.blocks[layer])]
+        taps = [branch.tap(parts.blocks[layer]) for branch in choice]
         if any(parts.value(tap).numel() != before.numel() for tap in taps):
             return float("inf")
         terms = [parts.value(tap).reshape(before.shape).to(after.device) for tap in taps]
@@ -120,12 +128,7 @@ def _take(parts: Parts, layer: int, choice: _Choice) -> None:
     """The taps of a layer for which a choice is right, and why it lacks the branches of the other kinds."""
     block = parts.blocks[layer]
     for branch in choice:
-        taps = branch.taps(block)
-        if len(taps) == 1:
-            parts.taps[Site(OUT[branch.kind], layer)] = taps[0]
-        else:
-            names = " and ".join(branch.paths)
-            parts.lack([OUT[branch.kind]], layer, f"it is the sum of what {names} give, which no module gives")
+        parts.taps[Site(OUT[branch.kind], layer)] = branch.tap(block)
     kinds = {branch.kind for branch in choice}
     for kind in OUT.keys() - kinds - ({"mixer"} if "attention" in kinds else set()):
         parts.lack([OUT[kind]], layer, why_not_in_block(parts, layer, kind))
@@ -133,7 +136,7 @@ def _take(parts: Parts, layer: int, choice: _Choice) -> None:
 
 def _refuse(parts: Parts, layer: int, choices: Iterable[_Choice], has_others: bool) -> None:
     """Say why a layer lacks all branches. has_others: whether other blocks are built like its block."""
-    terms = [[parts.value(tap) for branch in choice for tap in branch.taps(parts.blocks[layer])] for choice in choices]
+    terms = [[parts.value(branch.tap(parts.blocks[layer])) for branch in choice] for choice in choices]
     has_attention, has_mixer = (bool(parts.parts_of(layer, kind)) for kind in ("attention", "mixer"))
     kinds = [kind for kind in OUT if kind != "mixer" or has_mixer or not has_attention]
     parts.lack([OUT[kind] for kind in kinds], layer, why_no_branches(parts, layer, terms, has_others))

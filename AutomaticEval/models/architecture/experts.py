@@ -24,6 +24,8 @@ from AutomaticEval.sites import Site
 CHOICE = ("expert_ids", "expert_weights")
 SLACK = 64
 """By how many units of rounding, of the largest sum, outputs may miss the whole."""
+FACTOR = "routed_scaling_factor"
+"""What a mixture calls a number that scales its experts. In most models the router's weights have it in them."""
 EXPERTS = ("router_logits", *CHOICE, "expert_out")
 
 
@@ -185,11 +187,29 @@ def _find_outputs(parts: Parts, layer: int, given: _Given) -> None:
     fits = outputs.shape[-1] == whole.shape[-1]
     if fits and (are_active() or _add_up(outputs, whole.reshape(outputs[:, 0].shape))):
         parts.taps[Site("expert_out", layer)] = tap
+        _say_factor(parts, given.path, whole)
         return
     reason = f"the outputs of the chosen experts do not add up to what {below} gives"
     for kind in CHOICE:
         parts.taps.pop(Site(kind, layer))
     parts.lack((*CHOICE, "expert_out"), layer, reason)
+
+
+def _say_factor(parts: Parts, experts: str, whole: Tensor) -> None:
+    """Say when the mixture multiplies what all experts give, `whole`, by a number that is in no weight (MiniMax M3, Laguna)."""
+    mixture = experts.rpartition(".")[0]
+    module, gave = parts.model.get_submodule(mixture), parts.probe.outputs.get(mixture)
+    factor = getattr(module, FACTOR, 1)
+    if gave is None or not isinstance(factor, int | float) or factor == 1:
+        return
+    beside = [path for name, _ in module.named_children() if (path := f"{mixture}.{name}") != experts]
+    given = [parts.probe.outputs[path] for path in beside if path in parts.probe.outputs]
+    shared = [each.reshape(gave.shape) for each in given if each.numel() == gave.numel()]
+    if is_sum(gave, whole.reshape(gave.shape) * factor, *shared):
+        for kind in ("expert_weights", "expert_out"):
+            parts.notes[kind] = (
+                f"the mixture multiplies the sum of its experts by {factor:g} afterwards, which is not in {kind}"
+            )
 
 
 def _add_up(outputs: Tensor, whole: Tensor) -> bool:

@@ -248,6 +248,8 @@ class Parts:
             )
             assert seen is not None
             return tap.take(seen)
+        if tap.earlier:
+            return tap.take(tap.summed([self.probe.outputs[path] for path in (*tap.earlier, tap.module)]))
         value = (self.probe.inputs if tap.end == "input" else self.probe.outputs)[tap.module]
         return tap.take(tap.joined(tap.stream_of(value)))
 

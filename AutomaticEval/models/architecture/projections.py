@@ -40,7 +40,10 @@ def find_projections(parts: Parts, n_heads: int) -> None:
 def _find_z(parts: Parts, layer: int, attention: str, heads: Heads) -> None:
     """z is the input of the output projection: the module whose output is what attention adds, before any norm of it."""
     added = parts.taps.get(Site("attn_out", layer))
-    ends = [parts.probe.outputs[attention], *([parts.probe.outputs[added.module]] if added else [])]
+    ends = [
+        parts.probe.outputs[attention],
+        *([parts.probe.outputs[added.module]] if added and not added.earlier else []),
+    ]
     candidates = list(parts.named(attention, parts.names.out_projection))
     right = [path for path in candidates if any(is_sum(parts.probe.outputs[path], end) for end in ends)]
     for path in right:

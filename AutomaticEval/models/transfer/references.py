@@ -24,6 +24,8 @@ class Place(NamedTuple):
     module: str
     end: str
     elements: tuple[int, ...]
+    earlier: tuple[str, ...]
+    """Modules whose outputs are added."""
     is_step: bool
     """Whether the forward feeds one column. Models may compute those in another way."""
 
@@ -58,7 +60,7 @@ class References:
 
     def see(self, key: str, tap: Tap, value: Tensor, rows_of: Callable[[Tensor], Tensor], *, is_step: bool) -> None:
         """A hook sees a value. rows_of: takes its kept rows, [n_kept, width]."""
-        place = Place(tap.module, tap.end, tap.elements, is_step)
+        place = Place(tap.module, tap.end, tap.elements, tap.earlier, is_step)
         counts = not value.is_inference()  # tensors of inference mode do not count their changes
         known = self._known.get(place) if counts else False
         rows = None if known else owned(rows_of(value), value)
