@@ -31,6 +31,7 @@ from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.experts.rerouting import rerouted
+from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site
 from AutomaticEval.store.export.formats import export
@@ -210,6 +211,31 @@ def test_sites_that_are_not_there_are_refused_with_the_reason(
     ):
         with pytest.raises(SiteUnavailable, match=reason):
             loaded.layout.pick([site])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_weigh_in_another_way_are_refused_in_any_dtype(dtype: torch.dtype) -> None:
+    """Mixtral's experts, which are given weights and use their share of their sum: an expert alone has the weight 1 then."""
+    model = random_experts("mixtral", 64).to(dtype)
+    experts = model.model.layers[1].mlp.experts
+    stock = experts.forward
+    model.model.layers[1].mlp.experts.forward = lambda x, ids, w: stock(x, ids, w / w.sum(-1, keepdim=True))
+    layout = find_layout(model)
+    assert "do not add up" in layout.missing[Site("expert_weights", 1)]
+    assert Site("expert_out", 0) in layout.taps
+
+
+def test_layout_of_experts_follows_dtype_and_number_of_experts() -> None:
+    model = random_experts("llama4_text", 64)
+    assert find_layout(model).widths[Site("expert_ids", 1)] == 1
+    for block in model.model.layers:
+        block.feed_forward.router.top_k = 2
+    assert find_layout(model).widths[Site("expert_ids", 1)] == 2
+    model = random_experts("mixtral", 64)
+    find_layout(model)
+    tap = find_layout(model.to(torch.bfloat16)).taps[Site("expert_out", 1)]
+    assert tap.then is not None
+    assert tap.then.dtypes[0] == torch.bfloat16  # type: ignore[attr-defined]
 
 
 # Dropping experts
