@@ -335,6 +335,15 @@ def test_experts_that_cannot_be_dropped_are_refused(made: Callable[..., LoadedMo
     left = [0, 4, 5]  # whichever of the two groups is chosen has too few
     with pytest.raises(EditError, match="too few others are left"), editing(loaded, Edit.only_experts(1, left)):
         loaded.model(TEXT)
+    by_table = made("mixtral").model.model.layers[1].mlp.gate
+    stock = by_table.forward
+    by_table.forward = lambda x: (*stock(x)[:2], torch.tensor([[2, 5]]).expand(12, 2))
+    with (
+        pytest.raises(EditError, match="does not choose by its logits"),
+        editing(made("mixtral"), Edit.drop_experts(1, [5])),
+    ):
+        made("mixtral").model(TEXT)
+    del by_table.forward
     two = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8))
     with pytest.raises(EditError, match="computes 2 products with 8 features"):
         rerouted(two, [torch.ones(3, 4)], {}, 8, lambda logits: logits)
