@@ -378,6 +378,8 @@ def parse_heads(heads: LayersLike, n_heads: int) -> list[int]:
 
     Raises SelectionError when a head is outside -n_heads .. n_heads - 1.
     """
+    if not n_heads:
+        raise SelectionError("this model's config says no number of attention heads, so that no head can be named.")
     try:
         return sorted(_resolved(heads, n_heads))
     except UnknownLayer:

@@ -34,6 +34,7 @@ from AutomaticEval.evaluation.run import run_benchmark
 from AutomaticEval.evaluation.run_output import RunOutput
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.experts.rerouting import rerouted
+from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site
 from AutomaticEval.store.export.formats import export
@@ -215,6 +216,31 @@ def test_sites_that_are_not_there_are_refused_with_the_reason(
             loaded.layout.pick([site])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_weigh_in_another_way_are_refused_in_any_dtype(dtype: torch.dtype) -> None:
+    """Mixtral's experts, which are given weights and use their share of their sum: an expert alone has the weight 1 then."""
+    model = random_experts("mixtral", 64).to(dtype)
+    experts = model.model.layers[1].mlp.experts
+    stock = experts.forward
+    model.model.layers[1].mlp.experts.forward = lambda x, ids, w: stock(x, ids, w / w.sum(-1, keepdim=True))
+    layout = find_layout(model)
+    assert "do not add up" in layout.missing[Site("expert_weights", 1)]
+    assert Site("expert_out", 0) in layout.taps
+
+
+def test_layout_of_experts_follows_dtype_and_number_of_experts() -> None:
+    model = random_experts("llama4_text", 64)
+    assert find_layout(model).widths[Site("expert_ids", 1)] == 1
+    for block in model.model.layers:
+        block.feed_forward.router.top_k = 2
+    assert find_layout(model).widths[Site("expert_ids", 1)] == 2
+    model = random_experts("mixtral", 64)
+    find_layout(model)
+    tap = find_layout(model.to(torch.bfloat16)).taps[Site("expert_out", 1)]
+    assert tap.then is not None
+    assert tap.then.dtypes[0] == torch.bfloat16  # type: ignore[attr-defined]
+
+
 # Dropping experts
 
 
@@ -312,6 +338,15 @@ def test_experts_that_cannot_be_dropped_are_refused(made: Callable[..., LoadedMo
     left = [0, 4, 5]  # whichever of the two groups is chosen has too few
     with pytest.raises(EditError, match="too few others are left"), editing(loaded, Edit.only_experts(1, left)):
         loaded.model(TEXT)
+    by_table = made("mixtral").model.model.layers[1].mlp.gate
+    stock = by_table.forward
+    by_table.forward = lambda x: (*stock(x)[:2], torch.tensor([[2, 5]]).expand(12, 2))
+    with (
+        pytest.raises(EditError, match="does not choose by its logits"),
+        editing(made("mixtral"), Edit.drop_experts(1, [5])),
+    ):
+        made("mixtral").model(TEXT)
+    del by_table.forward
     two = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8))
     with pytest.raises(EditError, match="computes 2 products with 8 features"):
         rerouted(two, [torch.ones(3, 4)], {}, 8, lambda logits: logits)

@@ -257,6 +257,31 @@ def test_layout_found_under_somebodys_hook_is_not_remembered(tokenizer: Any) -> 
     assert not find_layout(model).missing
 
 
+def test_layout_is_found_again_when_a_number_that_it_depends_on_changes() -> None:
+    """A multiplier that a module holds, the size that a config clips to, and the dtype."""
+    model = build(transformers.GraniteConfig(**LLAMA_LIKE, residual_multiplier=0.3))
+    before = find_layout(model)
+    assert find_layout(model) is before
+    for block in model.model.layers:
+        block.residual_multiplier = 0.6
+    assert (before.taps[Site("attn_out", 0)].scale, find_layout(model).taps[Site("attn_out", 0)].scale) == (0.3, 0.6)
+    clipping = build(transformers.OlmoConfig(**LLAMA_LIKE, clip_qkv=0.4))
+    assert find_layout(clipping).taps[Site("v", 1)].clip == 0.4
+    clipping.config.clip_qkv = 0.1
+    assert find_layout(clipping).taps[Site("v", 1)].clip == 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resid_mid_is_not_what_a_norm_makes_of_it_in_few_bits(dtype: torch.dtype) -> None:
+    """NanoChat's stream has the size 1 where its MLP's norm reads it, so that the norm hardly changes it."""
+    torch.manual_seed(0)
+    config = transformers.NanoChatConfig(**LLAMA_LIKE, initializer_range=0.08)
+    layout = find_layout(transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype))
+    places = {layout.taps[site].module for site in layout.sites("resid_mid") if site in layout.taps}
+    assert "model.layers.0.post_attention_layernorm" in places
+    assert not [place for place in places if place.endswith("mlp")]
+
+
 def test_block_that_runs_twice_in_a_forward_is_refused(tokenizer: Any) -> None:
     from AutomaticEval.errors import CaptureError
 

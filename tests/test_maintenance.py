@@ -448,3 +448,12 @@ def test_what_hdf5_says_of_unknown_types_is_damage(tmp_path: Path) -> None:
         h5py.h5d.create(file.id, b"odd", h5py.h5t.UNIX_D32LE, h5py.h5s.create_simple((2,)))
         with pytest.raises(TruncatedFile, match=r"x\.h5 cannot be read .*damaged"), naming(tmp_path / "x.h5"):
             file["odd"][()]
+
+
+def test_runs_whose_models_were_described_differently_are_not_joined(tmp_path: Path) -> None:
+    """The same weights, and sites of the same names that may be other places."""
+    for number, norm in enumerate(("model.norm", "model.other")):
+        settings = {**SETTINGS, "loaded_with": {"model_description": f'final_norm = "{norm}"'}}
+        write_shard(tmp_path / f"{number}.h5", [make_sample()], "m", settings)
+    with pytest.raises(OtherSettings, match="model_description"):
+        merge([tmp_path / "0.h5", tmp_path / "1.h5"], tmp_path / "merged.h5")

@@ -16,13 +16,13 @@ from AutomaticEval.capture.generation import respond
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.texts.forward import padded, read
 from AutomaticEval.cli import sites as sites_command
-from AutomaticEval.errors import CaptureError, SiteUnavailable, UnsupportedModel
+from AutomaticEval.errors import CaptureError, SelectionError, SiteUnavailable, UnsupportedModel
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.layout import layers_text
 from AutomaticEval.models.recording import Kept, capturing
 from AutomaticEval.selection import Selection
-from AutomaticEval.sites import KINDS, ONCE, PER_LAYER, Site, site_of
+from AutomaticEval.sites import KINDS, ONCE, PER_LAYER, Site, parse_heads, site_of
 
 IDS = [5, 17, 99, 3, 250, 41]
 BASE: dict[str, Any] = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -545,3 +545,9 @@ def test_final_norms_of_other_names(name: str, norm: str) -> None:
     layout = find_layout(built(name))
     assert layout.taps[Site("final_norm")].module == norm
     assert set(ONCE) <= {site.kind for site in layout.taps}
+
+
+def test_heads_of_a_model_without_any_are_refused_by_that() -> None:
+    for heads in (None, 1, "0-2"):
+        with pytest.raises(SelectionError, match="no number of attention heads"):
+            parse_heads(heads, 0)

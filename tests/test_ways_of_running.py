@@ -210,7 +210,7 @@ def test_caches_that_give_the_same_rows(cache: str | None, plain: Any, tokenizer
 def test_caches_that_cannot_work_are_refused_at_both_doors(
     settings: dict[str, Any], family: str, says: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("AutomaticEval.models.architecture.cache_settings.find_spec", lambda name: None)
+    monkeypatch.setattr("AutomaticEval.models.refused.cache_settings.find_spec", lambda name: None)
     model = build(ALL[family]())
     for name, value in settings.items():
         setattr(model.generation_config, name, value)

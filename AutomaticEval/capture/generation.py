@@ -25,11 +25,11 @@ from AutomaticEval.capture.reduced_samples import SampleReducer
 from AutomaticEval.capture.sampling import Sampling
 from AutomaticEval.capture.vocabulary import text_of
 from AutomaticEval.errors import SelectionError
-from AutomaticEval.models.architecture.cache_settings import refuse_cache_settings
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device, without_cache
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.described.plain_module import refuse_plain
 from AutomaticEval.models.edited_positions import given_mask
+from AutomaticEval.models.refused.cache_settings import refuse_cache_settings
 from AutomaticEval.samples import Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.thinking.text import columns_of

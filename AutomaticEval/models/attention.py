@@ -14,11 +14,11 @@ from AutomaticEval.errors import SiteUnavailable
 from AutomaticEval.models.architecture.forward_call import alone_with, few_ids
 from AutomaticEval.models.architecture.identities import PROBE_LENGTH
 from AutomaticEval.models.architecture.inner_model import inner
-from AutomaticEval.models.architecture.unsuited import refuse_virtual
 from AutomaticEval.models.described.plain_module import refuse_plain
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.recording import Kept, capturing
+from AutomaticEval.models.refused.unsuited import refuse_virtual
 from AutomaticEval.sites import Site
 
 SUM_IS_ONE = 0.01

@@ -26,18 +26,18 @@ from AutomaticEval.models.architecture.forward_call import (
     with_tensor,
 )
 from AutomaticEval.models.architecture.inner_model import inner
-from AutomaticEval.models.architecture.unsuited import refuse_virtual
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords
 from AutomaticEval.models.described.plain_module import refuse_plain
 from AutomaticEval.models.edit import DROP_EXPERTS, ONLY_EXPERTS, ROUTER, Edit
 from AutomaticEval.models.edited_models import noted
 from AutomaticEval.models.edited_positions import Sequences
-from AutomaticEval.models.experts.rerouting import rerouted
+from AutomaticEval.models.experts.rerouting import refuse_barred, rerouted
 from AutomaticEval.models.find_layout import find_layout
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.loading import load_model, refuse_unknown
 from AutomaticEval.models.recording import Kept
+from AutomaticEval.models.refused.unsuited import refuse_virtual
 from AutomaticEval.selection import Positions
 from AutomaticEval.sites import TABLE, Site, site_of
 
@@ -333,11 +333,15 @@ class _Made:
 
         def routed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             before = tensor_of(output, self.tap.elements)  # as edits of the same router have left them
+            used: list[Tensor] = []
 
             def change(logits: Tensor) -> Tensor:
-                return self._changed(None if before is None else before.to(logits.dtype).view_as(logits), forward)
+                used.append(self._changed(None if before is None else before.to(logits.dtype).view_as(logits), forward))
+                return used[-1]
 
-            return rerouted(module, args, kwargs, self._width, change)
+            output = rerouted(module, args, kwargs, self._width, change)
+            refuse_barred(output, used[-1])
+            return output
 
         if self.is_router:  # what it gives depends on its logits within it
             hooks.after(self.module, routed, prepend=True, with_kwargs=True)

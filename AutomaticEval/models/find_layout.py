@@ -24,13 +24,14 @@ from AutomaticEval.models.architecture.inner_model import inner, is_compiled, vi
 from AutomaticEval.models.architecture.module_names import Heads, Parts
 from AutomaticEval.models.architecture.projections import find_projections
 from AutomaticEval.models.architecture.stream import find_residual
-from AutomaticEval.models.architecture.unsuited import refuse_unready, refuse_virtual
 from AutomaticEval.models.described.checks import check_description, check_logits, given_kv_heads
+from AutomaticEval.models.described.given_config import numbers_of
 from AutomaticEval.models.described.remembered import description_of
 from AutomaticEval.models.divided.division import n_processes
 from AutomaticEval.models.divided.whole_sites import refuse_parts
 from AutomaticEval.models.edited_models import layout_of
 from AutomaticEval.models.layout import Layout, Tap
+from AutomaticEval.models.refused.unsuited import refuse_unready, refuse_virtual
 from AutomaticEval.sites import TABLE, Site
 
 
@@ -41,6 +42,8 @@ class _Known(NamedTuple):
     """How the model was described then. When it is described anew, the layout is found again."""
     compiled: frozenset[str]
     """The paths of what was compiled then. When more is compiled later, hooks within it no longer fire, and the layout is found again."""
+    numbers: tuple[Any, ...]
+    """What the layout depended on besides modules: a dtype, a multiplier, how many experts a token has. When they change, it is found again."""
     layout: Layout
     of: weakref.WeakKeyDictionary[nn.Module, Layout]
     """Model -> the layout with the paths that it has in that model."""
@@ -63,7 +66,8 @@ def find_layout(model: nn.Module) -> Layout:
     with alone_with(model):
         compiled = frozenset(name for name, module in whole.named_modules() if is_compiled(module))
         description = description_of(model)
-        if whole not in _known or _known[whole][:2] != (description, compiled):
+        seen = (description, compiled, numbers_of(whole, description))
+        if whole not in _known or _known[whole][:3] != seen:
             while_edited: Layout | None = layout_of(model)
             if while_edited is not None:  # a forward now would show the edits
                 return _seen_from(model, while_edited)
@@ -71,7 +75,7 @@ def find_layout(model: nn.Module) -> Layout:
             layout = _layout(Parts(model if virtual is None else whole, description))
             if layout.missing and n_hooks:  # a site may be missing because of these hooks, and be there without them
                 return _seen_from(model, layout)
-            _known[whole] = _Known(description, compiled, layout, weakref.WeakKeyDictionary())
+            _known[whole] = _Known(*seen, layout, weakref.WeakKeyDictionary())
         known = _known[whole]
         if model not in known.of:
             known.of[model] = _seen_from(model, known.layout)

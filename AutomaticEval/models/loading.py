@@ -19,7 +19,6 @@ import torch
 from AutomaticEval.errors import ModelError, ModelUnavailable, UnsupportedModel, unknown_option
 from AutomaticEval.models.architecture.description import KNOWN
 from AutomaticEval.models.architecture.module_names import n_layers_in
-from AutomaticEval.models.architecture.unsuited import refuse_untrue
 from AutomaticEval.models.checkpoint.load_options import LoadKeywords as LoadKeywords
 from AutomaticEval.models.checkpoint.load_options import LoadOptions
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel as LoadedModel
@@ -34,6 +33,7 @@ from AutomaticEval.models.described.plain_module import callable_as_ours, is_pla
 from AutomaticEval.models.described.remembered import description_of, remember
 from AutomaticEval.models.edited_models import active_edits
 from AutomaticEval.models.find_layout import find_layout
+from AutomaticEval.models.refused.unsuited import refuse_untrue
 from AutomaticEval.models.weights.active_adapters import using_adapter
 from AutomaticEval.public_names import absolute, public_name
 from AutomaticEval.tested_versions import tell_newer

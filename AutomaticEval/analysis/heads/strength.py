@@ -16,12 +16,12 @@ from AutomaticEval.analysis.parts.input_batches import Batcher
 from AutomaticEval.analysis.result import Result
 from AutomaticEval.capture.texts.forward import read
 from AutomaticEval.errors import PromptError, SelectionError, StoreError, UnknownSite, UnsupportedModel, warn
-from AutomaticEval.models.architecture.unsuited import refuse_unready
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.described.remembered import embedding_of
 from AutomaticEval.models.head_weights import HeadResultNorms, n_inputs
 from AutomaticEval.models.layout import Derived, Layout, Tap
 from AutomaticEval.models.loading import load_model
+from AutomaticEval.models.refused.unsuited import refuse_unready
 from AutomaticEval.public_names import public_name
 from AutomaticEval.sites import LayersLike, Site, expand, parse_heads, site_of
 from AutomaticEval.store.disk.json_files import Stats, write_json

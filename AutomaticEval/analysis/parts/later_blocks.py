@@ -13,12 +13,12 @@ from AutomaticEval.capture.batch_independence import Span, apart, rope_limit
 from AutomaticEval.capture.texts.forward import Batch, inputs, padded, read
 from AutomaticEval.errors import EditError
 from AutomaticEval.models.architecture.forward_call import takes_few_logits
-from AutomaticEval.models.architecture.unsuited import refuse_virtual
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.edit import Edit
 from AutomaticEval.models.editing import editing
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout
+from AutomaticEval.models.refused.unsuited import refuse_virtual
 from AutomaticEval.sites import Site
 
 TOLERANCE = 1e-3

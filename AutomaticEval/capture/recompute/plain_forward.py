@@ -18,10 +18,10 @@ from AutomaticEval.errors import CaptureError, SiteUnavailable
 from AutomaticEval.models.architecture.forward_call import alone_with, forward_takes, input_device
 from AutomaticEval.models.architecture.heads.latent import LatentHeads
 from AutomaticEval.models.architecture.inner_model import virtual_tokens
-from AutomaticEval.models.architecture.unsuited import refuse_unready
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.hook_handles import Hooks
 from AutomaticEval.models.layout import Layout, Tap
+from AutomaticEval.models.refused.unsuited import refuse_unready
 from AutomaticEval.sites import Site, site_of
 
 MASKED_NUMBERS = 2**24

@@ -13,10 +13,10 @@ from AutomaticEval.capture.padding_probes import counts_from_zero
 from AutomaticEval.capture.tree.walk import as_mask
 from AutomaticEval.errors import ModelError
 from AutomaticEval.models.architecture.forward_call import forward_takes, input_device, takes_few_logits
-from AutomaticEval.models.architecture.unsuited import refuse_virtual
 from AutomaticEval.models.divided.division import refuse_divided
 from AutomaticEval.models.layout import Layout, Tap
 from AutomaticEval.models.recording import Enough, Kept, Recording, capturing
+from AutomaticEval.models.refused.unsuited import refuse_virtual
 
 
 class Batch(NamedTuple):

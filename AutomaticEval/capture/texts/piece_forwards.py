@@ -22,13 +22,13 @@ from AutomaticEval.capture.texts.forward import padded, recorded
 from AutomaticEval.capture.tree.suitability import why_not_masked
 from AutomaticEval.capture.vocabulary import token_strings
 from AutomaticEval.errors import CaptureError, PromptError, SelectionError, TreeUnsuitable
-from AutomaticEval.models.architecture.unsuited import refuse_unready
 from AutomaticEval.models.attention import reading_patterns
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.described.plain_module import is_plain, refuse_plain
 from AutomaticEval.models.divided.division import refuse_divided
 from AutomaticEval.models.layout import Tap
 from AutomaticEval.models.recording import Kept, Recording
+from AutomaticEval.models.refused.unsuited import refuse_unready
 from AutomaticEval.samples import Part, Rows, Sample
 from AutomaticEval.selection import Selection
 from AutomaticEval.sites import Site, expand

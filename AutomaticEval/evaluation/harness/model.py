@@ -36,11 +36,11 @@ from AutomaticEval.evaluation.harness.tokens import EncodingHFLM, rolling_window
 from AutomaticEval.evaluation.harness.tree_scores import TreeScorer
 from AutomaticEval.evaluation.screen import SCORING, one_call
 from AutomaticEval.models.architecture.forward_call import cache_name
-from AutomaticEval.models.architecture.unsuited import refuse_untrue
 from AutomaticEval.models.checkpoint.loaded_model import LoadedModel
 from AutomaticEval.models.divided.division import refuse_divided
 from AutomaticEval.models.edited_positions import BatchSequence, given_mask, told
 from AutomaticEval.models.recording import Recording
+from AutomaticEval.models.refused.unsuited import refuse_untrue
 from AutomaticEval.selection import Selection
 
 NO_SCORE = (float("nan"), False)

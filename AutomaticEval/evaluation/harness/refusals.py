@@ -14,7 +14,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from AutomaticEval.capture.generation import refuse_uncomputed_logits
 from AutomaticEval.errors import BenchmarkError, SelectionError
-from AutomaticEval.models.architecture.cache_settings import why_not
+from AutomaticEval.models.refused.cache_settings import why_not
 from AutomaticEval.selection import Selection
 
 ONE_SEQUENCE: dict[str, Any] = {

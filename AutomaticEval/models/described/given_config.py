@@ -14,6 +14,26 @@ def text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def numbers_of(model: Any, names: Description) -> tuple[Any, ...]:
+    """What a model's layout depends on besides its modules: its dtype, the numbers of its config, and those that its modules hold under known names.
+
+    Two that are equal give the same layout. Ids of tokens are left out, because libraries set them while they run.
+    """
+    config = text_config(model)
+    entries = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    of_config = [
+        (name, value) for name, value in entries.items() if _is_number(value) and not name.endswith("_token_id")
+    ]
+    held = ("top_k", *names.scale, *names.attention_scale, *names.mixer_scale)
+    of_modules = [vars(module).get(name) for module in model.modules() for name in held]
+    dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
+    return dtype, tuple(sorted(of_config)), tuple(each for each in of_modules if _is_number(each))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 class GivenConfig:
     """A config whose numbers are those of a description, where it gives them. Everything else is that of the config.
 

@@ -44,6 +44,23 @@ def rerouted(
     return output
 
 
+def refuse_barred(output: Any, logits: Tensor) -> None:
+    """Raises EditError when a router chose experts whose logits are -inf: then it chooses by something else, as DeepSeek V4's first layers do.
+
+    output: what the router gave. logits: [tokens, n_experts], with which it ran.
+    """
+    is_barred = logits.isneginf().view(-1, logits.shape[-1])
+    if not isinstance(output, tuple) or not bool(is_barred.any()):
+        return
+    for ids in output:
+        is_choice = isinstance(ids, Tensor) and ids.dim() == 2 and len(ids) == len(is_barred)
+        if is_choice and not ids.is_floating_point() and bool(is_barred.gather(-1, ids.long()).any()):
+            raise EditError(
+                "a router chooses experts whose logits are -inf: it does not choose by its logits (but by a table of tokens, say), so that no expert "
+                "can be dropped there."
+            )
+
+
 class _Rerouting(TorchFunctionMode):
     """Changes the result of the product that gives logits, and keeps choices away from experts whose logits are -inf."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from AutomaticEval.errors import OtherSettings, StoreError
 from AutomaticEval.public_names import is_same
-from AutomaticEval.settings import IDENTITY, RunSettings
+from AutomaticEval.settings import IDENTITY, Difference, RunSettings
 from AutomaticEval.store.contents.joined import joined
 from AutomaticEval.store.hdf5.damage import Advance, ignore
 from AutomaticEval.store.reader import open_run
@@ -41,6 +41,7 @@ def _check_joinable(runs: Sequence[Run]) -> None:
     first = runs[0]
     for run in runs[1:]:
         apart = first.made_with.differences(run.made_with, f"{first.path} and {run.path}", SAME)
+        apart += _described_apart(first, run)
         if not (is_same(run.model, first.model) or is_same(first.model, run.model)) or apart:
             named = ", ".join(f"{name} {one!r} and {other!r}" for name, one, other in apart)
             raise OtherSettings(
@@ -49,6 +50,13 @@ def _check_joinable(runs: Sequence[Run]) -> None:
             )
     if len(runs) > 1:
         _check_distinct(runs)
+
+
+def _described_apart(first: Run, run: Run) -> list[Difference]:
+    """How two runs of a described model differ, when other descriptions found their sites. One without any was made by the names that are known."""
+    name = "model_description"
+    before, now = ((each.made_with.loaded_with or {}).get(name) for each in (first, run))
+    return [Difference(name, before, now)] if before and now and before != now else []
 
 
 def _check_distinct(runs: Sequence[Run]) -> None:
