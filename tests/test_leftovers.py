@@ -307,13 +307,13 @@ class Counting:
 
 def test_a_layer_of_a_sweep_is_read_back_as_it_was(tmp_path: Path) -> None:
     folder, sweep = SweepFolder(tmp_path, {}), Counting()
-    first = folder.layers("logprobs", 3, sweep.layer)
-    assert torch.equal(first.nan_to_num(-1), folder.layers("logprobs", 3, sweep.layer).nan_to_num(-1))
+    first = folder.layers("logprobs", range(3), sweep.layer)
+    assert torch.equal(first.nan_to_num(-1), folder.layers("logprobs", range(3), sweep.layer).nan_to_num(-1))
     file = tmp_path / "logprobs_layer_001.json"
     older = read_json(file)
     del older["xxh3_64"]
     file.write_text(json.dumps(older))  # as the first versions wrote them
-    assert torch.equal(first.nan_to_num(-1), folder.layers("logprobs", 3, sweep.layer).nan_to_num(-1))
+    assert torch.equal(first.nan_to_num(-1), folder.layers("logprobs", range(3), sweep.layer).nan_to_num(-1))
 
 
 @pytest.mark.parametrize(
@@ -335,11 +335,11 @@ def test_a_layer_of_a_sweep_is_read_back_as_it_was(tmp_path: Path) -> None:
 )
 def test_a_damaged_layer_of_a_sweep_is_named(tmp_path: Path, damage: Callable[[str], str]) -> None:
     folder, sweep = SweepFolder(tmp_path, {}), Counting()
-    folder.layers("logprobs", 3, sweep.layer)
+    folder.layers("logprobs", range(3), sweep.layer)
     file = tmp_path / "logprobs_layer_001.json"
     file.write_text(damage(file.read_text()))
     with pytest.raises(StoreError, match=r"logprobs_layer_001\.json"):
-        folder.layers("logprobs", 3, sweep.layer)
+        folder.layers("logprobs", range(3), sweep.layer)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
