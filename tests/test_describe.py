@@ -257,6 +257,7 @@ def test_a_wrong_description_is_refused(wrong: dict[str, Any], says: str) -> Non
     [
         ({"n_heads": 8, "n_kv_heads": 8}, "qkvz", "8 heads are described, and each 2 of them attend alike: it may have 4"),
         ({"n_heads": 2, "n_kv_heads": 2}, "qkvz", "its heads cannot be told: .* mix.carry gives is in no known order what its heads read"),
+        ({"n_kv_heads": 2}, "qkvz", "2 heads of keys and values are described, and v has 4"),
         ({"q": "label", "k": "ask"}, "qk", "changing mix.label .q. at the first token changes z anywhere, which queries do not"),
         ({"v": "label"}, "qkvz", "its heads cannot be told: .* mix.label gives is in no known order what its heads read"),
         ({"k": "carry"}, "k", "changing mix.carry .k. at the first token changes z at that token, which keys do not"),

@@ -24,7 +24,7 @@ from AutomaticEval.models.architecture.inner_model import inner, is_compiled, vi
 from AutomaticEval.models.architecture.module_names import Heads, Parts
 from AutomaticEval.models.architecture.projections import find_projections
 from AutomaticEval.models.architecture.stream import find_residual
-from AutomaticEval.models.described.checks import check_description, check_logits, given_kv_heads
+from AutomaticEval.models.described.checks import check_description, check_logits
 from AutomaticEval.models.described.given_config import numbers_of
 from AutomaticEval.models.described.remembered import description_of
 from AutomaticEval.models.divided.division import n_processes
@@ -102,7 +102,7 @@ def _layout(parts: Parts) -> Layout:
     find_projections(parts, _most([each.n for each in own]))
     find_experts(parts)
     refuse_parts(parts)
-    check_description(parts, _most(own), given_kv_heads(parts) or _n_kv_heads(parts))
+    check_description(parts, _most(own))
     sizes: dict[str, Any] = _sizes(parts, own)
     others = {site: n for site, n in parts.n_heads.items() if n != sizes[str(TABLE[site.kind].heads)]}
     return Layout(

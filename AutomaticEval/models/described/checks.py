@@ -47,10 +47,10 @@ def given_kv_heads(parts: Parts) -> int | None:
     return parts.config.num_key_value_heads if "n_kv_heads" in parts.names.given else None
 
 
-def check_description(parts: Parts, heads: Heads, n_kv_heads: int) -> None:
+def check_description(parts: Parts, heads: Heads) -> None:
     """Raises UnsupportedModel for a description that is wrong. Sites whose heads cannot be told are moved to `parts.missing`.
 
-    heads, n_kv_heads: those of most layers.
+    heads: those of most layers.
     """
     if not parts.names.given:
         return
@@ -59,7 +59,7 @@ def check_description(parts: Parts, heads: Heads, n_kv_heads: int) -> None:
     _check_norms(parts)
     if not are_active():  # without weights, a second forward gives other numbers anyway
         _check_mixing(parts)
-    _check_heads(parts, heads, n_kv_heads)
+    _check_heads(parts, heads)
     if not are_active():
         _check_queries(parts)
 
@@ -139,12 +139,14 @@ def _check_mixing(parts: Parts) -> None:
         raise UnsupportedModel(f"{parts.name}: {path} is described as {part}, but what it gives at a token {does}.")
 
 
-def _check_heads(parts: Parts, heads: Heads, n_kv_heads: int) -> None:
+def _check_heads(parts: Parts, heads: Heads) -> None:
     """Move the sites of heads to `parts.missing` where their number, which a person gave, does not fit what attention computes."""
     if not {"n_heads", "d_head", "n_kv_heads"} & set(parts.names.given):
         return
     layers = [layer for layer in range(len(parts.blocks)) if Site("z", layer) in parts.taps]
-    error = head_count_error(parts, [layer for layer in layers if parts.cached(layer) is None], heads, n_kv_heads)
+    error = head_count_error(
+        parts, [layer for layer in layers if parts.cached(layer) is None], heads.n, given_kv_heads(parts)
+    )
     for layer in layers:
         cached = parts.cached(layer)
         reason = error

@@ -32,11 +32,20 @@ def is_read(v: Tensor, z: Tensor, n_heads: int) -> bool:
     if v.shape != z.shape or not is_sum(z[:, 0], v[:, 0]):
         return False
     first, second, mixed = (each.view(n_heads, -1).double() for each in (v[0, 0], v[0, 1], z[0, 1]))
-    way = second - first
-    part = ((mixed - first) * way).sum(1, keepdim=True) / (way * way).sum(1, keepdim=True).clamp_min(1e-30)
-    off = (mixed - first - part * way).abs().amax(1)
+    part = weights_of_second(v, z, n_heads)[:, None]
+    off = (mixed - first - part * (second - first)).abs().amax(1)
     slack = 8 * torch.finfo(z.dtype).eps * torch.maximum(first.abs(), second.abs()).amax(1) + 1e-12
     return bool(((part > -0.1) & (part < 1.1)).all() and (off <= slack).all())
+
+
+def weights_of_second(v: Tensor, z: Tensor, n_heads: int) -> Tensor:
+    """How much of the second token's z is its own v, and not the first token's, in each head: [n_heads], float64.
+
+    v, z: [1, pos, n_heads * d_head], v once for every head that reads it.
+    """
+    first, second, mixed = (each.view(n_heads, -1).double() for each in (v[0, 0], v[0, 1], z[0, 1]))
+    way = second - first
+    return ((mixed - first) * way).sum(1) / (way * way).sum(1).clamp_min(1e-30)
 
 
 def _is_of_latents(cached: Tensor, n_heads: int) -> bool:
