@@ -42,8 +42,8 @@ class _Plain:
 
 
 @dataclass(frozen=True)
-class FromChoice(_Plain):
-    """Chosen rows to ids or weights."""
+class _OfChosen(_Plain):
+    """Ids or weights of the experts that a token has."""
 
     gives: str
     """ids or weights."""
@@ -51,20 +51,18 @@ class FromChoice(_Plain):
     dtype: torch.dtype
     """Of what is given."""
 
+
+class FromChoice(_OfChosen):
+    """Chosen rows to ids or weights."""
+
     def __call__(self, value: Tensor) -> Tensor:
         chosen = in_order(*value.split(self.n_active, -1))  # type: ignore[no-untyped-call]
         given: Tensor = getattr(chosen, self.gives)
         return given.to(self.dtype)
 
 
-@dataclass(frozen=True)
-class FromLogits(_Plain):
+class FromLogits(_OfChosen):
     """Logits to the ids of the largest, or to their softmax: for routers that give neither."""
-
-    gives: str
-    """ids or weights."""
-    n_active: int
-    dtype: torch.dtype
 
     def __call__(self, value: Tensor) -> Tensor:
         top = value.topk(self.n_active, dim=-1)
