@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from helpers.models import LONG_ROPE
 from transformers import AutoConfig, GenerationConfig
 
 BASE: dict[str, Any] = {
@@ -69,13 +70,7 @@ QWEN3_VISION = {
     "deepstack_visual_indexes": [0],
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0] * 4,
-    "long_factor": [4.0] * 4,
-    "original_max_position_embeddings": 64,
-}
+LONGROPE = {**LONG_ROPE, "original_max_position_embeddings": 64}
 INDEX = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 6}
 """Attention to the tokens that an indexer chooses, fewer than the tests feed."""
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}

@@ -96,9 +96,13 @@ class Parts:
         """For each block, whether it runs when the input is text alone."""
         self.norm = self._find_norm()
         """The path of the final norm: the one that is given what the last block gives, or else the first of a known name. None without any."""
+        self._refuse_other_runs(type(model).__name__)
+
+    def _refuse_other_runs(self, wrapper: str) -> None:
+        """Raises UnsupportedModel when the model or a block did not run once in the small forward. wrapper: the class of what people call."""
         if self.probe.n_fired[""] != 1:
             raise UnsupportedModel(
-                f"a forward of {type(model).__name__} runs its {self.name} {self.probe.n_fired['']} times; once was expected. Another version "
+                f"a forward of {wrapper} runs its {self.name} {self.probe.n_fired['']} times; once was expected. Another version "
                 f"of what wraps it may do so, or pass the {self.name} itself."
             )
         times = [self.probe.n_fired[block] for block in self.blocks]

@@ -56,7 +56,8 @@ class LoadedModel:
     @property
     def shape(self) -> dict[str, int]:
         """n_layers, d_model, n_heads, n_kv_heads and d_head, for files: readers split q, k, v and z into heads by them."""
-        return {name: getattr(self.layout, name) for name in SHAPE}
+        layout = self.layout
+        return {name: getattr(layout, name) for name in SHAPE}
 
     def sizes(self) -> dict[str, Any]:
         """The shape, and the heads of sites whose rows it does not cut rightly, as settings for files."""
